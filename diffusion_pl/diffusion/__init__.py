@@ -1,0 +1,1 @@
+"""What the papers share: levels, schedules, preconditioning, objective, guidance."""

@@ -1,0 +1,99 @@
+"""The one training objective that the papers share; what differs are its four parts.
+
+L = E_u  weight(sigma) | D(x + sigma eps; sigma) - x |^2 ,    sigma = schedule(u),  u ~ U(0, 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_pl.diffusion.levels import per_image
+from diffusion_pl.diffusion.preconditioning import Denoiser, Preconditioning
+from diffusion_pl.diffusion.schedules import Schedule
+
+Denoise = Callable[..., Tensor]
+
+
+class Weight(Protocol):
+    """lambda(sigma), the weight of the squared error of the denoised image, element by element."""
+
+    def __call__(self, sigma: Tensor) -> Tensor: ...
+
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class NoiseError:
+    """1 / sigma^2: the squared error of the noise, | eps_hat - eps |^2 (Ho 2020, Eq. 14)."""
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return sigma.square().reciprocal()
+
+
+@dataclass(frozen=True)
+class UnitOutput:
+    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras 2022, Eq. 8): F's error counts 1."""
+
+    sigma_data: float = 0.5
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return (sigma.square() + self.sigma_data**2) / (sigma * self.sigma_data).square()
+
+
+def pixel_sum(error: Tensor) -> Tensor:
+    """Sum over channels and pixels, (B, C, H, W) -> (B,): EDM's loss."""
+    return error.flatten(1).sum(dim=1)
+
+
+def pixel_mean(error: Tensor) -> Tensor:
+    """Mean over channels and pixels, (B, C, H, W) -> (B,): DDPM's and simple diffusion's loss."""
+    return error.flatten(1).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a network is trained to do: noise levels, a preconditioning, a weight, a pooling.
+
+    Args:
+        schedule: u -> sigma, the inverse CDF of the training noise levels.
+        preconditioning: the four c's around the network.
+        weight: lambda(sigma) on the squared error of the denoised image.
+        reduce: pools the weighted squared error over an image, (B, C, H, W) -> (B,).
+    """
+
+    schedule: Schedule
+    preconditioning: Preconditioning
+    weight: Weight
+    reduce: Reduce
+
+    def denoiser(self, network: nn.Module) -> Denoiser:
+        """The denoiser that this objective trains around a raw network."""
+        return Denoiser(network, self.preconditioning)
+
+    def loss(
+        self, denoise: Denoise, image: Tensor, u: Tensor, noise: Tensor, **condition: Tensor | None
+    ) -> Tensor:
+        """The loss of each image; the caller draws the randomness, so this is a pure function.
+
+        Args:
+            denoise: D, called `denoise(x, sigma, **condition)`.
+            image: clean images (B, C, H, W) in [-1, 1], float32.
+            u: quantiles in [0, 1], (B,), any float dtype; float64 keeps the tails.
+            noise: standard normal, (B, C, H, W).
+            condition: keyword tensors handed to `denoise` unseen.
+
+        Returns:
+            float32 (B,), at least 0.
+        """
+        sigma = self.schedule(u)
+        # float32 from here on: the weight is a factor of the loss, not an accumulated state.
+        level = per_image(sigma, image).to(torch.float32)
+        denoised = denoise(image + level * noise, sigma, **condition)
+        weight = per_image(self.weight(sigma), image).to(torch.float32)
+        return self.reduce(weight * (denoised - image).square())

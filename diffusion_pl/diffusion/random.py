@@ -1,0 +1,63 @@
+"""Randomness counted from (seed, stream, index), so that nothing of it needs saving.
+
+What is drawn for image i depends on the seed, on what it is for (the stream) and on i alone: not on
+the batch, the device count or what was drawn before. A resumed run and a run on other hardware
+therefore see the same noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def seed_of(seed: int, stream: str, index: int) -> int:
+    """A 63-bit seed for one generator, independent between any two different arguments.
+
+    Args:
+        seed: the run's seed.
+        stream: what is drawn, such as "noise" or "order".
+        index: which image, step or epoch.
+    """
+    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(
+    seed: int, stream: str, index: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A generator at the start of the stream of one index."""
+    return torch.Generator(device).manual_seed(seed_of(seed, stream, index))
+
+
+class ImageNoise:
+    """Standard normal noise for a batch, drawn from one generator an image.
+
+    Called again it goes on along every image's stream, so it serves as a sampler's `randn_like`.
+
+    Args:
+        seed: the run's seed.
+        indices: index of each image of the batch.
+        stream: what the noise is for.
+        device: where the noise is drawn; the CPU's and a GPU's numbers differ.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        indices: Sequence[int],
+        stream: str = "noise",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.generators = [generator(seed, stream, index, device) for index in indices]
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Draw noise of the shape (B, ...), dtype and device of `like`; drawn in float32."""
+        noise = torch.empty(like.shape, dtype=torch.float32, device=self.device)
+        for row, source in zip(noise, self.generators, strict=True):
+            row.normal_(generator=source)
+        return noise.to(device=like.device, dtype=like.dtype)

@@ -1,0 +1,231 @@
+"""Evaluation: draw images and measure them, one function for the training run and the command.
+
+Image i's noise and label come from (seed, i) alone, so the numbers depend neither on the batch size
+nor on the number of devices. Bytes are what is measured, as they would be saved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffusion_pl.diffusion.guidance import classifier_free, conditioned
+from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.diffusion.random import ImageNoise, seed_of
+from diffusion_pl.images import to_bytes
+from diffusion_pl.metrics.features import Extractor, Features
+from diffusion_pl.metrics.reference import Reference
+
+
+class Sampler(Protocol):
+    """Noise to images; see samplers/."""
+
+    def __call__(
+        self, denoise: Denoise, noise: Tensor, randn_like: Callable[[Tensor], Tensor]
+    ) -> Tensor: ...
+
+
+class Metric(Protocol):
+    """A torchmetrics.Metric over features whose result is a dictionary of named numbers."""
+
+    def update(self, features: Features) -> None: ...
+
+    def compute(self) -> Mapping[str, float]: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+
+class MetricSettings(Protocol):
+    """What YAML names: builds a metric for an extractor and a reference."""
+
+    def build(self, extractor: Extractor, reference: Reference) -> Metric: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the `evaluation` node of an experiment says.
+
+    Args:
+        every: images of training between two evaluations; one more comes at the end.
+        count: images drawn and measured each time.
+        metrics: what is measured; empty draws the grid only.
+        batch_size: images drawn at a time on one device; changes the memory, not the numbers.
+        seed: of the noise and the labels.
+        guidance: classifier-free weight, 1 for none.
+        grid: images on the sample grid, the first of those measured.
+    """
+
+    every: int
+    count: int = 10_000
+    metrics: Sequence[MetricSettings] = ()
+    batch_size: int = 250
+    seed: int = 0
+    guidance: float = 1.0
+    grid: int = 64
+
+    def __post_init__(self) -> None:
+        for key in ("every", "count", "batch_size", "grid"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1 (got {getattr(self, key)})")
+
+
+class CountedDenoise:
+    """A denoiser that counts the evaluations of the network, in calls."""
+
+    def __init__(self, denoise: Denoise) -> None:
+        self.denoise = denoise
+        self.calls = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, **condition: Tensor | None) -> Tensor:
+        self.calls += 1
+        return self.denoise(x, sigma, **condition)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn from a trained denoiser.
+
+    Args:
+        denoiser: D.
+        sampler: the algorithm with its levels.
+        shape: (C, H, W) of an image.
+        classes: classes of a conditional model, 0 for none.
+        seed: of noise and labels.
+        guidance: classifier-free weight, 1 for none.
+        label: the class of every image, or None for a class drawn for each.
+        precision: torch dtype the network computes in under autocast, None for float32.
+
+    Raises:
+        ValueError: a label that is not one of the model's classes; guidance without classes.
+    """
+
+    denoiser: Denoiser
+    sampler: Sampler
+    shape: tuple[int, int, int]
+    classes: int = 0
+    seed: int = 0
+    guidance: float = 1.0
+    label: int | None = None
+    precision: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.label is not None and not 0 <= self.label < self.classes:
+            known = f"0 to {self.classes - 1}" if self.classes else "none: it is unconditional"
+            raise ValueError(f"label {self.label} is not one of the model's classes ({known})")
+        if self.guidance != 1 and not self.classes:
+            raise ValueError("guidance needs a model with classes; this one is unconditional")
+
+    def labels(self, indices: Sequence[int]) -> Tensor | None:
+        """The class of each image, int64 (n,), uniform from (seed, i); None without classes."""
+        if not self.classes:
+            return None
+        if self.label is not None:
+            return torch.full((len(indices),), self.label)
+        return torch.tensor([seed_of(self.seed, "label", i) % self.classes for i in indices])
+
+    @torch.inference_mode()
+    def images(self, indices: Sequence[int]) -> tuple[Tensor, int]:
+        """Draw the images with these indices.
+
+        Returns:
+            uint8 (n, C, H, W) on the denoiser's device, and the network's evaluations per image.
+        """
+        device = next(self.denoiser.parameters()).device
+        # The first noise is drawn on the CPU, so that any hardware starts from the same state.
+        source = ImageNoise(self.seed, indices, "latent")
+        noise = source(torch.empty(len(indices), *self.shape)).to(device)
+        counted = CountedDenoise(self.denoiser)
+        denoise: Denoise = counted
+        labels = self.labels(indices)
+        if labels is not None:
+            labels = labels.to(device)
+            denoise = (
+                conditioned(counted, label=labels)
+                if self.guidance == 1
+                else classifier_free(counted, label=labels, weight=self.guidance)
+            )
+        with torch.autocast(device.type, self.precision, enabled=self.precision is not None):
+            drawn = self.sampler(denoise, noise, ImageNoise(self.seed, indices, "sampler", device))
+        if not torch.isfinite(drawn).all():
+            raise ValueError("the sampler gave images that are not finite; the weights are unfit")
+        return to_bytes(drawn), counted.calls
+
+
+def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Cut a sequence into pieces of at most `size`."""
+    return (indices[first : first + size] for first in range(0, len(indices), size))
+
+
+def rank_share(count: int, rank: int, world_size: int) -> range:
+    """The images a rank draws: one contiguous piece each, none padded, none twice."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+def evaluate(
+    drawing: Drawing,
+    settings: Evaluation,
+    extractor: Extractor,
+    reference: Reference,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Draw `settings.count` images and measure them.
+
+    On several ranks every rank calls it with its own number; metrics add up over the ranks inside
+    torchmetrics, and every rank gets the same rows.
+
+    Args:
+        drawing: how images are drawn.
+        settings: how many, and which metrics.
+        extractor: the features, one pass for all metrics.
+        reference: statistics of the real images.
+        progress: called with (images drawn, images to draw) on this rank.
+
+    Returns:
+        One row a number, `{"name": "fd@1000/<reference>/<extractor>", "value", ...}`, and the first
+        images of this rank, uint8 (up to settings.grid, C, H, W), for a grid.
+
+    Raises:
+        ValueError: the reference was made with another extractor or resolution.
+    """
+    reference.check(extractor, drawing.shape[1])
+    device = next(drawing.denoiser.parameters()).device
+    metrics = [metric.build(extractor, reference).to(device) for metric in settings.metrics]
+    share = rank_share(settings.count, rank, world_size)
+    shown: list[Tensor] = []
+    started = time.monotonic()
+    evaluations = 0
+    for indices in batches(share, settings.batch_size):
+        images, evaluations = drawing.images(indices)
+        if sum(map(len, shown)) < settings.grid:
+            shown.append(images.cpu())
+        if metrics:
+            with torch.inference_mode():
+                features = extractor(images)
+            for metric in metrics:
+                metric.update(features)
+        if progress is not None:
+            progress(indices[-1] + 1 - share.start, len(share))
+    values = {name: value for metric in metrics for name, value in metric.compute().items()}
+    common = {
+        "n": settings.count,
+        "reference": reference.name,
+        "fingerprint": reference.fingerprint,
+        "extractor": f"{extractor.name}-{extractor.digest}",
+        "resize": extractor.resize,
+        "evaluations": evaluations,
+        "seed": settings.seed,
+        "guidance": settings.guidance,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    suffix = f"@{settings.count}/{reference.name}/{extractor.name}"
+    rows = [{"name": f"{name}{suffix}", "value": value, **common} for name, value in values.items()]
+    return rows, torch.cat(shown)[: settings.grid]

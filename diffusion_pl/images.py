@@ -1,0 +1,77 @@
+"""Images at the edge of the package: bytes to [-1, 1] and back, grids and PNG files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """Map uint8 to float32 in [-1, 1]: x = u / 127.5 - 1, the scale of all four papers.
+
+    Args:
+        images: uint8, any shape.
+
+    Returns:
+        float32 of the same shape and memory format.
+
+    Raises:
+        ValueError: the images are not uint8.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images.from_bytes: images must be uint8 (got {images.dtype})")
+    return images.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Quantise [-1, 1] to uint8, the only place where the package does so.
+
+    u = floor(127.5 x + 128) clipped to 0..255: rounding to the nearest level, as EDM writes
+    its images (Karras 2022, released code). What is measured and what is saved go through here.
+
+    Args:
+        images: floating point, any shape; values outside [-1, 1] are clipped.
+
+    Returns:
+        uint8 of the same shape.
+    """
+    return images.mul(127.5).add_(128.0).clamp_(0.0, 255.0).to(torch.uint8)
+
+
+def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+    """Arrange images in rows from left to right on a white sheet.
+
+    Args:
+        images: uint8 (B, C, H, W), C = 1 or 3.
+        columns: images a row; the square root of B when not given.
+        gap: white pixels between neighbours.
+
+    Returns:
+        uint8 (3, rows * (H + gap) - gap, columns * (W + gap) - gap).
+    """
+    count, _, height, width = images.shape
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows = math.ceil(count / columns)
+    sheet = torch.full(
+        (3, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8
+    )
+    for index, image in enumerate(images.cpu()):
+        top = index // columns * (height + gap)
+        left = index % columns * (width + gap)
+        sheet[:, top : top + height, left : left + width] = image  # one channel spreads over three
+    return sheet
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write one image without loss.
+
+    Args:
+        image: uint8 (C, H, W), C = 1 or 3.
+        path: the file; its folder must exist.
+    """
+    array = image.cpu().permute(1, 2, 0).numpy()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path, format="PNG")

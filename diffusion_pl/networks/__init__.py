@@ -1,0 +1,1 @@
+"""The papers' networks: raw functions F(x, c_noise, **condition) that a preconditioning wraps."""

@@ -1,0 +1,82 @@
+"""Layers that the papers' networks share: normalisation, resampling, attention, initialisation."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
+    """Group normalisation with 32 groups, fewer where a group would hold under 4 channels."""
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+
+
+def halve(x: Tensor) -> Tensor:
+    """Mean over 2 x 2 pixels: the filter [1, 1] at stride 2, (B, C, H, W) -> (B, C, H/2, W/2)."""
+    return F.avg_pool2d(x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    """Repeat each pixel 2 x 2 times: the filter [1, 1] transposed, to (B, C, 2H, 2W)."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+def xavier(layer: Layer, gain: float = 1.0) -> Layer:
+    """Initialise a layer as EDM's DDPM++: weights Xavier-uniform times a gain, biases 0."""
+    nn.init.xavier_uniform_(layer.weight, gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over pixels with a residual connection: scale (x + proj(attend(norm(x)))).
+
+    Args:
+        channels: C, a multiple of `heads`.
+        heads: attention heads.
+        scale: factor of the sum, sqrt(1/2) keeps its variance.
+    """
+
+    def __init__(self, channels: int, heads: int = 1, scale: float = 1.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = scale
+        self.norm = group_norm(channels)
+        self.qkv = xavier(nn.Conv2d(channels, 3 * channels, 1), gain=math.sqrt(0.2))
+        self.proj = xavier(nn.Conv2d(channels, channels, 1), gain=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        # Channels run (head, channel, q/k/v) in the published checkpoints.
+        qkv = self.qkv(self.norm(x)).reshape(batch, self.heads, channels // self.heads, 3, -1)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2)
+        attended = F.scaled_dot_product_attention(q, k, v)  # softmax in float32 inside
+        attended = attended.transpose(2, 3).reshape(batch, channels, height, width)
+        return (x + self.proj(attended)) * self.scale
+
+
+class PositionalEmbedding(nn.Module):
+    """Sinusoids of c_noise, [sin, cos], frequencies 10000^(-k / (half - 1)) (Ho 2020, App. B).
+
+    Args:
+        channels: C, even; half of them sines.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        """(B,) -> float32 (B, C)."""
+        half = self.channels // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=c_noise.device) / (half - 1)
+        phase = c_noise.to(torch.float32)[:, None] * (1 / 10000) ** exponent
+        return torch.cat([phase.sin(), phase.cos()], dim=1)

@@ -1,0 +1,1 @@
+"""The papers' objectives, one page each: what a network is trained to do."""

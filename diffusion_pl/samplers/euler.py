@@ -1,0 +1,42 @@
+"""Euler's method on the probability-flow ODE, which is DDIM.
+
+The ODE is dx/d sigma = (x - D(x; sigma)) / sigma (Karras 2022, Eq. 3). One step from sigma to s is
+
+    x_s = x + (s - sigma) (x - D) / sigma = D + (s / sigma) (x - D) ,
+
+and with D = x_0 and (x - D) / sigma = eps this is DDIM's step with eta = 0 (Song 2021, Eq. 12),
+scaled to the state x + sigma eps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from diffusion_pl.diffusion.objective import Denoise
+
+
+def euler(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    randn_like: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Integrate from sigmas[0] to sigmas[-1] with one evaluation a step; order 1, deterministic.
+
+    Args:
+        denoise: D, called `denoise(x, sigma)`.
+        x: the state at sigmas[0], float64 (B, C, H, W).
+        sigmas: decreasing levels, float64 (N + 1,), all but the last > 0.
+        randn_like: not used; every integrator takes it.
+
+    Returns:
+        The state at sigmas[-1], float64; N evaluations.
+    """
+    for sigma, following in pairwise(sigmas.tolist()):
+        denoised = denoise(x, x.new_tensor(sigma))
+        x = torch.lerp(denoised.to(x.dtype), x, following / sigma)
+    return x

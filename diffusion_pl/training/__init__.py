@@ -1,0 +1,1 @@
+"""Training: the LightningModule that wraps any objective, and what runs it."""

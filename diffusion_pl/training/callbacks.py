@@ -1,0 +1,253 @@
+"""What happens beside the steps of a run: log rows, checkpoints, evaluation, all by images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from diffusion_pl.evaluation import Drawing, Evaluation, Sampler, evaluate
+from diffusion_pl.images import grid, save_png
+from diffusion_pl.metrics.features import Extractor
+from diffusion_pl.metrics.reference import Reference
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training.history import History
+from diffusion_pl.training.module import DiffusionModule
+from diffusion_pl.training.progress import Progress
+
+
+class Interval:
+    """True once whenever the images seen pass another multiple of `every`.
+
+    Args:
+        every: images between two events.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.last = 0
+
+    def start(self, images: int) -> None:
+        """Begin counting at a position of the run."""
+        self.last = images // self.every
+
+    def passed(self, images: int) -> bool:
+        """Whether a multiple of `every` lies between the last call and this one."""
+        now = images // self.every
+        passed, self.last = now > self.last, now
+        return passed
+
+
+class Log(Callback):
+    """Writes loss, rate and speed to metrics.jsonl and the loggers, and moves the progress bar.
+
+    Args:
+        history: the run's metrics.jsonl.
+        every: images between rows.
+        progress: the bar; shown on rank 0.
+    """
+
+    def __init__(self, history: History, every: int, progress: Progress) -> None:
+        self.history = history
+        self.interval = Interval(every)
+        self.progress = progress
+        self.images = 0
+        self.since = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.images = pl_module.images_seen
+        self.interval.start(self.images)
+        if trainer.is_global_zero:
+            self.history.rewind(self.images)
+            self.progress.start(self.images)
+        self.since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        images = pl_module.images_seen
+        if trainer.is_global_zero:
+            self.progress.advance(images)
+        if self.interval.passed(images):
+            self._row(trainer, pl_module, images)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if pl_module.images_seen > self.images:
+            self._row(trainer, pl_module, pl_module.images_seen)
+
+    def _row(self, trainer: lightning.Trainer, pl_module: DiffusionModule, images: int) -> None:
+        loss = pl_module.read_loss()
+        loss = float(trainer.strategy.reduce(torch.tensor(loss, device=pl_module.device)))
+        seconds = time.monotonic() - self.since
+        row = {
+            "images": images,
+            "step": trainer.global_step,
+            "loss": loss,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "images_per_second": round((images - self.images) / seconds, 2),
+        }
+        self.images, self.since = images, time.monotonic()
+        if trainer.is_global_zero:
+            self.history.append(row)
+            self.progress.measure(loss=loss)
+        log(trainer, row, images)
+
+    def pause(self, seconds: float) -> None:
+        """Leave time that was not training out of the speed."""
+        self.since += seconds
+
+
+def log(trainer: lightning.Trainer, row: Mapping[str, Any], images: int) -> None:
+    """Hand the numbers of a row to TensorBoard or W&B, with the images seen as the axis."""
+    numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+    for logger in trainer.loggers:
+        logger.log_metrics(numbers, step=images)
+
+
+class Checkpoints(Callback):
+    """Saves the run every so many images and at its end, and keeps the newest few.
+
+    Args:
+        folder: where the checkpoints lie.
+        every: images between two.
+        keep: how many of the newest stay.
+        config: the resolved config, written into each.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int, config: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.interval = Interval(every)
+        self.keep = keep
+        self.config = config
+        self.saved = -1
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[checkpoints.SECTION] = {
+            "format": checkpoints.FORMAT,
+            "config": dict(self.config),
+            "images": pl_module.images_seen,
+        }
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.interval.start(pl_module.images_seen)
+        self.saved = pl_module.images_seen
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.interval.passed(pl_module.images_seen):
+            self._save(trainer, pl_module.images_seen)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if pl_module.images_seen > self.saved:
+            self._save(trainer, pl_module.images_seen)
+
+    def _save(self, trainer: lightning.Trainer, images: int) -> None:
+        path = self.folder / f"{images:012d}.ckpt"
+        trainer.save_checkpoint(path)
+        self.saved = images
+        if trainer.is_global_zero:
+            checkpoints.point_to(path)
+            for old in sorted(self.folder.glob("*.ckpt"))[: -self.keep]:
+                old.unlink()
+
+
+class Evaluate(Callback):
+    """Draws and measures images of the averaged weights every so many images and at the end.
+
+    Args:
+        settings: how many images, which metrics, how often.
+        sampler: draws them.
+        extractor: the features.
+        reference: statistics of the real images.
+        classes: classes of the model, 0 for none.
+        shape: (C, H, W) of an image.
+        precision: torch dtype of the network under autocast, None for float32.
+        run: the run's folder; grids go to run/samples.
+        history: the run's metrics.jsonl.
+        training_log: told how long it took, so that the training speed stays true.
+    """
+
+    def __init__(
+        self,
+        settings: Evaluation,
+        sampler: Sampler,
+        extractor: Extractor,
+        reference: Reference,
+        *,
+        classes: int,
+        shape: tuple[int, int, int],
+        precision: torch.dtype | None,
+        run: Path,
+        history: History,
+        training_log: Log,
+    ) -> None:
+        self.settings = settings
+        self.sampler = sampler
+        self.extractor = extractor
+        self.reference = reference
+        self.classes = classes
+        self.shape = shape
+        self.precision = precision
+        self.run = run
+        self.history = history
+        self.training_log = training_log
+        self.interval = Interval(settings.every)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        images = pl_module.images_seen
+        self.interval.start(images)
+        measured = any(row["images"] == images and "name" in row for row in self.history.rows())
+        # A run that was stopped between the checkpoint and the end of the evaluation makes it up.
+        if images and images % self.settings.every < pl_module.batch_size and not measured:
+            self._evaluate(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        images = pl_module.images_seen
+        if self.interval.passed(images) and images < trainer.max_steps * pl_module.batch_size:
+            self._evaluate(trainer, pl_module)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if pl_module.images_seen:
+            self._evaluate(trainer, pl_module)
+
+    def _evaluate(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> None:
+        started = time.monotonic()
+        drawing = Drawing(
+            denoiser=pl_module.ema,
+            sampler=self.sampler,
+            shape=self.shape,
+            classes=self.classes,
+            seed=self.settings.seed,
+            guidance=self.settings.guidance,
+            precision=self.precision,
+        )
+        progress = self.training_log.progress
+        rows, shown = evaluate(
+            drawing,
+            self.settings,
+            self.extractor,
+            self.reference,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            progress=progress.evaluating if trainer.is_global_zero else None,
+        )
+        images = pl_module.images_seen
+        if trainer.is_global_zero:
+            folder = self.run / "samples"
+            folder.mkdir(exist_ok=True)
+            save_png(grid(shown), folder / f"{images:012d}.png")
+            for row in rows:
+                self.history.append({"images": images, **row, "weights": "ema"})
+            progress.measured(images, rows)
+        log(trainer, {row["name"]: row["value"] for row in rows}, images)
+        self.training_log.pause(time.monotonic() - started)

@@ -1,0 +1,57 @@
+"""The exponential moving average of the weights, counted in images."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class EMA:
+    """How fast the average forgets (Karras 2022, App. F.3; Ho 2020, App. B without ramp-up).
+
+    Args:
+        half_life: images after which a weight counts half, > 0. DDPM's decay 0.9999 at batch 128 is
+            a half-life of 887,000 images.
+        ramp_up: half-life as a share of the images seen, while that is shorter; None for none.
+    """
+
+    half_life: float
+    ramp_up: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.half_life <= 0 or (self.ramp_up is not None and self.ramp_up <= 0):
+            raise ValueError(
+                f"half_life and ramp_up must be positive (got {self.half_life}, {self.ramp_up})"
+            )
+
+    def decay(self, images: int, batch_size: int) -> float:
+        """Weight that the old average keeps in one update, in [0, 1).
+
+        Args:
+            images: images seen before this update.
+            batch_size: images of this update.
+        """
+        half_life = self.half_life
+        if self.ramp_up is not None:
+            half_life = min(half_life, max(self.ramp_up * images, 1e-8))
+        return 0.5 ** (batch_size / half_life)
+
+
+def averaged_copy(module: Module) -> Module:
+    """A second module that starts as a copy: never trained, always in evaluation mode."""
+    return copy.deepcopy(module).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update(average: nn.Module, current: nn.Module, decay: float) -> None:
+    """Move every parameter: average = decay average + (1 - decay) current; buffers are copied."""
+    torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)
+    for target, source in zip(average.buffers(), current.buffers(), strict=True):
+        target.copy_(source)

@@ -1,0 +1,46 @@
+"""metrics.jsonl, the history of a run: one JSON object a line, never lost, never doubled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusion_pl.training.checkpoint import write_atomically
+
+
+class History:
+    """Rows of measurements, each with the images seen.
+
+    Args:
+        path: the file; made with the first row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row and flush it."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, oldest first; a last line that a crash cut off is not one."""
+        if not self.path.exists():
+            return []
+        rows = []
+        for line in self.path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def rewind(self, images: int) -> None:
+        """Drop the rows after `images`: a resumed run measures them again, to the same numbers."""
+        rows = self.rows()
+        kept = [row for row in rows if row["images"] <= images]
+        if self.path.exists():
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            write_atomically(self.path, lambda file: file.write(text.encode()))

@@ -1,0 +1,120 @@
+"""The progress of a run on the terminal: images seen of the budget, speed, loss, time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+REFRESH = 0.25  # seconds between movements of the bar
+LINE = 15.0  # seconds between lines where there is no terminal
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Progress:
+    """One bar on a terminal, a line now and then elsewhere; both on stderr.
+
+    The speed counts the time of training only: evaluation shows its own bar and stops the clock.
+
+    Args:
+        total: images of the budget.
+        console: where to write; stderr when not given.
+    """
+
+    def __init__(self, total: int, console: Console | None = None) -> None:
+        self.total = total
+        self.console = console or Console(file=sys.stderr, soft_wrap=True)
+        self.loss: float | None = None
+        self.images = 0
+        self.begun = 0  # images at the start of this process
+        self.busy = 0.0  # seconds of training since then
+        self.last = 0.0  # time of the last look at the clock
+        self.shown = 0.0  # time of the last refresh
+        self.bar: Bar | None = None
+        self.task: Any = None
+        self.evaluation: Any = None
+
+    def start(self, images: int) -> None:
+        """Begin at a position of the run."""
+        self.begun = self.images = images
+        self.last = self.shown = time.monotonic()
+        if self.console.is_terminal:
+            self.bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+                auto_refresh=False,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task("training", total=self.total, text="")
+            self.bar.update(self.task, completed=images, refresh=True)
+
+    def advance(self, images: int) -> None:
+        """Note the images seen; cheap, called after every step."""
+        now = time.monotonic()
+        self.busy += now - self.last
+        self.last = now
+        self.images = images
+        if now - self.shown < (REFRESH if self.bar else LINE):
+            return
+        self.shown = now
+        if self.bar is None:
+            self.console.print(f"training {self.text()}", highlight=False)
+        else:
+            self.bar.update(self.task, completed=images, text=self.text(), refresh=True)
+
+    def text(self) -> str:
+        """The state in words: `12,800/60,000 images  250 images/s  loss 0.123  3:09 left`."""
+        done = self.images - self.begun
+        speed = done / self.busy if done and self.busy else 0.0
+        parts = [f"{self.images:,}/{self.total:,} images"]
+        if speed:
+            parts.append(f"{speed:,.1f} images/s" if speed < 100 else f"{speed:,.0f} images/s")
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4g}")
+        if speed:
+            parts.append(f"{clock(max(0, self.total - self.images) / speed)} left")
+        return "  ".join(parts)
+
+    def measure(self, loss: float) -> None:
+        """Show a newer loss from now on."""
+        self.loss = loss
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how far an evaluation is."""
+        if self.bar is not None:
+            if self.evaluation is None:
+                self.evaluation = self.bar.add_task("evaluation", total=total, text="")
+            text = f"{done:,}/{total:,} images drawn"
+            self.bar.update(self.evaluation, completed=done, text=text, refresh=True)
+        self.last = time.monotonic()
+
+    def measured(self, images: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print the numbers of an evaluation and go back to training."""
+        if self.bar is not None and self.evaluation is not None:
+            self.bar.remove_task(self.evaluation)
+            self.evaluation = None
+        for row in rows:
+            self.console.print(
+                f"{images:,} images: {row['name']} = {row['value']:.4g}", highlight=False
+            )
+        self.last = time.monotonic()
+
+    def stop(self) -> None:
+        """Leave the terminal as it was; safe to call twice."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.images, text=self.text(), refresh=True)
+            self.bar.stop()
+            self.bar = None

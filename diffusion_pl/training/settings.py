@@ -1,0 +1,116 @@
+"""What a training run sets beside mathematics: budget, devices, precision, intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the `trainer` node of an experiment says; every amount is in images, global.
+
+    Args:
+        images: the budget, images to train on.
+        checkpoint_every: images between checkpoints.
+        keep: newest checkpoints that stay, at least 1.
+        log_every: images between rows of the log.
+        warmup: images over which the learning rate rises from 0.
+        clip: largest global norm of the gradient, None for no clipping.
+        label_dropout: share of the labels hidden from the network, for guidance.
+        precision: "auto" is bf16 where the device has matrix units for it, else fp32.
+        devices: a node, or "auto" for all that are there.
+        nodes: machines.
+        accelerator: as Lightning names them: "auto", "cpu", "gpu".
+        device_batch_size: largest batch of one forward pass; more is accumulated. None: no limit.
+        compile: run the network through torch.compile; pays on GPUs.
+        loggers: of "tensorboard" and "wandb", beside metrics.jsonl, which is always written.
+    """
+
+    images: int
+    checkpoint_every: int
+    log_every: int = 5_000
+    keep: int = 2
+    warmup: int = 0
+    clip: float | None = None
+    label_dropout: float = 0.0
+    precision: Precision = "auto"
+    devices: int | Literal["auto"] = "auto"
+    nodes: int = 1
+    accelerator: str = "auto"
+    device_batch_size: int | None = None
+    compile: bool = False
+    loggers: Sequence[Literal["tensorboard", "wandb"]] = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        for key in ("images", "checkpoint_every", "log_every", "keep", "nodes"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1 (got {getattr(self, key)})")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip must be positive or null (got {self.clip})")
+
+    def steps(self, batch_size: int) -> int:
+        """Optimizer steps that the budget takes, the last one whole."""
+        return math.ceil(self.images / batch_size)
+
+    def share_size(self, batch_size: int, world_size: int) -> int:
+        """Images of one micro-batch on one device.
+
+        The largest that fits `device_batch_size` and divides the global batch without a remainder.
+
+        Raises:
+            ValueError: the global batch does not divide over the devices.
+        """
+        if batch_size % world_size:
+            raise ValueError(
+                f"data.batch_size: {batch_size} does not divide over {world_size} devices "
+                f"(remainder {batch_size % world_size}); "
+                f"use {batch_size // world_size * world_size or world_size} "
+                f"or {(batch_size // world_size + 1) * world_size}"
+            )
+        whole = batch_size // world_size
+        limit = self.device_batch_size or whole
+        if limit < 1:
+            raise ValueError(f"trainer.device_batch_size must be at least 1 (got {limit})")
+        accumulation = math.ceil(whole / limit)
+        if whole % accumulation or whole % limit not in (0, whole):
+            divisors = [size for size in range(1, limit + 1) if whole % size == 0]
+            raise ValueError(
+                f"trainer.device_batch_size: {limit} does not divide the {whole} images that each "
+                f"of {world_size} devices takes of data.batch_size {batch_size}; use {divisors[-1]}"
+            )
+        return whole // accumulation
+
+    def device_type(self) -> str:
+        """Where the run computes, "cpu" or "cuda", by `accelerator`."""
+        wants_gpu = self.accelerator in ("gpu", "cuda")
+        on_gpu = wants_gpu or (self.accelerator == "auto" and torch.cuda.is_available())
+        return "cuda" if on_gpu else "cpu"
+
+
+def resolve_precision(precision: Precision, device: str) -> str:
+    """What "auto" means on this machine: "bf16" where matrix units for it exist, else "fp32".
+
+    A CPU without AMX computes bf16 by emulation, up to 40 times slower than fp32 (measured); with
+    AMX it is about 2.5 times faster.
+    """
+    if precision != "auto":
+        return precision
+    if device == "cuda":
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+    return "bf16" if _cpu_has_amx() else "fp32"
+
+
+def _cpu_has_amx() -> bool:
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False  # not Linux

@@ -1,0 +1,57 @@
+"""Ground truth: data distributions whose denoiser and probability-flow ODE are known exactly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """x ~ N(mean, std^2) in every pixel, independently."""
+
+    mean: float = 0.0
+    std: float = 0.5
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The posterior mean of x given x + sigma eps."""
+        level = sigma.reshape(-1, *[1] * (x.ndim - 1)) if sigma.ndim else sigma
+        share = self.std**2 / (self.std**2 + level.square())
+        return self.mean + share * (x - self.mean)
+
+    def flow(self, x: Tensor, sigma: float, to: float) -> Tensor:
+        """The exact solution of the probability-flow ODE from one level to another."""
+        ratio = math.sqrt((self.std**2 + to**2) / (self.std**2 + sigma**2))
+        return self.mean + ratio * (x - self.mean)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """An equal mixture of Gaussians of one std around points on the real line, in every pixel."""
+
+    centres: tuple[float, ...] = (-0.8, 0.1, 0.7)
+    std: float = 0.1
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The posterior mean: each component's, weighted by how likely it made x."""
+        level = sigma.reshape(-1, *[1] * (x.ndim - 1)) if sigma.ndim else sigma
+        centres = x.new_tensor(self.centres)
+        variance = (self.std**2 + level.square())[..., None]
+        offset = x[..., None] - centres
+        weight = torch.softmax(-offset.square() / (2 * variance), dim=-1)
+        mean = centres + self.std**2 / variance * offset
+        return (weight * mean).sum(-1)
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Draw pixels."""
+        which = torch.randint(len(self.centres), shape, generator=generator)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.tensor(self.centres, dtype=torch.float64)[which] + self.std * noise
+
+    def cdf(self, x: Tensor) -> Tensor:
+        """Cumulative distribution of a pixel."""
+        z = (x[..., None] - torch.tensor(self.centres, dtype=x.dtype)) / self.std
+        return torch.special.ndtr(z).mean(-1)
