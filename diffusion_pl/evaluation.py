@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +20,11 @@ from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.diffusion.random import ImageNoise, seed_of
 from diffusion_pl.images import to_bytes
+from diffusion_pl.metrics import reference as references
 from diffusion_pl.metrics.features import Extractor, Features
 from diffusion_pl.metrics.reference import Reference
+
+REFERENCE_BATCH = 250  # real images an extractor sees at a time
 
 
 class Sampler(Protocol):
@@ -155,6 +159,41 @@ class Drawing:
         if not torch.isfinite(drawn).all():
             raise ValueError("the sampler gave images that are not finite; the weights are unfit")
         return to_bytes(drawn), counted.calls
+
+
+class RealImages(Protocol):
+    """A data set to compare with; see data/."""
+
+    name: str
+    fingerprint: str
+
+    @property
+    def resolution(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Tensor) -> Tensor: ...
+
+
+def reference_of(images: RealImages, extractor: Extractor, folder: Path) -> Reference:
+    """Statistics of all real images, computed once for their content and kept.
+
+    Args:
+        images: the data set.
+        extractor: the features; the images go to its device.
+        folder: where the statistics are kept.
+    """
+    device = next(extractor.parameters()).device
+    pieces = torch.arange(len(images)).split(REFERENCE_BATCH)
+    return references.cached(
+        folder,
+        (images.read(piece).to(device) for piece in pieces),
+        images.name,
+        images.fingerprint,
+        images.resolution,
+        len(images),
+        extractor,
+    )
 
 
 def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TypeVar
 
@@ -25,6 +26,13 @@ def double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
+def float32_region(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Switch autocast off, for what must stay accurate; a device without autocast is as it is."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
@@ -40,17 +48,21 @@ class SelfAttention(nn.Module):
     """Self-attention over pixels with a residual connection: scale (x + proj(attend(norm(x)))).
 
     Args:
-        channels: C, a multiple of `heads`.
+        norm: group normalisation over C channels, C a multiple of `heads`.
         heads: attention heads.
         scale: factor of the sum, sqrt(1/2) keeps its variance.
+        gain: of the initial weights that make queries, keys and values.
     """
 
-    def __init__(self, channels: int, heads: int = 1, scale: float = 1.0) -> None:
+    def __init__(
+        self, norm: nn.GroupNorm, heads: int = 1, scale: float = 1.0, gain: float = 1.0
+    ) -> None:
         super().__init__()
+        channels = norm.num_channels
         self.heads = heads
         self.scale = scale
-        self.norm = group_norm(channels)
-        self.qkv = xavier(nn.Conv2d(channels, 3 * channels, 1), gain=math.sqrt(0.2))
+        self.norm = norm
+        self.qkv = xavier(nn.Conv2d(channels, 3 * channels, 1), gain)
         self.proj = xavier(nn.Conv2d(channels, channels, 1), gain=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,3 +92,23 @@ class PositionalEmbedding(nn.Module):
         exponent = torch.arange(half, dtype=torch.float32, device=c_noise.device) / (half - 1)
         phase = c_noise.to(torch.float32)[:, None] * (1 / 10000) ** exponent
         return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+def one_hot(label: Tensor, classes: int) -> Tensor:
+    """Rows of a unit matrix, zeros for label -1, no label: int64 (B,) -> float32 (B, classes)."""
+    return F.one_hot(label.clamp(min=0), classes) * (label >= 0).to(torch.float32)[:, None]
+
+
+def refuse_resolution(height: int, width: int, divisor: int) -> None:
+    """Raise ValueError unless the images can be halved as often as the network does.
+
+    Args:
+        height: of the images.
+        width: of the images.
+        divisor: what both must be multiples of, a power of two.
+    """
+    if height % divisor or width % divisor:
+        raise ValueError(
+            f"the network halves images {divisor.bit_length() - 1} times, so their sides must be "
+            f"multiples of {divisor} (got {height} x {width})"
+        )

@@ -14,8 +14,11 @@ from diffusion_pl.networks.layers import (
     PositionalEmbedding,
     SelfAttention,
     double,
+    float32_region,
     group_norm,
     halve,
+    one_hot,
+    refuse_resolution,
     xavier,
 )
 
@@ -55,7 +58,11 @@ class Block(nn.Module):
         # A resampled skip has its own 1x1 convolution even where the channels agree (Table 8).
         projected = channels_in != channels_out or resample is not None
         self.skip = xavier(nn.Conv2d(channels_in, channels_out, 1)) if projected else None
-        self.attention = SelfAttention(channels_out, scale=SKIP_SCALE) if attention else None
+        self.attention = None
+        if attention:
+            self.attention = SelfAttention(
+                group_norm(channels_out), scale=SKIP_SCALE, gain=math.sqrt(0.2)
+            )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, channels_in, H, W), (B, embedding) -> (B, channels_out, H', W')."""
@@ -152,11 +159,7 @@ class SongUNet(nn.Module):
 
     def check_resolution(self, height: int, width: int) -> None:
         """Raise ValueError unless the images can be halved once a level."""
-        if height % self.divisor or width % self.divisor:
-            raise ValueError(
-                f"the network halves images {self.divisor.bit_length() - 1} times, so their sides "
-                f"must be multiples of {self.divisor} (got {height} x {width})"
-            )
+        refuse_resolution(height, width, self.divisor)
 
     def embed(self, c_noise: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
         """Embed the condition in float32, whatever autocast says, (B, 4 model_channels).
@@ -164,12 +167,12 @@ class SongUNet(nn.Module):
         Raises:
             ValueError: labels or augmentation labels given to a network without them.
         """
-        with torch.autocast(c_noise.device.type, enabled=False):
+        with float32_region(c_noise.device):
             vector = self.map_noise(c_noise)
             if self.map_label is not None and label is not None:
-                # Label -1 is no label: a row of zeros. The one-hot is scaled to unit mean square.
-                hot = F.one_hot(label.clamp(min=0), self.classes) * (label >= 0)[:, None]
-                vector = vector + self.map_label(hot.to(vector.dtype) * math.sqrt(self.classes))
+                # Scaled to unit mean square, as the noise embedding is.
+                hot = one_hot(label, self.classes) * math.sqrt(self.classes)
+                vector = vector + self.map_label(hot)
             elif self.map_label is not None:
                 vector = vector + self.map_label.bias
             elif label is not None:

@@ -20,8 +20,7 @@ from diffusion_pl.data.loader import Loader, MicroBatches, Share
 from diffusion_pl.data.order import Order
 from diffusion_pl.data.source import Images, Source
 from diffusion_pl.diffusion.objective import Objective
-from diffusion_pl.evaluation import Evaluation, Sampler
-from diffusion_pl.metrics import reference as references
+from diffusion_pl.evaluation import Evaluation, Sampler, reference_of
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.callbacks import Checkpoints, Evaluate, Log
@@ -29,10 +28,13 @@ from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule, MakeOptimizer
 from diffusion_pl.training.progress import Progress
-from diffusion_pl.training.settings import LIGHTNING_PRECISION, Settings, resolve_precision
+from diffusion_pl.training.settings import (
+    AUTOCAST,
+    LIGHTNING_PRECISION,
+    Settings,
+    resolve_precision,
+)
 
-REFERENCE_BATCH = 250  # images an extractor sees at a time
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Network(Protocol):
@@ -274,20 +276,6 @@ def make_loggers(experiment: Experiment, run: Path) -> list[Logger]:
             WandbLogger(project="diffusion_pl", name=run.name, id=run.name, save_dir=run)
         )
     return loggers
-
-
-def reference_of(images: Images, extractor: Extractor, folder: Path) -> references.Reference:
-    """Statistics of the training images, computed once for their content and kept."""
-    pieces = torch.arange(len(images)).split(REFERENCE_BATCH)
-    return references.cached(
-        folder,
-        (images.read(piece) for piece in pieces),
-        images.name,
-        images.fingerprint,
-        images.resolution,
-        len(images),
-        extractor,
-    )
 
 
 def last_measurements(history: History) -> list[dict[str, Any]]:

@@ -1,0 +1,56 @@
+# Everything that is done with this project; `make` alone lists it.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+RUN_PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check train sample evaluate experiments test test-slow mutants bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
+
+setup: $(STAMP)  ## make .venv and install, once; again only when the requirements change
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(RUN_PYTHON) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: $(STAMP)  ## train EXP=quickstart [SET="optimizer.lr=1e-4 ..."] [RUN=runs/name]; again: goes on
+	@$(RUN_PYTHON) -m diffusion_pl train $(EXP) $(SET) $(if $(RUN),--run $(RUN))
+
+sample: $(STAMP)  ## draw images: RUN=runs/quickstart [COUNT=64] [ARGS="--sampler heun --steps 9 ..."]
+	@$(RUN_PYTHON) -m diffusion_pl sample $(RUN) --count $(or $(COUNT),64) $(ARGS)
+
+evaluate: $(STAMP)  ## measure a run: RUN=runs/quickstart [ARGS="--count 1000 ..."]
+	@$(RUN_PYTHON) -m diffusion_pl evaluate $(RUN) $(ARGS)
+
+experiments: $(STAMP)  ## list the experiments with their published numbers
+	@$(RUN_PYTHON) -m diffusion_pl experiments
+
+check: $(STAMP)  ## lint, types, architecture; with EXP=... what that experiment means
+ifdef EXP
+	@$(RUN_PYTHON) -m diffusion_pl check $(EXP) $(SET)
+else
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(RUN_PYTHON) -m pytest tests/test_architecture.py
+endif
+
+test: $(STAMP)  ## the tests: offline, minutes, warnings are errors
+	$(RUN_PYTHON) -m pytest -n 2 -m 'not slow'
+
+test-slow: $(STAMP)  ## the tests that take minutes each
+	$(RUN_PYTHON) -m pytest -m slow
+
+mutants: $(STAMP)  ## plant one-line bugs; the tests must notice every one
+	$(RUN_PYTHON) -m tests.mutants
+
+bench: $(STAMP)  ## measurements beside the peers: BENCH=networks, loop, commands
+	$(RUN_PYTHON) -m benchmarks.$(or $(BENCH),all)
+
+clean:  ## remove the environment and caches; runs and data stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,87 @@
+"""`check`: bind an experiment and say what it means, in seconds and without data or memory."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion_pl import config
+from diffusion_pl.commands import parts
+from diffusion_pl.config import Config
+from diffusion_pl.diffusion.objective import Objective
+from diffusion_pl.training.ema import EMA
+from diffusion_pl.training.settings import Settings, resolve_precision
+
+FAILURES: tuple[type[Exception], ...] = ()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print parameters, batch arithmetic, budget and noise range."""
+    experiment = parts.read(options.experiment, options.overrides)
+    objective: Objective = config.build(experiment, "objective")
+    network = parts.meta_network(experiment)
+    for title, text in [
+        ("network", _network(experiment, network)),
+        ("batch", _batch(experiment)),
+        ("budget", _budget(experiment)),
+        ("noise", _noise(experiment, objective)),
+    ]:
+        print(f"{title:8} {text}")
+    return 0
+
+
+def _network(experiment: Config, network: nn.Module) -> str:
+    data = config.build(experiment, "data")
+    count = sum(parameter.numel() for parameter in network.parameters())
+    image = torch.zeros(1, data.channels, data.resolution, data.resolution, device="meta")
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter, torch.no_grad():
+            network(image, torch.zeros(1, device="meta"))
+    except ValueError as error:
+        raise experiment.error("network", str(error)) from error
+    size = f"{data.channels} x {data.resolution} x {data.resolution}"
+    flops = counter.get_total_flops() / 1e9
+    return f"{type(network).__name__}, {count:,} parameters; {flops:.3g} GFLOP forward at {size}"
+
+
+def _batch(experiment: Config) -> str:
+    settings: Settings = config.build(experiment, "trainer")
+    batch_size = experiment.get("data.batch_size")
+    on_gpu = settings.device_type() == "cuda"
+    here = torch.cuda.device_count() if on_gpu else 1
+    devices = here if settings.devices == "auto" else settings.devices
+    world = devices * settings.nodes
+    try:
+        size = settings.share_size(batch_size, world)
+    except ValueError as error:
+        raise experiment.error("data.batch_size", str(error)) from error
+    precision = resolve_precision(settings.precision, settings.device_type())
+    return (
+        f"{batch_size:,} images = {settings.nodes} nodes x {devices} devices x {size} images "
+        f"x {batch_size // (size * world)} accumulated; {precision} on {settings.device_type()} here"
+    )
+
+
+def _budget(experiment: Config) -> str:
+    settings: Settings = config.build(experiment, "trainer")
+    ema: EMA = config.build(experiment, "ema")
+    batch_size = experiment.get("data.batch_size")
+    return (
+        f"{settings.images:,} images = {settings.steps(batch_size):,} steps; warm-up "
+        f"{settings.warmup:,}, EMA half-life {ema.half_life:,.0f} images"
+    )
+
+
+def _noise(experiment: Config, objective: Objective) -> str:
+    sampler = parts.sampler_of(experiment, objective)
+    quantiles = torch.tensor([0.001, 0.5, 0.999], dtype=torch.float64)
+    low, middle, high = objective.schedule(quantiles).tolist()
+    visited = sampler.sigmas()
+    return (
+        f"training sigma {low:.4g} to {high:.4g} (99.8 %), median {middle:.4g}; sampling "
+        f"{float(visited[0]):.4g} to {float(visited[-2]):.4g} in {sampler.steps} steps"
+    )

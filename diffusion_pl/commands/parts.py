@@ -1,0 +1,77 @@
+"""The sections of an experiment, bound and built; light enough for `check`, without lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusion_pl import config
+from diffusion_pl.config import Config
+from diffusion_pl.data.source import Source
+from diffusion_pl.diffusion.objective import Objective
+from diffusion_pl.evaluation import Evaluation
+from diffusion_pl.metrics.features import Extractor
+from diffusion_pl.samplers.sampler import Sampler, check_range
+from diffusion_pl.training.ema import EMA
+from diffusion_pl.training.settings import Settings
+
+RUNS = Path("runs")
+REFERENCES = Path("data/references")
+
+SECTIONS: dict[str, Any] = {
+    "seed": int,
+    "data": Source,
+    "network": nn.Module,
+    "objective": Objective,
+    "optimizer": Any,
+    "ema": EMA,
+    "sampler": Sampler,
+    "features": Extractor,
+    "evaluation": Evaluation,
+    "trainer": Settings,
+}
+
+
+def read(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read an experiment and bind all of it.
+
+    Raises:
+        ConfigError: everything that is wrong, a line each.
+    """
+    experiment = config.load(name, overrides)
+    bind(experiment)
+    return experiment
+
+
+def bind(experiment: Config) -> None:
+    """Check every section against what it configures.
+
+    Raises:
+        ConfigError: everything that is wrong, a line each.
+    """
+    config.check(experiment, known=SECTIONS, required=tuple(SECTIONS))
+
+
+def meta_network(experiment: Config) -> nn.Module:
+    """The network without memory for its weights, for counting."""
+    with torch.device("meta"):
+        network: nn.Module = config.build(experiment, "network")
+    return network
+
+
+def sampler_of(experiment: Config, objective: Objective) -> Sampler:
+    """The experiment's sampler, known to visit only levels that the network was trained for.
+
+    Raises:
+        ConfigError: the noise range is outside the network's.
+    """
+    sampler: Sampler = config.build(experiment, "sampler")
+    try:
+        check_range(sampler, objective.preconditioning.sigma_range)
+    except ValueError as error:
+        raise experiment.error("sampler", str(error)) from error
+    return sampler

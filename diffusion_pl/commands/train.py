@@ -1,0 +1,102 @@
+"""`train`: from an experiment's name to a finished run; the same command again goes on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_pl import config
+from diffusion_pl.commands import parts
+from diffusion_pl.config import Config
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training.checkpoint import write_atomically
+from diffusion_pl.training.history import History
+from diffusion_pl.training.module import NonFiniteLoss
+from diffusion_pl.training.run import Experiment, fit, last_measurements
+
+FAILURES: tuple[type[Exception], ...] = (NonFiniteLoss,)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, then say where the run lies, what was measured and how to draw more."""
+    experiment = parts.read(options.experiment, options.overrides)
+    folder: Path = options.run or parts.RUNS / experiment.name
+    settle(experiment, folder)
+    latest = checkpoints.latest(folder / "checkpoints")
+    budget = config.build(experiment, "trainer").steps(experiment.get("data.batch_size"))
+    budget *= experiment.get("data.batch_size")
+    done = int(latest.stem) if latest else 0
+    if done >= budget and last_measurements(History(folder / "metrics.jsonl")):
+        print(f"{folder} is finished: {done:,} images", file=sys.stderr)
+        report(folder, done, last_measurements(History(folder / "metrics.jsonl")))
+        return 0
+    if latest:
+        print(f"{folder}: going on from {done:,} of {budget:,} images", file=sys.stderr)
+    try:
+        result = fit(build(experiment), folder, parts.REFERENCES)
+    except NonFiniteLoss as error:
+        kept = checkpoints.latest(folder / "checkpoints")
+        raise NonFiniteLoss(f"{error}; the last good checkpoint is {kept or 'none'}") from error
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        report(folder, result["images"], result["rows"])
+    return 0
+
+
+def settle(experiment: Config, folder: Path) -> None:
+    """Make the run's folder with its config, or see that it is this experiment's.
+
+    Raises:
+        ConfigError: the folder holds a run of another config; names the differing keys.
+        ValueError: the folder cannot be written.
+    """
+    kept = folder / "config.yaml"
+    if kept.exists():
+        changes = config.differences(config.load(kept).tree, experiment.tree)
+        if changes:
+            raise config.ConfigError(
+                f"{folder} was begun with another config; name another folder (RUN=...) or undo:\n"
+                + "\n".join(f"  {line}" for line in changes)
+            )
+    elif (folder / "checkpoints").exists():
+        raise ValueError(f"{folder} holds checkpoints but no config.yaml; restore it or remove them")
+    else:
+        write_atomically(kept, lambda file: file.write(config.dump(experiment).encode()))
+
+
+def build(experiment: Config) -> Experiment:
+    """Build every part of an experiment.
+
+    The weights are drawn from the experiment's seed, whatever was drawn before.
+    """
+    objective = config.build(experiment, "objective")
+    torch.manual_seed(experiment.get("seed"))
+    return Experiment(
+        name=experiment.name,
+        config=experiment.tree,
+        seed=experiment.get("seed"),
+        settings=config.build(experiment, "trainer"),
+        data=config.build(experiment, "data"),
+        network=config.build(experiment, "network"),
+        objective=objective,
+        optimizer=config.build(experiment, "optimizer"),
+        ema=config.build(experiment, "ema"),
+        sampler=parts.sampler_of(experiment, objective),
+        extractor=config.build(experiment, "features"),
+        evaluation=config.build(experiment, "evaluation"),
+    )
+
+
+def report(folder: Path, images: int, rows: list[dict[str, Any]]) -> None:
+    """Say on stdout where the run lies, what was measured last and how to draw more."""
+    print(f"run      {folder}  ({images:,} images)")
+    for row in rows:
+        print(f"measured {row['name']} = {row['value']:.4g}")
+    grids = sorted((folder / "samples").glob("*.png"))
+    if grids:
+        print(f"samples  {grids[-1]}")
+    print(f"more     make sample RUN={folder} COUNT=64")

@@ -1,0 +1,213 @@
+"""The U-Net of DDPM (Ho 2020, App. B and released code)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion_pl.networks.layers import (
+    PositionalEmbedding,
+    SelfAttention,
+    double,
+    float32_region,
+    one_hot,
+    refuse_resolution,
+    xavier,
+)
+
+ZERO = 1e-5  # gain of the layers that begin near zero: variance scale 1e-10
+
+
+class Block(nn.Module):
+    """A residual block: norm, conv, + embedding, norm, dropout, conv; then attention if asked.
+
+    Args:
+        channels_in: channels of x.
+        channels_out: channels of the result.
+        embedding: length of the embedding vector.
+        dropout: probability, before the second convolution.
+        groups: of every normalisation.
+        attention: whether self-attention follows.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        embedding: int,
+        dropout: float,
+        groups: int,
+        attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.norm0 = nn.GroupNorm(groups, channels_in, eps=1e-6)
+        self.conv0 = xavier(nn.Conv2d(channels_in, channels_out, 3, padding=1))
+        self.affine = xavier(nn.Linear(embedding, channels_out))
+        self.norm1 = nn.GroupNorm(groups, channels_out, eps=1e-6)
+        self.conv1 = xavier(nn.Conv2d(channels_out, channels_out, 3, padding=1), ZERO)
+        differ = channels_in != channels_out
+        self.skip = xavier(nn.Conv2d(channels_in, channels_out, 1)) if differ else None
+        self.attention = None
+        if attention:
+            # Three layers of C to C in the paper's code are one of C to 3 C here; Xavier's bound
+            # counts outputs, and sqrt(2) gives each third the bound of its own layer.
+            norm = nn.GroupNorm(groups, channels_out, eps=1e-6)
+            self.attention = SelfAttention(norm, gain=math.sqrt(2))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, channels_in, H, W), (B, embedding) -> (B, channels_out, H, W)."""
+        hidden = self.conv0(F.silu(self.norm0(x)))
+        hidden = hidden + self.affine(F.silu(embedding))[:, :, None, None]
+        hidden = F.dropout(F.silu(self.norm1(hidden)), self.dropout, self.training)
+        x = self.conv1(hidden) + (x if self.skip is None else self.skip(x))
+        return x if self.attention is None else self.attention(x)
+
+
+class Down(nn.Module):
+    """Halve the resolution by a strided convolution that pads on the right and below only.
+
+    TensorFlow's "SAME" padding of an even side at stride 2; the published weights rely on it.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = xavier(nn.Conv2d(channels, channels, 3, stride=2))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Up(nn.Module):
+    """Double the resolution by repeating pixels, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = xavier(nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(double(x))
+
+
+class DDPMUNet(nn.Module):
+    """DDPM's U-Net: 35,746,307 parameters for CIFAR-10, 113,673,219 for LSUN and CelebA-HQ at 256.
+
+    Args:
+        resolution: H = W of the images it is built for; decides which levels have attention.
+        channels: image channels.
+        classes: number of labels, 0 for none as published.
+        model_channels: channels at multiplier 1, a multiple of `groups`.
+        channel_mult: multiplier of each level, from the full resolution down.
+        blocks: residual blocks a level in the encoder; the decoder has one more.
+        attention: resolutions whose blocks are each followed by self-attention.
+        dropout: probability in every block.
+        groups: of every normalisation.
+
+    Raises:
+        ValueError: a resolution that the levels do not divide.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        channels: int = 3,
+        classes: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        dropout: float = 0.1,
+        groups: int = 32,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.classes = classes
+        self.divisor = 2 ** (len(channel_mult) - 1)
+        self.check_resolution(resolution, resolution)
+        embedding = 4 * model_channels
+        self.map_noise = PositionalEmbedding(model_channels)
+        self.map_layer0 = xavier(nn.Linear(model_channels, embedding))
+        self.map_layer1 = xavier(nn.Linear(embedding, embedding))
+        self.map_label = xavier(nn.Linear(classes, embedding, bias=False)) if classes else None
+
+        make = partial(Block, embedding=embedding, dropout=dropout, groups=groups)
+        widths = [model_channels * multiplier for multiplier in channel_mult]
+        sizes = [resolution // 2**level for level in range(len(widths))]
+        self.stem = xavier(nn.Conv2d(channels, model_channels, 3, padding=1))
+        width = model_channels
+        skips = [width]
+        self.encoder = nn.ModuleList()
+        for level, wanted in enumerate(widths):
+            for _ in range(blocks):
+                attends = sizes[level] in attention
+                self.encoder.append(make(width, wanted, attention=attends))
+                width = wanted
+                skips.append(width)
+            if level < len(widths) - 1:
+                self.encoder.append(Down(width))
+                skips.append(width)
+
+        self.middle = nn.ModuleList([make(width, width, attention=True), make(width, width)])
+        self.decoder = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            for _ in range(blocks + 1):
+                joined, attends = width + skips.pop(), sizes[level] in attention
+                self.decoder.append(make(joined, widths[level], attention=attends))
+                width = widths[level]
+            if level:
+                self.decoder.append(Up(width))
+        self.out_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.out_conv = xavier(nn.Conv2d(width, channels, 3, padding=1), ZERO)
+
+    def check_resolution(self, height: int, width: int) -> None:
+        """Raise ValueError unless the images can be halved between all levels."""
+        refuse_resolution(height, width, self.divisor)
+
+    def embed(self, c_noise: Tensor, label: Tensor | None) -> Tensor:
+        """Embed the condition in float32, whatever autocast says, (B, 4 model_channels).
+
+        Raises:
+            ValueError: labels given to a network without classes.
+        """
+        with float32_region(c_noise.device):
+            vector = self.map_layer1(F.silu(self.map_layer0(self.map_noise(c_noise))))
+            if label is None:
+                return vector
+            if self.map_label is None:
+                raise ValueError("labels were given to a network without classes (classes: 0)")
+            return vector + self.map_label(one_hot(label, self.classes) * math.sqrt(self.classes))
+
+    def forward(self, x: Tensor, c_noise: Tensor, *, label: Tensor | None = None) -> Tensor:
+        """Apply the raw network F.
+
+        Args:
+            x: preconditioned noisy images (B, C, H, W), sides divisible by 2^(levels - 1).
+            c_noise: (B,), the timestep, 0 to T - 1; need not be whole.
+            label: int64 (B,), 0 .. classes - 1, -1 for no label.
+
+        Returns:
+            (B, C, H, W).
+
+        Raises:
+            ValueError: a resolution that the levels do not divide, or labels it does not take.
+        """
+        self.check_resolution(*x.shape[2:])
+        embedding = self.embed(c_noise, label)
+        x = self.stem(x)
+        skips = [x]
+        for layer in self.encoder:
+            x = layer(x, embedding)
+            skips.append(x)
+        for layer in self.middle:
+            x = layer(x, embedding)
+        for layer in self.decoder:
+            if isinstance(layer, Block):
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = layer(x, embedding)
+        return self.out_conv(F.silu(self.out_norm(x)))
