@@ -25,6 +25,7 @@ REFERENCES = Path("data/references")
 SECTIONS: dict[str, Any] = {
     "seed": int,
     "data": Source,
+    "augment": Any,
     "network": nn.Module,
     "objective": Objective,
     "optimizer": Any,
@@ -34,6 +35,7 @@ SECTIONS: dict[str, Any] = {
     "evaluation": Evaluation,
     "trainer": Settings,
 }
+REQUIRED = tuple(name for name in SECTIONS if name != "augment")
 
 
 def read(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -53,7 +55,7 @@ def bind(experiment: Config) -> None:
     Raises:
         ConfigError: everything that is wrong, a line each.
     """
-    config.check(experiment, known=SECTIONS, required=tuple(SECTIONS))
+    config.check(experiment, known=SECTIONS, required=REQUIRED)
 
 
 def meta_network(experiment: Config) -> nn.Module:

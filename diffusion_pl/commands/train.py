@@ -88,6 +88,7 @@ def build(experiment: Config) -> Experiment:
         sampler=parts.sampler_of(experiment, objective),
         extractor=config.build(experiment, "features"),
         evaluation=config.build(experiment, "evaluation"),
+        augment=config.build(experiment, "augment"),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import lightning
 import torch
@@ -16,6 +16,14 @@ from diffusion_pl.images import from_bytes
 from diffusion_pl.training import ema as averaging
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Augment(Protocol):
+    """Changes clean images and says how; see data/augment.py."""
+
+    draws: int
+
+    def __call__(self, image: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class NonFiniteLoss(RuntimeError):
@@ -37,6 +45,7 @@ class DiffusionModule(lightning.LightningModule):
         classes: labels that the network takes, 0 for an unconditional one, which sees none.
         warmup: images over which the learning rate rises linearly from 0.
         label_dropout: probability with which a label is replaced by -1, none.
+        augment: changes the images and labels the change for the network, or None.
         seed: of everything random in training.
     """
 
@@ -51,6 +60,7 @@ class DiffusionModule(lightning.LightningModule):
         classes: int = 0,
         warmup: int = 0,
         label_dropout: float = 0.0,
+        augment: Augment | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -65,6 +75,7 @@ class DiffusionModule(lightning.LightningModule):
         self.classes = classes
         self.warmup = warmup
         self.label_dropout = label_dropout
+        self.augment = augment
         self.seed = seed
         # Sum of the loss over the micro-batches since the last reading, and how many they were; on
         # the device, so that no step waits for it.
@@ -97,7 +108,7 @@ class DiffusionModule(lightning.LightningModule):
         hidden = {"image", "index"} if self.classes else {"image", "index", "label"}
         condition = {key: value for key, value in batch.items() if key not in hidden}
         image = from_bytes(batch["image"])
-        u, noise, condition = self.draw(image, batch["index"], condition)
+        image, u, noise, condition = self.draw(image, batch["index"], condition)
         loss = self.objective.loss(self.denoiser, image, u, noise, **condition).mean()
         self.refuse_non_finite(loss.detach(), u)
         detached = loss.detach()
@@ -107,30 +118,35 @@ class DiffusionModule(lightning.LightningModule):
 
     def draw(
         self, image: Tensor, index: Tensor, condition: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Everything random of a micro-batch, counted from (seed, index).
 
         Returns:
+            image: augmented if so set.
             u: quantiles in (0, 1), float64 (B,), stratified over the global batch: each of its
                 batch_size equal intervals holds one.
             noise: standard normal (B, C, H, W).
-            condition: with labels dropped.
+            condition: with labels dropped, and the label of the augmentation.
         """
         positions = index.tolist()
         step, first = divmod(positions[0], self.batch_size)
         source = generator(self.seed, "levels", step)
         strata = torch.randperm(self.batch_size, generator=source)
-        jitter = torch.rand(2, self.batch_size, generator=source, dtype=torch.float64)
+        columns = 2 if self.augment is None else 2 + self.augment.draws
+        uniform = torch.rand(self.batch_size, columns, generator=source, dtype=torch.float64)
         mine = slice(first, first + len(positions))
-        u = ((strata + jitter[0]) / self.batch_size)[mine]
+        u = (strata[mine] + uniform[mine, 0]) / self.batch_size
+        uniform = uniform[mine].to(image.device, non_blocking=True)
         condition = dict(condition)
         if self.label_dropout and "label" in condition:
-            dropped = (jitter[1, mine] < self.label_dropout).to(image.device, non_blocking=True)
+            dropped = uniform[:, 1] < self.label_dropout
             condition["label"] = condition["label"].masked_fill(dropped, -1)
+        if self.augment is not None:
+            image, condition["augment"] = self.augment(image, uniform[:, 2:])
         noise = ImageNoise(self.seed, positions, "training", image.device)(image)
         # Dropout inside the network draws from the global generator; it restarts per micro-batch.
         torch.manual_seed(seed_of(self.seed, "dropout", positions[0]))
-        return u.to(image.device, non_blocking=True), noise, condition
+        return image, u.to(image.device, non_blocking=True), noise, condition
 
     def refuse_non_finite(self, loss: Tensor, u: Tensor) -> None:
         """Stop before the update when the loss is not finite."""

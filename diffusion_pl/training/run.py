@@ -26,7 +26,7 @@ from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.callbacks import Checkpoints, Evaluate, Log
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.history import History
-from diffusion_pl.training.module import DiffusionModule, MakeOptimizer
+from diffusion_pl.training.module import Augment, DiffusionModule, MakeOptimizer
 from diffusion_pl.training.progress import Progress
 from diffusion_pl.training.settings import (
     AUTOCAST,
@@ -68,6 +68,7 @@ class Experiment:
     sampler: Sampler
     extractor: Extractor
     evaluation: Evaluation
+    augment: Augment | None = None
 
 
 class CheckpointFiles(CheckpointIO):
@@ -258,6 +259,7 @@ def make_module(experiment: Experiment, images: Images) -> DiffusionModule:
         classes=network.classes,
         warmup=settings.warmup,
         label_dropout=settings.label_dropout,
+        augment=experiment.augment,
         seed=experiment.seed,
     )
     if settings.compile:

@@ -1,0 +1,18 @@
+"""Experiments as YAML: read, check against the signatures they configure, and build."""
+
+from diffusion_pl.config.binding import check
+from diffusion_pl.config.building import build
+from diffusion_pl.config.reading import experiments, load, load_resolved
+from diffusion_pl.config.tree import Config, ConfigError, differences, dump
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "build",
+    "check",
+    "differences",
+    "dump",
+    "experiments",
+    "load",
+    "load_resolved",
+]

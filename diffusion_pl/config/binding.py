@@ -1,0 +1,144 @@
+"""Nodes held against the signatures they configure, before anything is built."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from diffusion_pl.config.annotations import described, fits, is_node, signature
+from diffusion_pl.config.targets import locate
+from diffusion_pl.config.tree import Config, ConfigError, join, nearest
+
+SPECIAL = ("_target_", "_partial_")
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+Problem = tuple[str, str]  # dotted key, what is wrong
+
+
+def check(
+    config: Config,
+    *,
+    sections: Sequence[str] | None = None,
+    known: Sequence[str] | Mapping[str, Any] | None = None,
+    required: Sequence[str] = (),
+    given: Mapping[str, Collection[str]] | None = None,
+) -> None:
+    """Bind every node to its callable's signature and annotations, without calling any.
+
+    Args:
+        config: as read; the modules its targets name are imported.
+        sections: top-level keys to bind; all when not given.
+        known: the top-level keys there may be; a mapping gives each its annotation.
+        required: the top-level keys there must be, other than null.
+        given: dotted key of a node to the arguments which the program will hand in there.
+
+    Raises:
+        ConfigError: one line for each problem, in the order of the file.
+    """
+    problems: list[Problem] = []
+    for name, value in config.tree.items():
+        if known is not None and name not in known:
+            problems.append((str(name), f"unknown section{nearest(name, known)}"))
+            continue
+        if isinstance(known, Mapping) and not fits(value, known[name], config.packages):
+            problems.append((str(name), _wrong_type(value, known[name], "")))
+        if sections is None or name in sections:
+            problems.extend(_problems(config, value, str(name), given or {}))
+    for name in required:
+        if config.tree.get(name) is None:
+            null = " (got null)" if name in config.tree else ""
+            problems.append((name, f"missing section{null}; add it"))
+    report(config, problems)
+
+
+def check_node(config: Config, key: str, given: Collection[str]) -> None:
+    """Bind one value of the configuration, and the nodes in it, as `check` does.
+
+    Raises:
+        ConfigError: one line for each problem.
+    """
+    report(config, list(_problems(config, config.get(key), key, {key: given})))
+
+
+def report(config: Config, problems: Sequence[Problem]) -> None:
+    """Raise the problems as one error, a line each; nothing when there are none."""
+    if problems:
+        raise ConfigError("\n".join(str(config.error(key, what)) for key, what in problems))
+
+
+def _problems(
+    config: Config, value: Any, key: str, given: Mapping[str, Collection[str]]
+) -> Iterator[Problem]:
+    """Find what is wrong with a value and with everything in it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key, f"must be finite (got {value}); write a number, or null where allowed"
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _problems(config, child, join(key, index), given)
+    elif isinstance(value, dict):
+        yield from _special(value, key)
+        if is_node(value):
+            yield from _node(config, value, key, given.get(key, ()))
+        for name, child in value.items():
+            yield from _problems(config, child, join(key, name), given)
+
+
+def _special(node: dict[Any, Any], key: str) -> Iterator[Problem]:
+    """Find misspelt or misplaced keys of our own."""
+    for name in node:
+        if str(name).startswith("_") and str(name).endswith("_") and name not in SPECIAL:
+            yield join(key, name), f"unknown special key{nearest(name, SPECIAL)}"
+    if "_partial_" in node:
+        if not isinstance(node["_partial_"], bool):
+            yield join(key, "_partial_"), f"must be true or false (got {node['_partial_']!r})"
+        if "_target_" not in node:
+            yield join(key, "_partial_"), "stands without _target_; name the callable"
+
+
+def _node(
+    config: Config, node: dict[Any, Any], key: str, given: Collection[str]
+) -> Iterator[Problem]:
+    """Find what is wrong with the target and the arguments of one node."""
+    target = node["_target_"]
+    try:
+        called = locate(target, config.packages)
+    except ValueError as error:
+        yield join(key, "_target_"), str(error)
+        return
+    bound = signature(called)
+    if bound is None:  # written in C and without a signature: only the call can tell
+        return
+    kinds = {name: parameter.kind for name, parameter in bound.parameters.items()}
+    accepted = [name for name, kind in kinds.items() if kind in _BY_NAME]
+    open_ended = inspect.Parameter.VAR_KEYWORD in kinds.values()
+    for name, value in node.items():
+        if name in SPECIAL or (str(name).startswith("_") and str(name).endswith("_")):
+            continue
+        if name in given:
+            yield join(key, name), f"is handed to {target} by the program; remove it"
+        elif name not in accepted:
+            if not open_ended:
+                yield join(key, name), f"unknown argument of {target}{nearest(name, accepted)}"
+        elif not fits(value, bound.parameters[name].annotation, config.packages):
+            yield join(key, name), _wrong_type(value, bound.parameters[name].annotation, target)
+    for name in given:
+        if name not in accepted and not open_ended:
+            yield key, f"{target} takes no {name!r}, which the program hands in; use another target"
+    if node.get("_partial_") is not True:
+        # A function is often meant to be handed on, not called.
+        otherwise = "" if inspect.isclass(called) else ", or `_partial_: true` to hand it on"
+        for name, parameter in bound.parameters.items():
+            required = parameter.default is parameter.empty and parameter.kind not in _VARIADIC
+            if required and name not in node and name not in given:
+                yield join(key, name), f"missing argument of {target}; add it{otherwise}"
+
+
+def _wrong_type(value: Any, annotation: Any, target: str) -> str:
+    got = f"a node of {value['_target_']}" if is_node(value) else reprlib.repr(value)
+    of = f" for {target}" if target else ""
+    return f"must be {described(annotation)}{of} (got {got})"

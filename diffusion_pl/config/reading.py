@@ -1,0 +1,280 @@
+"""Experiments read from YAML: files merged onto their defaults, overrides on top, all resolved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from diffusion_pl.config.interpolation import interpolated
+from diffusion_pl.config.targets import OWN_PACKAGES, trusted
+from diffusion_pl.config.tree import (
+    Config,
+    ConfigError,
+    finished,
+    join,
+    leaves,
+    names,
+    nearest,
+    plain,
+    step,
+)
+
+# What a value set on the command line gives as its file: make train SET="optimizer.lr=1e-4".
+OVERRIDE = "SET"
+BASE = "base"
+
+_MAX_BYTES = 1_000_000
+# The parser recurses in C and takes the process down at some 40,000 levels, so what may open a
+# level is counted before it sees the text.
+_MAX_OPENINGS = 5_000
+_OPENING = re.compile(r"[\[{]|[-?:]\s")
+
+
+def experiments(folder: Path = Path("experiments")) -> dict[str, str]:
+    """List the experiments without parsing, building or importing anything.
+
+    Returns:
+        Name to the first comment line of its file, which states the published number; the base
+        file is none of them.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; name the one that holds the experiments")
+    found = {}
+    for file in sorted(folder.glob("*.yaml")):
+        if file.stem != BASE:
+            comments = (line for line in _text(file).splitlines() if line.startswith("#"))
+            found[file.stem] = next(comments, "").lstrip("# ").rstrip()
+    return found
+
+
+def load(
+    name_or_path: str | Path, overrides: Sequence[str] = (), folder: Path = Path("experiments")
+) -> Config:
+    """Read an experiment: its defaults, its own keys over them, the overrides over both.
+
+    A mapping merges into the one below it, unless both name a `_target_` and these differ: then it
+    replaces it. Everything else replaces.
+
+    Args:
+        name_or_path: a name in the folder, or the path of a YAML file.
+        overrides: `dotted.key=value`, the value written as in YAML. The outer keys are set before
+            the inner ones and a `_target_` before its arguments, whatever their order.
+        folder: where experiments are looked up by name.
+
+    Returns:
+        The resolved configuration; nothing is imported or checked against signatures yet.
+
+    Raises:
+        ConfigError: one line on what is wrong in which file.
+    """
+    file = _file(str(name_or_path), folder)
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for path, own in _lineage(file, ()).items():
+        _merge(tree, own, "", path, origins)
+    return _overridden(Config(file.stem, file.as_posix(), tree, origins), overrides)
+
+
+def load_resolved(
+    tree: Mapping[str, Any], source: str, allow: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> Config:
+    """Take a configuration read back from a run folder or a checkpoint, which others may have made.
+
+    Args:
+        tree: the plain containers; nothing in them is interpolated.
+        source: the file they come from, for messages.
+        allow: top-level packages the user trusts beside this one and torch.optim.
+        overrides: as for `load`; what they name must be trusted too.
+
+    Raises:
+        ConfigError: a `_target_` outside the trusted packages, or a tree that `load` cannot make.
+    """
+    packages = (*OWN_PACKAGES, *allow)
+    config = finished(Config(Path(source).stem, source, plain(tree, source), packages=packages))
+    config = _overridden(config, overrides)
+    for key, value in leaves(config.tree):
+        if "_target_" in key.split(".") and not trusted(value, packages):
+            raise config.error(
+                key,
+                f"is outside the trusted packages {', '.join(packages)} (got {value!r}); allow "
+                "its top-level package by name if you trust whoever wrote this file",
+            )
+    return config
+
+
+def _text(file: Path) -> str:
+    try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{file.as_posix()}: larger than {_MAX_BYTES:,} bytes; keep data out")
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{file.as_posix()}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file.as_posix()}: is not UTF-8 text ({error.reason})") from error
+
+
+def _parsed(text: str, parse: Callable[[str], Any], where: str) -> Any:
+    """Parse untrusted YAML by OmegaConf, every failure being one line.
+
+    Raises:
+        ConfigError: with `where` in front.
+    """
+    if len(_OPENING.findall(text)) > _MAX_OPENINGS:
+        raise ConfigError(f"{where}: more than {_MAX_OPENINGS:,} keys and brackets; keep data out")
+    try:
+        return OmegaConf.to_container(parse(text), resolve=False)
+    except RecursionError as error:
+        raise ConfigError(f"{where}: nested too deeply; flatten it") from error
+    except Exception as error:  # the YAML library's exceptions have no base of OmegaConf's
+        # A marked error names the place on lines of its own; a grammar error adds its full key.
+        message = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise ConfigError(f"{where}: not valid YAML ({message}); correct it") from error
+
+
+def _file(name: str, folder: Path) -> Path:
+    """Find the file of an experiment by name or path."""
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise ConfigError(f"{name}: no such file")
+        return Path(name)
+    file = folder / f"{name}.yaml"
+    if not file.is_file():
+        near = nearest(name, experiments(folder), count=3)
+        raise ConfigError(f"{file.as_posix()}: no such experiment (got {name!r}){near}")
+    return file
+
+
+def _lineage(file: Path, children: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
+    """Read a file and its defaults, the lowest first.
+
+    A file reached twice counts where it is reached first: merged again it would undo what the
+    defaults named before it changed.
+    """
+    where = file.as_posix()
+    container = _parsed(_text(file), OmegaConf.create, where)
+    if isinstance(container, dict) and len(container) == 1 and list(container.values()) == [None]:
+        # OmegaConf reads a lone word so.
+        raise ConfigError(f"{where}: must be a mapping of sections (got {next(iter(container))!r})")
+    own = plain(container, where)
+    listed = own.pop("defaults", [])
+    lineage: dict[str, dict[str, Any]] = {}
+    for name in listed if isinstance(listed, list) else [listed]:
+        parent = file.parent / f"{name}.yaml"
+        if not isinstance(name, str) or Path(name).name != name or not parent.is_file():
+            beside = [each.stem for each in file.parent.glob("*.yaml") if each != file]
+            raise ConfigError(
+                f"{where}: defaults: must name YAML files beside this one (got {name!r})"
+                f"{nearest(name, beside)}"
+            )
+        if parent == file or parent in children:
+            raise ConfigError(f"{where}: defaults: {name!r} has this file among its own defaults")
+        for path, tree in _lineage(parent, (*children, file)).items():
+            lineage.setdefault(path, tree)
+    return {**lineage, where: own}
+
+
+def _merge(
+    low: dict[Any, Any], high: dict[Any, Any], key: str, source: str, origins: dict[str, str]
+) -> None:
+    """Merge `high` into `low` in place and note where each key now comes from."""
+    for name, value in high.items():
+        path = join(key, name)
+        below = low.get(name)
+        if isinstance(below, dict) and isinstance(value, dict) and not _replaces(below, value):
+            _merge(below, value, path, source, origins)
+            continue
+        low[name] = value
+        _mark(origins, path, source)
+
+
+def _mark(origins: dict[str, str], key: str, source: str) -> None:
+    """Note that a key and everything below it comes from a file."""
+    for stale in [each for each in origins if each.startswith(f"{key}.")]:
+        del origins[stale]
+    origins[key] = source
+
+
+def _replaces(below: dict[Any, Any], above: dict[Any, Any]) -> bool:
+    """Tell whether a node names another callable, whose arguments are not those below."""
+    both = "_target_" in below and "_target_" in above
+    return both and below["_target_"] != above["_target_"]
+
+
+def _overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """Set the overrides in place, then resolve the references."""
+    pairs = [_pair(text) for text in overrides]
+    pairs.sort(key=_outer_first)
+    for parts, value in pairs:
+        _set(config, parts, value)
+    return finished(replace(config, tree=plain(interpolated(config), config.file)))
+
+
+def _pair(text: str) -> tuple[list[str], Any]:
+    """Split and parse one override."""
+    key, equals, written = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not written.strip() or not all(parts):
+        raise ConfigError(
+            f"{OVERRIDE}: {key.strip()}: must be dotted.key=value (got {text!r}); "
+            "write null for no value"
+        )
+    if parts == ["defaults"]:
+        raise ConfigError(f"{OVERRIDE}: defaults: can only be named in a file; override its keys")
+    where = f"{OVERRIDE}: {key.strip()}"
+    parsed = _parsed(written, _from_override, where)
+    return parts, plain(parsed, where)["value"]
+
+
+def _from_override(written: str) -> Any:
+    return OmegaConf.from_dotlist([f"value={written}"])
+
+
+def _outer_first(pair: tuple[list[str], Any]) -> tuple[int, bool]:
+    return len(pair[0]), pair[0][-1] != "_target_"
+
+
+def _set(config: Config, parts: list[str], value: Any) -> None:
+    """Set one override in place.
+
+    Raises:
+        ConfigError: the node it goes into does not exist, or is no mapping or list.
+    """
+    where = f"{OVERRIDE}: {'.'.join(parts)}"
+    node: Any = config.tree
+    done = ""
+    for index, part in enumerate(parts[:-1]):
+        name = step(node, part)
+        if name is None:
+            known = [join(done, each) for each in names(node)]
+            missing = join(done, part)
+            raise ConfigError(
+                f"{where}: there is no {missing!r} in {config.file}{nearest(missing, known)}"
+            )
+        if node[name] is None and parts[index + 1 :] == ["_target_"]:
+            node[name] = {}
+        node = node[name]
+        done = join(done, part)
+    last: Any = step(node, parts[-1])
+    if isinstance(node, list) and last is not None:
+        node[last] = value
+        _mark(config.origins, join(done, last), OVERRIDE)
+    elif isinstance(node, dict):
+        if parts[-1] == "_target_" and _replaces(node, {"_target_": value}):
+            node.clear()
+            _mark(config.origins, done, OVERRIDE)
+        if last is None:  # as YAML reads a bare key
+            last = int(parts[-1]) if parts[-1].isdecimal() else parts[-1]
+        _merge(node, {last: value}, done, OVERRIDE, config.origins)
+    else:
+        raise ConfigError(
+            f"{where}: {done!r} in {config.file} has no {parts[-1]!r} (it is {node!r}); "
+            f"set {done} itself, or {done}._target_ too"
+        )

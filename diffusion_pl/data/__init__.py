@@ -1,0 +1,1 @@
+"""Images to train on and to measure against: where they come from and how they are read."""

@@ -1,0 +1,149 @@
+"""From the bytes of an image file to a square RGB image, by stated rules; the rest is refused.
+
+file                              becomes
+PNG, JPEG, WebP by content        read; any other format is refused, whatever its name
+grey, 1 bit, palette              RGB by repetition or by the palette
+16-bit grey                       v / 257, rounded (Pillow alone would clip to white)
+16-bit colour                     its high byte, at most one level from v / 257
+alpha, transparent colour         laid over white
+CMYK                              RGB as Pillow converts it; colour profiles are ignored
+EXIF orientation                  applied
+a JPEG with further pictures      its first, which is the photograph
+animation                         refused
+float, 32-bit integer             refused
+over 64 megapixels or 16,384 px   refused before it is decoded
+"""
+
+import io
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+Fit = Literal["crop", "pad", "exact"]
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+LARGEST_AREA = 64_000_000
+LARGEST_SIDE = 16_384
+
+# Beyond this factor the result would be mostly the resize filter's invention.
+LARGEST_ENLARGEMENT = 4
+
+
+def decode(data: bytes, *, where: str) -> Image.Image:
+    """Decode one image file.
+
+    Args:
+        data: the file's bytes.
+        where: names the file in a complaint.
+
+    Returns:
+        The image, mode RGB, upright, at its own size.
+
+    Raises:
+        ValueError: broken, or refused by the rules above.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{where}: not a PNG, JPEG or WebP image") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Pillow's own limit, where it is the tighter one; a warning where warnings are errors.
+        raise ValueError(f"{where}: too large to be decoded ({error})") from error
+    except Exception as error:
+        raise ValueError(f"{where}: broken image ({error})") from error
+    width, height = image.size
+    if width * height > LARGEST_AREA or max(width, height) > LARGEST_SIDE:
+        raise ValueError(
+            f"{where}: {width} x {height} pixels; at most {LARGEST_AREA // 10**6} megapixels and "
+            f"{LARGEST_SIDE:,} a side are read"
+        )
+    # A JPEG of several pictures (format MPO) is a photograph with previews or a depth map.
+    if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
+        raise ValueError(f"{where}: animated; save the frame you want as an image")
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    except Exception as error:
+        # Decoders raise OSError, SyntaxError, struct.error and more; all mean a broken file.
+        raise ValueError(f"{where}: broken image ({error})") from error
+    return to_rgb(upright, where=where)
+
+
+def to_rgb(image: Image.Image, *, where: str) -> Image.Image:
+    """Convert a decoded image of any mode to RGB by the rules above.
+
+    Raises:
+        ValueError: a mode whose values have no stated meaning, such as float.
+    """
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int32)
+        transparent = image.info.get("transparency")
+        if transparent is not None:
+            values = np.where(values == transparent, 65_535, values)
+        # 65,535 = 257 * 255; adding half of 257 rounds to the nearest level.
+        grey = ((values + 128) // 257).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):
+        raise ValueError(f"{where}: pixels of mode {image.mode}; save it as 8-bit RGB or grey")
+    return image.convert("RGB")
+
+
+def fit_square(image: Image.Image, resolution: int, fit: Fit, *, where: str) -> Image.Image:
+    """Make an RGB image square: proportions are kept, nothing is stretched.
+
+    Args:
+        image: any size.
+        resolution: side of the result in pixels.
+        fit: `crop` takes the central square, `pad` centres the whole image on white, both resized
+            by Lanczos; `exact` requires the size as it is.
+        where: names the file in a complaint.
+
+    Returns:
+        The image, `resolution` x `resolution`.
+
+    Raises:
+        ValueError: another size under `exact`, or an image far too small.
+    """
+    width, height = image.size
+    if fit == "exact":
+        if (width, height) != (resolution, resolution):
+            raise ValueError(
+                f"{where}: {width} x {height} pixels where fit: exact needs {resolution} x "
+                f"{resolution}; use fit: crop or fit: pad"
+            )
+        return image
+    side = min(width, height) if fit == "crop" else max(width, height)
+    if side * LARGEST_ENLARGEMENT < resolution:
+        raise ValueError(
+            f"{where}: {width} x {height} pixels would be enlarged more than "
+            f"{LARGEST_ENLARGEMENT} times to {resolution}; remove it or lower the resolution"
+        )
+    if fit == "crop":
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    # The shorter side of a very long image may round to nothing.
+    size = [max(1, round(length * resolution / side)) for length in (width, height)]
+    image = image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (resolution, resolution), (255, 255, 255))
+    square.paste(image, ((resolution - size[0]) // 2, (resolution - size[1]) // 2))
+    return square
+
+
+def read_square(data: bytes, resolution: int, fit: Fit, *, where: str) -> npt.NDArray[np.uint8]:
+    """Decode and fit one file.
+
+    Returns:
+        uint8 (3, resolution, resolution).
+
+    Raises:
+        ValueError: as `decode` and `fit_square`.
+    """
+    image = fit_square(decode(data, where=where), resolution, fit, where=where)
+    return np.array(image).transpose(2, 0, 1)

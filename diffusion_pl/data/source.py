@@ -1,0 +1,173 @@
+"""What every kind of data looks like: a source to prepare and open, and the images it opens."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Decoded images up to this many bytes are held in memory, more are read again on demand.
+MEMORY_LIMIT = 2 * 1024**3
+
+# Images are read through in pieces of about this many decoded bytes, so any number fits.
+PIECE_BYTES = 16 * 1024**2
+
+_SECONDS_BETWEEN_REPORTS = 10.0
+
+
+class Store(Protocol):
+    """Random access to decoded images; a uint8 tensor (N, C, H, W) is one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C, H, W), known without decoding."""
+
+    def __getitem__(self, indices: Tensor, /) -> Tensor:
+        """uint8 (n, C, H, W), the images at int64 `indices` (n,) in [0, N)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A fixed, ordered set of square images with optional labels.
+
+    Args:
+        name: names the set wherever a number measured on it is printed.
+        store: the images, uint8 (N, C, R, R).
+        fingerprint: sha256 (hex) of shape, pixels in order and labels; equal content has an equal
+            fingerprint, whatever files it came from.
+        labels: int64 (N,) in [0, classes), or None when unlabelled.
+        classes: number of classes, 0 when unlabelled.
+    """
+
+    name: str
+    store: Store
+    fingerprint: str
+    labels: Tensor | None
+    classes: int
+
+    def __len__(self) -> int:
+        return self.store.shape[0]
+
+    @property
+    def channels(self) -> int:
+        """Colour channels of an image."""
+        return self.store.shape[1]
+
+    @property
+    def resolution(self) -> int:
+        """Side of an image in pixels."""
+        return self.store.shape[3]
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Images by index, in the order asked for.
+
+        Args:
+            indices: int64 (n,), each in [0, N), repeats allowed.
+
+        Returns:
+            uint8 (n, C, R, R), values 0..255.
+        """
+        return self.store[indices]
+
+
+class Source(Protocol):
+    """What the `data` node of an experiment builds: one kind of data with its loader settings."""
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images in pixels."""
+
+    @property
+    def channels(self) -> int:
+        """Colour channels of the images."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images per optimizer step, over all devices."""
+
+    @property
+    def workers(self) -> int:
+        """Loader workers per device; 0 reads in the training process."""
+
+    @property
+    def hflip(self) -> bool:
+        """Whether the loader mirrors each image left to right with probability one half."""
+
+    def prepare(self) -> None:
+        """Make the data readable on this node: download or check; a second call changes nothing.
+
+        Raises:
+            ValueError: the data is absent or unfit, in one line.
+        """
+
+    def open(self) -> Images:
+        """Read the images and check every one of them.
+
+        Raises:
+            ValueError: the data is absent, damaged or unfit, in one line.
+        """
+
+
+def load(
+    name: str,
+    store: Store,
+    labels: Tensor | None,
+    *,
+    classes: int,
+    threads: int = 1,
+) -> Images:
+    """Read a store through once: this checks every image, takes the fingerprint, and fills memory.
+
+    Args:
+        name: the name of the set.
+        store: images on demand, uint8 (N, C, R, R); a tensor is kept as it is.
+        labels: int64 (N,) or None.
+        classes: number of classes, 0 without labels.
+        threads: pieces read at a time; decoding and numpy release the interpreter lock.
+
+    Returns:
+        The images, in memory up to MEMORY_LIMIT, else with their store.
+
+    Raises:
+        ValueError: whatever the store finds wrong with an image.
+    """
+    count, channels, height, width = store.shape
+    assert height == width and count > 0, store.shape
+    digest = hashlib.sha256(f"uint8 {count} {channels} {height} {width}\n".encode())
+    in_memory = isinstance(store, Tensor) or count * channels * height * width <= MEMORY_LIMIT
+    kept: Store = store
+    if in_memory and not isinstance(store, Tensor):
+        kept = torch.empty((count, channels, height, width), dtype=torch.uint8)
+    reported = time.monotonic()
+    for first, piece in _pieces(store, threads=threads):
+        digest.update(piece.contiguous().numpy().data)
+        if kept is not store:
+            assert isinstance(kept, Tensor)
+            kept[first : first + len(piece)] = piece
+        if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
+            reported = time.monotonic()
+            print(f"{name}: {first + len(piece):,} of {count:,} images read", file=sys.stderr)
+    digest.update(b"unlabelled" if labels is None else labels.numpy().astype("<i8").data)
+    return Images(name, kept, digest.hexdigest(), labels, classes)
+
+
+def _pieces(store: Store, *, threads: int) -> Iterator[tuple[int, Tensor]]:
+    """The store in order as (index of the first image, images), `threads` pieces in flight."""
+    count, *image = store.shape
+    length = max(1, PIECE_BYTES // (image[0] * image[1] * image[2]))
+    starts = range(0, count, length)
+    if threads <= 1:
+        for first in starts:
+            yield first, store[torch.arange(first, min(first + length, count))]
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        # Rounds of `threads` pieces: submitting all at once would pile up decoded images.
+        for start in range(0, len(starts), threads):
+            around = starts[start : start + threads]
+            indices = [torch.arange(first, min(first + length, count)) for first in around]
+            yield from zip(around, pool.map(store.__getitem__, indices), strict=True)

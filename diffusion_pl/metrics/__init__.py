@@ -1,0 +1,1 @@
+"""How near generated images are to real ones: features, distances, scores and their reference."""

@@ -1,0 +1,162 @@
+"""The Inception network that FID and IS are defined on, with its weights read safely.
+
+Szegedy et al. 2015 as released by TensorFlow on 2015-12-05, in torch-fidelity's translation: an
+image is enlarged by TensorFlow 1's bilinear resize (no half-pixel centres), then (x - 128) / 128.
+"""
+
+import hashlib
+import http.client
+import io
+import os
+import pickle
+import urllib.request
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import (
+    URL_INCEPTION_V3,
+    FeatureExtractorInceptionV3,
+)
+
+from diffusion_pl.metrics.features import Features, require_rgb
+
+# sha256 of the published file, whose name ends in its first digits.
+PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+# Without a network a run must start all the same: each attempt to connect or read waits this long.
+TIMEOUT_SECONDS = 10.0
+
+
+class Inception(nn.Module):
+    """The published network, or one of its layout with other weights, which is not called so.
+
+    Args:
+        network: torch-fidelity's, giving "2048" and "logits_unbiased".
+        sha256: of the file of weights, hex.
+    """
+
+    dimension = 2048
+    resize = "TensorFlow 1 bilinear to 299 px"
+
+    def __init__(self, network: FeatureExtractorInceptionV3, sha256: str) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        self.digest = sha256[:12]
+        self.name = "inception" if sha256 == PUBLISHED else f"inception-{sha256[:8]}"
+
+    def train(self, mode: bool = True) -> "Inception":
+        """Stay in evaluation mode whatever the module around asks: the instrument never trains."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        """Features of uint8 images (B, 3 or 1, H, W): pooled (B, 2048), logits (B, 1008).
+
+        The logits are without the bias of the last layer, as IS has been computed since 2016.
+        """
+        images = require_rgb(images)
+        # A model may run in lower precision; what measures it does not.
+        with torch.autocast(images.device.type, enabled=False):
+            return Features(*self.network(images))
+
+
+def load(weights: str | None = None) -> Inception:
+    """Load the network.
+
+    Args:
+        weights: file of a state dict in torch-fidelity's layout; torch's hub cache, then the
+            download of the published one, when not given.
+
+    Raises:
+        ValueError: the weights cannot be had, are damaged or have another layout.
+    """
+    path = Path(weights) if weights is not None else published()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read Inception's weights ({error.strerror})") from error
+    sha256 = hashlib.sha256(content).hexdigest()
+    if weights is None and sha256 != PUBLISHED:
+        raise ValueError(f"{path}: not the published Inception (sha256 {sha256[:8]}); delete it")
+    return Inception(_network(content, path), sha256)
+
+
+def published() -> Path:
+    """The published weights in torch's hub cache, fetched there when absent."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / FILE
+    if not path.exists():
+        download(URL_INCEPTION_V3, path, PUBLISHED)
+    return path
+
+
+def download(url: str, path: Path, sha256: str) -> None:
+    """Fetch a file; only content of the expected digest ever stands under the given path.
+
+    Args:
+        url: where it lies.
+        path: where it goes; its folder is made.
+        sha256: of the content, hex.
+
+    Raises:
+        ValueError: the file cannot be fetched or has another digest.
+    """
+    digest = hashlib.sha256()
+    # A name of its own for each process: ranks may fetch at the same time into a shared folder.
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        request = urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)
+        with request as response, aside.open("wb") as file:
+            while block := response.read(2**20):
+                digest.update(block)
+                file.write(block)
+        if digest.hexdigest() != sha256:
+            raise ValueError(
+                f"{url}: sha256 is {digest.hexdigest()[:8]}, not {sha256[:8]}; nothing was kept"
+            )
+        os.replace(aside, path)
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(
+            f"Inception's weights cannot be fetched from {url} ({error}); "
+            f"put the file at {path} or name it as weights"
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _network(content: bytes, path: Path) -> FeatureExtractorInceptionV3:
+    """torch-fidelity's network with a state dict that was read without running its pickle."""
+    try:
+        state: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path}: Inception's weights cannot be read ({reason})") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise ValueError(f"{path}: not Inception's layout (not a dictionary of named tensors)")
+    # torch-fidelity unpickles in full whatever file it is given. So it is given our own copy of the
+    # tensors just read, which holds nothing that could run.
+    copy = io.BytesIO()
+    torch.save(dict(state), copy)
+    copy.seek(0)
+    try:
+        return FeatureExtractorInceptionV3(
+            "inception-v3-compat",
+            ["2048", "logits_unbiased"],
+            feature_extractor_weights_path=copy,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not Inception's layout ({_first_problem(error)})") from error
+
+
+def _first_problem(error: RuntimeError) -> str:
+    """The first key or shape that torch's strict loading complains of, from its many lines."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    problem = lines[1] if len(lines) > 1 else lines[0]
+    return problem.partition('", "')[0].replace('"', "").rstrip(". ")

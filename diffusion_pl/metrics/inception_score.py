@@ -1,0 +1,117 @@
+"""Inception score: exp of the mean divergence of p(y|x) from p(y), over splits of the images.
+
+    IS = exp( mean_x KL( p(y|x) || q(y) ) ) = exp( mean_x sum_y p log p - sum_y q log q ),
+    q(y) = mean_x p(y|x)
+
+Salimans et al. 2016, arXiv 1606.03498, section 4; splits, shuffling and the spread as in
+torch-fidelity 0.4. With another classifier than the published Inception it is a classifier score.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from diffusion_pl.metrics.features import Extractor, Features
+from diffusion_pl.metrics.reference import Reference
+
+
+def scores(logits: Tensor, splits: int, seed: int) -> Tensor:
+    """The score of each split.
+
+    Args:
+        logits: (N, K), N at least `splits`, in the order of the images.
+        splits: parts of nearly equal size.
+        seed: shuffles the images first, since generated images may come sorted by class.
+
+    Returns:
+        float64 (splits,), each between 1 and K.
+    """
+    # numpy's old generator, frozen for ever, is what torch-fidelity shuffles with.
+    order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
+    logits = logits.cpu()[order].to(torch.float64)
+    parts = []
+    for split in range(splits):
+        part = logits[split * len(logits) // splits : (split + 1) * len(logits) // splits]
+        p, log_p = part.softmax(dim=1), part.log_softmax(dim=1)
+        q = p.mean(dim=0)
+        # xlogy is 0 for a class that no image of the split has, where q log q would be NaN.
+        parts.append(((p * log_p).sum(dim=1).mean() - torch.xlogy(q, q).sum()).exp())
+    return torch.stack(parts)
+
+
+class ClassifierScore(Metric):
+    """Mean and population standard deviation of the score over the splits.
+
+    All logits are kept, since which split an image is in depends on how many follow. The images'
+    order decides the splits: ranks give the number of a single device if each takes a block of
+    consecutive images.
+
+    Args:
+        key: what the score is called, "is" or "cs".
+        splits: at least 1.
+        seed: of the shuffle.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    logits: list[Tensor]
+
+    def __init__(self, key: str, splits: int, seed: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._key, self._splits, self._seed = key, splits, seed
+        self.add_state("logits", [], dist_reduce_fx="cat")
+
+    def update(self, features: Features) -> None:
+        """Add a batch, logits (B, K)."""
+        self.logits.append(features.logits)
+
+    def compute(self) -> dict[str, float]:
+        """{"is": mean, "is_std": spread}, or "cs" and "cs_std".
+
+        Raises:
+            ValueError: fewer images than splits, or logits that are not finite.
+        """
+        logits = dim_zero_cat(self.logits)
+        if len(logits) < self._splits:
+            raise ValueError(
+                f"classifier score: needs an image in each of {self._splits} splits "
+                f"(got {len(logits)})"
+            )
+        if not torch.isfinite(logits).all():
+            raise ValueError(
+                "classifier score: some logits are not finite; look at the generated images"
+            )
+        values = scores(logits, self._splits, self._seed)
+        spread = values.std(correction=0)
+        return {self._key: values.mean().item(), f"{self._key}_std": spread.item()}
+
+
+@dataclass(frozen=True)
+class InceptionScore:
+    """Names the score in an experiment; the evaluation builds it.
+
+    Args:
+        splits: 10 in every paper.
+        seed: of the shuffle; torch-fidelity's by default.
+    """
+
+    splits: int = 10
+    seed: int = 2020
+
+    def build(self, extractor: Extractor, reference: Reference | None) -> ClassifierScore:
+        """The metric of one evaluation; it needs no reference.
+
+        Raises:
+            ValueError: no split.
+        """
+        if self.splits < 1:
+            raise ValueError(f"classifier score: splits must be at least 1 (got {self.splits})")
+        key = "is" if extractor.name == "inception" else "cs"
+        return ClassifierScore(key, self.splits, self.seed)

@@ -1,0 +1,201 @@
+"""Objects receive objects, and a configuration read back builds only what is trusted."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from config_parts import (
+    HERE,
+    LINEAR,
+    Linear,
+    Named,
+    Objective,
+    Typed,
+    checked,
+    experiments_folder,
+    line,
+    write,
+)
+
+from diffusion_pl import config
+from diffusion_pl.config import Config, ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return experiments_folder(tmp_path)
+
+
+# Building
+
+
+def test_objects_receive_objects(folder: Path) -> None:
+    loaded = config.load("edm", ["objective.schedule.stop=5"], folder)
+    built = config.build(loaded, "objective")
+    assert built == Objective(schedule=Linear(stop=5.0), P_std=1.2)
+    assert type(built.schedule.stop) is float
+    assert config.build(loaded, "objective.schedule") == Linear(stop=5.0)
+    assert config.build(loaded, "data") == {"batch_size": 1_000_000, "sizes": [1, 2]}
+    assert config.build(loaded, "features") is None
+
+
+def test_values_take_the_annotated_type() -> None:
+    node = {
+        "_target_": f"{HERE}.Typed",
+        "real": 2,
+        "pair": [0, 1],
+        "sizes": [1, 2],
+        "names": ["a"],
+        "steps": [1],
+        "share": {64: 1},
+        "folder": "data",
+        "either": 3,
+        "unknown": [LINEAR],
+    }
+    built = config.build(Config("x", "x.yaml", {"node": node}), "node")
+    assert built == Typed(
+        real=2.0,
+        pair=(0.0, 1.0),
+        sizes=(1, 2),
+        names=["a"],
+        steps=[1],
+        share={64: 1.0},
+        folder=Path("data"),
+        either=3,
+        unknown=[Linear()],
+    )
+    floats = (built.real, *built.pair, built.share[64])
+    assert all(type(each) is float for each in floats)
+    assert type(built.either) is int
+
+
+def test_a_named_tuple_is_built_and_bound() -> None:
+    tree = {"good": {"_target_": f"{HERE}.Named", "width": 3}, "bad": {"_target_": f"{HERE}.Named"}}
+    assert config.build(Config("x", "x.yaml", tree), "good") == Named(width=3)
+    assert len(checked(tree)) == 1
+
+
+def test_nodes_in_lists_and_mappings_are_built() -> None:
+    tree = {"evaluation": {"metrics": [LINEAR, {**LINEAR, "stop": 4}], "by": {"a": LINEAR}, "n": 1}}
+    loaded = Config("x", "x.yaml", tree)
+    assert config.build(loaded, "evaluation") == {
+        "metrics": [Linear(), Linear(stop=4.0)],
+        "by": {"a": Linear()},
+        "n": 1,
+    }
+    assert config.build(loaded, "evaluation.metrics.1") == Linear(stop=4.0)
+    assert tree["evaluation"]["metrics"][0] == LINEAR, "the config is left as it was"
+
+
+def test_partial_and_extra_reach_the_callable() -> None:
+    node = {"_target_": f"{HERE}.step", "size": 2}
+    loaded = Config("x", "x.yaml", {"a": {**node, "_partial_": True}, "b": node})
+    partial = config.build(loaded, "a", noise=abs)
+    assert isinstance(partial, functools.partial)
+    assert partial(-1.0) == 1.0
+    assert config.build(loaded, "b", x=3.0, noise=abs) == 9.0
+    with pytest.raises(ConfigError, match=r"x\.yaml: b\.noise: missing argument"):
+        config.build(loaded, "b", x=3.0)
+
+
+def test_a_constructors_own_refusal_has_file_and_key_in_front(folder: Path) -> None:
+    file = write(folder, "low", "defaults: edm\nobjective: {schedule: {stop: 0}}")
+    loaded = config.load(file)
+    config.check(loaded)
+    with pytest.raises(ConfigError) as error:
+        config.build(loaded, "objective")
+    assert line(error) == (
+        f"{(folder / 'edm.yaml').as_posix()} + {file.as_posix()}: objective.schedule: "
+        "stop must exceed start (got 0.0)"
+    )
+
+
+def test_a_section_that_is_not_there_names_the_nearest(folder: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"edm\.yaml: objectiv: missing; did you mean 'objective'"
+    ):
+        config.build(config.load("edm", folder=folder), "objectiv")
+
+
+# Trust
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "torch.hub.load",
+        "torch.optimal.x",
+        "diffusion_pl_evil.x",
+        "diffusion_pl._private.x",
+        "diffusion_pl.config.Config.__init__",
+        ["os.system"],
+        None,
+    ],
+)
+def test_a_config_read_back_may_not_name_other_packages(target: object) -> None:
+    tree = {"network": {"_target_": f"{HERE}.Linear", "list": [{"a": {"_target_": target}}]}}
+    with pytest.raises(ConfigError, match=r"^run/config\.yaml: network\.list\.0\.a\._target_"):
+        config.check(config.load_resolved(tree, "run/config.yaml", allow=[HERE]))
+    with pytest.raises(ConfigError):
+        config.build(Config("x", "x", tree, packages=(HERE,)), "network.list.0.a")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "diffusion_pl.config.reading.OmegaConf.create",
+        "diffusion_pl.config.targets.importlib.import_module",
+        "torch.optim.adam.cast",
+    ],
+)
+def test_a_trusted_name_is_no_way_into_another_package(target: str) -> None:
+    loaded = config.load_resolved({"a": {"_target_": target}}, "last.ckpt")
+    with pytest.raises(ConfigError, match=r"^last\.ckpt: a\._target_: .* is defined in "):
+        config.check(loaded)
+    with pytest.raises(ConfigError, match="is defined in"):
+        config.build(loaded, "a")
+
+
+def test_what_is_trusted_binds_and_builds() -> None:
+    tree = {
+        "optimizer": {"_target_": "torch.optim.Adafactor", "_partial_": True},
+        "name": {"_target_": "diffusion_pl.config.Config", "name": "a", "file": "b", "tree": {}},
+        "own": LINEAR,
+    }
+    loaded = config.load_resolved(tree, "run/config.yaml", allow=[HERE], overrides=["own.stop=3"])
+    config.check(loaded)
+    assert config.build(loaded, "name") == Config("a", "b", {})
+    assert config.build(loaded, "own") == Linear(stop=3.0)
+    assert "stop" not in LINEAR
+    with pytest.raises(ConfigError, match=rf"{HERE}.Linear'\); allow its top-level package"):
+        config.load_resolved(tree, "run/config.yaml")
+    with pytest.raises(ConfigError, match=r"^SET: own\._target_: is outside"):
+        config.load_resolved(tree, "x", allow=[HERE], overrides=["own._target_=os.system"])
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        ({}, "is empty"),
+        ([1], "must be a mapping"),
+        ({"a": "${oc.env:HOME}"}, "a: holds an interpolation"),
+        ({"a": {"b": object()}}, "a.b: must be a number"),
+        ({"a": {None: 1}}, "a.None: a key must be a word"),
+        ({"a": [0] * 10_000}, "more than 10000 values"),
+    ],
+)
+def test_a_config_read_back_is_plain(tree: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as error:
+        config.load_resolved(tree, "last.ckpt")
+    assert line(error).startswith("last.ckpt: ")
+
+
+def test_a_tree_that_holds_itself_is_refused() -> None:
+    tree: dict[str, Any] = {"a": {}}
+    tree["a"]["b"] = tree
+    with pytest.raises(ConfigError, match="nested more than 32 deep"):
+        config.load_resolved(tree, "last.ckpt")
