@@ -1,6 +1,6 @@
 """The command line: what each command takes, and how errors end it.
 
-Only the module of the command that was asked for is imported: help and listing answer without torch.
+Only the module of the wanted command is imported: help and listing answer without torch.
 Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 1 failed, 2 bad input.
 """
 

@@ -62,9 +62,7 @@ def test_a_global_batch_holds_the_same_images_however_it_is_cut(size, world_size
     assert positions(batches) == list(range(24))
     images = torch.cat([batch["image"][:, 0, 0, 0] for batch in batches]).tolist()
     assert images == Order(40, 5)(0, 24).tolist()
-    assert torch.equal(
-        torch.cat([batch["label"] for batch in batches]), torch.tensor(images) % 3
-    )
+    assert torch.equal(torch.cat([batch["label"] for batch in batches]), torch.tensor(images) % 3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

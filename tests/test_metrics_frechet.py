@@ -11,8 +11,9 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torchmetrics.utilities import dim_zero_sum
 
 from diffusion_pl.metrics import frechet, shapes
+from diffusion_pl.metrics.accumulated import FrechetDistance
 from diffusion_pl.metrics.features import Features
-from diffusion_pl.metrics.frechet import Frechet, FrechetDistance
+from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.reference import Reference
 
 

@@ -14,8 +14,8 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from diffusion_pl.metrics import features, inception
+from diffusion_pl.metrics.accumulated import FrechetDistance
 from diffusion_pl.metrics.features import Features
-from diffusion_pl.metrics.frechet import FrechetDistance
 from diffusion_pl.metrics.inception import PUBLISHED, Inception
 from diffusion_pl.metrics.inception_score import InceptionScore
 from diffusion_pl.metrics.reference import Reference

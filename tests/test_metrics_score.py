@@ -8,8 +8,9 @@ from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from diffusion_pl.metrics import shapes
+from diffusion_pl.metrics.accumulated import ClassifierScore
 from diffusion_pl.metrics.features import Features
-from diffusion_pl.metrics.inception_score import ClassifierScore, InceptionScore
+from diffusion_pl.metrics.inception_score import InceptionScore
 
 
 def draw(count: int, classes: int, seed: int = 0) -> Tensor:

@@ -134,9 +134,7 @@ def test_the_ddpm_network_and_noising_are_the_published_ones(ho):
     assert relative(eps, fixture["out/eps"]) < 1e-5
     sigma = LinearBetas().sigmas()[t]
     c_in = denoiser.preconditioning(sigma).c_in
-    x_t = c_in.reshape(-1, 1, 1, 1) * (
-        fixture["y"] + sigma.reshape(-1, 1, 1, 1) * fixture["noise"]
-    )
+    x_t = c_in.reshape(-1, 1, 1, 1) * (fixture["y"] + sigma.reshape(-1, 1, 1, 1) * fixture["noise"])
     assert relative(x_t, fixture["out/q_sample"]) < 1e-5
     torch.testing.assert_close(denoiser.preconditioning(sigma).c_noise, t.double())
 

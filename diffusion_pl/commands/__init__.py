@@ -1,1 +1,1 @@
-"""The commands, a file each: `run(options) -> exit code`, and the failures that are no bad input."""
+"""The commands, a file each: `run(options) -> exit code`, and its failures beside bad input."""

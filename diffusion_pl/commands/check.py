@@ -62,7 +62,8 @@ def _batch(experiment: Config) -> str:
     precision = resolve_precision(settings.precision, settings.device_type())
     return (
         f"{batch_size:,} images = {settings.nodes} nodes x {devices} devices x {size} images "
-        f"x {batch_size // (size * world)} accumulated; {precision} on {settings.device_type()} here"
+        f"x {batch_size // (size * world)} accumulated; "
+        f"{precision} on {settings.device_type()} here"
     )
 
 

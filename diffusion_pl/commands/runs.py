@@ -47,7 +47,7 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
         drawing: further settings of the Drawing.
 
     Raises:
-        ValueError: no run or checkpoint there, one that is unfit, or a setting that does not fit it.
+        ValueError: no run there, one that is unfit, or a setting that does not fit it.
     """
     path = checkpoint_of(options.run)
     folder = path.parent.parent

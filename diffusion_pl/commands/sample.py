@@ -1,4 +1,4 @@
-"""`sample`: draw images from a run as PNG files, a grid and an .npz; image i depends on (seed, i)."""
+"""`sample`: draw images from a run: PNG files, a grid, an .npz; image i depends on (seed, i)."""
 
 from __future__ import annotations
 

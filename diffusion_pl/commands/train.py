@@ -63,7 +63,9 @@ def settle(experiment: Config, folder: Path) -> None:
                 + "\n".join(f"  {line}" for line in changes)
             )
     elif (folder / "checkpoints").exists():
-        raise ValueError(f"{folder} holds checkpoints but no config.yaml; restore it or remove them")
+        raise ValueError(
+            f"{folder} holds checkpoints but no config.yaml; restore it or remove them"
+        )
     else:
         write_atomically(kept, lambda file: file.write(config.dump(experiment).encode()))
 

@@ -7,15 +7,16 @@ neither batch size nor the number of devices moves the number.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from diffusion_pl.metrics.features import Extractor, Features
-from diffusion_pl.metrics.moments import covariance, sums
+from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
+
+if TYPE_CHECKING:
+    from diffusion_pl.metrics.accumulated import FrechetDistance
 
 
 def factor(covariance: Tensor, count: int) -> Tensor:
@@ -62,70 +63,11 @@ def distance(
     return max(0.0, squared.item())
 
 
-class FrechetDistance(Metric):
-    """Fréchet distance of the features seen so far to a reference.
-
-    Args:
-        reference: the statistics of real images; moments are summed about its mean.
-    """
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-
-    first: Tensor
-    second: Tensor
-    count: Tensor
-
-    def __init__(self, reference: Reference, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._reference = reference
-        self._factor: Tensor | None = None
-        dimension = len(reference.mean)
-        for name, shape in (("first", (dimension,)), ("second", (dimension, dimension))):
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, features: Features) -> None:
-        """Add a batch, pooled (B, D)."""
-        first, second = sums(features.pooled, self._reference.mean)
-        self.first += first
-        self.second += second
-        self.count += len(features.pooled)
-
-    def compute(self) -> dict[str, float]:
-        """{"fid": ...} with the published Inception, {"fd": ...} with any other extractor.
-
-        Raises:
-            ValueError: fewer than two images, or features that are not finite.
-        """
-        count = int(self.count)
-        if count < 2:
-            raise ValueError(f"Fréchet distance: needs at least 2 images (got {count})")
-        # Checked here and not in each update, where it would wait for the device.
-        if not torch.isfinite(self.second).all():
-            raise ValueError(
-                "Fréchet distance: some features are not finite; look at the generated images"
-            )
-        # On the CPU, where the eigenvalues do not depend on the device that sampled.
-        first, second = self.first.cpu(), self.second.cpu()
-        if self._factor is None:
-            self._factor = factor(self._reference.covariance, self._reference.count)
-        value = distance(
-            first / count,
-            covariance(first, second, count),
-            count,
-            self._factor,
-            torch.trace(self._reference.covariance).item(),
-        )
-        return {"fid" if self._reference.extractor == "inception" else "fd": value}
-
-
 @dataclass(frozen=True)
 class Frechet:
     """Names the Fréchet distance in an experiment; the evaluation builds it."""
 
-    def build(self, extractor: Extractor, reference: Reference | None) -> FrechetDistance:
+    def build(self, extractor: Extractor, reference: Reference | None) -> "FrechetDistance":
         """The metric of one evaluation.
 
         Raises:
@@ -134,4 +76,6 @@ class Frechet:
         if reference is None:
             raise ValueError("Fréchet distance: needs a reference; name one or compute it")
         reference.check(extractor, reference.resolution)
+        from diffusion_pl.metrics.accumulated import FrechetDistance  # torchmetrics: 5 s of CPU
+
         return FrechetDistance(reference)

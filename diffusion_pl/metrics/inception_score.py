@@ -8,16 +8,17 @@ torch-fidelity 0.4. With another classifier than the published Inception it is a
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-from diffusion_pl.metrics.features import Extractor, Features
+from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
+
+if TYPE_CHECKING:
+    from diffusion_pl.metrics.accumulated import ClassifierScore
 
 
 def scores(logits: Tensor, splits: int, seed: int) -> Tensor:
@@ -44,55 +45,6 @@ def scores(logits: Tensor, splits: int, seed: int) -> Tensor:
     return torch.stack(parts)
 
 
-class ClassifierScore(Metric):
-    """Mean and population standard deviation of the score over the splits.
-
-    All logits are kept, since which split an image is in depends on how many follow. The images'
-    order decides the splits: ranks give the number of a single device if each takes a block of
-    consecutive images.
-
-    Args:
-        key: what the score is called, "is" or "cs".
-        splits: at least 1.
-        seed: of the shuffle.
-    """
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-
-    logits: list[Tensor]
-
-    def __init__(self, key: str, splits: int, seed: int, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._key, self._splits, self._seed = key, splits, seed
-        self.add_state("logits", [], dist_reduce_fx="cat")
-
-    def update(self, features: Features) -> None:
-        """Add a batch, logits (B, K)."""
-        self.logits.append(features.logits)
-
-    def compute(self) -> dict[str, float]:
-        """{"is": mean, "is_std": spread}, or "cs" and "cs_std".
-
-        Raises:
-            ValueError: fewer images than splits, or logits that are not finite.
-        """
-        logits = dim_zero_cat(self.logits)
-        if len(logits) < self._splits:
-            raise ValueError(
-                f"classifier score: needs an image in each of {self._splits} splits "
-                f"(got {len(logits)})"
-            )
-        if not torch.isfinite(logits).all():
-            raise ValueError(
-                "classifier score: some logits are not finite; look at the generated images"
-            )
-        values = scores(logits, self._splits, self._seed)
-        spread = values.std(correction=0)
-        return {self._key: values.mean().item(), f"{self._key}_std": spread.item()}
-
-
 @dataclass(frozen=True)
 class InceptionScore:
     """Names the score in an experiment; the evaluation builds it.
@@ -105,7 +57,7 @@ class InceptionScore:
     splits: int = 10
     seed: int = 2020
 
-    def build(self, extractor: Extractor, reference: Reference | None) -> ClassifierScore:
+    def build(self, extractor: Extractor, reference: Reference | None) -> "ClassifierScore":
         """The metric of one evaluation; it needs no reference.
 
         Raises:
@@ -114,4 +66,6 @@ class InceptionScore:
         if self.splits < 1:
             raise ValueError(f"classifier score: splits must be at least 1 (got {self.splits})")
         key = "is" if extractor.name == "inception" else "cs"
+        from diffusion_pl.metrics.accumulated import ClassifierScore  # torchmetrics: 5 s of CPU
+
         return ClassifierScore(key, self.splits, self.seed)

@@ -1,4 +1,4 @@
-"""Samplers by name, for the command line: each at its usual settings within a network's noise levels."""
+"""Samplers by name, at their usual settings within the noise levels of a network."""
 
 from __future__ import annotations
 

@@ -36,7 +36,6 @@ from diffusion_pl.training.settings import (
 )
 
 
-
 class Network(Protocol):
     """What a run asks of a network beside its forward pass; an nn.Module."""
 

@@ -1,0 +1,398 @@
+"""Training: what one run does to weights, average, history and files, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion_pl.data.synthetic import Synthetic
+from diffusion_pl.diffusion.schedules import Rho
+from diffusion_pl.evaluation import Evaluation
+from diffusion_pl.metrics import shapes
+from diffusion_pl.metrics.frechet import Frechet
+from diffusion_pl.networks.song_unet import SongUNet
+from diffusion_pl.objectives.ddpm import DDPM, LinearBetas
+from diffusion_pl.objectives.edm import EDM
+from diffusion_pl.samplers.ancestral import ancestral
+from diffusion_pl.samplers.heun import heun
+from diffusion_pl.samplers.sampler import Sampler
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training import ema as averaging
+from diffusion_pl.training.history import History
+from diffusion_pl.training.module import DiffusionModule, NonFiniteLoss
+from diffusion_pl.training.run import Experiment, fit
+from diffusion_pl.training.settings import Settings
+
+BATCH = 8
+
+
+def network(dropout=0.2, seed=0, **options):
+    torch.manual_seed(seed)
+    return SongUNet(
+        16, model_channels=8, channel_mult=(1, 2), blocks=1, attention=(8,), dropout=dropout,
+        **options,
+    )  # fmt: skip
+
+
+def experiment(images=48, *, objective=None, sampler=None, settings=None, **parts):
+    defaults = {
+        "images": images,
+        "checkpoint_every": 16,
+        "log_every": 16,
+        "precision": "fp32",
+        "accelerator": "cpu",
+        "warmup": 16,
+        "label_dropout": 0.3,
+        "loggers": (),
+    }
+    return Experiment(
+        name="tiny",
+        config={"experiment": "tiny"},
+        seed=3,
+        settings=Settings(**(defaults | (settings or {}))),
+        data=parts.get("data", Synthetic(40, 16, batch_size=BATCH, hflip=True)),
+        network=parts.get("network") or network(classes=8),
+        objective=objective or EDM(),
+        optimizer=parts.get("optimizer", partial(torch.optim.Adam, lr=2e-3, fused=True)),
+        ema=averaging.EMA(half_life=20, ramp_up=0.5),
+        sampler=sampler or Sampler(heun, Rho(), 3),
+        extractor=shapes.load(),
+        evaluation=Evaluation(every=32, count=12, metrics=(Frechet(),), batch_size=5, grid=4),
+    )
+
+
+@pytest.fixture
+def go(tmp_path):
+    """Trains in a folder of the test's and reads the newest checkpoint."""
+
+    def run(made, name="run"):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        fit(made, folder, tmp_path / "references")
+        return folder, checkpoints.load(checkpoints.latest(folder / "checkpoints"))
+
+    return run
+
+
+def same(first, second):
+    """Bitwise equality of everything that goes on into the next step."""
+    for key, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][key]), key
+    old, new = first["optimizer_states"][0], second["optimizer_states"][0]
+    assert old["param_groups"] == new["param_groups"]
+    for index, state in old["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, new["state"][index][key]), (index, key)
+
+
+def measurements(folder):
+    skip = ("seconds", "images_per_second")
+    rows = History(folder / "metrics.jsonl").rows()
+    return [{key: value for key, value in row.items() if key not in skip} for row in rows]
+
+
+def test_a_run_leaves_rows_grids_and_checkpoints(go):
+    folder, checkpoint = go(experiment())
+    assert checkpoint["diffusion_pl"] == {
+        "format": 1,
+        "config": {"experiment": "tiny"},
+        "images": 48,
+    }
+    rows = History(folder / "metrics.jsonl").rows()
+    assert [row["images"] for row in rows if "loss" in row] == [16, 32, 48]
+    measured = [row for row in rows if "name" in row]
+    assert [row["images"] for row in measured] == [32, 48]
+    assert {row["name"] for row in measured} == {"fd@12/synthetic-16/shapes"}
+    assert all(math.isfinite(row["value"]) and row["evaluations"] == 5 for row in measured)
+    assert [file.name for file in sorted((folder / "samples").iterdir())] == [
+        "000000000032.png",
+        "000000000048.png",
+    ]
+    names = sorted(file.name for file in (folder / "checkpoints").iterdir())
+    assert names == ["000000000032.ckpt", "000000000048.ckpt", "latest"]
+
+
+@pytest.mark.parametrize("stop", [16, 32])
+def test_a_stopped_run_goes_on_to_the_same_bits(go, stop):
+    straight, whole = go(experiment(), "straight")
+    folder, _ = go(experiment(), "stopped")
+    # As a kill between two checkpoints leaves it: rows beyond the checkpoint, no later files.
+    for file in (folder / "checkpoints").glob("*.ckpt"):
+        file.unlink()
+    part = go(experiment(images=stop), "short")[1]
+    checkpoints.save(part, folder / "checkpoints" / f"{stop:012d}.ckpt")
+    checkpoints.point_to(folder / "checkpoints" / f"{stop:012d}.ckpt")
+    _, resumed = go(experiment(), "stopped")
+    same(whole, resumed)
+    assert measurements(folder) == measurements(straight)
+
+
+def test_accumulation_takes_the_same_images_and_the_same_steps(go):
+    _, whole = go(experiment(network=network(dropout=0.0, classes=8)), "whole")
+    _, parts = go(
+        experiment(network=network(dropout=0.0, classes=8), settings={"device_batch_size": 2}),
+        "parts",
+    )
+    assert parts["global_step"] == whole["global_step"] == 6
+    for key, value in whole["state_dict"].items():
+        # Sums in another order: a few roundings of float32, magnified by Adam's normalisation.
+        torch.testing.assert_close(parts["state_dict"][key], value, rtol=1e-3, atol=2e-4)
+
+
+def test_the_seed_decides_the_run(go):
+    made = experiment()
+    _, first = go(made, "first")
+    _, again = go(experiment(), "again")
+    same(first, again)
+    _, other = go(experiment(data=Synthetic(40, 16, seed=1, batch_size=BATCH)), "other")
+    key = "denoiser.network.stem.weight"
+    assert not torch.equal(first["state_dict"][key], other["state_dict"][key])
+
+
+def test_bf16_trains_and_keeps_float32_weights(go):
+    _, checkpoint = go(experiment(images=16, settings={"precision": "bf16"}))
+    assert {value.dtype for value in checkpoint["state_dict"].values()} == {torch.float32}
+
+
+def test_any_objective_trains_and_is_sampled_by_any_sampler(go):
+    schedule = LinearBetas(T=20)
+    sampler = Sampler(ancestral, schedule, 4, clip=True, unit_start=True)
+    folder, _ = go(experiment(images=16, objective=DDPM(T=20), sampler=sampler))
+    rows = History(folder / "metrics.jsonl").rows()
+    assert [row["evaluations"] for row in rows if "name" in row] == [4]
+
+
+def test_the_loss_falls(go):
+    data = Synthetic(40, 16, batch_size=BATCH)
+    made = experiment(800, data=data, settings={"log_every": 200, "checkpoint_every": 800})
+    folder, _ = go(made)
+    losses = [row["loss"] for row in History(folder / "metrics.jsonl").rows() if "loss" in row]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_rate_rises_from_zero_over_the_warm_up(go):
+    go_settings = {"warmup": 32, "log_every": 8}
+    folder, _ = go(experiment(settings=go_settings))
+    rates = [r["learning_rate"] for r in History(folder / "metrics.jsonl").rows() if "loss" in r]
+    # Images before the step: 0, 8, 16, ... of 32.
+    assert rates == pytest.approx([0, 0.5e-3, 1e-3, 1.5e-3, 2e-3, 2e-3])
+
+
+class Exploding(torch.nn.Module):
+    """A network whose output is infinite from the third step on."""
+
+    classes, channels = 0, 3
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.calls = 0
+
+    def check_resolution(self, height, width):
+        pass
+
+    def forward(self, x, c_noise):
+        self.calls += self.training
+        return x * self.weight / (1.0 if self.calls < 3 else 0.0)
+
+
+def test_a_non_finite_loss_stops_the_run_before_the_weights(go, tmp_path):
+    made = experiment(network=Exploding(), settings={"label_dropout": 0.0})
+    with pytest.raises(
+        NonFiniteLoss, match=r"nan at step 2, 16 images; noise levels of the batch: \d"
+    ):
+        go(made)
+    kept = checkpoints.load(checkpoints.latest(tmp_path / "run" / "checkpoints"))
+    assert kept["diffusion_pl"]["images"] == 16
+    assert all(torch.isfinite(value).all() for value in kept["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"network": network(classes=5)}, "set network.classes=8"),
+        ({"network": network(channels=1)}, "network.channels is 1, synthetic-16 has 3"),
+        ({"data": Synthetic(40, 15, batch_size=BATCH)}, "must be multiples of 2"),
+        ({"settings": {"device_batch_size": 3}}, "device_batch_size: 3 does not divide the 8"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_before_training(go, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        go(experiment(**change))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_average_forgets_half_in_a_half_life():
+    profile = averaging.EMA(half_life=512)
+    assert profile.decay(0, 512) == pytest.approx(0.5)
+    # Karras 2022 at batch 512: 0.99929047; Ho 2020 at batch 128: 0.9999.
+    assert averaging.EMA(500_000, 0.05).decay(10**8, 512) == pytest.approx(0.99929047, abs=1e-8)
+    assert averaging.EMA(887_183).decay(0, 128) == pytest.approx(0.9999, abs=1e-9)
+    # Ramp-up: after 1,000 images the half-life is 50.
+    assert averaging.EMA(500_000, 0.05).decay(1000, 50) == pytest.approx(0.5)
+    assert averaging.EMA(500_000, 0.05).decay(0, 50) == 0
+
+
+def test_an_average_moves_by_its_decay_and_copies_buffers():
+    current = torch.nn.BatchNorm1d(2)
+    average = averaging.averaged_copy(current)
+    with torch.no_grad():
+        current.weight.fill_(3.0)
+        current.running_mean.fill_(7.0)
+    averaging.update(average, current, 0.75)
+    assert average.weight.tolist() == [1.5, 1.5]
+    assert average.running_mean.tolist() == [7.0, 7.0]
+    assert not average.training
+    assert not average.weight.requires_grad
+
+
+def module(**options):
+    return DiffusionModule(
+        network(), EDM(), partial(torch.optim.Adam, lr=1e-3), averaging.EMA(10), **options
+    )
+
+
+def test_noise_levels_are_stratified_over_the_global_batch():
+    made = module(batch_size=64)
+    image = torch.zeros(16, 3, 16, 16)
+    u = [made.draw(image, torch.arange(first, first + 16), {})[1] for first in range(0, 64, 16)]
+    assert sorted((torch.cat(u) * 64).floor().tolist()) == list(range(64))
+
+
+def test_what_is_drawn_for_an_image_does_not_depend_on_the_cut():
+    made = module(batch_size=8, label_dropout=0.5)
+    image, label = torch.zeros(8, 3, 16, 16), torch.arange(8)
+    whole = made.draw(image, torch.arange(16, 24), {"label": label})
+    part = made.draw(image[4:], torch.arange(20, 24), {"label": label[4:]})
+    assert torch.equal(whole[1][4:], part[1])
+    assert torch.equal(whole[2][4:], part[2])
+    assert torch.equal(whole[3]["label"][4:], part[3]["label"])
+    next_step = made.draw(image, torch.arange(24, 32), {"label": label})
+    assert not torch.equal(whole[2], next_step[2])
+
+
+def test_labels_are_dropped_at_the_stated_rate():
+    made = module(batch_size=4096, label_dropout=0.25)
+    image, label = torch.zeros(4096, 1, 1, 1), torch.ones(4096, dtype=torch.long)
+    dropped = made.draw(image, torch.arange(4096), {"label": label})[3]["label"]
+    assert set(dropped.tolist()) == {-1, 1}
+    # A standard deviation of the share is 0.007.
+    assert (dropped == -1).float().mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_training_noise_is_standard_normal():
+    made = module(batch_size=64)
+    noise = made.draw(torch.zeros(64, 3, 16, 16), torch.arange(64), {})[2]
+    assert noise.mean() == pytest.approx(0, abs=0.02)  # 49,152 values: 0.0045
+    assert noise.std() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "limit", "world", "size"),
+    [(512, None, 8, 64), (512, 64, 1, 64), (512, 100, 8, 64), (8, 8, 1, 8), (512, 32, 8, 32)],
+)
+def test_the_device_batch_follows_from_the_global_one(batch_size, limit, world, size):
+    made = Settings(images=1, checkpoint_every=1, device_batch_size=limit)
+    assert made.share_size(batch_size, world) == size
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_what_would():
+    made = Settings(images=1, checkpoint_every=1)
+    with pytest.raises(
+        ValueError, match="data.batch_size: 100 does not divide over 8.*use 96 or 104"
+    ):
+        made.share_size(100, 8)
+
+
+@pytest.mark.parametrize(
+    "change", [{"images": 0}, {"log_every": 0}, {"clip": 0.0}, {"checkpoint_every": 0}]
+)
+def test_impossible_settings_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Settings(**({"images": 8, "checkpoint_every": 8} | change))
+
+
+def test_history_forgets_what_a_resumed_run_measures_again(tmp_path):
+    history = History(tmp_path / "metrics.jsonl")
+    for images in (8, 16, 24):
+        history.append({"images": images})
+    with history.path.open("a") as file:
+        file.write('{"images": 3')  # cut off by a crash
+    assert [row["images"] for row in history.rows()] == [8, 16, 24]
+    history.rewind(16)
+    assert [json.loads(line) for line in history.path.read_text().splitlines()] == [
+        {"images": 8},
+        {"images": 16},
+    ]
+
+
+def test_checkpoints_survive_a_full_disk(tmp_path):
+    path = tmp_path / "one.ckpt"
+    good = {"state_dict": {"a": torch.ones(2)}, "diffusion_pl": {"format": 1}}
+    checkpoints.save(good, path)
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ValueError, match="cannot be written.*No space left"):
+        checkpoints.write_atomically(path, fail)
+    assert torch.equal(checkpoints.load(path)["state_dict"]["a"], torch.ones(2))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("/tmp/owned-by-a-checkpoint"),))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}}, r"format 1 \(format: none\)"),
+        ({"diffusion_pl": {"format": 99}}, r"format 1 \(format: 99\)"),
+        ({"diffusion_pl": {"format": 1}, "evil": Evil()}, "holds more than tensors"),
+        ([1, 2], r"format 1 \(format: none\)"),
+    ],
+)
+def test_foreign_and_malicious_checkpoints_are_refused(tmp_path, content, message):
+    path = tmp_path / "bad.ckpt"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=message):
+        checkpoints.load(path)
+    assert not Path("/tmp/owned-by-a-checkpoint").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_damaged_checkpoints_are_one_clear_error(tmp_path, damage):
+    path = tmp_path / "bad.ckpt"
+    torch.save({"diffusion_pl": {"format": 1}, "w": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-500] if damage is None else damage)
+    with pytest.raises(ValueError, match=r"bad\.ckpt: "):
+        checkpoints.load(path)
+
+
+def test_weights_that_do_not_fit_name_the_first_key():
+    denoiser = EDM().denoiser(network())
+    state = {f"ema.{key}": value for key, value in denoiser.state_dict().items()}
+    path = Path("x.ckpt")
+    checkpoints.load_weights(denoiser, {"state_dict": state}, "ema", path)
+    broken = dict(state)
+    del broken["ema.network.stem.bias"]
+    with pytest.raises(ValueError, match=r"ema\.network\.stem\.bias is missing"):
+        checkpoints.load_weights(denoiser, {"state_dict": broken}, "ema", path)
+    broken = state | {"ema.network.stem.bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"stem\.bias has shape \(3,\), the network \(8,\)"):
+        checkpoints.load_weights(denoiser, {"state_dict": broken}, "ema", path)
+
+
+def test_a_pointer_to_nothing_is_an_error(tmp_path):
+    assert checkpoints.latest(tmp_path) is None
+    (tmp_path / "latest").write_text("gone.ckpt")
+    with pytest.raises(ValueError, match=r"names 'gone\.ckpt', which is not there"):
+        checkpoints.latest(tmp_path)
