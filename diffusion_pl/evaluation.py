@@ -164,8 +164,11 @@ class Drawing:
 class RealImages(Protocol):
     """A data set to compare with; see data/."""
 
-    name: str
-    fingerprint: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     @property
     def resolution(self) -> int: ...
@@ -175,15 +178,18 @@ class RealImages(Protocol):
     def read(self, indices: Tensor) -> Tensor: ...
 
 
-def reference_of(images: RealImages, extractor: Extractor, folder: Path) -> Reference:
+def reference_of(
+    images: RealImages, extractor: Extractor, folder: Path, device: torch.device
+) -> Reference:
     """Statistics of all real images, computed once for their content and kept.
 
     Args:
         images: the data set.
-        extractor: the features; the images go to its device.
+        extractor: the features; moved to `device`.
         folder: where the statistics are kept.
+        device: where to compute.
     """
-    device = next(extractor.parameters()).device
+    extractor.to(device)
     pieces = torch.arange(len(images)).split(REFERENCE_BATCH)
     return references.cached(
         folder,
@@ -237,6 +243,7 @@ def evaluate(
     """
     reference.check(extractor, drawing.shape[1])
     device = next(drawing.denoiser.parameters()).device
+    extractor.to(device)
     metrics = [metric.build(extractor, reference).to(device) for metric in settings.metrics]
     share = rank_share(settings.count, rank, world_size)
     shown: list[Tensor] = []

