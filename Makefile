@@ -41,7 +41,7 @@ else
 endif
 
 test: $(STAMP)  ## the tests: offline, minutes, warnings are errors
-	$(RUN_PYTHON) -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2 -m 'not slow'
 
 test-slow: $(STAMP)  ## the tests that take minutes each
 	$(RUN_PYTHON) -m pytest -m slow

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     command = importlib.import_module(f"diffusion_pl.commands.{options.command}")
     try:
         code: int = command.run(options)
@@ -45,6 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the words; overrides may stand before and after options."""
+    everything = parser()
+    options, rest = everything.parse_known_args(arguments)
+    # argparse gives a positional with "*" only the words of one place.
+    if rest and (options.command not in ("train", "check") or any(w[0] == "-" for w in rest)):
+        everything.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides.extend(rest)
+    return options
 
 
 def parser() -> argparse.ArgumentParser:

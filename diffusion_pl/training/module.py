@@ -21,7 +21,8 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 class Augment(Protocol):
     """Changes clean images and says how; see data/augment.py."""
 
-    draws: int
+    @property
+    def draws(self) -> int: ...
 
     def __call__(self, image: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]: ...
 

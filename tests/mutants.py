@@ -1,0 +1,298 @@
+"""One-line bugs, planted one at a time: the tests must notice every one (`make mutants`).
+
+Each mutant names the file, the code it replaces (which must stand there exactly once), what it
+becomes, and the test files that should turn red; a mutant that survives is a hole in the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "diffusion_pl"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted bug."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+def at(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
+    """Mutants of one file, noticed by the same tests."""
+    names = tuple(f"tests/test_{name}.py" for name in tests.split())
+    return [Mutant(f"{PACKAGE}/{file}", right, wrong, names) for right, wrong in changes]
+
+
+MUTANTS = [
+    *at(
+        "diffusion/levels.py",
+        "schedules",
+        ("torch.sqrt((1 - alpha_bar) / alpha_bar)", "torch.sqrt(alpha_bar / (1 - alpha_bar))"),
+        ("return 1 / (1 + sigma.square())", "return 1 / (1 + sigma)"),
+        ("return torch.exp(-log_snr / 2)", "return torch.exp(-log_snr)"),
+        ("return -2 * torch.log(sigma)", "return 2 * torch.log(sigma)"),
+    ),
+    *at(
+        "diffusion/schedules.py",
+        "schedules samplers",
+        ("self.mean + self.std * torch", "self.mean - self.std * torch"),
+        ("return (low + u * (high - low)) ** self.rho", "return low + u * (high - low)"),
+        ("torch.linspace(1.0, 0.0, steps", "torch.linspace(1.0, 0.1, steps"),
+        ("return self.sigma_min * torch.exp(u", "return torch.exp(u"),
+    ),
+    *at(
+        "diffusion/preconditioning.py",
+        "schedules objectives networks",
+        ("c_skip=self.sigma_data**2 / variance", "c_skip=self.sigma_data / variance"),
+        ("c_out=sigma * self.sigma_data / variance.sqrt()", "c_out=sigma / variance.sqrt()"),
+        ("c_in=1 / variance.sqrt()", "c_in=1 / variance"),
+        ("c_noise=sigma.log() / 4", "c_noise=sigma.log()"),
+        ("return c_skip * x + c_out * output", "return c_skip * x - c_out * output"),
+        ("self.network(c_in * x,", "self.network(x,"),
+    ),
+    *at(
+        "diffusion/objective.py",
+        "objectives",
+        ("return sigma.square().reciprocal()", "return sigma.reciprocal()"),
+        ("(sigma.square() + self.sigma_data**2) / (", "(sigma.square() + self.sigma_data) / ("),
+        ("return error.flatten(1).sum(dim=1)", "return error.flatten(1).mean(dim=1)"),
+        ("return error.flatten(1).mean(dim=1)", "return error.flatten(1).sum(dim=1)"),
+        ("denoise(image + level * noise,", "denoise(image + level.square() * noise,"),
+        ("weight * (denoised - image).square()", "weight * (denoised - image).abs()"),
+    ),
+    *at(
+        "diffusion/guidance.py",
+        "objectives",
+        ("return without + weight *", "return with_label + weight *"),
+        ("torch.full_like(label, -1)", "torch.full_like(label, 0)"),
+        (".clamp(low, high)", ".clamp(low, 2 * high)"),
+    ),
+    *at(
+        "diffusion/random.py",
+        "evaluation training",
+        ('f"{seed}/{stream}/{index}"', 'f"{seed}/{index}"'),
+        ("row.normal_(generator=source)", "row.uniform_(generator=source)"),
+        ("for index in indices]", "for index in range(len(indices))]"),
+    ),
+    *at(
+        "objectives/ddpm.py",
+        "schedules objectives",
+        ("(u * self.T).floor()", "(u * (self.T - 1)).floor()"),
+        ("torch.cumprod(1 - self.betas(device), dim=0)", "1 - self.betas(device)"),
+        ("c_out=-sigma", "c_out=sigma"),
+        ("c_in=(1 + sigma.square()).rsqrt()", "c_in=(1 + sigma).rsqrt()"),
+        ("return (lower + fraction)", "return (upper + fraction)"),
+        ("weight=NoiseError()", "weight=torch.ones_like"),
+        ("reduce=pixel_mean", "reduce=lambda error: error.flatten(1).sum(dim=1)"),
+    ),
+    *at(
+        "objectives/edm.py",
+        "objectives networks experiments",
+        ("LogNormal(P_mean, P_std)", "LogNormal(P_std, P_mean)"),
+        ("preconditioning=Karras(sigma_data)", "preconditioning=Karras(1.0)"),
+        ("weight=UnitOutput(sigma_data)", "weight=UnitOutput(1.0)"),
+        ("reduce=pixel_sum", "reduce=lambda error: error.flatten(1).mean(dim=1)"),
+    ),
+    *at(
+        "samplers/euler.py",
+        "samplers",
+        ("torch.lerp(denoised.to(x.dtype), x, following / sigma)", "denoised.to(x.dtype)"),
+        ("x, following / sigma)", "x, 1 - following / sigma)"),
+    ),
+    *at(
+        "samplers/ancestral.py",
+        "samplers",
+        ("following**2 * (1 - (following / sigma) ** 2)", "following**2 * (1 - following / sigma)"),
+        ("math.sqrt(following**2 - eta**2 * small) / sigma", "following / sigma"),
+        ("(1 + following**2) / (1 + sigma**2)", "1"),
+        ("else eta * math.sqrt(small)", "else math.sqrt(small)"),
+    ),
+    *at(
+        "samplers/heun.py",
+        "samplers",
+        ("half = (following - sigma) / 2", "half = following - sigma"),
+        ("alpha=1 / following)", "alpha=1 / sigma)"),
+        ("raised = sigma * (1 + gamma_max)", "raised = sigma + gamma_max"),
+        ("math.sqrt(raised**2 - sigma**2)", "(raised - sigma)"),
+        ("S_churn / (len(sigmas) - 1)", "S_churn"),
+        ("math.sqrt(2) - 1)", "math.sqrt(2))"),
+        ("S_tmin <= sigma <= S_tmax", "sigma <= S_tmax"),
+        ("(S_noise * math.sqrt", "(math.sqrt"),
+    ),
+    *at(
+        "samplers/sampler.py",
+        "samplers",
+        ("math.sqrt(1 + start**2) if self.unit_start", "start if self.unit_start"),
+        ("noise.to(torch.float64) * scale", "noise.to(torch.float32) * scale"),
+        ("clipped(denoise) if self.clip else", "denoise if self.clip else"),
+    ),
+    *at(
+        "networks/layers.py",
+        "networks",
+        ("min(32, channels // 4)", "min(32, channels // 8)"),
+        ("(1 / 10000) ** exponent", "(1 / 1000) ** exponent"),
+        ("torch.cat([phase.sin(), phase.cos()]", "torch.cat([phase.cos(), phase.sin()]"),
+        ("device=c_noise.device) / (half - 1)", "device=c_noise.device) / half"),
+        ("return (x + self.proj(attended)) * self.scale", "return x + self.proj(attended)"),
+        ("* (label >= 0)", "* (label >= -1)"),
+    ),
+    *at(
+        "networks/song_unet.py",
+        "networks",
+        ("SKIP_SCALE = math.sqrt(0.5)", "SKIP_SCALE = 0.5"),
+        ("* math.sqrt(self.classes)", "* self.classes"),
+        ("block == blocks and sizes[level]", "sizes[level]"),
+        ("vector = vector + self.map_augment(augment)", "vector = vector"),
+    ),
+    *at(
+        "networks/ddpm_unet.py",
+        "networks",
+        ("F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))"),
+        ("self.affine(F.silu(embedding))", "self.affine(embedding)"),
+    ),
+    *at(
+        "data/order.py",
+        "data_order",
+        ('f"{seed}/order/{epoch}"', 'f"{seed}/order"'),
+        ("min(self.count, start + last - first)", "min(self.count - 1, start + last - first)"),
+    ),
+    *at(
+        "data/loader.py",
+        "data_order",
+        ("(micro_batch * self.world_size + self.rank)", "(micro_batch + self.rank)"),
+        ("image.flip(-1), image)", "image, image)"),
+        ("range(self.start, self.stop))", "range(self.stop))"),
+        ("self.images.labels[indices]", "self.images.labels[first:last]"),
+    ),
+    *at(
+        "data/augment.py",
+        "augment",
+        ("a0, a1 = mirror < 1 / 2, flip < p / 2", "a0, a1 = mirror < 1 / 2, flip < p"),
+        ("return samples / 2 - (size - 1) / 2", "return samples / 2 - size / 2 + 1 / 4"),
+        ("self.translation * height * a7]", "self.translation * width * a7]"),
+        ("swap * torch.sin(2 * a4 - a3)", "swap * torch.sin(2 * a4 + a3)"),
+    ),
+    *at(
+        "images.py",
+        "images",
+        (".div_(127.5).sub_(1.0)", ".div_(128).sub_(1.0)"),
+        (".add_(128.0)", ".add_(127.5)"),
+        (".clamp_(0.0, 255.0)", ""),
+    ),
+    *at(
+        "training/ema.py",
+        "training",
+        ("0.5 ** (batch_size / half_life)", "0.5 ** (half_life / batch_size)"),
+        ("list(current.parameters()), 1 - decay)", "list(current.parameters()), decay)"),
+        ("min(half_life, max(self", "max(half_life, max(self"),
+        ("target.copy_(source)", "pass"),
+    ),
+    *at(
+        "training/module.py",
+        "training",
+        ("u = (strata[mine] + uniform[mine, 0])", "u = (uniform[mine, 0])"),
+        ('< self.label_dropout', '> self.label_dropout'),
+        ("min(images / self.warmup, 1.0)", "1.0"),
+        ("if not torch.isfinite(loss):", "if False:"),
+        ("seed_of(self.seed, \"dropout\", positions[0])", "self.seed + self.global_step // 3"),
+        ("averaging.update(self.ema, self.denoiser, decay)", "pass"),
+    ),
+    *at(
+        "training/history.py",
+        "training",
+        ('row["images"] <= images]', 'row["images"] < images]'),
+    ),
+    *at(
+        "training/checkpoint.py",
+        "training",
+        ("weights_only=True", "weights_only=False"),
+        ("os.replace(temporary, path)", "temporary.unlink()"),
+        ('section.get("format") != FORMAT', "False"),
+    ),
+    *at(
+        "evaluation.py",
+        "evaluation",
+        ('ImageNoise(self.seed, indices, "latent")', 'ImageNoise(self.seed, range(len(indices)))'),
+        ("seed_of(self.seed, \"label\", i) % self.classes", "0"),
+        ("count * rank // world_size,", "rank,"),
+        ("self.calls += 1", "self.calls += 2"),
+        ("if not torch.isfinite(drawn).all():", "if False:"),
+    ),
+    *at(
+        "metrics/frechet.py",
+        "metrics_frechet",
+        ("total - 2 * root", "total - root"),
+        ("difference.square().sum()", "difference.abs().sum()"),
+        ("reference.T @ covariance @ reference", "covariance"),
+    ),
+    *at(
+        "metrics/inception_score.py",
+        "metrics_score",
+        ("- torch.xlogy(q, q).sum()", "+ torch.xlogy(q, q).sum()"),
+        ("np.random.RandomState(seed).permutation(len(logits))", "np.arange(len(logits))"),
+    ),
+]  # fmt: skip
+
+
+def noticed(mutant: Mutant) -> str:
+    """Plant a bug in a copy of the project and run its tests there.
+
+    Returns:
+        "noticed", "survived", or what is wrong with the mutant itself.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy" / ROOT.name
+        ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "data")
+        for part in (PACKAGE, "tests", "experiments"):
+            own = None if part == PACKAGE else ignored
+            skip = own or shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / part, copy / part, ignore=skip)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        shared = ROOT.parent / "shared"
+        if shared.exists():
+            (copy.parent / "shared").symlink_to(shared)
+        file = copy / mutant.file
+        text = file.read_text()
+        if text.count(mutant.right) != 1:
+            return f"stale: {mutant.right!r} stands {text.count(mutant.right)} times"
+        file.write_text(text.replace(mutant.right, mutant.wrong))
+        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-m", "not slow", *mutant.tests],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+        return "survived" if result.returncode == 0 else "noticed"
+
+
+def main() -> int:
+    """Try every mutant, two at a time; name those that survive."""
+    wanted = [m for m in MUTANTS if not sys.argv[1:] or any(w in m.file for w in sys.argv[1:])]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(noticed, wanted))
+    for mutant, result in zip(wanted, results, strict=True):
+        if result != "noticed":
+            print(f"{mutant.file}: {mutant.right!r} -> {mutant.wrong!r}: {result}")
+    count = sum(result == "noticed" for result in results)
+    print(f"{count} of {len(wanted)} planted bugs noticed")
+    return 0 if count == len(wanted) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""The commands as a user types them, on experiments small enough for seconds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_pl.cli import main
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training.history import History
+
+ROOT = Path(__file__).parents[1]
+TINY = """# A tiny run for tests (no published number)
+defaults: base
+data: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 16, batch_size: 8}
+network:
+  _target_: diffusion_pl.networks.song_unet.SongUNet
+  resolution: 16
+  classes: 8
+  model_channels: 8
+  channel_mult: [1, 2]
+  blocks: 1
+  attention: [8]
+objective: {_target_: diffusion_pl.objectives.edm.EDM}
+ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20}
+sampler: {steps: 3}
+features: {name: shapes}
+evaluation: {every: 16, count: 20, batch_size: 10, grid: 9}
+trainer: {images: 32, checkpoint_every: 8, log_every: 8, accelerator: cpu, precision: fp32}
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with experiments/, where commands run."""
+    (tmp_path / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments" / "base.yaml", tmp_path / "experiments")
+    (tmp_path / "experiments" / "tiny.yaml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(place, capsys):
+    """Run a command and give its exit code, stdout and stderr."""
+
+    def call(*words):
+        code = main(list(words))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def trained(run):
+    code, out, _ = run("train", "tiny")
+    assert code == 0
+    return out
+
+
+def test_training_ends_with_the_folder_the_numbers_and_what_to_type_next(trained, run):
+    lines = trained.splitlines()
+    assert lines[0].split() == ["run", "runs/tiny", "(32", "images)"]
+    assert [line.split()[1] for line in lines[1:4]] == [
+        "fd@20/synthetic-16/shapes",
+        "cs@20/synthetic-16/shapes",
+        "cs_std@20/synthetic-16/shapes",
+    ]
+    assert lines[-1].split(maxsplit=1)[1] == "make sample RUN=runs/tiny COUNT=64"
+    assert Path("runs/tiny/samples/000000000032.png").exists()
+    assert list(Path("runs/tiny/tensorboard").glob("events*"))
+
+
+def test_the_same_command_again_says_that_the_run_is_finished(trained, run):
+    before = Path("runs/tiny/checkpoints/000000000032.ckpt").stat().st_mtime_ns
+    code, out, err = run("train", "tiny")
+    assert (code, out) == (0, trained)
+    assert "runs/tiny is finished: 32 images" in err
+    assert Path("runs/tiny/checkpoints/000000000032.ckpt").stat().st_mtime_ns == before
+
+
+def test_the_same_command_goes_on_with_an_interrupted_run(trained, run):
+    whole = checkpoints.load(Path("runs/tiny/checkpoints/000000000032.ckpt"))
+    Path("runs/tiny/checkpoints/000000000032.ckpt").unlink()
+    checkpoints.point_to(Path("runs/tiny/checkpoints/000000000024.ckpt"))
+    code, _, err = run("train", "tiny")
+    assert code == 0
+    assert "going on from 24 of 32 images" in err
+    again = checkpoints.load(Path("runs/tiny/checkpoints/000000000032.ckpt"))
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(value, again["state_dict"][key]), key
+    losses = [row for row in History(Path("runs/tiny/metrics.jsonl")).rows() if "loss" in row]
+    assert [row["images"] for row in losses] == [8, 16, 24, 32]
+
+
+def test_a_changed_config_is_refused_with_the_differing_keys(trained, run):
+    code, _, err = run("train", "tiny", "optimizer.lr=1e-4")
+    assert code == 2
+    assert "runs/tiny was begun with another config" in err
+    assert "optimizer.lr: 0.001 -> 0.0001" in err
+    assert run("train", "tiny", "optimizer.lr=1e-4", "--run", "runs/other")[0] == 0
+
+
+def test_sampling_writes_images_a_grid_and_arrays(trained, run):
+    code, out, _ = run("sample", "runs/tiny", "--count", "5", "--seed", "1", "--batch-size", "2")
+    assert code == 0
+    result = json.loads(out)
+    folder = Path(result["folder"])
+    assert result["evaluations"] == 5
+    assert sorted(file.name for file in folder.glob("0*.png")) == [
+        f"{index:06d}.png" for index in range(5)
+    ]
+    images = np.load(folder / "images.npz")["images"]
+    assert images.shape == (5, 16, 16, 3)
+    for index in range(5):
+        with Image.open(folder / f"{index:06d}.png") as file:
+            assert np.array_equal(np.asarray(file), images[index])
+    run("sample", "runs/tiny", "--count", "1", "--first", "3", "--seed", "1")
+    assert np.array_equal(np.load(folder / "images.npz")["images"][0], images[3])
+
+
+@pytest.mark.parametrize(
+    ("words", "evaluations"),
+    [
+        (["--sampler", "heun", "--steps", "4"], 7),
+        (["--sampler", "euler", "--steps", "4"], 4),
+        (["--sampler", "ddim", "--steps", "3"], 3),
+        (["--sampler", "ancestral", "--steps", "4"], 4),
+        (["--steps", "2"], 3),
+        (["--set", "sampler.integrate._target_=diffusion_pl.samplers.euler.euler"], 3),
+        (["--weights", "denoiser", "--label", "2", "--guidance", "2"], 5),
+    ],
+)
+def test_the_command_line_chooses_how_to_draw(trained, run, words, evaluations):
+    code, out, err = run("sample", "runs/tiny", "--count", "2", *words)
+    assert code == 0, err
+    assert json.loads(out)["evaluations"] == evaluations
+
+
+def test_evaluating_a_run_prints_the_numbers_of_its_training(trained, run):
+    code, out, _ = run("evaluate", "runs/tiny")
+    assert code == 0
+    result = json.loads(out)
+    rows = [row for row in History(Path("runs/tiny/metrics.jsonl")).rows() if "name" in row]
+    last = {row["name"]: row["value"] for row in rows if row["images"] == 32}
+    assert result["images"] == 32
+    assert {row["name"]: row["value"] for row in result["measures"]} == pytest.approx(last)
+    fewer = json.loads(run("evaluate", "runs/tiny", "--count", "10")[1])
+    assert fewer["measures"][0]["name"] == "fd@10/synthetic-16/shapes"
+
+
+def test_check_says_what_an_experiment_means(run):
+    code, out, _ = run("check", "tiny", "data.batch_size=16", "trainer.device_batch_size=4")
+    assert code == 0
+    assert "SongUNet, " in out
+    assert "16 images = 1 nodes x 1 devices x 4 images x 4 accumulated; fp32 on cpu" in out
+    assert "32 images = 2 steps" in out
+    assert "sampling 80 to 0.002 in 3 steps" in out
+
+
+def test_experiments_are_listed_with_their_first_line(run):
+    code, out, _ = run("experiments")
+    assert (code, out) == (0, "tiny  A tiny run for tests (no published number)\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "tinny"], "tiny"),
+        (["check", "tiny", "objective.P_sdt=1"], "did you mean 'P_std'?"),
+        (["check", "tiny", "trainer.images=many"], "trainer.images"),
+        (["check", "tiny", "optimzer.lr=1"], "optimizer"),
+        (["check", "tiny", "data.batch_size=7", "trainer.devices=2"], "use 6 or 8"),
+        (["check", "tiny", "network.resolution=15"], "must be multiples of 2"),
+        (["check", "tiny", "data.resolution=17"], "must be multiples of 2"),
+        (["check", "tiny", "sampler.steps=0"], "at least 1 step"),
+        (["check", "tiny", "sampler.schedule.sigma_min=90"], "0 < sigma_min < sigma_max"),
+        (
+            [
+                "check", "tiny", "objective._target_=diffusion_pl.objectives.ddpm.DDPM",
+            ],
+            "the network knows 157.407 to 0.0100005",
+        ),
+        (["train", "tiny", "data._target_=diffusion_pl.data.cifar10.CIFAR10", "data.path=no",
+          "data.batch_size=8", "network.resolution=32"], "no"),
+        (["train", "tiny", "features.name=inception", "features.weights=no.pth"], "no.pth"),
+        (["sample", "runs/none"], "there is no such run"),
+        (["evaluate", "runs/none"], "there is no such run"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(run, words, message):
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--label", "8"], "label 8 is not one of the model's classes (0 to 7)"),
+        (["--sampler", "huen"], "there is no sampler 'huen'"),
+        (["--count", "0"], "--count must be positive"),
+        (["--set", "sampler.stesp=3"], "did you mean 'steps'?"),
+        (["--set", "objective._target_=os.system"], "outside the trusted packages"),
+    ],
+)
+def test_bad_requests_of_a_run_are_one_clear_line(trained, run, words, message):
+    code, out, err = run("sample", "runs/tiny", *words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_run_without_a_checkpoint_says_so(run):
+    Path("runs/empty").mkdir(parents=True)
+    code, _, err = run("sample", "runs/empty")
+    assert code == 2
+    assert "has no checkpoint yet" in err
+
+
+def test_a_run_whose_checkpoint_is_not_ours_is_refused(trained, run):
+    torch.save({"state_dict": {}}, "runs/tiny/checkpoints/000000000032.ckpt")
+    code, _, err = run("sample", "runs/tiny")
+    assert code == 2
+    assert "not a checkpoint of diffusion_pl's format" in err
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(run):
+    Path("runs").write_text("a file where the folder should be")
+    code, _, err = run("train", "tiny")
+    assert code == 2
+    assert "cannot be written" in err
+
+
+def in_a_fresh_process(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "absent"),
+    [
+        (["--help"], ["torch", "omegaconf", "lightning"]),
+        (["experiments"], ["torch", "lightning"]),
+        (["check", "cifar10_ddpm"], ["lightning", "torchmetrics", "torchvision"]),
+    ],
+)
+def test_quick_commands_import_nothing_slow(words, absent):
+    result = in_a_fresh_process(
+        f"""
+import sys
+from diffusion_pl.cli import main
+try:
+    code = main({words})
+except SystemExit as leave:
+    code = leave.code
+assert code in (0, None), code
+assert not set({absent}) & set(sys.modules), set({absent}) & set(sys.modules)
+"""
+    )
+    assert result.returncode == 0, result.stderr
