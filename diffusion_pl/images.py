@@ -42,17 +42,25 @@ def to_bytes(images: Tensor) -> Tensor:
     return images.mul(127.5).add_(128.0).clamp_(0.0, 255.0).to(torch.uint8)
 
 
-def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+VISIBLE = 64  # pixels a side that a person sees something in
+
+
+def grid(
+    images: Tensor, columns: int | None = None, gap: int = 2, zoom: int | None = None
+) -> Tensor:
     """Arrange images in rows from left to right on a white sheet.
 
     Args:
         images: uint8 (B, C, H, W), C = 1 or 3.
         columns: images a row; the square root of B when not given.
         gap: white pixels between neighbours.
+        zoom: how often a pixel is repeated each way; enough to show 64 when not given.
 
     Returns:
-        uint8 (3, rows * (H + gap) - gap, columns * (W + gap) - gap).
+        uint8 (3, rows * (H + gap) - gap, columns * (W + gap) - gap), H and W after the zoom.
     """
+    zoom = zoom or max(1, math.ceil(VISIBLE / images.shape[3]))
+    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     count, _, height, width = images.shape
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)

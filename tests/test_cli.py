@@ -193,6 +193,7 @@ def test_experiments_are_listed_with_their_first_line(run):
         (["train", "tiny", "data._target_=diffusion_pl.data.cifar10.CIFAR10", "data.path=no",
           "data.batch_size=8", "network.resolution=32"], "no"),
         (["train", "tiny", "features.name=inception", "features.weights=no.pth"], "no.pth"),
+        (["train", "tiny", "trainer.loggers=[wandb]"], "wandb is not installed"),
         (["sample", "runs/none"], "there is no such run"),
         (["evaluate", "runs/none"], "there is no such run"),
     ],

@@ -36,10 +36,18 @@ def test_what_is_not_bytes_is_refused():
 
 def test_a_grid_shows_rows_from_left_to_right():
     images = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 2, 2)
-    sheet = grid(images, columns=3, gap=1)
+    sheet = grid(images, columns=3, gap=1, zoom=1)
     assert sheet.shape == (3, 5, 8)
     assert sheet[0, 0].tolist() == [0, 0, 255, 1, 1, 255, 2, 2]
     assert sheet[0, 3].tolist() == [3, 3, 255, 4, 4, 255, 255, 255]
+
+
+def test_small_images_are_enlarged_on_a_grid_until_they_are_seen():
+    images = torch.randint(0, 256, (1, 3, 24, 24), dtype=torch.uint8)
+    sheet = grid(images)
+    assert sheet.shape == (3, 72, 72)
+    assert torch.equal(sheet[:, 1::3, 2::3], images[0])
+    assert grid(images.repeat(1, 1, 4, 4)).shape == (3, 96, 96)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -248,3 +248,13 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(network(x, c_noise), network(x, c_noise))
     network.train()
     assert not torch.equal(network(x, c_noise), network(x, c_noise))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_the_network_is_one_graph(name):
+    network = awake(NETWORKS[name]())
+    x, c_noise, label = torch.randn(2, 3, 16, 16), torch.zeros(2), torch.tensor([1, -1])
+    # The "eager" backend traces as any other does, and a break of the graph raises.
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, c_noise, label=label), network(x, c_noise, label=label))

@@ -142,11 +142,13 @@ class Checkpoints(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.interval.passed(pl_module.images_seen):
-            self._save(trainer, pl_module.images_seen)
+        images = pl_module.images_seen
+        if self.interval.passed(images) and trainer.global_step < trainer.max_steps:
+            self._save(trainer, images)
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if pl_module.images_seen > self.saved:
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        # After the last evaluation: a run with its last checkpoint has all its measurements.
+        if 0 <= self.saved < pl_module.images_seen:
             self._save(trainer, pl_module.images_seen)
 
     def _save(self, trainer: lightning.Trainer, images: int) -> None:
@@ -217,7 +219,7 @@ class Evaluate(Callback):
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         images = pl_module.images_seen
-        if self.interval.passed(images) and images < trainer.max_steps * pl_module.batch_size:
+        if self.interval.passed(images) and trainer.global_step < trainer.max_steps:
             self._evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:

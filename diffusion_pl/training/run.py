@@ -183,9 +183,13 @@ def make_loggers(experiment: Experiment, run: Path) -> list[Logger]:
     if "tensorboard" in experiment.settings.loggers:
         loggers.append(TensorBoardLogger(run, name="", version="tensorboard"))
     if "wandb" in experiment.settings.loggers:
-        loggers.append(
-            WandbLogger(project="diffusion_pl", name=run.name, id=run.name, save_dir=run)
-        )
+        try:
+            wandb = WandbLogger(project="diffusion_pl", name=run.name, id=run.name, save_dir=run)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "trainer.loggers: wandb is not installed; pip install 'diffusion_pl[wandb]'"
+            ) from error
+        loggers.append(wandb)
     return loggers
 
 
