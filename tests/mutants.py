@@ -278,6 +278,8 @@ def noticed(mutant: Mutant) -> str:
             check=False,
             timeout=600,
         )
+        if result.returncode not in (0, 1):  # 1: tests ran and some failed
+            return f"broken: pytest ended with {result.returncode}"
         return "survived" if result.returncode == 0 else "noticed"
 
 

@@ -136,7 +136,15 @@ def test_sampling_writes_images_a_grid_and_arrays(trained, run):
         (["--sampler", "ddim", "--steps", "3"], 3),
         (["--sampler", "ancestral", "--steps", "4"], 4),
         (["--steps", "2"], 3),
-        (["--set", "sampler.integrate._target_=diffusion_pl.samplers.euler.euler"], 3),
+        (
+            [
+                "--set",
+                "sampler.integrate._target_=diffusion_pl.samplers.euler.euler",
+                "--set",
+                "sampler.integrate._partial_=true",
+            ],
+            3,
+        ),
         (["--weights", "denoiser", "--label", "2", "--guidance", "2"], 5),
     ],
 )
@@ -190,8 +198,8 @@ def test_experiments_are_listed_with_their_first_line(run):
             ],
             "the network knows 157.407 to 0.0100005",
         ),
-        (["train", "tiny", "data._target_=diffusion_pl.data.cifar10.CIFAR10", "data.path=no",
-          "data.batch_size=8", "network.resolution=32"], "no"),
+        (["train", "tiny", "data._target_=diffusion_pl.data.cifar10.CIFAR10", "data.path=nowhere",
+          "data.batch_size=8", "network.resolution=32"], "nowhere"),
         (["train", "tiny", "features.name=inception", "features.weights=no.pth"], "no.pth"),
         (["train", "tiny", "trainer.loggers=[wandb]"], "wandb is not installed"),
         (["sample", "runs/none"], "there is no such run"),
