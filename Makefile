@@ -47,7 +47,7 @@ test-slow: $(STAMP)  ## the tests that take minutes each
 	$(RUN_PYTHON) -m pytest -m slow
 
 mutants: $(STAMP)  ## plant one-line bugs; the tests must notice every one
-	$(RUN_PYTHON) -m tests.mutants
+	$(RUN_PYTHON) tests/mutants.py
 
 bench: $(STAMP)  ## measurements beside the peers: BENCH=networks, loop, commands
 	$(RUN_PYTHON) -m benchmarks.$(or $(BENCH),all)
