@@ -135,3 +135,8 @@ def test_conversions_invert_one_another():
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_log_uniform_is_uniform_in_the_logarithm():
+    sigmas = LogUniform(0.01, 100.0)(torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=F64))
+    torch.testing.assert_close(sigmas, torch.tensor([0.01, 0.1, 1.0, 100.0], dtype=F64))

@@ -354,25 +354,32 @@ def test_checkpoints_survive_a_full_disk(tmp_path):
 
 
 class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
     def __reduce__(self):
-        return (Path.touch, (Path("/tmp/owned-by-a-checkpoint"),))
+        return (open, (self.file, "w"))
+
+
+def test_a_checkpoint_that_calls_something_is_refused_and_not_run(tmp_path):
+    path, proof = tmp_path / "bad.ckpt", tmp_path / "owned"
+    torch.save({"diffusion_pl": {"format": 1}, "evil": Evil(proof)}, path)
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        checkpoints.load(path)
+    assert not proof.exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"state_dict": {}}, r"format 1 \(format: none\)"),
-        ({"diffusion_pl": {"format": 99}}, r"format 1 \(format: 99\)"),
-        ({"diffusion_pl": {"format": 1}, "evil": Evil()}, "holds more than tensors"),
-        ([1, 2], r"format 1 \(format: none\)"),
-    ],
+    ("content", "found"),
+    [({"state_dict": {}}, "none"), ({"diffusion_pl": {"format": 99}}, "99"), ([1, 2], "none")],
 )
-def test_foreign_and_malicious_checkpoints_are_refused(tmp_path, content, message):
-    path = tmp_path / "bad.ckpt"
+def test_checkpoints_of_another_format_are_refused(tmp_path, content, found):
+    path = tmp_path / "other.ckpt"
     torch.save(content, path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"format 1 \(format: {found}\)"):
         checkpoints.load(path)
-    assert not Path("/tmp/owned-by-a-checkpoint").exists()
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", None])
@@ -403,3 +410,26 @@ def test_a_pointer_to_nothing_is_an_error(tmp_path):
     (tmp_path / "latest").write_text("gone.ckpt")
     with pytest.raises(ValueError, match=r"names 'gone\.ckpt', which is not there"):
         checkpoints.latest(tmp_path)
+
+
+def test_a_run_moves_the_average_towards_the_weights(go):
+    before = network(classes=8).state_dict()
+    _, checkpoint = go(experiment(images=24))
+    state = checkpoint["state_dict"]
+    key = "network.stem.weight"
+    start, average, end = before["stem.weight"], state[f"ema.{key}"], state[f"denoiser.{key}"]
+    assert not torch.equal(average, start)
+    assert (average - end).norm() < (start - end).norm()
+    assert not torch.equal(average, end)
+
+
+def test_dropout_restarts_from_the_position_in_the_run():
+    made, image = module(batch_size=8), torch.zeros(4, 3, 16, 16)
+
+    def mask(first):
+        made.draw(image, torch.arange(first, first + 4), {})
+        return torch.rand(8)
+
+    assert torch.equal(mask(4), mask(4))
+    assert not torch.equal(mask(4), mask(0))
+    assert not torch.equal(mask(4), mask(12))

@@ -6,7 +6,6 @@ import argparse
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_pl import config
 from diffusion_pl.commands import parts
@@ -36,16 +35,12 @@ def run(options: argparse.Namespace) -> int:
 def _network(experiment: Config, network: nn.Module) -> str:
     data = config.build(experiment, "data")
     count = sum(parameter.numel() for parameter in network.parameters())
-    image = torch.zeros(1, data.channels, data.resolution, data.resolution, device="meta")
-    counter = FlopCounterMode(display=False)
     try:
-        with counter, torch.no_grad():
-            network(image, torch.zeros(1, device="meta"))
+        network.check_resolution(data.resolution, data.resolution)  # type: ignore[operator]
     except ValueError as error:
         raise experiment.error("network", str(error)) from error
     size = f"{data.channels} x {data.resolution} x {data.resolution}"
-    flops = counter.get_total_flops() / 1e9
-    return f"{type(network).__name__}, {count:,} parameters; {flops:.3g} GFLOP forward at {size}"
+    return f"{type(network).__name__}, {count:,} parameters, for images of {size}"
 
 
 def _batch(experiment: Config) -> str:
