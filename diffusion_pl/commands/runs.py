@@ -15,7 +15,7 @@ from diffusion_pl.config import Config
 from diffusion_pl.diffusion.objective import Objective
 from diffusion_pl.evaluation import Drawing
 from diffusion_pl.samplers.named import named
-from diffusion_pl.samplers.sampler import Sampler, check_range
+from diffusion_pl.samplers.sampler import Sampler
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.settings import AUTOCAST, Settings, resolve_precision
 
@@ -105,6 +105,4 @@ def _sampler(options: argparse.Namespace, experiment: Config, objective: Objecti
         return named(options.sampler, objective.preconditioning.sigma_range, options.steps)
     if options.steps:
         experiment.tree["sampler"]["steps"] = options.steps
-    sampler = parts.sampler_of(experiment, objective)
-    check_range(sampler, objective.preconditioning.sigma_range)
-    return sampler
+    return parts.sampler_of(experiment, objective)

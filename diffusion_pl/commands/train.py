@@ -28,10 +28,10 @@ def run(options: argparse.Namespace) -> int:
     folder: Path = options.run or parts.RUNS / experiment.name
     settle(experiment, folder)
     latest = checkpoints.latest(folder / "checkpoints")
-    budget = config.build(experiment, "trainer").steps(experiment.get("data.batch_size"))
-    budget *= experiment.get("data.batch_size")
+    batch_size = experiment.get("data.batch_size")
+    budget = config.build(experiment, "trainer").steps(batch_size) * batch_size
     done = int(latest.stem) if latest else 0
-    if done >= budget and last_measurements(History(folder / "metrics.jsonl")):
+    if done >= budget:  # the last checkpoint is written after the last evaluation
         print(f"{folder} is finished: {done:,} images", file=sys.stderr)
         report(folder, done, last_measurements(History(folder / "metrics.jsonl")))
         return 0
