@@ -2,38 +2,23 @@
 
 Each mutant names the file, the code it replaces (which must stand there exactly once), what it
 becomes, and the test files that should turn red; a mutant that survives is a hole in the tests.
+More lists stand in mutants_*.py, a file an area.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
+from mutant import PACKAGE, Mutant, at
+
 ROOT = Path(__file__).parents[1]
-PACKAGE = "diffusion_pl"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One planted bug."""
-
-    file: str
-    right: str
-    wrong: str
-    tests: tuple[str, ...]
-
-
-def at(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
-    """Mutants of one file, noticed by the same tests."""
-    names = tuple(f"tests/test_{name}.py" for name in tests.split())
-    return [Mutant(f"{PACKAGE}/{file}", right, wrong, names) for right, wrong in changes]
-
 
 MUTANTS = [
     *at(
@@ -67,10 +52,10 @@ MUTANTS = [
         "objectives",
         ("return sigma.square().reciprocal()", "return sigma.reciprocal()"),
         ("(sigma.square() + self.sigma_data**2) / (", "(sigma.square() + self.sigma_data) / ("),
-        ("return error.flatten(1).sum(dim=1)", "return error.flatten(1).mean(dim=1)"),
-        ("return error.flatten(1).mean(dim=1)", "return error.flatten(1).sum(dim=1)"),
+        ("square().flatten(1).sum(dim=1)", "square().flatten(1).mean(dim=1)"),
+        ("square().flatten(1).mean(dim=1)", "square().flatten(1).sum(dim=1)"),
         ("denoise(image + level * noise,", "denoise(image + level.square() * noise,"),
-        ("weight * (denoised - image).square()", "weight * (denoised - image).abs()"),
+        ("per_image(self.weight(sigma).sqrt(), image)", "per_image(self.weight(sigma), image)"),
     ),
     *at(
         "diffusion/guidance.py",
@@ -89,13 +74,28 @@ MUTANTS = [
     *at(
         "objectives/ddpm.py",
         "schedules objectives",
-        ("(u * self.T).floor()", "(u * (self.T - 1)).floor()"),
-        ("torch.cumprod(1 - self.betas(device), dim=0)", "1 - self.betas(device)"),
         ("c_out=-sigma", "c_out=sigma"),
         ("c_in=(1 + sigma.square()).rsqrt()", "c_in=(1 + sigma).rsqrt()"),
-        ("return (lower + fraction)", "return (upper + fraction)"),
         ("weight=NoiseError()", "weight=torch.ones_like"),
         ("reduce=pixel_mean", "reduce=lambda error: error.flatten(1).sum(dim=1)"),
+    ),
+    *at(
+        "diffusion/timesteps.py",
+        "schedules objectives",
+        ("(u * self.T).floor()", "(u * (self.T - 1)).floor()"),
+        ("torch.cumprod(1 - self.betas.to(device), dim=0)", "1 - self.betas.to(device)"),
+        ("return (lower + fraction)", "return (upper + fraction)"),
+        ("math.pi / 2).square()", "math.pi / 2)"),
+        (".clamp(max=largest)", ""),
+    ),
+    *at(
+        "diffusion/paths.py",
+        "schedules",
+        ("self.beta_d / 2 * t.square()", "self.beta_d * t.square()"),
+        ("/ 2 * (sigma + 1 / sigma)", "* (sigma + 1 / sigma)"),
+        ("2 * self.beta_d * torch.log1p(", "self.beta_d * torch.log1p("),
+        ("return 1 / (2 * t.sqrt())", "return 1 / t.sqrt()"),
+        ("self.start + u * (self.end - self.start)", "self.start + u * self.end"),
     ),
     *at(
         "objectives/edm.py",
@@ -147,6 +147,15 @@ MUTANTS = [
         ("device=c_noise.device) / (half - 1)", "device=c_noise.device) / half"),
         ("return (x + self.proj(attended)) * self.scale", "return x + self.proj(attended)"),
         ("* (label >= 0)", "* (label >= -1)"),
+    ),
+    *at(
+        "networks/position.py",
+        "position",
+        ("(pixel + 0.5) * frame / size - 0.5", "pixel * frame / size"),
+        ("/ (frame - 1)", "/ frame"),
+        ("2.0 ** torch.arange", "1.0 + torch.arange"),
+        ("phase = math.pi * octave", "phase = octave"),
+        ("[phase.sin(), phase.cos()]", "[phase.sin(), phase.sin()]"),
     ),
     *at(
         "networks/song_unet.py",
@@ -288,7 +297,10 @@ def noticed(mutant: Mutant) -> str:
 
 def main() -> int:
     """Try every mutant, two at a time; name those that survive."""
-    wanted = [m for m in MUTANTS if not sys.argv[1:] or any(w in m.file for w in sys.argv[1:])]
+    everything = list(MUTANTS)
+    for file in sorted(Path(__file__).parent.glob("mutants_*.py")):
+        everything += importlib.import_module(file.stem).MUTANTS
+    wanted = [m for m in everything if not sys.argv[1:] or any(w in m.file for w in sys.argv[1:])]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(noticed, wanted))
     for mutant, result in zip(wanted, results, strict=True):

@@ -10,7 +10,8 @@ from torch import nn
 from diffusion_pl.diffusion.guidance import classifier_free, clipped
 from diffusion_pl.diffusion.objective import NoiseError, UnitOutput, pixel_mean, pixel_sum
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
-from diffusion_pl.objectives.ddpm import DDPM, LinearBetas
+from diffusion_pl.diffusion.timesteps import LinearBetas
+from diffusion_pl.objectives.ddpm import DDPM
 from diffusion_pl.objectives.edm import EDM
 
 F64 = torch.float64
@@ -111,8 +112,8 @@ def test_karras_keeps_the_network_at_unit_variance():
 
 def test_pooling_is_a_sum_and_a_mean():
     error = torch.arange(24.0).reshape(2, 3, 2, 2)
-    assert pixel_sum(error).tolist() == [66, 210]
-    assert pixel_mean(error).tolist() == [5.5, 17.5]
+    assert pixel_sum(error).tolist() == [506, 3818]
+    assert pixel_mean(error).tolist() == pytest.approx([506 / 12, 3818 / 12])
 
 
 def test_a_denoiser_answers_in_float32_and_takes_one_level_for_all():
@@ -141,5 +142,28 @@ def test_guidance_extrapolates_from_no_label_to_the_label(weight):
 
 
 def test_clipping_keeps_images_in_range():
-    answer = clipped(lambda x, sigma: x)(torch.tensor([-3.0, 0.2, 3.0]), torch.tensor(1.0))
-    assert answer.tolist() == pytest.approx([-1, 0.2, 1])
+    x = torch.tensor([-3.0, 0.2, 3.0]).reshape(1, 1, 3, 1)
+    answer = clipped(lambda x, sigma: x)(x, torch.tensor(1.0))
+    assert answer.flatten().tolist() == pytest.approx([-1, 0.2, 1])
+
+
+class Twice(nn.Module):
+    """A network of 2 C channels: the image's prediction, then what it says of the variance."""
+
+    def forward(self, x, c_noise):
+        return torch.cat([torch.zeros_like(x), torch.full_like(x, 7.0)], dim=1)
+
+
+def test_the_variance_is_given_when_asked_for_and_left_as_it_is():
+    denoiser = Denoiser(Twice(), Karras(0.5))
+    x, sigma = torch.full((2, 3, 4, 4), 8.0), torch.tensor([0.5, 0.5])
+    assert torch.equal(denoiser(x, sigma), x / 2)
+    both = clipped(denoiser)(x, sigma, variance=True)
+    assert torch.equal(both[:, :3], torch.ones(2, 3, 4, 4))
+    assert torch.equal(both[:, 3:], torch.full((2, 3, 4, 4), 7.0))
+
+
+def test_a_network_without_a_variance_says_so():
+    denoiser = Denoiser(Linear(lambda c: c), Karras(0.5))
+    with pytest.raises(ValueError, match="3 output channels, 6 are needed"):
+        denoiser(torch.zeros(1, 3, 4, 4), torch.ones(1), variance=True)

@@ -13,7 +13,7 @@ from analytic import Gaussian, Mixture
 from diffusion_pl.diffusion.levels import alpha_bar_from_sigma
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.schedules import LogUniform, Rho, levels
-from diffusion_pl.objectives.ddpm import LinearBetas
+from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.euler import euler
 from diffusion_pl.samplers.heun import heun
@@ -98,7 +98,7 @@ def test_ddim_end_values_are_the_published_ones(steps, end):
 @pytest.mark.parametrize("t", [1, 2, 499, 999])
 def test_ancestral_step_is_the_ddpm_posterior(variance, t):
     """Ho 2020, Eq. 6 and 7 and section 3.2, in Ho's own state and symbols."""
-    betas = LinearBetas().betas()
+    betas = LinearBetas().betas
     abar = torch.cumprod(1 - betas, 0)
     beta, now, before = betas[t], abar[t], abar[t - 1]
     x_0, x_t, z = torch.tensor([[0.3, -0.7], [1.2, 0.4], [0.9, -1.1]], dtype=F64)
@@ -121,7 +121,7 @@ def test_ancestral_step_is_the_ddpm_posterior(variance, t):
 
 
 def test_posterior_variances_are_the_published_ones():
-    sigmas, abar = LinearBetas().sigmas(), torch.cumprod(1 - LinearBetas().betas(), 0)
+    sigmas, abar = LinearBetas().sigmas(), torch.cumprod(1 - LinearBetas().betas, 0)
     for t, small in {1: 5.45318766e-05, 499: 0.0100313554, 999: 0.0199999835}.items():
         zero, one = torch.zeros(1, 1, 1, 1, dtype=F64), torch.ones(1, 1, 1, 1, dtype=F64)
         step = ancestral(lambda x, s: zero, zero, sigmas[[t, t - 1]], lambda like: one)  # noqa: B023

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from diffusion_pl.diffusion import levels
+from diffusion_pl.diffusion.paths import Along, Linear, VarianceExploding, VariancePreserving
 from diffusion_pl.diffusion.preconditioning import Karras
 from diffusion_pl.diffusion.schedules import LogNormal, LogUniform, Rho, uniform
 from diffusion_pl.diffusion.schedules import levels as walk
-from diffusion_pl.objectives.ddpm import LinearBetas, PredictNoise
+from diffusion_pl.diffusion.timesteps import CosineBetas, LinearBetas, Timesteps
+from diffusion_pl.objectives.ddpm import PredictNoise
 
 F64 = torch.float64
 
@@ -52,7 +54,8 @@ def test_linear_betas_have_the_published_log_snr():
 
 
 @pytest.mark.parametrize(
-    "schedule", [LogNormal(-1.2, 1.2), Rho(), LogUniform(0.02, 100), LinearBetas(T=50)]
+    "schedule",
+    [LogNormal(-1.2, 1.2), Rho(), LogUniform(0.02, 100), LinearBetas(T=50), CosineBetas(T=50)],
 )
 def test_schedules_increase(schedule):
     sigmas = schedule(torch.linspace(0, 1, 1001, dtype=F64))
@@ -130,6 +133,10 @@ def test_conversions_invert_one_another():
         (lambda: Karras(0), "sigma_data must be positive"),
         (lambda: LinearBetas(T=1), "T must be at least 2"),
         (lambda: LinearBetas(beta_1=0.5, beta_T=0.1), "beta_1 <= beta_T"),
+        (lambda: CosineBetas(offset=0), "offset positive"),
+        (lambda: Timesteps(torch.tensor([0.1, 1.5])), "all between 0 and 1"),
+        (lambda: VariancePreserving(beta_d=0), "must be positive"),
+        (lambda: Along(Linear(), 1.0, 0.5), "start must lie below end"),
     ],
 )
 def test_impossible_settings_are_refused(make, message):
@@ -140,3 +147,38 @@ def test_impossible_settings_are_refused(make, message):
 def test_log_uniform_is_uniform_in_the_logarithm():
     sigmas = LogUniform(0.01, 100.0)(torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=F64))
     torch.testing.assert_close(sigmas, torch.tensor([0.01, 0.1, 1.0, 100.0], dtype=F64))
+
+
+def test_cosine_betas_are_the_published_ones():
+    betas = CosineBetas(1000).betas
+    # Nichol & Dhariwal 2021, Eq. 17; digits of the specification sheet.
+    assert betas[[0, -2, -1]].tolist() == pytest.approx([4.12842248e-05, 0.749999393, 0.999])
+    assert CosineBetas(4000).betas[0].item() == pytest.approx(9.86581881e-06)
+    abar = levels.alpha_bar_from_sigma(CosineBetas(1000).sigmas())
+    assert abar[499].item() == pytest.approx(0.49384359)
+    # The same levels as Karras 2022's u_j, counted from the noise end (Table 1, "iDDPM").
+    u = CosineBetas(1000).sigmas().flip(0)
+    published = {0: 20291.17, 1: 641.66, 8: 80.20, 500: 1.0123895, 998: 0.00935, 999: 0.006425}
+    for j, value in published.items():
+        assert u[j].item() == pytest.approx(value, rel=1e-4)
+
+
+def test_the_variance_preserving_path_is_the_published_one():
+    t = torch.tensor([1e-3, 0.5, 1.0], dtype=F64)
+    expected = torch.tensor([0.010485993, 3.4129183, 152.16697], dtype=F64)
+    torch.testing.assert_close(VariancePreserving().sigma(t), expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("path", [VariancePreserving(), VarianceExploding(), Linear()])
+def test_paths_agree_with_their_slope_and_inverse(path):
+    t = torch.linspace(0.05, 1.0, 20, dtype=F64, requires_grad=True)
+    sigma = path.sigma(t)
+    (derivative,) = torch.autograd.grad(sigma.sum(), t)
+    torch.testing.assert_close(path.slope(t), derivative)
+    torch.testing.assert_close(path.time(sigma), t)
+
+
+def test_along_a_path_time_is_uniform():
+    u = torch.tensor([0.0, 0.25, 1.0], dtype=F64)
+    sigmas = Along(VarianceExploding(), 4.0, 16.0)(u)
+    torch.testing.assert_close(sigmas, torch.tensor([2.0, math.sqrt(7), 4.0], dtype=F64))

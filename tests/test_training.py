@@ -12,11 +12,12 @@ import torch
 
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.schedules import Rho
+from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.metrics import shapes
 from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.networks.song_unet import SongUNet
-from diffusion_pl.objectives.ddpm import DDPM, LinearBetas
+from diffusion_pl.objectives.ddpm import DDPM
 from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.heun import heun

@@ -10,7 +10,7 @@ from torch import nn
 from diffusion_pl import config
 from diffusion_pl.commands import parts
 from diffusion_pl.config import Config
-from diffusion_pl.diffusion.objective import Objective
+from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.settings import Settings, resolve_precision
 
@@ -20,7 +20,7 @@ FAILURES: tuple[type[Exception], ...] = ()
 def run(options: argparse.Namespace) -> int:
     """Print parameters, batch arithmetic, budget and noise range."""
     experiment = parts.read(options.experiment, options.overrides)
-    objective: Objective = config.build(experiment, "objective")
+    objective: TrainingObjective = config.build(experiment, "objective")
     network = parts.meta_network(experiment)
     for title, text in [
         ("network", _network(experiment, network)),
@@ -72,7 +72,7 @@ def _budget(experiment: Config) -> str:
     )
 
 
-def _noise(experiment: Config, objective: Objective) -> str:
+def _noise(experiment: Config, objective: TrainingObjective) -> str:
     sampler = parts.sampler_of(experiment, objective)
     quantiles = torch.tensor([0.001, 0.5, 0.999], dtype=torch.float64)
     low, middle, high = objective.schedule(quantiles).tolist()

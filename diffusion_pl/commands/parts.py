@@ -12,7 +12,7 @@ from torch import nn
 from diffusion_pl import config
 from diffusion_pl.config import Config
 from diffusion_pl.data.source import Source
-from diffusion_pl.diffusion.objective import Objective
+from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.samplers.sampler import Sampler, check_range
@@ -27,7 +27,7 @@ SECTIONS: dict[str, Any] = {
     "data": Source,
     "augment": Any,
     "network": nn.Module,
-    "objective": Objective,
+    "objective": TrainingObjective,
     "optimizer": Any,
     "ema": EMA,
     "sampler": Sampler,
@@ -65,7 +65,7 @@ def meta_network(experiment: Config) -> nn.Module:
     return network
 
 
-def sampler_of(experiment: Config, objective: Objective) -> Sampler:
+def sampler_of(experiment: Config, objective: TrainingObjective) -> Sampler:
     """The experiment's sampler, known to visit only levels that the network was trained for.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from diffusion_pl import config
 from diffusion_pl.commands import parts
 from diffusion_pl.config import Config
-from diffusion_pl.diffusion.objective import Objective
+from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.evaluation import Drawing
 from diffusion_pl.samplers.named import named
 from diffusion_pl.samplers.sampler import Sampler
@@ -55,7 +55,7 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
     section = loaded[checkpoints.SECTION]
     experiment = config.load_resolved(section["config"], str(path), options.allow, options.set)
     parts.bind(experiment)
-    objective: Objective = config.build(experiment, "objective")
+    objective: TrainingObjective = config.build(experiment, "objective")
     denoiser = objective.denoiser(config.build(experiment, "network"))
     checkpoints.load_weights(denoiser, loaded, options.weights, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,7 +99,9 @@ def checkpoint_of(run: Path) -> Path:
     return latest
 
 
-def _sampler(options: argparse.Namespace, experiment: Config, objective: Objective) -> Sampler:
+def _sampler(
+    options: argparse.Namespace, experiment: Config, objective: TrainingObjective
+) -> Sampler:
     """The run's own sampler, or the one that the command line names for the network's levels."""
     if options.sampler:
         return named(options.sampler, objective.preconditioning.sigma_range, options.steps)

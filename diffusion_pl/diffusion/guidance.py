@@ -1,4 +1,7 @@
-"""Guidance and clipping: functions that turn one denoiser into another, denoise -> denoise."""
+"""Guidance and clipping: functions that turn one denoiser into another, denoise -> denoise.
+
+Keywords that are not theirs pass through to the denoiser below.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,10 @@ def classifier_free(denoise: Denoise, *, label: Tensor, weight: float) -> Denois
     if weight == 1:
         return conditioned(denoise, label=label)
 
-    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+    def guided(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
         labels = torch.cat([label, torch.full_like(label, -1)])
         levels = sigma.repeat(2) if sigma.ndim else sigma
-        with_label, without = denoise(x.repeat(2, 1, 1, 1), levels, label=labels).chunk(2)
+        with_label, without = denoise(x.repeat(2, 1, 1, 1), levels, label=labels, **more).chunk(2)
         return without + weight * (with_label - without)
 
     return guided
@@ -37,8 +40,8 @@ def classifier_free(denoise: Denoise, *, label: Tensor, weight: float) -> Denois
 def conditioned(denoise: Denoise, **condition: Any) -> Denoise:
     """Close a condition in, so that a sampler never sees it."""
 
-    def with_condition(x: Tensor, sigma: Tensor) -> Tensor:
-        return denoise(x, sigma, **condition)
+    def with_condition(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+        return denoise(x, sigma, **condition, **more)
 
     return with_condition
 
@@ -46,7 +49,8 @@ def conditioned(denoise: Denoise, **condition: Any) -> Denoise:
 def clipped(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
     """Clip the denoised image to the range of images, as DDPM's sampler does (released code)."""
 
-    def clip(x: Tensor, sigma: Tensor) -> Tensor:
-        return denoise(x, sigma).clamp(low, high)
+    def clip(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+        image, variance = denoise(x, sigma, **more).tensor_split([x.shape[1]], dim=1)
+        return torch.cat([image.clamp(low, high), variance], dim=1)
 
     return clip

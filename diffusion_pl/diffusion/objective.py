@@ -25,7 +25,33 @@ class Weight(Protocol):
     def __call__(self, sigma: Tensor) -> Tensor: ...
 
 
+# Pools the weighted error of an image, (B, C, H, W) -> (B,); it squares, so that it may also
+# average neighbouring errors before.
 Reduce = Callable[[Tensor], Tensor]
+
+
+class TrainingObjective(Protocol):
+    """What trains a network: an `Objective`, or anything that answers as one does.
+
+    One that has weights or a memory of its own is an nn.Module too: the run then trains the weights
+    beside the network's and keeps all of it in the checkpoints.
+    """
+
+    @property
+    def schedule(self) -> Schedule:
+        """u -> sigma, the inverse CDF of the training noise levels."""
+
+    @property
+    def preconditioning(self) -> Preconditioning:
+        """The four c's around the network."""
+
+    def denoiser(self, network: nn.Module) -> Denoiser:
+        """The denoiser around a raw network."""
+
+    def loss(
+        self, denoise: Denoise, image: Tensor, u: Tensor, noise: Tensor, **condition: Tensor | None
+    ) -> Tensor:
+        """The loss of each image, float32 (B,); see `Objective.loss`."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +73,13 @@ class UnitOutput:
 
 
 def pixel_sum(error: Tensor) -> Tensor:
-    """Sum over channels and pixels, (B, C, H, W) -> (B,): EDM's loss."""
-    return error.flatten(1).sum(dim=1)
+    """Sum of squares over channels and pixels, (B, C, H, W) -> (B,): EDM's loss."""
+    return error.square().flatten(1).sum(dim=1)
 
 
 def pixel_mean(error: Tensor) -> Tensor:
-    """Mean over channels and pixels, (B, C, H, W) -> (B,): DDPM's and simple diffusion's loss."""
-    return error.flatten(1).mean(dim=1)
+    """Mean of squares over channels and pixels, (B, C, H, W) -> (B,): DDPM's loss."""
+    return error.square().flatten(1).mean(dim=1)
 
 
 @dataclass(frozen=True)
@@ -64,7 +90,8 @@ class Objective:
         schedule: u -> sigma, the inverse CDF of the training noise levels.
         preconditioning: the four c's around the network.
         weight: lambda(sigma) on the squared error of the denoised image.
-        reduce: pools the weighted squared error over an image, (B, C, H, W) -> (B,).
+        reduce: squares the weighted error sqrt(lambda) (D - x) and pools it over an image,
+            (B, C, H, W) -> (B,).
     """
 
     schedule: Schedule
@@ -95,5 +122,5 @@ class Objective:
         # float32 from here on: the weight is a factor of the loss, not an accumulated state.
         level = per_image(sigma, image).to(torch.float32)
         denoised = denoise(image + level * noise, sigma, **condition)
-        weight = per_image(self.weight(sigma), image).to(torch.float32)
-        return self.reduce(weight * (denoised - image).square())
+        root = per_image(self.weight(sigma).sqrt(), image).to(torch.float32)
+        return self.reduce(root * (denoised - image))

@@ -75,20 +75,37 @@ class Denoiser(nn.Module):
         self.network = network
         self.preconditioning = preconditioning
 
-    def forward(self, x: Tensor, sigma: Tensor, **condition: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: Tensor, *, variance: bool = False, **condition: Tensor | None
+    ) -> Tensor:
         """Denoise x.
 
         Args:
             x: noisy images (B, C, H, W), image + sigma * unit noise; any float dtype.
             sigma: noise levels > 0, (B,) or one scalar () for all.
+            variance: ask also for what a network of 2 C channels says of the variance of a reverse
+                step, its last C channels as they are; without it they are left out.
             condition: keyword tensors that the network takes: `label`, `augment`, ...
 
         Returns:
-            float32 (B, C, H, W), whatever precision the network runs in under autocast.
+            float32 (B, C, H, W), or (B, 2 C, H, W) with `variance`, whatever precision the network
+            runs in under autocast.
+
+        Raises:
+            ValueError: `variance` of a network that says nothing of it.
         """
         x = x.to(torch.float32)
         # The four c's are computed before rounding to float32: sigma may come in float64.
         c = [per_image(value.to(torch.float32), x) for value in self.preconditioning(sigma)]
         c_skip, c_out, c_in, c_noise = c
         output = self.network(c_in * x, c_noise.reshape(-1).expand(len(x)), **condition)
-        return c_skip * x + c_out * output.to(torch.float32)
+        output, beside = output.to(torch.float32).tensor_split([x.shape[1]], dim=1)
+        denoised = c_skip * x + c_out * output
+        if not variance:
+            return denoised
+        if beside.shape != x.shape:
+            raise ValueError(
+                "the network gives no variance: it has "
+                f"{x.shape[1] + beside.shape[1]} output channels, {2 * x.shape[1]} are needed"
+            )
+        return torch.cat([denoised, beside], dim=1)

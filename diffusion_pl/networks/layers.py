@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
@@ -30,6 +31,12 @@ def float32_region(device: torch.device) -> contextlib.AbstractContextManager[ob
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def recomputed(block: nn.Module, *inputs: Tensor) -> Tensor:
+    """Run a block without keeping its activations; the backward pass runs it again."""
+    result: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+    return result
 
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)

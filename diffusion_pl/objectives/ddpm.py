@@ -17,69 +17,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion_pl.diffusion.levels import sigma_from_alpha_bar
 from diffusion_pl.diffusion.objective import NoiseError, Objective, pixel_mean
 from diffusion_pl.diffusion.preconditioning import Coefficients
-
-
-@dataclass(frozen=True)
-class LinearBetas:
-    """DDPM's T noise levels as a schedule: quantile u falls on timestep floor(u T).
-
-    Args:
-        T: number of timesteps, at least 2.
-        beta_1: variance added by the first step.
-        beta_T: variance added by the last step.
-    """
-
-    T: int = 1000
-    beta_1: float = 1e-4
-    beta_T: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.T < 2 or not 0 < self.beta_1 <= self.beta_T < 1:
-            raise ValueError(
-                "T must be at least 2 and 0 < beta_1 <= beta_T < 1 "
-                f"(got T={self.T}, beta_1={self.beta_1}, beta_T={self.beta_T})"
-            )
-
-    def betas(self, device: torch.device | str = "cpu") -> Tensor:
-        """beta_1 .. beta_T, float64 (T,)."""
-        return torch.linspace(self.beta_1, self.beta_T, self.T, dtype=torch.float64, device=device)
-
-    def sigmas(self, device: torch.device | str = "cpu") -> Tensor:
-        """The level of each timestep, increasing, float64 (T,)."""
-        return sigma_from_alpha_bar(torch.cumprod(1 - self.betas(device), dim=0))
-
-    def __call__(self, u: Tensor) -> Tensor:
-        index = (u * self.T).floor().long().clamp(0, self.T - 1)
-        return self.sigmas(u.device)[index]
-
-    def timestep(self, sigma: Tensor) -> Tensor:
-        """The timestep of a level, so that any sampler can drive a DDPM network.
-
-        Exact on the table; in between, linear in ln sigma; clamped to 0 .. T - 1 outside.
-
-        Args:
-            sigma: levels > 0, any shape; float64 to hit the table exactly.
-
-        Returns:
-            float64 of the same shape, in [0, T - 1].
-        """
-        table = self.sigmas(sigma.device).log()
-        level = sigma.to(torch.float64).log()
-        # The table came through the same logarithm, so a level on it lands on a whole timestep.
-        upper = torch.searchsorted(table, level.contiguous()).clamp(1, self.T - 1)
-        lower = upper - 1
-        fraction = (level - table[lower]) / (table[upper] - table[lower])
-        return (lower + fraction).clamp(0, self.T - 1)
+from diffusion_pl.diffusion.timesteps import LinearBetas, Timesteps
 
 
 @dataclass(frozen=True)
 class PredictNoise:
     """The preconditioning of a network that predicts eps from the variance-preserving state x_t."""
 
-    timesteps: LinearBetas
+    timesteps: Timesteps
 
     @property
     def sigma_range(self) -> tuple[float, float]:

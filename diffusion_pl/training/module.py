@@ -9,7 +9,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from diffusion_pl.diffusion.objective import Objective
+from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.diffusion.random import ImageNoise, generator, seed_of
 from diffusion_pl.images import from_bytes
@@ -53,7 +53,7 @@ class DiffusionModule(lightning.LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        objective: Objective,
+        objective: TrainingObjective,
         optimizer: MakeOptimizer,
         ema: averaging.EMA,
         *,
@@ -89,8 +89,12 @@ class DiffusionModule(lightning.LightningModule):
         return self.global_step * self.batch_size
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One optimizer over the trained denoiser; the rate is set per step by `optimizer_step`."""
-        optimizer = self.make_optimizer(self.denoiser.parameters())
+        """One optimizer over the denoiser and the objective's own weights, if it has any.
+
+        The rate is set per step by `optimizer_step`.
+        """
+        trained = (p for p in self.parameters() if p.requires_grad)  # the average does not
+        optimizer = self.make_optimizer(trained)
         for group in optimizer.param_groups:
             group.setdefault("base_lr", group["lr"])
         return optimizer

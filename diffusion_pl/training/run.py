@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import nn
 
 from diffusion_pl.data.source import Source
-from diffusion_pl.diffusion.objective import Objective
+from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.evaluation import Evaluation, Sampler
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.training import checkpoint as checkpoints
@@ -51,7 +51,7 @@ class Experiment:
     settings: Settings
     data: Source
     network: nn.Module
-    objective: Objective
+    objective: TrainingObjective
     optimizer: MakeOptimizer
     ema: EMA
     sampler: Sampler

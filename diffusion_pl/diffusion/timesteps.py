@@ -1,0 +1,103 @@
+"""Tables of discrete noise levels: T timesteps as a schedule (Ho 2020; Nichol & Dhariwal 2021)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion_pl.diffusion.levels import sigma_from_alpha_bar
+
+
+@dataclass(frozen=True, eq=False)
+class Timesteps:
+    """T noise levels, made from the variance that each step adds; u falls on timestep floor(u T).
+
+    Args:
+        betas: beta_1 .. beta_T, float64 (T,), each in (0, 1).
+
+    Raises:
+        ValueError: fewer than 2 steps, or a beta outside (0, 1).
+    """
+
+    betas: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.betas) < 2 or not bool(((self.betas > 0) & (self.betas < 1)).all()):
+            raise ValueError(
+                f"a table needs at least 2 betas, all between 0 and 1 (got {self.betas.tolist()})"
+            )
+
+    @property
+    def T(self) -> int:
+        """The number of timesteps."""
+        return len(self.betas)
+
+    def sigmas(self, device: torch.device | str = "cpu") -> Tensor:
+        """The level of each timestep, 0 (diffused one step) first: increasing, float64 (T,)."""
+        return sigma_from_alpha_bar(torch.cumprod(1 - self.betas.to(device), dim=0))
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return self.sigmas(u.device)[self.index(u)]
+
+    def index(self, u: Tensor) -> Tensor:
+        """The timestep of a quantile, floor(u T): int64 in 0 .. T - 1."""
+        return (u * self.T).floor().long().clamp(0, self.T - 1)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The timestep of a level, so that any sampler can drive a network of this table.
+
+        Exact on the table; in between, linear in ln sigma; clamped to 0 .. T - 1 outside.
+
+        Args:
+            sigma: levels > 0, any shape; float64 to hit the table exactly.
+
+        Returns:
+            float64 of the same shape, in [0, T - 1].
+        """
+        table = self.sigmas(sigma.device).log()
+        level = sigma.to(torch.float64).log()
+        # The table came through the same logarithm, so a level on it lands on a whole timestep.
+        upper = torch.searchsorted(table, level.contiguous()).clamp(1, self.T - 1)
+        lower = upper - 1
+        fraction = (level - table[lower]) / (table[upper] - table[lower])
+        return (lower + fraction).clamp(0, self.T - 1)
+
+
+def LinearBetas(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Timesteps:
+    """DDPM's table: betas linear from the first to the last, both included (Ho 2020, App. B).
+
+    Args:
+        T: number of timesteps, at least 2.
+        beta_1: variance added by the first step.
+        beta_T: variance added by the last step.
+    """
+    if T < 2 or not 0 < beta_1 <= beta_T < 1:
+        raise ValueError(
+            "T must be at least 2 and 0 < beta_1 <= beta_T < 1 "
+            f"(got T={T}, beta_1={beta_1}, beta_T={beta_T})"
+        )
+    return Timesteps(torch.linspace(beta_1, beta_T, T, dtype=torch.float64))
+
+
+def CosineBetas(T: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Timesteps:
+    """Improved DDPM's table (Nichol & Dhariwal 2021, Eq. 17).
+
+    alpha_bar(u) is proportional to cos^2( (u + offset) / (1 + offset) pi / 2 ), and
+    beta_t = min(1 - alpha_bar(t / T) / alpha_bar((t - 1) / T), largest).
+
+    Args:
+        T: number of timesteps, at least 2.
+        offset: s of the paper, keeps the first betas from vanishing.
+        largest: bound of beta at the noise end.
+    """
+    if T < 2 or offset <= 0 or not 0 < largest < 1:
+        raise ValueError(
+            "T must be at least 2, offset positive and largest between 0 and 1 "
+            f"(got T={T}, offset={offset}, largest={largest})"
+        )
+    u = torch.linspace(0.0, 1.0, T + 1, dtype=torch.float64)
+    alpha_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2).square()
+    return Timesteps((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=largest))

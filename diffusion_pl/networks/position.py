@@ -1,0 +1,73 @@
+"""Where a pixel lies in the full frame, as further input channels (Ryu & Ye 2022).
+
+Coordinates are those of the full-resolution grid, k / (D - 1), resized together with the image and
+encoded afterwards; they are never noised. Their spacing is what tells a network the scale.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def coordinates(height: int, width: int, frame: int, device: torch.device | None = None) -> Tensor:
+    """The coordinates of a whole image, resized from the full frame by averaging.
+
+    Args:
+        height: of the image, pixels.
+        width: of the image, pixels.
+        frame: D, side of the full-resolution grid, at least 2.
+
+    Returns:
+        float32 (2, height, width): the row's coordinate, then the column's, in [0, 1].
+    """
+
+    def axis(size: int) -> Tensor:
+        # The mean of the full grid's k over the D / size of them that one pixel covers.
+        pixel = torch.arange(size, dtype=torch.float64, device=device)
+        return (((pixel + 0.5) * frame / size - 0.5) / (frame - 1)).to(torch.float32)
+
+    return torch.stack(torch.meshgrid(axis(height), axis(width), indexing="ij"))
+
+
+class PositionEncoding(nn.Module):
+    """Appends sin(pi 2^k c) and cos(pi 2^k c), k = 0 .. octaves - 1, of both coordinates c.
+
+    Args:
+        octaves: L; 0 appends nothing.
+        frame: D, side of the full-resolution grid, for images that come without a position.
+    """
+
+    def __init__(self, octaves: int, frame: int) -> None:
+        super().__init__()
+        self.octaves = octaves
+        self.frame = frame
+
+    @property
+    def channels(self) -> int:
+        """How many channels are appended, 4 L."""
+        return 4 * self.octaves
+
+    def forward(self, x: Tensor, position: Tensor | None) -> Tensor:
+        """(B, C, H, W) -> (B, C + 4 L, H, W).
+
+        Args:
+            x: preconditioned noisy images.
+            position: coordinates in [0, 1] over the full frame, (B, 2, H, W) or (2, H, W), row then
+                column; None where x is the whole image.
+
+        Raises:
+            ValueError: a position given to a network that reads none.
+        """
+        if not self.octaves:
+            if position is not None:
+                raise ValueError("positions were given to a network without them (octaves: 0)")
+            return x
+        if position is None:
+            position = coordinates(x.shape[2], x.shape[3], self.frame, x.device)
+        octave = 2.0 ** torch.arange(self.octaves, dtype=torch.float32, device=x.device)
+        phase = math.pi * octave[:, None, None, None] * position.to(torch.float32).unsqueeze(-4)
+        waves = torch.stack([phase.sin(), phase.cos()], dim=-5).flatten(-5, -3)
+        return torch.cat([x, waves.to(x.dtype).expand(len(x), -1, -1, -1)], dim=1)
