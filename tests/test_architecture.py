@@ -15,7 +15,7 @@ FLOORS = [
     {"images", "config"},
     {"diffusion", "networks", "metrics", "data"},
     {"objectives", "samplers"},
-    {"evaluation"},
+    {"evaluation", "interop"},
     {"training"},
     {"cli", "commands", "__main__"},
 ]

@@ -1,0 +1,1 @@
+"""Published checkpoints in and out, in the key names that they are published with."""
