@@ -204,7 +204,7 @@ MUTANTS = [
         "training/ema.py",
         "training",
         ("0.5 ** (batch_size / half_life)", "0.5 ** (half_life / batch_size)"),
-        ("list(current.parameters()), 1 - decay)", "list(current.parameters()), decay)"),
+        ("self.parameters, 1 - decay)", "self.parameters, decay)"),
         ("min(half_life, max(self", "max(half_life, max(self"),
         ("target.copy_(source)", "pass"),
     ),
@@ -216,7 +216,7 @@ MUTANTS = [
         ("min(images / self.warmup, 1.0)", "1.0"),
         ("if not torch.isfinite(loss):", "if False:"),
         ("seed_of(self.seed, \"dropout\", positions[0])", "self.seed + self.global_step // 3"),
-        ("averaging.update(self.ema, self.denoiser, decay)", "pass"),
+        ("self.update_ema(decay)", "pass"),
     ),
     *at(
         "training/history.py",

@@ -135,6 +135,18 @@ def test_labels_and_grounds_are_uniform() -> None:
         assert np.abs(np.bincount(drawn, minlength=kinds) - 20_000 / kinds).max() < 5 * deviation
 
 
+def test_fewer_grounds_change_the_ground_alone() -> None:
+    every, some = latents(3, 0, 600), latents(3, 0, 600, ["linear", "blobs"])
+    names = np.array(GROUNDS)[some.ground]
+    assert set(names) == {"linear", "blobs"}
+    assert 0.45 < (names == "blobs").mean() < 0.55  # standard error 0.02
+    for field in dataclasses.fields(Latents):
+        if field.name != "ground":
+            assert np.array_equal(getattr(every, field.name), getattr(some, field.name))
+    source = Synthetic(count=2, resolution=8, grounds=["linear", "blobs"], batch_size=2)
+    assert source.open().name == "synthetic-8-linear-blobs"
+
+
 def test_opening_gives_named_labelled_images() -> None:
     source = Synthetic(count=70, resolution=16, seed=1, batch_size=4)
     source.prepare()
@@ -205,6 +217,8 @@ def test_images_beyond_memory_are_read_again_on_demand(monkeypatch: pytest.Monke
         (Synthetic(count=0, batch_size=4), r"count must be at least 1 \(got 0\)"),
         (Synthetic(resolution=4, batch_size=4), r"resolution must be at least 8 \(got 4\)"),
         (Synthetic(seed=-1, batch_size=4), r"seed must be at least 0 \(got -1\)"),
+        (Synthetic(grounds=["plain"], batch_size=4), r"grounds are of flat, linear.*'plain'"),
+        (Synthetic(grounds=[], batch_size=4), r"grounds are of flat"),
     ],
 )
 def test_a_setting_out_of_range_is_one_clear_line(source: Synthetic, complaint: str) -> None:

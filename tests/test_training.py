@@ -252,7 +252,7 @@ def test_an_average_moves_by_its_decay_and_copies_buffers():
     with torch.no_grad():
         current.weight.fill_(3.0)
         current.running_mean.fill_(7.0)
-    averaging.update(average, current, 0.75)
+    averaging.Updates(average, current)(0.75)
     assert average.weight.tolist() == [1.5, 1.5]
     assert average.running_mean.tolist() == [7.0, 7.0]
     assert not average.training

@@ -3,14 +3,17 @@
 A scene knows no pixels. The process is symmetric under mirroring left to right.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from diffusion_pl.data.shapes import SHAPES, Array
 
-GROUNDS = ("flat", "linear", "radial", "stripes", "checks", "blobs")
+Ground = Literal["flat", "linear", "radial", "stripes", "checks", "blobs"]
+GROUNDS: tuple[Ground, ...] = get_args(Ground)
 
 # Uniform numbers an image may use, a multiple of the four that one Philox step gives.
 _UNIFORMS = 32
@@ -59,13 +62,15 @@ class Latents:
         return Latents(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def latents(seed: int, first: int, count: int) -> Latents:
+def latents(seed: int, first: int, count: int, grounds: Sequence[Ground] = GROUNDS) -> Latents:
     """Draw scenes `first` to `first + count - 1`; scene i depends on (seed, i) alone.
 
     Args:
         seed: 0 to 2**64 - 1.
         first: index of the first scene.
         count: how many.
+        grounds: the kinds of ground there may be, names of GROUNDS, each as likely; nothing else of
+            a scene changes with them.
     """
     # Philox counts: scene i owns eight steps of four numbers. Raw bits rather than a Generator's
     # floats, because numpy promises that only the bit generators never change.
@@ -99,7 +104,8 @@ def latents(seed: int, first: int, count: int) -> Latents:
     # almost never does after rounding.
     single = {name: value.astype(np.float32) for name, value in drawn.items()}
     label = (u[:, 0] * len(SHAPES)).astype(np.int64)
-    ground = (u[:, 24] * len(GROUNDS)).astype(np.int64)
+    kinds = np.array([GROUNDS.index(name) for name in grounds])
+    ground = kinds[(u[:, 24] * len(kinds)).astype(np.int64)]
     return Latents(label=label, ground=ground, **single)
 
 

@@ -33,6 +33,15 @@ def generator(
     return torch.Generator(device).manual_seed(seed_of(seed, stream, index))
 
 
+def own_generator(device: torch.device) -> torch.Generator:
+    """The generator that a device draws from when none is named, as dropout does."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        cuda: torch.Generator = torch.cuda.default_generators[index]
+        return cuda
+    return torch.default_generator
+
+
 class ImageNoise:
     """Standard normal noise for a batch, drawn from one generator an image.
 

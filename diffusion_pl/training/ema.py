@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -49,9 +49,22 @@ def averaged_copy(module: Module) -> Module:
     return copy.deepcopy(module).requires_grad_(False).eval()
 
 
-@torch.no_grad()
-def update(average: nn.Module, current: nn.Module, decay: float) -> None:
-    """Move every parameter: average = decay average + (1 - decay) current; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)
-    for target, source in zip(average.buffers(), current.buffers(), strict=True):
-        target.copy_(source)
+class Updates:
+    """Moves an average after its module; the tensors are looked up once, not every step.
+
+    Args:
+        average: as `averaged_copy` gives it, in place from now on.
+        current: the module that trains.
+    """
+
+    def __init__(self, average: nn.Module, current: nn.Module) -> None:
+        self.averages: list[Tensor] = list(average.parameters())
+        self.parameters: list[Tensor] = list(current.parameters())
+        self.buffers = list(zip(average.buffers(), current.buffers(), strict=True))
+
+    @torch.no_grad()
+    def __call__(self, decay: float) -> None:
+        """Average = decay average + (1 - decay) current, every parameter; buffers are copied."""
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        for target, source in self.buffers:
+            target.copy_(source)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
-from diffusion_pl.diffusion.random import ImageNoise, generator, seed_of
+from diffusion_pl.diffusion.random import ImageNoise, generator, own_generator, seed_of
 from diffusion_pl.images import from_bytes
 from diffusion_pl.training import ema as averaging
 
@@ -71,6 +71,7 @@ class DiffusionModule(lightning.LightningModule):
         self.denoiser: Denoiser = objective.denoiser(network)
         self.ema: Denoiser = averaging.averaged_copy(self.denoiser)
         self.ema_profile = ema
+        self.update_ema: averaging.Updates | None = None  # made once the weights are on the device
         self.make_optimizer = optimizer
         self.batch_size = batch_size
         self.classes = classes
@@ -82,6 +83,14 @@ class DiffusionModule(lightning.LightningModule):
         # the device, so that no step waits for it.
         self.loss_sum: Tensor | None = None
         self.loss_count = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes the name of the hook it calls some forty times a step; torch would each
+        # time ask whether it is a parameter, 0.1 ms in all.
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def images_seen(self) -> int:
@@ -149,8 +158,9 @@ class DiffusionModule(lightning.LightningModule):
         if self.augment is not None:
             image, condition["augment"] = self.augment(image, uniform[:, 2:])
         noise = ImageNoise(self.seed, positions, "training", image.device)(image)
-        # Dropout inside the network draws from the global generator; it restarts per micro-batch.
-        torch.manual_seed(seed_of(self.seed, "dropout", positions[0]))
+        # Dropout inside the network draws from the device's own generator; it restarts per
+        # micro-batch. (torch.manual_seed would seed every device there could be: milliseconds.)
+        own_generator(image.device).manual_seed(seed_of(self.seed, "dropout", positions[0]))
         return image, u.to(image.device, non_blocking=True), noise, condition
 
     def refuse_non_finite(self, loss: Tensor, u: Tensor) -> None:
@@ -177,7 +187,9 @@ class DiffusionModule(lightning.LightningModule):
                 group["lr"] = group["base_lr"] * rise
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
         decay = self.ema_profile.decay(images, self.batch_size)
-        averaging.update(self.ema, self.denoiser, decay)
+        if self.update_ema is None:
+            self.update_ema = averaging.Updates(self.ema, self.denoiser)
+        self.update_ema(decay)
 
     def read_loss(self) -> float | None:
         """Mean loss since the last reading on this device, None when there was no step."""
