@@ -16,9 +16,11 @@ from diffusion_pl.networks.layers import (
     double,
     float32_region,
     one_hot,
+    recomputed,
     refuse_resolution,
     xavier,
 )
+from diffusion_pl.networks.position import PositionEncoding
 
 ZERO = 1e-5  # gain of the layers that begin near zero: variance scale 1e-10
 
@@ -108,6 +110,11 @@ class DDPMUNet(nn.Module):
         attention: resolutions whose blocks are each followed by self-attention.
         dropout: probability in every block.
         groups: of every normalisation.
+        octaves: L of the position encoding that joins the image at the input, 0 for none.
+        frame: side of the full-resolution grid that positions refer to; the resolution if None.
+        variance: put out C channels more, what the network says of the reverse variance.
+        recompute: keep only what passes between blocks in training; the backward pass runs every
+            block again. Less memory for a third more time, the same numbers.
 
     Raises:
         ValueError: a resolution that the levels do not divide.
@@ -124,10 +131,15 @@ class DDPMUNet(nn.Module):
         attention: Sequence[int] = (16,),
         dropout: float = 0.1,
         groups: int = 32,
+        octaves: int = 0,
+        frame: int | None = None,
+        variance: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.channels = channels
         self.classes = classes
+        self.recompute = recompute
         self.divisor = 2 ** (len(channel_mult) - 1)
         self.check_resolution(resolution, resolution)
         embedding = 4 * model_channels
@@ -139,7 +151,9 @@ class DDPMUNet(nn.Module):
         make = partial(Block, embedding=embedding, dropout=dropout, groups=groups)
         widths = [model_channels * multiplier for multiplier in channel_mult]
         sizes = [resolution // 2**level for level in range(len(widths))]
-        self.stem = xavier(nn.Conv2d(channels, model_channels, 3, padding=1))
+        self.position = PositionEncoding(octaves, frame or resolution)
+        seen = channels + self.position.channels
+        self.stem = xavier(nn.Conv2d(seen, model_channels, 3, padding=1))
         width = model_channels
         skips = [width]
         self.encoder = nn.ModuleList()
@@ -163,7 +177,8 @@ class DDPMUNet(nn.Module):
             if level:
                 self.decoder.append(Up(width))
         self.out_norm = nn.GroupNorm(groups, width, eps=1e-6)
-        self.out_conv = xavier(nn.Conv2d(width, channels, 3, padding=1), ZERO)
+        told = 2 * channels if variance else channels
+        self.out_conv = xavier(nn.Conv2d(width, told, 3, padding=1), ZERO)
 
     def check_resolution(self, height: int, width: int) -> None:
         """Raise ValueError unless the images can be halved between all levels."""
@@ -183,31 +198,47 @@ class DDPMUNet(nn.Module):
                 raise ValueError("labels were given to a network without classes (classes: 0)")
             return vector + self.map_label(one_hot(label, self.classes) * math.sqrt(self.classes))
 
-    def forward(self, x: Tensor, c_noise: Tensor, *, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        *,
+        label: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Tensor:
         """Apply the raw network F.
 
         Args:
             x: preconditioned noisy images (B, C, H, W), sides divisible by 2^(levels - 1).
             c_noise: (B,), the timestep, 0 to T - 1; need not be whole.
             label: int64 (B,), 0 .. classes - 1, -1 for no label.
+            position: where the pixels lie in the full frame, in [0, 1], (B, 2, H, W) or
+                (2, H, W); None where x is the whole image.
 
         Returns:
-            (B, C, H, W).
+            (B, C, H, W), or (B, 2 C, H, W) with `variance`.
 
         Raises:
-            ValueError: a resolution that the levels do not divide, or labels it does not take.
+            ValueError: a resolution that the levels do not divide, or labels or positions that it
+                does not take.
         """
         self.check_resolution(*x.shape[2:])
         embedding = self.embed(c_noise, label)
-        x = self.stem(x)
+        x = self.stem(self.position(x, position))
         skips = [x]
         for layer in self.encoder:
-            x = layer(x, embedding)
+            x = self.run(layer, x, embedding)
             skips.append(x)
         for layer in self.middle:
-            x = layer(x, embedding)
+            x = self.run(layer, x, embedding)
         for layer in self.decoder:
             if isinstance(layer, Block):
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = layer(x, embedding)
+            x = self.run(layer, x, embedding)
         return self.out_conv(F.silu(self.out_norm(x)))
+
+    def run(self, layer: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
+        """Apply a layer, without keeping what the backward pass can compute again if so set."""
+        again = self.recompute and torch.is_grad_enabled()
+        output: Tensor = recomputed(layer, x, embedding) if again else layer(x, embedding)
+        return output
