@@ -1,0 +1,82 @@
+"""The DDPM U-Net's options: positions, the variance beside the noise, less memory in training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusion_pl.networks.ddpm_unet import DDPMUNet
+from diffusion_pl.networks.position import coordinates
+from diffusion_pl.objectives.ddpm import DDPM
+
+SMALL = {
+    "model_channels": 8, "channel_mult": (1, 2), "blocks": 1, "attention": (4,), "groups": 4,
+}  # fmt: skip
+
+
+def unet(**options):
+    """A network of random weights, also where it would begin at zero."""
+    torch.manual_seed(0)
+    network = DDPMUNet(8, **(SMALL | options))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network
+
+
+def image(side=8):
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_a_position_moves_the_output_and_its_absence_is_the_whole_image():
+    network, levels = unet(octaves=3, frame=16).eval(), torch.tensor([3.0, 700.0])
+    whole = network(image(), levels)
+    assert torch.equal(whole, network(image(), levels, position=coordinates(8, 8, 16)))
+    corner = network(image(), levels, position=coordinates(16, 16, 16)[:, :8, :8])
+    assert (corner - whole).abs().max() > 1e-3
+
+
+def test_without_octaves_a_position_is_refused():
+    with pytest.raises(ValueError, match="octaves: 0"):
+        unet()(image(), torch.zeros(2), position=coordinates(8, 8, 8))
+
+
+@torch.no_grad()
+def test_one_network_takes_every_resolution_of_the_frame():
+    network = unet(octaves=2, frame=32).eval()
+    for side in (8, 16, 32):
+        assert network(image(side), torch.zeros(2)).shape == (2, 3, side, side)
+
+
+@torch.no_grad()
+def test_the_variance_is_beside_the_image():
+    denoiser = DDPM().denoiser(unet(variance=True).eval())
+    x, sigma = image().double(), torch.tensor(1.0, dtype=torch.float64)
+    both = denoiser(x, sigma, variance=True)
+    assert both.shape == (2, 6, 8, 8)
+    assert torch.equal(both[:, :3], denoiser(x, sigma))
+    with pytest.raises(ValueError, match="gives no variance"):
+        DDPM().denoiser(unet().eval())(x, sigma, variance=True)
+
+
+def test_recomputing_changes_no_gradient_and_keeps_less():
+    """The same weights and dropout; what autograd keeps is counted, not guessed."""
+    gradients, kept = [], []
+    for recompute in (False, True):
+        network = unet(dropout=0.3, recompute=recompute)
+        torch.manual_seed(2)
+        sizes = []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = network(image(), torch.tensor([3.0, 700.0])).square().sum()
+        kept.append(sum(sizes))
+        loss.backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    assert kept[1] < kept[0] / 2
