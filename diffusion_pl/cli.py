@@ -90,7 +90,11 @@ def _add_run(part: argparse.ArgumentParser) -> None:
     part.add_argument("--seed", type=int, default=0, help="of noise and labels (0)")
     part.add_argument("--sampler", help="heun, euler (DDIM) or ancestral; the run's own otherwise")
     part.add_argument("--steps", type=int, help="steps of the sampler")
-    part.add_argument("--guidance", type=float, help="classifier-free weight, 1 for none")
+    part.add_argument("--guidance", type=float, metavar="WEIGHT", help="of guidance, 1 for none")
+    part.add_argument(
+        "--guidance-interval", type=interval, metavar="LOW,HIGH", help="sigmas that are guided"
+    )
+    part.add_argument("--guide", type=Path, metavar="RUN", help="a weaker run: autoguidance by it")
     part.add_argument(
         "--weights", choices=("ema", "denoiser"), default="ema", help="averaged or raw (ema)"
     )
@@ -102,3 +106,9 @@ def _add_run(part: argparse.ArgumentParser) -> None:
     part.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="over the run's config"
     )
+
+
+def interval(words: str) -> tuple[float, float]:
+    """Two levels, as argparse wants them read."""
+    low, high = map(float, words.split(","))
+    return low, high

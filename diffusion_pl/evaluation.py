@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffusion_pl.diffusion.guidance import classifier_free, conditioned
+from diffusion_pl.diffusion.guidance import EVERYWHERE, Guide, check_interval, guided
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.diffusion.random import ImageNoise, seed_of
+from diffusion_pl.diffusion.recording import Counted
 from diffusion_pl.images import to_bytes
 from diffusion_pl.metrics import reference as references
 from diffusion_pl.metrics.features import Extractor, Features
@@ -61,7 +62,9 @@ class Evaluation:
         metrics: what is measured; empty draws the grid only.
         batch_size: images drawn at a time on one device; changes the memory, not the numbers.
         seed: of the noise and the labels.
-        guidance: classifier-free weight, 1 for none.
+        guidance: weight of the guidance, 1 for none.
+        guidance_interval: noise levels (low, high] that are guided.
+        guide: the weaker model of autoguidance; None for the model itself without its label.
         grid: images on the sample grid, the first of those measured.
     """
 
@@ -71,24 +74,15 @@ class Evaluation:
     batch_size: int = 250
     seed: int = 0
     guidance: float = 1.0
+    guidance_interval: tuple[float, float] = EVERYWHERE
+    guide: Guide | None = None
     grid: int = 64
 
     def __post_init__(self) -> None:
+        check_interval(self.guidance_interval)
         for key in ("every", "count", "batch_size", "grid"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1 (got {getattr(self, key)})")
-
-
-class CountedDenoise:
-    """A denoiser that counts the evaluations of the network, in calls."""
-
-    def __init__(self, denoise: Denoise) -> None:
-        self.denoise = denoise
-        self.calls = 0
-
-    def __call__(self, x: Tensor, sigma: Tensor, **condition: Tensor | None) -> Tensor:
-        self.calls += 1
-        return self.denoise(x, sigma, **condition)
 
 
 @dataclass(frozen=True)
@@ -101,12 +95,15 @@ class Drawing:
         shape: (C, H, W) of an image.
         classes: classes of a conditional model, 0 for none.
         seed: of noise and labels.
-        guidance: classifier-free weight, 1 for none.
+        guidance: weight of the guidance, 1 for none.
+        guidance_interval: noise levels (low, high] that are guided.
+        guide: the weaker model of autoguidance; None for the model itself without its label.
         label: the class of every image, or None for a class drawn for each.
         precision: torch dtype the network computes in under autocast, None for float32.
 
     Raises:
-        ValueError: a label that is not one of the model's classes; guidance without classes.
+        ValueError: a label that is not one of the model's classes; guidance without classes or
+            guide; a guide of other images or classes.
     """
 
     denoiser: Denoiser
@@ -115,6 +112,8 @@ class Drawing:
     classes: int = 0
     seed: int = 0
     guidance: float = 1.0
+    guidance_interval: tuple[float, float] = EVERYWHERE
+    guide: Guide | None = None
     label: int | None = None
     precision: torch.dtype | None = None
 
@@ -122,8 +121,14 @@ class Drawing:
         if self.label is not None and not 0 <= self.label < self.classes:
             known = f"0 to {self.classes - 1}" if self.classes else "none: it is unconditional"
             raise ValueError(f"label {self.label} is not one of the model's classes ({known})")
-        if self.guidance != 1 and not self.classes:
-            raise ValueError("guidance needs a model with classes; this one is unconditional")
+        check_interval(self.guidance_interval)
+        if self.guide is not None:
+            self.guide.check(self.shape, self.classes, self.guidance)
+        elif self.guidance != 1 and not self.classes:
+            raise ValueError(
+                "guidance needs a model with classes; this one is unconditional (a weaker run can "
+                "guide it: --guide RUN)"
+            )
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
         """The class of each image, int64 (n,), uniform from (seed, i); None without classes."""
@@ -144,21 +149,22 @@ class Drawing:
         # The first noise is drawn on the CPU, so that any hardware starts from the same state.
         source = ImageNoise(self.seed, indices, "latent")
         noise = source(torch.empty(len(indices), *self.shape)).to(device)
-        counted = CountedDenoise(self.denoiser)
-        denoise: Denoise = counted
         labels = self.labels(indices)
-        if labels is not None:
-            labels = labels.to(device)
-            denoise = (
-                conditioned(counted, label=labels)
-                if self.guidance == 1
-                else classifier_free(counted, label=labels, weight=self.guidance)
-            )
+        counted = Counted(self.denoiser)
+        guide = None if self.guide is None else Counted(self.guide.denoiser.to(device))
+        denoise = guided(
+            counted,
+            label=None if labels is None else labels.to(device),
+            weight=self.guidance,
+            interval=self.guidance_interval,
+            guide=guide,
+        )
         with torch.autocast(device.type, self.precision, enabled=self.precision is not None):
             drawn = self.sampler(denoise, noise, ImageNoise(self.seed, indices, "sampler", device))
         if not torch.isfinite(drawn).all():
             raise ValueError("the sampler gave images that are not finite; the weights are unfit")
-        return to_bytes(drawn), counted.calls
+        seen = counted.seen + (guide.seen if guide is not None else 0)
+        return to_bytes(drawn), seen // len(indices)
 
 
 class RealImages(Protocol):
@@ -261,6 +267,7 @@ def evaluate(
         if progress is not None:
             progress(indices[-1] + 1 - share.start, len(share))
     values = {name: value for metric in metrics for name, value in metric.compute().items()}
+    interval = drawing.guidance_interval
     common = {
         "n": settings.count,
         "reference": reference.name,
@@ -269,7 +276,9 @@ def evaluate(
         "resize": extractor.resize,
         "evaluations": evaluations,
         "seed": settings.seed,
-        "guidance": settings.guidance,
+        "guidance": drawing.guidance,
+        "guidance_interval": None if interval == EVERYWHERE else list(interval),
+        "guide": None if drawing.guide is None else drawing.guide.name,
         "seconds": round(time.monotonic() - started, 2),
     }
     suffix = f"@{settings.count}/{reference.name}/{extractor.name}"

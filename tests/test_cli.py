@@ -145,7 +145,7 @@ def test_sampling_writes_images_a_grid_and_arrays(trained, run):
             ],
             3,
         ),
-        (["--weights", "denoiser", "--label", "2", "--guidance", "2"], 5),
+        (["--weights", "denoiser", "--label", "2", "--guidance", "2"], 10),
     ],
 )
 def test_the_command_line_chooses_how_to_draw(trained, run, words, evaluations):

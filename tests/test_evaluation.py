@@ -67,9 +67,9 @@ def test_a_given_label_is_every_images():
     assert (bright.float().mean(dim=(1, 2, 3)) > dark.float().mean(dim=(1, 2, 3))).all()
 
 
-def test_evaluations_are_counted_a_call_of_the_network():
+def test_an_evaluation_is_one_image_seen_once_by_the_network():
     assert drawing().images([0])[1] == 7  # 2 x 4 - 1
-    assert drawing(guidance=2.0).images([0])[1] == 7  # one call with twice the images
+    assert drawing(guidance=2.0).images([0, 1])[1] == 14  # with the label and without
 
 
 def test_bytes_are_what_is_drawn():

@@ -28,7 +28,6 @@ def run(options: argparse.Namespace) -> int:
         count=options.count or settings.count,
         batch_size=options.batch_size or settings.batch_size,
         seed=options.seed,
-        guidance=drawing.guidance,
     )
     extractor: Extractor = config.build(opened.config, "features")
     source: Source = config.build(opened.config, "data")

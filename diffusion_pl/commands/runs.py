@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 from diffusion_pl import config
 from diffusion_pl.commands import parts
 from diffusion_pl.config import Config
+from diffusion_pl.diffusion.guidance import Guide
 from diffusion_pl.diffusion.objective import TrainingObjective
-from diffusion_pl.evaluation import Drawing
+from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.evaluation import Drawing, Evaluation
 from diffusion_pl.samplers.named import named
-from diffusion_pl.samplers.sampler import Sampler
+from diffusion_pl.samplers.sampler import Sampler, check_range
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.settings import AUTOCAST, Settings, resolve_precision
 
@@ -29,6 +32,7 @@ class Opened:
         checkpoint: the file.
         images: images that its weights have seen.
         config: the run's, with the command's overrides.
+        objective: what trained it.
         drawing: the denoiser on its device, with its sampler.
     """
 
@@ -36,6 +40,7 @@ class Opened:
     checkpoint: Path
     images: int
     config: Config
+    objective: TrainingObjective
     drawing: Drawing
 
 
@@ -43,44 +48,92 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
     """Open what the command line names.
 
     Args:
-        options: of `sample` or `evaluate`.
+        options: of a command that draws.
         drawing: further settings of the Drawing.
 
     Raises:
         ValueError: no run there, one that is unfit, or a setting that does not fit it.
     """
     path = checkpoint_of(options.run)
-    folder = path.parent.parent
     loaded = checkpoints.load(path)
     section = loaded[checkpoints.SECTION]
     experiment = config.load_resolved(section["config"], str(path), options.allow, options.set)
     parts.bind(experiment)
     objective: TrainingObjective = config.build(experiment, "objective")
-    denoiser = objective.denoiser(config.build(experiment, "network"))
-    checkpoints.load_weights(denoiser, loaded, options.weights, path)
+    denoiser = _denoiser(experiment, objective, loaded, options.weights, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     device = device if options.device == "auto" else options.device
-    denoiser.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+    denoiser.to(device)
     data = config.build(experiment, "data")
     settings: Settings = config.build(experiment, "trainer")
     precision = resolve_precision(settings.precision, torch.device(device).type)
-    guidance = experiment.get("evaluation").get("guidance", 1.0)
+    sampler = _sampler(options, experiment, objective)
     return Opened(
-        folder=folder,
+        folder=path.parent.parent,
         checkpoint=path,
         images=section["images"],
         config=experiment,
+        objective=objective,
         drawing=Drawing(
             denoiser=denoiser,
-            sampler=_sampler(options, experiment, objective),
+            sampler=sampler,
             shape=(data.channels, data.resolution, data.resolution),
             classes=denoiser.network.classes,  # type: ignore[arg-type]
             seed=options.seed,
-            guidance=guidance if options.guidance is None else options.guidance,
             precision=AUTOCAST[precision],
+            **_guidance(options, experiment, sampler),
             **drawing,
         ),
     )
+
+
+def guide(run: Path, weights: str = "ema", allow: Sequence[str] = ()) -> Guide:
+    """Open the weaker model of autoguidance; what `evaluation.guide` names in YAML.
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        weights: "ema" or "denoiser", averaged or raw.
+        allow: packages to trust beside this one.
+
+    Raises:
+        ValueError: no run there, or one that is unfit.
+    """
+    path = checkpoint_of(run)
+    loaded = checkpoints.load(path)
+    experiment = config.load_resolved(loaded[checkpoints.SECTION]["config"], str(path), allow)
+    parts.bind(experiment)
+    objective: TrainingObjective = config.build(experiment, "objective")
+    return Guide(str(path), _denoiser(experiment, objective, loaded, weights, path))
+
+
+def _denoiser(
+    experiment: Config,
+    objective: TrainingObjective,
+    loaded: dict[str, Any],
+    weights: str,
+    path: Path,
+) -> Denoiser:
+    """The denoiser of a checkpoint, ready to draw."""
+    denoiser = objective.denoiser(config.build(experiment, "network"))
+    checkpoints.load_weights(denoiser, loaded, weights, path)
+    denoiser.to(memory_format=torch.channels_last)
+    return denoiser.eval().requires_grad_(False)
+
+
+def _guidance(options: argparse.Namespace, experiment: Config, sampler: Sampler) -> dict[str, Any]:
+    """The guidance of the run's evaluation, and over it what the command line says."""
+    settings: Evaluation = config.build(experiment, "evaluation")
+    weight = settings.guidance if options.guidance is None else options.guidance
+    chosen = guide(options.guide, allow=options.allow) if options.guide else settings.guide
+    if weight == 1 and not options.guide:
+        return {"guidance": 1.0}
+    if chosen is not None:
+        check_range(sampler, chosen.denoiser.preconditioning.sigma_range)
+    return {
+        "guidance": weight,
+        "guidance_interval": options.guidance_interval or settings.guidance_interval,
+        "guide": chosen,
+    }
 
 
 def checkpoint_of(run: Path) -> Path:

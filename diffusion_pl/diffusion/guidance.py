@@ -1,16 +1,95 @@
 """Guidance and clipping: functions that turn one denoiser into another, denoise -> denoise.
 
-Keywords that are not theirs pass through to the denoiser below.
+Keywords that are not theirs pass through to the denoiser below. What a network says of the variance
+is never extrapolated: it stays the conditional model's.
+
+| guidance | formula | source |
+|---|---|---|
+| classifier-free | D_none + w (D_label - D_none) | Ho & Salimans 2022, arXiv:2207.12598, Eq. 6 |
+| interval | the above at sigma in (low, high], else D_label | Kynkaanniemi 2024, arXiv:2404.07724 |
+| autoguidance | D_bad + w (D_main - D_bad) | Karras 2024, arXiv:2406.02507 |
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusion_pl.diffusion.levels import per_image
 from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.diffusion.preconditioning import Denoiser
+
+EVERYWHERE = (0.0, math.inf)
+
+
+@dataclass(frozen=True)
+class Guide:
+    """The weaker model of autoguidance.
+
+    Args:
+        name: where it comes from, for the record of what was measured.
+        denoiser: D_bad, of the same images and classes as the model it guides.
+    """
+
+    name: str
+    denoiser: Denoiser
+
+    def check(self, shape: tuple[int, int, int], classes: int, weight: float) -> None:
+        """Refuse a guide that does not fit the model it is to guide, or has nothing to do.
+
+        Args:
+            shape: (C, H, W) of the model's images.
+            classes: of the model, 0 for none.
+            weight: of the guidance.
+
+        Raises:
+            ValueError: names what differs.
+        """
+        network: Any = self.denoiser.network
+        if weight == 1:
+            raise ValueError(f"{self.name}: a guide does nothing at guidance 1; give a weight")
+        if (network.channels, network.classes) != (shape[0], classes):
+            raise ValueError(
+                f"{self.name}: is no guide for this model: it has {network.channels} channels and "
+                f"{network.classes} classes, the model {shape[0]} and {classes}"
+            )
+        try:
+            network.check_resolution(*shape[1:])
+        except ValueError as error:
+            raise ValueError(f"{self.name}: is no guide for this model: {error}") from error
+
+
+def guided(
+    denoise: Denoise,
+    *,
+    label: Tensor | None,
+    weight: float,
+    interval: tuple[float, float] = EVERYWHERE,
+    guide: Denoise | None = None,
+) -> Denoise:
+    """The guidance that a weight, an interval and perhaps a weaker model ask for.
+
+    Args:
+        denoise: the model.
+        label: int64 (B,), the wanted classes; None for a model without classes.
+        weight: 1 is the plain conditional model, which alone is then evaluated.
+        interval: levels (low, high] that are guided.
+        guide: the weaker model of autoguidance; None for the model itself without its label.
+    """
+    plain = denoise if label is None else conditioned(denoise, label=label)
+    if weight == 1:
+        return plain
+    if guide is not None:
+        weaker = guide if label is None else conditioned(guide, label=label)
+        strong = autoguided(plain, weaker, weight=weight)
+    else:
+        assert label is not None
+        strong = classifier_free(denoise, label=label, weight=weight)
+    return strong if interval == EVERYWHERE else within(strong, plain, interval)
 
 
 def classifier_free(denoise: Denoise, *, label: Tensor, weight: float) -> Denoise:
@@ -28,13 +107,74 @@ def classifier_free(denoise: Denoise, *, label: Tensor, weight: float) -> Denois
     if weight == 1:
         return conditioned(denoise, label=label)
 
-    def guided(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+    def guide(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
         labels = torch.cat([label, torch.full_like(label, -1)])
         levels = sigma.repeat(2) if sigma.ndim else sigma
         with_label, without = denoise(x.repeat(2, 1, 1, 1), levels, label=labels, **more).chunk(2)
-        return without + weight * (with_label - without)
+        return _extrapolated(without, with_label, weight, x.shape[1])
 
-    return guided
+    return guide
+
+
+def autoguided(denoise: Denoise, guide: Denoise, *, weight: float) -> Denoise:
+    """Autoguidance, D = D_bad + weight (D_main - D_bad) (Karras 2024).
+
+    Args:
+        denoise: the model, its label closed in.
+        guide: a weaker one of the same images and the same label: smaller or less trained.
+        weight: 1 is the plain model. A call costs one evaluation of either network.
+    """
+
+    def guide_by(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+        # The guide is asked for the image alone: it may say nothing of the variance.
+        return _extrapolated(guide(x, sigma), denoise(x, sigma, **more), weight, x.shape[1])
+
+    return guide_by
+
+
+def within(strong: Denoise, plain: Denoise, interval: tuple[float, float]) -> Denoise:
+    """Guide at sigma in (low, high] only (Kynkaanniemi 2024); elsewhere the plain model.
+
+    Args:
+        strong: the guided denoiser.
+        plain: the conditional one, which costs one evaluation.
+        interval: low and high.
+
+    Raises:
+        ValueError: low is not below high.
+    """
+    low, high = interval
+    check_interval(interval)
+
+    def guide(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+        inside = (sigma > low) & (sigma <= high)
+        if bool(inside.all()):
+            return strong(x, sigma, **more)
+        if not bool(inside.any()):
+            return plain(x, sigma, **more)
+        # A batch of several levels, which no sampler makes.
+        both = strong(x, sigma, **more), plain(x, sigma, **more)
+        return torch.where(per_image(inside, x), *both)
+
+    return guide
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    """Raise ValueError unless an interval of levels has its lower end below its upper one."""
+    low, high = interval
+    if not 0 <= low < high:
+        raise ValueError(
+            f"a guidance interval needs 0 <= low < high (got {low:g} to {high:g}); swap them?"
+        )
+
+
+def _extrapolated(weak: Tensor, strong: Tensor, weight: float, channels: int) -> Tensor:
+    """weak + weight (strong - weak) in the image's channels, the strong one's beyond them."""
+    image, beside = strong.tensor_split([channels], dim=1)
+    if beside.shape[1]:
+        return torch.cat([_extrapolated(weak, image, weight, channels), beside], dim=1)
+    without = weak[:, :channels]
+    return without + weight * (image - without)
 
 
 def conditioned(denoise: Denoise, **condition: Any) -> Denoise:

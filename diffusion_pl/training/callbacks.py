@@ -235,6 +235,8 @@ class Evaluate(Callback):
             classes=pl_module.classes,
             seed=self.settings.seed,
             guidance=self.settings.guidance,
+            guidance_interval=self.settings.guidance_interval,
+            guide=self.settings.guide,
             precision=self.precision,
         )
         assert self.reference is not None
