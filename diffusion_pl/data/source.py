@@ -1,6 +1,7 @@
 """What every kind of data looks like: a source to prepare and open, and the images it opens."""
 
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -155,7 +156,9 @@ def load(
         if kept is not store:
             assert isinstance(kept, Tensor)
             kept[first : first + len(piece)] = piece
-        if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
+        # One process of a node speaks for all of them.
+        leads = os.environ.get("LOCAL_RANK", "0") == "0"
+        if leads and time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
             reported = time.monotonic()
             print(f"{name}: {first + len(piece):,} of {count:,} images read", file=sys.stderr)
     digest.update(b"unlabelled" if labels is None else labels.numpy().astype("<i8").data)
