@@ -11,17 +11,25 @@ import torch
 from analytic import Gaussian, Mixture
 
 from diffusion_pl.diffusion.levels import alpha_bar_from_sigma
+from diffusion_pl.diffusion.paths import VarianceExploding, VariancePreserving
 from diffusion_pl.diffusion.random import ImageNoise
-from diffusion_pl.diffusion.schedules import LogUniform, Rho, levels
+from diffusion_pl.diffusion.schedules import Rho, levels
 from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.samplers.ancestral import ancestral
+from diffusion_pl.samplers.deis import deis
+from diffusion_pl.samplers.dpmpp_2m import dpmpp_2m
+from diffusion_pl.samplers.dpmpp_3m import dpmpp_3m
 from diffusion_pl.samplers.euler import euler
+from diffusion_pl.samplers.generalised import generalised
 from diffusion_pl.samplers.heun import heun
+from diffusion_pl.samplers.named import NAMED, named
 from diffusion_pl.samplers.sampler import Sampler, check_range
+from diffusion_pl.samplers.unipc import unipc
 
 F64 = torch.float64
 DATA = Gaussian(std=0.5)
 START = torch.full((1, 1, 1, 1), 80.0, dtype=F64)
+INTEGRATORS = {name: integrate for name, (integrate, _) in NAMED.items()}
 
 
 def no_noise(like):
@@ -37,6 +45,8 @@ def no_noise(like):
         (heun, 256, 0.500095425),
         (euler, 18, 0.423031436),
         (euler, 40, 0.464850775),
+        (dpmpp_2m, 18, 0.531140074),
+        (dpmpp_2m, 40, 0.505192425),
     ],
 )
 def test_end_values_on_the_gaussian_are_the_published_ones(integrate, steps, end):
@@ -44,20 +54,25 @@ def test_end_values_on_the_gaussian_are_the_published_ones(integrate, steps, end
     assert result.item() == pytest.approx(end, rel=1e-8)
 
 
-@pytest.mark.parametrize(("integrate", "order"), [(euler, 1), (heun, 2)])
-@pytest.mark.parametrize("data", [DATA, Mixture()])
-def test_order_of_convergence(integrate, order, data):
-    # To a level above 0, where the last step is like the others.
-    x = torch.linspace(-3, 3, 7, dtype=F64).reshape(7, 1, 1, 1)
-    schedule = LogUniform(0.05, 3.0)
-    sigmas = {n: levels(schedule, n + 1)[:-1] for n in (32, 64, 128, 4096)}
-    ends = {n: integrate(data.denoise, x, s, no_noise) for n, s in sigmas.items()}
-    error = {n: (ends[n] - ends[4096]).norm().item() for n in (32, 64, 128)}
-    slope = math.log2(error[64] / error[128])
-    assert slope == pytest.approx(order, abs=0.15)
-
-
-@pytest.mark.parametrize(("integrate", "calls"), [(euler, 18), (ancestral, 18), (heun, 35)])
+@pytest.mark.parametrize(
+    ("integrate", "calls"),
+    [
+        (euler, 18),
+        (ancestral, 18),
+        (heun, 35),
+        (partial(heun, alpha=0.5), 36),
+        (partial(heun, S_churn=40.0), 35),
+        (dpmpp_2m, 18),
+        (partial(dpmpp_2m, eta=1.0), 18),
+        (dpmpp_3m, 18),
+        (partial(dpmpp_3m, eta=1.0), 18),
+        (deis, 18),
+        (unipc, 18),
+        (partial(unipc, order=3), 18),
+        (partial(generalised, path=VariancePreserving(), scaled=True, order=1), 18),
+        (partial(generalised, path=VarianceExploding()), 35),
+    ],
+)
 def test_the_network_is_evaluated_as_often_as_stated(integrate, calls):
     count = []
 
@@ -68,6 +83,16 @@ def test_the_network_is_evaluated_as_often_as_stated(integrate, calls):
     integrate(denoise, START, levels(Rho(), 18), ImageNoise(0, [0]))
     assert len(count) == calls
     assert min(count) > 0  # the network never sees sigma = 0
+
+
+@pytest.mark.parametrize("integrate", INTEGRATORS.values(), ids=INTEGRATORS.keys())
+def test_a_sampler_leaves_its_start_as_it_was_and_its_state_in_float64(integrate):
+    x = torch.full((1, 1, 2, 2), 80.0, dtype=F64)
+    end = integrate(
+        lambda x, s: DATA.denoise(x, s).float(), x, levels(Rho(), 6), ImageNoise(0, [0])
+    )
+    assert torch.equal(x, torch.full_like(x, 80.0))
+    assert end.dtype == F64
 
 
 def test_euler_is_ddim():
@@ -156,9 +181,10 @@ def test_the_ddpm_chain_ends_with_the_known_spread(variance, std):
         partial(ancestral, variance="small"),
         partial(ancestral, variance="large"),
         partial(ancestral, eta=0.5),
+        partial(ancestral, variance=0.3),
         partial(heun, S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.0),
-        heun,
-        euler,
+        partial(heun, S_churn=40.0, alpha=0.5),
+        *INTEGRATORS.values(),
     ],
 )
 def test_samplers_end_in_the_data_distribution(integrate):
@@ -234,11 +260,90 @@ def test_a_sampler_beyond_the_networks_levels_is_refused():
     [
         ({"eta": 1.5}, "eta must be in"),
         ({"eta": 0.5, "variance": "large"}, "belongs to eta = 1"),
+        ({"eta": 0.5, "variance": "learned"}, "belongs to eta = 1"),
+        ({"variance": 1.2}, r"variance must be in \[0, 1\]"),
+        ({"variance": "larg"}, "small, large, learned or a number"),
     ],
 )
 def test_impossible_ancestral_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ancestral(DATA.denoise, START, levels(Rho(), 3), torch.zeros_like, **options)
+
+
+def test_churned_levels_are_rounded_to_those_the_network_knows():
+    seen = []
+
+    def denoise(x, sigma):
+        seen.append((float(sigma), x.item()))
+        return torch.zeros_like(x)
+
+    zero, sigmas = torch.zeros(1, 1, 1, 1, dtype=F64), torch.tensor([2.0, 0.0], dtype=F64)
+    heun(denoise, zero, sigmas, torch.ones_like, S_churn=0.2, nearest=lambda sigma: 2.5)
+    assert seen == [(2.5, pytest.approx(math.sqrt(2.5**2 - 2**2)))]
+
+
+def test_the_second_slope_is_taken_where_alpha_says_and_weighted_so():
+    """Karras 2022, App. D.2, in the paper's own symbols."""
+    sigma, following, x = 3.0, 1.0, 2.0
+    data = Mixture()
+
+    def slope(state, level):
+        at = torch.tensor([[[[state]]]], dtype=F64)
+        return (state - data.denoise(at, torch.tensor(level, dtype=F64)).item()) / level
+
+    for alpha in (0.5, 0.8, 1.0, 1.1):
+        h, d = following - sigma, slope(x, sigma)
+        d_2 = slope(x + alpha * h * d, sigma + alpha * h)
+        expected = x + h * ((1 - 1 / (2 * alpha)) * d + d_2 / (2 * alpha))
+        state, pair = torch.full((1, 1, 1, 1), x, dtype=F64), torch.tensor([sigma, following])
+        end = heun(data.denoise, state, pair.to(F64), no_noise, alpha=alpha)
+        assert end.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("v", [-1.0, -0.4, 1.0, 1.3])
+def test_the_learned_variance_is_the_networks(v):
+    """Nichol & Dhariwal 2021, Eq. 15, in their own state."""
+    betas, t = LinearBetas().betas, 400
+    abar = torch.cumprod(1 - betas, 0)
+    beta, now, before = betas[t], abar[t], abar[t - 1]
+    tilde = (1 - before) / (1 - now) * beta
+    frac = (v + 1) / 2
+    expected = torch.exp(frac * beta.log() + (1 - frac) * tilde.log())
+
+    def denoise(x, sigma, *, variance):
+        assert variance
+        return torch.cat([torch.zeros_like(x), torch.full_like(x, v)], dim=1)
+
+    zero = torch.zeros(1, 3, 2, 2, dtype=F64)
+    pair = LinearBetas().sigmas()[[t, t - 1]]
+    step = ancestral(denoise, zero, pair, torch.ones_like, variance="learned")
+    assert step.shape == zero.shape
+    torch.testing.assert_close(step.square() * before, expected.expand(zero.shape))
+
+
+def test_a_variance_between_small_and_large_is_interpolated_in_its_logarithm():
+    """log var = f log((1 - r) sigma_t^2) + (1 - f) log((1 - r) sigma_s^2), variance preserving."""
+    sigma, following, f = 3.0, 2.0, 0.3
+    r = (following / sigma) ** 2
+    vp = [level**2 / (1 + level**2) for level in (sigma, following)]
+    expected = (1 - r) * vp[0] ** f * vp[1] ** (1 - f)
+    zero, pair = torch.zeros(1, 1, 1, 1, dtype=F64), torch.tensor([sigma, following], dtype=F64)
+    step = ancestral(lambda x, s: zero, zero, pair, torch.ones_like, variance=f)
+    assert step.item() ** 2 / (1 + following**2) == pytest.approx(expected)
+
+
+def test_a_named_sampler_keeps_to_the_networks_levels():
+    sampler = named("deis", (0.01, 50.0))
+    sigmas = sampler.sigmas()
+    assert (sigmas[0].item(), sigmas[-2].item()) == (pytest.approx(50), pytest.approx(0.01))
+    assert named("deis", (0.0, math.inf), steps=7).steps == 7
+    with pytest.raises(ValueError, match="there is no sampler 'dies'"):
+        named("dies", (0.0, math.inf))
+
+
+def test_alpha_must_be_positive():
+    with pytest.raises(ValueError, match="alpha must be positive"):
+        heun(DATA.denoise, START, levels(Rho(), 3), torch.zeros_like, alpha=0.0)
 
 
 def test_negative_churn_is_refused():

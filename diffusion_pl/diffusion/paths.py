@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +51,23 @@ class VariancePreserving:
     def time(self, sigma: Tensor) -> Tensor:
         root = torch.sqrt(self.beta_min**2 + 2 * self.beta_d * torch.log1p(sigma.square()))
         return (root - self.beta_min) / self.beta_d
+
+
+def preserving_between(
+    sigma_min: float, sigma_max: float, epsilon_s: float = 1e-3
+) -> VariancePreserving:
+    """The path with sigma(epsilon_s) = sigma_min and sigma(1) = sigma_max, for narrower networks.
+
+    With l = ln(1 + sigma^2) at either end, beta_d / 2 t^2 + beta_min t = l solved for both.
+
+    Args:
+        sigma_min: level at t = epsilon_s.
+        sigma_max: level at t = 1.
+        epsilon_s: the last time before 0.
+    """
+    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+    beta_d = 2 * (low / epsilon_s - high) / (epsilon_s - 1)
+    return VariancePreserving(beta_d, high - beta_d / 2)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ From level sigma to s < sigma the posterior q(x_s | x, x_0) of the state x_0 + s
               (sigma^2 - s^2) (1 + s^2) / (1 + sigma^2)  "large": beta_t / alpha_bar_{t-1}
 
 Both variances are Ho's (section 3.2) divided by alpha_bar_{t-1}, which takes x_{t-1} to the state
-x_0 + s eps. DDIM's eta scales the small variance and moves the mean so that the marginals stay:
+x_0 + s eps; on a subset of the timesteps beta_t is the subset's, 1 - alpha_bar_t / alpha_bar_s.
+Between the two a share f of the logarithm interpolates:
+
+| variance | ln variance = f ln large + (1 - f) ln small | where |
+|---|---|---|
+| "small", "large" | f = 0, f = 1; large is also sigma-hat of Song 2021 | Ho 2020, 3.2 |
+| a number | that f everywhere | Salimans & Ho 2022, released code |
+| "learned" | f = (v + 1) / 2, v the network's last C channels | Nichol & Dhariwal 2021, Eq. 15 |
+
+DDIM's eta scales the small variance and moves the mean so that the marginals stay:
 
     x_s = D + sqrt(s^2 - c^2) (x - D) / sigma + c z ,   c^2 = eta^2 s^2 (1 - (s / sigma)^2) .
 """
@@ -24,6 +33,8 @@ from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
 
+SHARES = {"small": 0.0, "large": 1.0}
+
 
 def ancestral(
     denoise: Denoise,
@@ -31,36 +42,56 @@ def ancestral(
     sigmas: Tensor,
     randn_like: Callable[[Tensor], Tensor],
     *,
-    variance: Literal["small", "large"] = "small",
+    variance: Literal["small", "large", "learned"] | float = "small",
     eta: float = 1.0,
 ) -> Tensor:
     """Walk the reverse chain from sigmas[0] to sigmas[-1] with one evaluation a step.
 
     Args:
-        denoise: D, called `denoise(x, sigma)`.
+        denoise: D, called `denoise(x, sigma)`; with `variance=True` too for the learned variance.
         x: the state at sigmas[0], float64 (B, C, H, W).
         sigmas: decreasing levels, float64 (N + 1,), all but the last > 0.
         randn_like: draws standard normal noise shaped as its argument.
-        variance: "large" is Ho's beta_t ("fixedlarge", CIFAR-10), "small" beta_tilde_t (256 px).
+        variance: "large" is Ho's beta_t ("fixedlarge", CIFAR-10), "small" beta_tilde_t (256 px), a
+            number in [0, 1] in between, "learned" what the network says.
         eta: 0 is DDIM, 1 is DDPM; other values only with the small variance.
 
     Returns:
         The state at sigmas[-1], float64; N evaluations. The step to sigma = 0 adds no noise.
 
     Raises:
-        ValueError: eta outside [0, 1], or eta other than 1 with the large variance.
+        ValueError: eta or a numeric variance outside [0, 1], an unknown variance, or eta other
+            than 1 with any but the small variance.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1] (got {eta})")
-    if variance == "large" and eta != 1:
-        raise ValueError(f"the large variance belongs to eta = 1 (got eta = {eta})")
-    for sigma, following in pairwise(sigmas.tolist()):
+    share: float | Tensor = _share(variance, eta)
+    on_device = sigmas.to(x)
+    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
         small = following**2 * (1 - (following / sigma) ** 2)
         remaining = math.sqrt(following**2 - eta**2 * small) / sigma
-        denoised = denoise(x, x.new_tensor(sigma))
+        if variance == "learned":
+            denoised, said = denoise(x, on_device[step], variance=True).chunk(2, dim=1)
+            share = (said + 1) / 2
+        else:
+            denoised = denoise(x, on_device[step])
         x = torch.lerp(denoised.to(x.dtype), x, remaining)
         if following > 0 and eta > 0:
             large = (sigma**2 - following**2) * (1 + following**2) / (1 + sigma**2)
-            added = math.sqrt(large) if variance == "large" else eta * math.sqrt(small)
-            x.add_(randn_like(x), alpha=added)
+            added = eta * math.sqrt(small) * (large / small) ** (share / 2)
+            x.add_(randn_like(x) * added)
     return x
+
+
+def _share(variance: str | float, eta: float) -> float:
+    """The share of the large variance, where it is fixed; checks the settings."""
+    if isinstance(variance, str) and variance not in (*SHARES, "learned"):
+        raise ValueError(
+            f"variance must be small, large, learned or a number in [0, 1] (got {variance!r})"
+        )
+    share = SHARES.get(variance, 0.5) if isinstance(variance, str) else variance
+    if not 0 <= share <= 1:
+        raise ValueError(f"variance must be in [0, 1] (got {variance})")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1] (got {eta})")
+    if eta != 1 and share != 0:
+        raise ValueError(f"variance {variance!r} belongs to eta = 1 (got eta = {eta})")
+    return share

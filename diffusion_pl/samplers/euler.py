@@ -36,7 +36,8 @@ def euler(
     Returns:
         The state at sigmas[-1], float64; N evaluations.
     """
-    for sigma, following in pairwise(sigmas.tolist()):
-        denoised = denoise(x, x.new_tensor(sigma))
+    on_device = sigmas.to(x)
+    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, on_device[step])
         x = torch.lerp(denoised.to(x.dtype), x, following / sigma)
     return x

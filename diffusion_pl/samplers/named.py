@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from functools import partial
 
+from diffusion_pl.diffusion.paths import VariancePreserving
 from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.samplers.ancestral import ancestral
+from diffusion_pl.samplers.deis import deis
+from diffusion_pl.samplers.dpmpp_2m import dpmpp_2m
+from diffusion_pl.samplers.dpmpp_3m import dpmpp_3m
 from diffusion_pl.samplers.euler import euler
+from diffusion_pl.samplers.generalised import generalised
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Integrator, Sampler
+from diffusion_pl.samplers.unipc import unipc
 
 # Name: the algorithm and its usual number of steps.
 NAMED: dict[str, tuple[Integrator, int]] = {
     "heun": (heun, 18),  # Karras 2022's setting for CIFAR-10, 35 evaluations
+    "churn": (partial(heun, S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.003), 256),
+    "midpoint": (partial(heun, alpha=0.5), 18),
+    "deis": (deis, 18),
+    "dpmpp_2m": (dpmpp_2m, 18),
+    "dpmpp_3m": (dpmpp_3m, 18),
+    "dpmpp_2m_sde": (partial(dpmpp_2m, eta=1.0), 50),
+    "dpmpp_3m_sde": (partial(dpmpp_3m, eta=1.0), 50),
+    "unipc": (unipc, 18),
     "euler": (euler, 50),
     "ddim": (euler, 50),
     "ancestral": (partial(ancestral, variance="small"), 250),
+    "vp_euler": (partial(generalised, path=VariancePreserving(), scaled=True, order=1), 250),
 }
 
 

@@ -1,0 +1,67 @@
+"""DPM-Solver++(2M), deterministic and stochastic: Lu et al. 2022, arXiv:2211.01095.
+
+In lambda = -ln sigma and with h the step in lambda, the ODE (eta = 0) and the SDEs of the same
+marginals are solved by
+
+    x_s = e^(-g) x + integral over the step of e^(-(g - g')) D dg' + s sqrt(1 - e^(-2 eta h)) z ,
+    g = (1 + eta) h ,
+
+| part | formula |
+|---|---|
+| D in the step | D_i + h / (2 h_{i-1}) (D_i - D_{i-1}): extrapolated to the middle (Alg. 2) |
+| eta | 0 is DPM-Solver++(2M), 1 SDE-DPM-Solver++(2M) |
+| first step; step to 0 | D_i alone; D_i alone and no noise |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from diffusion_pl.diffusion.objective import Denoise
+
+
+def dpmpp_2m(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    randn_like: Callable[[Tensor], Tensor],
+    *,
+    eta: float = 0.0,
+) -> Tensor:
+    """Integrate from sigmas[0] to sigmas[-1] with one evaluation a step; order 2.
+
+    Args:
+        denoise: D, called `denoise(x, sigma)`.
+        x: the state at sigmas[0], float64 (B, C, H, W).
+        sigmas: decreasing levels, float64 (N + 1,), all but the last > 0.
+        randn_like: draws standard normal noise shaped as its argument; not used at eta = 0.
+        eta: how much noise is renewed: 0 is the ODE, 1 the reverse SDE.
+
+    Returns:
+        The state at sigmas[-1], float64; N evaluations.
+
+    Raises:
+        ValueError: eta negative.
+    """
+    if eta < 0:
+        raise ValueError(f"eta must not be negative (got {eta})")
+    on_device, before, length_before = sigmas.to(x), x, 0.0
+    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, on_device[step])
+        if following == 0:
+            return denoised.to(x.dtype)
+        length = math.log(sigma / following)
+        kept = math.exp(-(1 + eta) * length)
+        x = torch.lerp(denoised.to(x.dtype), x, kept)
+        if step > 0:
+            ahead = length / (2 * length_before)
+            x.add_(denoised - before, alpha=(1 - kept) * ahead)
+        if eta > 0:
+            x.add_(randn_like(x), alpha=following * math.sqrt(-math.expm1(-2 * eta * length)))
+        before, length_before = denoised, length
+    return x
