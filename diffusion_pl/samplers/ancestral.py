@@ -32,8 +32,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
-
-SHARES = {"small": 0.0, "large": 1.0}
+from diffusion_pl.diffusion.posterior import SHARES, large_variance, small_variance
 
 
 def ancestral(
@@ -66,7 +65,7 @@ def ancestral(
     share: float | Tensor = _share(variance, eta)
     on_device = sigmas.to(x)
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
-        small = following**2 * (1 - (following / sigma) ** 2)
+        small = small_variance(sigma, following)
         remaining = math.sqrt(following**2 - eta**2 * small) / sigma
         if variance == "learned":
             denoised, said = denoise(x, on_device[step], variance=True).chunk(2, dim=1)
@@ -75,8 +74,8 @@ def ancestral(
             denoised = denoise(x, on_device[step])
         x = torch.lerp(denoised.to(x.dtype), x, remaining)
         if following > 0 and eta > 0:
-            large = (sigma**2 - following**2) * (1 + following**2) / (1 + sigma**2)
-            added = eta * math.sqrt(small) * (large / small) ** (share / 2)
+            ratio = large_variance(sigma, following) / small
+            added = eta * math.sqrt(small) * ratio ** (share / 2)
             x.add_(randn_like(x) * added)
     return x
 
