@@ -1,0 +1,65 @@
+"""The YAMLs of DDPM and improved DDPM hold the papers' numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffusion_pl import config
+from diffusion_pl.commands import parts
+from diffusion_pl.samplers.euler import euler
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+
+
+def read(name):
+    experiment = config.load(name, (), FOLDER)
+    parts.bind(experiment)
+    return experiment
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "hflip"),
+    [
+        ("lsun_bedroom_ddpm", 2_400_000, False),
+        ("lsun_bedroom_large_ddpm", 1_150_000, False),
+        ("lsun_cat_ddpm", 1_800_000, True),
+        ("lsun_church_ddpm", 1_200_000, True),
+        ("celebahq_ddpm", 500_000, True),
+    ],
+)
+def test_the_large_images_are_trained_as_published(name, steps, hflip):
+    # Ho 2020, App. B; warm-up and clipping as in the released code.
+    experiment = read(name)
+    published = {
+        "data.batch_size": 64,
+        "data.hflip": hflip,
+        "network.dropout": 0.0,
+        "optimizer.lr": 2e-5,
+        "trainer.images": steps * 64,
+        "trainer.warmup": 5_000 * 64,
+        "trainer.clip": 1.0,
+        "sampler.steps": 1000,
+        "sampler.integrate.variance": "small",
+        "objective.T": 1000,
+    }
+    assert {key: experiment.get(key) for key in published} == published
+    assert config.build(experiment, "ema").decay(0, 64) == pytest.approx(0.9999, abs=1e-9)
+    count = 255_677_955 if "large" in name else 113_673_219
+    assert sum(p.numel() for p in parts.meta_network(experiment).parameters()) == count
+
+
+def test_the_bound_differs_from_the_simple_loss_in_the_objective_alone():
+    bound, simple = read("cifar10_ddpm_bound"), read("cifar10_ddpm")
+    differing = {key for key in bound.tree if bound.tree[key] != simple.tree[key]}
+    assert differing == {"objective"}
+    assert bound.get("objective.variance") == bound.get("sampler.integrate.variance") == "large"
+
+
+def test_rectified_flow_is_sampled_in_equal_steps_of_time():
+    sampler = config.build(read("cifar10_rectified_flow"), "sampler")
+    sigmas = sampler.sigmas()
+    t = sigmas / (1 + sigmas)
+    assert t.diff().tolist() == pytest.approx([-0.009999] * 100)
+    assert sampler.integrate.func is euler
