@@ -63,7 +63,7 @@ def ancestral(
             than 1 with any but the small variance.
     """
     share: float | Tensor = _share(variance, eta)
-    on_device = sigmas.to(x)
+    x, wide, on_device = x.clone(), torch.empty_like(x), sigmas.to(x)
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
         small = small_variance(sigma, following)
         remaining = math.sqrt(following**2 - eta**2 * small) / sigma
@@ -72,7 +72,7 @@ def ancestral(
             share = (said + 1) / 2
         else:
             denoised = denoise(x, on_device[step])
-        x = torch.lerp(denoised.to(x.dtype), x, remaining)
+        x.lerp_(wide.copy_(denoised), 1 - remaining)
         if following > 0 and eta > 0:
             ratio = large_variance(sigma, following) / small
             added = eta * math.sqrt(small) * ratio ** (share / 2)

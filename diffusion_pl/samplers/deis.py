@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
@@ -48,16 +49,16 @@ def deis(
     """
     if order < 1 or rho < 1:
         raise ValueError(f"order and rho must be at least 1 (got {order} and {rho})")
-    rule, on_device = gauss_legendre(), sigmas.to(x)
-    slopes: list[Tensor] = []  # eps, the newest first
-    nodes: list[float] = []
+    rule, x, on_device = gauss_legendre(), x.clone(), sigmas.to(x)
+    offsets = [torch.empty_like(x) for _ in range(order)]  # D - x = -sigma eps, the newest first
+    levels: list[float] = []
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
-        slope = (x - denoise(x, on_device[step])).div_(sigma)
-        slopes = [slope, *slopes[: order - 1]]
-        nodes = [sigma ** (1 / rho), *nodes[: order - 1]]
-        end = following ** (1 / rho)
-        shares = weights(nodes, lambda q: rho * q ** (rho - 1), nodes[0], end, rule)
-        x = x.add(slope, alpha=shares[0])
-        for past, share in zip(slopes[1:], shares[1:], strict=True):
-            x.add_(past, alpha=share)
+        offsets.insert(0, offsets.pop().copy_(denoise(x, on_device[step])).sub_(x))
+        levels = [sigma, *levels[: order - 1]]
+        nodes = [level ** (1 / rho) for level in levels]
+        shares = weights(
+            nodes, lambda q: rho * q ** (rho - 1), nodes[0], following ** (1 / rho), rule
+        )
+        for offset, level, share in zip(offsets, levels, shares, strict=False):
+            x.add_(offset, alpha=-share / level)
     return x

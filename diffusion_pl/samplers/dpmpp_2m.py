@@ -50,18 +50,17 @@ def dpmpp_2m(
     """
     if eta < 0:
         raise ValueError(f"eta must not be negative (got {eta})")
-    on_device, before, length_before = sigmas.to(x), x, 0.0
+    x, on_device, length_before = x.clone(), sigmas.to(x), math.inf
+    new, old = torch.empty_like(x), torch.zeros_like(x)
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
-        denoised = denoise(x, on_device[step])
+        new.copy_(denoise(x, on_device[step]))
         if following == 0:
-            return denoised.to(x.dtype)
+            return new
         length = math.log(sigma / following)
         kept = math.exp(-(1 + eta) * length)
-        x = torch.lerp(denoised.to(x.dtype), x, kept)
-        if step > 0:
-            ahead = length / (2 * length_before)
-            x.add_(denoised - before, alpha=(1 - kept) * ahead)
+        ahead = length / (2 * length_before)
+        x.mul_(kept).add_(new, alpha=(1 - kept) * (1 + ahead)).add_(old, alpha=-(1 - kept) * ahead)
         if eta > 0:
             x.add_(randn_like(x), alpha=following * math.sqrt(-math.expm1(-2 * eta * length)))
-        before, length_before = denoised, length
+        new, old, length_before = old, new, length
     return x

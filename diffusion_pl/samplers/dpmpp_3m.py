@@ -48,19 +48,20 @@ def dpmpp_3m(
     """
     if eta < 0:
         raise ValueError(f"eta must not be negative (got {eta})")
-    rule, on_device = gauss_legendre(), sigmas.to(x)
-    past: list[tuple[float, Tensor]] = []  # (ln sigma, D), the newest first
+    rule, x, on_device = gauss_legendre(), x.clone(), sigmas.to(x)
+    images = [torch.empty_like(x) for _ in range(3)]  # D, the newest first
+    levels: list[float] = []  # ln sigma
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
-        denoised = denoise(x, on_device[step])
+        images.insert(0, images.pop().copy_(denoise(x, on_device[step])))
         if following == 0:
-            return denoised.to(x.dtype)
+            return images[0]
         length = math.log(sigma / following)
-        past = [(math.log(sigma), denoised), *past[:2]]
-        nodes = [(past[0][0] - node) / length for node, _ in past]
+        levels = [math.log(sigma), *levels[:2]]
+        nodes = [(levels[0] - level) / length for level in levels]
+        x.mul_(math.exp(-(1 + eta) * length))
         shares = exponential_weights(nodes, (1 + eta) * length, rule)
-        x = torch.lerp(denoised.to(x.dtype), x, math.exp(-(1 + eta) * length))
-        for (_, before), share in zip(past[1:], shares[1:], strict=True):
-            x.add_(before - denoised, alpha=share)
+        for image, share in zip(images, shares, strict=False):
+            x.add_(image, alpha=share)
         if eta > 0:
             x.add_(randn_like(x), alpha=following * math.sqrt(-math.expm1(-2 * eta * length)))
     return x

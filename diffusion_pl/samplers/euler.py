@@ -36,8 +36,8 @@ def euler(
     Returns:
         The state at sigmas[-1], float64; N evaluations.
     """
-    on_device = sigmas.to(x)
+    x, wide, on_device = x.clone(), torch.empty_like(x), sigmas.to(x)
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
         denoised = denoise(x, on_device[step])
-        x = torch.lerp(denoised.to(x.dtype), x, following / sigma)
+        x.lerp_(wide.copy_(denoised), 1 - following / sigma)
     return x

@@ -2,9 +2,12 @@
 
 A step of size h = s - sigma takes the slope d = (x - D) / sigma again at sigma + alpha h and joins
 both as (1 - 1 / (2 alpha)) d + d' / (2 alpha) (App. D.2): alpha = 1 is Heun's method, 1/2 the
-midpoint's. Written in D, which saves four passes over the state, that is
+midpoint's. Written in D, which needs no slope in memory, that is
 
     x_s = D + (s / sigma) (x - D) + (sigma - s) / (2 alpha (sigma + alpha h)) (D' - D) .
+
+Here and beside, the state is updated in place and D copied into a buffer of its own: fresh tensors
+of this size come from the system page by page and cost several times the arithmetic.
 """
 
 from __future__ import annotations
@@ -60,26 +63,24 @@ def heun(
         raise ValueError(f"S_churn and S_noise must not be negative (got {S_churn}, {S_noise})")
     if alpha <= 0:
         raise ValueError(f"alpha must be positive (got {alpha})")
-    on_device = sigmas.to(x)
+    x, wide, on_device = x.clone(), torch.empty_like(x), sigmas.to(x)
     gamma_max = min(S_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
         level = on_device[step]
         if gamma_max > 0 and S_tmin <= sigma <= S_tmax:
             raised = sigma * (1 + gamma_max)
             raised = nearest(raised) if nearest else raised
-            x = x + randn_like(x) * (S_noise * math.sqrt(raised**2 - sigma**2))
+            x.add_(randn_like(x), alpha=S_noise * math.sqrt(raised**2 - sigma**2))
             sigma, level = raised, x.new_tensor(raised)
-        denoised = denoise(x, level)
+        wide.copy_(denoise(x, level))
         between = sigma + alpha * (following - sigma)
         if between <= 0:
-            x = torch.lerp(denoised.to(x.dtype), x, following / sigma)
+            x.lerp_(wide, 1 - following / sigma)
             continue
-        start, kept = denoised.to(x.dtype), following / sigma
-        if alpha == 1:
-            x = torch.lerp(start, x, kept)
-            again = denoise(x, on_device[step + 1])
-        else:
-            again = denoise(torch.lerp(start, x, between / sigma), x.new_tensor(between))
-            x = torch.lerp(start, x, kept)
-        x.add_(again - denoised, alpha=(sigma - following) / (2 * alpha * between))
+        probe = x if alpha == 1 else torch.lerp(wide, x, between / sigma)
+        x.lerp_(wide, 1 - following / sigma)
+        again = denoise(probe, on_device[step + 1] if alpha == 1 else x.new_tensor(between))
+        weight = (sigma - following) / (2 * alpha * between)
+        x.add_(wide, alpha=-weight)
+        x.add_(wide.copy_(again), alpha=weight)
     return x

@@ -28,8 +28,6 @@ from torch import Tensor
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.samplers.quadrature import Rule, exponential_weights, gauss_legendre
 
-Value = tuple[float, Tensor]  # ln sigma, D
-
 
 def unipc(
     denoise: Denoise,
@@ -57,29 +55,33 @@ def unipc(
     """
     if order < 1:
         raise ValueError(f"order must be at least 1 (got {order})")
-    rule, on_device, before = gauss_legendre(), sigmas.to(x), x
-    past: list[Value] = []  # the newest first
+    rule, on_device = gauss_legendre(), sigmas.to(x)
+    state, x = x.clone(), x.clone()  # corrected, predicted
+    images = [torch.empty_like(x) for _ in range(order + 1)]  # D, the newest first
+    levels: list[float] = []
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
-        value = math.log(sigma), denoise(x, on_device[step])
+        images.insert(0, images.pop().copy_(denoise(x, on_device[step])))
         if following == 0:
-            return value[1].to(x.dtype)
-        if past:
-            x = _step(before, [*past, value], value[0], rule)
-        before, past = x, [value, *past[: order - 1]]
-        x = _step(before, past, math.log(following), rule)
+            return images[0]
+        if levels:
+            known = [*images[1 : len(levels) + 1], images[0]]
+            _move(state, known, [*levels, math.log(sigma)], math.log(sigma), rule)
+        levels = [math.log(sigma), *levels[: order - 1]]
+        _move(x.copy_(state), images, levels, math.log(following), rule)
     return x
 
 
-def _step(x: Tensor, values: Sequence[Value], end: float, rule: Rule) -> Tensor:
-    """From the level of the first value to ln sigma = end."""
-    start, denoised = values[0]
-    length = start - end
-    nodes = [(start - level) / length for level, _ in values]
-    if len(values) == 2:
-        shares = [math.nan, -math.expm1(-length) / (2 * nodes[1])]
+def _move(
+    x: Tensor, images: Sequence[Tensor], levels: Sequence[float], end: float, rule: Rule
+) -> None:
+    """Take x in place from ln sigma = levels[0] to the end with the images known at the levels."""
+    length = levels[0] - end
+    nodes = [(levels[0] - level) / length for level in levels]
+    if len(nodes) == 2:
+        beside = -math.expm1(-length) / (2 * nodes[1])
+        shares = [-math.expm1(-length) - beside, beside]
     else:
         shares = exponential_weights(nodes, length, rule)
-    x = torch.lerp(denoised.to(x.dtype), x, math.exp(-length))
-    for (_, other), share in zip(values[1:], shares[1:], strict=True):
-        x.add_(other - denoised, alpha=share)
-    return x
+    x.mul_(math.exp(-length))
+    for image, share in zip(images, shares, strict=False):
+        x.add_(image, alpha=share)
