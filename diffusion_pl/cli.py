@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 COMMANDS = {
     "train": "train an experiment, or go on where it stopped",
     "sample": "draw images from a run",
     "evaluate": "measure a run; prints one JSON object",
+    "progressive": "draw what the network makes of the image from level to level",
+    "interpolate": "draw images between two of one's own",
+    "invert": "take images to noise along the flow, and back",
+    "likelihood": "bits per dimension of the data under a run",
+    "import": "make a run of a published checkpoint",
+    "export": "write a run's weights for others",
     "check": "bind an experiment's YAML, build its network without memory, show what it means",
     "experiments": "list the experiments with their published numbers",
 }
@@ -32,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = parse(arguments)
-    command = importlib.import_module(f"diffusion_pl.commands.{options.command}")
+    # `import` is a word of the language, so its module is import_.
+    name = options.command + "_" * keyword.iskeyword(options.command)
+    command = importlib.import_module(f"diffusion_pl.commands.{name}")
     try:
         code: int = command.run(options)
     except ValueError as error:  # a user's mistake, and every ConfigError
@@ -73,7 +82,10 @@ def parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-4"
         )
     parts["train"].add_argument("--run", type=Path, help="the run's folder (runs/EXPERIMENT)")
-    for name in ("sample", "evaluate"):
+    parts["train"].add_argument(
+        "--from", type=Path, dest="start", metavar="RUN", help="start from its weights: fine-tune"
+    )
+    for name in ("sample", "evaluate", "progressive", "interpolate", "invert", "likelihood"):
         _add_run(parts[name])
     sample = parts["sample"]
     sample.add_argument("--count", type=int, default=64, help="how many images (64)")
@@ -81,7 +93,60 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--label", type=int, help="class of every image; drawn for each otherwise")
     sample.add_argument("--out", type=Path, help="folder of the images (RUN/drawn)")
     parts["evaluate"].add_argument("--count", type=int, help="how many images (the experiment's)")
+    _add_latents(parts)
+    _add_exchange(parts)
     return top
+
+
+def _add_latents(parts: Mapping[str, argparse.ArgumentParser]) -> None:
+    """What the commands that go from images to noise, or look on the way, take."""
+    for name in ("interpolate", "invert"):
+        count = 2 if name == "interpolate" else "+"
+        parts[name].add_argument(
+            "image", type=Path, nargs=count, help="PNG files of the run's size"
+        )
+    for name in ("progressive", "interpolate", "invert"):
+        parts[name].add_argument("--out", type=Path, help=f"folder of the pictures (RUN/{name})")
+        parts[name].add_argument("--label", type=int, help="class of every image")
+    progressive = parts["progressive"]
+    progressive.add_argument("--count", type=int, default=8, help="how many images (8)")
+    progressive.add_argument("--frames", type=int, default=10, help="levels that are shown (10)")
+    progressive.add_argument(
+        "--share", type=float, metavar="SIGMA", help="one image down to this level, then COUNT"
+    )
+    interpolate = parts["interpolate"]
+    interpolate.add_argument("--count", type=int, default=9, help="images, both ends included (9)")
+    interpolate.add_argument(
+        "--sigma", type=float, help="level at which they are mixed (3.42, timestep 500 of DDPM)"
+    )
+    interpolate.add_argument(
+        "--by", choices=("noise", "flow"), default="noise", help="how images get there (noise)"
+    )
+    interpolate.add_argument("--spherical", action="store_true", help="along the great circle")
+    likelihood = parts["likelihood"]
+    likelihood.add_argument("--count", type=int, default=100, help="images of the data (100)")
+    likelihood.add_argument("--probes", type=int, default=1, help="of the trace, an image (1)")
+    likelihood.add_argument(
+        "--by", choices=("flow", "bound"), default="flow", help="ODE, or DDPM's variational bound"
+    )
+
+
+def _add_exchange(parts: Mapping[str, argparse.ArgumentParser]) -> None:
+    """What `import` and `export` take."""
+    bring, give = parts["import"], parts["export"]
+    kinds = ("edm", "diffusers", "pesser", "safetensors")
+    bring.add_argument("kind", choices=kinds, help="whose layout it has")
+    bring.add_argument("source", type=Path, help="the file, or diffusers' folder")
+    bring.add_argument("dest", type=Path, help="the run's folder to make")
+    bring.add_argument(
+        "--like", metavar="EXPERIMENT", help="whose data, optimizer, evaluation, trainer it takes"
+    )
+    give.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file")
+    give.add_argument("dest", type=Path, help="the file, or diffusers' folder, to make")
+    give.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
+    _add_weights(give)
+    _add_trust(bring)
+    _add_trust(give)
 
 
 def _add_run(part: argparse.ArgumentParser) -> None:
@@ -95,16 +160,24 @@ def _add_run(part: argparse.ArgumentParser) -> None:
         "--guidance-interval", type=interval, metavar="LOW,HIGH", help="sigmas that are guided"
     )
     part.add_argument("--guide", type=Path, metavar="RUN", help="a weaker run: autoguidance by it")
+    _add_weights(part)
+    part.add_argument("--batch-size", type=int, help="images drawn at a time; not the numbers")
+    part.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    _add_trust(part)
+    part.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="over the run's config"
+    )
+
+
+def _add_weights(part: argparse.ArgumentParser) -> None:
     part.add_argument(
         "--weights", choices=("ema", "denoiser"), default="ema", help="averaged or raw (ema)"
     )
-    part.add_argument("--batch-size", type=int, help="images drawn at a time; not the numbers")
-    part.add_argument("--device", default="auto", help="cpu, cuda or auto")
+
+
+def _add_trust(part: argparse.ArgumentParser) -> None:
     part.add_argument(
         "--allow", action="append", default=[], metavar="PACKAGE", help="import it for this run"
-    )
-    part.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="over the run's config"
     )
 
 

@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from diffusion_pl.diffusion.timesteps import CosineBetas, LinearBetas
 from diffusion_pl.interop import diffusers, diffusers_export, pesser
 from diffusion_pl.interop.layouts import DIFFUSERS, PESSER
-from diffusion_pl.interop.predictions import PredictImage, PredictVelocity
 from diffusion_pl.networks.ddpm_unet import DDPMUNet
-from diffusion_pl.objectives.ddpm import DDPM, PredictNoise
+from diffusion_pl.objectives.ddpm import DDPM, PredictImage, PredictNoise, PredictVelocity
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.euler import euler
 
@@ -230,7 +229,7 @@ def test_the_library_opens_an_exported_run_and_gives_the_same_noise(library, tmp
     for parameter in network.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
     denoiser = DDPM().denoiser(network.eval())
-    diffusers_export.write(denoiser, 8, tmp_path, large=True)
+    diffusers_export.write(denoiser, 8, tmp_path, variance="large")
     theirs = library.UNet2DModel.from_pretrained(tmp_path, local_files_only=True).eval()
     x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     label = torch.tensor([4, 0]) if classes else None

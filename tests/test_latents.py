@@ -78,8 +78,10 @@ def test_the_great_circle_keeps_the_length_and_the_angles():
         ).flatten()
         turned = weight * math.pi / 2
         assert mixed.tolist() == pytest.approx([2 * math.cos(turned), 2 * math.sin(turned)])
-    same = spherical(first.reshape(shape), first.reshape(shape), torch.tensor([0.3], dtype=F64))
-    torch.testing.assert_close(same, first.reshape(shape))
+    for factor in (1, 2, -1):
+        other = factor * first.reshape(shape)
+        same = spherical(first.reshape(shape), other, torch.tensor([0.3], dtype=F64))
+        torch.testing.assert_close(same, (0.7 + 0.3 * factor) * first.reshape(shape))
 
 
 def test_the_line_weighs_the_ends():
@@ -114,12 +116,12 @@ def test_branches_share_what_lies_above_their_level():
     draw = lambda like: torch.randn(like.shape, generator=source, dtype=F64)  # noqa: E731
     sigmas = levels(Rho(), 12)
     noise = 80 * ImageNoise(0, [0])(torch.empty(1, 1, 2, 2, dtype=F64))
-    images = branch(denoise, noise, sigmas, 1.0, draw, count=3, integrate=ancestral)
+    images = branch(denoise, noise, sigmas, 1.0, draw, draw, count=3, integrate=ancestral)
     assert [n for sigma, n in asked if sigma > 1] == [1] * sum(s > 1 for s in sigmas.tolist())
     assert {n for sigma, n in asked if sigma <= 1} == {3}
     assert images.shape == (3, 1, 2, 2)
     assert (images[0] - images[1]).abs().max() > 1e-2
-    same = branch(DATA.denoise, noise, sigmas, 1.0, draw, count=2, integrate=euler)
+    same = branch(DATA.denoise, noise, sigmas, 1.0, draw, draw, count=2, integrate=euler)
     assert torch.equal(same[0], same[1])
 
 

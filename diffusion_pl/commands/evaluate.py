@@ -22,15 +22,15 @@ def run(options: argparse.Namespace) -> int:
     """Measure the run's newest checkpoint, or the one that is named."""
     opened = runs.open_run(options)
     drawing = opened.drawing
-    settings: Evaluation = config.build(opened.config, "evaluation")
+    settings: Evaluation = config.build(opened.model.config, "evaluation")
     settings = dataclasses.replace(
         settings,
         count=options.count or settings.count,
         batch_size=options.batch_size or settings.batch_size,
         seed=options.seed,
     )
-    extractor: Extractor = config.build(opened.config, "features")
-    source: Source = config.build(opened.config, "data")
+    extractor: Extractor = config.build(opened.model.config, "features")
+    source: Source = config.build(opened.model.config, "data")
     source.prepare()
     device = next(drawing.denoiser.parameters()).device
     reference = reference_of(source.open(), extractor, parts.REFERENCES, device)
@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> int:
         )
     result = {
         "run": str(opened.folder),
-        "checkpoint": str(opened.checkpoint),
-        "images": opened.images,
+        "checkpoint": str(opened.model.checkpoint),
+        "images": opened.model.images,
         "weights": options.weights,
         "measures": rows,
     }

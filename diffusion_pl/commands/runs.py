@@ -24,24 +24,78 @@ from diffusion_pl.training.settings import AUTOCAST, Settings, resolve_precision
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A checkpoint with what its config builds.
+class Model:
+    """A checkpoint's denoiser, on the CPU, and what it was built from.
 
     Args:
-        folder: the run's folder.
         checkpoint: the file.
         images: images that its weights have seen.
         config: the run's, with the command's overrides.
         objective: what trained it.
-        drawing: the denoiser on its device, with its sampler.
+        denoiser: D, ready to draw.
     """
 
-    folder: Path
     checkpoint: Path
     images: int
     config: Config
     objective: TrainingObjective
+    denoiser: Denoiser
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run opened for drawing.
+
+    Args:
+        folder: the run's folder.
+        model: of its newest checkpoint, or the one that was named.
+        drawing: the denoiser on its device, with its sampler.
+    """
+
+    folder: Path
+    model: Model
     drawing: Drawing
+
+    def about(self) -> dict[str, Any]:
+        """What a result says of where it comes from."""
+        guide = self.drawing.guide
+        return {
+            "checkpoint": str(self.model.checkpoint),
+            "images_seen": self.model.images,
+            "seed": self.drawing.seed,
+            "guidance": self.drawing.guidance,
+            "guide": None if guide is None else guide.name,
+        }
+
+
+def open_model(
+    run: Path,
+    weights: str = "ema",
+    allow: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> Model:
+    """Open a run's newest checkpoint, or the checkpoint file that is named.
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        weights: "ema" or "denoiser", averaged or raw.
+        allow: packages to trust beside this one.
+        overrides: `key=value` over the run's config.
+
+    Raises:
+        ValueError: no run there, or one that is unfit.
+    """
+    path = checkpoint_of(run)
+    loaded = checkpoints.load(path)
+    section = loaded[checkpoints.SECTION]
+    experiment = config.load_resolved(section["config"], str(path), allow, overrides)
+    parts.bind(experiment)
+    objective: TrainingObjective = config.build(experiment, "objective")
+    denoiser = objective.denoiser(config.build(experiment, "network"))
+    checkpoints.load_weights(denoiser, loaded, weights, path)
+    denoiser.to(memory_format=torch.channels_last)
+    denoiser.eval().requires_grad_(False)
+    return Model(path, section["images"], experiment, objective, denoiser)
 
 
 def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
@@ -54,34 +108,25 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
     Raises:
         ValueError: no run there, one that is unfit, or a setting that does not fit it.
     """
-    path = checkpoint_of(options.run)
-    loaded = checkpoints.load(path)
-    section = loaded[checkpoints.SECTION]
-    experiment = config.load_resolved(section["config"], str(path), options.allow, options.set)
-    parts.bind(experiment)
-    objective: TrainingObjective = config.build(experiment, "objective")
-    denoiser = _denoiser(experiment, objective, loaded, options.weights, path)
+    model = open_model(options.run, options.weights, options.allow, options.set)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     device = device if options.device == "auto" else options.device
-    denoiser.to(device)
-    data = config.build(experiment, "data")
-    settings: Settings = config.build(experiment, "trainer")
+    model.denoiser.to(device)
+    data = config.build(model.config, "data")
+    settings: Settings = config.build(model.config, "trainer")
     precision = resolve_precision(settings.precision, torch.device(device).type)
-    sampler = _sampler(options, experiment, objective)
+    sampler = _sampler(options, model.config, model.objective)
     return Opened(
-        folder=path.parent.parent,
-        checkpoint=path,
-        images=section["images"],
-        config=experiment,
-        objective=objective,
+        folder=model.checkpoint.parent.parent,
+        model=model,
         drawing=Drawing(
-            denoiser=denoiser,
+            denoiser=model.denoiser,
             sampler=sampler,
             shape=(data.channels, data.resolution, data.resolution),
-            classes=denoiser.network.classes,  # type: ignore[arg-type]
+            classes=model.denoiser.network.classes,  # type: ignore[arg-type]
             seed=options.seed,
             precision=AUTOCAST[precision],
-            **_guidance(options, experiment, sampler),
+            **_guidance(options, model.config, sampler),
             **drawing,
         ),
     )
@@ -98,26 +143,8 @@ def guide(run: Path, weights: str = "ema", allow: Sequence[str] = ()) -> Guide:
     Raises:
         ValueError: no run there, or one that is unfit.
     """
-    path = checkpoint_of(run)
-    loaded = checkpoints.load(path)
-    experiment = config.load_resolved(loaded[checkpoints.SECTION]["config"], str(path), allow)
-    parts.bind(experiment)
-    objective: TrainingObjective = config.build(experiment, "objective")
-    return Guide(str(path), _denoiser(experiment, objective, loaded, weights, path))
-
-
-def _denoiser(
-    experiment: Config,
-    objective: TrainingObjective,
-    loaded: dict[str, Any],
-    weights: str,
-    path: Path,
-) -> Denoiser:
-    """The denoiser of a checkpoint, ready to draw."""
-    denoiser = objective.denoiser(config.build(experiment, "network"))
-    checkpoints.load_weights(denoiser, loaded, weights, path)
-    denoiser.to(memory_format=torch.channels_last)
-    return denoiser.eval().requires_grad_(False)
+    model = open_model(run, weights, allow)
+    return Guide(str(model.checkpoint), model.denoiser)
 
 
 def _guidance(options: argparse.Namespace, experiment: Config, sampler: Sampler) -> dict[str, Any]:

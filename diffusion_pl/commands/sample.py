@@ -50,10 +50,8 @@ def run(options: argparse.Namespace) -> int:
             {
                 "folder": str(folder),
                 "grid": str(folder / "grid.png"),
-                "checkpoint": str(opened.checkpoint),
-                "images_seen": opened.images,
+                **opened.about(),
                 "count": options.count,
-                "seed": options.seed,
                 "evaluations": evaluations,
             }
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffusion_pl import config
-from diffusion_pl.commands import parts
+from diffusion_pl.commands import parts, runs
 from diffusion_pl.config import Config
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.checkpoint import write_atomically
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     """Train, then say where the run lies, what was measured and how to draw more."""
     experiment = parts.read(options.experiment, options.overrides)
     folder: Path = options.run or parts.RUNS / experiment.name
-    settle(experiment, folder)
+    settle(experiment, folder, options.start)
     latest = checkpoints.latest(folder / "checkpoints")
     batch_size = experiment.get("data.batch_size")
     budget = config.build(experiment, "trainer").steps(batch_size) * batch_size
@@ -36,10 +36,18 @@ def run(options: argparse.Namespace) -> int:
         report(folder, done, last_measurements(History(folder / "metrics.jsonl")))
         return 0
     leads = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if latest and not done:
+        raise ValueError(
+            f"{folder}: holds imported weights, not a run to go on with; fine-tune them in another "
+            f"folder: train {options.experiment} --from {folder} --run OTHER"
+        )
     if latest and leads:
         print(f"{folder}: going on from {done:,} of {budget:,} images", file=sys.stderr)
+    built = build(experiment)
+    if options.start and not latest:
+        start_from(built, options.start)
     try:
-        result = fit(build(experiment), folder, parts.REFERENCES)
+        result = fit(built, folder, parts.REFERENCES)
     except NonFiniteLoss as error:
         kept = checkpoints.latest(folder / "checkpoints")
         raise NonFiniteLoss(f"{error}; the last good checkpoint is {kept or 'none'}") from error
@@ -48,14 +56,26 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def settle(experiment: Config, folder: Path) -> None:
+def settle(experiment: Config, folder: Path, start: Path | None = None) -> None:
     """Make the run's folder with its config, or see that it is this experiment's.
+
+    Args:
+        experiment: what is to be trained.
+        folder: the run's.
+        start: the run or checkpoint whose weights it starts from, kept in `from`.
 
     Raises:
         ConfigError: the folder holds a run of another config; names the differing keys.
-        ValueError: the folder cannot be written.
+        ValueError: the folder cannot be written, or its run started elsewhere.
     """
     kept = folder / "config.yaml"
+    begun = folder / "from"
+    if start is not None:
+        wanted = f"{runs.checkpoint_of(start)}\n"
+        before = begun.read_text() if begun.exists() else "weights of its own\n"
+        if kept.exists() and wanted != before:
+            raise ValueError(f"{folder}: started from {before.strip()}, not from {wanted.strip()}")
+        write_atomically(begun, lambda file: file.write(wanted.encode()))
     if kept.exists():
         changes = config.differences(config.load(kept).tree, experiment.tree)
         if changes:
@@ -93,6 +113,21 @@ def build(experiment: Config) -> Experiment:
         evaluation=config.build(experiment, "evaluation"),
         augment=config.build(experiment, "augment"),
     )
+
+
+def start_from(experiment: Experiment, start: Path) -> None:
+    """Fill the network with the averaged weights of another run; its own average starts there too.
+
+    Args:
+        experiment: built, its network not yet trained.
+        start: a run's folder, or a checkpoint file.
+
+    Raises:
+        ValueError: names the first key that is missing, surplus or of another shape.
+    """
+    path = runs.checkpoint_of(start)
+    loaded = checkpoints.load(path)
+    checkpoints.load_weights(experiment.objective.denoiser(experiment.network), loaded, "ema", path)
 
 
 def report(folder: Path, images: int, rows: list[dict[str, Any]]) -> None:

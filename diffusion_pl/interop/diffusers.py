@@ -50,8 +50,8 @@ TABLES = {
 }
 PREDICTIONS = {
     "epsilon": "diffusion_pl.objectives.ddpm.PredictNoise",
-    "v_prediction": "diffusion_pl.interop.predictions.PredictVelocity",
-    "sample": "diffusion_pl.interop.predictions.PredictImage",
+    "v_prediction": "diffusion_pl.objectives.ddpm.PredictVelocity",
+    "sample": "diffusion_pl.objectives.ddpm.PredictImage",
 }
 VARIANCES = {
     "fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large",

@@ -14,20 +14,25 @@ from diffusion_pl.diffusion.preconditioning import Denoiser, Preconditioning
 from diffusion_pl.diffusion.timesteps import CosineBetas, LinearBetas, Timesteps
 from diffusion_pl.interop.diffusers import FIXED
 from diffusion_pl.interop.layouts import DIFFUSERS, size
-from diffusion_pl.interop.predictions import PredictImage, PredictVelocity
 from diffusion_pl.networks.ddpm_unet import DDPMUNet
-from diffusion_pl.objectives.ddpm import PredictNoise
+from diffusion_pl.objectives.ddpm import PredictImage, PredictNoise, PredictVelocity
 
 PREDICTIONS: dict[str, Any] = {
     "epsilon": PredictNoise,
     "v_prediction": PredictVelocity,
     "sample": PredictImage,
 }
+VARIANCES = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}
 SCHEDULER_KEYS = ("rescale_betas_zero_snr", "trained_betas")
 
 
 def write(
-    denoiser: Denoiser, resolution: int, folder: Path, *, clip: bool = True, large: bool = False
+    denoiser: Denoiser,
+    resolution: int,
+    folder: Path,
+    *,
+    clip: bool = True,
+    variance: str = "small",
 ) -> None:
     """Write config.json, scheduler_config.json and diffusion_pytorch_model.safetensors.
 
@@ -38,7 +43,7 @@ def write(
         resolution: side of the images.
         folder: made if absent.
         clip: whether the sampler clips what is denoised.
-        large: whether the reverse chain has Ho's large variance.
+        variance: of the reverse chain, small, large or learned.
 
     Raises:
         ValueError: another network or preconditioning, or options that diffusers has not.
@@ -49,7 +54,7 @@ def write(
             f"only a DDPMUNet has the diffusers layout (got {type(network).__name__}); "
             "export it as safetensors"
         )
-    scheduler = _scheduler(denoiser.preconditioning, clip, large)
+    scheduler = _scheduler(denoiser.preconditioning, clip, variance)
     config = _config(network, resolution)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", config), ("scheduler_config.json", scheduler)):
@@ -82,7 +87,7 @@ def _config(network: DDPMUNet, resolution: int) -> dict[str, Any]:
     }
 
 
-def _scheduler(preconditioning: Preconditioning, clip: bool, large: bool) -> Mapping[str, Any]:
+def _scheduler(preconditioning: Preconditioning, clip: bool, variance: str) -> Mapping[str, Any]:
     """DDPMScheduler's arguments for a preconditioning by timestep.
 
     Raises:
@@ -109,7 +114,7 @@ def _scheduler(preconditioning: Preconditioning, clip: bool, large: bool) -> Map
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": timesteps.T,
         "prediction_type": same[0],
-        "variance_type": "fixed_large" if large else "fixed_small",
+        "variance_type": VARIANCES.get(variance, "fixed_small"),
         "clip_sample": clip,
         **_betas(timesteps),
     }

@@ -72,8 +72,8 @@ def spherical(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
     one, other = first.flatten(1), second.flatten(1)
     cosine = (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))
     angle = cosine.clamp(-1, 1).acos()
-    # Of parallel latents the great circle is the line.
-    parallel = angle.sin() < 1e-6
+    # Through parallel latents goes no great circle, or every one: the line, then.
+    parallel = angle.sin() < 1e-3
     safe = torch.where(parallel, torch.ones_like(angle), angle)
     ends = torch.stack([((1 - weight) * safe).sin(), (weight * safe).sin()]) / safe.sin()
     line = torch.stack([1 - weight, weight])
@@ -126,7 +126,8 @@ def branch(
     noise: Tensor,
     sigmas: Tensor,
     level: float,
-    randn_like: Callable[[Tensor], Tensor],
+    shared: Callable[[Tensor], Tensor],
+    own: Callable[[Tensor], Tensor],
     *,
     count: int,
     integrate: Integrator,
@@ -138,7 +139,8 @@ def branch(
         noise: the state at sigmas[0], (1, C, H, W).
         sigmas: decreasing to 0.
         level: where the continuations part; they share all above it.
-        randn_like: draws for any number of images; what they share is drawn as for one.
+        shared: the noise above the level, of one image.
+        own: the noise below it, of `count` images.
         count: continuations.
         integrate: a stochastic algorithm; a deterministic one gives `count` times the same.
 
@@ -147,8 +149,8 @@ def branch(
     """
     after = below(sigmas, level)
     before = torch.cat([sigmas[sigmas > level], after[:1]])
-    shared = noise.to(torch.float64)
+    state = noise.to(torch.float64)
     if len(before) > 1:
-        shared = integrate(denoise, shared, before, randn_like)
-    parted = shared.expand(count, -1, -1, -1).contiguous()
-    return integrate(denoise, parted, after, randn_like).to(torch.float32)
+        state = integrate(denoise, state, before, shared)
+    parted = state.expand(count, -1, -1, -1).contiguous()
+    return integrate(denoise, parted, after, own).to(torch.float32)

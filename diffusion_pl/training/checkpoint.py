@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 FORMAT = 1
 SECTION = "diffusion_pl"
@@ -115,6 +115,17 @@ def load(path: Path) -> dict[str, Any]:
 def load_weights(module: nn.Module, checkpoint: Mapping[str, Any], which: str, path: Path) -> None:
     """Fill a denoiser from a checkpoint.
 
+    Raises:
+        ValueError: names the first key that is missing, surplus or of another shape.
+    """
+    module.load_state_dict(match_weights(module, checkpoint, which, path))
+
+
+def match_weights(
+    module: nn.Module, checkpoint: Mapping[str, Any], which: str, path: Path
+) -> dict[str, Tensor]:
+    """The weights of a checkpoint that a denoiser takes, all of them.
+
     Args:
         module: the denoiser, built from the checkpoint's config.
         checkpoint: as `load` gives it.
@@ -141,4 +152,4 @@ def load_weights(module: nn.Module, checkpoint: Mapping[str, Any], which: str, p
                 f"{path}: {prefix}{key} has shape {tuple(state[key].shape)}, "
                 f"the network {tuple(wanted[key].shape)}"
             )
-    module.load_state_dict(state)
+    return state

@@ -1,0 +1,40 @@
+"""`export`: a run's weights for others, as one safetensors file or as diffusers' folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from diffusion_pl.commands import parts, runs
+from diffusion_pl.config import build
+from diffusion_pl.interop import diffusers_export, weights
+
+FAILURES: tuple[type[Exception], ...] = ()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the averaged weights, or the raw ones, and print what was written."""
+    if options.dest.exists():
+        raise ValueError(f"{options.dest}: is there already; name another place")
+    model = runs.open_model(options.run, options.weights, options.allow)
+    about = {
+        "checkpoint": str(model.checkpoint),
+        "images": model.images,
+        "weights": options.weights,
+    }
+    if options.format == "safetensors":
+        known = {**about, "config": model.config.tree}
+        weights.write(options.dest, model.denoiser.state_dict(), known)
+    else:
+        sampler = parts.sampler_of(model.config, model.objective)
+        node = model.config.tree["sampler"].get("integrate", {})
+        variance = node.get("variance") if isinstance(node, dict) else None
+        diffusers_export.write(
+            model.denoiser,
+            build(model.config, "data").resolution,
+            options.dest,
+            clip=sampler.clip,
+            variance=variance or "small",
+        )
+    print(json.dumps({"written": str(options.dest), "format": options.format, **about}))
+    return 0

@@ -1,0 +1,50 @@
+"""`invert`: images to their latents along the probability-flow ODE, and back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffusion_pl.commands import latents, runs
+from diffusion_pl.images import grid, save_png, to_bytes
+from diffusion_pl.samplers.heun import heun
+from diffusion_pl.samplers.inversion import invert
+from diffusion_pl.samplers.sampler import Sampler
+
+FAILURES: tuple[type[Exception], ...] = ()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the latents in units of the highest level, what they give back, and its error."""
+    opened = runs.open_run(options, label=options.label)
+    drawing = opened.drawing
+    sampler = drawing.sampler
+    assert isinstance(sampler, Sampler)
+    images = latents.pictures(options.image, drawing)
+    sigmas = sampler.sigmas()
+    with latents.drawn(drawing):
+        denoise = latents.denoise_of(drawing, latents.one_label(drawing, len(images)))
+        state = invert(denoise, images, sigmas)
+        again = heun(denoise, state, sigmas, torch.zeros_like)
+    error = (again - images).square().flatten(1).mean(dim=1).sqrt() * 127.5
+    folder: Path = options.out or opened.folder / "invert"
+    folder.mkdir(parents=True, exist_ok=True)
+    latent = (state / float(sigmas[0])).cpu()
+    np.savez(folder / "latents.npz", latents=latent.numpy(), sigma=float(sigmas[0]))
+    pixels = to_bytes(torch.stack([images, again.to(images.dtype)]).flatten(0, 1)).cpu()
+    save_png(grid(pixels, columns=len(images)), folder / "grid.png")
+    result = {
+        "folder": str(folder),
+        "grid": str(folder / "grid.png"),
+        **opened.about(),
+        "images": [str(path) for path in options.image],
+        "steps": len(sigmas) - 1,
+        "latent_std": [round(float(row.std()), 4) for row in latent],
+        "rms_error_of_255": [round(value, 4) for value in error.tolist()],
+    }
+    print(json.dumps(result))
+    return 0

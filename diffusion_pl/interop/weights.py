@@ -1,0 +1,49 @@
+"""A run's weights as one safetensors file, with the resolved config as JSON in its header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+KEY = "diffusion_pl"
+
+
+def write(path: Path, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write a denoiser's weights.
+
+    Args:
+        path: the file; its folder is made if absent.
+        state: the denoiser's state dict.
+        about: `config`, the resolved one, and what else is to be known of the weights.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {key: value.contiguous() for key, value in state.items()}
+    save_file(whole, path, metadata={"format": "pt", KEY: json.dumps(about)})
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read such a file; nothing in it is run.
+
+    Returns:
+        What is known of the weights, with `config`, and the denoiser's state dict.
+
+    Raises:
+        ValueError: unreadable, or a safetensors file of others.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        about = json.loads(metadata[KEY])
+        return {"config": about["config"], **about}, load_file(path)
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: holds no config of diffusion_pl; import it by the layout that it has"
+        ) from error
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error
