@@ -97,6 +97,10 @@ def test_it_takes_a_training_step(name):
     experiment = read(name)
     torch.manual_seed(0)
     network = shrunken(experiment)
+    # Layers that begin at zero keep all before them from moving in a first step.
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
     side = smallest(network)
     module = DiffusionModule(
         network,
@@ -115,6 +119,9 @@ def test_it_takes_a_training_step(name):
     }
     # Those of the network, and of an objective that has weights of its own.
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:  # layers that begin at zero pass no gradient on
+            parameter.add_(0.02 * torch.randn_like(parameter))
     before = [parameter.clone() for parameter in trained]
     module.training_step(batch, 0).backward()
     optimizer.step()
