@@ -86,16 +86,19 @@ class PositionalEmbedding(nn.Module):
 
     Args:
         channels: C, even; half of them sines.
+        endpoint: whether the last frequency is 1 / 10000 itself; 10000^(-k / half) otherwise.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, endpoint: bool = True) -> None:
         super().__init__()
         self.channels = channels
+        self.endpoint = endpoint
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """(B,) -> float32 (B, C)."""
         half = self.channels // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=c_noise.device) / (half - 1)
+        exponent = torch.arange(half, dtype=torch.float32, device=c_noise.device)
+        exponent = exponent / (half - self.endpoint)
         phase = c_noise.to(torch.float32)[:, None] * (1 / 10000) ** exponent
         return torch.cat([phase.sin(), phase.cos()], dim=1)
 

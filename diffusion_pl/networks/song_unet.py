@@ -1,10 +1,22 @@
-"""DDPM++: the U-Net of Song 2021 (arXiv:2011.13456) in EDM's form (Karras 2022, Table 8)."""
+"""DDPM++ and NCSN++: the U-Nets of Song 2021 (arXiv:2011.13456) in EDM's form.
+
+Karras 2022 (arXiv:2206.00364), Table 8; what its text leaves out is as in the released code.
+
+| part | DDPM++ | NCSN++ |
+|---|---|---|
+| embedding | sinusoids, geometric frequencies | sinusoids, random frequencies of scale 16 |
+| noise_mult | 1 | 2 |
+| encoder | standard | residual: a halved image joins each level |
+| resample_filter | [1, 1] | [1, 3, 3, 1] |
+| parameters, CIFAR-10, augmentation labels | 55,733,891 | 56,397,827 |
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,76 +24,24 @@ from torch import Tensor, nn
 
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
-    SelfAttention,
-    double,
     float32_region,
     group_norm,
-    halve,
     one_hot,
+    recomputed,
     refuse_resolution,
     xavier,
 )
-
-SKIP_SCALE = math.sqrt(0.5)  # the sum of two unit-variance branches keeps unit variance
-
-
-class Block(nn.Module):
-    """A residual block: norm, conv, + embedding, norm, dropout, conv, then attention if asked.
-
-    Args:
-        channels_in: channels of x.
-        channels_out: channels of the result.
-        embedding: length of the embedding vector.
-        dropout: probability, before the second convolution.
-        attention: whether self-attention follows.
-        resample: `halve` or `double` to change the resolution in the block, or None.
-    """
-
-    def __init__(
-        self,
-        channels_in: int,
-        channels_out: int,
-        *,
-        embedding: int,
-        dropout: float,
-        attention: bool = False,
-        resample: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.resample = resample
-        self.norm0 = group_norm(channels_in)
-        self.conv0 = xavier(nn.Conv2d(channels_in, channels_out, 3, padding=1))
-        self.affine = xavier(nn.Linear(embedding, channels_out))
-        self.norm1 = group_norm(channels_out)
-        self.conv1 = xavier(nn.Conv2d(channels_out, channels_out, 3, padding=1), gain=1e-5)
-        # A resampled skip has its own 1x1 convolution even where the channels agree (Table 8).
-        projected = channels_in != channels_out or resample is not None
-        self.skip = xavier(nn.Conv2d(channels_in, channels_out, 1)) if projected else None
-        self.attention = None
-        if attention:
-            self.attention = SelfAttention(
-                group_norm(channels_out), scale=SKIP_SCALE, gain=math.sqrt(0.2)
-            )
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """(B, channels_in, H, W), (B, embedding) -> (B, channels_out, H', W')."""
-        hidden = self._resampled(F.silu(self.norm0(x)))
-        hidden = self.conv0(hidden) + self.affine(embedding)[:, :, None, None]
-        hidden = F.dropout(F.silu(self.norm1(hidden)), self.dropout, self.training)
-        hidden = self.conv1(hidden)
-        x = self._resampled(x)
-        x = (hidden + (x if self.skip is None else self.skip(x))) * SKIP_SCALE
-        return x if self.attention is None else self.attention(x)
-
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample is None:
-            return x
-        return halve(x) if self.resample == "halve" else double(x)
+from diffusion_pl.networks.position import PositionEncoding
+from diffusion_pl.networks.song_layers import (
+    SKIP_SCALE,
+    AuxiliaryHalving,
+    Block,
+    FourierEmbedding,
+)
 
 
 class SongUNet(nn.Module):
-    """The DDPM++ U-Net; at the published CIFAR-10 settings 55,733,891 parameters.
+    """DDPM++ by its defaults; NCSN++ by the last three of the network's options.
 
     Args:
         resolution: H = W of the images it is built for; decides which levels have attention.
@@ -93,9 +53,18 @@ class SongUNet(nn.Module):
         blocks: residual blocks a level in the encoder; the decoder has one more.
         attention: resolutions whose levels have self-attention.
         dropout: probability in every block.
+        embedding: frequencies of the noise embedding, geometric or random.
+        noise_mult: size of the noise embedding, in model_channels.
+        encoder: "residual" adds the image, halved by learned convolutions, to every lower level.
+        resample_filter: taps of the filter between levels.
+        octaves: L of the position encoding that joins the image at the input, 0 for none.
+        frame: side of the full-resolution grid that positions refer to; the resolution if None.
+        variance: put out C channels more, what the network says of the reverse variance.
+        recompute: keep only what passes between blocks in training; the backward pass runs every
+            block again. Less memory for a third more time, the same numbers.
 
     Raises:
-        ValueError: a resolution that the levels do not divide.
+        ValueError: a resolution that the levels do not divide, or a filter of odd length.
     """
 
     def __init__(
@@ -109,33 +78,43 @@ class SongUNet(nn.Module):
         blocks: int = 4,
         attention: Sequence[int] = (16,),
         dropout: float = 0.1,
+        embedding: Literal["positional", "fourier"] = "positional",
+        noise_mult: int = 1,
+        encoder: Literal["standard", "residual"] = "standard",
+        resample_filter: Sequence[int] = (1, 1),
+        octaves: int = 0,
+        frame: int | None = None,
+        variance: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.classes = classes
         self.channels = channels
+        self.recompute = recompute
         self.divisor = 2 ** (len(channel_mult) - 1)
         self.check_resolution(resolution, resolution)
-        embedding = 4 * model_channels
-        self.map_noise = PositionalEmbedding(model_channels)
-        self.map_label = xavier(nn.Linear(classes, model_channels)) if classes else None
-        self.map_augment = (
-            xavier(nn.Linear(augment, model_channels, bias=False)) if augment else None
-        )
-        self.map_layer0 = xavier(nn.Linear(model_channels, embedding))
-        self.map_layer1 = xavier(nn.Linear(embedding, embedding))
+        self._make_embedding(embedding, noise_mult * model_channels, 4 * model_channels, augment)
 
-        make = partial(Block, embedding=embedding, dropout=dropout)
+        make = partial(
+            Block, embedding=4 * model_channels, dropout=dropout, taps=tuple(resample_filter)
+        )
         widths = [model_channels * multiplier for multiplier in channel_mult]
         sizes = [resolution // 2**level for level in range(len(widths))]
 
-        self.stem = xavier(nn.Conv2d(channels, model_channels, 3, padding=1))
+        self.position = PositionEncoding(octaves, frame or resolution)
+        auxiliary = channels + self.position.channels
+        self.stem = xavier(nn.Conv2d(auxiliary, model_channels, 3, padding=1))
         width = model_channels
         skips = [width]
         self.encoder = nn.ModuleList()
+        self.auxiliary = nn.ModuleList()  # one a halving in a residual encoder, else empty
         for level, (wanted, size) in enumerate(zip(widths, sizes, strict=True)):
             if level:
                 self.encoder.append(make(width, width, resample="halve"))
                 skips.append(width)
+                if encoder == "residual":
+                    self.auxiliary.append(AuxiliaryHalving(auxiliary, width, resample_filter))
+                    auxiliary = width
             for _ in range(blocks):
                 attends = size in attention
                 self.encoder.append(make(width, wanted, attention=attends))
@@ -155,7 +134,16 @@ class SongUNet(nn.Module):
             if level:
                 self.decoder.append(make(width, width, resample="double"))
         self.out_norm = group_norm(width)
-        self.out_conv = xavier(nn.Conv2d(width, channels, 3, padding=1), gain=1e-5)
+        told = 2 * channels if variance else channels
+        self.out_conv = xavier(nn.Conv2d(width, told, 3, padding=1), gain=1e-5)
+
+    def _make_embedding(self, kind: str, noise: int, length: int, augment: int) -> None:
+        fourier = kind == "fourier"
+        self.map_noise = FourierEmbedding(noise) if fourier else PositionalEmbedding(noise)
+        self.map_label = xavier(nn.Linear(self.classes, noise)) if self.classes else None
+        self.map_augment = xavier(nn.Linear(augment, noise, bias=False)) if augment else None
+        self.map_layer0 = xavier(nn.Linear(noise, length))
+        self.map_layer1 = xavier(nn.Linear(length, length))
 
     def check_resolution(self, height: int, width: int) -> None:
         """Raise ValueError unless the images can be halved once a level."""
@@ -190,6 +178,7 @@ class SongUNet(nn.Module):
         *,
         label: Tensor | None = None,
         augment: Tensor | None = None,
+        position: Tensor | None = None,
     ) -> Tensor:
         """Apply the raw network F.
 
@@ -198,24 +187,35 @@ class SongUNet(nn.Module):
             c_noise: (B,), the noise level in the preconditioning's own coordinate.
             label: int64 (B,), 0 .. classes - 1, -1 for no label.
             augment: float (B, augment); zeros or None for no augmentation.
+            position: where the pixels lie in the full frame, in [0, 1], (B, 2, H, W) or
+                (2, H, W); None where x is the whole image.
 
         Returns:
-            (B, C, H, W).
+            (B, C, H, W), or (B, 2 C, H, W) with `variance`.
 
         Raises:
             ValueError: a resolution that the levels do not divide, or a condition it does not take.
         """
         self.check_resolution(*x.shape[2:])
         embedding = self.embed(c_noise, label, augment)
-        x = self.stem(x)
-        skips = [x]
+        auxiliary = self.position(x, position)
+        x = self.stem(auxiliary)
+        skips, halvings = [x], iter(self.auxiliary)
         for block in self.encoder:
-            x = block(x, embedding)
+            x = self.run(block, x, embedding)
+            if self.auxiliary and block.resample is not None:
+                x = auxiliary = (x + next(halvings)(auxiliary)) * SKIP_SCALE
             skips.append(x)
         for block in self.middle:
-            x = block(x, embedding)
+            x = self.run(block, x, embedding)
         for block in self.decoder:
             if block.resample is None:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, embedding)
+            x = self.run(block, x, embedding)
         return self.out_conv(F.silu(self.out_norm(x)))
+
+    def run(self, block: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
+        """Apply a block, without keeping what the backward pass can compute again if so set."""
+        again = self.recompute and torch.is_grad_enabled()
+        output: Tensor = recomputed(block, x, embedding) if again else block(x, embedding)
+        return output
