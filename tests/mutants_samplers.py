@@ -1,0 +1,108 @@
+"""Planted bugs of the integrators and of the timesteps that they visit."""
+
+from __future__ import annotations
+
+from mutant import at
+
+MUTANTS = [
+    *at(
+        "samplers/euler.py",
+        "samplers samplers_orders",
+        ("1 - following / sigma)", "following / sigma)"),
+    ),
+    *at(
+        "samplers/ancestral.py",
+        "samplers",
+        ("1 - remaining)", "remaining)"),
+        ("math.sqrt(following**2 - eta**2 * small) / sigma", "following / sigma"),
+        ("eta * math.sqrt(small)", "math.sqrt(small)"),
+        ("ratio ** (share / 2)", "ratio**share"),
+        ("share = (said + 1) / 2", "share = said"),
+        ("if following > 0 and eta > 0", "if eta >= 0"),
+    ),
+    *at(
+        "samplers/heun.py",
+        "samplers samplers_orders",
+        ("/ (2 * alpha * between)", "/ (2 * between)"),
+        ("/ (2 * alpha * between)", "/ (2 * alpha * sigma)"),
+        ("sigma + alpha * (following - sigma)", "alpha * following"),
+        ("nearest(raised) if nearest else raised", "raised"),
+        ("torch.lerp(wide, x, between / sigma)", "torch.lerp(wide, x, following / sigma)"),
+        ("x.add_(wide, alpha=-weight)", "x.add_(wide, alpha=weight)"),
+        ("raised = sigma * (1 + gamma_max)", "raised = sigma + gamma_max"),
+        ("math.sqrt(raised**2 - sigma**2)", "(raised - sigma)"),
+    ),
+    *at(
+        "samplers/dpmpp_2m.py",
+        "samplers samplers_orders",
+        ("ahead = length / (2 * length_before)", "ahead = length / length_before"),
+        ("ahead = length / (2 * length_before)", "ahead = length_before / (2 * length)"),
+        ("math.exp(-(1 + eta) * length)", "math.exp(-length)"),
+        ("math.expm1(-2 * eta * length)", "math.expm1(-eta * length)"),
+        ("alpha=-(1 - kept) * ahead", "alpha=(1 - kept) * ahead"),
+    ),
+    *at(
+        "samplers/dpmpp_3m.py",
+        "samplers_orders",
+        ("*levels[:2]]", "*levels[:1]]"),
+        ("(levels[0] - level) / length", "(level - levels[0]) / length"),
+        ("x.mul_(math.exp(-(1 + eta) * length))", "x.mul_(math.exp(-length))"),
+        ("weights(nodes, (1 + eta) * length, rule)", "weights(nodes, length, rule)"),
+        ("math.expm1(-2 * eta * length)", "math.expm1(-eta * length)"),
+    ),
+    *at(
+        "samplers/deis.py",
+        "samplers_orders",
+        ("alpha=-share / level", "alpha=-share / sigma"),
+        ("rho * q ** (rho - 1)", "q ** (rho - 1)"),
+        ("*levels[: order - 1]]", "*levels[: order - 2]]"),
+        ("level ** (1 / rho) for", "level for"),
+    ),
+    *at(
+        "samplers/unipc.py",
+        "samplers_orders",
+        ("/ (2 * nodes[1])", "/ nodes[1]"),
+        ("(levels[0] - level) / length", "(level - levels[0]) / length"),
+        ("_move(state, known,", "_move(x, known,"),
+        ("*levels[: order - 1]]", "*levels[:order]]"),
+        ("x.mul_(math.exp(-length))", "x.mul_(1 - length)"),
+    ),
+    *at(
+        "samplers/quadrature.py",
+        "samplers_orders",
+        ("torch.sqrt(4 * k.square() - 1)", "torch.sqrt(4 * k.square() + 1)"),
+        ("length * math.exp(-length * (1 - share))", "length * math.exp(-length * share)"),
+        ("(q - other) / (node - other)", "(q - other) / (other - node)"),
+    ),
+    *at(
+        "samplers/generalised.py",
+        "samplers_orders",
+        ("sigma * rate / (1 + sigma**2)", "sigma * rate / (1 + sigma)"),
+        ("rate * scale / sigma", "rate / sigma"),
+        ("denoise(state / scale", "denoise(state * scale"),
+        ("return state / scales[-1]", "return state"),
+        ("derivative(following, step + 1)) / 2", "derivative(following, step)) / 2"),
+    ),
+    *at(
+        "diffusion/paths.py",
+        "samplers_spacings",
+        ("(beta_d, high - beta_d / 2)", "(beta_d, high)"),
+        ("(low / epsilon_s - high)", "(low - high)"),
+    ),
+    *at(
+        "diffusion/spacings.py",
+        "samplers_spacings",
+        ("(timesteps + 0.5) / T", "timesteps / (T + 1)"),
+        ("(0.8 * self.T)", "self.T"),
+        ("steps, dtype=torch.float64).round()", "steps, dtype=torch.float64).floor()"),
+        ("self.j_0 + (share.round()", "(share.round()"),
+        ("share.round() if self.rounded", "share.floor() if self.rounded"),
+        ("self.T - 1 if self.j_last is None else self.j_last", "self.T - 1"),
+    ),
+    *at(
+        "samplers/named.py",
+        "samplers",
+        ("sigma_min=max(0.002, low)", "sigma_min=0.002"),
+        ("steps or usual", "usual"),
+    ),
+]  # fmt: skip
