@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffusion_pl import config
 from diffusion_pl.commands import parts
@@ -55,6 +56,42 @@ def test_the_bound_differs_from_the_simple_loss_in_the_objective_alone():
     differing = {key for key in bound.tree if bound.tree[key] != simple.tree[key]}
     assert differing == {"objective"}
     assert bound.get("objective.variance") == bound.get("sampler.integrate.variance") == "large"
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "dropout"),
+    [
+        ("cifar10_improved_ddpm", 500_000, 0.3),
+        ("cifar10_improved_ddpm_bound", 500_000, 0.3),
+        ("cifar10_improved_ddpm_simple", 500_000, 0.3),
+        ("cifar10_improved_ddpm_linear", 500_000, 0.3),
+        ("cifar10_improved_ddpm_linear_simple", 500_000, 0.3),
+        ("cifar10_improved_ddpm_linear_1000", 500_000, 0.3),
+        ("imagenet64_improved_ddpm", 1_500_000, 0.0),
+        ("imagenet64_improved_ddpm_bound", 1_500_000, 0.0),
+    ],
+)
+def test_improved_ddpm_is_trained_as_published_and_sampled_on_its_own_table(name, steps, dropout):
+    experiment = read(name)
+    published = {
+        "data.batch_size": 128,
+        "network.model_channels": 128,
+        "network.blocks": 3,
+        "network.dropout": dropout,
+        "optimizer.lr": 1e-4,
+        "trainer.images": steps * 128,
+        "trainer.warmup": 0,
+        "objective.T": 1000 if "1000" in name else 4000,
+    }
+    assert {key: experiment.get(key) for key in published} == published
+    assert config.build(experiment, "ema").decay(0, 128) == pytest.approx(0.9999, abs=1e-9)
+    trained = config.build(experiment, "objective").preconditioning.timesteps
+    sampler = config.build(experiment, "sampler")
+    assert sampler.steps == trained.T
+    torch.testing.assert_close(sampler.sigmas()[:-1], trained.sigmas().flip(0))
+    learned = "simple" not in name and "1000" not in name
+    assert experiment.get("network.variance") == learned
+    assert experiment.get("sampler.integrate.variance") == ("learned" if learned else "large")
 
 
 def test_rectified_flow_is_sampled_in_equal_steps_of_time():

@@ -112,7 +112,8 @@ def test_any_number_of_timesteps_is_spread_over_a_thousand(make):
     assert c_noise.tolist() == pytest.approx([0, 500, 999.75])
 
 
-def test_the_linear_table_ends_where_ddpms_does():
+def test_the_tables_are_the_published_ones():
+    assert ImprovedDDPM().schedule.betas[0].item() == pytest.approx(9.86581881e-06)
     table = ImprovedDDPM(T=4000, table="linear").schedule
     assert table.betas[[0, -1]].tolist() == pytest.approx([0.25e-4, 0.005])
     ends = [levels.log_snr_from_sigma(t.sigmas()[-1]) for t in (table, LinearBetas())]

@@ -200,7 +200,8 @@ def variational_bound(
         denoise: D, its condition closed in; called `denoise(x, sigma)` with sigma (B,), and
             `variance=True` where the variance is learned.
         image: clean images (B, C, H, W) in [-1, 1] that came from bytes.
-        timesteps: the table the network was trained on, `objective.schedule` of DDPM.
+        timesteps: the table the network was trained on, `objective.preconditioning.timesteps` of
+            DDPM and improved DDPM.
         randn_like: draws standard normal noise shaped as its argument, once a timestep; an
             `ImageNoise` makes an image's number independent of its batch.
         variance: of the model's reverse steps.
