@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from diffusion_pl.cli import main
 from diffusion_pl.commands import runs
+from diffusion_pl.interop.layouts import PESSER
+from diffusion_pl.networks.ddpm_unet import DDPMUNet
 from diffusion_pl.training import checkpoint as checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +185,10 @@ def test_likelihood_is_that_of_the_images_whatever_the_batch(run):
     assert code == 0, err
     assert whole["bits_per_dim"] > 0 and whole["standard_error"] > 0 and whole["probes_error"] > 0
     assert (whole["count"], whole["evaluations"]) == (3, 10)
+    _, exact, _ = run("likelihood", "runs/tiny", "--count", 3, "--probes", 0, "--steps", 6)
+    # The untrained network's Jacobian is nearly diagonal: few bits are left to the probes.
+    assert exact["bits_per_dim"] == pytest.approx(whole["bits_per_dim"], abs=0.05)
+    assert exact["probes_error"] is None
     _, parts, _ = run(*words, "--batch-size", 1)
     assert parts["bits_per_dim"] == pytest.approx(whole["bits_per_dim"], rel=1e-4)
     code, bound, err = run("likelihood", "runs/tiny", "--count", 3, "--by", "bound")
@@ -245,7 +251,20 @@ def test_an_imported_run_is_fine_tuned_from_its_weights(run, parity):
     assert Path("runs/tuned/from").read_text().startswith("runs/published/checkpoints/")
 
 
-@pytest.mark.filterwarnings("ignore")
+def test_hos_converted_weights_become_a_run(run):
+    torch.manual_seed(0)
+    network = DDPMUNet(32, model_channels=32, channel_mult=(1, 2), blocks=1, dropout=0.1)
+    torch.save({key: value.clone() for key, value in PESSER.write(network)}, "model-790000.ckpt")
+    code, _, err = run("import", "pesser", "model-790000.ckpt", "runs/ho")
+    assert code == 0, err
+    for key, value in network.state_dict().items():
+        assert torch.equal(weights("runs/ho")[f"ema.network.{key}"], value)
+    code, result, err = run("sample", "runs/ho", "--count", 1, "--steps", 2)
+    assert (code, result["evaluations"]) == (0, 2), err
+    code, _, err = run("import", "pesser", "model-790000.ckpt", "runs/ho2", "--like", "tiny")
+    assert code == 2 and "the model is of 3 x 32 x 32 images (got 3 x 8 x 8)" in err
+
+
 def test_fine_tuning_starts_network_and_average_at_the_others_average(run, capsys):
     words = ["train", "tiny", "trainer.images=8", "optimizer.lr=1e-12"]
     assert main([*words, "--from", "runs/tiny", "--run", "runs/tuned2"]) == 0

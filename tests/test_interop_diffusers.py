@@ -208,13 +208,16 @@ def test_a_model_of_the_library_with_classes_gives_the_same_noise(library, tmp_p
     torch.manual_seed(0)
     theirs = library.UNet2DModel(**SMALL, num_class_embeds=5).eval()
     theirs.save_pretrained(tmp_path)
-    library.DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(tmp_path)
+    scheduler = library.DDPMScheduler(800, beta_schedule="squaredcos_cap_v2")
+    scheduler.save_pretrained(tmp_path)
     config, state = diffusers.read(tmp_path)
+    assert diffusers.nodes(config)["sampler"]["steps"] == 800
     denoiser = diffusers.denoiser_from(config, state)
     x_t, t, label = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.tensor([4, 0])
     expected = theirs(x_t, t, class_labels=label).sample
     assert relative(denoiser.network(x_t, t.double(), label=label), expected) < 1e-5
-    sigma = CosineBetas().sigmas()[t]
+    sigma = CosineBetas(800).sigmas()[t]
+    torch.testing.assert_close(scheduler.betas, CosineBetas(800).betas.float())
     torch.testing.assert_close(denoiser.preconditioning(sigma).c_noise, t.double())
 
 

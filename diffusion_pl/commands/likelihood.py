@@ -38,9 +38,9 @@ BATCH = 50
 
 def run(options: argparse.Namespace) -> int:
     """Measure the first images of the data; print the mean, and how sure it is."""
-    if options.count < 1 or options.probes < 1:
+    if options.count < 1 or options.probes < 0:
         raise ValueError(
-            f"--count and --probes must be positive (got {options.count}, {options.probes})"
+            f"--count must be positive, --probes at least 0 (got {options.count}, {options.probes})"
         )
     opened = runs.open_run(options)
     source: Source = config.build(opened.model.config, "data")
@@ -95,10 +95,10 @@ def _flow(
             denoise,
             spread,
             drawing.sampler.sigmas(),
-            rademacher(draw(image)),
+            rademacher(draw(image)) if probes else None,
             prior_std=latents.start_scale(drawing.sampler),
         )
-        for _ in range(probes)
+        for _ in range(max(probes, 1))
     ]
     return bits_per_dim(torch.stack(values, dim=1), image[0].numel())
 
@@ -142,7 +142,7 @@ def _result(
         **result,
         **about,
         "weights": options.weights,
-        "probes": probes,
+        "probes": options.probes,
         "sigma": [float(sigmas[-2]), float(sigmas[0])],
         "steps": steps,
         "evaluations": 2 * steps,

@@ -77,7 +77,9 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for place in (folder / "scheduler", folder, folder.parent / "scheduler"):
         if (place / "scheduler_config.json").is_file():
             scheduler = _json(place / "scheduler_config.json")
-            config = scheduler | {SCHEDULER: scheduler.get("_class_name")} | config
+            # Both have num_train_timesteps; only the scheduler's says something.
+            names = {"_class_name": config.get("_class_name")}
+            config = config | scheduler | names | {SCHEDULER: scheduler.get("_class_name")}
             break
     stem = unet / "diffusion_pytorch_model"
     whole, pickled = stem.with_suffix(".safetensors"), stem.with_suffix(".bin")
