@@ -47,7 +47,7 @@ MUTANTS = [
         ("*levels[:2]]", "*levels[:1]]"),
         ("(levels[0] - level) / length", "(level - levels[0]) / length"),
         ("x.mul_(math.exp(-(1 + eta) * length))", "x.mul_(math.exp(-length))"),
-        ("weights(nodes, (1 + eta) * length, rule)", "weights(nodes, length, rule)"),
+        ("weights(nodes, (1 + eta) * length)", "weights(nodes, length)"),
         ("math.expm1(-2 * eta * length)", "math.expm1(-eta * length)"),
     ),
     *at(
@@ -70,7 +70,7 @@ MUTANTS = [
     *at(
         "samplers/quadrature.py",
         "samplers_orders",
-        ("torch.sqrt(4 * k.square() - 1)", "torch.sqrt(4 * k.square() + 1)"),
+        ("((1 + sign * node) / 2, share / 2)", "((1 + sign * node) / 2, share)"),
         ("length * math.exp(-length * (1 - share))", "length * math.exp(-length * share)"),
         ("(q - other) / (node - other)", "(q - other) / (other - node)"),
     ),

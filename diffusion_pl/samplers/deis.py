@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
-from diffusion_pl.samplers.quadrature import gauss_legendre, weights
+from diffusion_pl.samplers.quadrature import weights
 
 
 def deis(
@@ -49,16 +49,14 @@ def deis(
     """
     if order < 1 or rho < 1:
         raise ValueError(f"order and rho must be at least 1 (got {order} and {rho})")
-    rule, x, on_device = gauss_legendre(), x.clone(), sigmas.to(x)
+    x, on_device = x.clone(), sigmas.to(x)
     offsets = [torch.empty_like(x) for _ in range(order)]  # D - x = -sigma eps, the newest first
     levels: list[float] = []
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
         offsets.insert(0, offsets.pop().copy_(denoise(x, on_device[step])).sub_(x))
         levels = [sigma, *levels[: order - 1]]
         nodes = [level ** (1 / rho) for level in levels]
-        shares = weights(
-            nodes, lambda q: rho * q ** (rho - 1), nodes[0], following ** (1 / rho), rule
-        )
+        shares = weights(nodes, lambda q: rho * q ** (rho - 1), nodes[0], following ** (1 / rho))
         for offset, level, share in zip(offsets, levels, shares, strict=False):
             x.add_(offset, alpha=-share / level)
     return x

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
-from diffusion_pl.samplers.quadrature import exponential_weights, gauss_legendre
+from diffusion_pl.samplers.quadrature import exponential_weights
 
 
 def dpmpp_3m(
@@ -48,7 +48,7 @@ def dpmpp_3m(
     """
     if eta < 0:
         raise ValueError(f"eta must not be negative (got {eta})")
-    rule, x, on_device = gauss_legendre(), x.clone(), sigmas.to(x)
+    x, on_device = x.clone(), sigmas.to(x)
     images = [torch.empty_like(x) for _ in range(3)]  # D, the newest first
     levels: list[float] = []  # ln sigma
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
@@ -59,7 +59,7 @@ def dpmpp_3m(
         levels = [math.log(sigma), *levels[:2]]
         nodes = [(levels[0] - level) / length for level in levels]
         x.mul_(math.exp(-(1 + eta) * length))
-        shares = exponential_weights(nodes, (1 + eta) * length, rule)
+        shares = exponential_weights(nodes, (1 + eta) * length)
         for image, share in zip(images, shares, strict=False):
             x.add_(image, alpha=share)
         if eta > 0:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
-from diffusion_pl.samplers.quadrature import Rule, exponential_weights, gauss_legendre
+from diffusion_pl.samplers.quadrature import exponential_weights
 
 
 def unipc(
@@ -55,8 +55,7 @@ def unipc(
     """
     if order < 1:
         raise ValueError(f"order must be at least 1 (got {order})")
-    rule, on_device = gauss_legendre(), sigmas.to(x)
-    state, x = x.clone(), x.clone()  # corrected, predicted
+    state, x, on_device = x.clone(), x.clone(), sigmas.to(x)  # corrected, predicted
     images = [torch.empty_like(x) for _ in range(order + 1)]  # D, the newest first
     levels: list[float] = []
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
@@ -65,15 +64,13 @@ def unipc(
             return images[0]
         if levels:
             known = [*images[1 : len(levels) + 1], images[0]]
-            _move(state, known, [*levels, math.log(sigma)], math.log(sigma), rule)
+            _move(state, known, [*levels, math.log(sigma)], math.log(sigma))
         levels = [math.log(sigma), *levels[: order - 1]]
-        _move(x.copy_(state), images, levels, math.log(following), rule)
+        _move(x.copy_(state), images, levels, math.log(following))
     return x
 
 
-def _move(
-    x: Tensor, images: Sequence[Tensor], levels: Sequence[float], end: float, rule: Rule
-) -> None:
+def _move(x: Tensor, images: Sequence[Tensor], levels: Sequence[float], end: float) -> None:
     """Take x in place from ln sigma = levels[0] to the end with the images known at the levels."""
     length = levels[0] - end
     nodes = [(levels[0] - level) / length for level in levels]
@@ -81,7 +78,7 @@ def _move(
         beside = -math.expm1(-length) / (2 * nodes[1])
         shares = [-math.expm1(-length) - beside, beside]
     else:
-        shares = exponential_weights(nodes, length, rule)
+        shares = exponential_weights(nodes, length)
     x.mul_(math.exp(-length))
     for image, share in zip(images, shares, strict=False):
         x.add_(image, alpha=share)
