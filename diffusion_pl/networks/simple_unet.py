@@ -1,0 +1,159 @@
+"""The U-Net of simple diffusion (arXiv:2301.11093, sections 3.3 and 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_pl.networks.layers import double, halve, recomputed, refuse_resolution
+from diffusion_pl.networks.position import PositionEncoding
+from diffusion_pl.networks.simple_layers import Condition, Head, Reduction, ResBlock, Stem
+
+
+class SimpleUNet(nn.Module):
+    """A U-Net whose weight lies at 16 x 16: many blocks there, few channels at high resolution.
+
+    1,114,809,347 parameters with the defaults for 128 pixels and 1000 classes. The settings are
+    recalled, not verified; the paper's own count was not at hand.
+
+    Args:
+        resolution: H = W of the images it is built for; decides where attention and dropout are.
+        channels: image channels.
+        classes: number of labels, 0 for none.
+        model_channels: channels at multiplier 1, a multiple of 4.
+        channel_mult: multiplier of each level, from the first down.
+        blocks: residual blocks of each level in the encoder, as many in the decoder, which reads
+            the encoder's one by one.
+        attention: sides at which every block is followed by self-attention.
+        heads: of the self-attention.
+        dropout: probability at `dropout_from` pixels a side and below; above it none, since the
+            finer details of an image are not what a large network learns by heart.
+        dropout_from: the largest side with dropout.
+        embedding_channels: length of the condition's vector.
+        halvings: of the image before the first level, 1 for 256 and 2 for 512 pixels.
+        reduction: how.
+        octaves: L of the position encoding that joins the image at the input, 0 for none.
+        frame: side of the full-resolution grid that positions refer to; the resolution if None.
+        recompute: keep only what passes between blocks in training; the backward pass runs every
+            block again. Less memory for a third more time, the same numbers.
+
+    Raises:
+        ValueError: a resolution that the levels do not divide, or blocks that do not fit them.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        channels: int = 3,
+        classes: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 4, 8, 8),
+        blocks: Sequence[int] = (3, 4, 4, 12, 4),
+        attention: Sequence[int] = (16, 8),
+        heads: int = 4,
+        dropout: float = 0.1,
+        dropout_from: int = 16,
+        embedding_channels: int = 1024,
+        halvings: int = 0,
+        reduction: Reduction = "wavelet",
+        octaves: int = 0,
+        frame: int | None = None,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(blocks) != len(channel_mult):
+            raise ValueError(
+                f"blocks and channel_mult need a number for each level (got {len(blocks)} and "
+                f"{len(channel_mult)})"
+            )
+        self.channels = channels
+        self.classes = classes
+        self.recompute = recompute
+        self.divisor = 2 ** (halvings + len(channel_mult) - 1)
+        self.check_resolution(resolution, resolution)
+        self.condition = Condition(model_channels, embedding_channels, classes)
+        self.position = PositionEncoding(octaves, frame or resolution)
+        seen = channels + self.position.channels
+        self.stem = Stem(seen, model_channels, halvings, reduction)
+
+        sizes = [resolution // 2 ** (halvings + level) for level in range(len(blocks))]
+        widths = [model_channels * multiplier for multiplier in channel_mult]
+
+        def block(channels_in: int, level: int) -> ResBlock:
+            dropped = dropout if sizes[level] <= dropout_from else 0.0
+            attends = heads if sizes[level] in attention else 0
+            return ResBlock(channels_in, widths[level], embedding_channels, dropped, attends)
+
+        width, skips, encoder, decoder = model_channels, [], [], []
+        for level, count in enumerate(blocks):
+            here = []
+            for _ in range(count):
+                here.append(block(width, level))
+                width = widths[level]
+                skips.append(width)
+            encoder.append(nn.ModuleList(here))
+        first = ResBlock(width, width, embedding_channels, dropout, heads)
+        second = ResBlock(width, width, embedding_channels, dropout)
+        self.middle = nn.ModuleList([first, second])
+        for level, count in reversed(list(enumerate(blocks))):
+            here = []
+            for _ in range(count):
+                here.append(block(width + skips.pop(), level))
+                width = widths[level]
+            decoder.append(nn.ModuleList(here))
+        self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
+        self.head = Head(width, channels, halvings, reduction)
+
+    def check_resolution(self, height: int, width: int) -> None:
+        """Raise ValueError unless the images can be halved as often as the network does."""
+        refuse_resolution(height, width, self.divisor)
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        *,
+        label: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the raw network F.
+
+        Args:
+            x: preconditioned noisy images (B, C, H, W), sides divisible by 2^(halvings + levels -
+                1).
+            c_noise: (B,), the noise level between 0 and 1000.
+            label: int64 (B,), 0 .. classes - 1, -1 for no label.
+            position: where the pixels lie in the full frame, in [0, 1], (B, 2, H, W) or
+                (2, H, W); None where x is the whole image.
+
+        Returns:
+            (B, C, H, W).
+
+        Raises:
+            ValueError: a resolution that the levels do not divide, or labels or positions that it
+                does not take.
+        """
+        self.check_resolution(*x.shape[2:])
+        condition = self.condition(c_noise, label)
+        x = self.stem(self.position(x, position))
+        skips = []
+        for level, layers in enumerate(self.encoder):
+            x = halve(x) if level else x
+            for layer in layers.children():
+                x = self.run(layer, x, condition)
+                skips.append(x)
+        for layer in self.middle:
+            x = self.run(layer, x, condition)
+        for level, layers in enumerate(self.decoder):
+            x = double(x) if level else x
+            for layer in layers.children():
+                x = self.run(layer, torch.cat([x, skips.pop()], dim=1), condition)
+        return self.head(x)
+
+    def run(self, layer: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
+        """Apply a layer, without keeping what the backward pass can compute again if so set."""
+        again = self.recompute and torch.is_grad_enabled()
+        output: Tensor = recomputed(layer, x, condition) if again else layer(x, condition)
+        return output

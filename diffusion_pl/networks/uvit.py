@@ -1,0 +1,201 @@
+"""The U-ViT of simple diffusion (arXiv:2301.11093, section 3.3) and SiD2's (arXiv:2410.19324)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion_pl.networks.layers import double, halve, recomputed, refuse_resolution, xavier
+from diffusion_pl.networks.position import PositionEncoding
+from diffusion_pl.networks.simple_layers import ZERO, Condition, Head, Reduction, ResBlock, Stem
+
+
+class Transformer(nn.Module):
+    """An MLP under the condition, then self-attention, each beside a residual connection.
+
+    Args:
+        width: channels of a token, a multiple of `heads`.
+        heads: attention heads.
+        length: of the condition's vector.
+        dropout: probability, inside the MLP.
+        expansion: width of the MLP, in `width`.
+    """
+
+    def __init__(
+        self, width: int, heads: int, length: int, dropout: float, expansion: int = 4
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.norm0 = nn.LayerNorm(width)
+        self.affine = xavier(nn.Linear(length, 2 * width))
+        self.dense0 = xavier(nn.Linear(width, expansion * width))
+        self.dense1 = xavier(nn.Linear(expansion * width, width), ZERO)
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = xavier(nn.Linear(width, 3 * width))
+        self.proj = xavier(nn.Linear(width, width), ZERO)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, tokens, width), (B, length) -> (B, tokens, width)."""
+        scale, shift = self.affine(condition)[:, None].chunk(2, dim=2)
+        hidden = F.gelu(self.dense0(self.norm0(x) * (1 + scale) + shift))
+        x = x + self.dense1(F.dropout(hidden, self.dropout, self.training))
+        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v)  # softmax in float32 inside
+        return x + self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class UViT(nn.Module):
+    """Residual blocks at high resolution around a stack of transformers at 16 x 16.
+
+    2,028,255,875 parameters with the defaults, 128 pixels and 1000 classes, near the 2 B that are
+    recalled of the paper's U-ViT L; the settings are recalled too. Tokens carry no table of
+    positions: the convolutions around them tell where a pixel lies, and any resolution is taken.
+
+    Per-block skip connections join the residual blocks only. With `residual` there is one a
+    level instead: h before it is halved to h_d comes back as Up(y - h_d) + h, y what the inner
+    levels make of h_d.
+
+    Args:
+        resolution: H = W of the images it is built for.
+        channels: image channels.
+        classes: number of labels, 0 for none.
+        model_channels: channels at multiplier 1, a multiple of 4.
+        channel_mult: multiplier of each level, the last one the transformers'.
+        blocks: residual blocks of each other level in the encoder, as many in the decoder.
+        transformers: how many.
+        heads: of the self-attention.
+        dropout: probability in the transformers; elsewhere there is none.
+        embedding_channels: length of the condition's vector.
+        halvings: of the image before the first level, 1 for 256 and 2 for 512 pixels.
+        reduction: how.
+        residual: SiD2's skip connections.
+        octaves: L of the position encoding that joins the image at the input, 0 for none.
+        frame: side of the full-resolution grid that positions refer to; the resolution if None.
+        recompute: keep only what passes between blocks in training; the backward pass runs every
+            block again. Less memory for a third more time, the same numbers.
+
+    Raises:
+        ValueError: a resolution that the levels do not divide, or blocks that do not fit them.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        channels: int = 3,
+        classes: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 4, 16),
+        blocks: Sequence[int] = (3, 3, 3),
+        transformers: int = 36,
+        heads: int = 4,
+        dropout: float = 0.1,
+        embedding_channels: int = 1024,
+        halvings: int = 0,
+        reduction: Reduction = "wavelet",
+        residual: bool = False,
+        octaves: int = 0,
+        frame: int | None = None,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(blocks) != len(channel_mult) - 1:
+            raise ValueError(
+                "blocks need a number for each level but the transformers' "
+                f"(got {len(blocks)} for {len(channel_mult)} levels)"
+            )
+        self.channels = channels
+        self.classes = classes
+        self.residual = residual
+        self.recompute = recompute
+        self.divisor = 2 ** (halvings + len(blocks))
+        self.check_resolution(resolution, resolution)
+        length = embedding_channels
+        self.condition = Condition(model_channels, length, classes)
+        self.position = PositionEncoding(octaves, frame or resolution)
+        seen = channels + self.position.channels
+        widths = [model_channels * multiplier for multiplier in channel_mult]
+        self.stem = Stem(seen, widths[0], halvings, reduction)
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for width, inner, count in zip(widths, widths[1:], blocks, strict=False):
+            joined = width if residual else 2 * width
+            self.encoder.append(
+                nn.ModuleList(ResBlock(width, width, length, 0.0) for _ in range(count))
+            )
+            self.down.append(xavier(nn.Conv2d(width, inner, 1)))
+            self.up.insert(0, xavier(nn.Conv2d(inner, width, 1)))
+            self.decoder.insert(
+                0, nn.ModuleList(ResBlock(joined, width, length, 0.0) for _ in range(count))
+            )
+        self.middle = nn.ModuleList(
+            Transformer(widths[-1], heads, length, dropout) for _ in range(transformers)
+        )
+        self.head = Head(widths[0], channels, halvings, reduction)
+
+    def check_resolution(self, height: int, width: int) -> None:
+        """Raise ValueError unless the images can be halved as often as the network does."""
+        refuse_resolution(height, width, self.divisor)
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        *,
+        label: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the raw network F.
+
+        Args:
+            x: preconditioned noisy images (B, C, H, W), sides divisible by 2^(halvings + levels -
+                1).
+            c_noise: (B,), the noise level between 0 and 1000.
+            label: int64 (B,), 0 .. classes - 1, -1 for no label.
+            position: where the pixels lie in the full frame, in [0, 1], (B, 2, H, W) or
+                (2, H, W); None where x is the whole image.
+
+        Returns:
+            (B, C, H, W).
+
+        Raises:
+            ValueError: a resolution that the levels do not divide, or labels or positions that it
+                does not take.
+        """
+        self.check_resolution(*x.shape[2:])
+        condition = self.condition(c_noise, label)
+        x = self.stem(self.position(x, position))
+        skips = []
+        for layers, down in zip(self.encoder, self.down, strict=True):
+            for layer in layers.children():
+                x = self.run(layer, x, condition)
+                skips.append(x)
+            x = down(halve(x))
+            skips.append(x)
+        x = self.transform(x, condition)
+        for layers, up in zip(self.decoder, self.up, strict=True):
+            halved = skips.pop()
+            x = double(up(x - halved)) + skips[-1] if self.residual else double(up(x))
+            for layer in layers.children():
+                skip = skips.pop()
+                x = x if self.residual else torch.cat([x, skip], dim=1)
+                x = self.run(layer, x, condition)
+        return self.head(x)
+
+    def transform(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Pass the pixels through the transformers as tokens, (B, C, H, W) -> (B, C, H, W)."""
+        shape = x.shape[2:]
+        tokens = x.flatten(2).transpose(1, 2)
+        for layer in self.middle:
+            tokens = self.run(layer, tokens, condition)
+        return tokens.transpose(1, 2).unflatten(2, shape)
+
+    def run(self, layer: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
+        """Apply a layer, without keeping what the backward pass can compute again if so set."""
+        again = self.recompute and torch.is_grad_enabled()
+        output: Tensor = recomputed(layer, x, condition) if again else layer(x, condition)
+        return output
