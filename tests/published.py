@@ -7,14 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusion_pl.interop import diffusers
+from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.interop import diffusers, edm
 from diffusion_pl.networks.ddpm_unet import DDPMUNet
-from diffusion_pl.networks.song_unet import SongUNet
-
-# The published name of a part of a block, and ours.
-EDM_PARTS = {"norm2": "attention.norm", "qkv": "attention.qkv", "proj": "attention.proj"}
 
 
 class Fixture:
@@ -33,50 +30,14 @@ class Fixture:
         return torch.from_numpy(self.arrays[key])
 
 
-def song_unet(fixture: Fixture) -> SongUNet:
-    """The DDPM++ network of an EDM fixture."""
-    config = fixture.config
-    network = SongUNet(
-        config["img_resolution"],
-        classes=config["label_dim"],
-        augment=config["augment_dim"],
-        model_channels=config["model_channels"],
-        channel_mult=config["channel_mult"],
-        blocks=config["num_blocks"],
-        attention=config["attn_resolutions"],
-        dropout=0.0,
-    )
-    state, places, counts = {}, {}, {"enc": 0, "dec": 0}
-    for key, value in fixture.weights.items():
-        parts = key.removeprefix("model.").split(".")
-        if "resample_filter" in parts:
-            continue
-        if parts[0] not in counts:
-            state[".".join(parts)] = value
-            continue
-        side, name, *rest = parts
-        if (side, name) not in places:
-            places[side, name] = _place(side, name, counts)
-        rest = [EDM_PARTS.get(part, part) for part in rest]
-        state[".".join([places[side, name], *rest])] = value
-    network.load_state_dict(state)
-    return network.eval()
+def edm_denoiser(fixture: Fixture) -> Denoiser:
+    """The denoiser of an EDM fixture."""
+    return edm.denoiser_from(fixture.config, fixture.weights)
 
 
-def _place(side: str, name: str, counts: dict[str, int]) -> str:
-    """Where a part with a name like 16x16_block0 stands in our network."""
-    part = name.partition("_")[2]
-    fixed = {
-        "conv": "stem",
-        "in0": "middle.0",
-        "in1": "middle.1",
-        "aux_norm": "out_norm",
-        "aux_conv": "out_conv",
-    }
-    if part in fixed:
-        return fixed[part]
-    counts[side] += 1
-    return f"{'encoder' if side == 'enc' else 'decoder'}.{counts[side] - 1}"
+def song_unet(fixture: Fixture) -> nn.Module:
+    """The raw network of an EDM fixture."""
+    return edm_denoiser(fixture).network
 
 
 def ddpm_unet(fixture: Fixture) -> DDPMUNet:

@@ -8,22 +8,27 @@ import pytest
 import torch
 from published import Fixture, ddpm_unet, song_unet
 
-from diffusion_pl.diffusion.preconditioning import Karras
-from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.diffusion.timesteps import LinearBetas
+from diffusion_pl.networks.adm import ADM
 from diffusion_pl.networks.ddpm_unet import DDPMUNet
+from diffusion_pl.networks.position import coordinates
+from diffusion_pl.networks.song_layers import FourierEmbedding, Resample
 from diffusion_pl.networks.song_unet import SongUNet
 from diffusion_pl.objectives.ddpm import DDPM
-from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.euler import euler
-from diffusion_pl.samplers.heun import heun
-from diffusion_pl.samplers.sampler import Sampler
 
 CELEBA = {"channel_mult": (1, 1, 2, 2, 4, 4), "dropout": 0.0}
 SMALL = {"model_channels": 16, "channel_mult": (1, 2), "blocks": 1, "attention": (8,)}
+WIDE = SMALL | {"model_channels": 32}  # ADM attends from 64 channels on
+NCSNPP = {
+    "embedding": "fourier", "noise_mult": 2, "encoder": "residual",
+    "resample_filter": (1, 3, 3, 1),
+}  # fmt: skip
 NETWORKS = {
     "ddpm++": partial(SongUNet, 16, classes=5, dropout=0.0, **SMALL),
+    "ncsn++": partial(SongUNet, 16, classes=5, dropout=0.0, **SMALL, **NCSNPP),
+    "adm": partial(ADM, 16, classes=5, dropout=0.0, **WIDE),
     "ddpm": partial(DDPMUNet, 16, classes=5, dropout=0.0, groups=8, **SMALL),
 }
 
@@ -49,6 +54,10 @@ def awake(network):
         (partial(SongUNet, 32, augment=9, classes=10), 55_735_299),
         (partial(SongUNet, 64, augment=9, channel_mult=(1, 2, 2, 2)), 61_805_571),
         (partial(SongUNet, 32, channel_mult=(1, 2, 2, 2)), 61_804_419),
+        (partial(SongUNet, 32, augment=9, **NCSNPP), 56_397_827),
+        (partial(SongUNet, 64, augment=9, channel_mult=(1, 2, 2, 2), **NCSNPP), 62_761_091),
+        (partial(SongUNet, 32, channel_mult=(1, 2, 2, 2), **NCSNPP), 62_758_787),
+        (partial(ADM, 64, classes=1000), 295_899_267),
         (partial(DDPMUNet, 32), 35_746_307),
         (partial(DDPMUNet, 256, **CELEBA), 113_673_219),
         (partial(DDPMUNet, 256, model_channels=192, **CELEBA), 255_677_955),
@@ -59,63 +68,14 @@ def test_networks_have_the_published_number_of_parameters(make, parameters):
         assert sum(parameter.numel() for parameter in make().parameters()) == parameters
 
 
-@pytest.fixture
-def edm(parity):
-    fixture = Fixture(parity / "edm_ddpmpp.npz")
-    return fixture, EDM().denoiser(song_unet(fixture))
-
-
+@pytest.mark.parametrize("name", ["vp_ddpmpp_cond", "edm_adm_cond"])
 @torch.no_grad()
-def test_ddpmpp_and_edm_preconditioning_are_the_published_ones(edm):
-    fixture, denoiser = edm
-    sigma, augment = fixture["sigma"], fixture["augment_labels"]
-    level = sigma.reshape(-1, 1, 1, 1)
-    raw = denoiser.network(fixture["x"], fixture["c_noise"], augment=augment)
-    assert relative(raw, fixture["out/raw_output"]) < 1e-5
-    denoised = denoiser(fixture["x"] * level, sigma, augment=augment)
-    assert relative(denoised, fixture["out/denoised_x"]) < 1e-5
-    noisy = fixture["y"] + fixture["noise"] * level
-    denoised = denoiser(noisy, sigma, augment=augment)
-    assert relative(denoised, fixture["out/denoised_yn"]) < 1e-5
-    torch.testing.assert_close(Karras(0.5)(sigma).c_noise, fixture["c_noise"])
-
-
-@torch.no_grad()
-def test_the_edm_loss_is_the_published_one(edm):
-    fixture, denoiser = edm
-    # The quantile whose level is the fixture's.
-    u = torch.special.ndtr((fixture["sigma"].double().log() + 1.2) / 1.2)
-    image, noise, augment = fixture["y"], fixture["noise"], fixture["augment_labels"]
-    loss = EDM().loss(denoiser, image, u, noise, augment=augment)
-    assert relative(loss, fixture["out/weighted_sq_error"].sum(dim=(1, 2, 3))) < 1e-5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("steps", [8, 18])
-def test_heun_trajectories_end_where_the_published_ones_do(edm, steps):
-    fixture, denoiser = edm
-    end = Sampler(heun, Rho(), steps)(denoiser, fixture["latents"], torch.zeros_like)
-    assert relative(end, fixture[f"out/heun_{steps}"]) < 1e-4
-
-
-@torch.no_grad()
-def test_churned_trajectories_end_where_the_published_ones_do(edm):
-    fixture, denoiser = edm
-    churn = partial(heun, S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.003)
-    # The reference draws at every level, also at 80 where nothing is churned; ours does not.
-    noise = iter(fixture["churn_noise"][1:])
-    end = Sampler(churn, Rho(), 10)(denoiser, fixture["latents"], lambda like: next(noise))
-    assert relative(end, fixture["out/churn_10"]) < 1e-4
-
-
-@torch.no_grad()
-def test_labels_enter_as_in_the_published_network(parity):
-    fixture = Fixture(parity / "vp_ddpmpp_cond.npz")
+def test_no_label_is_the_published_networks_empty_one(parity, name):
+    fixture = Fixture(parity / f"{name}.npz")
     network = song_unet(fixture)
     label = fixture["class_labels"].argmax(dim=1)
     raw = network(fixture["x"], fixture["c_noise"], label=label)
-    assert relative(raw, fixture["out/raw_output"]) < 1e-5
-    # No label is the published all-zero one-hot, given as -1 or left out.
+    # The all-zero one-hot, given as -1 or left out.
     none = network(fixture["x"], fixture["c_noise"], label=torch.full_like(label, -1))
     assert torch.equal(none, network(fixture["x"], fixture["c_noise"]))
     assert relative(none, raw) > 1e-3
@@ -231,7 +191,7 @@ def test_bf16_stays_near_float32(name):
     exact = network(x, c_noise)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = network(x, c_noise)
-        embedding = network.embed(c_noise, None, None) if name == "ddpm++" else None
+        embedding = network.embed(c_noise, None, None) if name != "ddpm" else None
     assert relative(rounded, exact) < 2e-2  # bf16 has 8 bits: 4e-3 a rounding
     if embedding is not None:
         assert embedding.dtype == torch.float32
@@ -243,8 +203,9 @@ def test_a_network_starts_near_zero(name):
     assert output.abs().max() < 1e-3  # so the denoiser starts at c_skip x
 
 
-def test_dropout_acts_in_training_only():
-    network = awake(SongUNet(16, dropout=0.5, **SMALL))
+@pytest.mark.parametrize("name", NETWORKS)
+def test_dropout_acts_in_training_only(name):
+    network = awake(NETWORKS[name](dropout=0.5))
     x, c_noise = torch.randn(1, 3, 16, 16), torch.zeros(1)
     assert torch.equal(network(x, c_noise), network(x, c_noise))
     network.train()
@@ -259,3 +220,98 @@ def test_the_network_is_one_graph(name):
     # The "eager" backend traces as any other does, and a break of the graph raises.
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, c_noise, label=label), network(x, c_noise, label=label))
+
+
+def gradients(network, x, **condition):
+    """What one backward pass gives every parameter, dropout drawn from one seed."""
+    network.zero_grad()
+    torch.manual_seed(0)
+    network(x, torch.tensor([0.3, -0.5]), **condition).square().sum().backward()
+    return [parameter.grad for parameter in network.parameters()]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_recomputed_activations_give_the_same_gradients_dropout_and_all(name):
+    kept, again = (NETWORKS[name](dropout=0.5, recompute=on) for on in (False, True))
+    again.load_state_dict(awake(kept).state_dict())
+    x, label = torch.randn(2, 3, 16, 16), torch.tensor([1, -1])
+    expected = gradients(kept.train(), x, label=label)
+    runs = []
+    block = again.middle[0]
+    block.register_forward_pre_hook(lambda module, inputs: runs.append(1))
+    for got, wanted in zip(gradients(again.train(), x, label=label), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert len(runs) == 2  # forward, and again in the backward pass
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_positions_are_read_and_a_whole_image_is_the_frame(name):
+    network = awake(NETWORKS[name](octaves=2))
+    x, c_noise = torch.randn(1, 3, 16, 16), torch.zeros(1)
+    whole = coordinates(16, 16, 16)
+    torch.testing.assert_close(network(x, c_noise), network(x, c_noise, position=whole))
+    assert relative(network(x, c_noise, position=whole / 2), network(x, c_noise)) > 1e-3
+    with pytest.raises(ValueError, match="octaves: 0"):
+        NETWORKS[name]()(x, c_noise, position=whole)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_a_network_of_the_variance_has_twice_the_channels(name):
+    network = NETWORKS[name](variance=True)
+    assert network(torch.randn(1, 3, 16, 16), torch.zeros(1)).shape == (1, 6, 16, 16)
+    assert network.channels == 3
+
+
+@pytest.mark.parametrize("name", ["ddpm++", "ncsn++", "adm"])
+@torch.no_grad()
+def test_augmentation_labels_enter_and_none_are_zeros(name):
+    network = awake(NETWORKS[name](augment=9))
+    x, c_noise = torch.randn(2, 3, 16, 16), torch.zeros(2)
+    zeros = torch.zeros(2, 9)
+    torch.testing.assert_close(network(x, c_noise, augment=zeros), network(x, c_noise))
+    assert relative(network(x, c_noise, augment=zeros + 1), network(x, c_noise)) > 1e-3
+    with pytest.raises(ValueError, match="augment: 0"):
+        NETWORKS[name]()(x, c_noise, augment=zeros)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_channels_last_is_kept_to_the_end(name):
+    network = awake(NETWORKS[name]())
+    x, c_noise = torch.randn(2, 3, 16, 16), torch.zeros(2)
+    expected = network(x, c_noise)
+    rows = network.to(memory_format=torch.channels_last)
+    got = rows(x.to(memory_format=torch.channels_last), c_noise)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
+def test_doubling_is_four_times_the_transpose_of_halving(taps):
+    source = torch.Generator().manual_seed(0)
+    large = torch.randn(2, 3, 8, 8, generator=source)
+    small = torch.randn(2, 3, 4, 4, generator=source)
+    down = (Resample("halve", taps)(large) * small).sum()
+    up = (large * Resample("double", taps)(small)).sum()
+    torch.testing.assert_close(4 * down, up)
+    # Away from the edge a constant stays as it is.
+    flat = Resample("double", taps)(torch.ones(1, 1, 6, 6))[..., 2:-2, 2:-2]
+    torch.testing.assert_close(flat, torch.ones_like(flat))
+
+
+def test_a_filter_of_odd_length_is_refused():
+    with pytest.raises(ValueError, match=r"even number of taps \(got \[1, 2, 1\]\)"):
+        Resample("halve", (1, 2, 1))
+
+
+def test_random_frequencies_have_their_scale_and_stay_in_the_checkpoint():
+    torch.manual_seed(0)
+    embedding = FourierEmbedding(4096, scale=16.0)
+    assert embedding.freqs.std() == pytest.approx(16, rel=0.05)  # 2,048 draws: 1.6 %
+    assert list(embedding.state_dict()) == ["freqs"]
+    # A unit of c_noise is a full turn at frequency 1.
+    embedding.freqs.fill_(1.0)
+    angles = embedding(torch.tensor([0.0, 0.25]))
+    torch.testing.assert_close(angles[:, [0, -1]], torch.tensor([[0.0, 1.0], [1.0, 0.0]]))

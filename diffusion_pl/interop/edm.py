@@ -1,0 +1,222 @@
+"""EDM's published checkpoints (Karras 2022, arXiv:2206.00364): their key names, configs, pickles.
+
+| config | here |
+|---|---|
+| precond: EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond | objectives edm, vp, ve, edm_iddpm |
+| model_type: SongUNet, DhariwalUNet | networks song_unet.SongUNet, adm.ADM |
+
+The key names are in `edm_layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_pl import config as configs
+from diffusion_pl.config import Config
+from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.interop.edm_layout import names, told
+from diffusion_pl.interop.pickles import Persistent, read_pickle, tensors
+from diffusion_pl.networks.song_layers import kernel
+
+NETWORKS = {
+    "SongUNet": "diffusion_pl.networks.song_unet.SongUNet",
+    "DhariwalUNet": "diffusion_pl.networks.adm.ADM",
+}
+# Preconditioning: our objective and which of its symbols a config may set.
+OBJECTIVES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "EDMPrecond": ("diffusion_pl.objectives.edm.EDM", ("sigma_data",)),
+    "VPPrecond": ("diffusion_pl.objectives.vp.VP", ("beta_d", "beta_min", "M", "epsilon_t")),
+    "VEPrecond": ("diffusion_pl.objectives.ve.VE", ("sigma_min", "sigma_max")),
+    "iDDPMPrecond": ("diffusion_pl.objectives.edm_iddpm.IDDPM", ("C_1", "C_2", "M")),
+}
+# Their argument, ours, and what it is when left out; None: it must be there.
+ARGUMENTS: dict[str, tuple[str, Any]] = {
+    "img_resolution": ("resolution", None),
+    "img_channels": ("channels", None),
+    "label_dim": ("classes", 0),
+    "augment_dim": ("augment", 0),
+    "model_channels": ("model_channels", None),
+    "channel_mult": ("channel_mult", None),
+    "num_blocks": ("blocks", None),
+    "attn_resolutions": ("attention", None),
+    "dropout": ("dropout", 0.1),
+}
+SONG: dict[str, tuple[str, Any]] = {
+    "embedding_type": ("embedding", "positional"),
+    "channel_mult_noise": ("noise_mult", 1),
+    "encoder_type": ("encoder", "standard"),
+    "resample_filter": ("resample_filter", [1, 1]),
+}
+# What our networks are built with, and what does not change the function.
+FIXED = {"channel_mult_emb": 4, "decoder_type": "standard"}
+CHOICES = {"embedding_type": ("positional", "fourier"), "encoder_type": ("standard", "residual")}
+IGNORED = {"precond", "model_type", "label_dropout", "use_fp16"}
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read an official network pickle, such as edm-cifar10-32x32-uncond-vp.pkl; nothing in it runs.
+
+    Returns:
+        The config, what the file says over what the weights' shapes tell, and the weights of the
+        average in float32.
+
+    Raises:
+        ValueError: unreadable, asking for what is refused, or no network of EDM's.
+    """
+    content = read_pickle(path)
+    average = content.get("ema") if isinstance(content, dict) else None
+    if not isinstance(average, Persistent) or average.name not in OBJECTIVES:
+        found = average.name if isinstance(average, Persistent) else type(average).__name__
+        raise ValueError(
+            f"{path}: 'ema' must be one of {', '.join(OBJECTIVES)} (got {found}); only EDM's own "
+            "network pickles are read"
+        )
+    state = {key: value.float() for key, value in tensors(average).items()}
+    model = average.state["_modules"].get("model")
+    if not isinstance(model, Persistent) or model.name not in NETWORKS:
+        raise ValueError(f"{path}: the network must be one of {', '.join(NETWORKS)}")
+    said = dict(model.state.get("_init_kwargs", {})) | dict(average.state.get("_init_kwargs", {}))
+    said = {key: value for key, value in said.items() if key not in ("in_channels", "out_channels")}
+    config = told(state) | said | {"precond": average.name, "model_type": model.name}
+    return config, state
+
+
+def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `network`, `objective` and `sampler` nodes of an experiment that says the same.
+
+    Raises:
+        ValueError: a config without a published layout, by its first such key.
+    """
+    _check(config)
+    target, symbols = OBJECTIVES[config["precond"]]
+    objective = {key: config[key] for key in symbols if key in config}
+    network: dict[str, Any] = {"_target_": NETWORKS[config["model_type"]]}
+    for theirs, (ours, usual) in _arguments(config).items():
+        value = config.get(theirs, usual)
+        network[ours] = list(value) if isinstance(value, list | tuple) else value
+    if config["precond"] == "iDDPMPrecond":
+        network["variance"] = True
+    return {
+        "network": network,
+        "objective": {"_target_": target, **objective},
+        "sampler": _sampler(config, objective),
+    }
+
+
+def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Denoiser:
+    """A published model as a denoiser, `denoiser(x, sigma, label=..., augment=...)`.
+
+    Args:
+        config: the published arguments, with `precond` and `model_type`.
+        state: the published weights.
+
+    Returns:
+        In evaluation mode; x (B, C, H, W), sigma (B,), label int64 (B,) and augment float (B, 9)
+        may be left out.
+
+    Raises:
+        ValueError: a config without a published layout, or the first key that does not fit.
+    """
+    tree = Config("edm", "checkpoint", nodes(config))
+    network = configs.build(tree, "network")
+    network.load_state_dict(weights(config, state))
+    denoiser: Denoiser = configs.build(tree, "objective").denoiser(network)
+    return denoiser.eval().requires_grad_(False)
+
+
+def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our network's state dict from published weights.
+
+    Raises:
+        ValueError: names the first key that is missing, surplus or of another shape.
+    """
+    with torch.device("meta"):
+        network = configs.build(Config("edm", "checkpoint", nodes(config)), "network")
+    found, used = {}, {"u"}  # iDDPM's table is made from C_1, C_2 and M
+    for ours, theirs in names(config, network):
+        own = network.state_dict()[ours]
+        if theirs not in state:
+            raise _misfit(config, state, f"{theirs}: is missing")
+        if state[theirs].shape != own.shape:
+            shapes = f"has shape {tuple(state[theirs].shape)}, not {tuple(own.shape)}"
+            raise _misfit(config, state, f"{theirs}: {shapes}")
+        found[ours] = state[theirs]
+        used.add(theirs)
+    taps = kernel(config.get("resample_filter", [1, 1]))
+    for key, value in state.items():
+        if key.endswith(".resample_filter"):
+            if value.shape != taps.shape or not torch.allclose(value.float(), taps):
+                raise _misfit(config, state, f"{key}: is not the filter that the config says")
+        elif key not in used:
+            raise _misfit(config, state, f"{key}: is not in the network that the config makes")
+    return found
+
+
+def _arguments(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    return ARGUMENTS | (SONG if config["model_type"] == "SongUNet" else {})
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first key of a config that no published layout has."""
+    for key, known in (("precond", OBJECTIVES), ("model_type", NETWORKS)):
+        if config.get(key) not in known:
+            raise ValueError(
+                f"{key}: has no published layout (got {config.get(key)!r}); one of "
+                f"{', '.join(known)}"
+            )
+    arguments = _arguments(config)
+    symbols = OBJECTIVES[config["precond"]][1]
+    for key, value in config.items():
+        if key in FIXED and value != FIXED[key]:
+            raise ValueError(f"{key}: {value!r} is not followed here; only {FIXED[key]!r} is")
+        if key in CHOICES and value not in CHOICES[key]:
+            raise ValueError(f"{key}: {value!r} is not followed here; only {CHOICES[key]} are")
+        if key not in {*arguments, *symbols, *FIXED, *IGNORED}:
+            raise ValueError(
+                f"{key}: is no argument of {config['precond']} and {config['model_type']}"
+            )
+    for key, (_, usual) in arguments.items():
+        if usual is None and key not in config:
+            raise ValueError(f"{key}: is missing in the config of a published network")
+
+
+def _sampler(config: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, Any]:
+    """The published sampler: 18 steps at 32 pixels, 40 at 64, with labels of ImageNet 256."""
+    heun: dict[str, Any] = {"_target_": "diffusion_pl.samplers.heun.heun", "_partial_": True}
+    steps = 18 if config["img_resolution"] <= 32 else 40
+    discrete = config["precond"] == "iDDPMPrecond"
+    if config.get("label_dim", 0) >= 1000:
+        churn = 80.0 if discrete else 40.0  # Karras 2022, Table 5
+        heun |= {"S_churn": churn, "S_tmin": 0.05, "S_tmax": 50.0, "S_noise": 1.003}
+        steps = 256
+    schedule: dict[str, Any] = {"_target_": "diffusion_pl.diffusion.schedules.Rho"}
+    if discrete:
+        where = "diffusion_pl.objectives.edm_iddpm"
+        heun["nearest"] = {"_target_": f"{where}.nearest", "_partial_": True, **objective}
+        schedule = {"_target_": f"{where}.RoundedRho", **objective}
+    elif config["precond"] == "VEPrecond":
+        low, high = objective.get("sigma_min", 0.02), objective.get("sigma_max", 100.0)
+        schedule |= {"sigma_min": max(0.002, low), "sigma_max": min(80.0, high)}
+    return {
+        "_target_": "diffusion_pl.samplers.sampler.Sampler",
+        "integrate": heun,
+        "schedule": schedule,
+        "steps": steps,
+    }
+
+
+def _misfit(config: Mapping[str, Any], state: Mapping[str, Tensor], what: str) -> ValueError:
+    """What does not fit, and the config that these weights are of as far as their shapes tell."""
+    try:
+        tells = told(state)
+    except ValueError as error:
+        return ValueError(f"{what}; {error}")
+    usual = {key: value for key, (_, value) in _arguments(config).items()} | dict(config)
+    other = [f"{key}: {value}" for key, value in tells.items() if usual.get(key) != value]
+    return ValueError(f"{what}; the weights are of a config with {', '.join(other) or 'the same'}")
