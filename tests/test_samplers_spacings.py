@@ -9,7 +9,7 @@ import torch
 
 from diffusion_pl.diffusion.paths import preserving_between
 from diffusion_pl.diffusion.schedules import levels
-from diffusion_pl.diffusion.spacings import IDDPM, DDIMQuadratic, DDIMUniform, Respaced
+from diffusion_pl.diffusion.spacings import DDIMQuadratic, DDIMUniform, IDDPMSteps, Respaced
 from diffusion_pl.diffusion.timesteps import CosineBetas, LinearBetas
 from diffusion_pl.samplers.euler import euler
 
@@ -41,21 +41,21 @@ def test_respaced_holds_both_ends_and_rounds():
 
 
 def test_iddpm_is_the_column_of_table_1():
-    chosen = CosineBetas().index(IDDPM()(18))
+    chosen = CosineBetas().index(IDDPMSteps()(18))
     j = [math.floor(8 + 991 * i / 17) for i in range(18)]
     assert (999 - chosen).tolist() == j
-    sigmas = levels(CosineBetas(), 18, IDDPM())
+    sigmas = levels(CosineBetas(), 18, IDDPMSteps())
     assert sigmas[0].item() == pytest.approx(80.20, rel=1e-4)  # u_8 of the specification sheet
     assert sigmas[-2].item() == pytest.approx(0.006425, rel=1e-3)  # u_999
     for steps in range(2, 500):  # no rounding error falls short of the last j
-        assert LinearBetas().index(IDDPM()(steps)[-1:]).item() == 0
+        assert LinearBetas().index(IDDPMSteps()(steps)[-1:]).item() == 0
 
 
 def test_iddpm_can_round_and_end_before_the_last_level():
-    assert (999 - LinearBetas().index(IDDPM(rounded=True)(9))).tolist() == [
+    assert (999 - LinearBetas().index(IDDPMSteps(rounded=True)(9))).tolist() == [
         8, 132, 256, 380, 504, 627, 751, 875, 999,
     ]  # fmt: skip
-    assert (999 - LinearBetas().index(IDDPM(j_last=988)(3))).tolist() == [8, 498, 988]
+    assert (999 - LinearBetas().index(IDDPMSteps(j_last=988)(3))).tolist() == [8, 498, 988]
 
 
 @pytest.mark.parametrize(("steps", "end"), [(10, 0.3741285), (50, 0.4724391), (1000, 0.4984953)])
@@ -82,7 +82,7 @@ def test_the_path_between_two_levels_meets_both():
         (DDIMUniform(), 1, "DDIMUniform: needs 2 to 1000 steps"),
         (DDIMQuadratic(), 1, "DDIMQuadratic: needs 2 to 1000 steps"),
         (Respaced(10), 11, "Respaced: needs 2 to 10 steps"),
-        (IDDPM(), 993, "IDDPM: needs 2 to 992 steps"),
+        (IDDPMSteps(), 993, "IDDPMSteps: needs 2 to 992 steps"),
     ],
 )
 def test_fewer_steps_than_a_spacing_needs_are_refused(spacing, steps, message):

@@ -7,7 +7,7 @@ Read a `Timesteps` table of the same T: `levels(LinearBetas(), 50, DDIMUniform()
 | DDIMUniform | 0, T / S, 2 T / S, ... | Song 2021 (DDIM), App. D.2 |
 | DDIMQuadratic | floor( linspace(0, sqrt(0.8 T), S)^2 ) | the same, for CIFAR-10 |
 | Respaced | round( linspace(0, T - 1, S) ) | Nichol & Dhariwal 2021, section 4 |
-| IDDPM | T - 1 - floor( j_0 + (T - 1 - j_0) i / (S - 1) ) | Karras 2022, Table 1 |
+| IDDPMSteps | T - 1 - floor( j_0 + (T - 1 - j_0) i / (S - 1) ) | Karras 2022, Table 1 |
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Respaced:
 
 
 @dataclass(frozen=True)
-class IDDPM:
+class IDDPMSteps:
     """The iDDPM column of EDM's Table 1; j counts from the noise end.
 
     Args:
@@ -107,7 +107,7 @@ class IDDPM:
             ValueError: fewer than 2 steps, or more than there are timesteps from j_0 to j_last.
         """
         last = self.T - 1 if self.j_last is None else self.j_last
-        _check("IDDPM", steps, last - self.j_0 + 1)
+        _check("IDDPMSteps", steps, last - self.j_0 + 1)
         span, i = last - self.j_0, torch.arange(steps, dtype=torch.int64)
         # The floor in integers: a quotient rounded to floating point may fall below the last j.
         floor, share = span * i // (steps - 1), span * i.to(torch.float64) / (steps - 1)

@@ -8,7 +8,7 @@ The state z = s (x + sigma eps) follows, primes being derivatives by t,
 |---|---|---|---|
 | VP | paths.VariancePreserving | 1 / sqrt(1 + sigma^2) | Along(path, epsilon_s) |
 | VE | paths.VarianceExploding | 1 | LogUniform |
-| iDDPM | paths.Linear | 1 | CosineBetas at spacings.IDDPM |
+| iDDPM | paths.Linear | 1 | CosineBetas at spacings.IDDPMSteps |
 | EDM | paths.Linear | 1 | Rho |
 
 s' / s = -sigma sigma' / (1 + sigma^2) where s preserves the variance. The times are those of the
