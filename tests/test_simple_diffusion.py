@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from analytic import Gaussian
 
 from diffusion_pl.diffusion.levels import log_snr_from_sigma
-from diffusion_pl.objectives.shifted_cosine import InterpolatedCosine, ShiftedCosine
+from diffusion_pl.objectives.shifted_cosine import InterpolatedCosine, ShiftedCosine, above_zero
 from diffusion_pl.objectives.simple_diffusion import Multiscale, PredictVelocity, SimpleDiffusion
 from diffusion_pl.objectives.simpler_diffusion import SigmoidBound, SimplerDiffusion
 from diffusion_pl.samplers.ancestral import ancestral
@@ -90,6 +92,41 @@ def test_the_speed_is_the_derivative_of_the_log_snr(moved):
     torch.testing.assert_close(schedule.speed(sigma.detach()), -slope)
 
 
+def test_the_sampler_leaves_out_the_end_and_its_steps_are_the_papers():
+    """lambda((i + 1) / N) -> lambda(i / N), and from lambda(1 / N) to the image."""
+    assert above_zero(4).tolist() == [1, 0.75, 0.5, 0.25]
+    sigmas = Sampler(ancestral, ShiftedCosine(256, 32), 512, spacing=above_zero).sigmas()
+    ends = ShiftedCosine(256, 32)(torch.tensor([1.0, 1 / 512, 0.0], dtype=torch.float64))
+    assert sigmas[[0, -2]].tolist() == ends[:2].tolist()
+    assert (len(sigmas), sigmas[-1]) == (513, 0)
+    with pytest.raises(ValueError, match=r"at least 1 step \(got 0\)"):
+        above_zero(0)
+
+
+def test_the_chain_ends_in_the_data_whatever_the_variance():
+    """Salimans & Ho's step in their own coordinates, against the frame's, on one Gaussian."""
+    data, schedule = Gaussian(0.0, 0.5), ShiftedCosine(64, 64)
+    sigmas = Sampler(ancestral, schedule, 64, spacing=above_zero).sigmas()
+    for share in (0.0, 0.3, 1.0):
+        # Everything is linear in the state, so its variance is known after every step.
+        spread = 1.0  # of z, where alpha^2 + sigma_z^2 = 1
+        for sigma, following in itertools.pairwise(sigmas[:-1].tolist()):
+            alpha, alpha_s = (1 / math.hypot(1, level) for level in (sigma, following))
+            r = (following / sigma) ** 2  # exp(lambda_t - lambda_s)
+            gain = 0.25 * alpha / (0.25 * alpha**2 + (sigma * alpha) ** 2)  # x_hat = gain z
+            small, large = (1 - r) * (following * alpha_s) ** 2, (1 - r) * (sigma * alpha) ** 2
+            noise = large**share * small ** (1 - share)
+            spread = (r * alpha_s / alpha + (1 - r) * alpha_s * gain) ** 2 * spread + noise
+        last = sigmas[-2].item()
+        known = math.sqrt(spread) * 0.25 / (0.25 + last**2) * math.hypot(1, last)
+        z = torch.randn(64, 1, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+        source = torch.Generator().manual_seed(1)
+        draw = partial(torch.randn, z.shape, generator=source, dtype=torch.float64)
+        start = z * math.hypot(1, sigmas[0].item())
+        end = ancestral(data.denoise, start, sigmas, lambda like, d=draw: d(), variance=share)
+        assert end.std().item() == pytest.approx(known, rel=0.01)
+
+
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match=r"must be positive \(got 0 and 64\)"):
         ShiftedCosine(0, 64)
@@ -166,7 +203,9 @@ def test_the_multiscale_loss_of_white_and_constant_errors_is_known():
     # An error that alternates leaves nothing at any lower scale.
     sign = (-1.0) ** torch.arange(128)
     assert Multiscale()(sign.expand(1, 1, 128, 128)).item() == pytest.approx(1 / 128)
-    assert Multiscale()(torch.ones(1, 3, 48, 48)).item() == pytest.approx(1 / 48)
+    for side in (48, 99):  # 24 would be below 32; 99 has no half
+        ones = torch.ones(1, 3, side, side)
+        assert Multiscale()(ones).item() == pytest.approx(1 / side)
 
 
 def test_the_sigmoid_weight_has_the_known_values_on_the_eps_error():

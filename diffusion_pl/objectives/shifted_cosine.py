@@ -25,6 +25,19 @@ import torch
 from torch import Tensor
 
 
+def above_zero(steps: int) -> Tensor:
+    """The quantiles that the paper's sampler visits, i / N for i = N .. 1, float64 (N,).
+
+    Its last step, from 1 / N, returns the denoised image; `schedules.uniform` visits 0 too.
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"a sampler needs at least 1 step (got {steps})")
+    return torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+
+
 @dataclass(frozen=True)
 class ShiftedCosine:
     """The cosine of `reference` pixels, shifted for images of `resolution`.
