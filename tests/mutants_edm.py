@@ -1,0 +1,92 @@
+"""Planted bugs in EDM's family; see mutants.py."""
+
+from __future__ import annotations
+
+from mutant import at
+
+MUTANTS = [
+    *at(
+        "networks/song_layers.py",
+        "parity_edm networks",
+        ("SKIP_SCALE = math.sqrt(0.5)", "SKIP_SCALE = 0.5"),
+        ("/ line.sum().square()", "/ line.sum()"),
+        ("F.conv2d(x, each, stride=2, padding=self.pad,", "F.conv2d(x, each, stride=2, padding=0,"),
+        ("4 * each", "2 * each"),
+        ("self.resample(hidden), self.resample(x)", "self.resample(hidden), self.resample(0 * x)"),
+        ("padding=len(taps) // 2", "padding=1"),
+        ("2 * math.pi * self.freqs", "math.pi * self.freqs"),
+        ("torch.randn(channels // 2) * scale", "torch.randn(channels // 2)"),
+    ),
+    *at(
+        "networks/song_unet.py",
+        "parity_edm networks",
+        ("auxiliary = width", "pass"),
+        ("x = auxiliary = (x +", "x = (x +"),
+        ("next(halvings)(auxiliary)) * SKIP_SCALE", "next(halvings)(auxiliary))"),
+        ("self.recompute and torch.is_grad_enabled()", "False"),
+        ("2 * channels if variance else channels", "channels"),
+        ("self.stem(auxiliary)", "self.stem(auxiliary.flip(-1))"),
+    ),
+    *at(
+        "networks/adm.py",
+        "parity_edm networks",
+        ("HEAD_CHANNELS = 64", "HEAD_CHANNELS = 32"),
+        ("self.norm1(hidden), 1 + scale", "self.norm1(hidden), scale"),
+        ("[:, :, None, None].chunk(2, dim=1)", "[:, :, None, None].chunk(2, dim=1)[::-1]"),
+        ("EPS = 1e-5", "EPS = 1e-2"),
+        ("endpoint=False", "endpoint=True"),
+        ("vector = vector.roll(vector.shape[1] // 2, dims=1)", "vector = vector + 0"),
+        ("vector + self.map_augment(augment)", "vector"),
+        ("self.recompute and torch.is_grad_enabled()", "False"),
+        ("if attention and heads", "if attention and not heads"),
+    ),
+    *at(
+        "objectives/vp.py",
+        "vp_ve_iddpm",
+        ("c_out=-sigma", "c_out=sigma"),
+        ("c_in=(1 + sigma.square()).rsqrt()", "c_in=torch.ones_like(sigma)"),
+        ("(self.M - 1) * self.path", "self.M * self.path"),
+        ("[self.epsilon_t, 1.0]", "[1e-3, 1.0]"),
+        ("schedule=Along(path, epsilon_t)", "schedule=Along(path, 1e-3)"),
+        ("reduce=pixel_sum", "reduce=lambda error: error.square().flatten(1).mean(1)"),
+    ),
+    *at(
+        "objectives/ve.py",
+        "vp_ve_iddpm",
+        ("c_out=sigma,", "c_out=-sigma,"),
+        ("torch.log(sigma / 2)", "torch.log(sigma)"),
+        ("return self.sigma_min, self.sigma_max", "return 0.0, self.sigma_max"),
+        ("schedule=LogUniform(sigma_min, sigma_max)", "schedule=LogUniform(0.01, 50)"),
+    ),
+    *at(
+        "objectives/edm_iddpm.py",
+        "vp_ve_iddpm",
+        ("(table[1:] + table[:-1]) / 2", "table[:-1]"),
+        ("c_out=-sigma", "c_out=sigma"),
+        ("max(sigma_min, low), min(sigma_max, high)", "sigma_min, sigma_max"),
+        ("return self.timesteps.sigmas(u.device)[index]", "return self.schedule(u)"),
+    ),
+    *at(
+        "interop/edm_layout.py",
+        "interop_edm parity_edm",
+        ("_up\"", "_down\""),
+        ("config[\"num_blocks\"] + 1", "config[\"num_blocks\"]"),
+        ("\"dec.{at[0]}_aux\"", "\"enc.{at[0]}_aux\""),
+    ),
+    *at(
+        "interop/edm.py",
+        "interop_edm",
+        ("elif key not in used:", "elif False:"),
+        ("if state[theirs].shape != own.shape:", "if False:"),
+        ("if key in FIXED and value != FIXED[key]:", "if False:"),
+        ("not torch.allclose(value.float(), taps)", "False"),
+    ),
+    *at(
+        "interop/pickles.py",
+        "interop_edm",
+        ('raise ValueError(f"it asks for', 'return super().find_class(module, name)  # ("'),
+        ("last >= len(flat)", "last > len(flat)"),
+        ("and name.isidentifier()", ""),
+        ("weights_only=True)", "weights_only=False)"),
+    ),
+]  # fmt: skip
