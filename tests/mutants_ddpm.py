@@ -77,7 +77,7 @@ MUTANTS = [
         ("127.5 * self.image_error", "255 * self.image_error"),
         ("denoise = clipped(denoise) if clip else denoise", "denoise = denoise"),
         ("error / sigmas[step].square()", "error / sigmas[step]"),
-        ("sigmas[step] * randn_like(image)", "sigmas[step] * randn_like(image).abs()"),
+        ("sigmas[step] * randn_like(image)", "sigmas[step].square() * randn_like(image)"),
     ),
     *at(
         "objectives/improved_ddpm.py",
@@ -92,7 +92,7 @@ MUTANTS = [
         ("weight = 1 / (T * self.probabilities()[t])", "weight = 1 / self.probabilities()[t]"),
         ("noise, **condition)\n        if self.training:", "noise, **condition)\n        if True:"),
         ("self.remember(t, loss.detach())", "self.remember(t, loss.detach() * weight)"),
-        ("(t + 0.5) / T", "t / T - 1e-9"),
+        ("(t + 0.5) / T", "t / T - 0.01"),
         ("slot = (self.seen[t] + earlier) % keep", "slot = self.seen[t] % keep"),
         ("loss * (later < keep)", "loss"),
         ("self.history[t, slot] = 0.0", "pass"),

@@ -28,12 +28,12 @@ def trained(folder, images, seed):
 
 
 def test_a_stopped_run_goes_on_with_what_the_objective_learned_and_remembers(tmp_path):
-    whole = trained(tmp_path / "whole", 48, seed=0)
+    whole = trained(tmp_path / "whole", 32, seed=0)
     trained(tmp_path / "stopped", 16, seed=0)
-    resumed = trained(tmp_path / "stopped", 48, seed=1)
+    resumed = trained(tmp_path / "stopped", 32, seed=1)
     same(whole, resumed)
     state = resumed["state_dict"]
-    assert state["objective.seen"].sum() == 48
+    assert state["objective.seen"].sum() == 32
     assert state["objective.objective.weight"].abs().min() > 0
     # The average is of the denoiser alone.
     assert not any(key.startswith("ema.objective") for key in state)
