@@ -80,7 +80,7 @@ MUTANTS = [
         ("if sizes[level] in attention else", "if sizes[level] not in attention else"),
         ("2 ** (halvings + level) for level", "2 ** level for level"),
         ("2 ** (halvings + len(channel_mult) - 1)", "2 ** (len(channel_mult) - 1)"),
-        ("width, width, embedding_channels, dropout, heads)", "width, width, embedding_channels, dropout)"),
+        ("embedding_channels, dropout, heads)", "embedding_channels, dropout)"),
         ("torch.cat([x, skips.pop()], dim=1)", "torch.cat([x, 0 * skips.pop()], dim=1)"),
         ("self.recompute and torch", "False and torch"),
         ("self.stem(self.position(x, position))", "self.stem(self.position(x, None))"),
