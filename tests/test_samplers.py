@@ -160,6 +160,24 @@ def test_no_eta_is_ddim():
     torch.testing.assert_close(noiseless, euler(Mixture().denoise, x, sigmas))
 
 
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_noisy_ddim_is_songs_step(eta):
+    """Song 2021, Eq. 12 and 16, in the variance-preserving state and Song's own symbols."""
+    sigmas = LinearBetas().sigmas()[[700, 400]]
+    now, after = alpha_bar_from_sigma(sigmas)
+    x_0, eps, z = torch.tensor([[0.3, -0.7], [1.2, 0.4], [0.9, -1.1]], dtype=F64)
+    c = eta * torch.sqrt((1 - after) / (1 - now)) * torch.sqrt(1 - now / after)
+    expected = after.sqrt() * x_0 + torch.sqrt(1 - after - c**2) * eps + c * z
+    step = ancestral(
+        lambda x, sigma: x_0.reshape(2, 1, 1, 1),
+        (x_0 + sigmas[0] * eps).reshape(2, 1, 1, 1),
+        sigmas,
+        lambda like: z.reshape(2, 1, 1, 1),
+        eta=eta,
+    )
+    torch.testing.assert_close(step.flatten() * after.sqrt(), expected, rtol=1e-9, atol=1e-9)
+
+
 # Std at the end of the whole chain on data N(0, 0.5^2): the specification sheet's recursion.
 @pytest.mark.parametrize(("variance", "std"), [("large", 0.5007515), ("small", 0.4961101)])
 def test_the_ddpm_chain_ends_with_the_known_spread(variance, std):
