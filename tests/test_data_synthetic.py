@@ -147,6 +147,18 @@ def test_fewer_grounds_change_the_ground_alone() -> None:
     assert source.open().name == "synthetic-8-linear-blobs"
 
 
+def test_fewer_shapes_are_labelled_by_their_place_in_the_list() -> None:
+    wanted = ["star", "disc"]
+    some = latents(3, 0, 400, shapes=wanted)
+    names = np.array(list(SHAPES))[some.label]
+    assert set(names) == set(wanted)
+    assert np.array_equal(some.radius, latents(3, 0, 400).radius)
+    images = Synthetic(400, 8, seed=3, shapes=wanted, batch_size=2).open()
+    assert (images.name, images.classes) == ("synthetic-8-star-disc", 2)
+    assert images.labels is not None
+    assert [wanted[label] for label in images.labels.tolist()] == names.tolist()
+
+
 def test_opening_gives_named_labelled_images() -> None:
     source = Synthetic(count=70, resolution=16, seed=1, batch_size=4)
     source.prepare()
@@ -219,6 +231,7 @@ def test_images_beyond_memory_are_read_again_on_demand(monkeypatch: pytest.Monke
         (Synthetic(seed=-1, batch_size=4), r"seed must be at least 0 \(got -1\)"),
         (Synthetic(grounds=["plain"], batch_size=4), r"grounds are of flat, linear.*'plain'"),
         (Synthetic(grounds=[], batch_size=4), r"grounds are of flat"),
+        (Synthetic(shapes=["disc", "disc"], batch_size=4), r"shapes are of disc.*each once"),
     ],
 )
 def test_a_setting_out_of_range_is_one_clear_line(source: Synthetic, complaint: str) -> None:

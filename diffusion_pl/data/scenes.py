@@ -62,7 +62,13 @@ class Latents:
         return Latents(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def latents(seed: int, first: int, count: int, grounds: Sequence[Ground] = GROUNDS) -> Latents:
+def latents(
+    seed: int,
+    first: int,
+    count: int,
+    grounds: Sequence[Ground] = GROUNDS,
+    shapes: Sequence[str] = tuple(SHAPES),
+) -> Latents:
     """Draw scenes `first` to `first + count - 1`; scene i depends on (seed, i) alone.
 
     Args:
@@ -71,6 +77,7 @@ def latents(seed: int, first: int, count: int, grounds: Sequence[Ground] = GROUN
         count: how many.
         grounds: the kinds of ground there may be, names of GROUNDS, each as likely; nothing else of
             a scene changes with them.
+        shapes: the same of the shapes, names of SHAPES.
     """
     # Philox counts: scene i owns eight steps of four numbers. Raw bits rather than a Generator's
     # floats, because numpy promises that only the bit generators never change.
@@ -103,7 +110,8 @@ def latents(seed: int, first: int, count: int, grounds: Sequence[Ground] = GROUN
     # Drawn in float64, kept in float32: a sine that differs in the last bit between maths libraries
     # almost never does after rounding.
     single = {name: value.astype(np.float32) for name, value in drawn.items()}
-    label = (u[:, 0] * len(SHAPES)).astype(np.int64)
+    labels = np.array([list(SHAPES).index(name) for name in shapes])
+    label = labels[(u[:, 0] * len(labels)).astype(np.int64)]
     kinds = np.array([GROUNDS.index(name) for name in grounds])
     ground = kinds[(u[:, 24] * len(kinds)).astype(np.int64)]
     return Latents(label=label, ground=ground, **single)

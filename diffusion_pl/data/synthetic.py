@@ -163,6 +163,8 @@ class Synthetic:
         seed: which scenes; use another seed for images to measure against.
         grounds: the kinds of ground there may be, of flat, linear, radial, stripes, checks, blobs;
             all when not given. Fewer are sooner learned.
+        shapes: the same of the shapes: disc, ring, crescent, heart, triangle, square, cross, star.
+            An image's label is its shape's place in this list.
         batch_size: images per optimizer step, over all devices.
         workers: loader workers per device.
         hflip: mirror images at random.
@@ -172,6 +174,7 @@ class Synthetic:
     resolution: int = 32
     seed: int = 0
     grounds: Sequence[Ground] = GROUNDS
+    shapes: Sequence[str] = tuple(SHAPES)
     _: KW_ONLY
     batch_size: int
     workers: int = 0
@@ -195,11 +198,15 @@ class Synthetic:
         ):
             if not least <= value < 2**63:
                 raise ValueError(f"synthetic data: {name} must be at least {least} (got {value})")
-        unknown = [name for name in self.grounds if name not in GROUNDS]
-        if unknown or not self.grounds:
-            raise ValueError(
-                f"synthetic data: grounds are of {', '.join(GROUNDS)} (got {list(self.grounds)})"
-            )
+        for key, chosen, known in (
+            ("grounds", self.grounds, GROUNDS),
+            ("shapes", self.shapes, tuple(SHAPES)),
+        ):
+            if not chosen or not set(chosen) <= set(known) or len(set(chosen)) < len(chosen):
+                raise ValueError(
+                    f"synthetic data: {key} are of {', '.join(known)}, each once "
+                    f"(got {list(chosen)})"
+                )
 
     def open(self) -> Images:
         """Draw the images, into memory where they fit, else on each reading.
@@ -208,12 +215,18 @@ class Synthetic:
             ValueError: a number out of range.
         """
         self.prepare()
-        scenes = latents(self.seed, 0, self.count, self.grounds)
-        every = set(self.grounds) == set(GROUNDS)
+        scenes = latents(self.seed, 0, self.count, self.grounds, self.shapes)
+        place = {list(SHAPES).index(name): label for label, name in enumerate(self.shapes)}
+        chosen = [
+            name
+            for names, known in ((self.shapes, SHAPES), (self.grounds, GROUNDS))
+            if set(names) != set(known)
+            for name in names
+        ]
         return load(
-            "-".join(["synthetic", str(self.resolution), *([] if every else self.grounds)]),
+            "-".join(["synthetic", str(self.resolution), *chosen]),
             _Rendered(scenes, self.resolution),
-            torch.from_numpy(scenes.label),
-            classes=len(SHAPES),
+            torch.tensor([place[shape] for shape in scenes.label.tolist()]),
+            classes=len(self.shapes),
             threads=max(1, self.workers),
         )
