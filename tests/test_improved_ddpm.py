@@ -249,5 +249,5 @@ def test_two_processes_remember_the_losses_of_both(tmp_path):
         for rank in range(2)
     ]
     for rank in ranks:
-        output, errors = rank.communicate(timeout=60)
+        output, errors = rank.communicate(timeout=300)
         assert output == "[1.0, 3.0, 2.0, 3.0] [1, 1, 1, 1]\n", errors
