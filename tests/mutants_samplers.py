@@ -26,6 +26,7 @@ MUTANTS = [
         ("/ (2 * alpha * between)", "/ (2 * between)"),
         ("/ (2 * alpha * between)", "/ (2 * alpha * sigma)"),
         ("sigma + alpha * (following - sigma)", "alpha * following"),
+        ("alpha=S_noise * math.sqrt", "alpha=math.sqrt"),
         ("nearest(raised) if nearest else raised", "raised"),
         ("torch.lerp(wide, x, between / sigma)", "torch.lerp(wide, x, following / sigma)"),
         ("x.add_(wide, alpha=-weight)", "x.add_(wide, alpha=weight)"),
