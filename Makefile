@@ -46,10 +46,10 @@ test: $(STAMP)  ## the tests: offline, minutes, warnings are errors
 test-slow: $(STAMP)  ## the tests that take minutes each
 	$(RUN_PYTHON) -m pytest -m slow
 
-mutants: $(STAMP)  ## plant one-line bugs; the tests must notice every one
-	$(RUN_PYTHON) tests/mutants.py
+mutants: $(STAMP)  ## plant one-line bugs; the tests must notice every one [ONLY="samplers/heun.py ..."]
+	OMP_NUM_THREADS=1 $(RUN_PYTHON) tests/mutants.py $(ONLY)
 
-bench: $(STAMP)  ## measurements beside the peers: BENCH=networks, loop, commands
+bench: $(STAMP)  ## measurements beside the peers: BENCH=networks, samplers, loop, commands
 	$(RUN_PYTHON) -m benchmarks.$(or $(BENCH),all)
 
 clean:  ## remove the environment and caches; runs and data stay

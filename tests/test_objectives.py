@@ -101,6 +101,14 @@ def test_unit_output_weights_the_network_error_by_one():
     )
 
 
+def test_edm_takes_the_std_of_the_data_everywhere():
+    sigma = torch.tensor([0.1, 0.7, 5.0], dtype=F64)
+    objective = EDM(sigma_data=0.7)
+    c = objective.preconditioning(sigma)
+    torch.testing.assert_close(objective.weight(sigma) * c.c_out**2, torch.ones(3, dtype=F64))
+    assert c.c_skip[1].item() == pytest.approx(0.5)
+
+
 def test_karras_keeps_the_network_at_unit_variance():
     sigma = torch.logspace(-3, 2, 20, dtype=F64)
     c = Karras(0.5)(sigma)
