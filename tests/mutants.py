@@ -134,6 +134,7 @@ MUTANTS = [
         ("exponent / (half - self.endpoint)", "exponent / half"),
         ("return (x + self.proj(attended)) * self.scale", "return x + self.proj(attended)"),
         ("* (label >= 0)", "* (label >= -1)"),
+        ("again = recompute and", "again = False and"),
     ),
     *at(
         "networks/position.py",

@@ -23,7 +23,6 @@ MUTANTS = [
         ("auxiliary = width", "pass"),
         ("x = auxiliary = (x +", "x = (x +"),
         ("next(halvings)(auxiliary)) * SKIP_SCALE", "next(halvings)(auxiliary))"),
-        ("self.recompute and torch.is_grad_enabled()", "False"),
         ("2 * channels if variance else channels", "channels"),
         ("self.stem(auxiliary)", "self.stem(auxiliary.flip(-1))"),
     ),
@@ -37,7 +36,6 @@ MUTANTS = [
         ("endpoint=False", "endpoint=True"),
         ("vector = vector.roll(vector.shape[1] // 2, dims=1)", "vector = vector + 0"),
         ("vector + self.map_augment(augment)", "vector"),
-        ("self.recompute and torch.is_grad_enabled()", "False"),
         ("if attention and heads", "if attention and not heads"),
     ),
     *at(

@@ -99,7 +99,6 @@ MUTANTS = [
         "ddpm_unet",
         ("told = 2 * channels if variance else channels", "told = channels"),
         ("self.stem(self.position(x, position))", "self.stem(self.position(x, None))"),
-        ("again = self.recompute and", "again = False and"),
     ),
     *at(
         "commands/train.py",

@@ -30,8 +30,8 @@ from diffusion_pl.networks.layers import (
     group_norm,
     halve,
     one_hot,
-    recomputed,
     refuse_resolution,
+    run,
 )
 from diffusion_pl.networks.position import PositionEncoding
 
@@ -245,18 +245,12 @@ class ADM(nn.Module):
         x = self.stem(self.position(x, position))
         skips = [x]
         for block in self.encoder:
-            x = self.run(block, x, embedding)
+            x = run(block, x, embedding, recompute=self.recompute)
             skips.append(x)
         for block in self.middle:
-            x = self.run(block, x, embedding)
+            x = run(block, x, embedding, recompute=self.recompute)
         for block in self.decoder:
             if block.resample is None:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = self.run(block, x, embedding)
+            x = run(block, x, embedding, recompute=self.recompute)
         return self.out_conv(F.silu(self.out_norm(x)))
-
-    def run(self, block: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
-        """Apply a block, without keeping what the backward pass can compute again if so set."""
-        again = self.recompute and torch.is_grad_enabled()
-        output: Tensor = recomputed(block, x, embedding) if again else block(x, embedding)
-        return output

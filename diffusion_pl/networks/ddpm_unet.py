@@ -16,8 +16,8 @@ from diffusion_pl.networks.layers import (
     double,
     float32_region,
     one_hot,
-    recomputed,
     refuse_resolution,
+    run,
     xavier,
 )
 from diffusion_pl.networks.position import PositionEncoding
@@ -227,18 +227,12 @@ class DDPMUNet(nn.Module):
         x = self.stem(self.position(x, position))
         skips = [x]
         for layer in self.encoder:
-            x = self.run(layer, x, embedding)
+            x = run(layer, x, embedding, recompute=self.recompute)
             skips.append(x)
         for layer in self.middle:
-            x = self.run(layer, x, embedding)
+            x = run(layer, x, embedding, recompute=self.recompute)
         for layer in self.decoder:
             if isinstance(layer, Block):
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = self.run(layer, x, embedding)
+            x = run(layer, x, embedding, recompute=self.recompute)
         return self.out_conv(F.silu(self.out_norm(x)))
-
-    def run(self, layer: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
-        """Apply a layer, without keeping what the backward pass can compute again if so set."""
-        again = self.recompute and torch.is_grad_enabled()
-        output: Tensor = recomputed(layer, x, embedding) if again else layer(x, embedding)
-        return output

@@ -33,10 +33,14 @@ def float32_region(device: torch.device) -> contextlib.AbstractContextManager[ob
     return torch.autocast(device.type, enabled=False)
 
 
-def recomputed(block: nn.Module, *inputs: Tensor) -> Tensor:
-    """Run a block without keeping its activations; the backward pass runs it again."""
-    result: Tensor = checkpoint(block, *inputs, use_reentrant=False)
-    return result
+def run(layer: nn.Module, x: Tensor, condition: Tensor, *, recompute: bool) -> Tensor:
+    """Apply a layer; with `recompute` its activations are not kept for the backward pass, which
+    then runs it again."""
+    again = recompute and torch.is_grad_enabled()
+    output: Tensor = (
+        checkpoint(layer, x, condition, use_reentrant=False) if again else layer(x, condition)
+    )
+    return output
 
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)

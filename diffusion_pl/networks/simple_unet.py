@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffusion_pl.networks.layers import double, halve, recomputed, refuse_resolution
+from diffusion_pl.networks.layers import double, halve, refuse_resolution, run
 from diffusion_pl.networks.position import PositionEncoding
 from diffusion_pl.networks.simple_layers import Condition, Head, Reduction, ResBlock, Stem
 
@@ -142,18 +142,13 @@ class SimpleUNet(nn.Module):
         for level, layers in enumerate(self.encoder):
             x = halve(x) if level else x
             for layer in layers.children():
-                x = self.run(layer, x, condition)
+                x = run(layer, x, condition, recompute=self.recompute)
                 skips.append(x)
         for layer in self.middle:
-            x = self.run(layer, x, condition)
+            x = run(layer, x, condition, recompute=self.recompute)
         for level, layers in enumerate(self.decoder):
             x = double(x) if level else x
             for layer in layers.children():
-                x = self.run(layer, torch.cat([x, skips.pop()], dim=1), condition)
+                x = torch.cat([x, skips.pop()], dim=1)
+                x = run(layer, x, condition, recompute=self.recompute)
         return self.head(x)
-
-    def run(self, layer: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
-        """Apply a layer, without keeping what the backward pass can compute again if so set."""
-        again = self.recompute and torch.is_grad_enabled()
-        output: Tensor = recomputed(layer, x, condition) if again else layer(x, condition)
-        return output

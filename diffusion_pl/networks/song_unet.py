@@ -27,8 +27,8 @@ from diffusion_pl.networks.layers import (
     float32_region,
     group_norm,
     one_hot,
-    recomputed,
     refuse_resolution,
+    run,
     xavier,
 )
 from diffusion_pl.networks.position import PositionEncoding
@@ -202,20 +202,14 @@ class SongUNet(nn.Module):
         x = self.stem(auxiliary)
         skips, halvings = [x], iter(self.auxiliary)
         for block in self.encoder:
-            x = self.run(block, x, embedding)
+            x = run(block, x, embedding, recompute=self.recompute)
             if self.auxiliary and block.resample is not None:
                 x = auxiliary = (x + next(halvings)(auxiliary)) * SKIP_SCALE
             skips.append(x)
         for block in self.middle:
-            x = self.run(block, x, embedding)
+            x = run(block, x, embedding, recompute=self.recompute)
         for block in self.decoder:
             if block.resample is None:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = self.run(block, x, embedding)
+            x = run(block, x, embedding, recompute=self.recompute)
         return self.out_conv(F.silu(self.out_norm(x)))
-
-    def run(self, block: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
-        """Apply a block, without keeping what the backward pass can compute again if so set."""
-        again = self.recompute and torch.is_grad_enabled()
-        output: Tensor = recomputed(block, x, embedding) if again else block(x, embedding)
-        return output

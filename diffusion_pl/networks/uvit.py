@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_pl.networks.layers import double, halve, recomputed, refuse_resolution, xavier
+from diffusion_pl.networks.layers import double, halve, refuse_resolution, run, xavier
 from diffusion_pl.networks.position import PositionEncoding
 from diffusion_pl.networks.simple_layers import ZERO, Condition, Head, Reduction, ResBlock, Stem
 
@@ -172,7 +172,7 @@ class UViT(nn.Module):
         skips = []
         for layers, down in zip(self.encoder, self.down, strict=True):
             for layer in layers.children():
-                x = self.run(layer, x, condition)
+                x = run(layer, x, condition, recompute=self.recompute)
                 skips.append(x)
             x = down(halve(x))
             skips.append(x)
@@ -183,7 +183,7 @@ class UViT(nn.Module):
             for layer in layers.children():
                 skip = skips.pop()
                 x = x if self.residual else torch.cat([x, skip], dim=1)
-                x = self.run(layer, x, condition)
+                x = run(layer, x, condition, recompute=self.recompute)
         return self.head(x)
 
     def transform(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -191,11 +191,5 @@ class UViT(nn.Module):
         shape = x.shape[2:]
         tokens = x.flatten(2).transpose(1, 2)
         for layer in self.middle:
-            tokens = self.run(layer, tokens, condition)
+            tokens = run(layer, tokens, condition, recompute=self.recompute)
         return tokens.transpose(1, 2).unflatten(2, shape)
-
-    def run(self, layer: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
-        """Apply a layer, without keeping what the backward pass can compute again if so set."""
-        again = self.recompute and torch.is_grad_enabled()
-        output: Tensor = recomputed(layer, x, condition) if again else layer(x, condition)
-        return output
