@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import types
@@ -110,6 +111,13 @@ def test_a_misfit_names_its_key_and_the_config_that_fits(change, message):
 def test_a_config_without_a_published_layout_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         edm.nodes(CONFIG | change)
+
+
+def test_a_filter_of_other_values_is_refused():
+    _, state = made(CONFIG)
+    key = next(key for key in state if key.endswith(".resample_filter"))
+    with pytest.raises(ValueError, match="is not the filter that the config says"):
+        edm.denoiser_from(CONFIG, state | {key: 2 * state[key]})
 
 
 def test_weights_of_others_are_refused():
@@ -241,7 +249,7 @@ class Calls:
     ("function", "arguments"),
     [
         (eval, ("1 / 0",)),
-        (__import__("os").system, ("exit 1",)),
+        (os.system, ("exit 1",)),
         (getattr, ("text", "upper")),
         (torch.load, ("weights.pt",)),
         (nn.Module.load_state_dict, (None, {})),
@@ -255,11 +263,13 @@ def test_a_pickle_that_calls_anything_else_is_refused_by_name(tmp_path, function
 
 
 def test_a_storage_that_hides_a_program_is_refused(tmp_path):
-    inner = pickle.dumps(Calls(eval, "1 / 0"))
+    witness = tmp_path / "it-ran"
+    inner = pickle.dumps(Calls(os.mkdir, str(witness)))
     path = tmp_path / "evil.pkl"
     path.write_bytes(pickle.dumps({"ema": Calls(torch.storage._load_from_bytes, inner)}))
     with pytest.raises(ValueError, match="not a pickle of a network"):
         edm.read(path)
+    assert not witness.exists()
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
