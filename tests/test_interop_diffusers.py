@@ -321,6 +321,12 @@ def test_keys_and_shapes_that_do_not_fit_are_named():
             diffusers.denoiser_from(SMALL, state)
 
 
+def test_an_absent_key_has_the_librarys_default():
+    left_out = {key: value for key, value in SMALL.items() if key != "norm_eps"}
+    with pytest.raises(ValueError, match=r"norm_eps: must be 1e-06 \(got 1e-05\)"):
+        diffusers.nodes(left_out)
+
+
 def test_another_layout_is_refused(tmp_path):
     torch.save({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 3, 3, 3)},
                tmp_path / "other.ckpt")  # fmt: skip
