@@ -277,8 +277,8 @@ def outcome(mutant: Mutant, copy: Path, output: Path) -> str:
         code = ended(child)
     finally:
         file.write_text(text)
-    # 1: tests ran and some failed. None: a loop without end.
-    if code in (1, None):
+    # 1: tests ran and some failed. None: a loop without end. Below 0: a crash.
+    if code is None or code == 1 or code < 0:
         return "noticed"
     return "survived" if code == 0 else f"broken: pytest ended with {code}"
 

@@ -49,6 +49,48 @@ def image(batch=2, side=16):
 LEVELS = torch.tensor([30.0, 800.0])
 
 
+@pytest.mark.parametrize("name", ["unet", "uvit", "uvit, residual"])
+@torch.no_grad()
+def test_skip_connections_carry_the_image_past_the_middle(name):
+    network = awake(NETWORKS[name]()).eval()
+    # The deepest layers tell nothing of the image any more.
+    network.middle[-1].register_forward_hook(lambda layer, inputs, output: 0 * output)
+    first = network(image(), LEVELS)
+    assert relative(network(image().flip(-1), LEVELS), first) > 1e-3
+
+
+@torch.no_grad()
+def test_a_scale_of_minus_one_silences_what_a_layer_makes_of_x():
+    block, transformer = awake(ResBlock(8, 8, 4, 0.0)), awake(Transformer(16, 2, 4, 0.0))
+    transformer.proj.weight.zero_()
+    for layer, shape in ((block, (2, 8, 4, 4)), (transformer, (2, 9, 16))):
+        layer.affine.weight.zero_()
+        scale, shift = layer.affine.bias.chunk(2)
+        shift.zero_()
+        for value, silent in ((-1.0, True), (0.5, False)):
+            scale.fill_(value)
+            added = []
+            for seed in (0, 1):
+                x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                added.append(layer(x, torch.ones(2, 4)) - x)
+            assert torch.allclose(*added, atol=1e-5) is silent
+
+
+def test_halvings_at_the_input_count_for_the_resolution():
+    network = partial(UNET, halvings=1)()
+    network.check_resolution(20, 20)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        network.check_resolution(18, 18)
+
+
+@torch.no_grad()
+def test_a_transformer_begins_as_the_identity():
+    x = torch.randn(2, 9, 16)
+    torch.testing.assert_close(
+        Transformer(16, 2, 8, 0.0)(x, torch.ones(2, 8)), x, rtol=0, atol=1e-3
+    )
+
+
 # Wavelets.
 
 

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     settings: Evaluation = config.build(opened.model.config, "evaluation")
     settings = dataclasses.replace(
         settings,
-        count=options.count or settings.count,
+        count=settings.count if options.count is None else options.count,
         batch_size=options.batch_size or settings.batch_size,
         seed=options.seed,
     )

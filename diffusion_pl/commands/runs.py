@@ -184,7 +184,10 @@ def _sampler(
 ) -> Sampler:
     """The run's own sampler, or the one that the command line names for the network's levels."""
     if options.sampler:
-        return named(options.sampler, objective.preconditioning.sigma_range, options.steps)
-    if options.steps:
+        levels = objective.preconditioning.sigma_range
+        sampler = named(options.sampler, levels, options.steps)
+        check_range(sampler, levels)
+        return sampler
+    if options.steps is not None:
         experiment.tree["sampler"]["steps"] = options.steps
     return parts.sampler_of(experiment, objective)

@@ -50,4 +50,4 @@ def named(name: str, sigma_range: tuple[float, float], steps: int | None = None)
     integrate, usual = NAMED[name]
     low, high = sigma_range
     schedule = Rho(sigma_min=max(0.002, low), sigma_max=min(80.0, high))
-    return Sampler(integrate, schedule, steps or usual)
+    return Sampler(integrate, schedule, usual if steps is None else steps)
