@@ -315,3 +315,21 @@ def test_random_frequencies_have_their_scale_and_stay_in_the_checkpoint():
     embedding.freqs.fill_(1.0)
     angles = embedding(torch.tensor([0.0, 0.25]))
     torch.testing.assert_close(angles[:, [0, -1]], torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+
+
+@torch.no_grad()
+def test_the_residual_encoder_hands_its_sum_down():
+    """The sum at one level is the block's input there and the auxiliary image of the next."""
+    network = awake(
+        SongUNet(
+            16, model_channels=8, channel_mult=(1, 1, 1), blocks=1, attention=(), dropout=0.0,
+            encoder="residual",
+        )
+    )  # fmt: skip
+    seen = {}
+    for name, layer in (("block", network.encoder[2]), ("auxiliary", network.auxiliary[1])):
+        layer.register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.update({name: inputs[0]})
+        )
+    network(torch.randn(1, 3, 16, 16), torch.zeros(1))
+    assert torch.equal(seen["block"], seen["auxiliary"])
