@@ -104,6 +104,6 @@ MUTANTS = [
         "samplers/named.py",
         "samplers",
         ("sigma_min=max(0.002, low)", "sigma_min=0.002"),
-        ("steps or usual", "usual"),
+        ("usual if steps is None else steps", "usual"),
     ),
 ]  # fmt: skip

@@ -35,6 +35,12 @@ class Timesteps:
         """The number of timesteps."""
         return len(self.betas)
 
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The first and the last timestep's level."""
+        sigmas = self.sigmas()
+        return float(sigmas[0]), float(sigmas[-1])
+
     def sigmas(self, device: torch.device | str = "cpu") -> Tensor:
         """The level of each timestep, 0 (diffused one step) first: increasing, float64 (T,)."""
         return sigma_from_alpha_bar(torch.cumprod(1 - self.betas.to(device), dim=0))

@@ -52,8 +52,7 @@ class PredictNoise:
     @property
     def sigma_range(self) -> tuple[float, float]:
         """The first and the last timestep's level."""
-        sigmas = self.timesteps.sigmas()
-        return float(sigmas[0]), float(sigmas[-1])
+        return self.timesteps.sigma_range
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         return Coefficients(
@@ -74,7 +73,7 @@ class PredictImage:
     @property
     def sigma_range(self) -> tuple[float, float]:
         """The first and the last timestep's level."""
-        return PredictNoise(self.timesteps).sigma_range
+        return self.timesteps.sigma_range
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         c = PredictNoise(self.timesteps, self.spread)(sigma)
@@ -91,7 +90,7 @@ class PredictVelocity:
     @property
     def sigma_range(self) -> tuple[float, float]:
         """The first and the last timestep's level."""
-        return PredictNoise(self.timesteps).sigma_range
+        return self.timesteps.sigma_range
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         c = PredictNoise(self.timesteps, self.spread)(sigma)

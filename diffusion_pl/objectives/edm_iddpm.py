@@ -42,8 +42,7 @@ class NoiseOnTable:
     @property
     def sigma_range(self) -> tuple[float, float]:
         """The first and the last timestep's level."""
-        sigmas = self.timesteps.sigmas()
-        return float(sigmas[0]), float(sigmas[-1])
+        return self.timesteps.sigma_range
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         return Coefficients(
