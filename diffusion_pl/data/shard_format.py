@@ -1,0 +1,249 @@
+"""What a prepared data set looks like on disk: names, index rows and `dataset.json`.
+
+    DEST/shards/000000.tar   up to `shard_images` consecutive originals in the source's order, fewer
+                             where broken ones were left out (then even none); a standard WebDataset
+    <key>.<R>.<ending>       the image at R pixels, for each resolution; the key is the original's
+                             place in the source, nine digits
+    <key>.cls                its label in decimal digits, only in a labelled set
+    <key>.json               {"name", "size": [width, height]} of the original
+    DEST/index.npy           an array of `index_dtype`, a row an image, in order
+    DEST/dataset.json        `Manifest`; written last, so a folder without it is unfinished
+
+Endings: png, webp (both without loss), jpg, and npy: raw uint8 (C, R, R) behind a header of 128
+bytes. Nothing in a tar depends on time, user or machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FORMAT = 1
+MANIFEST = "dataset.json"
+INDEX = "index.npy"
+SHARDS = "shards"
+PROGRESS = ".progress"
+
+# The ending of an image's name for each encoding.
+ENDINGS = {"png": "png", "webp": "webp", "raw": "npy", "jpeg": "jpg"}
+LARGEST_RESOLUTION = 8192
+
+_HEX = re.compile(r"[0-9a-f]{64}")
+_LARGEST_MANIFEST = 512 * 1024**2
+
+
+def key_of(original: int) -> str:
+    """The key of an original by its place in the source."""
+    return f"{original:09d}"
+
+
+def shard_name(number: int) -> str:
+    """A shard's path below the data set's folder."""
+    return f"{SHARDS}/{number:06d}.tar"
+
+
+def index_dtype(resolutions: Sequence[int]) -> np.dtype[np.void]:
+    """A row of the index: `label` is -1 when unlabelled; where each resolution's bytes lie.
+
+    `offset_R` counts bytes from the start of the shard to the first of the member's contents, of
+    which there are `length_R` with the check sum `crc_R` (zlib.crc32).
+    """
+    columns: list[tuple[str, str]] = [("shard", "<u4"), ("label", "<i4")]
+    for side in resolutions:
+        columns += [(f"offset_{side}", "<u8"), (f"length_{side}", "<u4"), (f"crc_{side}", "<u4")]
+    return np.dtype(columns)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar.
+
+    Args:
+        file: its path below the data set's folder, with forward slashes.
+        count: images in it, each at every resolution.
+        bytes: its size.
+        sha256: of the file, hex.
+    """
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `dataset.json` says.
+
+    Args:
+        name: names the set wherever a number measured on it is printed.
+        count: images.
+        classes: number of classes, 0 when unlabelled.
+        class_names: in order, or None where the source has none.
+        channels: colour channels.
+        resolutions: sides in pixels, descending.
+        encoding: png, webp, raw or jpeg.
+        filter: how images were reduced, a name of `reduce.FILTERS`; "drawn" where they were not.
+        fit: crop, pad or exact.
+        shard_images: originals a shard.
+        source: what the images were made from, as the user named it.
+        shards: in the order of the index.
+        fingerprints: of the decoded images by resolution, as of `Images`.
+        index_sha256: of index.npy, hex.
+        skipped: how many originals were left out, by reason.
+        versions: of what decoded, resized and encoded them.
+    """
+
+    name: str
+    count: int
+    classes: int
+    class_names: list[str] | None
+    channels: int
+    resolutions: list[int]
+    encoding: str
+    filter: str
+    fit: str
+    shard_images: int
+    source: dict[str, Any]
+    shards: list[Shard]
+    fingerprints: dict[int, str]
+    index_sha256: str
+    skipped: dict[str, int]
+    versions: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over everything but the versions: settings, contents, files."""
+        return _digest_of(self._content())
+
+    def _content(self) -> dict[str, Any]:
+        content = {"format": FORMAT} | asdict(self)
+        content["fingerprints"] = {str(side): text for side, text in self.fingerprints.items()}
+        return content
+
+    def write(self, folder: Path) -> None:
+        """Write `dataset.json`, whole or not at all."""
+        text = json.dumps(self._content() | {"fingerprint": self.fingerprint}, indent=1)
+        write_atomically(folder / MANIFEST, (text + "\n").encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and check `dataset.json`.
+
+        Raises:
+            ValueError: absent, unreadable, of another format, or not as it was written.
+        """
+        path = folder / MANIFEST
+        content = _read_json(path)
+        if content.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: format {content.get('format')!r}, this program reads {FORMAT}; prepare "
+                f"the data again"
+            )
+        stated = content.pop("fingerprint", None)
+        if stated != _digest_of(content):
+            raise ValueError(f"{path}: changed since it was written; prepare the data again")
+        del content["format"]
+        missing = {field.name for field in fields(cls)} ^ set(content)
+        if missing:
+            raise ValueError(f"{path}: keys {', '.join(sorted(missing))} missing or unknown")
+        try:
+            content["shards"] = [Shard(**shard) for shard in content["shards"]]
+            content["fingerprints"] = {int(k): v for k, v in content["fingerprints"].items()}
+            manifest = cls(**content)
+            problem = manifest._problem()
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}: not as `prepare` writes it ({error})") from error
+        if problem:
+            raise ValueError(f"{path}: {problem}; prepare the data again")
+        return manifest
+
+    def _problem(self) -> str | None:
+        """What contradicts itself or would lead outside the folder."""
+        sides = self.resolutions
+        if not sides or sides != sorted(set(sides), reverse=True):
+            return f"resolutions must descend (got {sides})"
+        if not all(type(side) is int and 0 < side <= LARGEST_RESOLUTION for side in sides):
+            return f"resolutions must be 1 to {LARGEST_RESOLUTION} pixels (got {sides})"
+        if self.encoding not in ENDINGS:
+            return f"unknown encoding {self.encoding!r}"
+        if self.count < 1 or self.count != sum(shard.count for shard in self.shards):
+            return f"{self.count} images in all, other numbers in the shards"
+        if set(self.fingerprints) != set(sides):
+            return "fingerprints of other resolutions"
+        digests = [self.index_sha256, *self.fingerprints.values(), *(s.sha256 for s in self.shards)]
+        if not all(_HEX.fullmatch(digest) for digest in digests):
+            return "a digest that is none"
+        for shard in self.shards:
+            parts = PurePosixPath(shard.file).parts
+            if parts[:1] != (SHARDS,) or len(parts) != 2 or ".." in parts or "\\" in shard.file:
+                return f"shard {shard.file!r} is not in {SHARDS}/"
+        return None
+
+
+def open_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
+    """The index, mapped from the disk and checked for shape; its digest is the caller's to check.
+
+    Raises:
+        ValueError: absent, damaged, or not the manifest's.
+    """
+    path = folder / INDEX
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); prepare the data again") from error
+    wanted = index_dtype(manifest.resolutions)
+    if index.dtype != wanted or index.shape != (manifest.count,):
+        raise ValueError(f"{path}: not the index of {folder / MANIFEST}; prepare the data again")
+    return index
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all, even if the machine stops."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder last."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in content.items() if key != "versions"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _LARGEST_MANIFEST:
+            raise ValueError(f"{path}: too large")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); where `prepare` was interrupted, run it "
+            f"again"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
