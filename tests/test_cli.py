@@ -170,7 +170,7 @@ def test_check_says_what_an_experiment_means(run):
     code, out, _ = run("check", "tiny", "data.batch_size=16", "trainer.device_batch_size=4")
     assert code == 0
     assert "SongUNet, " in out
-    assert "16 images = 1 nodes x 1 devices x 4 images x 4 accumulated; fp32 on cpu" in out
+    assert "16 images = 1 nodes x 1 devices x 16 images, each in 4 passes; fp32 on cpu" in out
     assert "32 images = 2 steps" in out
     assert "sampling 80 to 0.002 in 3 steps" in out
 

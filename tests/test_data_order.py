@@ -1,4 +1,4 @@
-"""The order of images: a pure function, exact over epochs, ranks, accumulation and workers."""
+"""The order of images: a pure function, exact over epochs, ranks, resolutions and workers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from diffusion_pl.data.loader import Loader, MicroBatches, Share
+from diffusion_pl.data.loader import Batches, Loader, Resolutions, Share
 from diffusion_pl.data.order import Order
 from diffusion_pl.data.source import Images
 
@@ -20,12 +20,12 @@ def numbered(count: int, labels: bool = True) -> Images:
     return Images("numbered", pixels, "f" * 64, label, 3 if labels else 0)
 
 
-def walk(count, batch_size, size, world_size, start=0, stop=12, workers=0, hflip=False, seed=5):
-    """Every micro-batch of the run as (step, rank, batch), in the order of the run."""
+def walk(count, batch_size, world_size=1, start=0, stop=12, workers=0, hflip=False, seed=5):
+    """Every device's batch of every step, in the order of the run."""
     ranks = []
     for rank in range(world_size):
-        share = Share(batch_size, size, rank, world_size)
-        batches = MicroBatches(numbered(count), Order(count, seed), share, hflip)
+        share = Share(batch_size, rank, world_size)
+        batches = Batches({2: numbered(count)}, Order(count, seed), share, hflip=hflip)
         ranks.append(list(Loader(batches, start, stop, workers)))
     return [batch for row in zip(*ranks, strict=True) for batch in row]
 
@@ -55,10 +55,9 @@ def test_any_piece_of_the_walk_is_the_same_as_in_the_whole():
         assert order(first, last).tolist() == whole[first:last]
 
 
-@pytest.mark.parametrize(("size", "world_size"), [(12, 1), (4, 1), (6, 2), (2, 3), (1, 4)])
-def test_a_global_batch_holds_the_same_images_however_it_is_cut(size, world_size):
-    micro_batches = 2 * 12 // (size * world_size)
-    batches = walk(40, 12, size, world_size, stop=micro_batches)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 12])
+def test_a_global_batch_holds_the_same_images_however_it_is_cut(world_size):
+    batches = walk(40, 12, world_size, stop=2)
     assert positions(batches) == list(range(24))
     images = torch.cat([batch["image"][:, 0, 0, 0] for batch in batches]).tolist()
     assert images == Order(40, 5)(0, 24).tolist()
@@ -67,8 +66,8 @@ def test_a_global_batch_holds_the_same_images_however_it_is_cut(size, world_size
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_goes_on_anywhere_with_any_number_of_workers(workers):
-    whole = walk(40, 8, 8, 1, stop=9, hflip=True)
-    rest = walk(40, 8, 8, 1, start=4, stop=9, workers=workers, hflip=True)
+    whole = walk(40, 8, stop=9, hflip=True)
+    rest = walk(40, 8, start=4, stop=9, workers=workers, hflip=True)
     assert len(rest) == 5
     for old, new in zip(whole[4:], rest, strict=True):
         assert all(torch.equal(old[key], new[key]) for key in ("image", "index", "label"))
@@ -76,7 +75,7 @@ def test_a_loader_goes_on_anywhere_with_any_number_of_workers(workers):
 
 def test_half_of_the_images_are_flipped_by_seed_and_position():
     def flips(seed):
-        batches = walk(200, 100, 100, 1, stop=100, hflip=True, seed=seed)
+        batches = walk(200, 100, stop=100, hflip=True, seed=seed)
         # Image 0 is blank, so a flip of it does not show.
         shown = [batch["image"][:, 0, 0] for batch in batches]
         return torch.cat([row[row.sum(1) > 0][:, 1] > 0 for row in shown])
@@ -90,27 +89,54 @@ def test_half_of_the_images_are_flipped_by_seed_and_position():
 
 
 def test_without_flips_images_stay_as_they_are():
-    batches = walk(40, 8, 8, 1, stop=5)
+    batches = walk(40, 8, stop=5)
     assert all((batch["image"][:, 0, :, 1] == 0).all() for batch in batches)
 
 
 def test_images_without_labels_give_batches_without():
-    batches = MicroBatches(numbered(8, labels=False), Order(8, 0), Share(4, 4), hflip=False)
+    batches = Batches({2: numbered(8, labels=False)}, Order(8, 0), Share(4))
     assert set(batches[0]) == {"image", "index"}
 
 
 def test_the_length_is_the_whole_run_s():
-    batches = MicroBatches(numbered(8), Order(8, 0), Share(4, 2), hflip=False)
+    batches = Batches({2: numbered(8)}, Order(8, 0), Share(4))
     assert len(Loader(batches, 3, 10)) == 10
     assert len(list(Loader(batches, 3, 10))) == 7
 
 
 def test_a_remainder_is_refused():
-    with pytest.raises(ValueError, match="cannot make a global batch of 10"):
-        Share(10, 4, 0, 1)
+    with pytest.raises(ValueError, match="global batch of 10 does not divide over 4 devices"):
+        Share(10, 0, 4)
 
 
 def test_pixels_reach_the_model_unchanged():
-    batches = MicroBatches(numbered(8), Order(8, 0), Share(8, 8), hflip=False)
+    batches = Batches({2: numbered(8)}, Order(8, 0), Share(8))
     assert batches[0]["image"].dtype == torch.uint8
     assert sorted(batches[0]["image"][:, 0, 0, 0].tolist()) == list(range(8))
+
+
+def test_a_step_has_one_resolution_on_all_devices_and_resolutions_their_shares():
+    chosen = [
+        Resolutions({16: 1, 32: 3, 64: 4}, seed)(step) for seed in (0, 1) for step in range(2000)
+    ]
+    # Of 4,000 draws a share of 1/2 strays by 0.008 (a standard deviation).
+    for resolution, share in ((16, 1 / 8), (32, 3 / 8), (64, 1 / 2)):
+        assert chosen.count(resolution) / 4000 == pytest.approx(share, abs=0.03)
+    assert chosen[:2000] != chosen[2000:]
+    images = {
+        side: Images("n", torch.zeros(8, 1, side, side, dtype=torch.uint8), "f", None, 0)
+        for side in (2, 4)
+    }
+    resolutions = Resolutions({2: 0.5, 4: 0.5}, 0)
+    ranks = [
+        Batches(images, Order(8, 0), Share(4, rank, 2), resolutions=resolutions) for rank in (0, 1)
+    ]
+    sides = [[batches[step]["image"].shape[3] for step in range(20)] for batches in ranks]
+    assert sides[0] == sides[1]
+    assert set(sides[0]) == {2, 4}
+
+
+@pytest.mark.parametrize("shares", [{}, {16: 0.0, 32: 1.0}, {16: -1.0}])
+def test_shares_are_positive(shares):
+    with pytest.raises(ValueError, match="must be positive numbers"):
+        Resolutions(shares, 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.diffusion.timesteps import LinearBetas
@@ -139,16 +140,69 @@ def test_a_stopped_run_goes_on_to_the_same_bits(go, stop):
     assert measurements(folder) == measurements(straight)
 
 
-def test_accumulation_takes_the_same_images_and_the_same_steps(go):
+@pytest.mark.parametrize("limit", [2, 3])
+def test_accumulation_takes_the_same_images_and_the_same_steps(go, limit):
     _, whole = go(experiment(network=network(dropout=0.0, classes=8)), "whole")
-    _, parts = go(
-        experiment(network=network(dropout=0.0, classes=8), settings={"device_batch_size": 2}),
-        "parts",
-    )
+    settings = {"device_batch_size": limit}
+    _, parts = go(experiment(network=network(dropout=0.0, classes=8), settings=settings), "parts")
     assert parts["global_step"] == whole["global_step"] == 6
     for key, value in whole["state_dict"].items():
         # Sums in another order: a few roundings of float32, magnified by Adam's normalisation.
         torch.testing.assert_close(parts["state_dict"][key], value, rtol=1e-3, atol=2e-4)
+
+
+def test_passes_of_unlike_sizes_add_up_to_the_mean_loss():
+    images = torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8)
+    batch = {"image": images, "index": torch.arange(7)}
+    # Dropout restarts with every pass, so it is left out.
+    whole, parts = (module(7, device_batch_size=limit) for limit in (None, 3))
+    for made in (whole, parts):
+        made.denoiser.eval()
+    losses = [loss.item() for loss in parts.losses(batch)]
+    assert len(losses) == 3
+    assert sum(losses) == pytest.approx(next(whole.losses(batch)).item(), rel=1e-5)
+
+
+def test_the_gradient_is_clipped_to_its_norm(go):
+    norms = []
+
+    class Steps(torch.optim.SGD):
+        def step(self, closure=None):
+            closure()  # Lightning's hooks before the step are in it
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+            return super().step()
+
+    for clip in (None, 0.01):
+        settings = {"clip": clip, "warmup": 0}
+        go(experiment(8, optimizer=partial(Steps, lr=1e-3), settings=settings), f"clip {clip}")
+    free, clipped = norms
+    assert free > 0.1
+    assert clipped == pytest.approx(0.01, rel=1e-3)
+
+
+def test_several_resolutions_train_one_network_and_resume_to_the_same_bits(go):
+    def made(images):
+        return experiment(
+            images,
+            data=Synthetic(
+                40, 16, batch_size=BATCH, hflip=True, shares={8: 1.0, 16: 1.0}, crop=Crop(12)
+            ),
+            network=network(classes=8, octaves=2),
+            settings={"device_batch_size": 3},
+        )
+
+    _, whole = go(made(48), "whole")
+    go(made(32), "part")
+    # A longer budget is another config only to the command; here it is the same run, gone on.
+    _, resumed = go(made(48), "part")
+    same(whole, resumed)
+
+
+def test_a_share_above_the_resolution_is_refused(go):
+    data = Synthetic(40, 16, batch_size=BATCH, shares={32: 1.0, 16: 1.0})
+    with pytest.raises(ValueError, match="data.shares: 32 is more than data.resolution, 16"):
+        go(experiment(data=data))
 
 
 def test_the_seed_decides_the_run(go):
@@ -226,7 +280,6 @@ def test_a_non_finite_loss_stops_the_run_before_the_weights(go, tmp_path):
         ({"network": network(classes=5)}, "set network.classes=8"),
         ({"network": network(channels=1)}, "network.channels is 1, synthetic-16 has 3"),
         ({"data": Synthetic(40, 15, batch_size=BATCH)}, "must be multiples of 2"),
-        ({"settings": {"device_batch_size": 3}}, "device_batch_size: 3 does not divide the 8"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_before_training(go, tmp_path, change, message):
@@ -259,9 +312,15 @@ def test_an_average_moves_by_its_decay_and_copies_buffers():
     assert not average.weight.requires_grad
 
 
-def module(**options):
+def module(batch_size, **settings):
     return DiffusionModule(
-        network(), EDM(), partial(torch.optim.Adam, lr=1e-3), averaging.EMA(10), **options
+        network(),
+        EDM(),
+        partial(torch.optim.Adam, lr=1e-3),
+        averaging.EMA(10),
+        Settings(images=1, checkpoint_every=1, **settings),
+        batch_size=batch_size,
+        resolution=16,
     )
 
 
@@ -301,12 +360,22 @@ def test_training_noise_is_standard_normal():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "limit", "world", "size"),
-    [(512, None, 8, 64), (512, 64, 1, 64), (512, 100, 8, 64), (8, 8, 1, 8), (512, 32, 8, 32)],
+    ("size", "limit", "fraction", "passes"),
+    [
+        (64, None, 1.0, 1),
+        (64, 64, 1.0, 1),
+        (64, 100, 1.0, 1),
+        (512, 64, 1.0, 8),
+        (8, 3, 1.0, 3),
+        # A quarter of the pixels: four times the images in the same memory.
+        (64, 4, 1 / 4, 4),
+        (64, 4, 1 / 16, 1),
+        (3, 1, 4.0, 3),
+    ],
 )
-def test_the_device_batch_follows_from_the_global_one(batch_size, limit, world, size):
+def test_passes_follow_from_the_pixels_that_fit(size, limit, fraction, passes):
     made = Settings(images=1, checkpoint_every=1, device_batch_size=limit)
-    assert made.share_size(batch_size, world) == size
+    assert made.passes(size, fraction) == passes
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_what_would():
@@ -425,10 +494,11 @@ def test_a_run_moves_the_average_towards_the_weights(go):
 
 
 def test_dropout_restarts_from_the_position_in_the_run():
-    made, image = module(batch_size=8), torch.zeros(4, 3, 16, 16)
+    made = module(batch_size=8)
+    image = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
 
     def mask(first):
-        made.draw(image, torch.arange(first, first + 4), {})
+        next(made.losses({"image": image, "index": torch.arange(first, first + 4)}))
         return torch.rand(8)
 
     assert torch.equal(mask(4), mask(4))

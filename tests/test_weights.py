@@ -16,6 +16,7 @@ from diffusion_pl.objectives.ddpm import DDPM
 from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.module import DiffusionModule
+from diffusion_pl.training.settings import Settings
 
 F64 = torch.float64
 SIGMA = torch.logspace(-2, 2, 41, dtype=F64)
@@ -100,12 +101,18 @@ def test_an_objective_with_weights_trains_and_is_kept():
     network = SongUNet(16, model_channels=8, channel_mult=(1, 2), blocks=1, attention=())
     objective = learned(DDPM(T=10, beta_T=0.5))
     module = DiffusionModule(
-        network, objective, lambda p: torch.optim.Adam(p, lr=1e-3), EMA(100), batch_size=4
+        network,
+        objective,
+        lambda p: torch.optim.Adam(p, lr=1e-3),
+        EMA(100),
+        Settings(images=4, checkpoint_every=4),
+        batch_size=4,
+        resolution=16,
     )
     optimizer = module.configure_optimizers()
     shape = (4, 3, 16, 16)
     batch = {"image": torch.zeros(shape, dtype=torch.uint8), "index": torch.arange(4)}
-    module.training_step(batch, 0).backward()
+    sum(module.losses(batch)).backward()
     optimizer.step()
     assert objective.weight.abs().max() > 0
     state = module.state_dict()

@@ -56,9 +56,8 @@ def _batch(experiment: Config) -> str:
         raise experiment.error("data.batch_size", str(error)) from error
     precision = resolve_precision(settings.precision, settings.device_type())
     return (
-        f"{batch_size:,} images = {settings.nodes} nodes x {devices} devices x {size} images "
-        f"x {batch_size // (size * world)} accumulated; "
-        f"{precision} on {settings.device_type()} here"
+        f"{batch_size:,} images = {settings.nodes} nodes x {devices} devices x {size} images, "
+        f"each in {settings.passes(size)} passes; {precision} on {settings.device_type()} here"
     )
 
 

@@ -3,7 +3,7 @@
 import gzip
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.download import fetch
 from diffusion_pl.data.pickled import read_pickle
-from diffusion_pl.data.source import Images, load
+from diffusion_pl.data.source import Images, load, reduced
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
@@ -46,6 +47,8 @@ class CIFAR10:
         batch_size: images per optimizer step, over all devices.
         workers: loader workers per device.
         hflip: mirror images at random.
+        shares: share of the steps at each resolution, of 32, 16, 8, ...; None: all at 32.
+        crop: what window of each image a step sees; None: the whole.
     """
 
     path: str = DEFAULT_PATH
@@ -54,6 +57,8 @@ class CIFAR10:
     batch_size: int
     workers: int = 0
     hflip: bool = False
+    shares: Mapping[int, float] | None = None
+    crop: Crop | None = None
 
     @property
     def resolution(self) -> int:
@@ -75,8 +80,11 @@ class CIFAR10:
             fetch(URL, Path(self.path) / _ARCHIVE, SHA256)
         self._found()
 
-    def open(self) -> Images:
+    def open(self, resolution: int | None = None) -> Images:
         """Read the split into memory, straight from the archive.
+
+        Args:
+            resolution: 32, or less: the means of blocks.
 
         Raises:
             ValueError: no archive, or one that is damaged or holds anything else.
@@ -97,7 +105,8 @@ class CIFAR10:
         name = f"cifar10-{self.split}"
         if len(images) < FULL[self.split]:
             name = f"{name}-subset{len(images)}"
-        return load(name, torch.from_numpy(images), torch.from_numpy(labels), classes=10)
+        whole = load(name, torch.from_numpy(images), torch.from_numpy(labels), classes=10)
+        return reduced(whole, resolution)
 
     def _found(self) -> Path:
         found = _find(Path(self.path))

@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.decode import Fit, read_square
-from diffusion_pl.data.source import Images, load
+from diffusion_pl.data.source import Images, load, reduced
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
@@ -150,6 +152,9 @@ class ImageFolder:
         batch_size: images per optimizer step, over all devices.
         workers: loader workers per device, and threads that decode while opening.
         hflip: mirror images at random.
+        shares: share of the steps at each resolution, whole fractions of `resolution`; None: all
+            at `resolution`.
+        crop: what window of each image a step sees; None: the whole.
     """
 
     path: str
@@ -160,6 +165,8 @@ class ImageFolder:
     batch_size: int
     workers: int = 0
     hflip: bool = False
+    shares: Mapping[int, float] | None = None
+    crop: Crop | None = None
 
     @property
     def channels(self) -> int:
@@ -174,8 +181,11 @@ class ImageFolder:
         """
         self._classes(self._names(self._files()))
 
-    def open(self) -> Images:
+    def open(self, resolution: int | None = None) -> Images:
         """Decode all images, into memory where they fit.
+
+        Args:
+            resolution: less than the source's own: the means of blocks of its pixels.
 
         Raises:
             ValueError: as `prepare`, or an image that is broken or refused, by name.
@@ -189,13 +199,14 @@ class ImageFolder:
             labels = torch.tensor([numbers[_top(name)] for name in names])
         path = Path(self.path)
         stem = path.stem if path.is_file() else path.resolve().name
-        return load(
+        whole = load(
             f"folder-{stem}-{self.resolution}",
             _Decoded(files, names, self.path, self.resolution, self.fit),
             labels,
             classes=len(classes),
             threads=max(1, self.workers),
         )
+        return reduced(whole, resolution, threads=max(1, self.workers))
 
     def _files(self) -> _Files:
         if self.resolution < 1:

@@ -1,106 +1,155 @@
-"""Batches for one device: its share of every global batch, from any position of the run on."""
+"""Batches for one device: its share of every global batch, from any step of the run on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diffusion_pl.data.crops import Crop
+from diffusion_pl.data.draws import uniforms
 from diffusion_pl.data.order import Order
 from diffusion_pl.data.source import Images
 
 
 @dataclass(frozen=True)
 class Share:
-    """How a global batch is cut: micro-batch by micro-batch over the ranks.
+    """One device's part of every global batch: a run of neighbours, as long as the others'.
 
     Args:
         batch_size: images of an optimizer step over all devices.
-        device_batch_size: images of one forward and backward pass on one device.
         rank: this device, 0 .. world_size - 1.
         world_size: number of devices.
 
     Raises:
-        ValueError: device_batch_size x world_size does not divide batch_size.
+        ValueError: world_size does not divide batch_size.
     """
 
     batch_size: int
-    device_batch_size: int
     rank: int = 0
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size % (self.device_batch_size * self.world_size):
+        if self.batch_size % self.world_size:
             raise ValueError(
-                f"{self.world_size} devices with {self.device_batch_size} images each cannot make "
-                f"a global batch of {self.batch_size} by accumulation"
+                f"a global batch of {self.batch_size} does not divide over "
+                f"{self.world_size} devices"
             )
 
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches an optimizer step."""
-        return self.batch_size // (self.device_batch_size * self.world_size)
-
-    def first(self, micro_batch: int) -> int:
-        """Position in the run of the first image of this rank's micro-batch, counted from 0."""
-        return (micro_batch * self.world_size + self.rank) * self.device_batch_size
+    def positions(self, step: int) -> range:
+        """Positions in the run of this device's images of a step, both counted from 0."""
+        size = self.batch_size // self.world_size
+        first = step * self.batch_size + self.rank * size
+        return range(first, first + size)
 
 
-class MicroBatches(Dataset):
-    """The run as a map from the number of a micro-batch to its images, for one rank.
+@dataclass(frozen=True)
+class Resolutions:
+    """Which resolution a step trains at: the same on every device, drawn from (seed, step).
 
     Args:
-        images: the data set.
-        order: which image stands where in the run.
-        share: this rank's cut.
-        hflip: flip half of the images left to right, by (seed, position).
+        shares: of the steps, by resolution; scaled to sum to 1.
+        seed: of the run.
+
+    Raises:
+        ValueError: no shares, or one that is not positive.
     """
 
-    def __init__(self, images: Images, order: Order, share: Share, hflip: bool) -> None:
+    shares: Mapping[int, float]
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.shares or min(self.shares.values()) <= 0:
+            raise ValueError(f"data.shares must be positive numbers (got {dict(self.shares)})")
+
+    def __call__(self, step: int) -> int:
+        """The resolution of a step, counted from 0."""
+        wanted = float(uniforms(self.seed, "resolution", torch.tensor([step])))
+        wanted *= sum(self.shares.values())
+        for resolution, share in self.shares.items():
+            wanted -= share
+            if wanted < 0:
+                return resolution
+        return resolution  # wanted was within a rounding of the sum
+
+
+class Batches(Dataset):
+    """The run as a map from a step to this device's images of it.
+
+    Args:
+        images: the data set at every resolution that `resolutions` may name.
+        order: which image stands where in the run.
+        share: this device's cut.
+        resolutions: which one a step takes; None: the only one of `images`.
+        hflip: mirror half of the images left to right, by (seed, position).
+        crop: cut windows with their positions in a frame as wide as the largest of `images`.
+    """
+
+    def __init__(
+        self,
+        images: Mapping[int, Images],
+        order: Order,
+        share: Share,
+        *,
+        resolutions: Resolutions | None = None,
+        hflip: bool = False,
+        crop: Crop | None = None,
+    ) -> None:
+        assert resolutions is not None or len(images) == 1
         self.images = images
         self.order = order
         self.share = share
+        self.resolutions = resolutions
         self.hflip = hflip
+        self.crop = crop
 
-    def __getitem__(self, micro_batch: int) -> dict[str, Tensor]:
-        first = self.share.first(micro_batch)
-        last = first + self.share.device_batch_size
-        indices = self.order(first, last)
-        image = self.images.read(indices)
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        """Args:
+            step: of the optimizer, counted from 0.
+
+        Returns:
+            "image" uint8 (B, C, R, R), "index" int64 (B,), the positions in the run; "label" int64
+            (B,) where the data has labels; "position" float32 (B, 2, R, R) where a crop was cut.
+        """
+        share = self.share.positions(step)
+        positions = torch.arange(share.start, share.stop)
+        indices = self.order(share.start, share.stop)
+        resolution = next(iter(self.images)) if self.resolutions is None else self.resolutions(step)
+        images = self.images[resolution]
+        image = images.read(indices)
         if self.hflip:
-            flipped = self._coins(first, last)
+            # Before the crop, so a window's position is that of the mirrored image.
+            flipped = uniforms(self.order.seed, "hflip", positions) < 0.5
             image = torch.where(flipped[:, None, None, None], image.flip(-1), image)
-        batch = {"image": image, "index": torch.arange(first, last)}
-        if self.images.labels is not None:
-            batch["label"] = self.images.labels[indices]
+        batch = {"image": image, "index": positions}
+        if self.crop is not None and self.crop.size < resolution:
+            batch["image"], batch["position"] = self.crop(
+                image, positions, seed=self.order.seed, frame=max(self.images)
+            )
+        if images.labels is not None:
+            batch["label"] = images.labels[indices]
         return batch
-
-    def _coins(self, first: int, last: int) -> Tensor:
-        """One fair coin a position: the low bit of a hash of (seed, position)."""
-        mixed = torch.arange(first, last) * 0x9E3779B97F4A7C1 + self.order.seed * 0x632BE59BD9B4E01
-        mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B
-        return (mixed ^ (mixed >> 32)) & 1 == 1
 
 
 class Loader:
-    """Iterates over a rank's micro-batches from a position of the run to its end.
+    """Iterates over a device's batches from a step of the run to its end.
 
-    Its length is the whole run's, whatever the start: Lightning, resuming, counts the micro-batches
-    that are done as fetched.
+    Its length is the whole run's, whatever the start: Lightning, resuming, counts the steps that
+    are done as fetched.
 
     Args:
         batches: the run.
-        start: first micro-batch.
-        stop: the micro-batch after the last.
+        start: first step.
+        stop: the step after the last.
         workers: processes that read ahead; 0 reads in this process, best for images in memory.
         pin: copy to page-locked memory, for transfers to a GPU.
     """
 
     def __init__(
-        self, batches: MicroBatches, start: int, stop: int, workers: int = 0, pin: bool = False
+        self, batches: Batches, start: int, stop: int, workers: int = 0, pin: bool = False
     ) -> None:
         self.batches = batches
         self.start = start
@@ -113,7 +162,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self.workers == 0 and not self.pin:
-            return (self.batches[number] for number in range(self.start, self.stop))
+            return (self.batches[step] for step in range(self.start, self.stop))
         return iter(
             DataLoader(
                 self.batches,

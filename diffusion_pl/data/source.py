@@ -1,16 +1,18 @@
 """What every kind of data looks like: a source to prepare and open, and the images it opens."""
 
-import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from diffusion_pl.data.crops import Crop
+from diffusion_pl.data.fingerprint import fingerprint, image_digests
 
 # Decoded images up to this many bytes are held in memory, more are read again on demand.
 MEMORY_LIMIT = 2 * 1024**3
@@ -39,8 +41,8 @@ class Images:
     Args:
         name: names the set wherever a number measured on it is printed.
         store: the images, uint8 (N, C, R, R).
-        fingerprint: sha256 (hex) of shape, pixels in order and labels; equal content has an equal
-            fingerprint, whatever files it came from.
+        fingerprint: sha256 (hex) of shape, pixels in order and labels, as `fingerprint` defines it;
+            equal content has an equal one, whatever files it came from.
         labels: int64 (N,) in [0, classes), or None when unlabelled.
         classes: number of classes, 0 when unlabelled.
     """
@@ -87,7 +89,7 @@ class Source(Protocol):
 
     @property
     def resolution(self) -> int:
-        """Side of the images in pixels."""
+        """Side of the images in pixels; of the largest where there are several."""
 
     @property
     def channels(self) -> int:
@@ -105,6 +107,14 @@ class Source(Protocol):
     def hflip(self) -> bool:
         """Whether the loader mirrors each image left to right with probability one half."""
 
+    @property
+    def shares(self) -> Mapping[int, float] | None:
+        """Share of the steps that each resolution gets; None: all at `resolution`."""
+
+    @property
+    def crop(self) -> Crop | None:
+        """What window of each image a step sees; None: the whole."""
+
     def prepare(self) -> None:
         """Make the data readable on this node: download or check; a second call changes nothing.
 
@@ -112,8 +122,11 @@ class Source(Protocol):
             ValueError: the data is absent or unfit, in one line.
         """
 
-    def open(self) -> Images:
-        """Read the images and check every one of them.
+    def open(self, resolution: int | None = None) -> Images:
+        """The images, checked; the same ones in the same order at any resolution.
+
+        Args:
+            resolution: side in pixels, up to the source's own, which None means.
 
         Raises:
             ValueError: the data is absent, damaged or unfit, in one line.
@@ -145,14 +158,14 @@ def load(
     """
     count, channels, height, width = store.shape
     assert height == width and count > 0, store.shape
-    digest = hashlib.sha256(f"uint8 {count} {channels} {height} {width}\n".encode())
+    digests = bytearray()
     in_memory = isinstance(store, Tensor) or count * channels * height * width <= MEMORY_LIMIT
     kept: Store = store
     if in_memory and not isinstance(store, Tensor):
         kept = torch.empty((count, channels, height, width), dtype=torch.uint8)
     reported = time.monotonic()
     for first, piece in _pieces(store, threads=threads):
-        digest.update(piece.contiguous().numpy().data)
+        digests += image_digests(piece.numpy())
         if kept is not store:
             assert isinstance(kept, Tensor)
             kept[first : first + len(piece)] = piece
@@ -161,8 +174,55 @@ def load(
         if leads and time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
             reported = time.monotonic()
             print(f"{name}: {first + len(piece):,} of {count:,} images read", file=sys.stderr)
-    digest.update(b"unlabelled" if labels is None else labels.numpy().astype("<i8").data)
-    return Images(name, kept, digest.hexdigest(), labels, classes)
+    identity = fingerprint(bytes(digests), store.shape, None if labels is None else labels.numpy())
+    return Images(name, kept, identity, labels, classes)
+
+
+@dataclass(frozen=True)
+class _Reduced:
+    """Another store's images with every block of pixels replaced by its mean."""
+
+    store: Store
+    resolution: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.store.shape[:2], self.resolution, self.resolution)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        images = self.store[indices]
+        block = images.shape[3] // self.resolution
+        blocks = images.unflatten(3, (-1, block)).unflatten(2, (-1, block))
+        total = blocks.sum(dim=(3, 5), dtype=torch.int32)
+        # To the nearest level, ties to the even one: rounded up they would brighten halved noise by
+        # an eighth of a level.
+        mean = total // block**2
+        twice = 2 * (total - mean * block**2)
+        up = (twice > block**2) | ((twice == block**2) & (mean % 2 == 1))
+        return (mean + up).to(torch.uint8)
+
+
+def reduced(images: Images, resolution: int | None, *, threads: int = 1) -> Images:
+    """The same images smaller, by exact means over blocks of pixels.
+
+    Args:
+        images: at their own resolution.
+        resolution: side of the result; None leaves the images as they are.
+        threads: as for `load`.
+
+    Raises:
+        ValueError: a resolution that does not divide the images' own.
+    """
+    whole = images.resolution
+    if resolution is None or resolution == whole:
+        return images
+    if resolution < 1 or whole % resolution:
+        raise ValueError(
+            f"{images.name}: {whole} px are reduced to a whole fraction (got {resolution})"
+        )
+    name = f"{images.name.removesuffix(f'-{whole}')}-{resolution}"
+    store = _Reduced(images.store, resolution)
+    return load(name, store, images.labels, classes=images.classes, threads=threads)
 
 
 def _pieces(store: Store, *, threads: int) -> Iterator[tuple[int, Tensor]]:

@@ -5,13 +5,14 @@ that can be drawn at any resolution: 256 px averaged over 8x8 blocks is 32 px to
 levels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.scenes import GROUNDS, Ground, Latents, latents
 from diffusion_pl.data.shapes import SHAPES, Array
 from diffusion_pl.data.source import Images, load
@@ -168,6 +169,8 @@ class Synthetic:
         batch_size: images per optimizer step, over all devices.
         workers: loader workers per device.
         hflip: mirror images at random.
+        shares: share of the steps at each resolution; None: all at `resolution`.
+        crop: what window of each image a step sees; None: the whole.
     """
 
     count: int = 10_000
@@ -179,6 +182,8 @@ class Synthetic:
     batch_size: int
     workers: int = 0
     hflip: bool = False
+    shares: Mapping[int, float] | None = None
+    crop: Crop | None = None
 
     @property
     def channels(self) -> int:
@@ -208,13 +213,17 @@ class Synthetic:
                     f"(got {list(chosen)})"
                 )
 
-    def open(self) -> Images:
+    def open(self, resolution: int | None = None) -> Images:
         """Draw the images, into memory where they fit, else on each reading.
+
+        Args:
+            resolution: side in pixels, the source's own when not given.
 
         Raises:
             ValueError: a number out of range.
         """
         self.prepare()
+        resolution = resolution or self.resolution
         scenes = latents(self.seed, 0, self.count, self.grounds, self.shapes)
         place = {list(SHAPES).index(name): label for label, name in enumerate(self.shapes)}
         chosen = [
@@ -224,8 +233,8 @@ class Synthetic:
             for name in names
         ]
         return load(
-            "-".join(["synthetic", str(self.resolution), *chosen]),
-            _Rendered(scenes, self.resolution),
+            "-".join(["synthetic", str(resolution), *chosen]),
+            _Rendered(scenes, resolution),
             torch.tensor([place[shape] for shape in scenes.label.tolist()]),
             classes=len(self.shapes),
             threads=max(1, self.workers),

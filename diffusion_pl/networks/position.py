@@ -11,25 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-
-def coordinates(height: int, width: int, frame: int, device: torch.device | None = None) -> Tensor:
-    """The coordinates of a whole image, resized from the full frame by averaging.
-
-    Args:
-        height: of the image, pixels.
-        width: of the image, pixels.
-        frame: D, side of the full-resolution grid, at least 2.
-
-    Returns:
-        float32 (2, height, width): the row's coordinate, then the column's, in [0, 1].
-    """
-
-    def axis(size: int) -> Tensor:
-        # The mean of the full grid's k over the D / size of them that one pixel covers.
-        pixel = torch.arange(size, dtype=torch.float64, device=device)
-        return (((pixel + 0.5) * frame / size - 0.5) / (frame - 1)).to(torch.float32)
-
-    return torch.stack(torch.meshgrid(axis(height), axis(width), indexing="ij"))
+from diffusion_pl.positions import coordinates
 
 
 class PositionEncoding(nn.Module):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, cast
 
 import lightning
 import torch
@@ -14,6 +15,7 @@ from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.diffusion.random import ImageNoise, generator, own_generator, seed_of
 from diffusion_pl.images import from_bytes
 from diffusion_pl.training import ema as averaging
+from diffusion_pl.training.settings import Settings
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -37,15 +39,18 @@ class DiffusionModule(lightning.LightningModule):
     `denoiser` is trained, `ema` is its average; both are registered, so a checkpoint holds both
     under their own names and neither is ever swapped for the other. Progress is counted in images.
 
+    A batch is a device's share of one optimizer step, whatever its resolution; `training_step`
+    itself cuts it into passes, accumulates and steps, so a run only ever stands between two steps.
+
     Args:
         network: the raw network F.
         objective: what it is trained to do.
         optimizer: makes the optimizer from the parameters.
         ema: how the average forgets.
+        settings: warm-up, gradient clipping, label dropout, images of a pass.
         batch_size: images of an optimizer step over all devices.
+        resolution: side of a full-resolution image, pixels.
         classes: labels that the network takes, 0 for an unconditional one, which sees none.
-        warmup: images over which the learning rate rises linearly from 0.
-        label_dropout: probability with which a label is replaced by -1, none.
         augment: changes the images and labels the change for the network, or None.
         seed: of everything random in training.
     """
@@ -56,31 +61,31 @@ class DiffusionModule(lightning.LightningModule):
         objective: TrainingObjective,
         optimizer: MakeOptimizer,
         ema: averaging.EMA,
+        settings: Settings,
         *,
         batch_size: int,
+        resolution: int,
         classes: int = 0,
-        warmup: int = 0,
-        label_dropout: float = 0.0,
         augment: Augment | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= label_dropout <= 1:
-            raise ValueError(f"label_dropout must be in [0, 1] (got {label_dropout})")
+        # Lightning accumulates a fixed number of batches; ours depends on the resolution.
+        self.automatic_optimization = False
         self.objective = objective
         self.denoiser: Denoiser = objective.denoiser(network)
         self.ema: Denoiser = averaging.averaged_copy(self.denoiser)
         self.ema_profile = ema
         self.update_ema: averaging.Updates | None = None  # made once the weights are on the device
         self.make_optimizer = optimizer
+        self.settings = settings
         self.batch_size = batch_size
+        self.resolution = resolution
         self.classes = classes
-        self.warmup = warmup
-        self.label_dropout = label_dropout
         self.augment = augment
         self.seed = seed
-        # Sum of the loss over the micro-batches since the last reading, and how many they were; on
-        # the device, so that no step waits for it.
+        # Sum of the loss over the steps since the last reading, and how many they were; on the
+        # device, so that no step waits for it.
         self.loss_sum: Tensor | None = None
         self.loss_count = 0
 
@@ -108,13 +113,47 @@ class DiffusionModule(lightning.LightningModule):
             group.setdefault("base_lr", group["lr"])
         return optimizer
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """The mean loss over one micro-batch.
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """One optimizer step: accumulate the gradient, clip it, move weights and average.
+
+        Args:
+            batch: this device's share of the step; see `losses`.
+            batch_idx: steps done.
+
+        Raises:
+            NonFiniteLoss: names the step and the noise levels.
+        """
+        optimizer = cast(torch.optim.Optimizer, self.optimizers())
+        optimizer.zero_grad()
+        passes = self.passes(batch["image"])
+        total: Tensor | None = None
+        for number, loss in enumerate(self.losses(batch)):
+            # Devices exchange the gradient once, with the last pass.
+            with self.unsynchronised() if number < passes - 1 else contextlib.nullcontext():
+                self.manual_backward(loss)
+            total = loss.detach() if total is None else total + loss.detach()
+        images = self.images_seen
+        self.set_rate(optimizer, images)
+        optimizer.step()
+        if self.update_ema is None:
+            self.update_ema = averaging.Updates(self.ema, self.denoiser)
+        self.update_ema(self.ema_profile.decay(images, self.batch_size))
+        assert total is not None
+        self.loss_sum = total if self.loss_sum is None else self.loss_sum + total
+        self.loss_count += 1
+
+    def passes(self, image: Tensor) -> int:
+        """Forward passes that a share of a step takes, images (B, C, H, W)."""
+        fraction = image.shape[2] * image.shape[3] / self.resolution**2
+        return self.settings.passes(len(image), fraction)
+
+    def losses(self, batch: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """The loss of each pass, as its part of the mean over the share: they add up to it.
 
         Args:
             batch: "image" uint8 (B, C, H, W), "index" int64 (B,) on the host: position of
-                each image in the run; "label" int64 (B,) where the data has classes.
-            batch_idx: micro-batches done on this device.
+                each image in the run; "label" int64 (B,) where the data has classes, and further
+                conditions.
 
         Raises:
             NonFiniteLoss: names the step and the noise levels.
@@ -123,17 +162,32 @@ class DiffusionModule(lightning.LightningModule):
         condition = {key: value for key, value in batch.items() if key not in hidden}
         image = from_bytes(batch["image"])
         image, u, noise, condition = self.draw(image, batch["index"], condition)
-        loss = self.objective.loss(self.denoiser, image, u, noise, **condition).mean()
-        self.refuse_non_finite(loss.detach(), u)
-        detached = loss.detach()
-        self.loss_sum = detached if self.loss_sum is None else self.loss_sum + detached
-        self.loss_count += 1
-        return loss
+        positions, passes = batch["index"].tolist(), self.passes(image)
+        for number in range(passes):
+            part = slice(len(image) * number // passes, len(image) * (number + 1) // passes)
+            # Dropout inside the network draws from the device's own generator; it restarts with
+            # every pass. (torch.manual_seed would seed every device there could be: milliseconds.)
+            dropout = seed_of(self.seed, "dropout", positions[part.start])
+            own_generator(image.device).manual_seed(dropout)
+            conditions = {key: value[part] for key, value in condition.items()}
+            loss = self.objective.loss(
+                self.denoiser, image[part], u[part], noise[part], **conditions
+            )
+            loss = loss.sum() / len(image)
+            self.refuse_non_finite(loss.detach(), u[part])
+            yield loss
+
+    def unsynchronised(self) -> contextlib.AbstractContextManager[None]:
+        """Within it a backward pass adds to this device's gradient alone."""
+        model = self.trainer.strategy.model
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            return model.no_sync()
+        return contextlib.nullcontext()
 
     def draw(
         self, image: Tensor, index: Tensor, condition: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Everything random of a micro-batch, counted from (seed, index).
+        """Everything random of a share of a step, counted from (seed, index).
 
         Returns:
             image: augmented if so set.
@@ -152,15 +206,12 @@ class DiffusionModule(lightning.LightningModule):
         u = (strata[mine] + uniform[mine, 0]) / self.batch_size
         uniform = uniform[mine].to(image.device, non_blocking=True)
         condition = dict(condition)
-        if self.label_dropout and "label" in condition:
-            dropped = uniform[:, 1] < self.label_dropout
+        if self.settings.label_dropout and "label" in condition:
+            dropped = uniform[:, 1] < self.settings.label_dropout
             condition["label"] = condition["label"].masked_fill(dropped, -1)
         if self.augment is not None:
             image, condition["augment"] = self.augment(image, uniform[:, 2:])
         noise = ImageNoise(self.seed, positions, "training", image.device)(image)
-        # Dropout inside the network draws from the device's own generator; it restarts per
-        # micro-batch. (torch.manual_seed would seed every device there could be: milliseconds.)
-        own_generator(image.device).manual_seed(seed_of(self.seed, "dropout", positions[0]))
         return image, u.to(image.device, non_blocking=True), noise, condition
 
     def refuse_non_finite(self, loss: Tensor, u: Tensor) -> None:
@@ -172,24 +223,22 @@ class DiffusionModule(lightning.LightningModule):
                 f"images; noise levels of the batch: {levels}"
             )
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None
-    ) -> None:
-        """Step at the warmed-up rate, then move the average.
+    def set_rate(self, optimizer: torch.optim.Optimizer, images: int) -> None:
+        """Warm the learning rate up, linearly from 0 in the images seen before the step.
 
-        The rate counts the images seen before the step, so the first step has rate 0 (Karras 2022,
-        released code).
+        So the first step has rate 0 (Karras 2022, released code).
         """
-        images = self.images_seen
-        if images <= self.warmup + self.batch_size:  # beyond it the rate stays as it is
-            rise = min(images / self.warmup, 1.0) if self.warmup else 1.0
+        warmup = self.settings.warmup
+        if images <= warmup + self.batch_size:  # beyond it the rate stays as it is
+            rise = min(images / warmup, 1.0) if warmup else 1.0
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * rise
-        super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        decay = self.ema_profile.decay(images, self.batch_size)
-        if self.update_ema is None:
-            self.update_ema = averaging.Updates(self.ema, self.denoiser)
-        self.update_ema(decay)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradient; fp16 has been scaled back by now."""
+        if self.settings.clip is not None:
+            trained = (p for group in optimizer.param_groups for p in group["params"])
+            nn.utils.clip_grad_norm_(trained, self.settings.clip)
 
     def read_loss(self) -> float | None:
         """Mean loss since the last reading on this device, None when there was no step."""

@@ -97,8 +97,7 @@ def fit(experiment: Experiment, run: Path, references: Path) -> dict[str, Any]:
     with quiet_lightning():
         precision = resolve_precision(settings.precision, settings.device_type())
         trainer = make_trainer(experiment, run, precision)
-        size = settings.share_size(source.batch_size, trainer.world_size)
-        trainer.accumulate_grad_batches = source.batch_size // (size * trainer.world_size)
+        settings.share_size(source.batch_size, trainer.world_size)  # or one line, before any work
         module = make_module(experiment)
         history = History(run / "metrics.jsonl")
         progress = Progress(trainer.max_steps * source.batch_size)
@@ -139,7 +138,6 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
         precision=LIGHTNING_PRECISION[precision],  # type: ignore[arg-type]
         max_steps=settings.steps(experiment.data.batch_size),
         max_epochs=-1,
-        gradient_clip_val=settings.clip,
         limit_val_batches=0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -164,10 +162,10 @@ def make_module(experiment: Experiment) -> DiffusionModule:
         experiment.objective,
         experiment.optimizer,
         experiment.ema,
+        settings,
         batch_size=experiment.data.batch_size,
+        resolution=experiment.data.resolution,
         classes=network.classes,
-        warmup=settings.warmup,
-        label_dropout=settings.label_dropout,
         augment=experiment.augment,
         seed=experiment.seed,
     )

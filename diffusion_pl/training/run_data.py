@@ -8,7 +8,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from diffusion_pl.data.loader import Loader, MicroBatches, Share
+from diffusion_pl.data.loader import Batches, Loader, Resolutions, Share
 from diffusion_pl.data.order import Order
 from diffusion_pl.data.source import Images, Source
 from diffusion_pl.training.settings import Settings
@@ -39,22 +39,28 @@ class RunData(lightning.LightningDataModule):
         self.settings = settings
         self.network = cast(Network, network)
         self.seed = seed
-        self.images: Images | None = None
+        self.images: dict[int, Images] = {}
 
     def prepare_data(self) -> None:
         """Download or check the data, once a machine."""
         self.source.prepare()
 
     def setup(self, stage: str) -> None:
-        """Open the data in this process.
+        """Open the data in this process, at every resolution of the run.
 
         Raises:
             ValueError: a resolution, channels or classes that the network was not built for.
         """
-        if self.images is None:
-            self.images = self.source.open()
-        images, network = self.images, self.network
-        network.check_resolution(images.resolution, images.resolution)
+        source, network = self.source, self.network
+        for resolution in {source.resolution, *(source.shares or ())} - set(self.images):
+            if resolution > source.resolution:
+                raise ValueError(
+                    f"data.shares: {resolution} is more than data.resolution, {source.resolution}"
+                )
+            self.images[resolution] = source.open(resolution)
+            seen = resolution if source.crop is None else min(resolution, source.crop.size)
+            network.check_resolution(seen, seen)
+        images = self.opened()
         if network.channels != images.channels:
             raise ValueError(
                 f"network.channels is {network.channels}, {images.name} has {images.channels}"
@@ -66,32 +72,34 @@ class RunData(lightning.LightningDataModule):
             )
 
     def opened(self) -> Images:
-        """The images, once `setup` has opened them."""
-        assert self.images is not None
-        return self.images
+        """The images at full resolution, once `setup` has opened them."""
+        return self.images[self.source.resolution]
 
     def train_dataloader(self) -> Loader:
-        """The micro-batches of this rank that are still to come."""
-        trainer, images = self.trainer, self.opened()
+        """This device's share of the steps that are still to come."""
+        trainer, source, images = self.trainer, self.source, self.opened()
         assert trainer is not None
-        batch_size = self.source.batch_size
-        size = self.settings.share_size(batch_size, trainer.world_size)
-        share = Share(batch_size, size, trainer.global_rank, trainer.world_size)
-        batches = MicroBatches(
-            images, Order(len(images), self.seed), share, hflip=self.source.hflip
+        shares = source.shares
+        batches = Batches(
+            self.images,
+            Order(len(images), self.seed),
+            Share(source.batch_size, trainer.global_rank, trainer.world_size),
+            resolutions=Resolutions(shares or {source.resolution: 1.0}, self.seed),
+            hflip=source.hflip,
+            crop=source.crop,
         )
         return Loader(
             batches,
-            start=trainer.global_step * share.accumulation,
-            stop=self.settings.steps(batch_size) * share.accumulation,
-            workers=self.source.workers,
+            start=trainer.global_step,
+            stop=self.settings.steps(source.batch_size),
+            workers=source.workers,
             pin=self.settings.device_type() == "cuda",
         )
 
     def transfer_batch_to_device(
         self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
     ) -> dict[str, Tensor]:
-        """Move images as uint8, and labels; positions stay on the host, where they seed."""
+        """Move images as uint8 and conditions; the index stays on the host, where it seeds."""
         return {
             key: value if key == "index" else value.to(device, non_blocking=True)
             for key, value in batch.items()

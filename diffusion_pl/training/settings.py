@@ -31,7 +31,8 @@ class Settings:
         devices: a node, or "auto" for all that are there.
         nodes: machines.
         accelerator: as Lightning names them: "auto", "cpu", "gpu".
-        device_batch_size: largest batch of one forward pass; more is accumulated. None: no limit.
+        device_batch_size: largest batch of one forward pass at full resolution, and the pixels of
+            so many at any other; more is accumulated. None: no limit.
         compile: run the network through torch.compile; pays on GPUs.
         loggers: of "tensorboard" and "wandb", beside metrics.jsonl, which is always written.
     """
@@ -55,6 +56,10 @@ class Settings:
         for key in ("images", "checkpoint_every", "log_every", "keep", "nodes"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1 (got {getattr(self, key)})")
+        if self.device_batch_size is not None and self.device_batch_size < 1:
+            raise ValueError(f"device_batch_size must be at least 1 (got {self.device_batch_size})")
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"label_dropout must be in [0, 1] (got {self.label_dropout})")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip must be positive or null (got {self.clip})")
 
@@ -63,9 +68,7 @@ class Settings:
         return math.ceil(self.images / batch_size)
 
     def share_size(self, batch_size: int, world_size: int) -> int:
-        """Images of one micro-batch on one device.
-
-        The largest that fits `device_batch_size` and divides the global batch without a remainder.
+        """Images of a step on one device.
 
         Raises:
             ValueError: the global batch does not divide over the devices.
@@ -77,18 +80,18 @@ class Settings:
                 f"use {batch_size // world_size * world_size or world_size} "
                 f"or {(batch_size // world_size + 1) * world_size}"
             )
-        whole = batch_size // world_size
-        limit = self.device_batch_size or whole
-        if limit < 1:
-            raise ValueError(f"trainer.device_batch_size must be at least 1 (got {limit})")
-        accumulation = math.ceil(whole / limit)
-        if whole % accumulation or whole % limit not in (0, whole):
-            divisors = [size for size in range(1, limit + 1) if whole % size == 0]
-            raise ValueError(
-                f"trainer.device_batch_size: {limit} does not divide the {whole} images that each "
-                f"of {world_size} devices takes of data.batch_size {batch_size}; use {divisors[-1]}"
-            )
-        return whole // accumulation
+        return batch_size // world_size
+
+    def passes(self, size: int, fraction: float = 1.0) -> int:
+        """Forward passes that a device's images of a step take, as even as they can be.
+
+        Args:
+            size: images of the step on this device.
+            fraction: pixels of one of them as a share of a full-resolution image's; a pass holds
+                so many more images, and the same memory.
+        """
+        limit = size if self.device_batch_size is None else int(self.device_batch_size / fraction)
+        return math.ceil(size / max(1, limit))
 
     def device_type(self) -> str:
         """Where the run computes, "cpu" or "cuda", by `accelerator`."""
