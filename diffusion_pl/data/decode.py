@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from diffusion_pl.data.reduce import Resize, lanczos
+
 Fit = Literal["crop", "pad", "exact"]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -94,15 +96,18 @@ def to_rgb(image: Image.Image, *, where: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit_square(image: Image.Image, resolution: int, fit: Fit, *, where: str) -> Image.Image:
+def fit_square(
+    image: Image.Image, resolution: int, fit: Fit, *, where: str, resize: Resize = lanczos
+) -> Image.Image:
     """Make an RGB image square: proportions are kept, nothing is stretched.
 
     Args:
         image: any size.
         resolution: side of the result in pixels.
-        fit: `crop` takes the central square, `pad` centres the whole image on white, both resized
-            by Lanczos; `exact` requires the size as it is.
+        fit: `crop` takes the central square, `pad` centres the whole image on white, both resized;
+            `exact` requires the size as it is.
         where: names the file in a complaint.
+        resize: to (width, height), one of `reduce.FILTERS`.
 
     Returns:
         The image, `resolution` x `resolution`.
@@ -127,10 +132,10 @@ def fit_square(image: Image.Image, resolution: int, fit: Fit, *, where: str) -> 
     if fit == "crop":
         left, top = (width - side) // 2, (height - side) // 2
         image = image.crop((left, top, left + side, top + side))
-        return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+        return resize(image, (resolution, resolution))
     # The shorter side of a very long image may round to nothing.
     size = [max(1, round(length * resolution / side)) for length in (width, height)]
-    image = image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    image = resize(image, (size[0], size[1]))
     square = Image.new("RGB", (resolution, resolution), (255, 255, 255))
     square.paste(image, ((resolution - size[0]) // 2, (resolution - size[1]) // 2))
     return square

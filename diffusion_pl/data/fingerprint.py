@@ -13,16 +13,22 @@ import numpy as np
 import numpy.typing as npt
 
 
-def image_digest(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """Digest of one image, by its bytes alone.
+def image_digests(images: npt.NDArray[np.uint8]) -> bytes:
+    """Digests of images, each by its own bytes alone.
 
     Args:
-        pixels: uint8 (C, H, W).
+        images: uint8 (n, C, H, W).
 
     Returns:
-        32 bytes.
+        32 bytes an image, one after the other.
     """
-    return hashlib.sha256(np.ascontiguousarray(pixels).data).digest()
+    # Slices of one view cost less than an array an image.
+    bytes_of = np.ascontiguousarray(images).reshape(-1).data
+    length = images[0].size
+    return b"".join(
+        hashlib.sha256(bytes_of[first : first + length]).digest()
+        for first in range(0, images.size, length)
+    )
 
 
 def fingerprint(

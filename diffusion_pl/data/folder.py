@@ -26,7 +26,7 @@ FOREIGN = frozenset(
 LARGEST_FILE = 256 * 1024**2
 
 
-class _Files(Protocol):
+class Files(Protocol):
     """Named files of a folder or an archive."""
 
     def names(self) -> list[str]:
@@ -113,10 +113,27 @@ def _top(name: str) -> str:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """What a folder or an archive holds.
+
+    Args:
+        files: to read from.
+        names: of the images, in order.
+        labels: class of each image, None without labels.
+        classes: names of the classes in order, empty without labels.
+    """
+
+    files: Files
+    names: list[str]
+    labels: list[int] | None
+    classes: list[str]
+
+
+@dataclass(frozen=True)
 class _Decoded:
     """Image files as a store: an image is decoded when it is read."""
 
-    files: _Files
+    files: Files
     names: list[str]
     where: str
     resolution: int
@@ -179,7 +196,20 @@ class ImageFolder:
         Raises:
             ValueError: nothing at `path`, no images, or folders that are no classes.
         """
-        self._classes(self._names(self._files()))
+        self.listing()
+
+    def listing(self) -> Listing:
+        """The images by name and class; nothing is decoded.
+
+        Raises:
+            ValueError: as `prepare`.
+        """
+        files = self._files()
+        names = self._names(files)
+        classes = self._classes(names)
+        numbers = {name: number for number, name in enumerate(classes)}
+        labels = [numbers[_top(name)] for name in names] if classes else None
+        return Listing(files, names, labels, classes)
 
     def open(self, resolution: int | None = None) -> Images:
         """Decode all images, into memory where they fit.
@@ -190,25 +220,19 @@ class ImageFolder:
         Raises:
             ValueError: as `prepare`, or an image that is broken or refused, by name.
         """
-        files = self._files()
-        names = self._names(files)
-        classes = self._classes(names)
-        labels = None
-        if classes:
-            numbers = {name: number for number, name in enumerate(classes)}
-            labels = torch.tensor([numbers[_top(name)] for name in names])
+        listing = self.listing()
         path = Path(self.path)
         stem = path.stem if path.is_file() else path.resolve().name
         whole = load(
             f"folder-{stem}-{self.resolution}",
-            _Decoded(files, names, self.path, self.resolution, self.fit),
-            labels,
-            classes=len(classes),
+            _Decoded(listing.files, listing.names, self.path, self.resolution, self.fit),
+            None if listing.labels is None else torch.tensor(listing.labels),
+            classes=len(listing.classes),
             threads=max(1, self.workers),
         )
         return reduced(whole, resolution, threads=max(1, self.workers))
 
-    def _files(self) -> _Files:
+    def _files(self) -> Files:
         if self.resolution < 1:
             raise ValueError(f"{self.path}: resolution must be positive (got {self.resolution})")
         if self.fit not in ("crop", "pad", "exact"):
@@ -220,7 +244,7 @@ class ImageFolder:
             return _Zip(path)
         raise ValueError(f"{self.path}: no such folder or zip file")
 
-    def _names(self, files: _Files) -> list[str]:
+    def _names(self, files: Files) -> list[str]:
         names = []
         for name in sorted(files.names()):
             parts = PurePosixPath(name).parts
