@@ -83,7 +83,7 @@ class Batches(Dataset):
         images: the data set at every resolution that `resolutions` may name.
         order: which image stands where in the run.
         share: this device's cut.
-        resolutions: which one a step takes; None: the only one of `images`.
+        resolutions: which one a step takes; None: always the largest of `images`.
         hflip: mirror half of the images left to right, by (seed, position).
         crop: cut windows with their positions in a frame as wide as the largest of `images`.
     """
@@ -98,7 +98,6 @@ class Batches(Dataset):
         hflip: bool = False,
         crop: Crop | None = None,
     ) -> None:
-        assert resolutions is not None or len(images) == 1
         self.images = images
         self.order = order
         self.share = share
@@ -117,7 +116,8 @@ class Batches(Dataset):
         share = self.share.positions(step)
         positions = torch.arange(share.start, share.stop)
         indices = self.order(share.start, share.stop)
-        resolution = next(iter(self.images)) if self.resolutions is None else self.resolutions(step)
+        frame = max(self.images)
+        resolution = frame if self.resolutions is None else self.resolutions(step)
         images = self.images[resolution]
         image = images.read(indices)
         if self.hflip:
@@ -127,7 +127,7 @@ class Batches(Dataset):
         batch = {"image": image, "index": positions}
         if self.crop is not None and self.crop.size < resolution:
             batch["image"], batch["position"] = self.crop(
-                image, positions, seed=self.order.seed, frame=max(self.images)
+                image, positions, seed=self.order.seed, frame=frame
             )
         if images.labels is not None:
             batch["label"] = images.labels[indices]

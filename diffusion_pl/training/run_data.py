@@ -84,7 +84,7 @@ class RunData(lightning.LightningDataModule):
             self.images,
             Order(len(images), self.seed),
             Share(source.batch_size, trainer.global_rank, trainer.world_size),
-            resolutions=Resolutions(shares or {source.resolution: 1.0}, self.seed),
+            resolutions=Resolutions(shares, self.seed) if shares else None,
             hflip=source.hflip,
             crop=source.crop,
         )
