@@ -2,7 +2,7 @@
 
 | name | what is done | used by |
 |---|---|---|
-| lanczos | windowed sinc of 3 lobes over the wider of the two pixels, 8 bits | EDM, arXiv:2206.00364 |
+| lanczos | windowed sinc of 3 lobes over the wider pixel, 8 bits | EDM, arXiv:2206.00364 |
 | box-bicubic | halved by means while twice too large, then bicubic | ADM, arXiv:2105.05233 |
 | area | the mean over the area that a new pixel covers, exact at any ratio | |
 

@@ -1,0 +1,111 @@
+"""Originals of the sources that experiments can also use as they are: own images, CIFAR-10, shapes.
+
+Order, labels and pixels are those of `folder`, `cifar10` and `synthetic`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from diffusion_pl.data.cifar10 import CIFAR10
+from diffusion_pl.data.folder import Files, ImageFolder
+from diffusion_pl.data.originals import Original, Originals, Pixels, digest_of
+from diffusion_pl.data.scenes import GROUNDS, Latents, latents
+from diffusion_pl.data.shapes import SHAPES
+from diffusion_pl.data.synthetic import Synthetic, render
+
+CIFAR10_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _FileReader:
+    files: Files
+    names: list[str]
+
+    def read(self, index: int) -> Original:
+        name = self.names[index]
+        return Original(name, self.files.read(name))
+
+
+def open_folder(path: str, name: str, labels: bool | None) -> Originals:
+    """A folder or a zip file of images; unlabelled unless classes are asked for.
+
+    Raises:
+        ValueError: as `ImageFolder`.
+    """
+    listing = ImageFolder(path, 1, labels=bool(labels), batch_size=1).listing()
+    return Originals(
+        name=name,
+        reader=_FileReader(listing.files, listing.names),
+        count=len(listing.names),
+        listing=digest_of(listing.names),
+        labels=None if listing.labels is None else np.array(listing.labels, dtype=np.int32),
+        classes=len(listing.classes),
+        class_names=listing.classes or None,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _ArrayReader:
+    pixels: Pixels  # (N, 3, H, W)
+
+    def read(self, index: int) -> Original:
+        return Original(str(index), self.pixels[index])
+
+
+def open_cifar10(path: str, split: Literal["train", "test"]) -> Originals:
+    """CIFAR-10 in its own order.
+
+    Raises:
+        ValueError: as `CIFAR10`.
+    """
+    images = CIFAR10(path, split, batch_size=1).open()
+    assert images.labels is not None
+    return Originals(
+        name=images.name,
+        reader=_ArrayReader(images.read(torch.arange(len(images))).numpy()),
+        count=len(images),
+        listing=images.fingerprint,
+        labels=images.labels.numpy().astype(np.int32),
+        classes=images.classes,
+        class_names=list(CIFAR10_CLASSES),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _SceneReader:
+    scenes: Latents
+    resolutions: tuple[int, ...]
+
+    def read(self, index: int) -> Original:
+        scene = self.scenes[index : index + 1]
+        drawn = {side: render(scene, side)[0] for side in self.resolutions}
+        return Original(str(index), drawn)
+
+
+def open_synthetic(count: int | None, seed: int | None, resolutions: Sequence[int]) -> Originals:
+    """The synthetic set, drawn at each resolution rather than reduced.
+
+    Raises:
+        ValueError: no count, or a number out of range.
+    """
+    if count is None:
+        raise ValueError("synthetic: says not how many images; add --count 10000")
+    Synthetic(count, min(resolutions), seed or 0, batch_size=1).prepare()
+    scenes = latents(seed or 0, 0, count, GROUNDS)
+    return Originals(
+        name="synthetic",
+        reader=_SceneReader(scenes, tuple(resolutions)),
+        count=count,
+        listing=digest_of(["synthetic", seed or 0, count]),
+        labels=scenes.label.astype(np.int32),
+        classes=len(SHAPES),
+        class_names=list(SHAPES),
+    )

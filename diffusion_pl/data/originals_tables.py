@@ -1,0 +1,260 @@
+"""Originals in tables: an LSUN lmdb, or parquet files in the layout of Hugging Face.
+
+lmdb and pyarrow come with `pip install 'diffusion_pl[prepare]'`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diffusion_pl.data.folder import LARGEST_FILE
+from diffusion_pl.data.originals import Asked, Original, Originals, checked_labels, digest_of
+
+
+def _absent(package: str, path: Path) -> str:
+    return f"{path}: reading it takes {package}; pip install 'diffusion_pl[prepare]'"
+
+
+@dataclass
+class _LmdbReader:
+    path: Path
+    keys: list[bytes]
+    # Environment and the process that opened it: lmdb forbids to take one through a fork.
+    _opened: tuple[int, Any] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": self.path, "keys": self.keys, "_opened": None}
+
+    def read(self, index: int) -> Original:
+        key = self.keys[index]
+        name = key.decode("ascii", "backslashreplace")
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), _lmdb(self.path))
+        with self._opened[1].begin(buffers=False) as transaction:
+            data = transaction.get(key)
+        if data is None or len(data) > LARGEST_FILE:
+            raise ValueError(f"{self.path}: {name} is gone or too large for an image")
+        return Original(name, data)
+
+
+def _lmdb(path: Path) -> Any:
+    """Open a database for reading.
+
+    Raises:
+        ValueError: lmdb is not installed, or the file is no database or is cut off.
+    """
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ValueError(_absent("lmdb", path)) from error
+    try:
+        # Without a lock nothing is written beside the data, which may be read-only.
+        database = lmdb.open(
+            str(path), subdir=False, readonly=True, lock=False, create=False, readahead=False
+        )
+    except lmdb.Error as error:
+        raise ValueError(f"{path}: not a readable lmdb ({error})") from error
+    # The file is mapped into memory: reading where it has been cut off would kill the process.
+    size = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+    if path.stat().st_size < size:
+        raise ValueError(f"{path}: ends too soon, {size:,} bytes are expected; fetch it again")
+    return database
+
+
+def open_lmdb(path: Path, name: str) -> Originals:
+    """An LSUN category: image files by key, in the order of the keys, without labels.
+
+    Args:
+        path: data.mdb.
+        name: of the set.
+
+    Raises:
+        ValueError: as above, or no images.
+    """
+    import lmdb
+
+    with _lmdb(path) as database, database.begin() as transaction:
+        try:
+            keys = list(transaction.cursor().iternext(keys=True, values=False))
+        except lmdb.Error as error:
+            raise ValueError(f"{path}: damaged ({error}); fetch it again") from error
+    name = name.removesuffix("_lmdb").removesuffix("-data")
+    return Originals(name, _LmdbReader(path, keys), len(keys), digest_of(keys))
+
+
+@dataclass
+class _ParquetReader:
+    """Reads a row group at a time and keeps it for the rows that follow."""
+
+    paths: list[Path]
+    # First row of each row group over all files, and one past the last; its file and number there.
+    starts: npt.NDArray[np.int64]
+    groups: list[tuple[int, int]]
+    # First row of each file.
+    firsts: list[int]
+    column: str
+    _kept: tuple[int, list[Any]] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_kept": None}
+
+    def read(self, index: int) -> Original:
+        group = int(np.searchsorted(self.starts, index, side="right")) - 1
+        file, number = self.groups[group]
+        row = index - int(self.starts[group])
+        if self._kept is None or self._kept[0] != group:
+            # Without threads of its own, whose locks a fork might have taken along.
+            table = _parquet(
+                self.paths[file],
+                lambda opened: opened.read_row_group(
+                    number, columns=[self.column], use_threads=False
+                ),
+            )
+            self._kept = (group, table.column(0).to_pylist())
+        value = self._kept[1][row]
+        name = f"{self.paths[file].name}:{index - self.firsts[file]}"
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if isinstance(value, dict) and value.get("path"):
+            name = f"{name}:{value['path']}"
+        if not isinstance(data, bytes):
+            raise ValueError(f"{self.paths[file]}: {name} is a path or nothing; embed the images")
+        return Original(name, data)
+
+
+def _parquet(path: Path, use: Any) -> Any:
+    """What `use` makes of an opened file.
+
+    Raises:
+        ValueError: pyarrow is not installed, or the file is damaged.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(_absent("pyarrow", path)) from error
+    try:
+        with parquet.ParquetFile(path) as opened:
+            return use(opened)
+    except (pyarrow.ArrowException, OSError) as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"{path}: damaged or not a parquet file ({line})") from error
+
+
+def open_parquet(files: Sequence[Path], name: str, asked: Asked) -> Originals:
+    """Tables whose rows hold an image file's bytes, alone or as {bytes, path}, and maybe a label.
+
+    Args:
+        files: in order; rows in the order of the files.
+        name: of the set.
+        asked: with the columns of the images, where there are several, and of the labels, `label`
+            when not given and there; whole numbers or words.
+
+    Raises:
+        ValueError: as above, columns that are not there or differ, files of several splits.
+    """
+    splits = sorted({file.name.split("-")[0] for file in files if "-" in file.name})
+    if len(splits) > 1:
+        raise ValueError(
+            f"{files[0].parent}: holds several splits ({', '.join(splits)}); name one by a "
+            f"pattern, such as '{files[0].parent}/{splits[-1]}-*.parquet'"
+        )
+    schemas = [_parquet(file, lambda opened: opened.schema_arrow) for file in files]
+    column = asked.image or _image_column(schemas[0], files[0])
+    label = asked.label or ("label" if "label" in schemas[0].names else None)
+    label = None if asked.labels is False else label
+    for file, schema in zip(files, schemas, strict=True):
+        for wanted in (column, *([label] if label else [])):
+            if wanted not in schema.names:
+                raise ValueError(f"{file}: no column {wanted!r} ({', '.join(schema.names)})")
+    groups: list[tuple[int, int]] = []
+    firsts: list[int] = []
+    counts: list[int] = []
+    for number, file in enumerate(files):
+        rows = _parquet(file, _group_rows)
+        firsts.append(sum(counts))
+        groups += [(number, group) for group in range(len(rows))]
+        counts += rows
+    starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+    labels, names = _table_labels(files, label, schemas[0]) if label else (None, None)
+    return Originals(
+        name=name,
+        reader=_ParquetReader(list(files), starts, groups, firsts, column),
+        count=int(starts[-1]),
+        listing=digest_of([*((f.name, f.stat().st_size) for f in files), column, label]),
+        labels=labels,
+        classes=0 if labels is None else len(names) if names else int(labels.max()) + 1,
+        class_names=names,
+    )
+
+
+def _group_rows(opened: Any) -> list[int]:
+    metadata = opened.metadata
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def _image_column(schema: Any, file: Path) -> str:
+    """The one column that can hold image files."""
+    from pyarrow import types
+
+    def holds(kind: Any) -> bool:
+        if types.is_struct(kind):
+            return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    found = [each.name for each in schema if holds(each.type)]
+    if not found:
+        raise ValueError(f"{file}: no column of images ({', '.join(schema.names)})")
+    if len(found) > 1:
+        raise ValueError(
+            f"{file}: several columns may be the images ({', '.join(found)}); choose by --image "
+            f"{found[0]}"
+        )
+    return str(found[0])
+
+
+def _table_labels(
+    files: Sequence[Path], label: str, schema: Any
+) -> tuple[npt.NDArray[np.int32] | None, list[str] | None]:
+    """Labels of all rows, and the classes' names where the tables know them."""
+    values: list[Any] = []
+    for file in files:
+        values += (
+            _parquet(file, lambda opened: opened.read([label], use_threads=False))
+            .column(0)
+            .to_pylist()
+        )
+    where = str(files[0].parent)
+    if not values:
+        return None, None
+    if all(isinstance(value, str) for value in values):
+        names = sorted(set(values))
+        places = {name: number for number, name in enumerate(names)}
+        return np.array([places[value] for value in values], dtype=np.int32), names
+    for value in values:
+        if type(value) is not int:
+            raise ValueError(
+                f"{where}: column {label!r} holds {value!r}, no label; --no-labels leaves it out"
+            )
+    labels = checked_labels(values, where)
+    known = _known_names(schema, label)
+    # A test split may have -1 for every label, which `checked_labels` refuses.
+    return labels, known if known and int(labels.max()) < len(known) else None
+
+
+def _known_names(schema: Any, label: str) -> list[str] | None:
+    """Names of classes as Hugging Face's datasets note them in a table's metadata."""
+    try:
+        noted = json.loads((schema.metadata or {})[b"huggingface"])
+        names = noted["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    fine = isinstance(names, list) and all(isinstance(each, str) for each in names)
+    return names if fine else None
