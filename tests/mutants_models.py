@@ -32,7 +32,7 @@ MUTANTS = [
         ("state = 2 * image - denoise(image, lowest.to(image)).to(torch.float64)",
          "state = image"),
         ("upwards = sigmas[:-1].flip(0)", "upwards = sigmas[1:-1].flip(0)"),
-        ("sigmas[sigmas < level]", "sigmas[sigmas <= level]"),
+        ("sigmas[sigmas < level * (1 - 1e-4)]", "sigmas[sigmas <= level]"),
         ("((1 - weight) * safe).sin(), (weight * safe).sin()",
          "(weight * safe).sin(), ((1 - weight) * safe).sin()"),
         (") / safe.sin()", ")"),

@@ -13,7 +13,6 @@ from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.images import grid, save_png, to_bytes
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.inversion import below, interpolate, invert, linear, spherical
-from diffusion_pl.samplers.sampler import Sampler
 
 FAILURES: tuple[type[Exception], ...] = ()
 
@@ -27,8 +26,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--count: both ends are included, so at least 2 (got {options.count})")
     opened = runs.open_run(options, label=options.label)
     drawing = opened.drawing
-    sampler = drawing.sampler
-    assert isinstance(sampler, Sampler)
+    sampler = latents.at_one_size(drawing)
     images = latents.pictures(options.image, drawing)
     by_flow = options.by == "flow"
     highest = float(sampler.sigmas()[0])

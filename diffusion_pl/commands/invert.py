@@ -13,7 +13,6 @@ from diffusion_pl.commands import latents, runs
 from diffusion_pl.images import grid, save_png, to_bytes
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.inversion import invert
-from diffusion_pl.samplers.sampler import Sampler
 
 FAILURES: tuple[type[Exception], ...] = ()
 
@@ -22,8 +21,7 @@ def run(options: argparse.Namespace) -> int:
     """Write the latents in units of the highest level, what they give back, and its error."""
     opened = runs.open_run(options, label=options.label)
     drawing = opened.drawing
-    sampler = drawing.sampler
-    assert isinstance(sampler, Sampler)
+    sampler = latents.at_one_size(drawing)
     images = latents.pictures(options.image, drawing)
     sigmas = sampler.sigmas()
     with latents.drawn(drawing):

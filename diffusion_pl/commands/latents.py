@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from diffusion_pl.diffusion.guidance import clipped, guided
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.evaluation import Drawing
 from diffusion_pl.images import from_bytes
+from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Sampler
 
 
@@ -79,10 +79,13 @@ def one_label(drawing: Drawing, count: int) -> Tensor | None:
     return drawing.labels(range(count))
 
 
-def start_scale(sampler: Sampler) -> float:
-    """Standard deviation of the state that a sampler begins from."""
-    highest = float(sampler.sigmas()[0])
-    return math.sqrt(1 + highest**2) if sampler.unit_start else highest
+def at_one_size(drawing: Drawing) -> Sampler:
+    """The run's sampler at the images' own size: of a pyramid that is its base."""
+    sampler = drawing.sampler
+    if isinstance(sampler, PyramidSampler):
+        return sampler.base
+    assert isinstance(sampler, Sampler)
+    return sampler
 
 
 @contextlib.contextmanager

@@ -29,7 +29,6 @@ from diffusion_pl.samplers.flow_likelihood import (
     log_likelihood,
     rademacher,
 )
-from diffusion_pl.samplers.sampler import Sampler
 
 FAILURES: tuple[type[Exception], ...] = ()
 
@@ -85,7 +84,7 @@ def _flow(
 ) -> Tensor:
     """Bits per dimension by the ODE, (B, probes); the bins' noise is the same for every probe."""
     drawing = opened.drawing
-    assert isinstance(drawing.sampler, Sampler)
+    sampler = latents.at_one_size(drawing)
     # The distribution function of normal noise is uniform.
     inside = torch.special.ndtr(ImageNoise(drawing.seed, piece, "bins")(image))
     spread = dequantised(image, inside)
@@ -94,9 +93,9 @@ def _flow(
         log_likelihood(
             denoise,
             spread,
-            drawing.sampler.sigmas(),
+            sampler.sigmas(),
             rademacher(draw(image)) if probes else None,
-            prior_std=latents.start_scale(drawing.sampler),
+            prior_std=sampler.start_std,
         )
         for _ in range(max(probes, 1))
     ]
@@ -107,7 +106,7 @@ def _bound(
     opened: runs.Opened, image: Tensor, denoise: Denoise, table: Timesteps, piece: Sequence[int]
 ) -> Tensor:
     """Bits per dimension of the variational bound, (B, 1)."""
-    sampler: Any = opened.drawing.sampler
+    sampler = latents.at_one_size(opened.drawing)
     variance = getattr(sampler.integrate, "keywords", {}).get("variance", "small")
     draw = ImageNoise(opened.drawing.seed, piece, "bound", image.device)
     bound = variational_bound(denoise, image, table, draw, variance=variance, clip=sampler.clip)
@@ -120,7 +119,7 @@ def _result(
     """The mean over images and what it depends on."""
     count, probes = bits.shape
     each = bits.mean(dim=1)
-    sampler: Any = opened.drawing.sampler
+    sampler = latents.at_one_size(opened.drawing)
     result = {
         "bits_per_dim": float(each.mean()),
         # Of the mean over images drawn like these, and the part of it that is the probes'.

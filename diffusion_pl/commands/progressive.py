@@ -28,8 +28,7 @@ def run(options: argparse.Namespace) -> int:
         )
     opened = runs.open_run(options, label=options.label)
     drawing = opened.drawing
-    sampler = drawing.sampler
-    assert isinstance(sampler, Sampler)
+    sampler = latents.at_one_size(drawing)
     with latents.drawn(drawing):
         if options.share is None:
             frames, sigmas = _frames(drawing, sampler, options.count, options.frames)
@@ -86,7 +85,7 @@ def _branches(drawing: Drawing, sampler: Sampler, count: int, level: float) -> T
 
     return branch(
         denoise,
-        noise.to(torch.float64) * latents.start_scale(sampler),
+        noise.to(torch.float64) * sampler.start_std,
         sampler.sigmas(),
         level,
         shared,

@@ -22,6 +22,9 @@ from diffusion_pl.samplers.sampler import Integrator
 def below(sigmas: Tensor, level: float) -> Tensor:
     """The levels of a sampler that begins at a level of its own: that one, then all lower ones.
 
+    A level less than 1e-4 of itself below is left out: from so short a step multistep rules would
+    extrapolate over the next one.
+
     Args:
         sigmas: decreasing to 0, float64 (N + 1,).
         level: in (0, the highest].
@@ -34,7 +37,7 @@ def below(sigmas: Tensor, level: float) -> Tensor:
             f"the level must lie within the sampler's, {float(sigmas[-2]):g} to "
             f"{float(sigmas[0]):g} (got {level:g})"
         )
-    return torch.cat([sigmas.new_tensor([level]), sigmas[sigmas < level]])
+    return torch.cat([sigmas.new_tensor([level]), sigmas[sigmas < level * (1 - 1e-4)]])
 
 
 def invert(denoise: Denoise, image: Tensor, sigmas: Tensor, integrate: Integrator = heun) -> Tensor:

@@ -69,17 +69,50 @@ class Sampler:
         Returns:
             float32 (B, C, H, W), about [-1, 1], not clipped unless `clip`.
         """
-        sigmas = self.sigmas()
-        start = float(sigmas[0])
-        scale = math.sqrt(1 + start**2) if self.unit_start else start
+        return self.along(denoise, self.start(noise), self.sigmas(), randn_like)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The state that noise is at the first level, float64."""
         # float64: over 18 steps from 80 to 0.002 the float32 state loses what the order gains
         # (Karras 2022, App. C.2.5).
-        state = noise.to(torch.float64) * scale
+        scale = self.start_std
+        return noise.to(torch.float64) * scale
+
+    @property
+    def start_std(self) -> float:
+        """Standard deviation of the state that the sampler begins from."""
+        start = float(self.sigmas()[0])
+        return math.sqrt(1 + start**2) if self.unit_start else start
+
+    def along(
+        self,
+        denoise: Denoise,
+        state: Tensor,
+        sigmas: Tensor,
+        randn_like: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Take a state along levels of its own, as from noise along `sigmas()`.
+
+        Args:
+            denoise: D, called `denoise(x, sigma)`.
+            state: at sigmas[0], float64 (B, C, H, W).
+            sigmas: decreasing to 0, float64 (N + 1,).
+            randn_like: draws the noise of stochastic integrators.
+
+        Returns:
+            float32 (B, C, H, W).
+        """
         denoise = clipped(denoise) if self.clip else denoise
         return self.integrate(denoise, state, sigmas, randn_like).to(torch.float32)
 
 
-def check_range(sampler: Sampler, sigma_range: tuple[float, float]) -> None:
+class Visiting(Protocol):
+    """Whatever knows the levels that it visits."""
+
+    def sigmas(self) -> Tensor: ...
+
+
+def check_range(sampler: Visiting, sigma_range: tuple[float, float]) -> None:
     """Refuse a sampler whose levels lie outside what the network was trained for.
 
     Raises:
