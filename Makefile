@@ -6,7 +6,7 @@ RUN_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check train sample evaluate experiments test test-slow mutants bench clean
+.PHONY: help setup check data train sample evaluate experiments test test-slow mutants bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(RUN_PYTHON) || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+data: $(STAMP)  ## make shards: SOURCE=photographs DEST=data/cats RES=256,128,64 [ARGS="--fit pad ..."]
+	@$(RUN_PYTHON) -m diffusion_pl prepare $(SOURCE) $(DEST) --resolutions $(RES) $(ARGS)
 
 train: $(STAMP)  ## train EXP=quickstart [SET="optimizer.lr=1e-4 ..."] [RUN=runs/name]; again: goes on
 	@$(RUN_PYTHON) -m diffusion_pl train $(EXP) $(SET) $(if $(RUN),--run $(RUN))

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 COMMANDS = {
+    "prepare": "make shards of a folder, archive or table of images, or go on where it stopped",
     "train": "train an experiment, or go on where it stopped",
     "sample": "draw images from a run",
     "evaluate": "measure a run; prints one JSON object",
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
+    _add_prepare(parts["prepare"])
     for name in ("train", "check"):
         parts[name].add_argument("experiment", help="a name in experiments/, or a YAML file")
         parts[name].add_argument(
@@ -96,6 +98,30 @@ def parser() -> argparse.ArgumentParser:
     _add_latents(parts)
     _add_exchange(parts)
     return top
+
+
+def _add_prepare(part: argparse.ArgumentParser) -> None:
+    """What making shards takes."""
+    part.add_argument("source", help="folder, .zip, CIFAR-10, .tar, LSUN, .parquet, or synthetic")
+    part.add_argument("dest", type=Path, help="the data set's folder to make")
+    part.add_argument("--resolutions", required=True, metavar="R,...", help="such as 256,128,64")
+    part.add_argument("--filter", default="lanczos", help="lanczos, box-bicubic or area (lanczos)")
+    part.add_argument("--fit", default="crop", help="crop, pad (white) or exact (crop)")
+    part.add_argument("--encoding", default="png", help="png, webp, raw or jpeg (png)")
+    part.add_argument("--shard-images", type=int, default=1000, help="originals a shard (1000)")
+    part.add_argument(
+        "--labels", action=argparse.BooleanOptionalAction, help="of a folder: its first folders"
+    )
+    part.add_argument("--name", help="of the data set (after its source)")
+    part.add_argument("--count", type=int, help="images of the synthetic set")
+    part.add_argument("--seed", type=int, help="of the synthetic set (0)")
+    part.add_argument("--split", choices=("train", "test"), help="of CIFAR-10 (train)")
+    part.add_argument("--image", metavar="NAME", help="column of a table, ending in a tar")
+    part.add_argument("--label", metavar="NAME", help="the same of the labels")
+    part.add_argument("--workers", type=int, help="processes (one a core)")
+    part.add_argument(
+        "--skip-broken", type=int, default=0, metavar="N", help="images that may be left out (0)"
+    )
 
 
 def _add_latents(parts: Mapping[str, argparse.ArgumentParser]) -> None:

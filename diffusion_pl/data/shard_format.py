@@ -92,14 +92,15 @@ class Manifest:
         channels: colour channels.
         resolutions: sides in pixels, descending.
         encoding: png, webp, raw or jpeg.
-        filter: how images were reduced, a name of `reduce.FILTERS`; "drawn" where they were not.
-        fit: crop, pad or exact.
+        filter: how images were reduced, a name of `reduce.FILTERS`, or "drawn" where they were
+            drawn at each resolution.
+        fit: crop, pad or exact, or "drawn".
         shard_images: originals a shard.
         source: what the images were made from, as the user named it.
         shards: in the order of the index.
         fingerprints: of the decoded images by resolution, as of `Images`.
         index_sha256: of index.npy, hex.
-        skipped: how many originals were left out, by reason.
+        skipped: complaints about the originals that were left out, by key.
         versions: of what decoded, resized and encoded them.
     """
 
@@ -117,7 +118,7 @@ class Manifest:
     shards: list[Shard]
     fingerprints: dict[int, str]
     index_sha256: str
-    skipped: dict[str, int]
+    skipped: dict[str, str]
     versions: dict[str, str]
 
     @property

@@ -1,0 +1,213 @@
+"""`prepare`: from a folder, an archive or a table of images to shards; again: goes on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from diffusion_pl import config
+from diffusion_pl.data.originals import Asked
+from diffusion_pl.data.prepare import Report, Request, prepare
+from diffusion_pl.data.recipe import Recipe
+from diffusion_pl.data.shard_format import Manifest
+from diffusion_pl.data.shard_workers import WorkerLost
+
+FAILURES: tuple[type[Exception], ...] = (WorkerLost,)
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SKIPPED_SHOWN = 10
+
+# The experiment that trains on unlabelled, and on labelled, images of up to this side.
+EXPERIMENTS = {
+    32: ("cifar10_edm", "cifar10_edm_f_vp_cond"),
+    64: ("ffhq64_edm", "imagenet64_edm"),
+    128: ("imagenet128_simple_unet", "imagenet128_simple_unet"),
+    256: ("imagenet256_simple_unet", "imagenet256_simple_unet"),
+    512: ("imagenet512_simple_unet", "imagenet512_simple_unet"),
+}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prepare, then say what there is and how to train on it."""
+    request = Request(asked(options), recipe(options), options.name)
+    if options.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
+        raise ValueError(f"--name: letters, digits and . _ - only (got {options.name!r})")
+    workers = options.workers or len(os.sched_getaffinity(0))
+    if workers < 1 or options.skip_broken < 0:
+        raise ValueError("--workers must be positive, --skip-broken at least 0")
+    began = time.monotonic()
+    try:
+        with shown() as report:
+            manifest, already = prepare(
+                request,
+                options.dest,
+                workers=workers,
+                skip_broken=options.skip_broken,
+                report=report,
+            )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    tell(manifest, options.dest, already, time.monotonic() - began)
+    return 0
+
+
+def asked(options: argparse.Namespace) -> Asked:
+    """The source of the command line."""
+    names = ("labels", "count", "seed", "split", "image", "label")
+    return Asked(options.source, **{name: getattr(options, name) for name in names})
+
+
+def recipe(options: argparse.Namespace) -> Recipe:
+    """What the command line wants of every image.
+
+    Raises:
+        ValueError: resolutions that are no numbers, or any setting out of range.
+    """
+    words = options.resolutions.split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise ValueError(f"--resolutions: sides in pixels, such as 256,128,64 (got {words})")
+    return Recipe(
+        resolutions=tuple(map(int, words)),
+        filter=options.filter,
+        fit=options.fit,
+        encoding=options.encoding,
+        shard_images=options.shard_images,
+    )
+
+
+@contextmanager
+def shown() -> Iterator[Report]:
+    """Progress on stderr: a bar for a person, a line every ten seconds for a file."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines()
+        return
+    columns = (
+        TextColumn("prepare"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=None, rate="", start=False)
+        began = time.monotonic()
+
+        def report(earlier: int, done: int, total: int) -> None:
+            rate = f"{done / max(time.monotonic() - began, 1e-3):,.0f} images/s"
+            if not progress.tasks[0].started:
+                progress.update(task, completed=earlier)
+                progress.start_task(task)
+            progress.update(task, total=total, completed=earlier + done, rate=rate)
+
+        yield report
+
+
+def _lines() -> Report:
+    began = said = time.monotonic()
+
+    def report(earlier: int, done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said < _SECONDS_BETWEEN_LINES or not done:
+            return
+        said = now
+        rate = done / (now - began)
+        left = (total - earlier - done) / rate
+        print(
+            f"prepare: {earlier + done:,} of {total:,} images, {rate:,.0f} images/s, "
+            f"{left:,.0f} s left",
+            file=sys.stderr,
+        )
+
+    return report
+
+
+def tell(manifest: Manifest, folder: Path, already: bool, seconds: float) -> None:
+    """Print the result as JSON on stdout, and for people on stderr what was skipped and is next."""
+    following = train_command(manifest, folder)
+    size = sum(shard.bytes for shard in manifest.shards)
+    result: dict[str, Any] = {
+        "folder": str(folder),
+        "name": manifest.name,
+        "images": manifest.count,
+        "classes": manifest.classes,
+        "resolutions": manifest.resolutions,
+        "shards": len(manifest.shards),
+        "bytes": size,
+        "skipped": len(manifest.skipped),
+        "fingerprint": manifest.fingerprint,
+        "train": following,
+    }
+    lines = list(skipped_lines(manifest))
+    if already:
+        lines.append(f"{folder} is finished: {manifest.count:,} images, nothing to do")
+    else:
+        lines.append(
+            f"{folder}: {manifest.count:,} images at {manifest.resolutions} px in "
+            f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB, {seconds:,.1f} s"
+        )
+    lines += ["train on it:", f"  {following}"]
+    print("\n".join(lines), file=sys.stderr)
+    print(json.dumps(result))
+
+
+def skipped_lines(manifest: Manifest) -> Iterator[str]:
+    """How many originals were left out for which reason, and the first of them."""
+    if not manifest.skipped:
+        return
+    complaints = list(manifest.skipped.values())
+    # A complaint is "where: reason (detail)".
+    reasons = Counter(re.sub(r" \(.*", "", text.rpartition(": ")[2]) for text in complaints)
+    summary = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    yield f"skipped {len(complaints):,} images: {summary}"
+    for text in complaints[:_SKIPPED_SHOWN]:
+        yield f"  {text}"
+    if len(complaints) > _SKIPPED_SHOWN:
+        yield "  and others; all of them are named in dataset.json"
+
+
+def train_command(manifest: Manifest, folder: Path) -> str:
+    """The command that trains on a prepared set, by the experiment for its size."""
+    side = manifest.resolutions[0]
+    fitting = [known for known in EXPERIMENTS if known <= side]
+    name = EXPERIMENTS[max(fitting, default=min(EXPERIMENTS))][manifest.classes > 0]
+    told = " ".join(map(quote, overrides(manifest, folder, name)))
+    return f"python -m diffusion_pl train {name} {told}"
+
+
+def overrides(manifest: Manifest, folder: Path, experiment: str) -> list[str]:
+    """What an experiment's data and network must be told to train on a prepared set."""
+    side = manifest.resolutions[0]
+    loaded = config.load(experiment)
+    return [
+        "data._target_=diffusion_pl.data.shards.Shards",
+        f"data.path={folder}",
+        f"data.resolution={side}",
+        f"data.batch_size={loaded.get('data.batch_size')}",
+        f"network.resolution={side}",
+        f"network.classes={manifest.classes}",
+    ]

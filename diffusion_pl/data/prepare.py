@@ -1,0 +1,230 @@
+"""Prepare a data set: from a source to a folder of shards, resumed by the same command."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusion_pl.data.originals import Asked, open_originals
+from diffusion_pl.data.recipe import Recipe
+from diffusion_pl.data.shard_format import (
+    MANIFEST,
+    PROGRESS,
+    SHARDS,
+    Manifest,
+    write_atomically,
+)
+from diffusion_pl.data.shard_workers import too_many, write_all
+
+_SETTINGS = "settings.json"
+_LOCK = "lock"
+
+# A run that was killed leaves workers that end at their next image.
+_SECONDS_TO_WAIT_FOR_LOCK = 5.0
+
+# Told of the images done before, in this run so far, and in all.
+Report = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user wants.
+
+    Args:
+        source: where the images come from.
+        recipe: what is made of them.
+        name: of the data set, or None to name it after its source.
+    """
+
+    source: Asked
+    recipe: Recipe
+    name: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """All that a folder must have been prepared with, for this to be the same request."""
+        source = asdict(self.source) | {"path": os.path.normpath(self.source.path)}
+        drawn = self.source.path == "synthetic"
+        return {
+            "name": self.name,
+            "resolutions": self.recipe.descending,
+            "encoding": self.recipe.encoding,
+            "filter": "drawn" if drawn else self.recipe.filter,
+            "fit": "drawn" if drawn else self.recipe.fit,
+            "shard_images": self.recipe.shard_images,
+            "source": source,
+        }
+
+
+def prepare(
+    request: Request, folder: Path, *, workers: int, skip_broken: int = 0, report: Report
+) -> tuple[Manifest, bool]:
+    """Write the shards that are missing, then the index and `dataset.json`.
+
+    Args:
+        request: what to make.
+        folder: where; absent, empty, or begun or finished by the same request.
+        workers: processes.
+        skip_broken: how many images may be left out because they cannot be read.
+        report: told of the progress.
+
+    Returns:
+        What was made, and whether it was there before.
+
+    Raises:
+        ValueError: a source that is unfit, a folder of something else, a full disk.
+        WorkerLost: a process was killed.
+    """
+    if (folder / MANIFEST).exists():
+        manifest = Manifest.read(folder)
+        _same(asdict(manifest), request.settings(), folder)
+        shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+        return manifest, True
+    _check_place(folder, request.source.path)
+    # webdataset takes torch along, which a finished folder and a wrong setting need not wait for.
+    from diffusion_pl.data.write_shards import Job, finish, write_shard, written
+
+    kind, originals = open_originals(request.source, request.recipe.descending)
+    settings = request.settings() | {"name": request.name or originals.name}
+    found = {"kind": kind, "originals": originals.count, "listing": originals.listing}
+    settings["source"] |= found
+    with _claimed(folder, settings):
+        job = Job(folder, originals, request.recipe, request.source.path)
+        before = [(number, written(job, number)) for number in range(job.shards)]
+        missing = [number for number, shard in before if shard is None]
+        skipped = [text for _, shard in before if shard for text in shard.skipped.values()]
+        if len(skipped) > skip_broken:
+            raise ValueError(too_many(skipped[skip_broken], skip_broken + 1, skip_broken))
+        earlier = originals.count - sum(len(job.images(number)) for number in missing)
+        write_all(
+            functools.partial(write_shard, job),
+            missing,
+            workers=workers,
+            skipped=len(skipped),
+            allowed=skip_broken,
+            report=lambda done: report(earlier, done, originals.count),
+        )
+        return finish(job, settings), False
+
+
+def _check_place(folder: Path, source: str) -> None:
+    """Refuse a folder that holds anything but a data set that was begun.
+
+    Raises:
+        ValueError: as said.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; name a folder to prepare the data in")
+    if source != "synthetic" and Path(source).is_dir():
+        inside = folder.resolve()
+        if Path(source).resolve() in (inside, *inside.parents):
+            raise ValueError(f"{folder}: lies in the source {source}; name a folder elsewhere")
+    if not folder.is_dir() or (folder / PROGRESS).is_dir():
+        return
+    others = sorted(entry.name for entry in folder.iterdir())
+    if others:
+        raise ValueError(
+            f"{folder}: holds other files ({', '.join(others[:3])}); name a new folder"
+        )
+
+
+def _same(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to mix data sets.
+
+    Raises:
+        ValueError: naming the settings that differ.
+    """
+    differ = []
+    for key, value in _flat(wanted):
+        node: Any = there
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if node == value or (key == "name" and value is None):
+            continue
+        if key == "source.listing":
+            differ.append("the source's images are others now")
+        else:
+            differ.append(f"{key} is {node!r} there and {value!r} now")
+    if differ:
+        raise ValueError(
+            f"{folder}: holds another data set: {'; '.join(differ)}; name another folder"
+        )
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+@contextmanager
+def _claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Hold a folder for one run, begun by these settings.
+
+    Raises:
+        ValueError: another run holds it, it was begun with other settings, or it cannot be written.
+    """
+    progress = folder / PROGRESS
+    noted = progress / _SETTINGS
+    try:
+        (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+        progress.mkdir(exist_ok=True)
+        lock = (progress / _LOCK).open("wb")
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from error
+    with lock:
+        _lock(lock.fileno(), folder)
+        if any(progress.glob("*.npz")):
+            _same(_begun(noted), settings, folder)
+        else:
+            write_atomically(noted, json.dumps(settings).encode())
+        _sweep(folder)
+        try:
+            yield
+        finally:
+            _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what was being written when a run ended."""
+    for place in (folder, folder / SHARDS, folder / PROGRESS):
+        for part in place.glob("*.part"):
+            part.unlink()
+
+
+def _begun(noted: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(noted.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{noted}: damaged ({error}); remove {noted.parents[1]} and begin again"
+        ) from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """Take the lock, which ends with the last process that holds it, however that ends."""
+    deadline = time.monotonic() + _SECONDS_TO_WAIT_FOR_LOCK
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{folder}: another process is preparing it; wait for it"
+                ) from error
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            return

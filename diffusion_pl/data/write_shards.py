@@ -1,0 +1,291 @@
+"""Write prepared shards: one tar whole or not at all, and from all of them the index.
+
+A shard lies under its name only when all of it is on the disk; beside it, in `.progress`, lie its
+rows of the index until the last shard is there. What a shard holds depends on the originals and the
+recipe alone, so a run that was killed is finished by the same command to the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from webdataset import TarWriter
+
+from diffusion_pl.data.fingerprint import fingerprint, image_digests
+from diffusion_pl.data.originals import Originals
+from diffusion_pl.data.recipe import Recipe, versions
+from diffusion_pl.data.shard_format import (
+    ENDINGS,
+    INDEX,
+    PROGRESS,
+    Manifest,
+    Shard,
+    index_dtype,
+    key_of,
+    shard_name,
+    sync_folder,
+    write_atomically,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a shard depends on, and where it goes.
+
+    Args:
+        folder: the data set's.
+        originals: of the source.
+        recipe: what is made of them.
+        where: names the source in complaints.
+    """
+
+    folder: Path
+    originals: Originals
+    recipe: Recipe
+    where: str
+
+    @property
+    def shards(self) -> int:
+        """How many there will be."""
+        return -(-self.originals.count // self.recipe.shard_images)
+
+    def images(self, number: int) -> range:
+        """Places of the originals of a shard."""
+        first = number * self.recipe.shard_images
+        return range(first, min(first + self.recipe.shard_images, self.originals.count))
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is known of a finished shard.
+
+    Args:
+        shard: its entry in the manifest.
+        rows: its rows of the index.
+        digests: uint8 (images, resolutions, 32), of the pixels.
+        skipped: complaints about the originals that were left out, by key.
+    """
+
+    shard: Shard
+    rows: npt.NDArray[np.void]
+    digests: npt.NDArray[np.uint8]
+    skipped: dict[str, str]
+
+
+class _Hashed:
+    """A file that is written from front to back, with its digest."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+
+def write_shard(
+    job: Job, number: int, skip: Callable[[str], None], advance: Callable[[], None]
+) -> None:
+    """Make one shard, then note beside it what it holds.
+
+    Args:
+        job: what to make.
+        number: of the shard.
+        skip: told of each original that cannot be read; raises where that is one too many.
+        advance: called after each original.
+
+    Raises:
+        ValueError: an original that is not skipped, or a disk that is full.
+    """
+    path = job.folder / shard_name(number)
+    part = path.with_name(path.name + ".part")
+    sides = job.recipe.descending
+    contents = _Contents(job, skip, advance)
+    with _writing(path):
+        with part.open("wb") as file:
+            hashed = _Hashed(file)
+            # USTAR members of nobody at the beginning of time: the same bytes everywhere.
+            with TarWriter(hashed, encoder=False, user="", group="", mtime=0) as tar:
+                for sample in contents.samples(number):
+                    tar.write(sample)
+            file.flush()
+            os.fsync(file.fileno())
+        rows = np.array(contents.rows, dtype=index_dtype(sides))
+        _locate(rows, part, contents.keys, job.recipe)
+        os.replace(part, path)
+        sync_folder(path.parent)
+        entry = Shard(shard_name(number), len(rows), hashed.size, hashed.digest.hexdigest())
+        _note(job.folder, number, entry, rows, b"".join(contents.digests), contents.skipped)
+
+
+class _Contents:
+    """The samples of a shard, one at a time, and what the index has to say of them."""
+
+    def __init__(self, job: Job, skip: Callable[[str], None], advance: Callable[[], None]) -> None:
+        self.job, self.skip, self.advance = job, skip, advance
+        self.keys: list[str] = []
+        self.rows: list[tuple[int, ...]] = []
+        self.digests: list[bytes] = []
+        self.skipped: dict[str, str] = {}
+
+    def samples(self, number: int) -> Iterator[dict[str, str | bytes]]:
+        """The originals of a shard as webdataset's writer takes them."""
+        for index in self.job.images(number):
+            sample = self._sample(number, index)
+            if sample is not None:
+                yield sample
+            self.advance()
+
+    def _sample(self, number: int, index: int) -> dict[str, str | bytes] | None:
+        originals, recipe = self.job.originals, self.job.recipe
+        key = key_of(index)
+        try:
+            original = originals.reader.read(index)
+            where = f"{self.job.where}/{original.name}"
+            squares, size = recipe.squares(original, where=where)
+        except ValueError as error:
+            self.skip(str(error))
+            self.skipped[key] = str(error)
+            return None
+        label = -1 if originals.labels is None else int(originals.labels[index])
+        row = [number, label]
+        members: dict[str, str | bytes] = {"__key__": key}
+        for side, pixels in squares.items():
+            data, decoded = recipe.encoded(pixels)
+            members[f"{side}.{ENDINGS[recipe.encoding]}"] = data
+            row += [0, len(data), zlib.crc32(data)]
+            self.digests.append(image_digests(decoded[None]))
+        if label >= 0:
+            members["cls"] = str(label).encode()
+        about = {"name": original.name, "size": size}
+        members["json"] = json.dumps(about, ensure_ascii=True).encode()
+        self.keys.append(key)
+        self.rows.append(tuple(row))
+        return members
+
+
+def _locate(rows: npt.NDArray[np.void], tar: Path, keys: list[str], recipe: Recipe) -> None:
+    """Fill in where each image lies, as a reader of tars finds it."""
+    places = {key: row for row, key in enumerate(keys)}
+    sides = {f"{side}.{ENDINGS[recipe.encoding]}": side for side in recipe.resolutions}
+    with tarfile.open(tar, "r:") as archive:
+        for member in archive:
+            key, _, ending = member.name.partition(".")
+            if ending in sides:
+                rows[f"offset_{sides[ending]}"][places[key]] = member.offset_data
+
+
+def _sidecar(folder: Path, number: int) -> Path:
+    return folder / PROGRESS / f"{number:06d}.npz"
+
+
+def _note(
+    folder: Path,
+    number: int,
+    shard: Shard,
+    rows: npt.NDArray[np.void],
+    digests: bytes,
+    skipped: dict[str, str],
+) -> None:
+    about = json.dumps({"shard": shard.__dict__, "skipped": skipped}).encode()
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        rows=rows,
+        digests=np.frombuffer(digests, np.uint8),
+        about=np.frombuffer(about, np.uint8),
+    )
+    write_atomically(_sidecar(folder, number), buffer.getvalue())
+
+
+def written(job: Job, number: int) -> Written | None:
+    """A shard that an earlier run finished; None where there is none, or no whole one."""
+    try:
+        with np.load(_sidecar(job.folder, number), allow_pickle=False) as noted:
+            about: dict[str, Any] = json.loads(noted["about"].tobytes())
+            rows, digests = noted["rows"], noted["digests"]
+    except FileNotFoundError:
+        return None
+    shard = Shard(**about["shard"])
+    path = job.folder / shard.file
+    if not path.is_file() or path.stat().st_size != shard.bytes:
+        return None
+    sides = len(job.recipe.resolutions)
+    return Written(shard, rows, digests.reshape(len(rows), sides, 32), about["skipped"])
+
+
+def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
+    """Join what is known of all shards to the index and `dataset.json`.
+
+    Args:
+        job: of which every shard is written.
+        settings: name, filter, fit and source as the manifest has them.
+
+    Raises:
+        ValueError: no image is left, or the disk is full.
+    """
+    parts = [written(job, number) for number in range(job.shards)]
+    shards = [part for part in parts if part is not None]
+    assert len(shards) == job.shards
+    rows = np.concatenate([part.rows for part in shards])
+    digests = np.concatenate([part.digests for part in shards])
+    if not len(rows):
+        raise ValueError(f"{job.where}: every image was skipped; nothing is left")
+    buffer = io.BytesIO()
+    np.save(buffer, rows, allow_pickle=False)
+    originals, recipe = job.originals, job.recipe
+    labels = None if originals.labels is None else rows["label"]
+    manifest = Manifest(
+        name=settings["name"],
+        count=len(rows),
+        classes=originals.classes,
+        class_names=originals.class_names,
+        channels=3,
+        resolutions=recipe.descending,
+        encoding=recipe.encoding,
+        filter=settings["filter"],
+        fit=settings["fit"],
+        shard_images=recipe.shard_images,
+        source=settings["source"],
+        shards=[part.shard for part in shards],
+        fingerprints={
+            side: fingerprint(digests[:, place].tobytes(), (len(rows), 3, side, side), labels)
+            for place, side in enumerate(recipe.descending)
+        },
+        index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+        skipped={key: text for part in shards for key, text in part.skipped.items()},
+        versions=versions(),
+    )
+    with _writing(job.folder):
+        write_atomically(job.folder / INDEX, buffer.getvalue())
+        manifest.write(job.folder)
+    shutil.rmtree(job.folder / PROGRESS)
+    return manifest
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Name the file that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be written ({error.strerror}); what is finished stays, and the same "
+            f"command goes on from there"
+        ) from error
