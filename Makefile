@@ -6,7 +6,7 @@ RUN_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check data train sample evaluate experiments test test-slow mutants bench clean
+.PHONY: help setup check data train sample enlarge evaluate experiments test test-slow mutants bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -26,6 +26,9 @@ train: $(STAMP)  ## train EXP=quickstart [SET="optimizer.lr=1e-4 ..."] [RUN=runs
 
 sample: $(STAMP)  ## draw images: RUN=runs/quickstart [COUNT=64] [ARGS="--sampler heun --steps 9 ..."]
 	@$(RUN_PYTHON) -m diffusion_pl sample $(RUN) --count $(or $(COUNT),64) $(ARGS)
+
+enlarge: $(STAMP)  ## super-resolution: RUN=runs/... IMAGES="a.png folder" [TO=256] [ARGS="--restart 2 ..."]
+	@$(RUN_PYTHON) -m diffusion_pl enlarge $(RUN) $(IMAGES) $(if $(TO),--to $(TO)) $(ARGS)
 
 evaluate: $(STAMP)  ## measure a run: RUN=runs/quickstart [ARGS="--count 1000 ..."]
 	@$(RUN_PYTHON) -m diffusion_pl evaluate $(RUN) $(ARGS)

@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "measure a run; prints one JSON object",
     "progressive": "draw what the network makes of the image from level to level",
     "interpolate": "draw images between two of one's own",
+    "enlarge": "super-resolution: draw larger images of one's own pictures",
     "invert": "take images to noise along the flow, and back",
     "likelihood": "bits per dimension of the data under a run",
     "import": "make a run of a published checkpoint",
@@ -87,7 +88,8 @@ def parser() -> argparse.ArgumentParser:
     parts["train"].add_argument(
         "--from", type=Path, dest="start", metavar="RUN", help="start from its weights: fine-tune"
     )
-    for name in ("sample", "evaluate", "progressive", "interpolate", "invert", "likelihood"):
+    drawing = "sample evaluate progressive interpolate enlarge invert likelihood"
+    for name in drawing.split():
         _add_run(parts[name])
     sample = parts["sample"]
     sample.add_argument("--count", type=int, default=64, help="how many images (64)")
@@ -95,9 +97,28 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--label", type=int, help="class of every image; drawn for each otherwise")
     sample.add_argument("--out", type=Path, help="folder of the images (RUN/drawn)")
     parts["evaluate"].add_argument("--count", type=int, help="how many images (the experiment's)")
+    _add_enlarge(parts["enlarge"])
     _add_latents(parts)
     _add_exchange(parts)
     return top
+
+
+def _add_enlarge(part: argparse.ArgumentParser) -> None:
+    """What enlarging pictures takes."""
+    part.add_argument("image", type=Path, nargs="+", help="PNG, JPEG or WebP files, or folders")
+    part.add_argument("--to", type=int, metavar="SIDE", help="longer side, pixels (the run's)")
+    part.add_argument(
+        "--restart", type=float, metavar="SIGMA", help="noise to begin from (half the factor)"
+    )
+    part.add_argument(
+        "--consistent",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="made smaller again, the result is the picture (the default)",
+    )
+    part.add_argument("--count", type=int, default=1, help="variations of each picture (1)")
+    part.add_argument("--label", type=int, help="class of every picture")
+    part.add_argument("--out", type=Path, help="folder of the results (RUN/enlarge)")
 
 
 def _add_prepare(part: argparse.ArgumentParser) -> None:

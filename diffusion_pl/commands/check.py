@@ -11,6 +11,7 @@ from diffusion_pl import config
 from diffusion_pl.commands import parts
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.objective import TrainingObjective
+from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.settings import Settings, resolve_precision
 
@@ -18,7 +19,7 @@ FAILURES: tuple[type[Exception], ...] = ()
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print parameters, batch arithmetic, budget and noise range."""
+    """Print parameters, batch arithmetic, budget, noise range and the sampler's sizes."""
     experiment = parts.read(options.experiment, options.overrides)
     objective: TrainingObjective = config.build(experiment, "objective")
     network = parts.meta_network(experiment)
@@ -27,8 +28,10 @@ def run(options: argparse.Namespace) -> int:
         ("batch", _batch(experiment)),
         ("budget", _budget(experiment)),
         ("noise", _noise(experiment, objective)),
+        ("pyramid", _pyramid(experiment, objective, network)),
     ]:
-        print(f"{title:8} {text}")
+        if text:
+            print(f"{title:8} {text}")
     return 0
 
 
@@ -80,3 +83,22 @@ def _noise(experiment: Config, objective: TrainingObjective) -> str:
         f"training sigma {low:.4g} to {high:.4g} (99.8 %), median {middle:.4g}; sampling "
         f"{float(visited[0]):.4g} to {float(visited[-2]):.4g} in {sampler.steps} steps"
     )
+
+
+def _pyramid(experiment: Config, objective: TrainingObjective, network: nn.Module) -> str:
+    """The sizes that a pyramid draws at; nothing for another sampler."""
+    sampler = parts.sampler_of(experiment, objective)
+    if not isinstance(sampler, PyramidSampler):
+        return ""
+    side = config.build(experiment, "data").resolution
+    sizes = sampler.sizes(side, side)
+    try:
+        for size in sizes:
+            network.check_resolution(*size)  # type: ignore[operator]
+    except ValueError as error:
+        raise experiment.error("sampler.levels", str(error)) from error
+    starts = [
+        f"{size[0]} from {float(stage[0]):.4g} in {len(stage) - 1}"
+        for size, stage in zip(sizes, sampler.stages(), strict=True)
+    ]
+    return f"{', '.join(starts)} steps: the work of {sampler.cost():.1f} at {side}"

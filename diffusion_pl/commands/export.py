@@ -8,6 +8,7 @@ import json
 from diffusion_pl.commands import parts, runs
 from diffusion_pl.config import build
 from diffusion_pl.interop import diffusers_export, weights
+from diffusion_pl.samplers.pyramid import PyramidSampler
 
 FAILURES: tuple[type[Exception], ...] = ()
 
@@ -27,7 +28,10 @@ def run(options: argparse.Namespace) -> int:
         weights.write(options.dest, model.denoiser.state_dict(), known)
     else:
         sampler = parts.sampler_of(model.config, model.objective)
-        node = model.config.tree["sampler"].get("integrate", {})
+        node = model.config.tree["sampler"]
+        if isinstance(sampler, PyramidSampler):  # diffusers knows no pyramid: its base goes along
+            sampler, node = sampler.base, node["base"]
+        node = node.get("integrate", {})
         variance = node.get("variance") if isinstance(node, dict) else None
         diffusers_export.write(
             model.denoiser,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.metrics.features import Extractor
+from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Sampler, check_range
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.settings import Settings
@@ -30,7 +32,7 @@ SECTIONS: dict[str, Any] = {
     "objective": TrainingObjective,
     "optimizer": Any,
     "ema": EMA,
-    "sampler": Sampler,
+    "sampler": Sampler | PyramidSampler,
     "features": Extractor,
     "evaluation": Evaluation,
     "trainer": Settings,
@@ -65,14 +67,31 @@ def meta_network(experiment: Config) -> nn.Module:
     return network
 
 
-def sampler_of(experiment: Config, objective: TrainingObjective) -> Sampler:
+def sampler_of(
+    experiment: Config,
+    objective: TrainingObjective,
+    base: Callable[[Sampler], Sampler] | None = None,
+) -> Sampler | PyramidSampler:
     """The experiment's sampler, known to visit only levels that the network was trained for.
 
+    Args:
+        experiment: bound.
+        objective: knows the network's levels.
+        base: puts another sampler in its place; of a pyramid, in the place of its base.
+
     Raises:
-        ConfigError: the noise range is outside the network's.
+        ConfigError: the noise range is outside the network's, or the pyramid of another size than
+            the data.
     """
-    sampler: Sampler = config.build(experiment, "sampler")
+    sampler: Sampler | PyramidSampler = config.build(experiment, "sampler")
     try:
+        if isinstance(sampler, PyramidSampler):
+            if base is not None:
+                sampler = dataclasses.replace(sampler, base=base(sampler.base))
+            side = config.build(experiment, "data").resolution
+            sampler.sizes(side, side)
+        elif base is not None:
+            sampler = base(sampler)
         check_range(sampler, objective.preconditioning.sigma_range)
     except ValueError as error:
         raise experiment.error("sampler", str(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.evaluation import Drawing, Evaluation
 from diffusion_pl.samplers.named import named
-from diffusion_pl.samplers.sampler import Sampler, check_range
+from diffusion_pl.samplers.pyramid import PyramidSampler
+from diffusion_pl.samplers.sampler import Sampler, Visiting, check_range
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.settings import AUTOCAST, Settings, resolve_precision
 
@@ -147,7 +149,7 @@ def guide(run: Path, weights: str = "ema", allow: Sequence[str] = ()) -> Guide:
     return Guide(str(model.checkpoint), model.denoiser)
 
 
-def _guidance(options: argparse.Namespace, experiment: Config, sampler: Sampler) -> dict[str, Any]:
+def _guidance(options: argparse.Namespace, experiment: Config, sampler: Visiting) -> dict[str, Any]:
     """The guidance of the run's evaluation, and over it what the command line says."""
     settings: Evaluation = config.build(experiment, "evaluation")
     weight = settings.guidance if options.guidance is None else options.guidance
@@ -181,13 +183,15 @@ def checkpoint_of(run: Path) -> Path:
 
 def _sampler(
     options: argparse.Namespace, experiment: Config, objective: TrainingObjective
-) -> Sampler:
-    """The run's own sampler, or the one that the command line names for the network's levels."""
-    if options.sampler:
-        levels = objective.preconditioning.sigma_range
-        sampler = named(options.sampler, levels, options.steps)
-        check_range(sampler, levels)
-        return sampler
-    if options.steps is not None:
-        experiment.tree["sampler"]["steps"] = options.steps
-    return parts.sampler_of(experiment, objective)
+) -> Sampler | PyramidSampler:
+    """The run's own sampler, or the one that the command line names for the network's levels.
+
+    What is named takes the place of a pyramid's base.
+    """
+
+    def chosen(own: Sampler) -> Sampler:
+        if options.sampler:
+            return named(options.sampler, objective.preconditioning.sigma_range, options.steps)
+        return own if options.steps is None else dataclasses.replace(own, steps=options.steps)
+
+    return parts.sampler_of(experiment, objective, chosen)

@@ -1,0 +1,233 @@
+"""`enlarge`: super-resolution, the pyramid begun from a picture; it stays consistent with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from diffusion_pl.commands import latents, runs
+from diffusion_pl.data.decode import decode
+from diffusion_pl.data.folder import EXTENSIONS
+from diffusion_pl.diffusion.consistency import consistent, factor, nearest
+from diffusion_pl.diffusion.random import ImageNoise
+from diffusion_pl.diffusion.recording import Counted
+from diffusion_pl.diffusion.resizing import resized
+from diffusion_pl.evaluation import Drawing, batches
+from diffusion_pl.images import from_bytes, grid, save_png, to_bytes
+from diffusion_pl.samplers.pyramid import PyramidSampler
+
+FAILURES: tuple[type[Exception], ...] = ()
+
+BATCH = 16
+ROWS = 16  # pictures on the grid at most
+# Variation v of picture p is drawn from index 1,000 p + v, so that neither depends on how many.
+VARIATIONS = 1_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture to enlarge.
+
+    Args:
+        path: its file.
+        picture: uint8 (3, h, w).
+        size: height and width of the result.
+        pyramid: from the picture's size to that.
+    """
+
+    path: Path
+    picture: Tensor
+    size: tuple[int, int]
+    pyramid: PyramidSampler
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the enlarged images and a grid, and print how far they are from the pictures."""
+    if not 1 <= options.count <= VARIATIONS:
+        raise ValueError(f"--count must be 1 to {VARIATIONS:,} (got {options.count})")
+    paths = files(options.image)
+    opened = runs.open_run(options, label=options.label)
+    drawing = opened.drawing
+    to = drawing.shape[1] if options.to is None else options.to
+    tasks = [task(path, drawing, to, options.restart, options.consistent) for path in paths]
+    folder: Path = options.out or opened.folder / "enlarge"
+    folder.mkdir(parents=True, exist_ok=True)
+    shown, rows = [], []
+    progress = track(tasks, "enlarging", console=Console(stderr=True), transient=True)
+    for number, each in enumerate(progress):
+        indices = [number * VARIATIONS + variation for variation in range(options.count)]
+        pieces = batches(indices, options.batch_size or BATCH)
+        found = [enlarged(drawing, each, piece, options.consistent) for piece in pieces]
+        images = torch.cat([image for image, _ in found])
+        names = [f"{number:06d}_{variation:03d}.png" for variation in range(options.count)]
+        for name, image in zip(names, images, strict=True):
+            save_png(image, folder / name)
+        rows.append({**about(each, images), "evaluations": found[0][1], "files": names})
+        shown.append(sheet_row(each, images))
+    sheet = None
+    if len({row.shape for row in shown}) == 1:
+        sheet = folder / "grid.png"
+        columns = options.count + 1
+        save_png(grid(torch.cat(shown[:ROWS]), columns=columns, zoom=1), sheet)
+    result = {
+        "folder": str(folder),
+        "grid": None if sheet is None else str(sheet),
+        **opened.about(),
+        "count": options.count,
+        "consistent": options.consistent,
+        "pictures": rows,
+    }
+    print(json.dumps(result))
+    return 0
+
+
+def files(paths: Sequence[Path]) -> list[Path]:
+    """The files that are named, and the pictures of the folders that are, by name.
+
+    Raises:
+        ValueError: a folder without pictures.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS)
+            if not inside:
+                raise ValueError(f"{path}: holds no picture ({', '.join(sorted(EXTENSIONS))})")
+        found += inside
+    return found
+
+
+def task(path: Path, drawing: Drawing, to: int, restart: float | None, agree: bool) -> Task:
+    """Read a picture and say over which sizes it is enlarged.
+
+    Args:
+        path: PNG, JPEG or WebP.
+        drawing: of the model.
+        to: longer side of the result.
+        restart: sigma of every size; None for the run's own, or half the factor.
+        agree: whether the result is to be consistent with the picture.
+
+    Raises:
+        ValueError: a file that cannot be read, one as large as the result, one that is no whole
+            part of it, or a size that the network does not take.
+    """
+    if drawing.shape[0] != 3:
+        raise ValueError(f"image files are read as RGB, the model has {drawing.shape[0]} channels")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    image = np.array(decode(data, where=str(path)))
+    picture = torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
+    height, width = picture.shape[1:]
+    side = max(height, width)
+    if side >= to:
+        raise ValueError(
+            f"{path}: {width} x {height} pixels are not smaller than --to {to}; it only enlarges"
+        )
+    size = round(height * to / side), round(width * to / side)
+    pyramid = climb(drawing, side, to, restart, lambda level: not agree or level % side == 0)
+    network: Any = drawing.denoiser.network
+    try:
+        if agree:
+            factor((height, width), size)
+        for level in pyramid.sizes(*size)[1:]:
+            network.check_resolution(*level)
+        pyramid.stages()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Task(path, picture, size, pyramid)
+
+
+def climb(
+    drawing: Drawing,
+    side: int,
+    to: int,
+    restart: float | None,
+    fits: Callable[[int], bool],
+) -> PyramidSampler:
+    """The pyramid from a picture's side to the result's, over the sizes of the run's own between.
+
+    Args:
+        drawing: of the model.
+        side: longer side of the picture.
+        to: longer side of the result.
+        restart: sigma of every size. Otherwise the run's own for its sizes, and half the factor for
+            others: a picture's own pixels then see noise of a half.
+        fits: which sides may lie between.
+    """
+    own: dict[int, float] = {}
+    kernel = PyramidSampler.enlarge
+    sampler = drawing.sampler
+    if isinstance(sampler, PyramidSampler):
+        kernel = sampler.enlarge
+        sides = [max(size) for size in sampler.sizes(*drawing.shape[1:])]
+        starts = [float(stage[0]) for stage in sampler.stages()]
+        own = dict(zip(sides[1:], starts[1:], strict=True))
+        between = [level for level in sides if side < level < to and fits(level)]
+    else:
+        between = []
+    base = latents.at_one_size(drawing)
+    levels = [side, *between, to]
+    restarts = [
+        own.get(level, level / smaller / 2) if restart is None else restart
+        for smaller, level in pairwise(levels)
+    ]
+    return PyramidSampler(base, levels, restarts, by="sigma", enlarge=kernel)
+
+
+def enlarged(
+    drawing: Drawing, task: Task, indices: Sequence[int], agree: bool
+) -> tuple[Tensor, int]:
+    """Draw variations of a picture; one depends on the picture, the seed and its index alone.
+
+    Returns:
+        uint8 (n, 3, H, W) on the CPU, and the network's evaluations of each, of any size.
+    """
+    where = latents.device(drawing)
+    picture = from_bytes(task.picture).to(where).expand(len(indices), -1, -1, -1)
+    noise = ImageNoise(drawing.seed, indices, "latent")(torch.empty(len(indices), 3, *task.size))
+    counted = Counted(latents.denoise_of(drawing, latents.one_label(drawing, len(indices))))
+    denoise = consistent(counted, picture) if agree else counted
+    with latents.drawn(drawing):
+        image = task.pyramid.from_picture(
+            picture, denoise, noise.to(where), ImageNoise(drawing.seed, indices, "sampler", where)
+        )
+        # An integrator need not end in what is denoised.
+        image = nearest(image, picture) if agree else image
+    if not torch.isfinite(image).all():
+        raise ValueError(f"{task.path}: the image is not finite; the weights are unfit")
+    return to_bytes(image).cpu(), counted.seen // len(indices)
+
+
+def about(task: Task, images: Tensor) -> dict[str, Any]:
+    """What the result says of one picture."""
+    small = tuple(task.picture.shape[1:])
+    again = resized(images.to(torch.float64), (small[0], small[1]))
+    return {
+        "picture": str(task.path),
+        "size": list(small),
+        "to": list(task.size),
+        "levels": [int(level) for level in task.pyramid.levels],
+        "restart": [round(float(stage[0]), 6) for stage in task.pyramid.stages()[1:]],
+        # Between the picture and the area mean of what was saved, in levels of 255.
+        "largest_difference": round(float((again - task.picture).abs().max()), 4),
+    }
+
+
+def sheet_row(task: Task, images: Tensor) -> Tensor:
+    """The picture with its pixels repeated, then its variations: uint8 (n + 1, 3, H, W)."""
+    repeated = resized(task.picture[None].to(torch.float64), task.size)
+    return torch.cat([repeated.round().to(torch.uint8), images])
