@@ -49,13 +49,18 @@ def test_area_keeps_the_mean_of_the_image(size, then):
 
 
 def test_smooth_kernels_reproduce_what_their_order_can():
-    """In the interior a ramp comes back as a ramp; area makes stairs of it."""
+    """In the interior a ramp stays one, by bicubic a parabola too; area makes stairs of them."""
     ramp = torch.arange(16, dtype=F64).expand(1, 1, 16, 16)
     centres = (torch.arange(48, dtype=F64) + 0.5) / 3 - 0.5
     inside = slice(9, 39)
     for kernel in ("bilinear", "bicubic"):
         found = resized(ramp, (48, 48), kernel)[0, 0, 24]
         torch.testing.assert_close(found[inside], centres[inside], rtol=0, atol=1e-6)
+    parabola, off = ramp.square(), {}
+    for kernel in ("bilinear", "bicubic"):
+        found = resized(parabola, (48, 48), kernel)[0, 0, 24]
+        off[kernel] = float((found[inside] - centres[inside].square()).abs().max())
+    assert off["bicubic"] < 1e-5 < 0.1 < off["bilinear"]
     stairs = resized(ramp, (48, 48), "area")[0, 0, 24]
     assert stairs.unique().numel() == 16
 
