@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import pickle
 import tarfile
 import zipfile
 from pathlib import Path
@@ -52,6 +53,20 @@ def tarred(path: Path, contents: dict[str, bytes]) -> Path:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def cifar10(path: Path, count: int = 3) -> Path:
+    """An archive in the layout of the published one, `count` images a file."""
+    draw = np.random.default_rng(0)
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+            labels = draw.integers(0, 10, count).tolist()
+            data = draw.integers(0, 256, (count, 3072), dtype=np.uint8)
+            batch = pickle.dumps({b"labels": labels, b"data": data}, 2)
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(batch)
+            archive.addfile(info, io.BytesIO(batch))
     return path
 
 

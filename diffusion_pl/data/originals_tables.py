@@ -79,9 +79,10 @@ def open_lmdb(path: Path, name: str) -> Originals:
     Raises:
         ValueError: as above, or no images.
     """
+    opened = _lmdb(path)
     import lmdb
 
-    with _lmdb(path) as database, database.begin() as transaction:
+    with opened as database, database.begin() as transaction:
         try:
             keys = list(transaction.cursor().iternext(keys=True, values=False))
         except lmdb.Error as error:

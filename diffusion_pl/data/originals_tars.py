@@ -141,9 +141,9 @@ def _check_end(file: Path, end: int) -> None:
         size = os.fstat(stream.fileno()).st_size
         stream.seek(end)
         tail = stream.read(_LARGEST_TAIL)
-    if len(tail) < _BLOCK or tail.count(0) < min(len(tail), _BLOCK):
+    if len(tail) < _BLOCK or any(tail[:_BLOCK]):
         raise ValueError(f"{file}: ends too soon or is damaged at byte {end:,}; fetch it again")
-    if tail.strip(b"\0") or size > end + _LARGEST_TAIL:
+    if any(tail) or size > end + _LARGEST_TAIL:
         raise ValueError(
             f"{file}: goes on behind its end at byte {end:,}; unpack and pack it again"
         )
