@@ -191,7 +191,7 @@ MUTANTS = [
     *at(
         "data/source.py",
         "data_source",
-        ("(total + block**2 // 2) // block**2", "total // block**2"),
+        ("(mean + up).to", "mean.to"),
         ("whole % resolution:", "False:"),
     ),
     *at(

@@ -81,6 +81,16 @@ def test_box_bicubic_halves_only_while_twice_too_large():
     ]
     expected = np.rint(np.stack(planes, axis=-1)).clip(0, 255)
     assert np.array_equal(np.asarray(box_bicubic(image, (40, 40))), expected)
+    # Not twice too large both ways, so not halved.
+    image = noise(9, 50, 100)
+    plane = Image.fromarray(_array(image)[:, :, 0].astype(np.float32))
+    expected = np.asarray(plane.resize((40, 40), Image.Resampling.BICUBIC))
+    found = np.asarray(box_bicubic(image, (40, 40)))[:, :, 0]
+    assert np.array_equal(found, np.rint(expected).clip(0, 255))
+    # Overshoot beside an edge is cut off and does not come round to the other end.
+    edge = Image.fromarray(np.repeat(np.array([[[0], [255]]], np.uint8), 3, 2)).resize((50, 50), 0)
+    found = _array(box_bicubic(edge, (40, 40)))
+    assert found[:, :20].max() < 64 and found[:, 20:].min() > 192
     # A ramp stays a ramp: pixel k of 40 has its centre at 2.5 (k + 1/2) - 1/2 of 100.
     ramp = np.tile(np.arange(100)[None, :, None] * 2, (100, 1, 3)).astype(np.uint8)
     found = _array(box_bicubic(Image.fromarray(ramp), (40, 40)))[20, 3:-3, 0]
