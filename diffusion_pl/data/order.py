@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from diffusion_pl.data.draws import seed_of
 
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, count: int) -> Tensor:
-    digest = hashlib.blake2b(f"{seed}/order/{epoch}".encode(), digest_size=8).digest()
-    source = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+def _permutation(count: int, seed: int, *stream: object) -> Tensor:
+    source = torch.Generator().manual_seed(seed_of(seed, *stream))
     return torch.randperm(count, generator=source)
 
 
@@ -21,13 +22,30 @@ def _permutation(seed: int, epoch: int, count: int) -> Tensor:
 class Order:
     """A shuffled endless walk through a data set: every image once an epoch, epochs end to end.
 
+    By windows, an epoch puts the shards in an order of its own, takes `window` of them after each
+    other, and shuffles the images of these together: only so many shards are read at a time, and
+    only so many images are numbered in memory.
+
     Args:
         count: images in the data set, at least 1.
         seed: of the shuffles; each epoch has its own.
+        shards: images in each shard, in the order of the images; () where there are none.
+        window: shards shuffled together; 0, or as many as there are: all images.
+
+    Raises:
+        ValueError: a negative window.
     """
 
     count: int
     seed: int
+    # Out of the hash, which every piece of the walk is looked up by.
+    shards: tuple[int, ...] = field(default=(), hash=False)
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window < 0:
+            raise ValueError(f"data.window must not be negative (got {self.window})")
+        assert not self.shards or sum(self.shards) == self.count, "shards of another data set"
 
     def __call__(self, first: int, last: int) -> Tensor:
         """Which image of the data set stands at positions first .. last - 1 of the run.
@@ -42,7 +60,42 @@ class Order:
         pieces = []
         while first < last:
             epoch, start = divmod(first, self.count)
-            stop = min(self.count, start + last - first)
-            pieces.append(_permutation(self.seed, epoch, self.count)[start:stop])
-            first += stop - start
+            begin, images = self._around(epoch, start)
+            piece = images[start - begin : start - begin + last - first]
+            pieces.append(piece)
+            first += len(piece)
         return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+
+    def _around(self, epoch: int, position: int) -> tuple[int, Tensor]:
+        """The window at a position of an epoch: where it begins, and its images in order."""
+        if self.window == 0 or self.window >= len(self.shards):
+            return 0, _epoch(self.count, self.seed, epoch)
+        _, begins = _windows(self, epoch)
+        number = int(np.searchsorted(begins, position, side="right")) - 1
+        return int(begins[number]), _window(self, epoch, number)
+
+
+# A walk goes forward: what it has left behind is not needed again. Several devices or resolutions
+# in one process are at the same place.
+@lru_cache(maxsize=2)
+def _epoch(count: int, seed: int, epoch: int) -> Tensor:
+    return _permutation(count, seed, "order", epoch)
+
+
+@lru_cache(maxsize=2)
+def _windows(order: Order, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The shards of an epoch in order; where each of its windows begins, and the last ends."""
+    shards = _permutation(len(order.shards), order.seed, "shards", epoch).numpy()
+    ends = np.cumsum(np.array(order.shards)[shards])
+    stops = np.append(ends[order.window - 1 : -1 : order.window], ends[-1])
+    # Empty windows, of shards without images, are never the last that begins at a position.
+    return shards, np.concatenate([[0], stops])
+
+
+@lru_cache(maxsize=2)
+def _window(order: Order, epoch: int, number: int) -> Tensor:
+    shards = _windows(order, epoch)[0][number * order.window : (number + 1) * order.window]
+    last = np.cumsum(order.shards)[shards]
+    pieces = [np.arange(last[i] - order.shards[shard], last[i]) for i, shard in enumerate(shards)]
+    images = torch.from_numpy(np.concatenate(pieces))
+    return images[_permutation(len(images), order.seed, "window", epoch, number)]

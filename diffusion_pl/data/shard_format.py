@@ -16,6 +16,7 @@ bytes. Nothing in a tar depends on time, user or machine.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -206,6 +207,16 @@ def open_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
     if index.dtype != wanted or index.shape != (manifest.count,):
         raise ValueError(f"{path}: not the index of {folder / MANIFEST}; prepare the data again")
     return index
+
+
+def index_bytes(manifest: Manifest) -> int:
+    """The size of the index file."""
+    dtype = index_dtype(manifest.resolutions)
+    descr = np.lib.format.dtype_to_descr(dtype)
+    header = {"descr": descr, "fortran_order": False, "shape": (manifest.count,)}
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return len(buffer.getvalue()) + manifest.count * dtype.itemsize
 
 
 def write_atomically(path: Path, data: bytes) -> None:

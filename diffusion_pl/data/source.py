@@ -45,6 +45,8 @@ class Images:
             equal content has an equal one, whatever files it came from.
         labels: int64 (N,) in [0, classes), or None when unlabelled.
         classes: number of classes, 0 when unlabelled.
+        shards: images in each shard, in order; () where there are none.
+        window: shards to shuffle together; 0: all.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Images:
     fingerprint: str
     labels: Tensor | None
     classes: int
+    shards: tuple[int, ...] = ()
+    window: int = 0
 
     def __len__(self) -> int:
         return self.store.shape[0]
@@ -140,6 +144,7 @@ def load(
     *,
     classes: int,
     threads: int = 1,
+    limit: int | None = None,
 ) -> Images:
     """Read a store through once: this checks every image, takes the fingerprint, and fills memory.
 
@@ -149,9 +154,10 @@ def load(
         labels: int64 (N,) or None.
         classes: number of classes, 0 without labels.
         threads: pieces read at a time; decoding and numpy release the interpreter lock.
+        limit: decoded bytes to hold in memory at most; None: MEMORY_LIMIT.
 
     Returns:
-        The images, in memory up to MEMORY_LIMIT, else with their store.
+        The images, in memory up to the limit, else with their store.
 
     Raises:
         ValueError: whatever the store finds wrong with an image.
@@ -159,7 +165,8 @@ def load(
     count, channels, height, width = store.shape
     assert height == width and count > 0, store.shape
     digests = bytearray()
-    in_memory = isinstance(store, Tensor) or count * channels * height * width <= MEMORY_LIMIT
+    most = MEMORY_LIMIT if limit is None else limit
+    in_memory = isinstance(store, Tensor) or count * channels * height * width <= most
     kept: Store = store
     if in_memory and not isinstance(store, Tensor):
         kept = torch.empty((count, channels, height, width), dtype=torch.uint8)

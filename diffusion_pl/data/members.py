@@ -1,0 +1,182 @@
+"""Images out of prepared shards: members of tars, read by their place in the index."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from diffusion_pl.data.member_images import RAW_HEADER, decode_into, raw_header
+from diffusion_pl.data.shard_format import ENDINGS, open_index
+from diffusion_pl.data.tars import Tars
+
+_TAR_BLOCK = 512
+
+
+class BrokenImage(ValueError):
+    """A member that is not the image which the index announces."""
+
+
+@dataclass
+class Members:
+    """The images of one resolution as a store: read and decoded when asked for.
+
+    Args:
+        tars: the shards.
+        folder: where the index lies.
+        resolution: one of the manifest's.
+        skip_broken: how many broken images to replace by the next good one of the same label; a
+            number of this process, which sees its share of the images.
+    """
+
+    tars: Tars
+    folder: Path
+    resolution: int
+    skip_broken: int = 0
+    _broken: set[int] = field(default_factory=set, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Each process maps the index by itself.
+        return {key: value for key, value in self.__dict__.items() if key != "index"}
+
+    @cached_property
+    def index(self) -> npt.NDArray[np.void]:
+        """The index, mapped from the disk."""
+        return open_index(self.folder, self.tars.manifest)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C, R, R)."""
+        manifest = self.tars.manifest
+        return (manifest.count, manifest.channels, self.resolution, self.resolution)
+
+    @property
+    def broken(self) -> int:
+        """How many images have been replaced in this process."""
+        return len(self._broken)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """uint8 (n, C, R, R).
+
+        Raises:
+            ValueError: an image that is broken, by shard and key, or one more than `skip_broken`.
+        """
+        images = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
+        rows = self.index[indices.numpy()]
+        self.tars.fetch(np.unique(rows["shard"]).tolist())
+        read = self._reader()
+        # In the order of the disk.
+        places = np.lexsort((rows[f"offset_{self.resolution}"], rows["shard"]))
+        columns = zip(places.tolist(), *self._columns(rows[places]), strict=True)
+        for place, number, offset, length, crc in columns:
+            try:
+                read(images[place], number, offset, length, crc)
+            except BrokenImage as error:
+                self._replace(images[place], int(indices[place]), error)
+        return torch.from_numpy(images)
+
+    def _columns(self, rows: npt.NDArray[np.void]) -> list[list[int]]:
+        names = ["shard", *(f"{name}_{self.resolution}" for name in ("offset", "length", "crc"))]
+        return [rows[name].tolist() for name in names]
+
+    def _reader(self) -> Callable[[npt.NDArray[np.uint8], int, int, int, int], None]:
+        return self._raw if self.tars.manifest.encoding == "raw" else self._encoded
+
+    def _raw(
+        self, image: npt.NDArray[np.uint8], number: int, offset: int, length: int, crc: int
+    ) -> None:
+        """Read uncompressed pixels to where they belong."""
+        header = bytearray(RAW_HEADER)
+        wanted = RAW_HEADER + image.size
+        if length != wanted:
+            raise self._complaint(number, offset, f"{length} bytes in place of {wanted}")
+        self._check(number, offset, self.tars.read(number, [header, image], offset), length)
+        if zlib.crc32(image.data, zlib.crc32(header)) != crc:
+            raise self._complaint(number, offset, "its check sum is wrong")
+        if header != raw_header(image.shape):
+            raise self._complaint(number, offset, "not the array it should be")
+
+    def _encoded(
+        self, image: npt.NDArray[np.uint8], number: int, offset: int, length: int, crc: int
+    ) -> None:
+        """Read and decode a compressed image."""
+        if not 0 < length <= self.tars.manifest.shards[number].bytes:
+            raise self._complaint(number, offset, f"{length} bytes long in the index")
+        data = bytearray(length)
+        self._check(number, offset, self.tars.read(number, [data], offset), length)
+        if zlib.crc32(data) != crc:
+            raise self._complaint(number, offset, "its check sum is wrong")
+        try:
+            decode_into(image, data, self.tars.manifest.encoding)
+        except ValueError as error:
+            raise self._complaint(number, offset, str(error)) from error
+
+    def _check(self, number: int, offset: int, found: int, wanted: int) -> None:
+        if found != wanted:
+            raise self._complaint(number, offset, "the shard ends within it")
+
+    def _complaint(self, number: int, offset: int, problem: str) -> BrokenImage:
+        """Name the member as the tar does, in the block before its contents."""
+        block = bytearray(_TAR_BLOCK)
+        self.tars.read(number, [block], max(0, offset - _TAR_BLOCK))
+        name = bytes(block[:100]).split(b"\0")[0].decode("ascii", "replace")
+        ending = f".{self.resolution}.{ENDINGS[self.tars.manifest.encoding]}"
+        if not (name.endswith(ending) and name.isprintable()):
+            name = f"byte {offset:,}"
+            problem = f"no {self.resolution} px image where the index has one"
+        return BrokenImage(
+            f"{self.tars.name(number)}: {name}: {problem}; fetch or prepare the data again, or "
+            f"set data.skip_broken"
+        )
+
+    def _replace(self, image: npt.NDArray[np.uint8], broken: int, complaint: BrokenImage) -> None:
+        """Put the next good image of the same label in the place of a broken one."""
+        if self.skip_broken == 0:
+            raise complaint
+        self._note(broken, complaint)
+        read = self._reader()
+        for other in self._next(broken):
+            [number], [offset], [length], [crc] = self._columns(self.index[other : other + 1])
+            try:
+                read(image, number, offset, length, crc)
+            except BrokenImage as error:
+                self._note(other, error)
+            else:
+                return
+        raise complaint
+
+    def _next(self, place: int) -> Iterator[int]:
+        label = self.index["label"]
+        for other in itertools.chain(range(place + 1, len(label)), range(place)):
+            if label[other] == label[place]:
+                yield other
+
+    def _note(self, broken: int, complaint: BrokenImage) -> None:
+        first = not self._broken
+        self._broken.add(broken)
+        if len(self._broken) > self.skip_broken:
+            raise ValueError(
+                f"{len(self._broken)} broken images, data.skip_broken is {self.skip_broken}: "
+                f"{complaint}"
+            ) from complaint
+        if first:
+            warnings.warn(f"replaced by the next good image: {complaint}", stacklevel=4)
+
+
+_Reader = Callable[[Members, npt.NDArray[np.uint8], int, int, int, int], None]
+_READERS: dict[str, _Reader] = {
+    "raw": Members._raw,
+    "png": Members._encoded,
+    "webp": Members._encoded,
+    "jpeg": Members._encoded,
+}

@@ -1,0 +1,244 @@
+"""Prepared shards as a source, in a folder or at an address: what `prepare` has written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from diffusion_pl.data import remote
+from diffusion_pl.data.crops import Crop
+from diffusion_pl.data.members import Members
+from diffusion_pl.data.shard_format import (
+    INDEX,
+    MANIFEST,
+    PROGRESS,
+    SHARDS,
+    Manifest,
+    index_bytes,
+)
+from diffusion_pl.data.source import Images, load
+from diffusion_pl.data.tars import Tars
+
+_SETS = "sets"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A prepared data set as a source; of each step only the resolution it trains at is read.
+
+    Args:
+        path: the folder that `prepare` made, or an address of one that fsspec knows, such as
+            s3://bucket/cats; its shards are then fetched when they are needed.
+        resolution: side in pixels of the full frame; one that was prepared.
+        channels: colour channels, known without the data.
+        batch_size: images per optimizer step, over all devices.
+        workers: loader workers per device, and threads that decode while opening.
+        hflip: mirror images at random.
+        shares: share of the steps at each resolution, each a prepared one; None: all at
+            `resolution`.
+        crop: what window of each image a step sees; None: the whole.
+        cache: `disk` reads an image's bytes when it is wanted; `memory` decodes all on opening.
+        cache_folder: where remote shards are kept.
+        cache_bytes: how many bytes of them at most, over all processes of the machine.
+        window: shards shuffled together, 0 all; remote, so many are on the disk at a time.
+        skip_broken: how many broken images a process may replace, each by the next good one of its
+            label, before it stops.
+    """
+
+    path: str
+    resolution: int
+    _: KW_ONLY
+    channels: int = 3
+    batch_size: int
+    workers: int = 0
+    hflip: bool = False
+    shares: Mapping[int, float] | None = None
+    crop: Crop | None = None
+    cache: Literal["disk", "memory"] = "disk"
+    cache_folder: str = "data/cache"
+    cache_bytes: int = 64 * 1024**3
+    window: int = 1024
+    skip_broken: int = 0
+
+    def prepare(self) -> None:
+        """Check the description of the data, and fetch the index of remote data.
+
+        Raises:
+            ValueError: not prepared, unfinished, of another format, or without what is asked for.
+        """
+        self._described()
+
+    def open(self, resolution: int | None = None) -> Images:
+        """The images at one of the prepared resolutions.
+
+        The index is checked against its digest and the shards against their sizes; every image is
+        checked when it is read.
+
+        Args:
+            resolution: of the images, the source's own when not given.
+
+        Raises:
+            ValueError: as `prepare`, or an index or shards other than those described.
+        """
+        resolution = resolution or self.resolution
+        folder, manifest = self._described()
+        self._check_resolution(manifest, resolution)
+        cache = None
+        if remote.is_remote(self.path):
+            cache = remote.Cache(Path(self.cache_folder), self.cache_bytes)
+        members = Members(Tars(self.path, manifest, cache), folder, resolution, self.skip_broken)
+        labels = self._check_index(members, manifest)
+        images = Images(
+            f"{manifest.name}-{resolution}",
+            members,
+            manifest.fingerprints[resolution],
+            labels,
+            manifest.classes,
+            tuple(shard.count for shard in manifest.shards),
+            self.window,
+        )
+        return images if self.cache == "disk" else self._in_memory(images, members)
+
+    def _described(self) -> tuple[Path, Manifest]:
+        """The folder of the index, and what `dataset.json` says, checked against the settings."""
+        if self.cache not in ("disk", "memory"):
+            raise ValueError(f"data.cache is disk or memory (got {self.cache!r})")
+        for name, value, least in (
+            ("window", self.window, 0),
+            ("skip_broken", self.skip_broken, 0),
+            ("batch_size", self.batch_size, 1),
+        ):
+            if value < least:
+                raise ValueError(f"data.{name} must be at least {least} (got {value})")
+        folder, manifest = self._remote() if remote.is_remote(self.path) else self._local()
+        for resolution in (self.resolution, *(self.shares or ())):
+            self._check_resolution(manifest, resolution)
+        if manifest.channels != self.channels:
+            raise ValueError(
+                f"{self.path}: images of {manifest.channels} channels; set "
+                f"data.channels={manifest.channels}"
+            )
+        if manifest.count < self.batch_size:
+            raise ValueError(
+                f"{self.path}: {manifest.count:,} images are less than a batch of "
+                f"{self.batch_size:,}"
+            )
+        return folder, manifest
+
+    def _local(self) -> tuple[Path, Manifest]:
+        folder = Path(self.path)
+        if not (folder / MANIFEST).exists():
+            begun = (folder / PROGRESS).is_dir() or (folder / SHARDS).is_dir()
+            raise ValueError(
+                f"{self.path}: `prepare` was interrupted here; run it again to finish"
+                if begun
+                else _not_prepared(self.path)
+            )
+        return folder, Manifest.read(folder)
+
+    def _remote(self) -> tuple[Path, Manifest]:
+        """Fetch `dataset.json` and the index; the first anew each time, since it may change."""
+        address = self.path.rstrip("/")
+        text = remote.read(f"{address}/{MANIFEST}")
+        if text is None:
+            raise ValueError(_not_prepared(self.path))
+        sets = Path(self.cache_folder) / _SETS
+        sets.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=sets) as name:
+            (Path(name) / MANIFEST).write_bytes(text)
+            try:
+                manifest = Manifest.read(Path(name))
+            except ValueError as error:
+                raise ValueError(str(error).replace(name, address)) from error
+        folder = sets / manifest.index_sha256
+        size = index_bytes(manifest)
+        remote.Cache(folder, size).fetch(f"{address}/{INDEX}", INDEX, size, manifest.index_sha256)
+        self._check_room(manifest)
+        return folder, manifest
+
+    def _check_room(self, manifest: Manifest) -> None:
+        sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
+        most = sum(sizes[: self.window or None])
+        if most > self.cache_bytes:
+            raise ValueError(
+                f"{self.path}: data.cache_bytes is {self.cache_bytes:,}, and the shards that are "
+                f"shuffled together take {most:,}; raise it or lower data.window"
+            )
+
+    def _check_resolution(self, manifest: Manifest, resolution: int) -> None:
+        if resolution not in manifest.resolutions:
+            there = ", ".join(map(str, manifest.resolutions))
+            raise ValueError(
+                f"{self.path}: prepared at {there} px (got {resolution}); choose among these, or "
+                f"prepare the data with --resolutions {resolution}"
+            )
+
+    def _check_index(self, members: Members, manifest: Manifest) -> torch.Tensor | None:
+        """Whether the index and local shards are those described; the labels."""
+        index = members.folder / INDEX
+        members.index  # noqa: B018 - an absent or foreign index is told first
+        with index.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != manifest.index_sha256:
+                raise ValueError(f"{index}: changed since the data was prepared; prepare it again")
+        if members.tars.cache is None:
+            for number, shard in enumerate(manifest.shards):
+                _check_size(members.tars.name(number), shard.bytes)
+        counts = [shard.count for shard in manifest.shards]
+        if not np.array_equal(members.index["shard"], np.repeat(np.arange(len(counts)), counts)):
+            raise ValueError(f"{index}: not in the order of the shards; prepare the data again")
+        if manifest.classes == 0:
+            return None
+        labels = members.index["label"].astype(np.int64)
+        if labels.min() < 0 or labels.max() >= manifest.classes:
+            raise ValueError(f"{index}: labels beyond the {manifest.classes} classes")
+        return torch.from_numpy(labels)
+
+    def _in_memory(self, images: Images, members: Members) -> Images:
+        """Decode everything, and take the fingerprint to hold it against the stated one."""
+        needed = len(images) * images.channels * images.resolution**2
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there:
+            raise ValueError(
+                f"{self.path}: {needed / 2**30:.0f} GiB decoded do not fit in the "
+                f"{there / 2**30:.0f} GiB of memory; set data.cache=disk"
+            )
+        loaded = load(
+            images.name,
+            members,
+            images.labels,
+            classes=images.classes,
+            threads=max(1, self.workers),
+            limit=needed,
+        )
+        if loaded.fingerprint != images.fingerprint and not members.broken:
+            raise ValueError(
+                f"{self.path}: the images at {images.resolution} px decode to others than were "
+                f"prepared; prepare the data again, with the decoders that are here"
+            )
+        return replace(images, store=loaded.store)
+
+
+def _not_prepared(path: str) -> str:
+    return (
+        f"{path}: not prepared (no {MANIFEST} here); run python -m diffusion_pl prepare SOURCE "
+        f"{path} --resolutions ..."
+    )
+
+
+def _check_size(path: str, size: int) -> None:
+    try:
+        found = os.stat(path).st_size
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); prepare it again") from error
+    if found != size:
+        raise ValueError(
+            f"{path}: {found:,} bytes where {size:,} were written; fetch or prepare the data again"
+        )
