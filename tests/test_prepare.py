@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import io
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +24,9 @@ import webdataset
 from PIL import Image
 from prepared import cifar10, digests, file, files, fill, manifest, members, noise, pixels, prepare
 
-from diffusion_pl import cli
+from diffusion_pl import cli, config
+from diffusion_pl.commands import parts
+from diffusion_pl.commands.prepare import train_command
 from diffusion_pl.data.cifar10 import CIFAR10
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.reduce import FILTERS
@@ -369,6 +373,25 @@ def test_the_result_is_one_json_object_and_the_way_on(shapes, tmp_path, capsys):
     assert f"'data.path={dest}'" in result["train"]  # quoted for the shell
 
 
+@pytest.mark.parametrize("side", [8, 32, 64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("labels", ["--labels", "--no-labels"])
+def test_the_train_command_binds_whatever_the_size(side, labels, tmp_path, capsys):
+    """Every override of the printed command is an argument of what it configures."""
+    words = ("--count", 40, labels, "--shard-images", 40)
+    # What is written does not change the command but by its sides; 1,024 px would take seconds.
+    assert prepare("synthetic", tmp_path / "x", *words) == 0
+    said = dataclasses.replace(Manifest.read(tmp_path / "x"), resolutions=[side])
+    program, told = train_command(said, tmp_path / "x").split(" train ")
+    name, *overrides = shlex.split(told)
+    assert program == "python -m diffusion_pl"
+    experiment = parts.read(name, overrides)
+    source = config.build(experiment, "data")
+    assert (source.path, source.resolution) == (str(tmp_path / "x"), side)
+    assert source.batch_size <= 40
+    assert experiment.get("network.resolution") == side
+    assert experiment.get("network.classes") == (8 if labels == "--labels" else 0)
+
+
 @pytest.mark.parametrize(
     ("words", "resolutions", "complaint"),
     [
@@ -436,6 +459,12 @@ def test_no_command_imports_torch_to_say_that_it_is_finished(photographs, tmp_pa
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "nothing to do" in done.stderr
+
+
+def test_prepare_works_where_there_are_no_experiments(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert prepare("photographs", Path("x")) == 0
+    assert "data.path=x data.resolution=8 data.batch_size=4 " in capsys.readouterr().err
 
 
 def test_help_names_every_kind_of_source(capsys):

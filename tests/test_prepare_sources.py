@@ -177,6 +177,9 @@ def test_a_source_that_is_none_is_refused(name, complaint, tmp_path, capsys):
 def test_the_synthetic_set_wants_a_count(tmp_path, capsys):
     assert prepare("synthetic", tmp_path / "x") == 2
     assert "synthetic: says not how many images; add --count" in capsys.readouterr().err
+    assert prepare("synthetic", tmp_path / "bare", "--count", 3, "--no-labels") == 0
+    assert (manifest(tmp_path / "bare")["classes"], len(members(tmp_path / "bare"))) == (0, 6)
+    capsys.readouterr()
     for words in (("--count", 0), ("--count", 3, "--seed", -1)):
         assert prepare("synthetic", tmp_path / "x", *words) == 2
         assert "synthetic data: " in capsys.readouterr().err
@@ -349,6 +352,13 @@ def test_words_as_labels_are_numbered_by_the_alphabet(tmp_path):
     assert manifest(tmp_path / "dest")["class_names"] == ["cat", "dog", "eel"]
     found = members(tmp_path / "dest")
     assert [found[f"{i:09}.cls"] for i in range(COUNT)] == [b"1", b"0", b"1", b"2", b"0", b"1"]
+
+
+def test_labels_that_are_none_can_be_left_out(tmp_path):
+    """A test split often has -1 for every label."""
+    path = _table(tmp_path / "x.parquet", [data for _, data in _sorted()], [-1] * COUNT)
+    assert prepare(path, tmp_path / "dest", "--no-labels") == 0
+    assert manifest(tmp_path / "dest")["classes"] == 0
 
 
 def test_splits_side_by_side_are_not_mixed(tmp_path, capsys):

@@ -37,6 +37,8 @@ FAILURES: tuple[type[Exception], ...] = (WorkerLost,)
 _SECONDS_BETWEEN_LINES = 10.0
 _SKIPPED_SHOWN = 10
 
+BATCH_SIZE = 256
+
 # The experiment that trains on unlabelled, and on labelled, images of up to this side.
 EXPERIMENTS = {
     32: ("cifar10_edm", "cifar10_edm_f_vp_cond"),
@@ -202,12 +204,17 @@ def train_command(manifest: Manifest, folder: Path) -> str:
 def overrides(manifest: Manifest, folder: Path, experiment: str) -> list[str]:
     """What an experiment's data and network must be told to train on a prepared set."""
     side = manifest.resolutions[0]
-    loaded = config.load(experiment)
+    try:
+        batch_size: int = config.load(experiment).get("data.batch_size")
+    except config.ConfigError:  # called from a folder without experiments
+        batch_size = BATCH_SIZE
+    while batch_size > manifest.count:
+        batch_size //= 2
     return [
         "data._target_=diffusion_pl.data.shards.Shards",
         f"data.path={folder}",
         f"data.resolution={side}",
-        f"data.batch_size={loaded.get('data.batch_size')}",
+        f"data.batch_size={batch_size}",
         f"network.resolution={side}",
         f"network.classes={manifest.classes}",
     ]
