@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffusion_pl.cli import main
 from diffusion_pl.commands.enlarge import VARIATIONS
+from diffusion_pl.diffusion.consistency import nearest
 
 ROOT = Path(__file__).parents[1]
 TINY = """# A tiny pyramid for tests (no published number)
@@ -70,8 +71,8 @@ def home(tmp_path_factory):
         # Black and white mostly: what is clipped must agree too.
         pixels = (source.normal(128, 200, shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / name)
-    for name in ("a.png", "c.png"):
-        shutil.copy(folder / name, folder / "pictures")
+    for name in "eagcbfhd":  # not in order
+        shutil.copy(folder / "a.png", folder / "pictures" / f"{name}.png")
     (folder / "pictures" / "notes.txt").write_text("not a picture")
     (folder / "empty").mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -243,9 +244,28 @@ def test_without_consistency_any_size_is_taken_and_the_picture_is_not_kept(run, 
     assert "c.png: 6 x 6 pixels are no whole part of 16 x 16" in err
 
 
+def test_consistency_acts_on_every_step(run, tmp_path):
+    """Made to agree only at the end, the image drawn without it would be another.
+
+    The run's own sampler clips, so that what is saved is what was drawn, to half a level.
+    """
+    words = ("enlarge", "runs/tiny", "a.png", "--restart", 2)
+    for way in ("--consistent", "--no-consistent"):
+        code, _, err = run(*words, way, "--out", tmp_path / way)
+        assert code == 0, err
+    every, never = (
+        torch.from_numpy(pixels(tmp_path / way / "000000_000.png")).permute(2, 0, 1)[None]
+        for way in ("--consistent", "--no-consistent")
+    )
+    picture = torch.from_numpy(pixels("a.png")).permute(2, 0, 1)[None]
+    at_the_end = nearest(never / 127.5 - 1, picture / 127.5 - 1)
+    assert (at_the_end - (every / 127.5 - 1)).abs().max() > 4 / 127.5
+
+
 def test_the_restart_is_the_runs_own_or_half_the_factor_or_as_told(run, tmp_path):
     def restarts(*words):
-        code, result, err = run("enlarge", "runs/tiny", "d.png", "--out", tmp_path, *words)
+        command = ("enlarge", "runs/tiny", "d.png", "--count", 2, "--out", tmp_path)
+        code, result, err = run(*command, *words)
         assert code == 0, err
         return result["pictures"][0]["restart"], result["pictures"][0]["evaluations"]
 
@@ -274,8 +294,12 @@ def test_a_variation_depends_on_the_picture_the_seed_and_its_index_alone(run, tm
     for number in range(2):
         assert np.abs(three[number][0] - one[number][0]).max() <= 1
         assert np.abs(three[number][0] - three[number][1]).max() > 2
+    # The seed of what the ancestral chain adds, and of what a deterministic one begins from.
     other = drawn("seed", "a.png", "--seed", 1)
     assert np.abs(other[0][0] - one[0][0]).max() > 2
+    euler = ("a.png", "--sampler", "euler", "--steps", 4)
+    first, second = (drawn(f"euler{n}", *euler, "--seed", n)[0][0] for n in (0, 1))
+    assert np.abs(first - second).max() > 2
     moved = drawn("moved", "d.png", "a.png")
     assert np.abs(moved[1][0] - one[0][0]).max() > 2  # another index
     code, _, err = run("enlarge", "runs/tiny", "a.png", "--count", VARIATIONS + 1)
@@ -289,7 +313,7 @@ def test_a_folder_is_its_pictures_by_name_and_jpegs_are_read(run, tmp_path, home
     )
     assert code == 0, err
     names = [Path(row["picture"]).name for row in result["pictures"]]
-    assert names == ["a.png", "c.png", "a.jpg"]
+    assert names == [*(f"{name}.png" for name in "abcdefgh"), "a.jpg"]
     assert result["grid"] is not None
 
 
