@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,11 +86,10 @@ class Cache:
             ValueError: a server that does not give that file, or a disk that does not take it.
         """
         final = self.folder / name
-        try:
-            os.utime(final)
+        if final.exists():
+            with suppress(OSError):
+                os.utime(final)
             return final
-        except FileNotFoundError:
-            pass
         if size > self.limit:
             raise ValueError(
                 f"{url}: {size:,} bytes, and data.cache_bytes is {self.limit:,}; raise it"
