@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import random
+import tracemalloc
 
 import pytest
 import torch
@@ -53,6 +56,97 @@ def test_any_piece_of_the_walk_is_the_same_as_in_the_whole():
     whole = order(0, 40).tolist()
     for first, last in itertools.combinations(range(0, 41, 3), 2):
         assert order(first, last).tolist() == whole[first:last]
+
+
+def windowed():
+    """Orders of all kinds of shards, empty ones among them."""
+    source = random.Random(0)
+    for _ in range(100):
+        shards = [source.randrange(9) for _ in range(source.randrange(1, 12))]
+        shards[0] += 1
+        yield Order(sum(shards), source.randrange(99), tuple(shards), source.randrange(14))
+
+
+def test_windows_of_any_shards_hold_every_image_once_an_epoch():
+    for order in windowed():
+        for epoch in range(3):
+            images = order(order.count * epoch, order.count * (epoch + 1))
+            assert sorted(images.tolist()) == list(range(order.count))
+
+
+def test_any_piece_of_a_walk_by_windows_is_the_same_as_in_the_whole():
+    source = random.Random(1)
+    for order in windowed():
+        whole = order(0, 3 * order.count).tolist()
+        first, last = sorted(source.randrange(3 * order.count + 1) for _ in range(2))
+        assert order(first, last).tolist() == whole[first:last]
+
+
+def test_ranks_and_workers_share_a_walk_by_windows_exactly():
+    source = random.Random(2)
+    for order in itertools.islice(windowed(), 20):
+        world, workers, size = (source.randrange(1, 4) for _ in range(3))
+        # Steps until the run has gone round twice at least.
+        steps = -(-2 * order.count // (world * size))
+        seen = []
+        for worker in range(workers):
+            for step in range(worker, steps, workers):
+                for rank in range(world):
+                    share = Share(world * size, rank, world).positions(step)
+                    seen += order(share.start, share.stop).tolist()
+        assert sorted(seen) == sorted(order(0, steps * world * size).tolist())
+        counts = torch.bincount(torch.tensor(seen), minlength=order.count)
+        assert counts.min() >= 2
+        assert counts.max() <= -(-steps * world * size // order.count)
+
+
+def test_a_window_holds_a_few_whole_shards_shuffled_together():
+    order = Order(60, 3, (10,) * 6, 2)
+    for epoch in range(2):
+        walk = order(60 * epoch, 60 * epoch + 60)
+        shards = [sorted(set((part // 10).tolist())) for part in walk.split(20)]
+        assert all(len(each) == 2 for each in shards)
+        assert sorted(itertools.chain(*shards)) == list(range(6))
+        # Images of both shards alternate about half of the time, unlike one shard after the other.
+        changes = (walk[1:] // 10 != walk[:-1] // 10).sum()
+        assert changes > 20
+    assert order(0, 60).tolist() != order(60, 120).tolist()
+    firsts = {
+        tuple(sorted(set((Order(60, s, (10,) * 6, 2)(0, 20) // 10).tolist()))) for s in range(9)
+    }
+    assert len(firsts) > 3
+
+
+@pytest.mark.parametrize("window", [0, 6, 7])
+def test_a_window_of_all_shards_is_the_order_without_any(window):
+    assert Order(60, 3, (10,) * 6, window)(0, 130).tolist() == Order(60, 3)(0, 130).tolist()
+
+
+def test_the_order_of_a_run_is_that_of_earlier_versions():
+    generator = torch.Generator()
+    digest = hashlib.blake2b(b"3/order/1", digest_size=8).digest()
+    generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+    assert torch.equal(Order(50, 3)(50, 100), torch.randperm(50, generator=generator))
+
+
+def test_a_walk_by_windows_costs_the_same_however_many_images_there_are():
+    def held(count):
+        order = Order(count, 0, (1000,) * (count // 1000), 10)
+        tracemalloc.start()
+        for step in range(20):
+            order(count // 2 + 640 * step, count // 2 + 640 * step + 64)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    held(100_000)
+    # 10,000 images are numbered at a time in either; the shards themselves are numbered too.
+    assert held(10_000_000) < held(100_000) + 10_000 * 100
+
+
+def test_a_negative_window_is_refused():
+    with pytest.raises(ValueError, match="data.window must not be negative"):
+        Order(8, 0, (4, 4), -1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 12])

@@ -1,4 +1,4 @@
-"""Shards at an address: fetched whole, checked, shared, bounded, and fetched again when it fails."""
+"""Shards at an address: fetched whole, checked, shared, bounded, and fetched again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import resource
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -74,23 +75,6 @@ def test_images_over_http_are_those_of_the_folder(made, tmp_path, ranges):
         ]
 
 
-def test_images_from_s3_are_those_of_the_folder(made, tmp_path, monkeypatch):
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    with s3() as url:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        upload(url, made, "sets/noise")
-        images = at("s3://bucket/sets/noise/", tmp_path).open()
-        assert torch.equal(images.read(torch.arange(20)), pixels(range(20), 16))
-        with pytest.raises(ValueError, match="s3://bucket/sets/nothing: not prepared"):
-            at("s3://bucket/sets/nothing", tmp_path).open()
-
-
 def test_forked_workers_fetch_each_shard_once_between_them(server, tmp_path):
     images = at(server.url, tmp_path).open()
     images.read(torch.tensor([0]))
@@ -142,9 +126,8 @@ def _break_after(server, requests):
 def test_a_server_that_never_gives_it_is_named_in_one_line(files, tmp_path):
     cache = Cache(tmp_path / "cache", 5000, attempts=3, backoff=0.01)
     url = f"{files.url}/3.tar"
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError, match=f"^{url}: cannot be fetched in 3 attempts") as told:
         cache.fetch(url, "3.tar", 1000, "0" * 64)
-    assert str(told.value).startswith(f"{url}: cannot be fetched in 3 attempts")
     assert "another sha256" in str(told.value)
     assert "\n" not in str(told.value)
     assert files.asked.count("3.tar") == 3
@@ -238,10 +221,8 @@ def _fetch_all(folder, url, digests, turn):
     for number in (*range(turn, 10), *range(turn)):
         name = f"{number}.tar"
         path = cache.fetch(f"{url}/{name}", name, 1000, digests[number])
-        try:
+        with suppress(FileNotFoundError):  # another process made room
             assert hashlib.sha256(path.read_bytes()).hexdigest() == digests[number]
-        except FileNotFoundError:
-            pass  # another process made room
         with (folder / ".lock").open() as lock:
             # Room is made and taken under this lock, so what is seen here is of one moment; files
             # may still be given their final names.
@@ -314,3 +295,20 @@ def test_a_cache_that_cannot_be_made_is_told(files, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ValueError, match="cannot be kept here"):
         fetch(Cache(tmp_path / "cache", 5000), files, 0)
+
+
+def test_images_from_s3_are_those_of_the_folder(made, tmp_path, monkeypatch):
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with s3() as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        upload(url, made, "sets/noise")
+        images = at("s3://bucket/sets/noise/", tmp_path).open()
+        assert torch.equal(images.read(torch.arange(20)), pixels(range(20), 16))
+        with pytest.raises(ValueError, match="s3://bucket/sets/nothing: not prepared"):
+            at("s3://bucket/sets/nothing", tmp_path).open()
