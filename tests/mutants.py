@@ -159,8 +159,6 @@ MUTANTS = [
     *at(
         "data/order.py",
         "data_order",
-        ('f"{seed}/order/{epoch}"', 'f"{seed}/order"'),
-        ("_permutation(self.seed, epoch, self.count)[", "_permutation(self.seed, 0, self.count)["),
     ),
     *at(
         "data/loader.py",

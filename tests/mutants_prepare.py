@@ -55,7 +55,7 @@ MUTANTS = [
         "data/source.py",
         "reduce data_source",
         ("(mean % 2 == 1)", "(mean % 2 == 0)"),
-        ("(twice > block**2) |", "(twice >= block**2) |"),
+        ("(twice > area) |", "(twice >= area) |"),
     ),
     *at(
         "data/recipe.py",

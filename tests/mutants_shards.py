@@ -103,7 +103,10 @@ MUTANTS = [
         ("if size > self.limit:", "if size > self.limit + 1:"),
         ("fcntl.flock(part, fcntl.LOCK_EX)", "pass"),
         ("                if final.exists():\n", "                if False:\n"),
-        ("(part, path):\n                    yield", "(part, path) or True:\n                    yield"),
+        (
+            "if _is_at(part, path):\n                    yield part",
+            "if True:\n                    yield part",
+        ),
         ("_part_of(final).unlink(missing_ok=True)", "pass"),
         ("os.ftruncate(part, size)", "pass"),
         ("if total + size <= self.limit:", "if total <= self.limit:"),

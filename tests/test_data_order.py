@@ -110,11 +110,20 @@ def test_a_window_holds_a_few_whole_shards_shuffled_together():
         # Images of both shards alternate about half of the time, unlike one shard after the other.
         changes = (walk[1:] // 10 != walk[:-1] // 10).sum()
         assert changes > 20
-    assert order(0, 60).tolist() != order(60, 120).tolist()
-    firsts = {
-        tuple(sorted(set((Order(60, s, (10,) * 6, 2)(0, 20) // 10).tolist()))) for s in range(9)
-    }
-    assert len(firsts) > 3
+    # Epochs and windows differ in which shards stand together, and in how these are shuffled.
+    first, second, third = order(0, 180).split(60)
+    together = [set((epoch[:20] // 10).tolist()) for epoch in (first, second, third)]
+    assert together[0] != together[1] or together[1] != together[2]
+    whole = Order(60, 3, (60,), 0)(0, 60)
+    assert first.tolist() != second.tolist()
+    ranks = [
+        tuple(part.argsort().tolist())
+        for epoch in (first, second, whole)
+        for part in epoch.split(20)
+    ]
+    assert len(set(ranks)) == 9
+    firsts = [Order(60, seed, (10,) * 6, 2)(0, 20) // 10 for seed in range(9)]
+    assert len({frozenset(shards.tolist()) for shards in firsts}) > 3
 
 
 @pytest.mark.parametrize("window", [0, 6, 7])

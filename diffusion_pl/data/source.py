@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -197,16 +199,40 @@ class _Reduced:
         return (*self.store.shape[:2], self.resolution, self.resolution)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        images = self.store[indices]
-        block = images.shape[3] // self.resolution
-        blocks = images.unflatten(3, (-1, block)).unflatten(2, (-1, block))
-        total = blocks.sum(dim=(3, 5), dtype=torch.int32)
-        # To the nearest level, ties to the even one: rounded up they would brighten halved noise by
-        # an eighth of a level.
-        mean = total // block**2
-        twice = 2 * (total - mean * block**2)
-        up = (twice > block**2) | ((twice == block**2) & (mean % 2 == 1))
-        return (mean + up).to(torch.uint8)
+        return block_means(self.store[indices], self.resolution)
+
+
+def block_means(images: Tensor, resolution: int) -> Tensor:
+    """Means over blocks of pixels, to the nearest level; a tenth of the time of torch's own sums.
+
+    Args:
+        images: uint8 (n, C, R, R).
+        resolution: side of the result, a divisor of R.
+
+    Returns:
+        uint8 (n, C, resolution, resolution).
+    """
+    count, channels, _, width = images.shape
+    block = width // resolution
+    # 255 * 16 * 16 is just below 2^16.
+    sums = np.uint16 if block <= 16 else np.uint32
+    area = sums(block * block)
+    rows = images.numpy().reshape(count, channels, resolution, block, width)
+    total = _sum([rows[:, :, :, row] for row in range(block)], sums)
+    columns = total.reshape(count, channels, resolution, resolution, block)
+    total = _sum([columns[..., column] for column in range(block)], sums)
+    # Ties to the even level: rounded up they would brighten halved noise by an eighth of a level.
+    mean = total // area
+    twice = 2 * (total - mean * area)
+    up = (twice > area) | ((twice == area) & (mean % 2 == 1))
+    return torch.from_numpy((mean + up).astype(np.uint8))
+
+
+def _sum(terms: list[npt.NDArray[Any]], dtype: type[np.unsignedinteger]) -> npt.NDArray[Any]:
+    total = terms[0].astype(dtype)
+    for term in terms[1:]:
+        total += term
+    return total
 
 
 def reduced(images: Images, resolution: int | None, *, threads: int = 1) -> Images:
