@@ -55,8 +55,9 @@ test-slow: $(STAMP)  ## the tests that take minutes each
 mutants: $(STAMP)  ## plant one-line bugs; the tests must notice every one [ONLY="samplers/heun.py ..."]
 	OMP_NUM_THREADS=1 $(RUN_PYTHON) tests/mutants.py $(ONLY)
 
-bench: $(STAMP)  ## measurements beside the peers: BENCH=networks, samplers, loop, commands
-	$(RUN_PYTHON) -m benchmarks.$(or $(BENCH),all)
+bench: $(STAMP)  ## measurements beside the peers: BENCH=networks, samplers, loop, commands, data; pyramid RUN=...
+	@for name in $(or $(BENCH),networks samplers loop commands data); do \
+		$(RUN_PYTHON) -m benchmarks.$$name $(RUN) $(OTHER) || exit 1; done
 
 clean:  ## remove the environment and caches; runs and data stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -13,13 +13,14 @@ import torch
 from diffusion_pl import config
 from diffusion_pl.commands import parts, runs
 from diffusion_pl.config import Config
+from diffusion_pl.data.shard_workers import WorkerLost
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.checkpoint import write_atomically
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import NonFiniteLoss
 from diffusion_pl.training.run import Experiment, fit, last_measurements
 
-FAILURES: tuple[type[Exception], ...] = (NonFiniteLoss,)
+FAILURES: tuple[type[Exception], ...] = (NonFiniteLoss, WorkerLost)
 
 
 def run(options: argparse.Namespace) -> int:

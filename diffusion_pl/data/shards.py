@@ -16,6 +16,8 @@ import torch
 from diffusion_pl.data import remote
 from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.members import Members
+from diffusion_pl.data.prepare import Request, prepare
+from diffusion_pl.data.prepare_progress import shown
 from diffusion_pl.data.shard_format import (
     INDEX,
     MANIFEST,
@@ -51,6 +53,7 @@ class Shards:
         window: shards shuffled together, 0 all; remote, so many are on the disk at a time.
         skip_broken: how many broken images a process may replace, each by the next good one of its
             label, before it stops.
+        made_of: what to prepare at `path` first, if nothing is there; None: `path` is there.
     """
 
     path: str
@@ -67,13 +70,18 @@ class Shards:
     cache_bytes: int = 64 * 1024**3
     window: int = 1024
     skip_broken: int = 0
+    made_of: Request | None = None
 
     def prepare(self) -> None:
-        """Check the description of the data, and fetch the index of remote data.
+        """Prepare what is to be made, check the data's description, fetch remote data's index.
 
         Raises:
             ValueError: not prepared, unfinished, of another format, or without what is asked for.
+            WorkerLost: a process that prepared was killed.
         """
+        if self.made_of is not None:
+            with shown() as report:
+                prepare(self.made_of, Path(self.path), workers=os.cpu_count() or 1, report=report)
         self._described()
 
     def open(self, resolution: int | None = None) -> Images:

@@ -82,7 +82,7 @@ class RunData(lightning.LightningDataModule):
         shares = source.shares
         batches = Batches(
             self.images,
-            Order(len(images), self.seed),
+            Order(len(images), self.seed, images.shards, images.window),
             Share(source.batch_size, trainer.global_rank, trainer.world_size),
             resolutions=Resolutions(shares, self.seed) if shares else None,
             hflip=source.hflip,

@@ -1,0 +1,194 @@
+"""What a pyramid costs and what it gives, on a trained run: restarts, sizes, enlarged pictures.
+
+    make bench BENCH=pyramid RUN=runs/pyramidal_small [OTHER=runs/without_positions]
+
+Everything is measured against held-out scenes of the run's synthetic data. Distances are those of
+the embedded extractor, never FID; they carry the bias of COUNT images, alike in every row.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import record
+from diffusion_pl import config
+from diffusion_pl.commands import runs
+from diffusion_pl.data.synthetic import Synthetic
+from diffusion_pl.diffusion.consistency import consistent, nearest
+from diffusion_pl.diffusion.random import ImageNoise
+from diffusion_pl.diffusion.resizing import resized
+from diffusion_pl.evaluation import Drawing, batches, reference_of
+from diffusion_pl.images import from_bytes, grid, save_png, to_bytes
+from diffusion_pl.metrics import shapes
+from diffusion_pl.metrics.accumulated import FrechetDistance
+from diffusion_pl.samplers.pyramid import PyramidSampler
+
+COUNT = 500
+BATCH = 50
+HELD_OUT = 1  # seed of scenes that the run has not seen
+SCENES = 5_000
+RESTARTS = (0.25, 0.5, 1.0, 2.0, 4.0)
+PICTURES = 250
+CPU = torch.device("cpu")
+
+
+class Bench:
+    """A run, its sampler's parts, and the statistics of held-out scenes at every size.
+
+    Args:
+        run: the run's folder.
+        folder: where statistics are kept.
+    """
+
+    def __init__(self, run: Path, folder: Path) -> None:
+        self.model = runs.open_model(run)
+        pyramid = config.build(self.model.config, "sampler")
+        assert isinstance(pyramid, PyramidSampler)
+        self.pyramid = pyramid
+        self.sides = [int(level) for level in pyramid.levels]
+        source: Synthetic = config.build(self.model.config, "data")
+        self.extractor = shapes.load()
+        held_out = replace(source, seed=HELD_OUT, count=SCENES)
+        self.scenes = {side: held_out.open(side) for side in self.sides}
+        self.references = {
+            side: reference_of(scenes, self.extractor, folder, CPU)
+            for side, scenes in self.scenes.items()
+        }
+
+    def distance(self, images: Tensor) -> float:
+        """fd of uint8 images (n, 3, R, R) to the held-out scenes of their size."""
+        metric = FrechetDistance(self.references[images.shape[3]])
+        for piece in images.split(BATCH):
+            metric.update(self.extractor(piece))
+        return round(metric.compute()["fd"], 2)
+
+    def drawn(self, sampler: PyramidSampler, side: int) -> tuple[Tensor, float]:
+        """COUNT images, and the processor's seconds an image."""
+        drawing = Drawing(self.model.denoiser, sampler, (3, side, side))
+        began = time.process_time()
+        images = [drawing.images(indices)[0] for indices in batches(range(COUNT), BATCH)]
+        return torch.cat(images), (time.process_time() - began) / COUNT
+
+    def restarts(self) -> list[dict[str, object]]:
+        """Full size from noise, then the pyramid by the level it restarts at."""
+        side = self.sides[-1]
+        rows = []
+        for restart in (None, *RESTARTS):
+            levels = self.sides if restart is not None else [side]
+            sampler = replace(self.pyramid, levels=levels, restart=restart or (), by="sigma")
+            images, seconds = self.drawn(sampler, side)
+            rows.append(
+                {
+                    "restart sigma": restart or "from noise at full size",
+                    "steps at full size": len(sampler.stages()[-1]) - 1,
+                    "work, full-size steps": round(sampler.cost(), 2),
+                    "ms an image": round(1000 * seconds, 1),
+                    f"fd@{COUNT}": self.distance(images),
+                }
+            )
+            print(rows[-1], flush=True)
+        return rows
+
+    def sizes(self, pictures: Path | None = None) -> list[dict[str, object]]:
+        """The run's own pyramid, cut at each of its sizes."""
+        rows = []
+        for place, side in enumerate(self.sides):
+            restart = self.pyramid.restart
+            own = restart[:place] if isinstance(restart, Sequence) else restart
+            sampler = replace(self.pyramid, levels=self.sides[: place + 1], restart=own)
+            images, _ = self.drawn(sampler, side)
+            real = self.scenes[side].read(torch.arange(COUNT))
+            rows.append(
+                {
+                    "side": side,
+                    f"fd@{COUNT}": self.distance(images),
+                    f"fd@{COUNT} of as many scenes": self.distance(real),
+                }
+            )
+            print(rows[-1], flush=True)
+            if pictures is not None:
+                save_png(grid(images[:24], columns=8), pictures / f"pyramid_{side}.png")
+        return rows
+
+    def enlarged(self, pictures: Path) -> list[dict[str, object]]:
+        """Held-out scenes enlarged from their smaller renderings, beside bicubic."""
+        rows, shown = [], []
+        side = self.sides[-1]
+        truth = self.scenes[side].read(torch.arange(PICTURES))
+        for place, small in enumerate(self.sides[:-1]):
+            low = from_bytes(self.scenes[small].read(torch.arange(PICTURES)))
+            found = {"bicubic": to_bytes(resized(low, (side, side), "bicubic"))}
+            for restart in (0.5, 1.0):
+                climb = PyramidSampler(
+                    self.pyramid.base, self.sides[place:], restart, "sigma", self.pyramid.enlarge
+                )
+                for agree in (False, True):
+                    name = f"restart {restart:g}{', consistent' if agree else ''}"
+                    found[name] = torch.cat(
+                        [self._climbed(climb, low, piece, agree) for piece in self._pieces()]
+                    )
+            for name, images in found.items():
+                rows.append(
+                    {
+                        "from": small,
+                        "to": side,
+                        "by": name,
+                        "PSNR, dB": round(psnr(images, truth), 2),
+                        f"fd@{PICTURES}": self.distance(images),
+                    }
+                )
+                print(rows[-1], flush=True)
+            repeated = to_bytes(resized(low, (side, side)))
+            best = found["restart 1, consistent"]
+            shown += [picture[:8] for picture in (repeated, found["bicubic"], best, truth)]
+        save_png(grid(torch.cat(shown), columns=8), pictures / "pyramid_enlarged.png")
+        return rows
+
+    def _pieces(self) -> list[Sequence[int]]:
+        return list(batches(range(PICTURES), BATCH))
+
+    def _climbed(
+        self, climb: PyramidSampler, low: Tensor, indices: Sequence[int], agree: bool
+    ) -> Tensor:
+        """uint8 images enlarged from `low` at these indices."""
+        picture, side = low[indices[0] : indices[-1] + 1], self.sides[-1]
+        noise = ImageNoise(0, indices, "latent")(torch.empty(len(indices), 3, side, side))
+        denoise = consistent(self.model.denoiser, picture) if agree else self.model.denoiser
+        with torch.inference_mode():
+            images = climb.from_picture(picture, denoise, noise, ImageNoise(0, indices, "sampler"))
+        return to_bytes(nearest(images, picture) if agree else images)
+
+
+def psnr(images: Tensor, truth: Tensor) -> float:
+    """Peak signal-to-noise ratio over all pixels, in dB with the peak 255."""
+    error = (images.double() - truth.double()).square().mean()
+    return float(10 * torch.log10(255**2 / error))
+
+
+def main() -> None:
+    """Measure and record; the pictures go to docs/."""
+    run, *others = map(Path, sys.argv[1:])
+    docs = Path(__file__).parents[1] / "docs"
+    folder = run / "references"
+    bench = Bench(run, folder)
+    figures: dict[str, object] = {
+        "run": run.name,
+        "images seen": bench.model.images,
+        "sizes": bench.sizes(docs),
+        "restarts": bench.restarts(),
+        "enlarged": bench.enlarged(docs),
+    }
+    for other in others:
+        figures[other.name] = Bench(other, folder).sizes()
+    record("pyramid", figures)
+
+
+if __name__ == "__main__":
+    main()
