@@ -128,7 +128,7 @@ def test_images_travel_to_another_process_without_their_index(made):
     images = source(made).open()
     images.read(torch.arange(3))
     sent = pickle.dumps(images.store)
-    assert len(sent) < 4000
+    assert b"offset_16" not in sent  # the index has such columns
     assert torch.equal(pickle.loads(sent)[torch.arange(20)], pixels(range(20), 16))
 
 

@@ -249,6 +249,13 @@ def test_an_image_that_ends_early_cannot_be_decoded(encoding):
     complaint(lambda: decode_into(image, half, encoding), "cannot be decoded")
 
 
+def test_deeper_images_are_not_what_prepare_writes():
+    deep = encoded("png")
+    deep[24] = 16
+    image = np.zeros((3, 8, 8), np.uint8)
+    complaint(lambda: decode_into(image, deep, "png"), "another kind of file")
+
+
 def test_grey_images_decode_to_one_channel():
     image = np.zeros((1, 8, 8), np.uint8)
     decode_into(image, encoded("png", mode="L"), "png")
