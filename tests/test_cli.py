@@ -175,6 +175,14 @@ def test_check_says_what_an_experiment_means(run):
     assert "sampling 80 to 0.002 in 3 steps" in out
 
 
+def test_check_says_which_sizes_the_steps_take(run):
+    words = ["data.shares={8: 1, 16: 3}", "trainer.device_batch_size=2", "data.batch_size=8"]
+    crop = "data.crop={_target_: diffusion_pl.data.crops.Crop, size: 8}"
+    whole, cut = (run("check", "tiny", *words, *more)[1] for more in ((), (crop,)))
+    assert "8 px in 25% of the steps (1 passes), 16 px in 75% of the steps (4 passes)" in whole
+    assert "16 px in 75% of the steps (1 passes, crops of 8)" in cut
+
+
 def test_experiments_are_listed_with_their_first_line(run):
     code, out, _ = run("experiments")
     assert (code, out) == (0, "tiny  A tiny run for tests (no published number)\n")

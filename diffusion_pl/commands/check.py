@@ -10,6 +10,7 @@ from torch import nn
 from diffusion_pl import config
 from diffusion_pl.commands import parts
 from diffusion_pl.config import Config
+from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.training.ema import EMA
@@ -19,13 +20,14 @@ FAILURES: tuple[type[Exception], ...] = ()
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print parameters, batch arithmetic, budget, noise range and the sampler's sizes."""
+    """Print parameters, batch and resolution arithmetic, budget, noise range, sampler's sizes."""
     experiment = parts.read(options.experiment, options.overrides)
     objective: TrainingObjective = config.build(experiment, "objective")
     network = parts.meta_network(experiment)
     for title, text in [
         ("network", _network(experiment, network)),
         ("batch", _batch(experiment)),
+        ("sizes", _sizes(experiment, network)),
         ("budget", _budget(experiment)),
         ("noise", _noise(experiment, objective)),
         ("pyramid", _pyramid(experiment, objective, network)),
@@ -46,22 +48,52 @@ def _network(experiment: Config, network: nn.Module) -> str:
     return f"{type(network).__name__}, {count:,} parameters, for images of {size}"
 
 
-def _batch(experiment: Config) -> str:
-    settings: Settings = config.build(experiment, "trainer")
-    batch_size = experiment.get("data.batch_size")
+def _devices(settings: Settings) -> int:
     on_gpu = settings.device_type() == "cuda"
     here = torch.cuda.device_count() if on_gpu else 1
-    devices = here if settings.devices == "auto" else settings.devices
-    world = devices * settings.nodes
+    return here if settings.devices == "auto" else settings.devices
+
+
+def _share_size(experiment: Config, settings: Settings) -> int:
+    """Images of a step on one device."""
     try:
-        size = settings.share_size(batch_size, world)
+        return settings.share_size(
+            experiment.get("data.batch_size"), _devices(settings) * settings.nodes
+        )
     except ValueError as error:
         raise experiment.error("data.batch_size", str(error)) from error
+
+
+def _batch(experiment: Config) -> str:
+    settings: Settings = config.build(experiment, "trainer")
+    batch_size, devices = experiment.get("data.batch_size"), _devices(settings)
+    size = _share_size(experiment, settings)
     precision = resolve_precision(settings.precision, settings.device_type())
     return (
         f"{batch_size:,} images = {settings.nodes} nodes x {devices} devices x {size} images, "
         f"each in {settings.passes(size)} passes; {precision} on {settings.device_type()} here"
     )
+
+
+def _sizes(experiment: Config, network: nn.Module) -> str:
+    """Which resolutions the steps take, how often, and in how many passes."""
+    data: Source = config.build(experiment, "data")
+    if not data.shares:
+        return ""
+    settings: Settings = config.build(experiment, "trainer")
+    size, total = _share_size(experiment, settings), sum(data.shares.values())
+    words = []
+    for resolution, share in data.shares.items():
+        crop = data.crop is not None and data.crop.size < resolution
+        side = data.crop.size if data.crop is not None and crop else resolution
+        try:
+            network.check_resolution(side, side)  # type: ignore[operator]
+        except ValueError as error:
+            raise experiment.error("data.shares", str(error)) from error
+        passes = settings.passes(size, (side / data.resolution) ** 2)
+        cut = f", crops of {side}" if crop else ""
+        words.append(f"{resolution} px in {share / total:.0%} of the steps ({passes} passes{cut})")
+    return ", ".join(words)
 
 
 def _budget(experiment: Config) -> str:
