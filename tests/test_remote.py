@@ -185,9 +185,9 @@ def test_the_shards_of_a_window_must_fit_in_the_cache(server, tmp_path, made):
     sizes = sorted((path.stat().st_size for path in (made / "shards").iterdir()), reverse=True)
     two = sum(sizes[:2])
     at(server.url, tmp_path, window=2, cache_bytes=two).prepare()
-    for window in (3, 0):
+    for window, bytes in ((3, two), (0, two), (2, two - 1)):
         with pytest.raises(ValueError, match="raise it or lower data.window"):
-            at(server.url, tmp_path, window=window, cache_bytes=two).prepare()
+            at(server.url, tmp_path, window=window, cache_bytes=bytes).prepare()
 
 
 def test_a_small_cache_serves_all_shards_and_leaves_no_removed_one_open(server, tmp_path, made):
@@ -224,8 +224,7 @@ def _fetch_all(folder, url, digests, turn):
         with suppress(FileNotFoundError):  # another process made room
             assert hashlib.sha256(path.read_bytes()).hexdigest() == digests[number]
         with (folder / ".lock").open() as lock:
-            # Room is made and taken under this lock, so what is seen here is of one moment; files
-            # may still be given their final names.
+            # Room is made and taken under this lock, so what is seen here is of one moment.
             fcntl.flock(lock, fcntl.LOCK_EX)
             sizes = [size_of(entry) for entry in os.scandir(folder)]
         assert sum(sizes) <= 3000
@@ -235,7 +234,7 @@ def test_processes_share_a_cache_smaller_than_what_they_want(files, tmp_path):
     context = multiprocessing.get_context("fork")
     folder = tmp_path / "cache"
     folder.mkdir()
-    arguments = [(folder, files.url, files.digests, turn) for turn in (0, 3, 7)]
+    arguments = [(folder, files.url, files.digests, turn) for turn in (0, 2, 5, 7)]
     processes = [context.Process(target=_fetch_all, args=each) for each in arguments]
     for process in processes:
         process.start()

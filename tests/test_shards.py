@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import threading
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def test_images_come_back_as_they_went_in(tmp_path, encoding, cache):
         digests = image_digests(truth.numpy())
         assert images.fingerprint == fingerprint(digests, truth.shape, images.labels.numpy())
         assert (images.name, images.shards) == (f"noise-{side}", (6, 6, 6, 2))
+
+
+def test_images_in_memory_need_no_shards_any_more(tmp_path):
+    folder = write(tmp_path / "set")
+    images = source(folder, cache="memory", workers=2).open()
+    shutil.rmtree(folder)
+    assert torch.equal(images.read(torch.arange(20)), pixels(range(20), 16))
+    assert images.shards == (6, 6, 6, 2)
 
 
 def test_jpeg_decodes_to_what_prepare_took_the_fingerprint_of(tmp_path):

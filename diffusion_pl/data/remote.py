@@ -116,8 +116,9 @@ class Cache:
             try:
                 fcntl.flock(part, fcntl.LOCK_EX)
                 if final.exists():
-                    if _is_at(part, path):
-                        path.unlink()
+                    with self._alone():
+                        if _is_at(part, path):
+                            path.unlink()
                     yield None
                     return
                 # While this one waited, another may have given up and removed it.
@@ -132,16 +133,24 @@ class Cache:
             self._reserve(part, final, size)
             _persist(url, _Copy(part, url, size, sha256), self.attempts, self.backoff)
             os.fsync(part)
-            os.replace(_part_of(final), final)
+            with self._alone():
+                os.replace(_part_of(final), final)
         except BaseException:
-            _part_of(final).unlink(missing_ok=True)
+            with self._alone():
+                _part_of(final).unlink(missing_ok=True)
             raise
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else takes room, gives it back or renames a file: sizes can be added up."""
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _reserve(self, part: int, final: Path, size: int) -> None:
         """Give a `.part` its size once there is room for it."""
         while True:
-            with (self.folder / ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with self._alone():
                 os.ftruncate(part, 0)
                 if self._make_room(size):
                     os.ftruncate(part, size)
