@@ -2,7 +2,7 @@
 
 All read the same bytes: the members of the shards are also laid out as the folder that
 torchvision's ImageFolder reads, and webdataset reads the very tars. Everyone has two workers,
-batches of 64, bytes as the result, and one torch thread in the consumer, without which it takes
+batches of 64 in bytes (but ImageFolder with ToTensor), and one torch thread in the consumer, without which it takes
 time from its workers. A reader is timed from its ninth batch, when its workers are at work.
 """
 
@@ -94,15 +94,15 @@ def reduced(images: Images, side: int) -> Images:
     return Images("reduced", store, "", images.labels, images.classes, images.shards, 0)
 
 
-def _small(side: int, image: Image.Image) -> torch.Tensor:
+def _small(side: int, floats: bool, image: Image.Image) -> torch.Tensor:
     if image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.BOX)
-    return functional.pil_to_tensor(image)
+    return functional.to_tensor(image) if floats else functional.pil_to_tensor(image)
 
 
-def folder(path: Path, side: int) -> Iterator[Batch]:
-    """torchvision's ImageFolder."""
-    data = ImageFolder(str(path), partial(_small, side))
+def folder(path: Path, side: int, floats: bool = True) -> Iterator[Batch]:
+    """torchvision's ImageFolder, with ToTensor as everyone has it, or handing over bytes."""
+    data = ImageFolder(str(path), partial(_small, side, floats))
     epochs: Dataset = ConcatDataset([data] * EPOCHS)
     return iter(DataLoader(epochs, BATCH, shuffle=True, num_workers=WORKERS))
 
@@ -204,6 +204,7 @@ def small(work: Path) -> dict[str, Any]:
         {
             "shards, PNG": lambda: ours(Shards(str(png), 32, batch_size=BATCH).open()),
             "ImageFolder": lambda: folder(files, 32),
+            "ImageFolder, bytes": lambda: folder(files, 32, floats=False),
             "webdataset, same decoder": lambda: tars(png, 32, "png", 32),
             "shards, raw": lambda: ours(Shards(str(raw), 32, batch_size=BATCH).open()),
             "webdataset, raw": lambda: tars(raw, 32, "npy", 32),
@@ -234,9 +235,10 @@ def large(work: Path) -> dict[str, Any]:
             "shards, 64 as stored": lambda: ours(data.open(64)),
             "ImageFolder, 256 reduced to 64": lambda: folder(files, 64),
             "webdataset, same decoder and means": lambda: tars(both, 64, "jpg", 256),
+            "ImageFolder, bytes": lambda: folder(files, 64, floats=False),
         }
     )
-    whole, stored, other, peer = found.values()
+    whole, stored, other, peer, _ = found.values()
     return {
         "images a second": found,
         "reduced / ImageFolder": round(whole / other, 2),

@@ -25,6 +25,7 @@ def complaint(what, *words):
         what()
     text = str(told.value)
     assert "\n" not in text
+    assert "broken images" not in text
     for word in words:
         assert word in text, text
 

@@ -54,6 +54,10 @@ class Members:
         """The index, mapped from the disk."""
         return open_index(self.folder, self.tars.manifest)
 
+    @cached_property
+    def _header(self) -> bytes:
+        return raw_header(self.shape[1:])
+
     @property
     def shape(self) -> tuple[int, ...]:
         """(N, C, R, R)."""
@@ -103,7 +107,7 @@ class Members:
         self._check(number, offset, self.tars.read(number, [header, image], offset), length)
         if zlib.crc32(image.data, zlib.crc32(header)) != crc:
             raise self._complaint(number, offset, "its check sum is wrong")
-        if header != raw_header(image.shape):
+        if header != self._header:
             raise self._complaint(number, offset, "not the array it should be")
 
     def _encoded(
