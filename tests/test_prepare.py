@@ -412,6 +412,27 @@ def test_the_train_command_binds_whatever_the_size(side, labels, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
+    ("sides", "name"),
+    [
+        ([256, 128, 64], "pyramidal_256"),
+        ([64, 32, 16], "pyramidal_small"),
+        ([30, 15], "cifar10_edm_f_vp_cond"),
+    ],
+)
+def test_several_sizes_are_trained_as_a_pyramid(sides, name, tmp_path):
+    assert prepare("synthetic", tmp_path / "x", "--count", 40) == 0
+    said = dataclasses.replace(Manifest.read(tmp_path / "x"), resolutions=sides)
+    experiment, *overrides = shlex.split(train_command(said, tmp_path / "x").split(" train ")[1])
+    assert experiment == name
+    read = parts.read(experiment, overrides)
+    if name.startswith("pyramidal"):
+        source = config.build(read, "data")
+        assert set(source.shares) == set(sides)
+        assert source.made_of is None
+        assert list(config.build(read, "sampler").levels) == sorted(sides)
+
+
+@pytest.mark.parametrize(
     ("words", "resolutions", "complaint"),
     [
         ((), "256,", "--resolutions: sides in pixels, such as 256,128,64"),

@@ -36,6 +36,8 @@ EXPERIMENTS = {
     256: ("imagenet256_simple_unet", "imagenet256_simple_unet"),
     512: ("imagenet512_simple_unet", "imagenet512_simple_unet"),
 }
+# Several sizes in one run; the network of the first halves them five times, of the other twice.
+PYRAMIDS = {32: "pyramidal_256", 4: "pyramidal_small"}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -133,9 +135,12 @@ def skipped_lines(manifest: Manifest) -> Iterator[str]:
 
 def train_command(manifest: Manifest, folder: Path) -> str:
     """The command that trains on a prepared set, by the experiment for its size."""
-    side = manifest.resolutions[0]
+    side, sides = manifest.resolutions[0], manifest.resolutions
     fitting = [known for known in EXPERIMENTS if known <= side]
     name = EXPERIMENTS[max(fitting, default=min(EXPERIMENTS))][manifest.classes > 0]
+    if len(sides) > 1:
+        taken = [name for divisor, name in PYRAMIDS.items() if all(s % divisor == 0 for s in sides)]
+        name = taken[0] if taken else name
     told = " ".join(map(quote, overrides(manifest, folder, name)))
     return f"python -m diffusion_pl train {name} {told}"
 
@@ -149,7 +154,7 @@ def overrides(manifest: Manifest, folder: Path, experiment: str) -> list[str]:
         batch_size = BATCH_SIZE
     while batch_size > manifest.count:
         batch_size //= 2
-    return [
+    told = [
         "data._target_=diffusion_pl.data.shards.Shards",
         f"data.path={folder}",
         f"data.resolution={side}",
@@ -157,3 +162,11 @@ def overrides(manifest: Manifest, folder: Path, experiment: str) -> list[str]:
         f"network.resolution={side}",
         f"network.classes={manifest.classes}",
     ]
+    if experiment in PYRAMIDS.values():
+        shares = ", ".join(f"{resolution}: 1" for resolution in manifest.resolutions)
+        told += [
+            "data.made_of=null",
+            f"data.shares={{{shares}}}",
+            f"sampler.levels={sorted(manifest.resolutions)}",
+        ]
+    return told
