@@ -2,8 +2,9 @@
 
 All read the same bytes: the members of the shards are also laid out as the folder that
 torchvision's ImageFolder reads, and webdataset reads the very tars. Everyone has two workers,
-batches of 64 in bytes (but ImageFolder with ToTensor), and one torch thread in the consumer, without which it takes
-time from its workers. A reader is timed from its ninth batch, when its workers are at work.
+batches of 64 in bytes (but ImageFolder with ToTensor), and one torch thread in the consumer,
+without which it takes time from its workers. A reader is timed from its ninth batch, when its
+workers are at work.
 """
 
 from __future__ import annotations
