@@ -21,6 +21,7 @@ class Crop:
         scale: smallest and largest side of the window as a share of the image's, drawn uniformly,
             the window then resized to `size` (bilinear, antialiased); None: `size` pixels as they
             are.
+        told: whether the network is told where the window lies, as a condition `position`.
 
     Raises:
         ValueError: a size or a scale out of range.
@@ -28,6 +29,7 @@ class Crop:
 
     size: int
     scale: tuple[float, float] | None = None
+    told: bool = True
 
     def __post_init__(self) -> None:
         if self.size < 1:

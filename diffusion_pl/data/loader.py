@@ -111,7 +111,7 @@ class Batches(Dataset):
 
         Returns:
             "image" uint8 (B, C, R, R), "index" int64 (B,), the positions in the run; "label" int64
-            (B,) where the data has labels; "position" float32 (B, 2, R, R) where a crop was cut.
+            (B,) where the data has labels; "position" float32 (B, 2, R, R) where a crop tells it.
         """
         share = self.share.positions(step)
         positions = torch.arange(share.start, share.stop)
@@ -126,9 +126,8 @@ class Batches(Dataset):
             image = torch.where(flipped[:, None, None, None], image.flip(-1), image)
         batch = {"image": image, "index": positions}
         if self.crop is not None and self.crop.size < resolution:
-            batch["image"], batch["position"] = self.crop(
-                image, positions, seed=self.order.seed, frame=frame
-            )
+            image, position = self.crop(image, positions, seed=self.order.seed, frame=frame)
+            batch = batch | {"image": image} | ({"position": position} if self.crop.told else {})
         if images.labels is not None:
             batch["label"] = images.labels[indices]
         return batch
