@@ -77,6 +77,16 @@ def test_another_target_replaces_the_node_and_the_same_target_merges(folder: Pat
     assert into["seed"] is None
 
 
+def test_a_table_by_numbers_replaces_the_one_below(tmp_path: Path) -> None:
+    write(tmp_path, "base", "shares: {16: 1, 32: 2}\nnamed: {a: 1, b: 2}")
+    write(tmp_path, "own", "defaults: base\nshares: {64: 3}\nnamed: {b: 3}")
+    own = config.load("own", folder=tmp_path).tree
+    assert own == {"shares": {64: 3}, "named": {"a": 1, "b": 3}}
+    given = config.load("base", ["shares={8: 1}", "named={b: 4}"], folder=tmp_path).tree
+    assert given == {"shares": {8: 1}, "named": {"a": 1, "b": 4}}
+    assert config.load("base", ["shares.16=5"], folder=tmp_path).tree["shares"] == {16: 5, 32: 2}
+
+
 def test_defaults_may_be_several_and_a_shared_base_does_not_undo_the_first(tmp_path: Path) -> None:
     write(tmp_path, "base", "a: 0\nb: 0\nc: 0")
     write(tmp_path, "one", "defaults: base\na: 1\nc: 1")

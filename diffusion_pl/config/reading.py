@@ -60,8 +60,8 @@ def load(
 ) -> Config:
     """Read an experiment: its defaults, its own keys over them, the overrides over both.
 
-    A mapping merges into the one below it, unless both name a `_target_` and these differ: then it
-    replaces it. Everything else replaces.
+    A mapping merges into the one below it, unless both name a `_target_` and these differ, or its
+    keys are numbers, as those of `data.shares`: then it replaces it. Everything else replaces.
 
     Args:
         name_or_path: a name in the folder, or the path of a YAML file.
@@ -203,9 +203,13 @@ def _mark(origins: dict[str, str], key: str, source: str) -> None:
 
 
 def _replaces(below: dict[Any, Any], above: dict[Any, Any]) -> bool:
-    """Tell whether a node names another callable, whose arguments are not those below."""
+    """Tell whether a node names another callable, whose arguments are not those below.
+
+    A table by numbers is one value: a part of it alone means something else.
+    """
     both = "_target_" in below and "_target_" in above
-    return both and below["_target_"] != above["_target_"]
+    numbered = any(isinstance(name, int) for name in above)
+    return numbered or (both and below["_target_"] != above["_target_"])
 
 
 def _overridden(config: Config, overrides: Sequence[str]) -> Config:
