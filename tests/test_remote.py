@@ -9,6 +9,7 @@ import os
 import resource
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -264,6 +265,20 @@ def test_what_a_killed_process_left_is_fetched_or_removed(files, tmp_path):
     assert kept(cache) == ["0.tar", "1.tar.part"]
     fetch(cache, files, 2)
     assert kept(cache) == ["0.tar", "2.tar"]
+
+
+def test_a_part_that_is_removed_while_it_is_waited_for_is_begun_anew(files, tmp_path):
+    cache = Cache(tmp_path / "cache", 3000)
+    cache.folder.mkdir()
+    part = cache.folder / "0.tar.part"
+    with part.open("wb") as other, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = pool.submit(fetch, cache, files, 0)
+        time.sleep(0.2)
+        part.unlink()
+        fcntl.flock(other, fcntl.LOCK_UN)
+        path = waiting.result()
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == files.digests[0]
 
 
 def _fetch_with_little_disk(folder, url, digest, told):
