@@ -176,6 +176,19 @@ def test_a_loader_goes_on_anywhere_with_any_number_of_workers(workers):
         assert all(torch.equal(old[key], new[key]) for key in ("image", "index", "label"))
 
 
+def test_what_is_wrong_in_a_worker_is_told_in_one_line():
+    class Torn:
+        shape = (8, 1, 2, 2)
+
+        def __getitem__(self, indices):
+            raise ValueError("shards/000001.tar: 000001003.64.png is damaged")
+
+    batches = Batches({2: Images("torn", Torn(), "f", None, 0)}, Order(8, 0), Share(4))
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"^shards/000001.tar: \S+ is damaged$"):
+            next(iter(Loader(batches, 0, 2, workers)))
+
+
 def test_half_of_the_images_are_flipped_by_seed_and_position():
     def flips(seed):
         batches = walk(200, 100, stop=100, hflip=True, seed=seed)

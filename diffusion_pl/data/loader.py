@@ -162,13 +162,20 @@ class Loader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self.workers == 0 and not self.pin:
             return (self.batches[step] for step in range(self.start, self.stop))
-        return iter(
-            DataLoader(
-                self.batches,
-                batch_size=None,
-                sampler=range(self.start, self.stop),
-                num_workers=self.workers,
-                pin_memory=self.pin,
-                persistent_workers=False,
-            )
+        return self._read_ahead()
+
+    def _read_ahead(self) -> Iterator[dict[str, Tensor]]:
+        loader = DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=range(self.start, self.stop),
+            num_workers=self.workers,
+            pin_memory=self.pin,
+            persistent_workers=False,
         )
+        try:
+            yield from loader
+        except ValueError as error:
+            # torch makes the worker's whole traceback the message; its last line is ours.
+            line = str(error).strip().splitlines()[-1]
+            raise ValueError(line.removeprefix("ValueError: ")) from error
