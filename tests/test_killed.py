@@ -1,0 +1,118 @@
+"""A pyramid's run on shards, killed with -9: the same command ends at the same bits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_cli import ROOT
+
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training.history import History
+
+PYRAMID = """# A tiny pyramid for tests (no published number)
+defaults: base
+data:
+  _target_: diffusion_pl.data.shards.Shards
+  path: data/shapes
+  made_of:
+    _target_: diffusion_pl.data.prepare.Request
+    source: {_target_: diffusion_pl.data.originals.Asked, path: synthetic, count: 50}
+    recipe:
+      _target_: diffusion_pl.data.recipe.Recipe
+      resolutions: [16, 8]
+      shard_images: 10
+  resolution: 16
+  window: 2
+  shares: {8: 1, 16: 1}
+  crop: {_target_: diffusion_pl.data.crops.Crop, size: 12}
+  batch_size: 8
+  hflip: true
+network:
+  _target_: diffusion_pl.networks.song_unet.SongUNet
+  resolution: 16
+  model_channels: 8
+  channel_mult: [1, 2]
+  blocks: 1
+  attention: [8]
+  octaves: 2
+objective: {_target_: diffusion_pl.objectives.edm.EDM}
+ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20}
+sampler:
+  _target_: diffusion_pl.samplers.pyramid.PyramidSampler
+  base: {_target_: diffusion_pl.samplers.sampler.Sampler, integrate: {_target_: diffusion_pl.samplers.heun.heun, _partial_: true}, schedule: {_target_: diffusion_pl.diffusion.schedules.Rho}, steps: 3}
+  levels: [8, 16]
+  restart: 1.0
+  by: sigma
+features: {name: shapes}
+evaluation: {every: 960, count: 10, batch_size: 10, grid: 4}
+trainer: {images: 960, checkpoint_every: 80, log_every: 800, accelerator: cpu, precision: fp32}
+"""  # noqa: E501 - YAML
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments" / "base.yaml", tmp_path / "experiments")
+    (tmp_path / "experiments" / "pyramid.yaml").write_text(PYRAMID)
+    return tmp_path
+
+
+def command(run, workers):
+    words = ["train", "pyramid", "--run", run, f"data.workers={workers}"]
+    return [sys.executable, "-m", "diffusion_pl", *words]
+
+
+def finish(place, run, workers):
+    done = subprocess.run(
+        command(run, workers), cwd=place, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def kill_once(condition, place, run, workers):
+    """Start a run and kill it and its workers as soon as a condition holds."""
+    with (place / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command(run, workers), cwd=place, stdout=log, stderr=log, start_new_session=True
+        )
+        until = time.monotonic() + 120
+        while not condition():
+            assert process.poll() is None, (place / "log").read_text()
+            assert time.monotonic() < until, (place / "log").read_text()
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_killed_run_ends_at_the_bits_of_one_that_was_not(place):
+    finish(place, "runs/straight", workers=0)
+    # With a worker that reads ahead, which dies in the middle of a shard.
+    latest = place / "runs" / "killed" / "checkpoints" / "latest"
+    kill_once(latest.exists, place, "runs/killed", workers=1)
+    stopped = checkpoints.load(checkpoints.latest(latest.parent))["diffusion_pl"]["images"]
+    assert 0 < stopped < 960
+    finish(place, "runs/killed", workers=1)
+
+    whole, resumed = (
+        checkpoints.load(checkpoints.latest(place / "runs" / name / "checkpoints"))
+        for name in ("straight", "killed")
+    )
+    assert whole["global_step"] == resumed["global_step"] == 120
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][key]), key
+    first, second = (
+        [
+            row["value"]
+            for row in History(place / "runs" / name / "metrics.jsonl").rows()
+            if "name" in row
+        ]
+        for name in ("straight", "killed")
+    )
+    assert first == second
