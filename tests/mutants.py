@@ -189,7 +189,8 @@ MUTANTS = [
     *at(
         "data/source.py",
         "data_source",
-        ("(mean + up).to", "mean.to"),
+        ("(mean + up).astype", "mean.astype"),
+        ("(mean % 2 == 1)", "(mean % 2 == 0)"),
         ("whole % resolution:", "False:"),
     ),
     *at(

@@ -51,9 +51,18 @@ def test_resized_windows_show_what_their_positions_say():
 
 
 def test_a_resized_window_is_antialiased():
-    stripes = (torch.arange(64) % 2 * 255).to(torch.uint8).expand(1, 3, 64, 64)
+    # One bright column in four, which lies between the points that a plain resize looks at.
+    stripes = (torch.arange(64) % 4 == 0).mul(255).to(torch.uint8).expand(1, 3, 64, 64)
     image, _ = Crop(16, scale=(1.0, 1.0))(stripes, torch.tensor([0]), seed=0, frame=64)
-    assert (image.float() - 127.5).abs().max() < 20
+    assert (image[..., 1:-1].float() - 255 / 4).abs().max() < 20
+
+
+def test_the_largest_window_is_as_likely_as_the_smallest():
+    image = torch.zeros(1000, 1, 2, 2, dtype=torch.uint8)
+    _, position = Crop(1, scale=(0.5, 1.0))(image, torch.arange(1000), seed=0, frame=2)
+    # The whole image is seen as one pixel in its middle.
+    whole = (position.flatten(1) == 0.5).all(dim=1)
+    assert whole.float().mean() == pytest.approx(0.5, abs=0.06)
 
 
 def test_every_place_comes_and_rows_are_independent_of_columns():
