@@ -18,12 +18,13 @@ from torch import Tensor
 from diffusion_pl.diffusion.guidance import EVERYWHERE, Guide, check_interval, guided
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.preconditioning import Denoiser
-from diffusion_pl.diffusion.random import ImageNoise, seed_of
+from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Counted
 from diffusion_pl.images import to_bytes
 from diffusion_pl.metrics import reference as references
 from diffusion_pl.metrics.features import Extractor, Features
 from diffusion_pl.metrics.reference import Reference
+from diffusion_pl.seeds import seed_of
 
 REFERENCE_BATCH = 250  # real images an extractor sees at a time
 

@@ -73,7 +73,6 @@ MUTANTS = [
     *at(
         "diffusion/random.py",
         "evaluation training",
-        ('f"{seed}/{stream}/{index}"', 'f"{seed}/{index}"'),
         ("row.normal_(generator=source)", "row.uniform_(generator=source)"),
         ("for index in indices]", "for index in range(len(indices))]"),
     ),
@@ -180,10 +179,15 @@ MUTANTS = [
         ('f"crop {axis}"', '"crop"'),
     ),
     *at(
+        "seeds.py",
+        "evaluation training draws",
+        ("(seed, *stream)", "(seed, *stream[1:])"),
+        ("hashlib.blake2b(words", "hashlib.blake2b(words[:1]"),
+    ),
+    *at(
         "data/draws.py",
         "draws",
         ("* 2.0**-53", "* 2.0**-54"),
-        ("hashlib.blake2b(words", "hashlib.blake2b(words[:1]"),
         ("(positions.numpy().astype(np.uint64) + 1)", "(positions.numpy().astype(np.uint64))"),
     ),
     *at(

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
-from diffusion_pl.diffusion.random import ImageNoise, seed_of
+from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.evaluation import Drawing, Evaluation, evaluate, rank_share, reference_of
 from diffusion_pl.metrics import shapes
@@ -18,6 +18,7 @@ from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.inception_score import InceptionScore
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Sampler
+from diffusion_pl.seeds import seed_of
 
 CHURN = Sampler(partial(heun, S_churn=10.0), Rho(), 4)
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_pl.seeds import seed_of
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def seed_of(seed: int, *stream: object) -> int:
-    """63 bits of a hash of a seed and what they are for."""
-    words = "/".join(map(str, (seed, *stream)))
-    digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def uniforms(seed: int, stream: str, positions: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diffusion_pl.data.draws import seed_of
+from diffusion_pl.seeds import seed_of
 
 
 def _permutation(count: int, seed: int, *stream: object) -> Tensor:

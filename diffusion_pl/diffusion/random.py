@@ -7,23 +7,12 @@ therefore see the same noise.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-
-def seed_of(seed: int, stream: str, index: int) -> int:
-    """A 63-bit seed for one generator, independent between any two different arguments.
-
-    Args:
-        seed: the run's seed.
-        stream: what is drawn, such as "noise" or "order".
-        index: which image, step or epoch.
-    """
-    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+from diffusion_pl.seeds import seed_of
 
 
 def generator(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
-from diffusion_pl.diffusion.random import ImageNoise, generator, own_generator, seed_of
+from diffusion_pl.diffusion.random import ImageNoise, generator, own_generator
 from diffusion_pl.images import from_bytes
+from diffusion_pl.seeds import seed_of
 from diffusion_pl.training import ema as averaging
 from diffusion_pl.training.settings import Settings
 
