@@ -14,11 +14,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from diffusion_pl.commands import arguments as measuring
+
 COMMANDS = {
     "prepare": "make shards of a folder, archive or table of images, or go on where it stopped",
     "train": "train an experiment, or go on where it stopped",
     "sample": "draw images from a run",
-    "evaluate": "measure a run; prints one JSON object",
+    "evaluate": "measure a run, or images in a folder or .npz; prints one JSON object",
+    "reference": "statistics of real images, to compare with",
     "progressive": "draw what the network makes of the image from level to level",
     "interpolate": "draw images between two of one's own",
     "enlarge": "super-resolution: draw larger images of one's own pictures",
@@ -96,7 +99,8 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--first", type=int, default=0, help="index of the first image (0)")
     sample.add_argument("--label", type=int, help="class of every image; drawn for each otherwise")
     sample.add_argument("--out", type=Path, help="folder of the images (RUN/drawn)")
-    parts["evaluate"].add_argument("--count", type=int, help="how many images (the experiment's)")
+    measuring.add_evaluate(parts["evaluate"])
+    measuring.add_reference(parts["reference"])
     _add_enlarge(parts["enlarge"])
     _add_latents(parts)
     _add_exchange(parts)

@@ -18,6 +18,7 @@ from diffusion_pl.diffusion.guidance import Guide
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.evaluation import Drawing, Evaluation
+from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.samplers.named import named
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Sampler, Visiting, check_range
@@ -128,10 +129,22 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
             classes=model.denoiser.network.classes,  # type: ignore[arg-type]
             seed=options.seed,
             precision=AUTOCAST[precision],
+            origin=_origin(model, options.weights),
             **_guidance(options, model.config, sampler),
             **drawing,
         ),
     )
+
+
+def _origin(model: Model, weights: str) -> dict[str, Any]:
+    """What numbers say of a checkpoint's weights."""
+    ema = {"ema": described(config.build(model.config, "ema"))} if weights == "ema" else {}
+    return {
+        "weights": weights,
+        **ema,
+        "checkpoint": str(model.checkpoint),
+        "images_seen": model.images,
+    }
 
 
 def guide(run: Path, weights: str = "ema", allow: Sequence[str] = ()) -> Guide:
@@ -163,6 +176,11 @@ def _guidance(options: argparse.Namespace, experiment: Config, sampler: Visiting
         "guidance_interval": options.guidance_interval or settings.guidance_interval,
         "guide": chosen,
     }
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path looks like a run's folder or a checkpoint, rather than images."""
+    return path.suffix == ".ckpt" if path.is_file() else (path / "checkpoints").is_dir()
 
 
 def checkpoint_of(run: Path) -> Path:

@@ -1,9 +1,13 @@
-"""The metrics as torchmetrics: states that add up over batches and devices.
+"""The states of the metrics as torchmetrics: they add up over batches and devices.
 
-Apart from the formulas, so that binding an experiment's YAML does not import torchmetrics.
+Apart from the formulas, so that binding an experiment's YAML does not import torchmetrics. A metric
+keeps features or their moments; the formula, a function of them, comes from the metric's own file.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,115 +15,130 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from diffusion_pl.metrics.features import Features
-from diffusion_pl.metrics.frechet import distance, factor
-from diffusion_pl.metrics.inception_score import scores
-from diffusion_pl.metrics.moments import covariance, sums
-from diffusion_pl.metrics.reference import Reference
+from diffusion_pl.metrics.moments import Moments, Rows, add_, moments
+
+Values = dict[str, float]
+Notes = dict[str, Any]
+Kind = Literal["pooled", "spatial", "logits"]
 
 
-class FrechetDistance(Metric):
-    """Fréchet distance of the features seen so far to a reference.
+class Kept(Metric):
+    """Keeps all features of a kind and measures them together.
+
+    The images' order is kept too if each rank takes a block of consecutive images.
 
     Args:
-        reference: the statistics of real images; moments are summed about its mean.
+        of: the kind.
+        formula: from features (N, D) to the named numbers.
     """
 
     is_differentiable = False
-    higher_is_better = False
+    full_state_update = False
+
+    features: list[Tensor]
+
+    def __init__(self, of: Kind, formula: Callable[[Tensor], Values], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._of, self._formula = of, formula
+        self.notes: Mapping[str, Any] = {}
+        self.add_state("features", [], dist_reduce_fx="cat")
+
+    def update(self, features: Features) -> None:
+        """Add a batch, (B, D)."""
+        self.features.append(_of_kind(features, self._of))
+
+    def compute(self) -> Values:
+        """The named numbers.
+
+        Raises:
+            ValueError: features that are not finite.
+        """
+        return self._formula(_finite(dim_zero_cat(self.features)))
+
+
+class Summed(Metric):
+    """Sums moments of features of a kind in float64.
+
+    Args:
+        of: the kind.
+        shift: (D,), the point that moments are summed about.
+        formula: from the moments, and all features if they are kept, to the named numbers and what
+            is to be noted beside them.
+        keep: also keep the features.
+    """
+
+    is_differentiable = False
     full_state_update = False
 
     first: Tensor
     second: Tensor
     count: Tensor
+    features: list[Tensor]
 
-    def __init__(self, reference: Reference, **settings: Any) -> None:
+    def __init__(
+        self,
+        of: Kind,
+        shift: Tensor,
+        formula: Callable[[Moments, Tensor | None], tuple[Values, Notes]],
+        *,
+        keep: bool,
+        **settings: Any,
+    ) -> None:
         super().__init__(**settings)
-        self._reference = reference
-        self._factor: Tensor | None = None
-        dimension = len(reference.mean)
+        self._of, self._shift, self._formula, self._keep = of, shift, formula, keep
+        self._rows = Rows()
+        self.notes: Mapping[str, Any] = {}
+        dimension = len(shift)
         for name, shape in (("first", (dimension,)), ("second", (dimension, dimension))):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        if keep:
+            self.add_state("features", [], dist_reduce_fx="cat")
 
     def update(self, features: Features) -> None:
-        """Add a batch, pooled (B, D)."""
-        first, second = sums(features.pooled, self._reference.mean)
-        self.first += first
-        self.second += second
-        self.count += len(features.pooled)
+        """Add a batch, (B, D)."""
+        values = _of_kind(features, self._of)
+        self.count += len(values)
+        if self._keep:
+            self.features.append(values)
+        self._sum(self._rows.add(values))
 
-    def compute(self) -> dict[str, float]:
-        """{"fid": ...} with the published Inception, {"fd": ...} with any other extractor.
+    def sync(self, *options: Any, **more: Any) -> None:
+        """Add up over the ranks; rows that still wait are summed before."""
+        self._sum(self._rows.rest())
+        super().sync(*options, **more)
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        self._rows.clear()
+        super().reset()
+
+    def compute(self) -> Values:
+        """The named numbers; `notes` then has what belongs beside them.
 
         Raises:
-            ValueError: fewer than two images, or features that are not finite.
+            ValueError: features that are not finite.
         """
-        count = int(self.count)
-        if count < 2:
-            raise ValueError(f"Fréchet distance: needs at least 2 images (got {count})")
+        self._sum(self._rows.rest())
         # Checked here and not in each update, where it would wait for the device.
-        if not torch.isfinite(self.second).all():
-            raise ValueError(
-                "Fréchet distance: some features are not finite; look at the generated images"
-            )
-        # On the CPU, where the eigenvalues do not depend on the device that sampled.
-        first, second = self.first.cpu(), self.second.cpu()
-        if self._factor is None:
-            self._factor = factor(self._reference.covariance, self._reference.count)
-        value = distance(
-            first / count,
-            covariance(first, second, count),
-            count,
-            self._factor,
-            torch.trace(self._reference.covariance).item(),
-        )
-        return {"fid" if self._reference.extractor == "inception" else "fd": value}
+        _finite(self.second)
+        seen = moments(self.first, self.second, int(self.count), self._shift)
+        kept = dim_zero_cat(self.features).cpu() if self._keep else None
+        values, self.notes = self._formula(seen, kept)
+        return values
+
+    def _sum(self, rows: Tensor | None) -> None:
+        if rows is not None:
+            add_(self.first, self.second, rows, self._shift)
 
 
-class ClassifierScore(Metric):
-    """Mean and population standard deviation of the score over the splits.
+def _of_kind(features: Features, of: Kind) -> Tensor:
+    values: Tensor | None = getattr(features, of)
+    assert values is not None, f"the extractor gives no {of} features"
+    return values
 
-    All logits are kept, since which split an image is in depends on how many follow. The images'
-    order decides the splits: ranks give the number of a single device if each takes a block of
-    consecutive images.
 
-    Args:
-        key: what the score is called, "is" or "cs".
-        splits: at least 1.
-        seed: of the shuffle.
-    """
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-
-    logits: list[Tensor]
-
-    def __init__(self, key: str, splits: int, seed: int, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._key, self._splits, self._seed = key, splits, seed
-        self.add_state("logits", [], dist_reduce_fx="cat")
-
-    def update(self, features: Features) -> None:
-        """Add a batch, logits (B, K)."""
-        self.logits.append(features.logits)
-
-    def compute(self) -> dict[str, float]:
-        """{"is": mean, "is_std": spread}, or "cs" and "cs_std".
-
-        Raises:
-            ValueError: fewer images than splits, or logits that are not finite.
-        """
-        logits = dim_zero_cat(self.logits)
-        if len(logits) < self._splits:
-            raise ValueError(
-                f"classifier score: needs an image in each of {self._splits} splits "
-                f"(got {len(logits)})"
-            )
-        if not torch.isfinite(logits).all():
-            raise ValueError(
-                "classifier score: some logits are not finite; look at the generated images"
-            )
-        values = scores(logits, self._splits, self._seed)
-        spread = values.std(correction=0)
-        return {self._key: values.mean().item(), f"{self._key}_std": spread.item()}
+def _finite(values: Tensor) -> Tensor:
+    if not torch.isfinite(values).all():
+        raise ValueError("evaluation: some features are not finite; look at the generated images")
+    return values

@@ -1,12 +1,16 @@
 """What every metric looks at: the features that a fixed network, an extractor, sees in images."""
 
 import logging
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
+
+# Images that an extractor sees at a time. A network's last digits depend on its batch, so it is the
+# same whatever the number of images drawn at a time and of devices; see `ranks.share`.
+TILE = 32
 
 
 class Features(NamedTuple):
@@ -14,11 +18,14 @@ class Features(NamedTuple):
 
     Args:
         pooled: float32 (B, D), what distances compare.
-        logits: float32 (B, K), over the extractor's own classes, before the softmax.
+        logits: float32 (B, K), over the extractor's own classes, before the softmax; None for an
+            extractor that knows no classes.
+        spatial: float32 (B, S), activations at places of the image; None where there are none.
     """
 
     pooled: Tensor
-    logits: Tensor
+    logits: Tensor | None = None
+    spatial: Tensor | None = None
 
 
 class Extractor(Protocol):
@@ -28,13 +35,22 @@ class Extractor(Protocol):
         name: "inception" for the published network alone, since its numbers are called FID and IS.
         digest: the first 12 hex digits of the sha256 of the file of weights.
         dimension: D, the pooled features of an image.
+        classes: K, 0 for none.
+        spatial: S, 0 for none.
         resize: how an image is brought to the network's input, in one line.
+        precision: what it computes in, "fp32" or "bf16".
+        error: root mean square of what that changes in the pooled features, over their own,
+            measured on the first images seen; None for "fp32".
     """
 
     name: str
     digest: str
     dimension: int
+    classes: int
+    spatial: int
     resize: str
+    precision: str
+    error: float | None
 
     def __call__(self, images: Tensor, /) -> Features:
         """Features of uint8 images (B, 3, H, W), or of (B, 1, H, W), the channel repeated.
@@ -72,16 +88,18 @@ def require_rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
-def load(
-    name: Literal["auto", "inception", "shapes"] = "auto", weights: str | None = None
-) -> Extractor:
+def load(name: str = "auto", weights: str | None = None, precision: str = "fp32") -> Extractor:
     """Load the extractor that an experiment names.
 
     Args:
         name: "inception", the network of FID and IS; "shapes", the small one that comes with the
-            package; "auto", Inception where its weights can be had, else the small one, which one
-            line of the log then says.
-        weights: file of Inception weights; torch's hub cache, then the download, when not given.
+            package; "pixels", a few means of pixels, which see place and colour; "auto", Inception
+            where its weights can be had, else "shapes", which one line of the log then says; or
+            what torch-fidelity calls its others, such as "dinov2-vit-l-14" and "clip-vit-b-32".
+        weights: file of Inception's or CLIP's weights; torch's hub cache, then the download, when
+            not given.
+        precision: "bf16" computes Inception several times faster, with an error that is measured
+            and stands beside every number; for what runs during training.
 
     Returns:
         The extractor, on the CPU.
@@ -89,19 +107,27 @@ def load(
     Raises:
         ValueError: the weights cannot be had or are unfit; never for "auto" without `weights`.
     """
-    # Imported here: both files import this one, and Inception brings torchvision, 2 s of CPU.
-    from diffusion_pl.metrics import inception, shapes
+    # Imported here: these files import this one, and Inception brings torchvision, 2 s of CPU.
+    from diffusion_pl.metrics import inception, pixels, shapes
 
-    if name not in ("auto", "inception", "shapes"):
-        raise ValueError(f"extractor: name must be auto, inception or shapes (got {name!r})")
-    if name == "shapes":
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"extractor: precision is fp32 or bf16 (got {precision!r})")
+    if name in ("inception", "auto") and (name == "inception" or weights is not None):
+        return inception.load(weights, precision)
+    if name == "auto":
+        try:
+            return inception.load(None, precision)
+        except ValueError as error:
+            logger.warning(
+                "%s; going on with the embedded extractor, whose numbers are no FID", error
+            )
+            return shapes.load()
+    if precision != "fp32":
+        raise ValueError(f"extractor: {name} computes in fp32 only; remove precision={precision}")
+    if name in ("shapes", "pixels"):
         if weights is not None:
-            raise ValueError(f"extractor: shapes has its own weights; remove weights={weights!r}")
-        return shapes.load()
-    if name == "inception" or weights is not None:
-        return inception.load(weights)
-    try:
-        return inception.load()
-    except ValueError as error:
-        logger.warning("%s; going on with the embedded extractor, whose numbers are no FID", error)
-        return shapes.load()
+            raise ValueError(f"extractor: {name} has its own weights; remove weights={weights!r}")
+        return shapes.load() if name == "shapes" else pixels.Pixels()
+    from diffusion_pl.metrics import fidelity
+
+    return fidelity.load(name, weights)

@@ -7,7 +7,10 @@ Salimans et al. 2016, arXiv 1606.03498, section 4; splits, shuffling and the spr
 torch-fidelity 0.4. With another classifier than the published Inception it is a classifier score.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +21,7 @@ from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
 
 if TYPE_CHECKING:
-    from diffusion_pl.metrics.accumulated import ClassifierScore
+    from diffusion_pl.metrics.accumulated import Kept
 
 
 def scores(logits: Tensor, splits: int, seed: int) -> Tensor:
@@ -45,6 +48,11 @@ def scores(logits: Tensor, splits: int, seed: int) -> Tensor:
     return torch.stack(parts)
 
 
+def _measure(key: str, splits: int, seed: int, logits: Tensor) -> dict[str, float]:
+    values = scores(logits, splits, seed)
+    return {key: values.mean().item(), f"{key}_std": values.std(correction=0).item()}
+
+
 @dataclass(frozen=True)
 class InceptionScore:
     """Names the score in an experiment; the evaluation builds it.
@@ -57,15 +65,25 @@ class InceptionScore:
     splits: int = 10
     seed: int = 2020
 
-    def build(self, extractor: Extractor, reference: Reference | None) -> "ClassifierScore":
-        """The metric of one evaluation; it needs no reference.
+    wants_features = False
+
+    def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Kept:
+        """The metric of one evaluation of `count` images; it needs no reference.
+
+        All logits are kept, since which split an image is in depends on how many follow.
 
         Raises:
-            ValueError: no split.
+            ValueError: no split, fewer images than splits, or an extractor without classes.
         """
         if self.splits < 1:
             raise ValueError(f"classifier score: splits must be at least 1 (got {self.splits})")
+        if count < self.splits:
+            raise ValueError(
+                f"classifier score: needs an image in each of {self.splits} splits (got {count})"
+            )
+        if not extractor.classes:
+            raise ValueError(f"classifier score: {extractor.name} knows no classes")
         key = "is" if extractor.name == "inception" else "cs"
-        from diffusion_pl.metrics.accumulated import ClassifierScore  # torchmetrics: 5 s of CPU
+        from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
 
-        return ClassifierScore(key, self.splits, self.seed)
+        return Kept("logits", partial(_measure, key, self.splits, self.seed))

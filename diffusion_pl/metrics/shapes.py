@@ -76,11 +76,15 @@ class Shapes(nn.Module):
 
     name = "shapes"
     dimension = 128
+    spatial = 0
     resize = f"area to {SIDE} px"
+    precision = "fp32"
+    error: float | None = None
 
     def __init__(self, network: ShapesNetwork, digest: str) -> None:
         super().__init__()
         self.network = network.requires_grad_(False).eval()
+        self.classes = network.head.out_features
         self.digest = digest
 
     def train(self, mode: bool = True) -> "Shapes":

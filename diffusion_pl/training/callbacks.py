@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from diffusion_pl.evaluation import Drawing, Evaluation, Sampler, evaluate, reference_of
+from diffusion_pl.evaluation.cost import estimate
+from diffusion_pl.evaluation.measuring import build
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
@@ -168,6 +170,7 @@ class Evaluate(Callback):
         settings: how many images, which metrics, how often.
         sampler: draws them.
         extractor: the features.
+        origin: what numbers say of the weights.
         references: folder of the statistics of real images.
         precision: torch dtype of the network under autocast, None for float32.
         run: the run's folder; grids go to run/samples.
@@ -181,6 +184,7 @@ class Evaluate(Callback):
         sampler: Sampler,
         extractor: Extractor,
         *,
+        origin: Mapping[str, Any],
         references: Path,
         precision: torch.dtype | None,
         run: Path,
@@ -190,6 +194,7 @@ class Evaluate(Callback):
         self.settings = settings
         self.sampler = sampler
         self.extractor = extractor
+        self.origin = origin
         self.references = references
         self.reference: Reference | None = None
         self.precision = precision
@@ -199,17 +204,24 @@ class Evaluate(Callback):
         self.interval = Interval(settings.every)
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
-        """Have the statistics of the real images before the first step; rank 0 computes them."""
+        """Have the statistics of the real images before the first step; all ranks compute them."""
         images = trainer.datamodule.opened()  # type: ignore[attr-defined]
         device = trainer.strategy.root_device
-        for turn in (trainer.is_global_zero, not trainer.is_global_zero):
-            if turn:
-                self.reference = reference_of(images, self.extractor, self.references, device)
-            trainer.strategy.barrier("reference")
+        self.reference = reference_of(
+            images, self.settings, self.extractor, self.references, device
+        )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         images = pl_module.images_seen
         self.interval.start(images)
+        drawing = self._drawing(trainer, pl_module)
+        assert self.reference is not None
+        build(drawing, self.settings, self.extractor, self.reference)  # refused before the training
+        if trainer.is_global_zero:
+            cost = estimate(drawing, self.settings, self.extractor)
+            self.training_log.progress.say(
+                f"evaluation every {self.settings.every:,} images: {cost}"
+            )
         measured = any(row["images"] == images and "name" in row for row in self.history.rows())
         # A run that was stopped between the checkpoint and the end of the evaluation makes it up.
         if images and images % self.settings.every < pl_module.batch_size and not measured:
@@ -228,7 +240,29 @@ class Evaluate(Callback):
 
     def _evaluate(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> None:
         started = time.monotonic()
-        drawing = Drawing(
+        drawing = self._drawing(trainer, pl_module)
+        assert self.reference is not None
+        progress = self.training_log.progress
+        rows, shown = evaluate(
+            drawing,
+            self.settings,
+            self.extractor,
+            self.reference,
+            progress=progress.evaluating if trainer.is_global_zero else None,
+        )
+        images = pl_module.images_seen
+        if trainer.is_global_zero:
+            folder = self.run / "samples"
+            folder.mkdir(exist_ok=True)
+            save_png(grid(shown), folder / f"{images:012d}.png")
+            for row in rows:
+                self.history.append({"images": images, **row})
+            progress.measured(images, rows)
+        log(trainer, {row["name"]: row["value"] for row in rows}, images)
+        self.training_log.pause(time.monotonic() - started)
+
+    def _drawing(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> Drawing:
+        return Drawing(
             denoiser=pl_module.ema,
             sampler=self.sampler,
             shape=trainer.datamodule.opened().shape,  # type: ignore[attr-defined]
@@ -238,25 +272,5 @@ class Evaluate(Callback):
             guidance_interval=self.settings.guidance_interval,
             guide=self.settings.guide,
             precision=self.precision,
+            origin=self.origin,
         )
-        assert self.reference is not None
-        progress = self.training_log.progress
-        rows, shown = evaluate(
-            drawing,
-            self.settings,
-            self.extractor,
-            self.reference,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            progress=progress.evaluating if trainer.is_global_zero else None,
-        )
-        images = pl_module.images_seen
-        if trainer.is_global_zero:
-            folder = self.run / "samples"
-            folder.mkdir(exist_ok=True)
-            save_png(grid(shown), folder / f"{images:012d}.png")
-            for row in rows:
-                self.history.append({"images": images, **row, "weights": "ema"})
-            progress.measured(images, rows)
-        log(trainer, {row["name"]: row["value"] for row in rows}, images)
-        self.training_log.pause(time.monotonic() - started)

@@ -22,6 +22,20 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def in_words(row: Mapping[str, Any]) -> str:
+    """A number with its name, and what must be known to read it."""
+    words = f"{row['name']} = {row['value']:.4g}"
+    if "blocks" in row:
+        words += (
+            f" (mean of {len(row['blocks'])}; least {row['min']:.4g}, spread {row['spread']:.2g})"
+        )
+    if "bias" in row:
+        words += f", of which about {row['bias']:.2g} for so few images"
+    if "warning" in row:
+        words += f" ({row['warning']})"
+    return words
+
+
 class Progress:
     """One bar on a terminal, a line now and then elsewhere; both on stderr.
 
@@ -44,6 +58,7 @@ class Progress:
         self.bar: Bar | None = None
         self.task: Any = None
         self.evaluation: Any = None
+        self.evaluated_since = 0.0
 
     def start(self, images: int) -> None:
         """Begin at a position of the run."""
@@ -92,12 +107,18 @@ class Progress:
         """Show a newer loss from now on."""
         self.loss = loss
 
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(line, highlight=False)
+
     def evaluating(self, done: int, total: int) -> None:
         """Show how far an evaluation is."""
         if self.bar is not None:
             if self.evaluation is None:
                 self.evaluation = self.bar.add_task("evaluation", total=total, text="")
-            text = f"{done:,}/{total:,} images drawn"
+                self.evaluated_since = time.monotonic()
+            left = (time.monotonic() - self.evaluated_since) * (total - done) / max(done, 1)
+            text = f"{done:,}/{total:,} images measured  {clock(left)} left"
             self.bar.update(self.evaluation, completed=done, text=text, refresh=True)
         self.last = time.monotonic()
 
@@ -107,9 +128,7 @@ class Progress:
             self.bar.remove_task(self.evaluation)
             self.evaluation = None
         for row in rows:
-            self.console.print(
-                f"{images:,} images: {row['name']} = {row['value']:.4g}", highlight=False
-            )
+            self.say(f"{images:,} images: {in_words(row)}")
         self.last = time.monotonic()
 
     def stop(self) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.evaluation import Evaluation, Sampler
+from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.callbacks import Checkpoints, Evaluate, Log
@@ -111,6 +112,7 @@ def fit(experiment: Experiment, run: Path, references: Path) -> dict[str, Any]:
                     experiment.evaluation,
                     experiment.sampler,
                     experiment.extractor,
+                    origin={"weights": "ema", "ema": described(experiment.ema)},
                     references=references,
                     precision=AUTOCAST[precision],
                     run=run,

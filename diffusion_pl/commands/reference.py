@@ -1,0 +1,60 @@
+"""`reference`: statistics of real images, to compare with; prints one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from diffusion_pl.commands import data_sets, evaluate, parts
+from diffusion_pl.metrics import features
+from diffusion_pl.metrics import reference as references
+
+FAILURES: tuple[type[Exception], ...] = ()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure a data set once, and say where its statistics lie."""
+    extractor = features.load(options.features, options.feature_weights, options.feature_precision)
+    images = data_sets.images_of(options.data, options.resolution)
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    keep = not options.moments_only
+    with evaluate.progress_bar("reference") as progress:
+        found = references.cached(
+            parts.REFERENCES, images, extractor, keep=keep, device=device, progress=progress
+        )
+    path = references.cache_path(
+        parts.REFERENCES,
+        fingerprint=images.fingerprint,
+        resolution=images.resolution,
+        count=len(images),
+        extractor=extractor,
+        keep=keep,
+    )
+    if options.out is not None:
+        out: Path = options.out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out)
+        path = out
+    print(
+        json.dumps(
+            {
+                "file": str(path),
+                "name": found.name,
+                "images": found.count,
+                "resolution": found.resolution,
+                "fingerprint": found.fingerprint,
+                "extractor": f"{found.extractor}-{found.digest}",
+                "resize": found.resize,
+                "features": found.precision,
+                "single_images": 0 if found.features is None else len(found.features),
+            },
+            indent=2,
+        )
+    )
+    return 0

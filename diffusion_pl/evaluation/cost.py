@@ -1,0 +1,84 @@
+"""What an evaluation will cost, measured on a few images before it is paid."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from diffusion_pl import ranks
+from diffusion_pl.evaluation.drawing import Drawing
+from diffusion_pl.evaluation.settings import Evaluation
+from diffusion_pl.metrics.features import TILE, Extractor
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one evaluation, estimated.
+
+    Args:
+        images: measured by every rank at most.
+        drawing: seconds an image takes to draw.
+        features: seconds an image's features take.
+    """
+
+    images: int
+    drawing: float
+    features: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole evaluation, without the metrics' own seconds at its end."""
+        return self.images * (self.drawing + self.features)
+
+    def __str__(self) -> str:
+        whole = f"{self.seconds / 60:.0f} min" if self.seconds >= 120 else f"{self.seconds:.0f} s"
+        return (
+            f"about {whole} each here: {self.images:,} images a process, "
+            f"{1e3 * self.drawing:.3g} ms to draw one, {1e3 * self.features:.3g} ms to measure it"
+        )
+
+
+def estimate(drawing: Drawing, settings: Evaluation, extractor: Extractor) -> Cost:
+    """Time one call of the network at every size that the sampler visits, and the extractor once.
+
+    The sampler's calls are counted without the network, so a thousand steps cost no more to
+    foresee than ten.
+
+    Args:
+        drawing: how images are drawn.
+        settings: how many.
+        extractor: the features; moved to the denoiser's device.
+    """
+    device = drawing.device
+    count = min(TILE, settings.batch_size, settings.count)
+    labels = drawing.labels(range(count))
+    condition = {} if labels is None else {"label": labels.to(device)}
+    sigma = torch.tensor(1.0, device=device)
+
+    def seconds_at(side: int) -> float:
+        height = drawing.shape[1] * side // drawing.shape[2]
+        x = torch.zeros(count, drawing.shape[0], height, side, device=device)
+        autocast = torch.autocast(device.type, drawing.precision, enabled=bool(drawing.precision))
+        with torch.inference_mode(), autocast:
+            return _timed(lambda: drawing.denoiser(x, sigma, **condition), device) / count
+
+    drawn = sum(calls * seconds_at(side) for side, calls in drawing.calls().items())
+    extractor.to(device)
+    bytes_seen = torch.zeros(count, *drawing.shape, dtype=torch.uint8, device=device)
+    seen = _timed(lambda: extractor(bytes_seen), device) / count if settings.metrics else 0.0
+    return Cost(len(ranks.share(settings.count, TILE)), drawn, seen)
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the second call: the first one finds its algorithms."""
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - started
+    return seconds

@@ -1,0 +1,157 @@
+"""Images drawn from a trained denoiser: image i's noise and label come from (seed, i) alone.
+
+So they depend neither on the batch size nor on the number of devices. Bytes are what is measured,
+as they would be saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffusion_pl.diffusion.guidance import EVERYWHERE, Guide, check_interval, guided
+from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.diffusion.random import ImageNoise
+from diffusion_pl.diffusion.recording import Counted
+from diffusion_pl.evaluation.provenance import described
+from diffusion_pl.images import to_bytes
+from diffusion_pl.seeds import seed_of
+
+
+class Sampler(Protocol):
+    """Noise to images; see samplers/."""
+
+    def __call__(
+        self, denoise: Denoise, noise: Tensor, randn_like: Callable[[Tensor], Tensor]
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn from a trained denoiser.
+
+    Args:
+        denoiser: D.
+        sampler: the algorithm with its levels.
+        shape: (C, H, W) of an image.
+        classes: classes of a conditional model, 0 for none.
+        seed: of noise and labels.
+        guidance: weight of the guidance, 1 for none.
+        guidance_interval: noise levels (low, high] that are guided.
+        guide: the weaker model of autoguidance; None for the model itself without its label.
+        label: the class of every image, or None for a class drawn for each.
+        precision: torch dtype the network computes in under autocast, None for float32.
+        origin: what numbers say of the weights, such as {"weights": "ema"}.
+
+    Raises:
+        ValueError: a label that is not one of the model's classes; guidance without classes or
+            guide; a guide of other images or classes.
+    """
+
+    denoiser: Denoiser
+    sampler: Sampler
+    shape: tuple[int, int, int]
+    classes: int = 0
+    seed: int = 0
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] = EVERYWHERE
+    guide: Guide | None = None
+    label: int | None = None
+    precision: torch.dtype | None = None
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.label is not None and not 0 <= self.label < self.classes:
+            known = f"0 to {self.classes - 1}" if self.classes else "none: it is unconditional"
+            raise ValueError(f"label {self.label} is not one of the model's classes ({known})")
+        check_interval(self.guidance_interval)
+        if self.guide is not None:
+            self.guide.check(self.shape, self.classes, self.guidance)
+        elif self.guidance != 1 and not self.classes:
+            raise ValueError(
+                "guidance needs a model with classes; this one is unconditional (a weaker run can "
+                "guide it: --guide RUN)"
+            )
+
+    def labels(self, indices: Sequence[int]) -> Tensor | None:
+        """The class of each image, int64 (n,), uniform from (seed, i); None without classes."""
+        if not self.classes:
+            return None
+        if self.label is not None:
+            return torch.full((len(indices),), self.label)
+        return torch.tensor([seed_of(self.seed, "label", i) % self.classes for i in indices])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser lies."""
+        return next(self.denoiser.parameters()).device
+
+    @torch.inference_mode()
+    def images(self, indices: Sequence[int]) -> tuple[Tensor, int]:
+        """Draw the images with these indices.
+
+        Returns:
+            uint8 (n, C, H, W) on the denoiser's device, and the network's evaluations per image.
+        """
+        device = self.device
+        counted = Counted(self.denoiser)
+        guide = None if self.guide is None else Counted(self.guide.denoiser.to(device))
+        with torch.autocast(device.type, self.precision, enabled=self.precision is not None):
+            drawn = self._draw(counted, guide, indices)
+        if not torch.isfinite(drawn).all():
+            raise ValueError("the sampler gave images that are not finite; the weights are unfit")
+        seen = counted.seen + (guide.seen if guide is not None else 0)
+        return to_bytes(drawn), seen // len(indices)
+
+    @torch.inference_mode()
+    def calls(self) -> Counter[int]:
+        """How often an image is seen, by the side at which the network sees it; none is run."""
+        counted: Counter[int] = Counter()
+
+        def denoise(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+            counted[x.shape[-1]] += len(x)
+            return torch.zeros_like(x)
+
+        self._draw(denoise, denoise if self.guide is not None else None, [0])
+        return counted
+
+    def about(self) -> dict[str, Any]:
+        """What a number says of how its images were drawn."""
+        interval = None if self.guidance_interval == EVERYWHERE else list(self.guidance_interval)
+        return {
+            **self.origin,
+            "sampler": described(self.sampler),
+            "seed": self.seed,
+            "guidance": self.guidance,
+            "guidance_interval": interval,
+            "guide": None if self.guide is None else self.guide.name,
+            "label": self.label,
+            "precision": "fp32" if self.precision is None else described(self.precision),
+        }
+
+    def _draw(self, denoise: Denoise, guide: Denoise | None, indices: Sequence[int]) -> Tensor:
+        device = self.device
+        # The first noise is drawn on the CPU, so that any hardware starts from the same state.
+        source = ImageNoise(self.seed, indices, "latent")
+        noise = source(torch.empty(len(indices), *self.shape)).to(device)
+        labels = self.labels(indices)
+        denoise = guided(
+            denoise,
+            label=None if labels is None else labels.to(device),
+            weight=self.guidance,
+            interval=self.guidance_interval,
+            guide=guide,
+        )
+        return self.sampler(denoise, noise, ImageNoise(self.seed, indices, "sampler", device))
+
+
+def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Cut a sequence into pieces of at most `size`."""
+    return (indices[first : first + size] for first in range(0, len(indices), size))

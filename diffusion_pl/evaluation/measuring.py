@@ -1,0 +1,204 @@
+"""Evaluation: one pass of features over the images feeds every metric.
+
+An extractor's last digits depend on how many images it sees at a time, so it sees tiles of fixed
+size, and ranks share whole tiles: the numbers depend neither on the batch size nor on the ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffusion_pl import ranks
+from diffusion_pl.evaluation.drawing import batches
+from diffusion_pl.evaluation.provenance import surroundings
+from diffusion_pl.evaluation.settings import Evaluation, Metric
+from diffusion_pl.metrics import published
+from diffusion_pl.metrics import reference as references
+from diffusion_pl.metrics.features import TILE, Extractor
+from diffusion_pl.metrics.reference import RealImages, Reference
+
+Progress = Callable[[int, int], None]
+
+
+class Drawn(Protocol):
+    """Images to measure, drawn as they are asked for or lying in files."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images come from, and where they are measured."""
+
+    def images(self, indices: Sequence[int]) -> tuple[Tensor, int]:
+        """uint8 (n, C, H, W) on the device, and the network's evaluations per image."""
+
+    def about(self) -> Mapping[str, Any]:
+        """What numbers say of the images."""
+
+
+def reference_of(
+    images: RealImages,
+    settings: Evaluation,
+    extractor: Extractor,
+    folder: Path,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Reference:
+    """What to compare with: the file that the settings name, else statistics of all real images.
+
+    Args:
+        images: the training data.
+        settings: of the evaluation.
+        extractor: the features; moved to `device`.
+        folder: where statistics are kept, by content.
+        device: where to compute.
+        progress: called with (images done, images to do) on this rank.
+
+    Raises:
+        ValueError: a file that is absent, no reference, or of another extractor.
+    """
+    if settings.reference is not None:
+        return published.open_reference(Path(settings.reference))
+    return references.cached(
+        folder,
+        images,
+        extractor,
+        keep=settings.wants_features,
+        device=device,
+        progress=progress,
+    )
+
+
+def build(
+    drawn: Drawn, settings: Evaluation, extractor: Extractor, reference: Reference
+) -> list[Metric]:
+    """The metrics of one evaluation.
+
+    Raises:
+        ValueError: what is asked for cannot be measured with this extractor, reference and count.
+    """
+    reference.check(extractor, drawn.shape[1])
+    return [
+        metric.build(extractor, reference, settings.count).to(drawn.device)
+        for metric in settings.metrics
+    ]
+
+
+def evaluate(
+    drawn: Drawn,
+    settings: Evaluation,
+    extractor: Extractor,
+    reference: Reference,
+    *,
+    first: int = 0,
+    progress: Progress | None = None,
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Draw `settings.count` images and measure them.
+
+    On several ranks every rank calls it; metrics add up over the ranks inside torchmetrics, and
+    every rank gets the same rows.
+
+    Args:
+        drawn: the images.
+        settings: how many, and which metrics.
+        extractor: the features.
+        reference: of the real images.
+        first: index of the first image; disjoint blocks give independent numbers.
+        progress: called with (images measured, images to measure) on this rank.
+
+    Returns:
+        One row a number, `{"name": "fd@1000/<reference>/<extractor>", "value", ...}` with all that
+        it depends on, and the first images, uint8 (up to settings.grid, C, H, W), for a grid.
+
+    Raises:
+        ValueError: the reference was made with another extractor or resolution; fewer images than
+            a metric needs; features that are not finite.
+    """
+    started = time.monotonic()
+    metrics = build(drawn, settings, extractor, reference)
+    extractor.to(drawn.device)
+    share = ranks.share(settings.count, TILE)
+    shown: list[Tensor] = [torch.empty(0, *drawn.shape, dtype=torch.uint8, device=drawn.device)]
+    pieces = Pieces(drawn, range(first + share.start, first + share.stop), settings.batch_size)
+    for tile in pieces:
+        position = tile.start - first
+        if position < settings.grid:
+            shown.append(tile.images[: settings.grid - position])
+        if metrics:
+            with torch.inference_mode():
+                features = extractor(tile.images)
+            for metric in metrics:
+                metric.update(features)
+        if progress is not None:
+            progress(position + len(tile.images) - share.start, len(share))
+    common = {
+        "n": settings.count,
+        "first": first,
+        "reference": reference.name,
+        "reference_n": reference.count,
+        "fingerprint": reference.fingerprint,
+        "extractor": f"{extractor.name}-{extractor.digest}",
+        "resize": extractor.resize,
+        "features": extractor.precision,
+        "features_error": extractor.error,
+        **drawn.about(),
+        "evaluations": pieces.evaluations,
+        "ranks": ranks.world_size(),
+        **surroundings(drawn.device),
+    }
+    suffix = f"@{settings.count}/{reference.name}/{extractor.name}"
+    rows = [
+        {"name": f"{name}{suffix}", "value": value, **metric.notes, **common}
+        for metric in metrics
+        for name, value in metric.compute().items()
+    ]
+    for row in rows:
+        row["seconds"] = round(time.monotonic() - started, 2)
+    return rows, ranks.gathered(torch.cat(shown)).cpu()
+
+
+class Tile:
+    """Consecutive images.
+
+    Args:
+        start: index of the first.
+        images: uint8 (up to TILE, C, H, W).
+    """
+
+    def __init__(self, start: int, images: Tensor) -> None:
+        self.start, self.images = start, images
+
+
+class Pieces:
+    """Images drawn some at a time and handed on by whole tiles.
+
+    Args:
+        drawn: the images.
+        indices: of those wanted.
+        batch_size: how many are drawn at a time.
+    """
+
+    def __init__(self, drawn: Drawn, indices: range, batch_size: int) -> None:
+        self.drawn, self.indices, self.batch_size = drawn, indices, batch_size
+        self.evaluations = 0
+
+    def __iter__(self) -> Iterator[Tile]:
+        start, waiting = self.indices.start, []
+        for piece in batches(self.indices, self.batch_size):
+            images, self.evaluations = self.drawn.images(piece)
+            waiting.append(images)
+            while sum(map(len, waiting)) >= TILE:
+                whole = torch.cat(waiting)
+                yield Tile(start, whole[:TILE])
+                start, waiting = start + TILE, [whole[TILE:]]
+        if rest := sum(map(len, waiting)):
+            assert start + rest == self.indices.stop
+            yield Tile(start, torch.cat(waiting))

@@ -1,0 +1,88 @@
+"""The other extractors that torch-fidelity ships: DINOv2 (for FD-DINOv2), CLIP and VGG.
+
+Stein et al. 2023, arXiv 2306.04675, find that distances over DINOv2 follow people's judgement best.
+torch-fidelity fetches the weights at first use; DINOv2's network too comes from its authors'
+repository, through torch.hub, and is code that runs here: ask for it only if you trust it.
+"""
+
+import hashlib
+import urllib.error
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+from torch_fidelity.utils import create_feature_extractor
+
+from diffusion_pl.metrics.features import Features, require_rgb
+
+# Inception is ours to load: by digest, and folded.
+NAMES = tuple(name for name in FEATURE_EXTRACTORS_REGISTRY if not name.startswith("inception"))
+
+
+class Fidelity(nn.Module):
+    """One of torch-fidelity's extractors.
+
+    Args:
+        name: torch-fidelity's.
+        network: from uint8 images to a tuple of one tensor (B, D).
+    """
+
+    classes = 0
+    spatial = 0
+    precision = "fp32"
+    error: float | None = None
+
+    def __init__(self, name: str, network: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.network = network.requires_grad_(False).eval()
+        self.digest = digest(network)
+        side = getattr(network, "resolution", getattr(network, "INPUT_IMAGE_SIZE", 224))
+        self.resize = f"TensorFlow 1 bilinear to {side} px"
+        self.dimension = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).pooled.shape[1]
+
+    def train(self, mode: bool = True) -> "Fidelity":
+        """Stay in evaluation mode whatever the module around asks: the instrument never trains."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        """Features of uint8 images (B, 3 or 1, H, W): pooled (B, D)."""
+        images = require_rgb(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return Features(self.network(images)[0].flatten(1))
+
+
+def load(name: str, weights: str | None = None) -> Fidelity:
+    """Load an extractor by torch-fidelity's name.
+
+    Args:
+        name: one of `NAMES`.
+        weights: a file, for those that can read one.
+
+    Raises:
+        ValueError: an unknown name, or weights that cannot be had.
+    """
+    if name not in NAMES:
+        known = ("auto", "inception", "shapes", "pixels", *NAMES)
+        raise ValueError(f"extractor: name must be one of {', '.join(known)} (got {name!r})")
+    kind = FEATURE_EXTRACTORS_REGISTRY[name]
+    layers = [kind.get_default_feature_layer_for_metric("fid")]
+    options = {"feature_extractor_weights_path": weights, "verbose": False}
+    try:
+        network = create_feature_extractor(name, layers, cuda=False, **options)
+    except NotImplementedError as error:
+        raise ValueError(f"extractor: {name} reads no file; remove weights={weights!r}") from error
+    except (OSError, RuntimeError, urllib.error.URLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"extractor: {name}'s weights cannot be had ({reason})") from error
+    return Fidelity(name, network)
+
+
+def digest(network: nn.Module) -> str:
+    """The first 12 hex digits of the sha256 of all weights, by name."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        sha256.update(name.encode())
+        sha256.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()[:12]

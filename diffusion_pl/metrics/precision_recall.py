@@ -1,0 +1,73 @@
+"""Improved precision and recall: what share of one set lies in the other's balls.
+
+    precision: share of the generated features within the k-th neighbour's distance of a real one
+    recall:    share of the real features within the k-th neighbour's distance of a generated one
+
+Kynkäänniemi et al. 2019, arXiv 1904.06991, Eqs. 1 to 3; k = 3. Both fall with the number of images
+on the side that has the balls, so compare equal numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffusion_pl.metrics.features import Extractor
+from diffusion_pl.metrics.neighbours import blocks, centred, radii
+from diffusion_pl.metrics.reference import Reference
+
+if TYPE_CHECKING:
+    from diffusion_pl.metrics.accumulated import Kept
+
+
+def covered(points: Tensor, balls: Tensor, k: int) -> float:
+    """Share of the points that lie in a ball around some feature of `balls`.
+
+    Args:
+        points: float64 (N, D).
+        balls: float64 (M, D), M more than k.
+        k: the neighbour that the balls reach to.
+    """
+    reach = radii(balls, k)
+    inside = [(block <= reach).any(dim=1) for block in blocks(points, balls)]
+    return torch.cat(inside).double().mean().item()
+
+
+def _measure(real: Tensor, k: int, generated: Tensor) -> dict[str, float]:
+    generated, real = centred(generated, real)
+    return {"precision": covered(generated, real, k), "recall": covered(real, generated, k)}
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Names precision and recall in an experiment; the evaluation builds them.
+
+    Args:
+        neighbours: k.
+    """
+
+    neighbours: int = 3
+
+    wants_features = True
+
+    def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Kept:
+        """The metric of one evaluation of `count` images.
+
+        Raises:
+            ValueError: no reference with features of the same extractor, or too few images.
+        """
+        if reference is None:
+            raise ValueError("precision and recall: need a reference; name one or compute it")
+        real = reference.images_for("precision and recall", extractor)
+        if not 1 <= self.neighbours < min(count, len(real)):
+            raise ValueError(
+                f"precision and recall: neighbour {self.neighbours} needs more images "
+                f"(got {count} generated, {len(real)} real)"
+            )
+        from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
+
+        return Kept("pooled", partial(_measure, real, self.neighbours))

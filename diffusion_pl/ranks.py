@@ -1,0 +1,83 @@
+"""What the processes of a run agree on: sums, pieces in order, and yes only from all of them.
+
+Without a process group every function answers for the one process there is.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, distributed
+
+
+def rank() -> int:
+    """This process's number."""
+    return distributed.get_rank() if _several() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return distributed.get_world_size() if _several() else 1
+
+
+def leads_machine() -> bool:
+    """Whether this process is the first on its machine, the one that writes there."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def share(count: int, tile: int = 1) -> range:
+    """This rank's share of `count` things: one block of whole tiles, none padded, none twice.
+
+    Args:
+        count: things 0, 1, ... in the order of the ranks.
+        tile: how many stay together.
+    """
+    tiles = -(-count // tile)
+    # Rounded up, so that the first rank has something to do whoever has not.
+    first, last = (-(-tiles * (rank() + step) // world_size()) * tile for step in (0, 1))
+    return range(min(first, count), min(last, count))
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over the ranks; every rank calls it with the same shape.
+
+    Args:
+        values: left as they are.
+    """
+    if not _several():
+        return values
+    total = values.contiguous().clone()
+    distributed.all_reduce(total)
+    return total
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows of all ranks in the order of the ranks, on every rank.
+
+    Args:
+        rows: (n, ...); n may differ between ranks, the rest may not.
+    """
+    if not _several():
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size())]
+    distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    most = max(int(count) for count in counts)
+    padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    pieces = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(pieces, padded)
+    return torch.cat([piece[: int(count)] for piece, count in zip(pieces, counts, strict=True)])
+
+
+def all_agree(answer: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether every rank says yes.
+
+    Args:
+        answer: this rank's.
+        device: one that the process group can talk on.
+    """
+    return int(summed(torch.tensor(int(not answer), device=device))) == 0
+
+
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
