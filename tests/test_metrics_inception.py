@@ -14,8 +14,8 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from diffusion_pl.metrics import features, inception
-from diffusion_pl.metrics.accumulated import FrechetDistance
 from diffusion_pl.metrics.features import Features
+from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.inception import PUBLISHED, Inception
 from diffusion_pl.metrics.inception_score import InceptionScore
 from diffusion_pl.metrics.reference import Reference
@@ -67,17 +67,94 @@ def offline(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.delenv("NO_PROXY", raising=False)
 
 
-def test_features_are_those_of_torch_fidelity(
-    weights: Path, images: Tensor, seen: Features
-) -> None:
-    theirs = FeatureExtractorInceptionV3(
+class Nameless(FeatureExtractorInceptionV3):
+    """The network without its 24 million weights, for what asks for a name and nothing else."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.Mixed_6d = nn.ModuleDict({"branch1x1": nn.Identity()})
+
+
+@pytest.fixture(scope="module")
+def theirs(weights: Path, images: Tensor) -> Features:
+    """torch-fidelity's own features, with the batch norms where they are."""
+    network = FeatureExtractorInceptionV3(
         "n", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
     )
-    pooled, logits = theirs(images)
-    assert torch.equal(seen.pooled, pooled)
-    assert torch.equal(seen.logits, logits)
+    assert isinstance(network.Mixed_6d.branch1x1.bn, nn.BatchNorm2d)
+    places: list[Tensor] = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda *seen: places.append(seen[-1]))
+    pooled, logits = network(images)
+    return Features(pooled, logits, places[0])
+
+
+def error(got: Tensor | None, expected: Tensor | None) -> float:
+    """Root mean square of the difference, over that of what is expected."""
+    assert got is not None and expected is not None and got.shape == expected.shape
+    return ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
+
+
+def test_features_are_those_of_torch_fidelity(seen: Features, theirs: Features) -> None:
+    assert error(seen.pooled, theirs.pooled) < 1e-6
+    assert error(seen.logits, theirs.logits) < 1e-6
     assert seen.pooled.shape == (12, Inception.dimension)
     assert seen.pooled.std(dim=0).mean() > 1e-3, "the weights do not tell images apart"
+
+
+def test_spatial_features_are_seven_channels_at_each_place_in_turn(
+    seen: Features, theirs: Features
+) -> None:
+    # ADM's network puts channels last: the 7 of one place, then those of the place right of it.
+    places = theirs.spatial
+    assert places is not None and places.shape == (12, 192, 17, 17)
+    expected = torch.stack(
+        [places[:, channel, y, x] for y in range(17) for x in range(17) for channel in range(7)],
+        dim=1,
+    )
+    assert error(seen.spatial, expected) < 1e-6
+    assert expected.shape == (12, Inception.spatial)
+    assert expected.std(dim=0).mean() > 1e-3, "the weights do not tell images apart"
+
+
+def test_folding_keeps_what_a_batch_norm_does() -> None:
+    torch.manual_seed(2)
+    block = nn.Module()
+    block.conv = nn.Conv2d(3, 5, 3, bias=False)
+    block.bn = nn.BatchNorm2d(5, eps=0.1)
+    for values in (block.bn.weight.data, block.bn.bias.data):
+        values.normal_()
+    assert block.bn.running_mean is not None and block.bn.running_var is not None
+    block.bn.running_mean.normal_()
+    block.bn.running_var.uniform_(0.01, 2)
+    network = nn.Sequential(block).eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = block.bn(block.conv(x))
+    inception.fold(network)
+    assert isinstance(block.bn, nn.Identity)
+    assert error(block.conv(x), expected) < 1e-6
+
+
+def test_bf16_says_what_it_costs(weights: Path, images: Tensor, seen: Features) -> None:
+    quick = features.load("inception", str(weights), precision="bf16")
+    assert isinstance(quick, Inception)
+    assert (quick.precision, quick.error) == ("bf16", None)
+    rough = quick(images)
+    assert all(value is not None and value.dtype == torch.float32 for value in rough)
+    assert quick.error is not None
+    assert 0 < quick.error < 0.02
+    assert quick.error == pytest.approx(error(rough.pooled, seen.pooled), rel=1e-3)
+    # What the first images said stays, so that all numbers of one run say the same.
+    said = quick.error
+    quick(images[:3])
+    assert quick.error == said
+
+
+def test_full_precision_has_no_error_to_state(extractor: Inception, seen: Features) -> None:
+    assert (extractor.precision, extractor.error) == ("fp32", None)
+    with pytest.raises(ValueError, match="precision is fp32 or bf16 .got 'fp16'"):
+        features.load("inception", precision="fp16")
+    with pytest.raises(ValueError, match="shapes computes in fp32 only; remove precision=bf16"):
+        features.load("shapes", precision="bf16")
 
 
 def test_distance_and_score_are_those_of_torch_fidelity_on_these_features(seen: Features) -> None:
@@ -86,12 +163,16 @@ def test_distance_and_score_are_those_of_torch_fidelity_on_these_features(seen: 
     one, two = (fid_features_to_statistics(values) for values in (real, generated))
     theirs = fid_statistics_to_metric(one, two, False)["frechet_inception_distance"]
     mean, covariance = real.mean(dim=0), real.T.cov()
-    reference = Reference("r", "f", 32, 6, "inception", "0", "none", mean, covariance)
-    metric = FrechetDistance(reference)
-    metric.update(Features(generated, seen.logits[6:]))
+    published = Inception(Nameless(), PUBLISHED)
+    published.dimension = 96
+    digest, resize = published.digest, published.resize
+    reference = Reference("r", "f", 32, 6, "inception", digest, resize, mean, covariance)
+    metric = Frechet().build(published, reference, 6)
+    metric.update(Features(generated))
     assert metric.compute()["fid"] == pytest.approx(theirs, rel=1e-6)
 
-    score = InceptionScore().build(Inception(nn.Identity(), PUBLISHED), None)
+    assert seen.logits is not None
+    score = InceptionScore().build(published, None, 12)
     score.update(seen)
     expected = isc_features_to_metric(seen.logits)["inception_score_mean"]
     assert score.compute()["is"] == pytest.approx(expected, rel=1e-6)
@@ -104,7 +185,7 @@ def test_only_the_published_weights_are_called_inception(
     assert extractor.name == f"inception-{digest[:8]}"
     assert extractor.digest == digest[:12]
     assert features.load("auto", weights=str(weights)).digest == extractor.digest
-    assert Inception(nn.Identity(), PUBLISHED).name == "inception"
+    assert Inception(Nameless(), PUBLISHED).name == "inception"
     assert inception.FILE.endswith(f"{PUBLISHED[:8]}.pth")
     assert inception.URL_INCEPTION_V3.endswith(inception.FILE)
 

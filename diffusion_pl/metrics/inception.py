@@ -38,7 +38,7 @@ class Inception(nn.Module):
     """The published network, or one of its layout with other weights, which is not called so.
 
     The spatial features are those of sFID: the first 7 channels of the 1 x 1 branch of the block
-    that TensorFlow calls mixed_6, at 17 x 17 places.
+    that TensorFlow calls mixed_6, at 17 x 17 places, channels last as in ADM's published moments.
 
     Args:
         network: torch-fidelity's, giving "2048" and "logits_unbiased"; changed in place.
@@ -48,7 +48,7 @@ class Inception(nn.Module):
 
     dimension = 2048
     classes = 1008
-    spatial = 7 * 17 * 17
+    spatial = 17 * 17 * 7
     resize = "TensorFlow 1 bilinear to 299 px"
 
     def __init__(
@@ -92,7 +92,7 @@ class Inception(nn.Module):
             pooled, logits = self.network(images)
         seen, self._seen = self._seen, None
         assert seen is not None
-        return Features(pooled, logits, seen.flatten(1).float())
+        return Features(pooled, logits, seen.permute(0, 2, 3, 1).flatten(1).float())
 
     def _keep_spatial(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self._seen = output[:, :7]
