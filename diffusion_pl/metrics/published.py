@@ -10,7 +10,9 @@ extractor is the published Inception, by agreement.
 from __future__ import annotations
 
 import hashlib
+import io
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +41,14 @@ def load_npz(path: Path) -> Reference:
     """
     try:
         content = path.read_bytes()
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {
                 key: torch.from_numpy(np.asarray(file[key], dtype=np.float64))
                 for key in ("mu", "sigma", "mu_s", "sigma_s")
                 if key in file.files
             }
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    # TypeError: a single array, of another format than its name says.
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not published statistics ({reason})") from error
     pooled = _moments(path, arrays, "mu", "sigma", Inception.dimension)
