@@ -6,7 +6,8 @@ repository, through torch.hub, and is code that runs here: ask for it only if yo
 """
 
 import hashlib
-import urllib.error
+import http.client
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ def load(name: str, weights: str | None = None) -> Fidelity:
 
     Args:
         name: one of `NAMES`.
-        weights: a file, for those that can read one.
+        weights: a file of CLIP's weights, in TorchScript, so one that you trust; no other
+            extractor reads one.
 
     Raises:
         ValueError: an unknown name, or weights that cannot be had.
@@ -66,14 +68,19 @@ def load(name: str, weights: str | None = None) -> Fidelity:
     if name not in NAMES:
         known = ("auto", "inception", "shapes", "pixels", *NAMES)
         raise ValueError(f"extractor: name must be one of {', '.join(known)} (got {name!r})")
+    # DINOv2 cannot read one, and VGG would run whatever is pickled in it.
+    if weights is not None and not name.startswith("clip-"):
+        raise ValueError(f"extractor: {name} reads no file; remove weights={weights!r}")
     kind = FEATURE_EXTRACTORS_REGISTRY[name]
     layers = [kind.get_default_feature_layer_for_metric("fid")]
     options = {"feature_extractor_weights_path": weights, "verbose": False}
     try:
-        network = create_feature_extractor(name, layers, cuda=False, **options)
-    except NotImplementedError as error:
-        raise ValueError(f"extractor: {name} reads no file; remove weights={weights!r}") from error
-    except (OSError, RuntimeError, urllib.error.URLError) as error:
+        with warnings.catch_warnings():
+            # CLIP's weights are TorchScript, whose end torch announces.
+            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
+            network = create_feature_extractor(name, layers, cuda=False, **options)
+    # KeyError: a file of another layout.
+    except (OSError, RuntimeError, ValueError, KeyError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"extractor: {name}'s weights cannot be had ({reason})") from error
     return Fidelity(name, network)
