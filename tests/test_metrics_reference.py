@@ -1,7 +1,7 @@
 """Reference statistics: right numbers, provenance, and a cache keyed by content."""
 
 import dataclasses
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,62 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.metrics import reference, shapes
+from diffusion_pl.metrics.features import TILE, Features
+from diffusion_pl.metrics.moments import Moments
 from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.metrics.shapes import Shapes
+
+
+@dataclass(frozen=True)
+class Given:
+    """Images at hand."""
+
+    images: Tensor
+    name: str = "noise"
+    fingerprint: str = "abc"
+
+    @property
+    def resolution(self) -> int:
+        return self.images.shape[2]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Tensor) -> Tensor:
+        return self.images[indices]
+
+
+class Untouchable(Given):
+    """Images that must not be asked for."""
+
+    def read(self, indices: Tensor) -> Tensor:
+        raise AssertionError("the cache had the answer")
+
+
+class Corners(nn.Module):
+    """An extractor with spatial features that says how many images it saw at a time."""
+
+    name, digest, resize, precision = "corners", "0" * 12, "none", "fp32"
+    dimension, classes, spatial = 3, 0, 12
+    error: float | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def forward(self, images: Tensor) -> Features:
+        self.sizes.append(len(images))
+        values = images.float() / 255
+        return Features(values.mean(dim=(2, 3)), None, values[:, :, :2, :2].flatten(1))
+
+
+def draw(count: int, side: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -22,53 +73,119 @@ def extractor() -> Shapes:
 
 
 @pytest.fixture(scope="module")
-def images() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (24, 3, 16, 16), generator=generator, dtype=torch.uint8)
+def images() -> Given:
+    return Given(draw(2 * TILE + 6))
 
 
 @pytest.fixture(scope="module")
-def computed(extractor: Shapes, images: Tensor) -> Reference:
-    return reference.compute(images.split(10), "noise", "abc", 16, extractor)
+def computed(extractor: Shapes, images: Given) -> Reference:
+    return reference.compute(images, extractor)
 
 
-def untouchable() -> Iterator[Tensor]:
-    """Images that must not be asked for."""
-    raise AssertionError("the cache had the answer")
-    yield
+@pytest.fixture(scope="module")
+def full(images: Given) -> Reference:
+    """With all that a reference may have."""
+    return reference.compute(images, Corners(), keep=True)
 
 
 def test_statistics_are_numpy_s_in_float64(
-    extractor: Shapes, images: Tensor, computed: Reference
+    extractor: Shapes, images: Given, computed: Reference
 ) -> None:
-    pooled = extractor(images).pooled.double().numpy()
+    pooled = extractor(images.images).pooled.double().numpy()
     np.testing.assert_allclose(computed.mean, pooled.mean(axis=0), rtol=1e-6)
     expected = np.cov(pooled, rowvar=False)
     np.testing.assert_allclose(computed.covariance, expected, rtol=0, atol=1e-6 * expected.max())
     assert computed.mean.dtype == computed.covariance.dtype == torch.float64
-    assert computed.count == 24
+    assert (computed.count, computed.resolution) == (2 * TILE + 6, 16)
+    assert (computed.name, computed.fingerprint) == ("noise", "abc")
+    assert (computed.spatial, computed.features) == (None, None)
 
 
-def test_batch_size_does_not_matter(extractor: Shapes, images: Tensor, computed: Reference) -> None:
-    other = reference.compute(images.split(7), "noise", "abc", 16, extractor)
-    # The float32 network, not the sums, differs in its last digit with the batch size.
-    torch.testing.assert_close(other.covariance, computed.covariance, rtol=1e-4, atol=1e-7)
+def test_spatial_moments_are_numpy_s_too(images: Given, full: Reference) -> None:
+    values = images.images[:, :, :2, :2].flatten(1).double().numpy() / 255
+    assert full.spatial is not None
+    np.testing.assert_allclose(full.spatial.mean, values.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(
+        full.spatial.covariance, np.cov(values, rowvar=False), rtol=0, atol=1e-7
+    )
+    assert (full.spatial.count, full.pooled.count) == (len(images), len(images))
 
 
-def test_progress_counts_images(extractor: Shapes, images: Tensor) -> None:
-    done: list[int] = []
-    reference.compute(images.split(10), "noise", "abc", 16, extractor, progress=done.append)
-    assert done == [10, 20, 24]
+def test_an_extractor_sees_tiles_of_one_size_but_for_the_last(images: Given) -> None:
+    extractor = Corners()
+    reference.compute(images, extractor)
+    # The first tile gives the point that moments are summed about.
+    assert extractor.sizes == [TILE, TILE, TILE, 6]
 
 
-def test_a_saved_reference_comes_back_bit_for_bit(computed: Reference, tmp_path: Path) -> None:
+def test_a_source_of_data_can_be_measured(extractor: Shapes) -> None:
+    data = Synthetic(20, 16, 5, batch_size=1).open()
+    known = reference.compute(data, extractor, keep=True)
+    assert (known.name, known.resolution, known.count) == ("synthetic-16", 16, 20)
+    assert known.fingerprint == data.fingerprint
+    expected = extractor(data.read(torch.arange(20))).pooled
+    assert known.features is not None
+    assert torch.equal(known.features, expected)
+
+
+def test_progress_counts_images(extractor: Shapes, images: Given) -> None:
+    done: list[tuple[int, int]] = []
+    reference.compute(images, extractor, progress=lambda *counts: done.append(counts))
+    assert done == [(TILE, 70), (2 * TILE, 70), (70, 70)]
+
+
+def test_few_images_are_all_kept_in_order(images: Given, full: Reference) -> None:
+    assert full.features is not None
+    assert full.features.dtype == torch.float32
+    assert torch.equal(full.features, Corners()(images.images).pooled)
+
+
+@pytest.mark.parametrize("kept", [1, 7, 33, 69, 70])
+def test_of_many_images_as_many_as_wanted_are_kept_evenly(
+    monkeypatch: pytest.MonkeyPatch, images: Given, full: Reference, kept: int
+) -> None:
+    monkeypatch.setattr(reference, "KEPT", kept)
+    known = reference.compute(images, Corners(), keep=True)
+    everything, some = full.features, known.features
+    assert everything is not None and some is not None
+    places = [int((everything == row).all(dim=1).nonzero()) for row in some]
+    assert len(places) == kept
+    gaps = np.diff([-1, *places])
+    assert set(gaps) <= {70 // kept, -(-70 // kept)}, places
+    # What is kept has no part in the moments.
+    assert torch.equal(known.covariance, full.covariance)
+
+
+@pytest.mark.parametrize("count", [100, 101, 137, 10_000])
+def test_exactly_so_many_are_spread(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(reference, "KEPT", 100)
+    indices = torch.arange(count)
+    whole = reference.spread(indices, count)
+    assert whole.sum() == 100
+    # Whatever the pieces that they are asked for in.
+    pieces = [reference.spread(part, count) for part in indices.split(7)]
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def same(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, Moments):
+        pairs = ((mine.mean, theirs.mean), (mine.covariance, theirs.covariance))
+        return mine.count == theirs.count and all(same(*pair) for pair in pairs)
+    if isinstance(mine, Tensor):
+        return mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+    return type(mine) is type(theirs) and mine == theirs
+
+
+@pytest.mark.parametrize("which", ["computed", "full"])
+def test_a_saved_reference_comes_back_bit_for_bit(
+    request: pytest.FixtureRequest, which: str, tmp_path: Path
+) -> None:
+    known = dataclasses.replace(request.getfixturevalue(which), precision="bf16")
     path = tmp_path / "folder" / "reference.safetensors"
-    computed.save(path)
+    known.save(path)
     back = reference.load(path)
     for field in dataclasses.fields(Reference):
-        mine, theirs = getattr(computed, field.name), getattr(back, field.name)
-        assert type(mine) is type(theirs)
-        assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
+        assert same(getattr(known, field.name), getattr(back, field.name)), field.name
     assert list(path.parent.iterdir()) == [path], "the file written aside is left over"
 
 
@@ -81,10 +198,11 @@ def test_provenance_is_plain_text_in_the_file(
             "name": "noise",
             "fingerprint": "abc",
             "resolution": "16",
-            "count": "24",
+            "count": "70",
             "extractor": "shapes",
             "digest": extractor.digest,
             "resize": extractor.resize,
+            "precision": "fp32",
         }
 
 
@@ -104,43 +222,82 @@ def test_weights_are_no_reference() -> None:
 
 
 def test_the_cache_answers_without_reading_the_images_again(
-    extractor: Shapes, images: Tensor, computed: Reference, tmp_path: Path
+    extractor: Shapes, images: Given, computed: Reference, tmp_path: Path
 ) -> None:
-    first = reference.cached(tmp_path, images.split(10), "noise", "abc", 16, 24, extractor)
-    again = reference.cached(tmp_path, untouchable(), "other name", "abc", 16, 24, extractor)
+    first = reference.cached(tmp_path, images, extractor)
+    again = reference.cached(tmp_path, Untouchable(images.images, "other name"), extractor)
     assert torch.equal(first.covariance, computed.covariance)
     assert torch.equal(first.covariance, again.covariance)
     assert again.name == "other name", "a name says nothing of the content"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_features_are_cached_beside_moments_alone(
+    extractor: Shapes, images: Given, tmp_path: Path
+) -> None:
+    reference.cached(tmp_path, images, extractor)
+    with_features = reference.cached(tmp_path, images, extractor, keep=True)
+    assert with_features.features is not None
+    again = reference.cached(tmp_path, Untouchable(images.images), extractor, keep=True)
+    assert again.features is not None
+    assert torch.equal(again.features, with_features.features)
+    assert reference.cached(tmp_path, Untouchable(images.images), extractor).features is None
 
 
 def test_the_cache_is_keyed_by_everything_that_moves_the_number(
     extractor: Shapes, tmp_path: Path
 ) -> None:
-    other = shapes.load()
-    other.digest = "f" * 12
+    def changed(**attributes: Any) -> Shapes:
+        other = shapes.load()
+        for name, value in attributes.items():
+            setattr(other, name, value)
+        return other
+
     base: dict[str, Any] = {
         "fingerprint": "abc",
         "resolution": 16,
         "count": 24,
         "extractor": extractor,
+        "keep": False,
     }
     changes: tuple[dict[str, Any], ...] = (
         {},
         {"fingerprint": "abd"},
         {"resolution": 8},
         {"count": 2},
-        {"extractor": other},
+        {"keep": True},
+        {"extractor": changed(name="other")},
+        {"extractor": changed(digest="f" * 12)},
+        {"extractor": changed(resize="bicubic")},
+        {"extractor": changed(precision="bf16")},
+        {"extractor": changed(spatial=7)},
     )
     paths = {reference.cache_path(tmp_path, **(base | change)) for change in changes}
     assert len(paths) == len(changes)
+    assert reference.cache_path(tmp_path, **base) in paths
 
 
-def test_another_number_of_images_is_not_cached(
-    extractor: Shapes, images: Tensor, tmp_path: Path
+def test_images_that_cannot_be_measured_leave_nothing_in_the_cache(
+    extractor: Shapes, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="25 images announced, 24 came"):
-        reference.cached(tmp_path, images.split(10), "noise", "abc", 16, 25, extractor)
+    with pytest.raises(ValueError, match=r"reference noise: needs at least 2 images \(got 1\)"):
+        reference.cached(tmp_path, Given(draw(1)), extractor)
+    broken = shapes.load()
+    for parameter in broken.network.texture.parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="extractor shapes gave non-finite values"):
+        reference.cached(tmp_path, Given(draw(4)), broken)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_in_the_cache_is_an_error_that_names_it(
+    extractor: Shapes, images: Given, tmp_path: Path
+) -> None:
+    reference.cached(tmp_path, images, extractor)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=f"{path.name}: not reference statistics"):
+        reference.cached(tmp_path, images, extractor)
 
 
 def test_a_mismatch_is_an_error_that_names_both_sides(
@@ -153,19 +310,30 @@ def test_a_mismatch_is_an_error_that_names_both_sides(
         (other(computed, extractor="inception"), "extractor is inception, .* has shapes"),
         (other(computed, digest="0" * 12), "digest is 000000000000, the evaluation has "),
         (other(computed, resize="bicubic"), "resize is bicubic, the evaluation has area"),
+        (other(computed, precision="bf16"), "precision is bf16, the evaluation has fp32"),
         (other(computed, mean=torch.zeros(3)), "dimension is 3, the evaluation has 128"),
     ):
         with pytest.raises(ValueError, match=expected):
             wrong.check(extractor, 16)
+    # A published file says nothing of the resolution, so nothing can be held against it.
+    other(computed, resolution=0).check(extractor, 16)
 
 
-def test_images_that_cannot_be_measured_are_refused(extractor: Shapes, images: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"32 px square \(got 16 x 16\)"):
-        reference.compute([images], "noise", "abc", 32, extractor)
-    with pytest.raises(ValueError, match=r"at least 2 images \(got 1\)"):
-        reference.compute([images[:1]], "noise", "abc", 16, extractor)
-    broken = shapes.load()
-    for parameter in broken.network.texture.parameters():
-        parameter.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="non-finite"):
-        reference.compute([images], "noise", "abc", 16, broken)
+def test_single_images_are_given_only_where_they_were_kept(
+    computed: Reference, full: Reference, extractor: Shapes
+) -> None:
+    assert full.features is not None
+    assert full.images_for("a metric", Corners()) is full.features
+    with pytest.raises(ValueError, match="noise: has moments only, and a metric compares"):
+        computed.images_for("a metric", extractor)
+    with pytest.raises(ValueError, match="extractor is corners, the evaluation has shapes"):
+        full.images_for("a metric", extractor)
+
+
+def test_moments_are_right_whatever_the_rows_that_wait(
+    monkeypatch: pytest.MonkeyPatch, images: Given, full: Reference
+) -> None:
+    monkeypatch.setattr("diffusion_pl.metrics.moments.ROWS", 40)
+    known = reference.compute(images, Corners())
+    torch.testing.assert_close(known.covariance, full.covariance, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(known.mean, full.mean, rtol=1e-12, atol=0)

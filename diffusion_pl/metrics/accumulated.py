@@ -29,7 +29,9 @@ class Kept(Metric):
 
     Args:
         of: the kind.
+        dimension: D.
         formula: from features (N, D) to the named numbers.
+        notes: what is to be said beside them.
     """
 
     is_differentiable = False
@@ -37,15 +39,22 @@ class Kept(Metric):
 
     features: list[Tensor]
 
-    def __init__(self, of: Kind, formula: Callable[[Tensor], Values], **settings: Any) -> None:
+    def __init__(
+        self, of: Kind, dimension: int, formula: Callable[[Tensor], Values], **settings: Any
+    ) -> None:
         super().__init__(**settings)
-        self._of, self._formula = of, formula
+        self._of, self._dimension, self._formula = of, dimension, formula
         self.notes: Mapping[str, Any] = {}
         self.add_state("features", [], dist_reduce_fx="cat")
 
     def update(self, features: Features) -> None:
         """Add a batch, (B, D)."""
         self.features.append(_of_kind(features, self._of))
+
+    def sync(self, *options: Any, **more: Any) -> None:
+        """Gather from the ranks, also from those without images."""
+        _never_empty(self.features, self._dimension, self.device)
+        super().sync(*options, **more)
 
     def compute(self) -> Values:
         """The named numbers.
@@ -106,6 +115,8 @@ class Summed(Metric):
     def sync(self, *options: Any, **more: Any) -> None:
         """Add up over the ranks; rows that still wait are summed before."""
         self._sum(self._rows.rest())
+        if self._keep:
+            _never_empty(self.features, len(self._shift), self.device)
         super().sync(*options, **more)
 
     def reset(self) -> None:
@@ -136,6 +147,12 @@ def _of_kind(features: Features, of: Kind) -> Tensor:
     values: Tensor | None = getattr(features, of)
     assert values is not None, f"the extractor gives no {of} features"
     return values
+
+
+def _never_empty(features: list[Tensor], dimension: int, device: torch.device) -> None:
+    # Ranks gather only what has as many dimensions everywhere; torchmetrics would send (0,).
+    if not features:
+        features.append(torch.empty(0, dimension, device=device))
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -86,4 +86,5 @@ class InceptionScore:
         key = "is" if extractor.name == "inception" else "cs"
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
 
-        return Kept("logits", partial(_measure, key, self.splits, self.seed))
+        formula = partial(_measure, key, self.splits, self.seed)
+        return Kept("logits", extractor.classes, formula)

@@ -100,4 +100,4 @@ class Kernel:
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
 
         key = "kid" if extractor.name == "inception" else "kd"
-        return Kept("pooled", partial(_measure, key, real, self))
+        return Kept("pooled", extractor.dimension, partial(_measure, key, real, self))

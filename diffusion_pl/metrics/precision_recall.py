@@ -70,4 +70,4 @@ class PrecisionRecall:
             )
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
 
-        return Kept("pooled", partial(_measure, real, self.neighbours))
+        return Kept("pooled", extractor.dimension, partial(_measure, real, self.neighbours))

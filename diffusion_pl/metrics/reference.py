@@ -228,7 +228,8 @@ def compute(
     spatial = None if about.spatial is None else _Sums(about.spatial)
     kept = [about.pooled[:0]]
     share = ranks.share(count, TILE)
-    for indices in torch.arange(share.start, share.stop).split(TILE):
+    for start in range(share.start, share.stop, TILE):
+        indices = torch.arange(start, min(start + TILE, share.stop))
         seen = extractor(images.read(indices).to(device))
         pooled.add(pooled.rows.add(seen.pooled))
         if spatial is not None and seen.spatial is not None:
