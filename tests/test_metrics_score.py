@@ -8,7 +8,7 @@ from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from diffusion_pl.metrics import shapes
-from diffusion_pl.metrics.accumulated import ClassifierScore
+from diffusion_pl.metrics.accumulated import Kept
 from diffusion_pl.metrics.features import Features
 from diffusion_pl.metrics.inception_score import InceptionScore
 
@@ -18,13 +18,17 @@ def draw(count: int, classes: int, seed: int = 0) -> Tensor:
     return 3 * torch.randn(count, classes, generator=generator)
 
 
+def metric_of(count: int, splits: int = 10) -> Kept:
+    return InceptionScore(splits=splits).build(shapes.load(), None, count)
+
+
 def measure(logits: Tensor, *, batch: int = 1000, splits: int = 10) -> tuple[float, float]:
-    metric = ClassifierScore("is", splits, 2020)
+    metric = metric_of(len(logits), splits)
     for part in logits.split(batch):
         metric.update(Features(torch.empty(len(part), 0), part))
     values = metric.compute()
-    assert list(values) == ["is", "is_std"]
-    return values["is"], values["is_std"]
+    assert list(values) == ["cs", "cs_std"]
+    return values["cs"], values["cs_std"]
 
 
 @pytest.mark.parametrize("count", [200, 203, 10])
@@ -67,21 +71,29 @@ def test_a_class_that_no_image_of_a_split_has_leaves_the_score_finite() -> None:
 
 
 def test_only_the_published_inception_is_called_inception_score() -> None:
-    extractor = shapes.load()
-    assert extractor.name == "shapes"
-    metric = InceptionScore().build(extractor, None)
-    metric.update(Features(torch.empty(20, 0), draw(20, 8)))
-    assert list(metric.compute()) == ["cs", "cs_std"]
+    for name, key in (("inception", "is"), ("inception-01234567", "cs"), ("shapes", "cs")):
+        extractor = shapes.load()
+        extractor.name = name
+        metric = InceptionScore().build(extractor, None, 20)
+        metric.update(Features(torch.empty(20, 0), draw(20, 8)))
+        assert list(metric.compute()) == [key, f"{key}_std"]
+
+
+def test_another_seed_shuffles_otherwise_and_is_torch_fidelity_s() -> None:
+    logits = draw(200, 50)
+    metric = InceptionScore(seed=7).build(shapes.load(), None, 200)
+    metric.update(Features(torch.empty(200, 0), logits))
+    theirs = isc_features_to_metric(logits, rng_seed=7)["inception_score_mean"]
+    assert metric.compute()["cs"] == pytest.approx(theirs, rel=1e-6)
+    assert theirs != pytest.approx(measure(logits)[0], rel=1e-6)
 
 
 def test_what_cannot_be_scored_is_refused() -> None:
-    few = ClassifierScore("is", 10, 2020)
-    few.update(Features(torch.empty(9, 0), draw(9, 4)))
-    with pytest.raises(ValueError, match="each of 10 splits"):
-        few.compute()
-    broken = ClassifierScore("is", 10, 2020)
+    with pytest.raises(ValueError, match=r"an image in each of 10 splits \(got 9\)"):
+        metric_of(9)
+    broken = metric_of(20)
     broken.update(Features(torch.empty(20, 0), torch.full((20, 4), math.nan)))
     with pytest.raises(ValueError, match="not finite"):
         broken.compute()
     with pytest.raises(ValueError, match="splits must be at least 1"):
-        InceptionScore(splits=0).build(shapes.load(), None)
+        metric_of(20, splits=0)

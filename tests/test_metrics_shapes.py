@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +27,25 @@ CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar-10-subset-python.
 HELD_OUT = 100
 
 
+@dataclass(frozen=True)
+class Given:
+    """Images at hand."""
+
+    images: Tensor
+    name: str = "given"
+    fingerprint: str = "f"
+
+    @property
+    def resolution(self) -> int:
+        return self.images.shape[2]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Tensor) -> Tensor:
+        return self.images[indices]
+
+
 @pytest.fixture(scope="module")
 def extractor() -> Shapes:
     return shapes.load()
@@ -38,7 +58,7 @@ def synthetic() -> Tensor:
 
 @pytest.fixture(scope="module")
 def real(extractor: Shapes, synthetic: Tensor) -> Reference:
-    return reference.compute(synthetic[:500].split(250), "real", "f", 32, extractor)
+    return reference.compute(Given(synthetic[:500]), extractor)
 
 
 def noised(images: Tensor, levels: float) -> Tensor:
@@ -57,7 +77,7 @@ def blurred(images: Tensor, times: int) -> Tensor:
 
 
 def distance(extractor: Shapes, real: Reference, images: Tensor) -> float:
-    metric = Frechet().build(extractor, real)
+    metric = Frechet().build(extractor, real, len(images))
     for batch in images.split(250):
         metric.update(extractor(batch))
     return metric.compute()["fd"]
@@ -71,7 +91,7 @@ def test_held_out_shapes_are_recognised(extractor: Shapes) -> None:
     for resolution in (16, 32, 64):
         data = Synthetic(400, resolution, HELD_OUT, batch_size=1).open()
         logits = extractor(data.read(torch.arange(400))).logits
-        assert data.labels is not None
+        assert data.labels is not None and logits is not None
         assert logits.shape == (400, data.classes)
         assert (logits.argmax(dim=1) == data.labels).float().mean() > 0.95, resolution
 
@@ -106,7 +126,7 @@ def test_more_spoilt_images_among_good_ones_are_farther(
 @pytest.mark.skipif(not CIFAR.exists(), reason="the CIFAR-10 subset is not here")
 def test_real_photographs_order_the_same_way(extractor: Shapes) -> None:
     photographs = CIFAR10(str(CIFAR), "train", batch_size=1).open().read(torch.arange(1000))
-    real = reference.compute(photographs[:500].split(250), "subset", "f", 32, extractor)
+    real = reference.compute(Given(photographs[:500]), extractor)
     other = photographs[500:]
     near = distance(extractor, real, other)
     assert near < 0.1 * torch.trace(real.covariance)
@@ -118,7 +138,9 @@ def test_real_photographs_order_the_same_way(extractor: Shapes) -> None:
 
 def test_a_missing_shape_is_farther(extractor: Shapes, real: Reference, synthetic: Tensor) -> None:
     other = synthetic[500:]
-    label = extractor(other).logits.argmax(dim=1)
+    logits = extractor(other).logits
+    assert logits is not None
+    label = logits.argmax(dim=1)
     whole = distance(extractor, real, other)
     assert distance(extractor, real, other[label != 0]) > 1.5 * whole
 
