@@ -22,6 +22,8 @@ COMMANDS = {
     "sample": "draw images from a run",
     "evaluate": "measure a run, or images in a folder or .npz; prints one JSON object",
     "reference": "statistics of real images, to compare with",
+    "sweep": "measure a run under many samplers: table, plot, what nothing beats",
+    "losses": "a run's error at each noise level, averaged and raw weights",
     "progressive": "draw what the network makes of the image from level to level",
     "interpolate": "draw images between two of one's own",
     "enlarge": "super-resolution: draw larger images of one's own pictures",
@@ -94,6 +96,10 @@ def parser() -> argparse.ArgumentParser:
     drawing = "sample evaluate progressive interpolate enlarge invert likelihood"
     for name in drawing.split():
         _add_run(parts[name])
+        _add_sampler(parts[name])
+    for name in ("sweep", "losses"):
+        _add_run(parts[name])
+        parts[name].set_defaults(sampler=None, steps=None, guidance=None)
     sample = parts["sample"]
     sample.add_argument("--count", type=int, default=64, help="how many images (64)")
     sample.add_argument("--first", type=int, default=0, help="index of the first image (0)")
@@ -101,6 +107,8 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, help="folder of the images (RUN/drawn)")
     measuring.add_evaluate(parts["evaluate"])
     measuring.add_reference(parts["reference"])
+    measuring.add_losses(parts["losses"])
+    measuring.add_sweep(parts["sweep"])
     _add_enlarge(parts["enlarge"])
     _add_latents(parts)
     _add_exchange(parts)
@@ -206,20 +214,24 @@ def _add_run(part: argparse.ArgumentParser) -> None:
     """What drawing images from a run takes."""
     part.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file")
     part.add_argument("--seed", type=int, default=0, help="of noise and labels (0)")
-    part.add_argument("--sampler", help="heun, euler (DDIM) or ancestral; the run's own otherwise")
-    part.add_argument("--steps", type=int, help="steps of the sampler")
-    part.add_argument("--guidance", type=float, metavar="WEIGHT", help="of guidance, 1 for none")
     part.add_argument(
         "--guidance-interval", type=interval, metavar="LOW,HIGH", help="sigmas that are guided"
     )
     part.add_argument("--guide", type=Path, metavar="RUN", help="a weaker run: autoguidance by it")
-    _add_weights(part)
     part.add_argument("--batch-size", type=int, help="images drawn at a time; not the numbers")
     part.add_argument("--device", default="auto", help="cpu, cuda or auto")
     _add_trust(part)
     part.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="over the run's config"
     )
+
+
+def _add_sampler(part: argparse.ArgumentParser) -> None:
+    """How images are drawn, in one way."""
+    part.add_argument("--sampler", help="heun, euler (DDIM) or ancestral; the run's own otherwise")
+    part.add_argument("--steps", type=int, help="steps of the sampler")
+    part.add_argument("--guidance", type=float, metavar="WEIGHT", help="of guidance, 1 for none")
+    _add_weights(part)
 
 
 def _add_weights(part: argparse.ArgumentParser) -> None:

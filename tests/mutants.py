@@ -233,13 +233,20 @@ MUTANTS = [
         "training",
         ("u = (strata[mine] + uniform[mine, 0])", "u = (uniform[mine, 0])"),
         ("uniform[:, 1] < self", "uniform[:, 1] > self"),
-        ("min(images / warmup, 1.0)", "1.0"),
         ("loss.sum() / len(image)", "loss.mean() / passes"),
         ("resolution**2", "resolution"),
         ("nn.utils.clip_grad_norm_(trained, self.settings.clip)", "pass"),
         ("if not torch.isfinite(loss):", "if False:"),
         ('seed_of(self.seed, "dropout", positions[part.start])', "self.seed"),
         ("        self.update_ema(self", "        abs(self"),
+    ),
+    *at(
+        "training/settings.py",
+        "training",
+        ("rise = images / self.warmup if", "rise = 2 * images / self.warmup if"),
+        ("* batch_size - images", "* batch_size - 2 * images"),
+        ("left / self.cooldown", "left / self.images"),
+        ("min(rise, fall, 1.0)", "min(rise, 1.0)"),
     ),
     *at(
         "training/history.py",
@@ -260,19 +267,6 @@ MUTANTS = [
         ("seed_of(self.seed, \"label\", i) % self.classes", "0"),
         ("count * rank // world_size,", "rank,"),
         ("if not torch.isfinite(drawn).all():", "if False:"),
-    ),
-    *at(
-        "metrics/frechet.py",
-        "metrics_frechet",
-        ("total - 2 * root", "total - root"),
-        ("difference.square().sum()", "difference.abs().sum()"),
-        ("reference.T @ covariance @ reference", "covariance"),
-    ),
-    *at(
-        "metrics/inception_score.py",
-        "metrics_score",
-        ("- torch.xlogy(q, q).sum()", "+ torch.xlogy(q, q).sum()"),
-        ("np.random.RandomState(seed).permutation(len(logits))", "np.arange(len(logits))"),
     ),
 ]  # fmt: skip
 

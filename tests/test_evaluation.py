@@ -12,11 +12,21 @@ from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.schedules import Rho
-from diffusion_pl.evaluation import Drawing, Evaluation, evaluate, rank_share, reference_of
+from diffusion_pl.evaluation import Drawing, Evaluation, evaluate, reference_of
+from diffusion_pl.evaluation.blocks import evaluate_blocks
+from diffusion_pl.evaluation.cost import Cost, estimate
+from diffusion_pl.evaluation.measuring import Pieces
+from diffusion_pl.evaluation.provenance import described
+from diffusion_pl.metrics import reference as references
 from diffusion_pl.metrics import shapes
+from diffusion_pl.metrics.features import TILE
 from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.inception_score import InceptionScore
+from diffusion_pl.metrics.kernel import Kernel
+from diffusion_pl.metrics.precision_recall import PrecisionRecall
+from diffusion_pl.samplers.deis import deis
 from diffusion_pl.samplers.heun import heun
+from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Sampler
 from diffusion_pl.seeds import seed_of
 
@@ -37,10 +47,9 @@ class Tinted(nn.Module):
         return 0.3 * x + tint
 
 
-def drawing(**options):
-    return Drawing(
-        Denoiser(Tinted(), Karras(0.5)), CHURN, (3, 16, 16), **({"classes": 4} | options)
-    )
+def drawing(sampler=CHURN, **options):
+    denoiser = Denoiser(Tinted(), Karras(0.5))
+    return Drawing(denoiser, sampler, (3, 16, 16), **({"classes": 4} | options))
 
 
 def test_an_image_depends_on_seed_and_index_alone():
@@ -100,54 +109,126 @@ def test_images_that_are_not_finite_are_never_measured():
         made.images([0])
 
 
+ALL = (Frechet(), InceptionScore(splits=2), Kernel(subsets=3, size=50), PrecisionRecall())
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
+    """Measure 100 images in a given way."""
     images = Synthetic(200, 16, batch_size=8).open()
     extractor = shapes.load()
     folder = tmp_path_factory.mktemp("references")
-    reference = reference_of(images, extractor, folder, torch.device("cpu"))
 
-    def run(**options):
-        settings = Evaluation(
-            every=1,
-            count=40,
-            metrics=(Frechet(), InceptionScore(splits=2)),
-            **({"batch_size": 40, "grid": 9} | options),
-        )
-        return evaluate(drawing(), settings, extractor, reference)
+    def run(measure=evaluate, drawn=None, **options):
+        more = {key: options.pop(key) for key in ("first", "blocks") if key in options}
+        defaults = {"count": 100, "metrics": ALL, "batch_size": 100, "grid": 9}
+        settings = Evaluation(every=1, **(defaults | options))
+        reference = reference_of(images, settings, extractor, folder, torch.device("cpu"))
+        return measure(drawn or drawing(), settings, extractor, reference, **more)
 
     return run
 
 
-def test_numbers_do_not_depend_on_the_batch_size(measured):
-    (whole, shown), (parts, same) = measured(), measured(batch_size=7)
-    assert [row["name"] for row in whole] == [
-        "fd@40/synthetic-16/shapes",
-        "cs@40/synthetic-16/shapes",
-        "cs_std@40/synthetic-16/shapes",
-    ]
-    # The extractor's float32 sums depend on its batch in the last digit.
+@pytest.mark.parametrize("batch_size", [1, 7, 33])
+def test_numbers_do_not_depend_on_the_batch_size(measured, batch_size):
+    (whole, shown), (parts, same) = measured(), measured(batch_size=batch_size)
+    assert [row["name"].split("@")[0] for row in whole] == [
+        "fd", "cs", "cs_std", "kd", "kd_std", "precision", "recall",
+    ]  # fmt: skip
+    assert all(row["name"].endswith("@100/synthetic-16/shapes") for row in whole)
     for one, other in zip(whole, parts, strict=True):
-        assert one["value"] == pytest.approx(other["value"], rel=1e-4)
+        assert one["value"] == pytest.approx(other["value"], rel=1e-9)
     assert torch.equal(shown, same)
     assert shown.shape == (9, 3, 16, 16)
 
 
+def test_images_are_handed_on_by_whole_tiles_from_the_first_on():
+    drawn = drawing()
+    for batch_size in (1, 20, 100):
+        pieces = list(Pieces(drawn, range(5, 80), batch_size))
+        assert [piece.start for piece in pieces] == [5, 5 + TILE, 5 + 2 * TILE]
+        assert [len(piece.images) for piece in pieces] == [TILE, TILE, 75 - 2 * TILE]
+        for piece in pieces:
+            wanted = range(piece.start, piece.start + len(piece.images))
+            assert torch.equal(piece.images, drawn.images(wanted)[0])
+
+
 def test_a_row_says_what_its_number_depends_on(measured):
     row = measured()[0][0]
-    assert row["n"] == 40
-    assert row["reference"] == "synthetic-16"
+    assert (row["n"], row["first"], row["reference"], row["ranks"]) == (100, 0, "synthetic-16", 1)
+    assert (row["reference_n"], row["evaluations"], row["seed"]) == (200, 7, 0)
     assert len(row["fingerprint"]) == 64
     assert row["extractor"].startswith("shapes-")
-    assert row["evaluations"] == 7
-    assert {"seed", "guidance", "seconds", "resize"} <= set(row)
+    assert row["sampler"] == "Sampler(integrate=heun(S_churn=10.0), schedule=Rho(), steps=4)"
+    assert (row["precision"], row["features"], row["features_error"]) == ("fp32", "fp32", None)
+    assert row["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert row["hardware"].endswith("threads")
+    assert {"commit", "seconds", "resize", "guidance", "bias", "warning"} <= set(row)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_ranks_share_the_images_without_padding_and_in_order(world_size):
-    shares = [rank_share(40, rank, world_size) for rank in range(world_size)]
-    assert [i for share in shares for i in share] == list(range(40))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_blocks_are_disjoint_and_their_mean_least_and_spread_are_given(measured):
+    rows, shown = measured(evaluate_blocks, blocks=3)
+    alone = [measured(first=first)[0] for first in (0, 100, 200)]
+    for row, *blocks in zip(rows, *alone, strict=True):
+        values = [block["value"] for block in blocks]
+        assert row["blocks"] == pytest.approx(values, rel=1e-12)
+        assert row["value"] == pytest.approx(sum(values) / 3)
+        assert (row["min"], row["spread"]) == (min(values), max(values) - min(values))
+    assert len({block[0]["value"] for block in alone}) == 3
+    assert torch.equal(shown, measured()[1])
+    with pytest.raises(ValueError, match="blocks must be at least 1"):
+        measured(evaluate_blocks, blocks=0)
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(measured):
+    made = drawing()
+    with torch.no_grad():
+        made.denoiser.network.tint.fill_(float("nan"))  # drawing would fail otherwise
+    for options, message in (
+        ({"metrics": (InceptionScore(),), "count": 9}, "an image in each of 10 splits"),
+        ({"metrics": (Kernel(),)}, "subsets of 1000 need as many images"),
+        ({"metrics": (Frechet(of="spatial"),)}, "shapes has no spatial features"),
+        ({"metrics": (PrecisionRecall(), Frechet()), "count": 3}, "neighbour 3 needs more images"),
+        ({"metrics": (Frechet(),), "count": 1}, "needs at least 2 images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measured(drawn=made, **options)
+
+
+def test_a_reference_file_takes_the_place_of_the_data(measured, tmp_path):
+    images = Synthetic(50, 16, seed=5, batch_size=8).open()
+    other = references.compute(images, shapes.load())
+    other.save(tmp_path / "other.safetensors")
+    rows, _ = measured(metrics=(Frechet(),), reference=str(tmp_path / "other.safetensors"))
+    assert (rows[0]["reference_n"], rows[0]["fingerprint"]) == (50, images.fingerprint)
+    assert rows[0]["value"] != measured()[0][0]["value"]
+    with pytest.raises(ValueError, match="has moments only"):
+        measured(reference=str(tmp_path / "other.safetensors"))
+
+
+def test_the_cost_is_the_calls_at_every_size_times_their_seconds():
+    made = drawing()
+    assert made.calls() == {16: 7}
+    assert drawing(guidance=2.0).calls() == {16: 14}
+    pyramid = PyramidSampler(CHURN, levels=[8, 16], restart=0.5)
+    calls = drawing(sampler=pyramid).calls()
+    assert calls[8] == 7 and 0 < calls[16] <= 7
+    settings = Evaluation(every=1, count=100, metrics=(Frechet(),))
+    cost = estimate(made, settings, shapes.load())
+    assert cost.images == 100
+    assert cost.drawing > 0 and cost.features > 0
+    assert cost.seconds == pytest.approx(100 * (cost.drawing + cost.features))
+    assert "about 0 s each here: 100 images a process" in str(cost)
+    assert "about 4 min each" in str(Cost(1000, 0.2, 0.04))
+    assert estimate(made, Evaluation(every=1, count=100), shapes.load()).features == 0
+
+
+def test_parts_are_described_by_name_and_by_what_differs_from_the_default():
+    sampler = Sampler(deis, Rho(sigma_max=15.0), 10, clip=True)
+    assert described(sampler) == (
+        "Sampler(integrate=deis, schedule=Rho(sigma_max=15.0), steps=10, clip=True)"
+    )
+    assert described([partial(heun), {"a": 1}, torch.bfloat16]) == "[heun, {a=1}, bf16]"
 
 
 def test_seeds_of_streams_and_indices_differ():

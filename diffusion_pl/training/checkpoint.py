@@ -63,6 +63,11 @@ def point_to(path: Path) -> None:
     write_atomically(path.parent / LATEST, lambda file: file.write(path.name.encode()))
 
 
+def found(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(folder.glob("*.ckpt"))
+
+
 def latest(folder: Path) -> Path | None:
     """The checkpoint that the `latest` pointer names, None when nothing was saved yet.
 

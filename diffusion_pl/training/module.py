@@ -225,15 +225,10 @@ class DiffusionModule(lightning.LightningModule):
             )
 
     def set_rate(self, optimizer: torch.optim.Optimizer, images: int) -> None:
-        """Warm the learning rate up, linearly from 0 in the images seen before the step.
-
-        So the first step has rate 0 (Karras 2022, released code).
-        """
-        warmup = self.settings.warmup
-        if images <= warmup + self.batch_size:  # beyond it the rate stays as it is
-            rise = min(images / warmup, 1.0) if warmup else 1.0
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * rise
+        """Give the optimizer the learning rate of the step that follows `images` images."""
+        rate = self.settings.rate(images, self.batch_size)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * rate
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradient; fp16 has been scaled back by now."""

@@ -25,6 +25,8 @@ class Settings:
         keep: newest checkpoints that stay, at least 1.
         log_every: images between rows of the log.
         warmup: images over which the learning rate rises from 0.
+        cooldown: images at the end of the budget over which it falls to 0, 0 for none; short runs
+            end nearer to their best, and two seeds end alike.
         clip: largest global norm of the gradient, None for no clipping.
         label_dropout: share of the labels hidden from the network, for guidance.
         precision: "auto" is bf16 where the device has matrix units for it, else fp32.
@@ -42,6 +44,7 @@ class Settings:
     log_every: int = 5_000
     keep: int = 2
     warmup: int = 0
+    cooldown: int = 0
     clip: float | None = None
     label_dropout: float = 0.0
     precision: Precision = "auto"
@@ -58,6 +61,9 @@ class Settings:
                 raise ValueError(f"{key} must be at least 1 (got {getattr(self, key)})")
         if self.device_batch_size is not None and self.device_batch_size < 1:
             raise ValueError(f"device_batch_size must be at least 1 (got {self.device_batch_size})")
+        for key in ("warmup", "cooldown"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} must not be negative (got {getattr(self, key)})")
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout must be in [0, 1] (got {self.label_dropout})")
         if self.clip is not None and self.clip <= 0:
@@ -66,6 +72,17 @@ class Settings:
     def steps(self, batch_size: int) -> int:
         """Optimizer steps that the budget takes, the last one whole."""
         return math.ceil(self.images / batch_size)
+
+    def rate(self, images: int, batch_size: int) -> float:
+        """Factor of the learning rate in the step that follows `images` images, in [0, 1].
+
+        Linear up from 0, so the first step has rate 0 (Karras 2022, released code), and linear down
+        to reach 0 with the budget's end.
+        """
+        rise = images / self.warmup if self.warmup else 1.0
+        left = self.steps(batch_size) * batch_size - images
+        fall = left / self.cooldown if self.cooldown else 1.0
+        return min(rise, fall, 1.0)
 
     def share_size(self, batch_size: int, world_size: int) -> int:
         """Images of a step on one device.

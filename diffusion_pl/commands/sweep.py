@@ -1,0 +1,220 @@
+"""`sweep`: a run measured under many samplers; a table, a plot and what nothing beats.
+
+Every point is a row of RUN/sweep/rows.jsonl with all that it depends on; the same command again
+measures only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from diffusion_pl import config
+from diffusion_pl.commands import evaluate, runs
+from diffusion_pl.evaluation import Evaluation
+from diffusion_pl.evaluation import evaluate as measure
+from diffusion_pl.evaluation.pareto import pareto
+from diffusion_pl.metrics.features import Extractor
+from diffusion_pl.metrics.reference import Reference
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training.history import History
+
+FAILURES: tuple[type[Exception], ...] = ()
+
+AXES = ("checkpoint", "weights", "sampler", "steps", "guidance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What is measured once.
+
+    Args:
+        checkpoint: the file.
+        weights: "ema" or "denoiser".
+        sampler: its name, None for the run's own.
+        steps: of the sampler, None for its own.
+        guidance: the weight, None for the run's own.
+    """
+
+    checkpoint: str
+    weights: str
+    sampler: str | None
+    steps: int | None
+    guidance: float | None
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure every combination that is asked for and not yet in the table."""
+    first = next(points(options))
+    opened = runs.open_run(_at(options, first))
+    extractor = evaluate.extractor_of(options, opened.model.config)
+    own: Evaluation = config.build(opened.model.config, "evaluation")
+    settings = evaluate.settings_of(options, own, extractor)
+    reference = evaluate.run_reference(options, opened, settings, extractor)
+    folder: Path = options.out or opened.folder / "sweep"
+    folder.mkdir(parents=True, exist_ok=True)
+    history = History(folder / "rows.jsonl")
+    rows = []
+    for point in points(options):
+        key = _key(point, settings, extractor, reference)
+        found = [row for row in history.rows() if row["point"] == key]
+        if not found:
+            found = _measured(options, point, settings, extractor, reference)
+            for row in found:
+                history.append({"point": key, **row})
+        rows.append({**dataclasses.asdict(point), **found[0]})
+        print(f"{rows[-1]['name']} = {rows[-1]['value']:.4g}  {_words(point)}", file=sys.stderr)
+    best = {
+        cost: pareto([row[cost] for row in rows], [row["value"] for row in rows])
+        for cost in ("evaluations", "seconds")
+    }
+    table(rows, best)
+    plot(rows, folder / "sweep.png")
+    print(
+        json.dumps(
+            {
+                "rows": str(history.path),
+                "plot": str(folder / "sweep.png"),
+                "points": [_brief(row) for row in rows],
+                "pareto": {
+                    cost: [_brief(rows[index]) for index in chosen] for cost, chosen in best.items()
+                },
+            },
+            indent=2,
+        )
+    )
+    return 0
+
+
+def points(options: argparse.Namespace) -> Iterator[Point]:
+    """Every combination, in the order of the axes."""
+    for kind in options.weights_kinds:
+        if kind not in ("ema", "denoiser"):
+            raise ValueError(f"--weights: weights are ema or denoiser (got {kind!r})")
+    run_folder: Path = options.run
+    files = [str(runs.checkpoint_of(run_folder))]
+    if options.checkpoints:
+        files = [str(path) for path in checkpoints.found(run_folder / "checkpoints")]
+        if not files:
+            raise ValueError(f"{run_folder}: has no checkpoints")
+    axes: tuple[Sequence[Any], ...] = (
+        files,
+        options.weights_kinds,
+        options.samplers or [None],
+        options.steps_list or [None],
+        options.guidance_list or [None],
+    )
+    return (Point(*values) for values in itertools.product(*axes))
+
+
+def table(rows: Sequence[Mapping[str, Any]], best: Mapping[str, Sequence[int]]) -> None:
+    """Print the points on stderr; what no other beats is marked, by evaluations and by seconds."""
+    shown = Table(title=rows[0]["name"])
+    varied = [axis for axis in AXES if len({row[axis] for row in rows}) > 1]
+    for axis in varied:
+        shown.add_column(axis)
+    for column in ("evaluations", "seconds", "value", "best"):
+        shown.add_column(column, justify="right")
+    for index, row in enumerate(rows):
+        marks = [name for name, chosen in best.items() if index in chosen]
+        shown.add_row(
+            *(_short(row[axis]) for axis in varied),
+            f"{row['evaluations']:,}",
+            f"{row['seconds']:.1f}",
+            f"{row['value']:.4g}",
+            " ".join(marks),
+        )
+    Console(stderr=True).print(shown)
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the distance against evaluations and against seconds, a line a sampler and weight."""
+    import matplotlib.pyplot as plt  # a second of CPU
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        varied = [axis for axis in AXES if axis != "steps" and len({r[axis] for r in rows}) > 1]
+        lines.setdefault(" ".join(_short(row[axis]) for axis in varied), []).append(row)
+    for axes, cost in zip(panels, ("evaluations", "seconds"), strict=True):
+        for name, line in lines.items():
+            ordered = sorted(line, key=lambda row: row[cost])
+            costs = [row[cost] for row in ordered]
+            axes.plot(costs, [row["value"] for row in ordered], "o-", label=name or None)
+        axes.set(
+            xlabel=f"{cost}{' an image' * (cost == 'evaluations')}",
+            xscale=scale(row[cost] for row in rows),
+            yscale=scale(row["value"] for row in rows),
+        )
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel(rows[0]["name"])
+    if len(lines) > 1:
+        panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def scale(values: Iterable[float]) -> str:
+    """Logarithmic over a decade or more; below it such an axis has no room for its labels."""
+    known = list(values)
+    return "log" if min(known) > 0 and max(known) > 10 * min(known) else "linear"
+
+
+def _measured(
+    options: argparse.Namespace,
+    point: Point,
+    settings: Evaluation,
+    extractor: Extractor,
+    reference: Reference,
+) -> list[dict[str, Any]]:
+    opened = runs.open_run(_at(options, point))
+    with evaluate.progress_bar(_words(point)) as progress:
+        rows, _ = measure(opened.drawing, settings, extractor, reference, progress=progress)
+    return rows
+
+
+def _at(options: argparse.Namespace, point: Point) -> argparse.Namespace:
+    """The options of a command that draws, at one point."""
+    return argparse.Namespace(
+        **{
+            **vars(options),
+            **dataclasses.asdict(point),
+            "run": Path(point.checkpoint),
+        }
+    )
+
+
+def _key(point: Point, settings: Evaluation, extractor: Extractor, reference: Reference) -> str:
+    """All that decides a point's number, as one line."""
+    parts = dataclasses.asdict(point) | {
+        "count": settings.count,
+        "seed": settings.seed,
+        "metrics": [str(metric) for metric in settings.metrics],
+        "extractor": f"{extractor.name}-{extractor.digest}-{extractor.precision}",
+        "reference": reference.fingerprint,
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def _words(point: Point) -> str:
+    said = {key: value for key, value in dataclasses.asdict(point).items() if value is not None}
+    return "  ".join(f"{key} {_short(value)}" for key, value in said.items())
+
+
+def _short(value: Any) -> str:
+    """A checkpoint by its images, anything else as it is."""
+    text = "own" if value is None else str(value)
+    return f"{int(Path(text).stem):,}" if text.endswith(".ckpt") else text
+
+
+def _brief(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in (*AXES, "evaluations", "seconds", "name", "value")}

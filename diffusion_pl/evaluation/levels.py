@@ -1,0 +1,73 @@
+"""The denoiser's error at each noise level: where a model is weak, without drawing an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.diffusion.random import ImageNoise
+from diffusion_pl.evaluation.drawing import batches
+
+
+@dataclass(frozen=True)
+class LevelError:
+    """The error at one level.
+
+    Args:
+        sigma: the level.
+        error: mean of (D(x + sigma n; sigma) - x)^2 over images and pixels; x in [-1, 1].
+        spread: standard error of that mean, from image to image.
+        loss: error / (sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2)), Karras 2022's lambda over
+            the pixels: 1 for the best linear denoiser of white pixels of that variance, and less
+            for one that knows more.
+    """
+
+    sigma: float
+    error: float
+    spread: float
+    loss: float
+
+
+@torch.inference_mode()
+def errors_by_level(
+    denoise: Denoise,
+    images: Tensor,
+    sigmas: Sequence[float],
+    *,
+    labels: Tensor | None = None,
+    sigma_data: float = 0.5,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[LevelError]:
+    """Measure a denoiser at given levels; the same noise serves all levels.
+
+    Args:
+        denoise: D.
+        images: clean, float32 (N, C, H, W) in [-1, 1], on the denoiser's device.
+        sigmas: the levels.
+        labels: int64 (N,), or None.
+        sigma_data: standard deviation of the pixels, for `loss`.
+        seed: of the noise, which belongs to the image's index.
+        batch_size: images at a time; not the numbers.
+    """
+    found = []
+    for sigma in sigmas:
+        each = []
+        for piece in batches(range(len(images)), batch_size):
+            rows = slice(piece[0], piece[-1] + 1)
+            clean = images[rows]
+            noise = ImageNoise(seed, piece, "levels")(torch.empty(clean.shape)).to(clean.device)
+            level = torch.tensor(sigma, dtype=torch.float32, device=clean.device)
+            more = {} if labels is None else {"label": labels[rows]}
+            difference = denoise(clean + level * noise, level, **more)[:, : clean.shape[1]] - clean
+            each.append(difference.double().square().flatten(1).mean(dim=1))
+        values = torch.cat(each)
+        error = values.mean().item()
+        variance = sigma**2 * sigma_data**2 / (sigma**2 + sigma_data**2)
+        spread = (values.std() / len(values) ** 0.5).item()
+        found.append(LevelError(sigma, error, spread, error / variance))
+    return found
