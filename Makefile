@@ -6,7 +6,8 @@ RUN_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check data train sample enlarge evaluate experiments test test-slow mutants bench clean
+.PHONY: help setup check data train sample enlarge evaluate reference sweep experiments test \
+	test-slow mutants ci-fid bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -33,6 +34,12 @@ enlarge: $(STAMP)  ## super-resolution: RUN=runs/... IMAGES="a.png folder" [TO=2
 evaluate: $(STAMP)  ## measure a run: RUN=runs/quickstart [ARGS="--count 1000 ..."]
 	@$(RUN_PYTHON) -m diffusion_pl evaluate $(RUN) $(ARGS)
 
+reference: $(STAMP)  ## statistics of real images: DATA=photographs [ARGS="--resolution 64 ..."]
+	@$(RUN_PYTHON) -m diffusion_pl reference $(DATA) $(ARGS)
+
+sweep: $(STAMP)  ## measure many samplers: RUN=runs/... ARGS="--steps 5,9,18 --samplers heun,deis"
+	@$(RUN_PYTHON) -m diffusion_pl sweep $(RUN) $(ARGS)
+
 experiments: $(STAMP)  ## list the experiments with their published numbers
 	@$(RUN_PYTHON) -m diffusion_pl experiments
 
@@ -55,8 +62,11 @@ test-slow: $(STAMP)  ## the tests that take minutes each
 mutants: $(STAMP)  ## plant one-line bugs; the tests must notice every one [ONLY="samplers/heun.py ..."]
 	OMP_NUM_THREADS=1 $(RUN_PYTHON) tests/mutants.py $(ONLY)
 
-bench: $(STAMP)  ## measurements beside the peers: BENCH=networks, samplers, loop, commands, data; pyramid RUN=...
-	@for name in $(or $(BENCH),networks samplers loop commands data); do \
+ci-fid: $(STAMP)  ## train a small recipe on CIFAR-10 and compare its distance with the recorded one
+	@$(RUN_PYTHON) -m benchmarks.cifar10_ci $(ARGS)
+
+bench: $(STAMP)  ## beside the peers: BENCH=networks, samplers, loop, commands, data, metrics; pyramid RUN=...
+	@for name in $(or $(BENCH),networks samplers loop commands data metrics); do \
 		$(RUN_PYTHON) -m benchmarks.$$name $(RUN) $(OTHER) || exit 1; done
 
 clean:  ## remove the environment and caches; runs and data stay

@@ -1,0 +1,196 @@
+"""The number that CI reproduces: a fixed small recipe on CIFAR-10, against five seeds' interval.
+
+`make ci-fid` trains experiments/cifar10_ci.yaml, and fails if its distance lies outside the
+interval that benchmarks/results/cifar10_ci.json holds. The interval is where one more run of such a
+recipe lies with 99 % probability, if runs are normally distributed about the seeds' mean:
+
+    mean +- t(0.995, n - 1) s sqrt(1 + 1 / n)
+
+Where Inception's weights are in torch's cache, FID is measured as well, and decides once an
+interval of it is recorded. `--record` trains the seeds and writes that file; `--bugs` plants three
+bugs, one at a time, and says whether each leaves the interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import t as student
+
+from benchmarks.measure import hardware
+from diffusion_pl.metrics import inception
+from diffusion_pl.training.history import History
+
+ROOT = Path(__file__).parents[1]
+RECORD = Path(__file__).parent / "results" / "cifar10_ci.json"
+EXPERIMENT = "cifar10_ci"
+PLACES = (
+    "data/cifar10",
+    "../shared/data/cifar-10-subset-python.tar.gz",  # beside the project where CI has it
+)
+
+# What is planted, where, and what it becomes.
+BUGS = {
+    "the average's decay, counted in steps instead of images": (
+        "training/ema.py",
+        "return 0.5 ** (batch_size / half_life)",
+        "return 0.5 ** (1 / half_life)",
+    ),
+    "c_noise, the level instead of its logarithm": (
+        "diffusion/preconditioning.py",
+        "c_noise=sigma.log() / 4",
+        "c_noise=sigma / 4",
+    ),
+    "the mirror image of half of the image": (
+        "data/loader.py",
+        "image.flip(-1), image)",
+        "torch.cat([image[..., :16].flip(-1), image[..., 16:]], -1), image)",
+    ),
+}
+
+
+def train(data: str, seed: int, run: Path, code: Path = ROOT) -> list[dict[str, Any]]:
+    """Train and measure once: the rows of the distance, and of FID where it can be had."""
+    shutil.rmtree(run, ignore_errors=True)
+    started = time.monotonic()
+    words = ["train", EXPERIMENT, f"data.path={data}", f"seed={seed}", "--run", str(run)]
+    _command(words, code)
+    rows = [row for row in History(run / "metrics.jsonl").rows() if "name" in row]
+    found = [next(row for row in reversed(rows) if row["name"].startswith("fd@"))]
+    if (Path(torch.hub.get_dir()) / "checkpoints" / inception.FILE).exists():
+        words = ["evaluate", str(run), "--features", "inception", "--metrics", "frechet"]
+        found += json.loads(_command(words, code))["measures"]
+    seconds = round(time.monotonic() - started)
+    return [{**row, "whole_seconds": seconds} for row in found]
+
+
+def _command(words: Sequence[str], code: Path) -> str:
+    """What a command of ours answers; the end of everything if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusion_pl", *words],
+        cwd=code,
+        env={**os.environ, "PYTHONPATH": str(code)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}: ended with {done.returncode}")
+    return done.stdout
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where one more value lies with 99 % probability."""
+    count = len(values)
+    reach = student.ppf(0.995, count - 1) * statistics.stdev(values) * (1 + 1 / count) ** 0.5
+    mean = statistics.fmean(values)
+    return mean - reach, mean + reach
+
+
+def record(data: str, seeds: int, runs: Path) -> None:
+    """Train the seeds and write the interval of each number with how it was made."""
+    trained = [train(data, seed, runs / f"seed-{seed}") for seed in range(seeds)]
+    numbers = {}
+    for rows in zip(*trained, strict=True):
+        values = [row["value"] for row in rows]
+        kept = ("reference", "fingerprint", "extractor", "resize", "sampler", "evaluations")
+        numbers[rows[0]["name"]] = {
+            "interval": interval(values),
+            "mean": statistics.fmean(values),
+            "standard_deviation": statistics.stdev(values),
+            "values": values,
+            **{key: rows[0][key] for key in kept},
+        }
+    contents = {
+        "how": f"seeds 0 to {seeds - 1} of {EXPERIMENT}.yaml: make ci-fid ARGS=--record",
+        "made": time.strftime("%Y-%m-%d"),
+        "commit": trained[0][0]["commit"],
+        "seconds": [rows[0]["whole_seconds"] for rows in trained],
+        "machine": hardware(),
+        "numbers": numbers,
+    }
+    RECORD.write_text(json.dumps(contents, indent=2) + "\n")
+    for name, number in numbers.items():
+        print(f"{name}: {number['values']}; recorded in {RECORD.relative_to(ROOT)}")
+
+
+def report(what: str, rows: Sequence[dict[str, Any]]) -> bool:
+    """Print every number beside its interval; whether all that have one lie within."""
+    known, inside = recorded(), False
+    for row in rows:
+        number = known.get(row["name"])
+        said = f"{what}: {row['name']} = {row['value']:.4g} ({row['whole_seconds']} s)"
+        if number is None or number["fingerprint"] != row["fingerprint"]:
+            print(f"{said}; no interval of it is recorded for these images")
+            continue
+        low, high = number["interval"]
+        within = bool(low <= row["value"] <= high)
+        place = "inside" if within else "OUTSIDE"
+        seeds = f"{len(number['values'])} seeds, mean {number['mean']:.4g}"
+        print(f"{said}, {place} [{low:.4g}, {high:.4g}] of {seeds}")
+        inside = within
+        if not within:
+            return False
+    return inside
+
+
+def recorded() -> dict[str, Any]:
+    """The numbers whose intervals are known."""
+    try:
+        numbers: dict[str, Any] = json.loads(RECORD.read_text())["numbers"]
+    except FileNotFoundError as error:
+        raise SystemExit(f"{RECORD}: nothing is recorded; make ci-fid ARGS=--record") from error
+    return numbers
+
+
+def bugs(data: str, runs: Path) -> bool:
+    """Plant each bug in a copy of the code; whether all leave the interval."""
+    missed = 0
+    for number, (what, (file, right, wrong)) in enumerate(BUGS.items()):
+        code = runs.resolve() / f"bug-{number}"
+        shutil.rmtree(code, ignore_errors=True)
+        for part in ("diffusion_pl", "experiments"):
+            shutil.copytree(ROOT / part, code / part)
+        planted = code / "diffusion_pl" / file
+        text = planted.read_text()
+        assert text.count(right) == 1, f"{file}: {right}"
+        planted.write_text(text.replace(right, wrong))
+        missed += report(what, train(data, 0, code / "run", code))
+    return not missed
+
+
+def main() -> None:
+    """Check, record or plant bugs."""
+    options = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    options.add_argument("--data", help="CIFAR-10's archive; looked for where it usually lies")
+    options.add_argument("--record", action="store_true", help="write the interval anew")
+    options.add_argument("--seeds", type=int, default=5, help="of --record, from 0 on (5)")
+    options.add_argument("--bugs", action="store_true", help="see that three bugs are noticed")
+    options.add_argument("--runs", type=Path, default=Path("runs/ci"), help="where it trains")
+    chosen = options.parse_args()
+    data = chosen.data or next((place for place in PLACES if (ROOT / place).exists()), None)
+    if data is None:
+        print(f"ci-fid: skipped, since CIFAR-10 is at none of {', '.join(PLACES)}")
+        return
+    data = str((ROOT / data).resolve())
+    if chosen.record:
+        record(data, chosen.seeds, chosen.runs.resolve())
+    elif chosen.bugs:
+        raise SystemExit(0 if bugs(data, chosen.runs) else 1)
+    elif not report("ci-fid", train(data, 0, chosen.runs.resolve() / "check")):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
