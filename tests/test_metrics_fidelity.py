@@ -165,14 +165,15 @@ def test_a_digest_is_of_all_weights(tmp_path: Path) -> None:
 def test_a_digest_knows_which_tensor_has_which_values() -> None:
     values = torch.arange(3.0), torch.zeros(3)
 
-    def digest(first: Tensor, second: Tensor) -> str:
+    def digest(first: Tensor, second: Tensor, names: str = "ab") -> str:
         module = nn.Module()
-        module.register_buffer("a", first)
-        module.register_buffer("b", second)
+        for name, value in zip(names, (first, second), strict=True):
+            module.register_buffer(name, value)
         return fidelity.digest(module)
 
     assert digest(*values) == digest(*(value.clone() for value in values))
-    assert len({digest(*values), digest(*reversed(values)), digest(values[0], values[0])}) == 3
+    others = [digest(*reversed(values)), digest(values[0], values[0]), digest(*values, names="cd")]
+    assert len({digest(*values), *others}) == 4
 
 
 def test_an_extractor_never_trains_nor_leaves_float32(tmp_path: Path, images: Tensor) -> None:

@@ -345,11 +345,12 @@ def test_rows_that_wait_for_others_change_nothing(
 
 def test_rows_are_given_together_once_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "ROWS", 10)
-    rows, values = moments.Rows(), torch.arange(27.0)[:, None]
+    rows, values = moments.Rows(), torch.arange(25.0)[:, None]
     assert rows.rest() is None
-    given = [rows.add(part) for part in values[:24].split(4)]
-    assert [None if part is None else len(part) for part in given] == [None, None, 12] * 2
-    assert rows.add(values[24:]) is None
+    given = [rows.add(part) for part in values[:22].split([5, 5, 4, 4, 4])]
+    lengths = [None if part is None else len(part) for part in given]
+    assert lengths == [None, 10, None, None, 12]
+    assert rows.add(values[22:]) is None
     last = rows.rest()
     assert last is not None
     parts = [part for part in given if part is not None]

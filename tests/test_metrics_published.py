@@ -77,6 +77,7 @@ def test_the_layout_of_adm_has_spatial_moments_too(
     np.testing.assert_array_equal(known.spatial.mean, arrays["mu_s"])
     np.testing.assert_array_equal(known.spatial.covariance, arrays["sigma_s"])
     assert known.spatial.mean.dtype == torch.float64
+    assert known.spatial.rank == PLACES, "the file does not say of how many images"
 
 
 def test_it_is_compared_with_the_published_inception_alone_at_any_resolution(

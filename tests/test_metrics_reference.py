@@ -156,6 +156,12 @@ def test_of_many_images_as_many_as_wanted_are_kept_evenly(
     assert torch.equal(known.covariance, full.covariance)
 
 
+def test_no_more_images_than_wanted_are_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "KEPT", 100)
+    for count in (2, 3, 51, 99, 100):
+        assert reference.spread(torch.arange(count), count).all()
+
+
 @pytest.mark.parametrize("count", [100, 101, 137, 10_000])
 def test_exactly_so_many_are_spread(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(reference, "KEPT", 100)
@@ -337,3 +343,7 @@ def test_moments_are_right_whatever_the_rows_that_wait(
     known = reference.compute(images, Corners())
     torch.testing.assert_close(known.covariance, full.covariance, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(known.mean, full.mean, rtol=1e-12, atol=0)
+    assert known.spatial is not None and full.spatial is not None
+    torch.testing.assert_close(
+        known.spatial.covariance, full.spatial.covariance, rtol=1e-12, atol=1e-15
+    )

@@ -261,9 +261,7 @@ def compute(
 
 def spread(indices: Tensor, count: int) -> Tensor:
     """Which of the images are among KEPT that lie evenly over all `count`, bool (n,)."""
-    if count <= KEPT:
-        return torch.ones(len(indices), dtype=torch.bool)
-    # i k / n passes a whole number.
+    # i k / n passes a whole number, as it does at each image of no more than k.
     return (indices + 1) * KEPT // count > indices * KEPT // count
 
 
