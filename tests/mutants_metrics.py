@@ -226,6 +226,10 @@ MUTANTS = [
         ('metadata.get("precision", "fp32")', '"fp32"'),
         ('features=tensors.get("features")', "features=None"),
         ('tensors["spatial_covariance"], count)', 'tensors["spatial_covariance"], 0)'),
+    ),
+    *at(
+        "metrics/real_images.py",
+        "metrics_reference",
         ("if count < 2:", "if count < 1:"),
         ("range(share.start, share.stop, TILE)", "range(share.start, share.stop, 2 * TILE)"),
         ("min(start + TILE, share.stop)", "min(start + TILE - 1, share.stop)"),
@@ -243,7 +247,7 @@ MUTANTS = [
         ("        keep=keep,\n    )\n    if", "    )\n    if"),
     ),
     *at(
-        "metrics/reference.py",
+        "metrics/real_images.py",
         "ranks",
         ("moments(ranks.summed(self.first), ", "moments(self.first, "),
         ("ranks.summed(self.second)", "self.second"),

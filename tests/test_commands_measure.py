@@ -15,6 +15,7 @@ from test_commands_models import TINY
 from diffusion_pl.cli import main
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.images import save_png
+from diffusion_pl.metrics import real_images
 from diffusion_pl.metrics import reference as references
 
 PLAIN = TINY.replace("steps: 20", "steps: 4")
@@ -117,7 +118,7 @@ def test_statistics_of_any_data_are_made_once_and_compared_with(run, home, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["evaluate", "nowhere"], "nowhere: no run, checkpoint or images"),
+        (["evaluate", "nowhere"], "nowhere: there is no such run, nor images"),
         (["evaluate", "pictures"], "images are compared with something: --reference DATA"),
         (["evaluate", "pictures", "--reference", "nothing"], "no such experiment (got 'nothing')"),
         (["evaluate", "pictures", "--reference", "tiny", "--count", "41"], "has 40 images, 41"),
@@ -147,7 +148,7 @@ def test_what_cannot_be_measured_is_one_line(run, home, words, message):
         (home / "broken.safetensors").write_bytes(b"nothing")
         from diffusion_pl.metrics.pixels import Pixels
 
-        other = references.compute(Synthetic(8, 16, batch_size=8).open(), Pixels())
+        other = real_images.compute(Synthetic(8, 16, batch_size=8).open(), Pixels())
         other.save(home / "other.safetensors")
     try:
         code, result, err = run(*words)

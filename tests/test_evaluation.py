@@ -17,8 +17,7 @@ from diffusion_pl.evaluation.blocks import evaluate_blocks
 from diffusion_pl.evaluation.cost import Cost, estimate
 from diffusion_pl.evaluation.measuring import Pieces
 from diffusion_pl.evaluation.provenance import described
-from diffusion_pl.metrics import reference as references
-from diffusion_pl.metrics import shapes
+from diffusion_pl.metrics import real_images, shapes
 from diffusion_pl.metrics.features import TILE
 from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.inception_score import InceptionScore
@@ -197,7 +196,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(measured):
 
 def test_a_reference_file_takes_the_place_of_the_data(measured, tmp_path):
     images = Synthetic(50, 16, seed=5, batch_size=8).open()
-    other = references.compute(images, shapes.load())
+    other = real_images.compute(images, shapes.load())
     other.save(tmp_path / "other.safetensors")
     rows, _ = measured(metrics=(Frechet(),), reference=str(tmp_path / "other.safetensors"))
     assert (rows[0]["reference_n"], rows[0]["fingerprint"]) == (50, images.fingerprint)

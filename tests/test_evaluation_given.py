@@ -10,8 +10,7 @@ from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.evaluation import Evaluation, evaluate
 from diffusion_pl.evaluation.given import Given, arrays
 from diffusion_pl.evaluation.pareto import pareto
-from diffusion_pl.metrics import reference as references
-from diffusion_pl.metrics import shapes
+from diffusion_pl.metrics import real_images, shapes
 from diffusion_pl.metrics.frechet import Frechet
 
 CPU = torch.device("cpu")
@@ -26,7 +25,7 @@ def test_the_data_itself_is_no_distance_from_itself(real):
     extractor = shapes.load()
     given = Given(real, 3, "here", CPU)
     settings = Evaluation(every=1, count=60, metrics=(Frechet(),))
-    rows, shown = evaluate(given, settings, extractor, references.compute(real, extractor))
+    rows, shown = evaluate(given, settings, extractor, real_images.compute(real, extractor))
     assert rows[0]["value"] < 1e-6
     assert (rows[0]["source"], rows[0]["source_fingerprint"]) == ("here", real.fingerprint)
     assert (rows[0]["evaluations"], "sampler" in rows[0]) == (0, False)
@@ -38,12 +37,12 @@ def test_more_images_than_there_are_is_one_line(real):
     settings = Evaluation(every=1, count=61, metrics=(Frechet(),))
     extractor = shapes.load()
     with pytest.raises(ValueError, match="here: has 60 images, 61 are asked for"):
-        evaluate(given, settings, extractor, references.compute(real, extractor))
+        evaluate(given, settings, extractor, real_images.compute(real, extractor))
 
 
 def test_images_of_another_size_than_the_reference_are_refused(real):
     extractor = shapes.load()
-    reference = references.compute(real, extractor)
+    reference = real_images.compute(real, extractor)
     given = Given(Synthetic(60, 32, batch_size=8).open(), 3, "here", CPU)
     settings = Evaluation(every=1, count=60, metrics=(Frechet(),))
     with pytest.raises(ValueError, match="resolution is 16, the evaluation has 32"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_pl.metrics import features, reference
+from diffusion_pl.metrics import features, real_images
 from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.inception_score import InceptionScore
 from diffusion_pl.metrics.pixels import SIDE, Pixels
@@ -68,7 +68,7 @@ class Squares:
 def test_a_distance_over_them_sees_where_things_are() -> None:
     here, shifted = Squares(0), Squares(12)
     assert here.images.sum() == shifted.images.sum(), "the same but for the place"
-    known = reference.compute(here, Pixels())
+    known = real_images.compute(here, Pixels())
     distances = []
     for images in (here.images, shifted.images):
         metric = Frechet().build(Pixels(), known, 64)
@@ -85,7 +85,7 @@ def test_it_knows_no_classes_so_cannot_be_scored() -> None:
 
 
 def test_it_has_no_spatial_features() -> None:
-    known = reference.compute(Squares(0), Pixels())
+    known = real_images.compute(Squares(0), Pixels())
     with pytest.raises(ValueError, match="pixels has no spatial features"):
         Frechet(of="spatial").build(Pixels(), known, 64)
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffusion_pl.data.synthetic import Synthetic
-from diffusion_pl.metrics import reference, shapes
+from diffusion_pl.metrics import real_images, reference, shapes
 from diffusion_pl.metrics.features import TILE, Features
 from diffusion_pl.metrics.moments import Moments
 from diffusion_pl.metrics.reference import Reference
@@ -79,13 +79,13 @@ def images() -> Given:
 
 @pytest.fixture(scope="module")
 def computed(extractor: Shapes, images: Given) -> Reference:
-    return reference.compute(images, extractor)
+    return real_images.compute(images, extractor)
 
 
 @pytest.fixture(scope="module")
 def full(images: Given) -> Reference:
     """With all that a reference may have."""
-    return reference.compute(images, Corners(), keep=True)
+    return real_images.compute(images, Corners(), keep=True)
 
 
 def test_statistics_are_numpy_s_in_float64(
@@ -113,14 +113,14 @@ def test_spatial_moments_are_numpy_s_too(images: Given, full: Reference) -> None
 
 def test_an_extractor_sees_tiles_of_one_size_but_for_the_last(images: Given) -> None:
     extractor = Corners()
-    reference.compute(images, extractor)
+    real_images.compute(images, extractor)
     # The first tile gives the point that moments are summed about.
     assert extractor.sizes == [TILE, TILE, TILE, 6]
 
 
 def test_a_source_of_data_can_be_measured(extractor: Shapes) -> None:
     data = Synthetic(20, 16, 5, batch_size=1).open()
-    known = reference.compute(data, extractor, keep=True)
+    known = real_images.compute(data, extractor, keep=True)
     assert (known.name, known.resolution, known.count) == ("synthetic-16", 16, 20)
     assert known.fingerprint == data.fingerprint
     expected = extractor(data.read(torch.arange(20))).pooled
@@ -130,7 +130,7 @@ def test_a_source_of_data_can_be_measured(extractor: Shapes) -> None:
 
 def test_progress_counts_images(extractor: Shapes, images: Given) -> None:
     done: list[tuple[int, int]] = []
-    reference.compute(images, extractor, progress=lambda *counts: done.append(counts))
+    real_images.compute(images, extractor, progress=lambda *counts: done.append(counts))
     assert done == [(TILE, 70), (2 * TILE, 70), (70, 70)]
 
 
@@ -144,8 +144,8 @@ def test_few_images_are_all_kept_in_order(images: Given, full: Reference) -> Non
 def test_of_many_images_as_many_as_wanted_are_kept_evenly(
     monkeypatch: pytest.MonkeyPatch, images: Given, full: Reference, kept: int
 ) -> None:
-    monkeypatch.setattr(reference, "KEPT", kept)
-    known = reference.compute(images, Corners(), keep=True)
+    monkeypatch.setattr(real_images, "KEPT", kept)
+    known = real_images.compute(images, Corners(), keep=True)
     everything, some = full.features, known.features
     assert everything is not None and some is not None
     places = [int((everything == row).all(dim=1).nonzero()) for row in some]
@@ -157,19 +157,19 @@ def test_of_many_images_as_many_as_wanted_are_kept_evenly(
 
 
 def test_no_more_images_than_wanted_are_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "KEPT", 100)
+    monkeypatch.setattr(real_images, "KEPT", 100)
     for count in (2, 3, 51, 99, 100):
-        assert reference.spread(torch.arange(count), count).all()
+        assert real_images.spread(torch.arange(count), count).all()
 
 
 @pytest.mark.parametrize("count", [100, 101, 137, 10_000])
 def test_exactly_so_many_are_spread(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(reference, "KEPT", 100)
+    monkeypatch.setattr(real_images, "KEPT", 100)
     indices = torch.arange(count)
-    whole = reference.spread(indices, count)
+    whole = real_images.spread(indices, count)
     assert whole.sum() == 100
     # Whatever the pieces that they are asked for in.
-    pieces = [reference.spread(part, count) for part in indices.split(7)]
+    pieces = [real_images.spread(part, count) for part in indices.split(7)]
     assert torch.equal(torch.cat(pieces), whole)
 
 
@@ -230,8 +230,8 @@ def test_weights_are_no_reference() -> None:
 def test_the_cache_answers_without_reading_the_images_again(
     extractor: Shapes, images: Given, computed: Reference, tmp_path: Path
 ) -> None:
-    first = reference.cached(tmp_path, images, extractor)
-    again = reference.cached(tmp_path, Untouchable(images.images, "other name"), extractor)
+    first = real_images.cached(tmp_path, images, extractor)
+    again = real_images.cached(tmp_path, Untouchable(images.images, "other name"), extractor)
     assert torch.equal(first.covariance, computed.covariance)
     assert torch.equal(first.covariance, again.covariance)
     assert again.name == "other name", "a name says nothing of the content"
@@ -241,13 +241,13 @@ def test_the_cache_answers_without_reading_the_images_again(
 def test_features_are_cached_beside_moments_alone(
     extractor: Shapes, images: Given, tmp_path: Path
 ) -> None:
-    reference.cached(tmp_path, images, extractor)
-    with_features = reference.cached(tmp_path, images, extractor, keep=True)
+    real_images.cached(tmp_path, images, extractor)
+    with_features = real_images.cached(tmp_path, images, extractor, keep=True)
     assert with_features.features is not None
-    again = reference.cached(tmp_path, Untouchable(images.images), extractor, keep=True)
+    again = real_images.cached(tmp_path, Untouchable(images.images), extractor, keep=True)
     assert again.features is not None
     assert torch.equal(again.features, with_features.features)
-    assert reference.cached(tmp_path, Untouchable(images.images), extractor).features is None
+    assert real_images.cached(tmp_path, Untouchable(images.images), extractor).features is None
 
 
 def test_the_cache_is_keyed_by_everything_that_moves_the_number(
@@ -278,32 +278,32 @@ def test_the_cache_is_keyed_by_everything_that_moves_the_number(
         {"extractor": changed(precision="bf16")},
         {"extractor": changed(spatial=7)},
     )
-    paths = {reference.cache_path(tmp_path, **(base | change)) for change in changes}
+    paths = {real_images.cache_path(tmp_path, **(base | change)) for change in changes}
     assert len(paths) == len(changes)
-    assert reference.cache_path(tmp_path, **base) in paths
+    assert real_images.cache_path(tmp_path, **base) in paths
 
 
 def test_images_that_cannot_be_measured_leave_nothing_in_the_cache(
     extractor: Shapes, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"reference noise: needs at least 2 images \(got 1\)"):
-        reference.cached(tmp_path, Given(draw(1)), extractor)
+        real_images.cached(tmp_path, Given(draw(1)), extractor)
     broken = shapes.load()
     for parameter in broken.network.texture.parameters():
         parameter.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="extractor shapes gave non-finite values"):
-        reference.cached(tmp_path, Given(draw(4)), broken)
+        real_images.cached(tmp_path, Given(draw(4)), broken)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_file_in_the_cache_is_an_error_that_names_it(
     extractor: Shapes, images: Given, tmp_path: Path
 ) -> None:
-    reference.cached(tmp_path, images, extractor)
+    real_images.cached(tmp_path, images, extractor)
     (path,) = tmp_path.iterdir()
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=f"{path.name}: not reference statistics"):
-        reference.cached(tmp_path, images, extractor)
+        real_images.cached(tmp_path, images, extractor)
 
 
 def test_a_mismatch_is_an_error_that_names_both_sides(
@@ -340,7 +340,7 @@ def test_moments_are_right_whatever_the_rows_that_wait(
     monkeypatch: pytest.MonkeyPatch, images: Given, full: Reference
 ) -> None:
     monkeypatch.setattr("diffusion_pl.metrics.moments.ROWS", 40)
-    known = reference.compute(images, Corners())
+    known = real_images.compute(images, Corners())
     torch.testing.assert_close(known.covariance, full.covariance, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(known.mean, full.mean, rtol=1e-12, atol=0)
     assert known.spatial is not None and full.spatial is not None

@@ -15,7 +15,7 @@ from torch.nn import functional
 from diffusion_pl.data.cifar10 import CIFAR10
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.images import from_bytes, to_bytes
-from diffusion_pl.metrics import features, reference, shapes
+from diffusion_pl.metrics import features, real_images, shapes
 from diffusion_pl.metrics.features import Features
 from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.reference import Reference
@@ -58,7 +58,7 @@ def synthetic() -> Tensor:
 
 @pytest.fixture(scope="module")
 def real(extractor: Shapes, synthetic: Tensor) -> Reference:
-    return reference.compute(Given(synthetic[:500]), extractor)
+    return real_images.compute(Given(synthetic[:500]), extractor)
 
 
 def noised(images: Tensor, levels: float) -> Tensor:
@@ -126,7 +126,7 @@ def test_more_spoilt_images_among_good_ones_are_farther(
 @pytest.mark.skipif(not CIFAR.exists(), reason="the CIFAR-10 subset is not here")
 def test_real_photographs_order_the_same_way(extractor: Shapes) -> None:
     photographs = CIFAR10(str(CIFAR), "train", batch_size=1).open().read(torch.arange(1000))
-    real = reference.compute(Given(photographs[:500]), extractor)
+    real = real_images.compute(Given(photographs[:500]), extractor)
     other = photographs[500:]
     near = distance(extractor, real, other)
     assert near < 0.1 * torch.trace(real.covariance)

@@ -16,7 +16,7 @@ from test_metrics_reference import Corners, Given, draw
 from torch import Tensor, distributed
 
 from diffusion_pl import ranks
-from diffusion_pl.metrics import reference
+from diffusion_pl.metrics import real_images
 from diffusion_pl.metrics.accumulated import Kept, Summed
 from diffusion_pl.metrics.features import TILE, Features
 from diffusion_pl.metrics.frechet import Frechet, expected_bias
@@ -88,7 +88,7 @@ def among_others(rank: int, folder: Path) -> dict[str, Any]:
     }
     for count in (MANY, FEW):
         done: list[tuple[int, int]] = []
-        seen[f"reference of {count}"] = reference.compute(
+        seen[f"reference of {count}"] = real_images.compute(
             Idle(draw(count)),
             Corners(),
             keep=True,
@@ -99,9 +99,9 @@ def among_others(rank: int, folder: Path) -> dict[str, Any]:
     place = folder / str(rank)
     if ranks.rank() == 0:
         key = {"fingerprint": "abc", "resolution": 16, "count": FEW, "keep": True}
-        path = reference.cache_path(place, extractor=Corners(), **key)
+        path = real_images.cache_path(place, extractor=Corners(), **key)
         seen[f"reference of {FEW}"].save(path)
-    seen["cached"] = reference.cached(place, Given(draw(FEW)), Corners(), keep=True)
+    seen["cached"] = real_images.cached(place, Given(draw(FEW)), Corners(), keep=True)
     seen["written"] = [path.name for path in place.glob("*")]
     for count in (20, 4):
         # The last rank, and of four images the second too, sees none.
@@ -230,7 +230,7 @@ def assert_same(got: Reference, expected: Reference) -> None:
 def test_three_measure_the_reference_that_one_measures(
     seen: list[dict[str, Any]], count: int
 ) -> None:
-    expected = reference.compute(Given(draw(count)), Corners(), keep=True)
+    expected = real_images.compute(Given(draw(count)), Corners(), keep=True)
     for one in seen:
         assert_same(one[f"reference of {count}"], expected)
 
@@ -244,7 +244,7 @@ def test_progress_is_of_each_rank_s_own_share(seen: list[dict[str, Any]]) -> Non
 def test_where_a_rank_lacks_the_file_all_measure_and_the_machine_s_first_writes(
     seen: list[dict[str, Any]],
 ) -> None:
-    expected = reference.compute(Given(draw(FEW)), Corners(), keep=True)
+    expected = real_images.compute(Given(draw(FEW)), Corners(), keep=True)
     for one in seen:
         assert_same(one["cached"], expected)
     assert [len(one["written"]) for one in seen] == [1, 0, 0]

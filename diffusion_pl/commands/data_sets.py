@@ -13,8 +13,7 @@ from diffusion_pl.data.originals import kind_of
 from diffusion_pl.data.shard_format import MANIFEST, Manifest
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Images, Source
-from diffusion_pl.metrics import published
-from diffusion_pl.metrics import reference as references
+from diffusion_pl.metrics import published, real_images
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
 
@@ -82,7 +81,7 @@ def reference_of(
     if path.is_file() and path.suffix in STATISTICS:
         return published.open_reference(path)
     images = images_of(named, resolution)
-    return references.cached(parts.REFERENCES, images, extractor, keep=keep, device=device)
+    return real_images.cached(parts.REFERENCES, images, extractor, keep=keep, device=device)
 
 
 def _side(folder: ImageFolder) -> int:

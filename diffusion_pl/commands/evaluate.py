@@ -50,7 +50,12 @@ def run(options: argparse.Namespace) -> int:
     target: Path = options.run
     if runs.is_run(target):
         opened = runs.open_run(options)
-        about = {"run": str(opened.folder), **opened.about()}
+        about = {
+            "run": str(opened.folder),
+            "checkpoint": str(opened.model.checkpoint),
+            "images": opened.model.images,
+            "weights": options.weights,
+        }
         extractor = extractor_of(options, opened.model.config)
         own: Evaluation = config.build(opened.model.config, "evaluation")
         settings = settings_of(options, own, extractor)
@@ -152,7 +157,7 @@ def open_given(path: Path, device: str) -> Given:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not path.exists():
-        raise ValueError(f"{path}: no run, checkpoint or images; runs lie under {parts.RUNS}/")
+        raise ValueError(f"{path}: there is no such run, nor images; runs lie under {parts.RUNS}/")
     if path.suffix == ".npz":
         found = arrays(path)
         return Given(found, found.array.shape[3], str(path), torch.device(device))

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from diffusion_pl.commands import data_sets, evaluate, parts
-from diffusion_pl.metrics import features
-from diffusion_pl.metrics import reference as references
+from diffusion_pl.metrics import features, real_images
 
 FAILURES: tuple[type[Exception], ...] = ()
 
@@ -25,10 +24,10 @@ def run(options: argparse.Namespace) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     keep = not options.moments_only
     with evaluate.progress_bar("reference") as progress:
-        found = references.cached(
+        found = real_images.cached(
             parts.REFERENCES, images, extractor, keep=keep, device=device, progress=progress
         )
-    path = references.cache_path(
+    path = real_images.cache_path(
         parts.REFERENCES,
         fingerprint=images.fingerprint,
         resolution=images.resolution,

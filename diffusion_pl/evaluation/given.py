@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_pl.metrics.reference import RealImages
+from diffusion_pl.metrics.real_images import RealImages
 
 
 @dataclass(frozen=True)

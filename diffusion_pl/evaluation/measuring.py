@@ -18,10 +18,10 @@ from diffusion_pl import ranks
 from diffusion_pl.evaluation.drawing import batches
 from diffusion_pl.evaluation.provenance import surroundings
 from diffusion_pl.evaluation.settings import Evaluation, Metric
-from diffusion_pl.metrics import published
-from diffusion_pl.metrics import reference as references
+from diffusion_pl.metrics import published, real_images
 from diffusion_pl.metrics.features import TILE, Extractor
-from diffusion_pl.metrics.reference import RealImages, Reference
+from diffusion_pl.metrics.real_images import RealImages
+from diffusion_pl.metrics.reference import Reference
 
 Progress = Callable[[int, int], None]
 
@@ -67,7 +67,7 @@ def reference_of(
     """
     if settings.reference is not None:
         return published.open_reference(Path(settings.reference))
-    return references.cached(
+    return real_images.cached(
         folder,
         images,
         extractor,

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_pl.metrics.inception import PUBLISHED, Inception
 from diffusion_pl.metrics.moments import Moments
 from diffusion_pl.metrics.reference import Reference, load
 
@@ -39,6 +38,8 @@ def load_npz(path: Path) -> Reference:
     Raises:
         ValueError: the file is absent, damaged or holds no statistics of Inception's features.
     """
+    from diffusion_pl.metrics.inception import PUBLISHED, Inception  # torchvision: 2 s of CPU
+
     try:
         content = path.read_bytes()
         with np.load(io.BytesIO(content), allow_pickle=False) as file:

@@ -1,0 +1,181 @@
+"""Real images measured: their statistics, computed once by all ranks and kept by content."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffusion_pl import ranks
+from diffusion_pl.metrics.features import TILE, Extractor
+from diffusion_pl.metrics.moments import Moments, Rows, add_, moments
+from diffusion_pl.metrics.reference import Reference, load
+
+# Features kept for the metrics that compare images with images: 400 MB of Inception's.
+KEPT = 50_000
+
+
+class _Sums:
+    """Moment sums of one kind of features on this rank, about the mean of the first images."""
+
+    def __init__(self, first_images: Tensor) -> None:
+        self.shift = first_images.double().mean(dim=0)
+        dimension = len(self.shift)
+        self.first = torch.zeros_like(self.shift)
+        self.second = self.shift.new_zeros(dimension, dimension)
+        self.rows = Rows()
+
+    def add(self, rows: Tensor | None) -> None:
+        if rows is not None:
+            add_(self.first, self.second, rows, self.shift)
+
+    def moments(self, count: int) -> Moments:
+        self.add(self.rows.rest())
+        return moments(ranks.summed(self.first), ranks.summed(self.second), count, self.shift)
+
+
+class RealImages(Protocol):
+    """A data set to measure; see data/."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def resolution(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Tensor) -> Tensor: ...
+
+
+def compute(
+    images: RealImages,
+    extractor: Extractor,
+    *,
+    keep: bool = False,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Reference:
+    """Measure real images once; every rank does its share, and gets all of the result.
+
+    Args:
+        images: the data set.
+        extractor: what looks at them; moved to `device`.
+        keep: also the pooled features, of KEPT images spread evenly over the set at most.
+        device: where to compute.
+        progress: called after each piece with (images done, images to do) on this rank.
+
+    Raises:
+        ValueError: fewer than two images, or features that are not finite.
+    """
+    count = len(images)
+    if count < 2:
+        raise ValueError(f"reference {images.name}: needs at least 2 images (got {count})")
+    extractor.to(device)
+    # Every rank looks at these: moments are summed about one mean.
+    about = extractor(images.read(torch.arange(min(TILE, count))).to(device))
+    pooled = _Sums(about.pooled)
+    spatial = None if about.spatial is None else _Sums(about.spatial)
+    kept = [about.pooled[:0]]
+    share = ranks.share(count, TILE)
+    for start in range(share.start, share.stop, TILE):
+        indices = torch.arange(start, min(start + TILE, share.stop))
+        seen = extractor(images.read(indices).to(device))
+        pooled.add(pooled.rows.add(seen.pooled))
+        if spatial is not None and seen.spatial is not None:
+            spatial.add(spatial.rows.add(seen.spatial))
+        if keep:
+            kept.append(seen.pooled[spread(indices, count)])
+        if progress is not None:
+            progress(int(indices[-1]) + 1 - share.start, len(share))
+    measured = pooled.moments(count)
+    if not torch.isfinite(measured.covariance).all():
+        raise ValueError(
+            f"reference {images.name}: the extractor {extractor.name} gave non-finite values"
+        )
+    return Reference(
+        name=images.name,
+        fingerprint=images.fingerprint,
+        resolution=images.resolution,
+        count=count,
+        extractor=extractor.name,
+        digest=extractor.digest,
+        resize=extractor.resize,
+        mean=measured.mean,
+        covariance=measured.covariance,
+        precision=extractor.precision,
+        spatial=None if spatial is None else spatial.moments(count),
+        features=ranks.gathered(torch.cat(kept)).float().cpu() if keep else None,
+    )
+
+
+def spread(indices: Tensor, count: int) -> Tensor:
+    """Which of the images are among KEPT that lie evenly over all `count`, bool (n,)."""
+    # i k / n passes a whole number, as it does at each image of no more than k.
+    return (indices + 1) * KEPT // count > indices * KEPT // count
+
+
+def cache_path(
+    folder: Path,
+    *,
+    fingerprint: str,
+    resolution: int,
+    count: int,
+    extractor: Extractor,
+    keep: bool = False,
+) -> Path:
+    """Where the statistics of this content lie; a name says nothing of content and is no part."""
+    key = [fingerprint, resolution, count, extractor.name, extractor.digest, extractor.resize]
+    key += [extractor.precision, bool(extractor.spatial), keep]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    return folder / f"reference-{digest[:32]}.safetensors"
+
+
+def cached(
+    folder: Path,
+    images: RealImages,
+    extractor: Extractor,
+    *,
+    keep: bool = False,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Reference:
+    """Load the statistics of these images, or compute and keep them.
+
+    Where a rank lacks the file, all compute together, and one of each machine writes it.
+
+    Args:
+        folder: the cache; made when needed.
+        images: not read when the cache has the answer.
+        extractor: what looks at them.
+        keep: with the features of single images; see `compute`.
+        device: where to compute.
+        progress: see `compute`.
+
+    Raises:
+        ValueError: a damaged file in the cache, or as `compute`.
+    """
+    path = cache_path(
+        folder,
+        fingerprint=images.fingerprint,
+        resolution=images.resolution,
+        count=len(images),
+        extractor=extractor,
+        keep=keep,
+    )
+    if ranks.all_agree(path.exists(), device):
+        # The same content may have been measured under another name.
+        return dataclasses.replace(load(path), name=images.name)
+    reference = compute(images, extractor, keep=keep, device=device, progress=progress)
+    if ranks.leads_machine():
+        reference.save(path)
+    return reference
