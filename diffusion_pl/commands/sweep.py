@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
             found = _measured(options, point, settings, extractor, reference)
             for row in found:
                 history.append({"point": key, **row})
-        rows.append({**dataclasses.asdict(point), **found[0]})
+        rows.append({**found[0], **dataclasses.asdict(point)})
         print(f"{rows[-1]['name']} = {rows[-1]['value']:.4g}  {_words(point)}", file=sys.stderr)
     best = {
         cost: pareto([row[cost] for row in rows], [row["value"] for row in rows])

@@ -1,0 +1,132 @@
+"""Planted bugs of the evaluation and of the commands that measure."""
+
+from __future__ import annotations
+
+from mutant import at
+
+MUTANTS = [
+    *at(
+        "evaluation/measuring.py",
+        "evaluation evaluation_given",
+        ("images[:TILE])", "images[: TILE - 1])"),
+        ("start, waiting = start + TILE,", "start, waiting = start,"),
+        ("settings.grid - position]", "settings.grid]"),
+        ("if position < settings.grid:", "if position <= settings.grid + TILE:"),
+        ("range(first + share.start, first + share.stop)", "range(share.start, share.stop)"),
+        ("position = tile.start - first", "position = tile.start"),
+        ("reference.check(extractor, drawn.shape[1])", "abs(drawn.shape[1])"),
+        (
+            "metric.build(extractor, reference, settings.count)",
+            "metric.build(extractor, reference, 10**6)",
+        ),
+        ("keep=settings.wants_features,", "keep=False,"),
+        ("if settings.reference is not None:", "if False:"),
+        ("        **drawn.about(),\n", ""),
+        ('"evaluations": pieces.evaluations,', '"evaluations": 0,'),
+    ),
+    *at(
+        "evaluation/measuring.py",
+        "evaluation_ranks",
+        ("ranks.share(settings.count, TILE)", "range(settings.count)"),
+        ("ranks.share(settings.count, TILE)", "ranks.share(settings.count)"),
+        ("ranks.gathered(torch.cat(shown))", "torch.cat(shown)"),
+    ),
+    *at(
+        "evaluation/blocks.py",
+        "evaluation commands_measure",
+        ("first=block * settings.count", "first=block"),
+        ("sum(values) / len(values)", "sum(values)"),
+        ("max(values) - min(values)", "max(values) - values[0]"),
+        ('"min": min(values)', '"min": values[0]'),
+        ("pictures = shown if pictures is None else pictures", "pictures = shown"),
+        ("if blocks < 1:", "if False:"),
+    ),
+    *at(
+        "evaluation/cost.py",
+        "evaluation",
+        ("self.images * (self.drawing + self.features)", "self.images * self.drawing"),
+        ("if settings.metrics else 0.0", "if True else 0.0"),
+        ("calls * seconds_at(side)", "seconds_at(side) * 0"),
+    ),
+    *at(
+        "evaluation/drawing.py",
+        "evaluation guidance",
+        ("counted[x.shape[-1]] += len(x)", "counted[x.shape[-1]] += 1"),
+        ('ImageNoise(self.seed, indices, "latent")', 'ImageNoise(0, indices, "latent")'),
+        (
+            'ImageNoise(self.seed, indices, "sampler", device)',
+            'ImageNoise(self.seed, range(len(indices)), "sampler", device)',
+        ),
+        ('seed_of(self.seed, "label", i) % self.classes', "i % 2"),
+        ("seen = counted.seen + (guide.seen if guide is not None else 0)", "seen = counted.seen"),
+        ("if not torch.isfinite(drawn).all():", "if False:"),
+    ),
+    *at(
+        "evaluation/given.py",
+        "evaluation_given",
+        ("if max(indices) >= len(self.real):", "if max(indices) > len(self.real):"),
+        (".permute(0, 3, 1, 2)", ".permute(0, 3, 2, 1)"),
+        ("array.dtype != np.uint8 or not fits", "not fits"),
+        ("array.shape[1] == array.shape[2]", "True"),
+        ("allow_pickle=False", "allow_pickle=True"),
+    ),
+    *at(
+        "evaluation/levels.py",
+        "evaluation_levels",
+        ("clean + level * noise", "clean + noise"),
+        ("sigma**2 * sigma_data**2 / (sigma**2 + sigma_data**2)", "sigma**2"),
+        ("values.std() / len(values) ** 0.5", "values.std()"),
+        ("slice(piece[0], piece[-1] + 1)", "slice(0, len(piece))"),
+        ('ImageNoise(seed, piece, "levels")', 'ImageNoise(seed, range(len(piece)), "levels")'),
+    ),
+    *at(
+        "evaluation/pareto.py",
+        "evaluation_given",
+        ("values[index] < values[best[-1]]", "values[index] <= values[best[-1]]"),
+        ("(costs[i], values[i])", "costs[i]"),
+    ),
+    *at(
+        "evaluation/provenance.py",
+        "evaluation",
+        ("getattr(part, field.name) != field.default", "True"),
+        ('return f"{name}({_listed(part.keywords)})" if part.keywords else name', "return name"),
+    ),
+    *at(
+        "evaluation/settings.py",
+        "evaluation",
+        ("any(metric.wants_features", "all(metric.wants_features"),
+    ),
+    *at(
+        "commands/evaluate.py",
+        "commands_measure",
+        ("Kernel(size=min(count, Kernel.size))", "Kernel()"),
+        ('"score": extractor.classes == 0', '"score": False'),
+        ("if options.reference is None:", "if False:"),
+        ("        seed=options.seed,\n", ""),
+        ("count=len(given.real)", "count=10"),
+    ),
+    *at(
+        "commands/data_sets.py",
+        "commands_measure",
+        ('"exact" if resolution is None', '"crop" if resolution is None'),
+        ("path.suffix in STATISTICS", "False"),
+    ),
+    *at(
+        "commands/sweep.py",
+        "commands_measure",
+        ("if not found:", "if True:"),
+        (
+            'found = [row for row in history.rows() if row["point"] == key]',
+            "found = history.rows()",
+        ),
+        ('"count": settings.count,', ""),
+        ("options.guidance_list or [None]", "[None]"),
+        ("if options.checkpoints:", "if False:"),
+    ),
+    *at(
+        "commands/losses.py",
+        "commands_measure",
+        ("options.weights = weights", 'options.weights = "ema"'),
+        ("if images.labels is None:", "if False:"),
+    ),
+]
