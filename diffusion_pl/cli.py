@@ -236,7 +236,11 @@ def _add_sampler(part: argparse.ArgumentParser) -> None:
 
 def _add_weights(part: argparse.ArgumentParser) -> None:
     part.add_argument(
-        "--weights", choices=("ema", "denoiser"), default="ema", help="averaged or raw (ema)"
+        "--weights",
+        type=measuring.weights,
+        default="ema",
+        metavar="KIND",
+        help="ema, denoiser (raw), or ema:0.1 for an average of that length (ema)",
     )
 
 

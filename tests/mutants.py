@@ -238,7 +238,7 @@ MUTANTS = [
         ("nn.utils.clip_grad_norm_(trained, self.settings.clip)", "pass"),
         ("if not torch.isfinite(loss):", "if False:"),
         ('seed_of(self.seed, "dropout", positions[part.start])', "self.seed"),
-        ("        self.update_ema(self", "        abs(self"),
+        ("            update(decay)", "            abs(decay)"),
     ),
     *at(
         "training/settings.py",

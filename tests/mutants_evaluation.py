@@ -129,4 +129,25 @@ MUTANTS = [
         ("options.weights = weights", 'options.weights = "ema"'),
         ("if images.labels is None:", "if False:"),
     ),
+    *at(
+        "training/power_ema.py",
+        "power_ema",
+        ("(middle + 1) ** 0.5 / (middle + 2)", "(middle + 1) ** 0.5 / (middle + 1)"),
+        ("(1 - 1 / step) ** (gamma + 1)", "(1 - 1 / step) ** gamma"),
+        ("(gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1)", "(gamma + 1)"),
+        ("torch.minimum(time, other_time)", "torch.maximum(time, other_time)"),
+        ("- (other_gamma + 1) * other_time.log()", "- other_gamma * other_time.log()"),
+        ("if int(path.stem) <= images]", "if True]"),
+        ("gammas * len(files)", "gammas[:1] * len(times)"),
+        ("total[key] += shares[int(number)] * value", "total[key] += value"),
+    ),
+    *at(
+        "training/module.py",
+        "power_ema",
+        ("step = images // self.batch_size + 1", "step = images // self.batch_size + 2"),
+        (
+            "averages = [self.ema, *self.profiles]",
+            "averages = [self.ema, *list(self.profiles)[::-1]]",
+        ),
+    ),
 ]

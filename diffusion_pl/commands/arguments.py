@@ -87,17 +87,30 @@ def add_sweep(part: argparse.ArgumentParser) -> None:
     )
     part.add_argument(
         "--weights",
-        type=_words,
+        type=lambda text: [weights(word) for word in _words(text)],
         dest="weights_kinds",
         default=["ema"],
         metavar="KIND,...",
-        help="ema, denoiser (raw) or both (ema)",
+        help="ema, denoiser (raw), ema:0.05 (an average of that length), ... (ema)",
     )
     part.add_argument(
         "--checkpoints", action="store_true", help="every checkpoint of the run, not the newest"
     )
     part.add_argument("--out", type=Path, help="folder of the table (RUN/sweep)")
     _add_measures(part)
+
+
+def weights(text: str) -> str:
+    """Which weights: "ema", "denoiser", or "ema:LENGTH" with a number."""
+    kind, _, length = text.partition(":")
+    if kind not in ("ema", "denoiser") or (length and kind != "ema"):
+        raise argparse.ArgumentTypeError(f"ema, denoiser or ema:LENGTH (got {text!r})")
+    if length:
+        try:
+            float(length)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"a length is a number (got {length!r})") from error
+    return text
 
 
 def _words(text: str) -> list[str]:

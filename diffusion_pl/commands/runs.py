@@ -23,6 +23,7 @@ from diffusion_pl.samplers.named import named
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Sampler, Visiting, check_range
 from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training import power_ema
 from diffusion_pl.training.settings import AUTOCAST, Settings, resolve_precision
 
 
@@ -81,7 +82,8 @@ def open_model(
 
     Args:
         run: a run's folder, or a checkpoint file.
-        weights: "ema" or "denoiser", averaged or raw.
+        weights: "ema" or "denoiser", averaged or raw; "ema:0.1" is the average of that relative
+            length, made from the run's snapshots.
         allow: packages to trust beside this one.
         overrides: `key=value` over the run's config.
 
@@ -95,7 +97,13 @@ def open_model(
     parts.bind(experiment)
     objective: TrainingObjective = config.build(experiment, "objective")
     denoiser = objective.denoiser(config.build(experiment, "network"))
-    checkpoints.load_weights(denoiser, loaded, weights, path)
+    kind, _, length = weights.partition(":")
+    source = path
+    if length:
+        source = path.parent.parent / power_ema.FOLDER
+        state = power_ema.reconstruct(source, section["images"], float(length))
+        loaded = {"state_dict": {f"{kind}.{key}": value for key, value in state.items()}}
+    checkpoints.load_weights(denoiser, loaded, kind, source)
     denoiser.to(memory_format=torch.channels_last)
     denoiser.eval().requires_grad_(False)
     return Model(path, section["images"], experiment, objective, denoiser)

@@ -39,7 +39,7 @@ class Point:
 
     Args:
         checkpoint: the file.
-        weights: "ema" or "denoiser".
+        weights: "ema", "denoiser" or "ema:LENGTH".
         sampler: its name, None for the run's own.
         steps: of the sampler, None for its own.
         guidance: the weight, None for the run's own.
@@ -97,9 +97,6 @@ def run(options: argparse.Namespace) -> int:
 
 def points(options: argparse.Namespace) -> Iterator[Point]:
     """Every combination, in the order of the axes."""
-    for kind in options.weights_kinds:
-        if kind not in ("ema", "denoiser"):
-            raise ValueError(f"--weights: weights are ema or denoiser (got {kind!r})")
     run_folder: Path = options.run
     files = [str(runs.checkpoint_of(run_folder))]
     if options.checkpoints:

@@ -20,6 +20,7 @@ from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
+from diffusion_pl.training.power_ema import save_snapshot
 from diffusion_pl.training.progress import Progress
 
 
@@ -161,6 +162,30 @@ class Checkpoints(Callback):
             checkpoints.point_to(path)
             for old in sorted(self.folder.glob("*.ckpt"))[: -self.keep]:
                 old.unlink()
+
+
+class Snapshots(Callback):
+    """Writes the averages that others are made of afterwards, every so many images and at the end.
+
+    Args:
+        folder: where they lie.
+        every: images between two.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder = folder
+        self.interval = Interval(every)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.interval.start(pl_module.images_seen)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        images = pl_module.images_seen
+        last = trainer.global_step >= trainer.max_steps
+        if (self.interval.passed(images) or last) and trainer.is_global_zero:
+            save_snapshot(self.folder, images, pl_module.profiles)
 
 
 class Evaluate(Callback):

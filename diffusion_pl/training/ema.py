@@ -20,16 +20,23 @@ class EMA:
         half_life: images after which a weight counts half, > 0. DDPM's decay 0.9999 at batch 128 is
             a half-life of 887,000 images.
         ramp_up: half-life as a share of the images seen, while that is shorter; None for none.
+        posthoc_every: images between snapshots of two more averages, from which one of any length
+            can be made afterwards (see power_ema.py); None for none. They take twice the memory of
+            the weights, and each snapshot as much of the disk.
     """
 
     half_life: float
     ramp_up: float | None = None
+    posthoc_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.half_life <= 0 or (self.ramp_up is not None and self.ramp_up <= 0):
             raise ValueError(
                 f"half_life and ramp_up must be positive (got {self.half_life}, {self.ramp_up})"
             )
+
+        if self.posthoc_every is not None and self.posthoc_every < 1:
+            raise ValueError(f"posthoc_every must be positive or null (got {self.posthoc_every})")
 
     def decay(self, images: int, batch_size: int) -> float:
         """Weight that the old average keeps in one update, in [0, 1).

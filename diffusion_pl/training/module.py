@@ -16,6 +16,7 @@ from diffusion_pl.diffusion.random import ImageNoise, generator, own_generator
 from diffusion_pl.images import from_bytes
 from diffusion_pl.seeds import seed_of
 from diffusion_pl.training import ema as averaging
+from diffusion_pl.training import power_ema
 from diffusion_pl.training.settings import Settings
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -77,7 +78,12 @@ class DiffusionModule(lightning.LightningModule):
         self.denoiser: Denoiser = objective.denoiser(network)
         self.ema: Denoiser = averaging.averaged_copy(self.denoiser)
         self.ema_profile = ema
-        self.update_ema: averaging.Updates | None = None  # made once the weights are on the device
+        # Averages of two fixed lengths, of which others are made afterwards.
+        lengths = power_ema.LENGTHS if ema.posthoc_every else ()
+        self.gammas = [power_ema.gamma_of(length) for length in lengths]
+        self.profiles = nn.ModuleList(averaging.averaged_copy(self.denoiser) for _ in lengths)
+        # Made once the weights are on the device.
+        self.updates: list[averaging.Updates] = []
         self.make_optimizer = optimizer
         self.settings = settings
         self.batch_size = batch_size
@@ -136,12 +142,25 @@ class DiffusionModule(lightning.LightningModule):
         images = self.images_seen
         self.set_rate(optimizer, images)
         optimizer.step()
-        if self.update_ema is None:
-            self.update_ema = averaging.Updates(self.ema, self.denoiser)
-        self.update_ema(self.ema_profile.decay(images, self.batch_size))
+        self.average(images)
         assert total is not None
         self.loss_sum = total if self.loss_sum is None else self.loss_sum + total
         self.loss_count += 1
+
+    def average(self, images: int) -> None:
+        """Move the averages after the weights, once a step.
+
+        Args:
+            images: images seen before the step.
+        """
+        if not self.updates:
+            averages = [self.ema, *self.profiles]
+            self.updates = [averaging.Updates(module, self.denoiser) for module in averages]
+        decays = [self.ema_profile.decay(images, self.batch_size)]
+        step = images // self.batch_size + 1
+        decays += [power_ema.decay(gamma, step) for gamma in self.gammas]
+        for update, decay in zip(self.updates, decays, strict=True):
+            update(decay)
 
     def passes(self, image: Tensor) -> int:
         """Forward passes that a share of a step takes, images (B, C, H, W)."""

@@ -22,7 +22,8 @@ from diffusion_pl.evaluation import Evaluation, Sampler
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.training import checkpoint as checkpoints
-from diffusion_pl.training.callbacks import Checkpoints, Evaluate, Log
+from diffusion_pl.training import power_ema
+from diffusion_pl.training.callbacks import Checkpoints, Evaluate, Log, Snapshots
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import Augment, DiffusionModule, MakeOptimizer
@@ -104,6 +105,10 @@ def fit(experiment: Experiment, run: Path, references: Path) -> dict[str, Any]:
         progress = Progress(trainer.max_steps * source.batch_size)
         log = Log(history, settings.log_every, progress)
         folder = run / "checkpoints"
+        if experiment.ema.posthoc_every:
+            # Before the checkpoint of the same moment, which then never lacks its snapshot.
+            snapshots = Snapshots(run / power_ema.FOLDER, experiment.ema.posthoc_every)
+            trainer.callbacks.append(snapshots)  # type: ignore[attr-defined]
         trainer.callbacks.extend(  # type: ignore[attr-defined]
             [
                 log,
