@@ -366,3 +366,10 @@ def test_reset_forgets_rows_that_wait() -> None:
     metric.update(Features(generated))
     assert metric.compute()["fd"] == pytest.approx(exact(real, generated), rel=1e-9)
     assert metric.notes["bias"] == expected_bias(generated, moments_of(real))
+
+
+def test_one_image_again_and_again_has_no_distance() -> None:
+    metric = metric_of(normal(30, 4, seed=30))
+    metric.update(Features(torch.ones(20, 4)))
+    with pytest.raises(ValueError, match="all generated images look alike"):
+        metric.compute()

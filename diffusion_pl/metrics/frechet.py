@@ -100,6 +100,10 @@ def _measure(
     key: str, reference: Moments, generated: Moments, features: Tensor | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """The distance, and what is to be said of so few images."""
+    for whose, total in (("generated", generated.total), ("real", reference.total)):
+        # One picture again and again; its "distance" would still be a number.
+        if total <= 1e-12 * max(generated.total, reference.total):
+            raise ValueError(f"Fréchet distance: all {whose} images look alike to the extractor")
     notes: dict[str, Any] = {}
     if features is not None and len(features) >= 2 * max(PIECES):
         notes["bias"] = expected_bias(features, reference)
