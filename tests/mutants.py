@@ -258,7 +258,12 @@ MUTANTS = [
         "training",
         ("weights_only=True", "weights_only=False"),
         ("os.replace(temporary, path)", "temporary.unlink()"),
-        ('section.get("format") != FORMAT', "False"),
+        ('section.get("format") not in READABLE', "False"),
+        ("length == len(comment) and ", ""),
+        ("sound = end[-_END_BYTES:].startswith(_END)", "sound = True"),
+        ('section["format"] >= 2 and not digested', "False"),
+        ("candidates += [other", "candidates[:0] = [other"),
+        ("            point_to(candidate)", "            abs(1)"),
     ),
     *at(
         "evaluation.py",

@@ -7,6 +7,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,7 +108,7 @@ def measurements(folder):
 def test_a_run_leaves_rows_grids_and_checkpoints(go):
     folder, checkpoint = go(experiment())
     assert checkpoint["diffusion_pl"] == {
-        "format": 1,
+        "format": 2,
         "config": {"experiment": "tiny"},
         "images": 48,
     }
@@ -410,7 +411,7 @@ def test_history_forgets_what_a_resumed_run_measures_again(tmp_path):
 
 def test_checkpoints_survive_a_full_disk(tmp_path):
     path = tmp_path / "one.ckpt"
-    good = {"state_dict": {"a": torch.ones(2)}, "diffusion_pl": {"format": 1}}
+    good = {"state_dict": {"a": torch.ones(2)}, "diffusion_pl": {"format": 2}}
     checkpoints.save(good, path)
 
     def fail(file):
@@ -448,7 +449,7 @@ def test_a_checkpoint_that_calls_something_is_refused_and_not_run(tmp_path):
 def test_checkpoints_of_another_format_are_refused(tmp_path, content, found):
     path = tmp_path / "other.ckpt"
     torch.save(content, path)
-    with pytest.raises(ValueError, match=rf"format 1 \(format: {found}\)"):
+    with pytest.raises(ValueError, match=rf"format 2 \(format: {found}\)"):
         checkpoints.load(path)
 
 
@@ -459,6 +460,58 @@ def test_damaged_checkpoints_are_one_clear_error(tmp_path, damage):
     path.write_bytes(path.read_bytes()[:-500] if damage is None else damage)
     with pytest.raises(ValueError, match=r"bad\.ckpt: "):
         checkpoints.load(path)
+
+
+def saved(folder, images, value=0.0):
+    path = folder / f"{images:012d}.ckpt"
+    section = {"format": checkpoints.FORMAT, "images": images}
+    checkpoints.save({"diffusion_pl": section, "w": torch.full((300,), value)}, path)
+    checkpoints.point_to(path)
+    return path
+
+
+def test_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path):
+    path = saved(tmp_path, 8)
+    content = path.read_bytes()
+    assert torch.equal(checkpoints.load(path)["w"], torch.zeros(300))
+    rng = np.random.default_rng(0)
+    for position in [*rng.integers(0, len(content), 400), *range(-100, 0)]:
+        changed = bytearray(content)
+        changed[position] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        with pytest.raises(checkpoints.Damaged):
+            checkpoints.load(path)
+    for cut in rng.integers(0, len(content), 20):
+        path.write_bytes(content[:cut])
+        with pytest.raises(checkpoints.Damaged):
+            checkpoints.load(path)
+
+
+def test_checkpoints_from_before_the_digest_are_still_read(tmp_path):
+    torch.save({"diffusion_pl": {"format": 1}, "w": torch.ones(3)}, tmp_path / "old.ckpt")
+    assert torch.equal(checkpoints.load(tmp_path / "old.ckpt")["w"], torch.ones(3))
+    torch.save({"diffusion_pl": {"format": 2}}, tmp_path / "new.ckpt")
+    with pytest.raises(checkpoints.Damaged, match="its digest is missing"):
+        checkpoints.load(tmp_path / "new.ckpt")
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
+    first, second, third = (saved(tmp_path, images) for images in (8, 16, 24))
+    assert checkpoints.newest_sound(tmp_path) == third
+    assert not caplog.records
+    for path in (third, second):
+        path.write_bytes(path.read_bytes()[:-30])
+    assert checkpoints.newest_sound(tmp_path) == first
+    assert len(caplog.records) == 2
+    assert "24.ckpt: is damaged" in caplog.records[0].message
+    assert checkpoints.latest(tmp_path) == first
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "latest", first.name, f"{second.name}.damaged", f"{third.name}.damaged",
+    }  # fmt: skip
+    first.write_bytes(b"")
+    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+        checkpoints.newest_sound(tmp_path)
+    assert checkpoints.newest_sound(tmp_path / "empty") is None
 
 
 def test_weights_that_do_not_fit_name_the_first_key():

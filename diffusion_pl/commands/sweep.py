@@ -153,7 +153,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             yscale=scale(row["value"] for row in rows),
         )
         axes.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel(rows[0]["name"])
+    panels[0].set_ylabel(rows[0]["name"].partition("/")[0])
+    figure.suptitle(rows[0]["name"], fontsize="small")
     if len(lines) > 1:
         panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     experiment = parts.read(options.experiment, options.overrides)
     folder: Path = options.run or parts.RUNS / experiment.name
     settle(experiment, folder, options.start)
-    latest = checkpoints.latest(folder / "checkpoints")
+    latest = checkpoints.newest_sound(folder / "checkpoints")
     batch_size = experiment.get("data.batch_size")
     budget = config.build(experiment, "trainer").steps(batch_size) * batch_size
     done = int(latest.stem) if latest else 0

@@ -1,15 +1,19 @@
 """Checkpoints on disk: written whole or not at all, read without running anything that they hold.
 
 A checkpoint is Lightning's dictionary plus an entry "diffusion_pl": the format number, the resolved
-config as plain containers, the images seen. This file does not import lightning, so drawing images
-from a run does not either.
+config as plain containers, the images seen. It is a zip archive, as torch writes it, whose comment
+is the sha256 of all before it: torch alone loads nearly every flipped bit without a word. This file
+does not import lightning, so drawing images from a run does not either.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +22,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # format 1 was without a digest
 SECTION = "diffusion_pl"
 LATEST = "latest"
+DAMAGED = ".damaged"  # what a damaged checkpoint's name ends in from then on
+
+# The end of a zip archive: a signature, 16 bytes, and the length of the comment that follows.
+_END, _END_BYTES = b"PK\x05\x06", 22
+_MARK = b"sha256:"
+_COMMENT_BYTES = len(_MARK) + 64
+
+logger = logging.getLogger(__name__)
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not as it was written."""
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -55,7 +72,49 @@ def save(checkpoint: Mapping[str, Any], path: Path) -> None:
     Raises:
         ValueError: the folder cannot be written or is full.
     """
-    write_atomically(path, lambda file: torch.save(dict(checkpoint), file))
+
+    def write(file: Any) -> None:
+        torch.save(dict(checkpoint), file)
+        file.flush()
+        comment = _MARK + _digest(Path(file.name), file.tell()).encode()
+        file.seek(-2, os.SEEK_END)  # torch writes no comment, so its length is the file's end
+        file.write(struct.pack("<H", len(comment)) + comment)
+
+    write_atomically(path, write)
+
+
+def verify(path: Path) -> None:
+    """See that a checkpoint is as it was written.
+
+    Raises:
+        Damaged: it is not.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - _END_BYTES - _COMMENT_BYTES))
+        end = file.read()
+    comment = end[_END_BYTES:]
+    if end.startswith(_END) and comment.startswith(_MARK):
+        written = comment[len(_MARK) :].decode(errors="replace")
+        length = struct.unpack("<H", end[_END_BYTES - 2 : _END_BYTES])[0]
+        sound = length == len(comment) and _digest(path, size - len(comment)) == written
+    else:
+        sound = end[-_END_BYTES:].startswith(_END)  # format 1 had no comment
+    if not sound:
+        raise Damaged(f"{path}: is damaged; its bytes are not those that were written")
+
+
+def _digest(path: Path, length: int) -> str:
+    """sha256 (hex) of a file's first bytes, the last two of them, a length to come, as zeros."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        left = length - 2
+        while left > 0 and (block := file.read(min(left, 2**22))):
+            sha256.update(block)
+            left -= len(block)
+    sha256.update(b"\0\0")
+    return sha256.hexdigest()
 
 
 def point_to(path: Path) -> None:
@@ -85,6 +144,34 @@ def latest(folder: Path) -> Path | None:
     return path
 
 
+def newest_sound(folder: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; None when nothing was saved yet.
+
+    One that is damaged is named in one line and set aside, so that it is neither gone on with nor
+    counted among those that stay.
+
+    Raises:
+        ValueError: checkpoints are there, and all are damaged.
+    """
+    path = latest(folder)
+    candidates = [] if path is None else [path]
+    candidates += [other for other in reversed(found(folder)) if path and other.name < path.name]
+    for candidate in candidates:
+        try:
+            verify(candidate)
+        except Damaged as error:
+            with contextlib.suppress(OSError):  # another process may have been faster
+                candidate.rename(candidate.with_name(candidate.name + DAMAGED))
+            logger.warning("%s; going on with the one before", error)
+            continue
+        if candidate != path:
+            point_to(candidate)
+        return candidate
+    if candidates:
+        raise ValueError(f"{folder}: every checkpoint is damaged; start in another folder")
+    return None
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint of this package.
 
@@ -94,7 +181,9 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: not there, damaged, holding code, or of another format.
     """
     try:
+        verify(path)
         with zipfile.ZipFile(path) as archive:
+            digested = archive.comment.startswith(_MARK)
             stored = sum(entry.file_size for entry in archive.infolist())
         if stored > path.stat().st_size:
             raise ValueError(f"{path}: its entries are larger than the file; refused")
@@ -107,13 +196,15 @@ def load(path: Path) -> dict[str, Any]:
             f"{path}: holds more than tensors and plain data; refused ({reason})"
         ) from error
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({error})") from error
+        raise Damaged(f"{path}: cannot be read as a checkpoint ({error})") from error
     section = checkpoint.get(SECTION) if isinstance(checkpoint, dict) else None
-    if not isinstance(section, dict) or section.get("format") != FORMAT:
-        found = section.get("format") if isinstance(section, dict) else "none"
+    if not isinstance(section, dict) or section.get("format") not in READABLE:
+        number = section.get("format") if isinstance(section, dict) else "none"
         raise ValueError(
-            f"{path}: not a checkpoint of diffusion_pl's format {FORMAT} (format: {found})"
+            f"{path}: not a checkpoint of diffusion_pl's format {FORMAT} (format: {number})"
         )
+    if section["format"] >= 2 and not digested:
+        raise Damaged(f"{path}: is damaged; its digest is missing")
     return checkpoint
 
 
