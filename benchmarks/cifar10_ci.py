@@ -2,8 +2,8 @@
 
 `make ci-fid` trains experiments/cifar10_ci.yaml, and fails if its distance lies outside the
 interval that benchmarks/results/cifar10_ci.json holds. There are two distances: over the embedded
-classifier's features, and over means of pixels, which differ less from seed to seed. The interval is
-where one more run of such a recipe lies with 99 % probability, if runs are normally distributed
+classifier's features, and over means of pixels, which differ less from seed to seed. The interval
+is where one more run of such a recipe lies with 99 % probability, if runs are normally distributed
 about the seeds' mean:
 
     mean +- t(0.995, n - 1) s sqrt(1 + 1 / n)

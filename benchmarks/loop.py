@@ -28,6 +28,7 @@ from diffusion_pl.samplers.sampler import Sampler
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.run import Experiment, fit
 from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.stopping import Wish
 
 BATCH = 8
 STEPS = 500
@@ -101,7 +102,7 @@ def ours(data: Synthetic) -> float:
         evaluation=Evaluation(every=images, count=2, grid=1),
     )
     with tempfile.TemporaryDirectory() as folder:
-        fit(made, Path(folder), Path(folder) / "references")
+        fit(made, Path(folder), Path(folder) / "references", Wish())
         rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()[1:]
     speeds = [json.loads(row)["images_per_second"] for row in rows if "loss" in row]
     return BATCH / median(speeds)

@@ -1,7 +1,8 @@
 """The command line: what each command takes, and how errors end it.
 
 Only the module of the wanted command is imported: help and listing answer without torch.
-Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 1 failed, 2 bad input.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 1 failed, 2 bad input,
+75 stopped by a signal, and the same command goes on.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from diffusion_pl.objectives.ddpm import DDPM
 from diffusion_pl.objectives.improved_ddpm import ImportanceSampled
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.run import fit
+from diffusion_pl.training.stopping import Wish
 
 
 def objective(seed):
@@ -23,7 +24,7 @@ def objective(seed):
 def trained(folder, images, seed):
     folder.mkdir(exist_ok=True)
     made = experiment(images=images, objective=objective(seed))
-    fit(made, folder, folder.parent / "references")
+    fit(made, folder, folder.parent / "references", Wish())
     return checkpoints.load(checkpoints.latest(folder / "checkpoints"))
 
 

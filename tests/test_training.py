@@ -30,6 +30,7 @@ from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule, NonFiniteLoss
 from diffusion_pl.training.run import Experiment, fit
 from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.stopping import Wish
 
 BATCH = 8
 
@@ -82,7 +83,7 @@ def go(tmp_path):
     def run(made, name="run"):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        fit(made, folder, tmp_path / "references")
+        fit(made, folder, tmp_path / "references", Wish())
         return folder, checkpoints.load(checkpoints.latest(folder / "checkpoints"))
 
     return run

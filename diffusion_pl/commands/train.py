@@ -19,12 +19,18 @@ from diffusion_pl.training.checkpoint import write_atomically
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import NonFiniteLoss
 from diffusion_pl.training.run import Experiment, fit, last_measurements
+from diffusion_pl.training.stopping import MARKER, RESUMABLE, Wish
 
 FAILURES: tuple[type[Exception], ...] = (NonFiniteLoss, WorkerLost)
 
 
 def run(options: argparse.Namespace) -> int:
     """Train, then say where the run lies, what was measured and how to draw more."""
+    with Wish() as wish:  # first of all: a signal while it starts must not lose the run's place
+        return _run(options, wish)
+
+
+def _run(options: argparse.Namespace, wish: Wish) -> int:
     experiment = parts.read(options.experiment, options.overrides)
     folder: Path = options.run or parts.RUNS / experiment.name
     settle(experiment, folder, options.start)
@@ -48,12 +54,18 @@ def run(options: argparse.Namespace) -> int:
     if options.start and not latest:
         start_from(built, options.start)
     try:
-        result = fit(built, folder, parts.REFERENCES)
+        (folder / MARKER).unlink(missing_ok=True)
+        result = fit(built, folder, parts.REFERENCES, wish)
     except NonFiniteLoss as error:
         kept = checkpoints.latest(folder / "checkpoints")
         raise NonFiniteLoss(f"{error}; the last good checkpoint is {kept or 'none'}") from error
-    if leads:
-        report(folder, result["images"], result["rows"])
+    if not leads:
+        return 0  # Lightning would kill the others for any other code
+    if result["stopped"]:
+        images = f"{result['images']:,} of {budget:,} images"
+        print(f"{folder}: stopped at {images}; the same command goes on", file=sys.stderr)
+        return RESUMABLE
+    report(folder, result["images"], result["rows"])
     return 0
 
 

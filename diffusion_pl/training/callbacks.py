@@ -22,6 +22,7 @@ from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.power_ema import save_snapshot
 from diffusion_pl.training.progress import Progress
+from diffusion_pl.training.stopping import Agreement, Wish
 
 
 class Interval:
@@ -80,7 +81,7 @@ class Log(Callback):
             self._row(trainer, pl_module, images)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if pl_module.images_seen > self.images:
+        if pl_module.images_seen > self.images and trainer.global_step >= trainer.max_steps:
             self._row(trainer, pl_module, pl_module.images_seen)
 
     def _row(self, trainer: lightning.Trainer, pl_module: DiffusionModule, images: int) -> None:
@@ -188,6 +189,30 @@ class Snapshots(Callback):
             save_snapshot(self.folder, images, pl_module.profiles)
 
 
+class Stop(Callback):
+    """Ends the training between two steps when any rank was told to stop.
+
+    Args:
+        wish: this process's.
+    """
+
+    def __init__(self, wish: Wish) -> None:
+        self.wish = wish
+        self.stopped = False
+        self.agreement: Agreement | None = None
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.wish.listen()  # Lightning has taken some of them for itself
+        self.agreement = Agreement(self.wish, pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.agreement is not None
+        if trainer.global_step < trainer.max_steps and self.agreement.reached():
+            self.stopped = trainer.should_stop = True
+
+
 class Evaluate(Callback):
     """Draws and measures images of the averaged weights every so many images and at the end.
 
@@ -260,7 +285,7 @@ class Evaluate(Callback):
             self._evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if pl_module.images_seen:
+        if trainer.global_step >= trainer.max_steps:  # not when it was stopped
             self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> None:

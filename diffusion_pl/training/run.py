@@ -23,7 +23,8 @@ from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
-from diffusion_pl.training.callbacks import Checkpoints, Evaluate, Log, Snapshots
+from diffusion_pl.training.callbacks import Checkpoints, Evaluate, Log, Snapshots, Stop
+from diffusion_pl.training.checkpoint import write_atomically
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import Augment, DiffusionModule, MakeOptimizer
@@ -35,6 +36,7 @@ from diffusion_pl.training.settings import (
     Settings,
     resolve_precision,
 )
+from diffusion_pl.training.stopping import MARKER, Wish
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,18 @@ class CheckpointFiles(CheckpointIO):
         Path(path).unlink()
 
 
-def fit(experiment: Experiment, run: Path, references: Path) -> dict[str, Any]:
+def fit(experiment: Experiment, run: Path, references: Path, wish: Wish) -> dict[str, Any]:
     """Train to the end of the budget, from the run's last checkpoint if there is one.
 
     Args:
         experiment: the parts.
         run: the run's folder; made if absent.
         references: where statistics of real images are kept.
+        wish: whether this process was told to stop; the run then ends between two steps, with a
+            checkpoint and after it the marker that it waits to go on.
 
     Returns:
-        {"images": images seen, "rows": the last measurements}.
+        {"images": images seen, "rows": the last measurements, "stopped": whether it was}.
 
     Raises:
         ValueError: parts that do not fit one another, or a folder that cannot be written.
@@ -109,8 +113,10 @@ def fit(experiment: Experiment, run: Path, references: Path) -> dict[str, Any]:
             # Before the checkpoint of the same moment, which then never lacks its snapshot.
             snapshots = Snapshots(run / power_ema.FOLDER, experiment.ema.posthoc_every)
             trainer.callbacks.append(snapshots)  # type: ignore[attr-defined]
+        stop = Stop(wish)
         trainer.callbacks.extend(  # type: ignore[attr-defined]
             [
+                stop,
                 log,
                 Checkpoints(folder, settings.checkpoint_every, settings.keep, experiment.config),
                 Evaluate(
@@ -131,7 +137,13 @@ def fit(experiment: Experiment, run: Path, references: Path) -> dict[str, Any]:
             trainer.fit(module, datamodule=data, ckpt_path=latest)
         finally:
             progress.stop()
-    return {"images": module.images_seen, "rows": last_measurements(history)}
+    if stop.stopped and trainer.is_global_zero:
+        write_atomically(run / MARKER, lambda file: file.write(f"{wish.name}\n".encode()))
+    return {
+        "images": module.images_seen,
+        "rows": last_measurements(history),
+        "stopped": stop.stopped,
+    }
 
 
 def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning.Trainer:

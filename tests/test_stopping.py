@@ -1,0 +1,182 @@
+"""Signals: a run ends between two steps with a checkpoint, and later at the bits of any other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_cli import ROOT, TINY
+
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training import stopping
+from diffusion_pl.training.history import History
+
+# Long enough to be hit on the way, and quick to finish.
+LONG = TINY.replace("images: 32, checkpoint_every: 8, log_every: 8", "images: 1600, "
+                    "checkpoint_every: 800, log_every: 8, loggers: []")  # fmt: skip
+LONG = LONG.replace("every: 16, count: 20", "every: 800, count: 20")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the experiment and a run of it that nobody stopped."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments" / "base.yaml", folder / "experiments")
+    (folder / "experiments" / "tiny.yaml").write_text(LONG)
+    assert finish(folder, "straight") == 0
+    return folder
+
+
+def command(run, devices=1):
+    words = ["train", "tiny", "--run", f"runs/{run}", f"trainer.devices={devices}"]
+    return [sys.executable, "-m", "diffusion_pl", *words, "network.dropout=0.0"]
+
+
+def finish(place, run, devices=1):
+    done = subprocess.run(command(run, devices), cwd=place, capture_output=True, timeout=120)
+    return done.returncode
+
+
+def begin(place, run, devices=1):
+    """Start a run in a session of its own and wait until it has done some steps."""
+    with (place / f"{run}.log").open("wb") as log:
+        process = subprocess.Popen(
+            command(run, devices), cwd=place, stdout=log, stderr=log, start_new_session=True
+        )
+    until = time.monotonic() + 120
+    while not History(place / "runs" / run / "metrics.jsonl").rows():
+        assert process.poll() is None and time.monotonic() < until, said(place, run)
+        time.sleep(0.01)
+    return process
+
+
+def said(place, run):
+    return (place / f"{run}.log").read_text()
+
+
+def weights(place, run):
+    loaded = checkpoints.load(checkpoints.latest(place / "runs" / run / "checkpoints"))
+    return loaded["global_step"], loaded["state_dict"], loaded["optimizer_states"]
+
+
+def test_a_stopped_run_goes_on_to_the_bits_of_one_that_was_not(place):
+    name = "SIGTERM"
+    process = begin(place, name)
+    process.send_signal(signal.Signals[name])
+    assert process.wait(timeout=30) == stopping.RESUMABLE, said(place, name)
+    folder = place / "runs" / name
+    assert (folder / stopping.MARKER).read_text().strip() == name
+    step, *_ = weights(place, name)
+    assert 0 < step < 200
+    assert f"stopped at {8 * step:,} of 1,600 images; the same command goes on" in said(place, name)
+    # Nothing is torn: Adam has made as many steps as the run.
+    assert finish(place, name) == 0
+    assert not (folder / stopping.MARKER).exists()
+    for one, other in zip(weights(place, "straight"), weights(place, name), strict=True):
+        assert_equal(one, other)
+    first, second = (
+        [
+            (row["images"], row["name"], row["value"])
+            for row in History(place / "runs" / run / "metrics.jsonl").rows()
+            if "name" in row
+        ]
+        for run in ("straight", name)
+    )
+    assert first == second
+
+
+def assert_equal(one, other):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_equal(*pair)
+    else:
+        assert one == other
+
+
+def test_all_ranks_stop_at_one_step_whoever_was_told(place):
+    run = "two"
+    process = begin(place, run, devices=2)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "diffusion_pl"], capture_output=True, text=True
+    )
+    (other,) = map(int, children.stdout.split())
+    os.kill(other, signal.SIGUSR1)
+    assert process.wait(timeout=30) == stopping.RESUMABLE, said(place, run)
+    until = time.monotonic() + 30
+    while (alive := _alive(other)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive
+    marker = (place / "runs" / run / stopping.MARKER).read_text().strip()
+    assert marker == "a signal to another rank"
+    assert 0 < weights(place, run)[0] < 200
+
+
+def _alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_second_interrupt_leaves_at_once():
+    code = (
+        "import signal, os, time\n"
+        "from diffusion_pl.training.stopping import Wish\n"
+        "with Wish() as wish:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    assert wish.signal == signal.SIGINT\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(30)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=20).returncode == 130
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+def test_a_signal_sets_a_flag_and_goes_back_to_whom_it_was_taken_from(name):
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+    with stopping.Wish() as wish:
+        assert wish.signal is None
+        wish.listen()  # again, as after Lightning
+        os.kill(os.getpid(), number)
+        assert (wish.signal, wish.name) == (number, name)
+    assert signal.getsignal(number) == before
+
+
+def test_asking_costs_a_hundredth_of_a_step_at_most(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stopping.ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(stopping.ranks, "summed", lambda values: 2 * values)
+    asked = []
+
+    def all_agree(yes, device):
+        asked.append(yes)
+        clock[0] += 0.2e-3
+        return yes
+
+    monkeypatch.setattr(stopping.ranks, "all_agree", all_agree)
+    wish = stopping.Wish()
+    agreement = stopping.Agreement(wish, torch.device("cpu"))
+    for _ in range(1000):
+        clock[0] += 1e-3  # a step
+        assert not agreement.reached()
+    assert agreement.every in (20, 21)  # rounded up
+    assert len(asked) < 70
+    wish.signal = signal.SIGTERM
+    assert sum(agreement.reached() for _ in range(agreement.every)) == 1
