@@ -265,14 +265,6 @@ MUTANTS = [
         ("candidates += [other", "candidates[:0] = [other"),
         ("            point_to(candidate)", "            abs(1)"),
     ),
-    *at(
-        "evaluation.py",
-        "evaluation",
-        ('ImageNoise(self.seed, indices, "latent")', 'ImageNoise(self.seed, range(len(indices)))'),
-        ("seed_of(self.seed, \"label\", i) % self.classes", "0"),
-        ("count * rank // world_size,", "rank,"),
-        ("if not torch.isfinite(drawn).all():", "if False:"),
-    ),
 ]  # fmt: skip
 
 

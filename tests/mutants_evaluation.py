@@ -8,7 +8,7 @@ MUTANTS = [
     *at(
         "evaluation/measuring.py",
         "evaluation evaluation_given",
-        ("images[:TILE])", "images[: TILE - 1])"),
+        ("yield Tile(start, whole[:TILE])", "yield Tile(start, whole[: TILE - 1])"),
         ("start, waiting = start + TILE,", "start, waiting = start,"),
         ("settings.grid - position]", "settings.grid]"),
         ("if position < settings.grid:", "if position <= settings.grid + TILE:"),

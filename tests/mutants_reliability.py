@@ -21,7 +21,7 @@ MUTANTS = [
         "stopping",
         ("        self.wish.listen()", "        abs(1)"),
         ("self.stopped = trainer.should_stop = True", "self.stopped = True"),
-        ("        if trainer.global_step >= trainer.max_steps:  # not when it was stopped\n", "        if True:\n"),
+        ("trainer.max_steps:  # not when", "0:  # not when"),
     ),
     *at(
         "training/run.py",
