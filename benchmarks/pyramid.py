@@ -2,9 +2,9 @@
 
     make bench BENCH=pyramid RUN=runs/pyramidal_small [OTHER=runs/without_positions]
 
-Everything is measured against held-out scenes of the run's synthetic data, by two distances, neither
-of them FID: over the embedded extractor's features, which see grain and shape, and over means of
-pixels, which see place and colour. They carry the bias of COUNT images, alike in every row.
+Everything is measured against held-out scenes of the run's synthetic data, by two distances,
+neither of them FID: over the embedded extractor's features, which see grain and shape, and over
+means of pixels, which see place and colour. They carry the bias of COUNT images, alike in every row.
 """
 
 from __future__ import annotations
