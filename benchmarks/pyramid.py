@@ -4,7 +4,7 @@
 
 Everything is measured against held-out scenes of the run's synthetic data, by two distances,
 neither of them FID: over the embedded extractor's features, which see grain and shape, and over
-means of pixels, which see place and colour. They carry the bias of COUNT images, alike in every row.
+means of pixels, which see place and colour. They carry the bias of COUNT images, alike in all rows.
 """
 
 from __future__ import annotations
