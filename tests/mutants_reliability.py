@@ -24,6 +24,12 @@ MUTANTS = [
         ("trainer.max_steps:  # not when", "0:  # not when"),
     ),
     *at(
+        "training/callbacks.py",
+        "training",
+        ("if passed >= pl_module.batch_size:", "if passed > pl_module.batch_size:"),
+        ("[: -self.keep]", "[: -self.keep - 1]"),
+    ),
+    *at(
         "training/run.py",
         "stopping",
         ("if stop.stopped and trainer.is_global_zero:", "if trainer.is_global_zero:"),

@@ -239,6 +239,25 @@ def test_the_loss_falls(go):
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_the_newest_checkpoints_stay_and_one_in_every_so_many_for_good(go):
+    settings = {"checkpoint_every": 8, "keep": 2, "keep_every": 16}
+    folder, _ = go(experiment(56, settings=settings))
+    images = [int(path.stem) for path in checkpoints.found(folder / "checkpoints")]
+    assert images == [16, 32, 48, 56]
+    with pytest.raises(ValueError, match="keep_every must be a multiple of checkpoint_every, 8"):
+        Settings(images=56, checkpoint_every=8, keep_every=12)
+
+
+def test_the_rate_falls_to_zero_over_the_cooldown():
+    settings = Settings(images=100, checkpoint_every=100, warmup=20, cooldown=50)
+    rates = [settings.rate(images, 10) for images in range(0, 101, 10)]
+    assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0])
+    # The last step is whole, so the budget's end is that of the last step.
+    assert settings.rate(100, 30) == pytest.approx(0.4)
+    with pytest.raises(ValueError, match="cooldown must not be negative"):
+        Settings(images=100, checkpoint_every=100, cooldown=-1)
+
+
 def test_the_rate_rises_from_zero_over_the_warm_up(go):
     go_settings = {"warmup": 32, "log_every": 8}
     folder, _ = go(experiment(settings=go_settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.power_ema import save_snapshot
 from diffusion_pl.training.progress import Progress
+from diffusion_pl.training.settings import Settings
 from diffusion_pl.training.stopping import Agreement, Wish
 
 
@@ -118,15 +120,15 @@ class Checkpoints(Callback):
 
     Args:
         folder: where the checkpoints lie.
-        every: images between two.
-        keep: how many of the newest stay.
+        settings: how often, and which stay.
         config: the resolved config, written into each.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Settings, config: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.interval = Interval(every)
-        self.keep = keep
+        self.interval = Interval(settings.checkpoint_every)
+        self.keep = settings.keep
+        self.keep_every = settings.keep_every
         self.config = config
         self.saved = -1
 
@@ -148,21 +150,25 @@ class Checkpoints(Callback):
     ) -> None:
         images = pl_module.images_seen
         if self.interval.passed(images) and trainer.global_step < trainer.max_steps:
-            self._save(trainer, images)
+            self._save(trainer, pl_module)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         # After the last evaluation: a run with its last checkpoint has all its measurements.
         if 0 <= self.saved < pl_module.images_seen:
-            self._save(trainer, pl_module.images_seen)
+            self._save(trainer, pl_module)
 
-    def _save(self, trainer: lightning.Trainer, images: int) -> None:
+    def _save(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> None:
+        images = pl_module.images_seen
         path = self.folder / f"{images:012d}.ckpt"
         trainer.save_checkpoint(path)
         self.saved = images
         if trainer.is_global_zero:
             checkpoints.point_to(path)
-            for old in sorted(self.folder.glob("*.ckpt"))[: -self.keep]:
-                old.unlink()
+            for old in checkpoints.found(self.folder)[: -self.keep]:
+                # The first one past each multiple stays for good.
+                passed = int(old.stem) % self.keep_every if self.keep_every else math.inf
+                if passed >= pl_module.batch_size:
+                    old.unlink()
 
 
 class Snapshots(Callback):

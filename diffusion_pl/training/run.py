@@ -118,7 +118,7 @@ def fit(experiment: Experiment, run: Path, references: Path, wish: Wish) -> dict
             [
                 stop,
                 log,
-                Checkpoints(folder, settings.checkpoint_every, settings.keep, experiment.config),
+                Checkpoints(folder, settings, experiment.config),
                 Evaluate(
                     experiment.evaluation,
                     experiment.sampler,

@@ -23,6 +23,8 @@ class Settings:
         images: the budget, images to train on.
         checkpoint_every: images between checkpoints.
         keep: newest checkpoints that stay, at least 1.
+        keep_every: images between checkpoints that stay for good, a multiple of checkpoint_every;
+            None for none.
         log_every: images between rows of the log.
         warmup: images over which the learning rate rises from 0.
         cooldown: images at the end of the budget over which it falls to 0, 0 for none; short runs
@@ -43,6 +45,7 @@ class Settings:
     checkpoint_every: int
     log_every: int = 5_000
     keep: int = 2
+    keep_every: int | None = None
     warmup: int = 0
     cooldown: int = 0
     clip: float | None = None
@@ -64,6 +67,13 @@ class Settings:
         for key in ("warmup", "cooldown"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative (got {getattr(self, key)})")
+        if self.keep_every is not None and (
+            self.keep_every < 1 or self.keep_every % self.checkpoint_every
+        ):
+            raise ValueError(
+                f"keep_every must be a multiple of checkpoint_every, {self.checkpoint_every} "
+                f"(got {self.keep_every})"
+            )
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout must be in [0, 1] (got {self.label_dropout})")
         if self.clip is not None and self.clip <= 0:
