@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 RECORD = Path(__file__).parent / "results" / "cifar10_ci.json"
 EXPERIMENT = "cifar10_ci"
 PLACES = (
-    "data/cifar10",
+    "data/cifar10/cifar-10-python.tar.gz",
     "../shared/data/cifar-10-subset-python.tar.gz",  # beside the project where CI has it
 )
 
@@ -57,7 +57,7 @@ BUGS = {
     "the mirror image of half of the image": (
         "data/loader.py",
         "image.flip(-1), image)",
-        "torch.cat([image[..., :16].flip(-1), image[..., 16:]], -1), image)",
+        "torch.cat([image[..., :8].flip(-1), image[..., 8:]], -1), image)",
     ),
 }
 
@@ -66,7 +66,8 @@ def train(data: str, seed: int, run: Path, code: Path = ROOT) -> list[dict[str, 
     """Train and measure once: distances over two extractors, and FID where it can be had."""
     shutil.rmtree(run, ignore_errors=True)
     started = time.monotonic()
-    words = ["train", EXPERIMENT, f"data.path={data}", f"seed={seed}", "--run", str(run)]
+    words = ["train", EXPERIMENT, f"seed={seed}", "--run", str(run)]
+    words += [f"data.path={run.parent / 'shards'}", f"data.made_of.source.path={data}"]
     _command(words, code)
     rows = [row for row in History(run / "metrics.jsonl").rows() if "name" in row]
     found = [next(row for row in reversed(rows) if row["name"].startswith("fd@"))]
