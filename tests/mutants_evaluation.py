@@ -26,7 +26,7 @@ MUTANTS = [
     ),
     *at(
         "evaluation/measuring.py",
-        "evaluation_ranks",
+        "evaluation evaluation_ranks",
         ("ranks.share(settings.count, TILE)", "range(settings.count)"),
         ("ranks.share(settings.count, TILE)", "ranks.share(settings.count)"),
         ("ranks.gathered(torch.cat(shown))", "torch.cat(shown)"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffusion_pl import ranks
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.diffusion.random import ImageNoise
@@ -150,6 +151,30 @@ def test_images_are_handed_on_by_whole_tiles_from_the_first_on():
         for piece in pieces:
             wanted = range(piece.start, piece.start + len(piece.images))
             assert torch.equal(piece.images, drawn.images(wanted)[0])
+
+
+def test_the_grid_is_of_the_first_images_measured(measured):
+    _, shown = measured(grid=40, metrics=())  # a tile and a part of one
+    assert torch.equal(shown, drawing().images(range(40))[0])
+    _, shown = measured(grid=9, metrics=(), first=100)
+    assert torch.equal(shown, drawing().images(range(100, 109))[0])
+
+
+@pytest.mark.parametrize(("rank", "tiles"), [(0, [TILE, TILE]), (1, [TILE, TILE]), (2, [22])])
+def test_every_rank_shows_whole_tiles_to_the_extractor(measured, monkeypatch, rank, tiles):
+    measured(count=150, metrics=(Frechet(),))  # the reference is known before
+    monkeypatch.setattr(ranks, "rank", lambda: rank)
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    seen = []
+    forward = shapes.Shapes.forward
+
+    def count(self, images):
+        seen.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(shapes.Shapes, "forward", count)
+    measured(count=150, metrics=(Frechet(),), batch_size=20)
+    assert seen == tiles
 
 
 def test_a_row_says_what_its_number_depends_on(measured):
