@@ -63,6 +63,12 @@ def test_an_image_depends_on_seed_and_index_alone():
     assert not torch.equal(other[0], whole[4])
 
 
+def test_the_first_noise_is_the_seeds_too():
+    quiet = Sampler(heun, Rho(), 4)  # draws no noise of its own
+    one, other = (drawing(quiet, seed=seed, classes=0).images([4])[0] for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
 def test_labels_are_uniform_and_belong_to_the_index():
     labels = drawing().labels(range(4000))
     counts = torch.bincount(labels, minlength=4)
