@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ def evaluate(
     return rows, ranks.gathered(torch.cat(shown)).cpu()
 
 
-class Tile:
+class Tile(NamedTuple):
     """Consecutive images.
 
     Args:
@@ -173,8 +173,8 @@ class Tile:
         images: uint8 (up to TILE, C, H, W).
     """
 
-    def __init__(self, start: int, images: Tensor) -> None:
-        self.start, self.images = start, images
+    start: int
+    images: Tensor
 
 
 class Pieces:
