@@ -133,7 +133,7 @@ def record(data: str, seeds: int, runs: Path) -> None:
 
 def report(what: str, rows: Sequence[dict[str, Any]]) -> bool:
     """Print every number beside its interval; whether all that have one lie within."""
-    known, inside = recorded(), False
+    known, verdicts = recorded(), []
     for row in rows:
         number = known.get(row["name"])
         said = f"{what}: {row['name']} = {row['value']:.4g} ({row['whole_seconds']} s)"
@@ -145,10 +145,8 @@ def report(what: str, rows: Sequence[dict[str, Any]]) -> bool:
         place = "inside" if within else "OUTSIDE"
         seeds = f"{len(number['values'])} seeds, mean {number['mean']:.4g}"
         print(f"{said}, {place} [{low:.4g}, {high:.4g}] of {seeds}")
-        inside = within
-        if not within:
-            return False
-    return inside
+        verdicts.append(within)
+    return bool(verdicts) and all(verdicts)
 
 
 def recorded() -> dict[str, Any]:
