@@ -21,6 +21,10 @@ MUTANTS = [
         "stopping",
         ("        self.wish.listen()", "        abs(1)"),
         ("self.stopped = trainer.should_stop = True", "self.stopped = True"),
+    ),
+    *at(
+        "training/evaluating.py",
+        "stopping",
         ("trainer.max_steps:  # not when", "0:  # not when"),
     ),
     *at(

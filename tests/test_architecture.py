@@ -30,6 +30,7 @@ STANDARD = {
 
 LIGHTNING = {
     "callbacks.py",
+    "evaluating.py",
     "module.py",
     "run.py",
     "run_data.py",

@@ -23,9 +23,10 @@ from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
-from diffusion_pl.training.callbacks import Checkpoints, Evaluate, Log, Snapshots, Stop
+from diffusion_pl.training.callbacks import Checkpoints, Log, Snapshots, Stop
 from diffusion_pl.training.checkpoint import write_atomically
 from diffusion_pl.training.ema import EMA
+from diffusion_pl.training.evaluating import Evaluate
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import Augment, DiffusionModule, MakeOptimizer
 from diffusion_pl.training.progress import Progress
