@@ -98,6 +98,7 @@ def moments(first: Tensor, second: Tensor, count: int, shift: Tensor) -> Moments
         count: N, at least 2.
         shift: the fixed point.
     """
-    first, second, shift = first.cpu(), second.cpu(), shift.cpu()
-    covariance = (second - torch.outer(first, first) / count) / (count - 1)
+    first, shift = first.cpu(), shift.cpu()
+    # One copy of the sums, and all the rest in place: a matrix of Inception's features is 32 MiB.
+    covariance = second.cpu().clone().addr_(first, first, alpha=-1 / count).div_(count - 1)
     return Moments(shift.to(torch.float64) + first / count, covariance, count)
