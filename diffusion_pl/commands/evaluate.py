@@ -154,8 +154,7 @@ def open_given(path: Path, device: str) -> Given:
     Raises:
         ValueError: nothing there, or images that are broken or of different sizes.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = runs.device_named(device)
     if not path.exists():
         raise ValueError(f"{path}: there is no such run, nor images; runs lie under {parts.RUNS}/")
     if path.suffix == ".npz":

@@ -7,9 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-
-from diffusion_pl.commands import data_sets, evaluate, parts
+from diffusion_pl.commands import data_sets, evaluate, parts, runs
 from diffusion_pl.metrics import features, real_images
 
 FAILURES: tuple[type[Exception], ...] = ()
@@ -19,9 +17,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure a data set once, and say where its statistics lie."""
     extractor = features.load(options.features, options.feature_weights, options.feature_precision)
     images = data_sets.images_of(options.data, options.resolution)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = runs.device_named(options.device)
     keep = not options.moments_only
     with evaluate.progress_bar("reference") as progress:
         found = real_images.cached(

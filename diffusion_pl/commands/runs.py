@@ -120,8 +120,7 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
         ValueError: no run there, one that is unfit, or a setting that does not fit it.
     """
     model = open_model(options.run, options.weights, options.allow, options.set)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = device if options.device == "auto" else options.device
+    device = device_named(options.device)
     model.denoiser.to(device)
     data = config.build(model.config, "data")
     settings: Settings = config.build(model.config, "trainer")
@@ -184,6 +183,13 @@ def _guidance(options: argparse.Namespace, experiment: Config, sampler: Visiting
         "guidance_interval": options.guidance_interval or settings.guidance_interval,
         "guide": chosen,
     }
+
+
+def device_named(name: str) -> str:
+    """The device of a word on the command line; "auto" is a GPU where there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def is_run(path: Path) -> bool:
