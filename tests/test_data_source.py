@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_pl.data.source import Images, reduced
+from diffusion_pl.data.source import Images, block_means, reduced
 from diffusion_pl.data.synthetic import Synthetic
 
 
@@ -51,3 +51,10 @@ def test_synthetic_scenes_are_the_same_at_every_resolution():
     assert small.labels.tolist() == source.open().labels.tolist()
     means = whole.reshape(20, 3, 16, 4, 16, 4).mean((3, 5))
     assert np.abs(small.read(torch.arange(20)).numpy() - means).max() < 6
+
+
+def test_a_mean_half_way_between_two_levels_goes_to_the_even_one():
+    # Means of 0.5, 1.5, 2.5, 254.5: rounded up they would all be brighter by half a level.
+    low = torch.tensor([0, 1, 2, 254], dtype=torch.uint8)
+    pairs = torch.stack([low, low + 1], dim=1)[:, None, None, :].expand(4, 1, 2, 2).contiguous()
+    assert block_means(pairs, 1).flatten().tolist() == [0, 2, 2, 254]
