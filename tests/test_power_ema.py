@@ -5,6 +5,7 @@ from __future__ import annotations
 import homes
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy.integrate import quad
 from test_commands_models import TINY
 from torch import nn
@@ -165,3 +166,21 @@ def test_the_averages_go_on_bit_for_bit(home, monkeypatch):
     )
     assert all(torch.equal(value, two[key]) for key, value in one.items())
     assert any(key.startswith("profiles.0.") for key in one)
+
+
+def test_a_run_updates_each_average_by_its_own_exponent_from_the_first_step_on(home):
+    def snapshot(images):
+        return load_file(home / "runs/tiny/posthoc" / f"{images:012d}.safetensors")
+
+    # The first update keeps nothing of the beginning: both are the weights after one step.
+    first = snapshot(8)
+    keys = [key.removeprefix("0.") for key in first if key.startswith("0.")]
+    assert all(torch.equal(first[f"0.{key}"], first[f"1.{key}"]) for key in keys)
+    # The longer average lags further behind.
+    last = snapshot(32)
+    state = checkpoints.load(checkpoints.latest(home / "runs/tiny/checkpoints"))["state_dict"]
+    behind = [
+        sum((last[f"{number}.{key}"] - state[f"denoiser.{key}"]).norm() for key in keys)
+        for number in (0, 1)
+    ]
+    assert 0 < behind[0] < behind[1]
