@@ -3,12 +3,12 @@
 import hashlib
 import subprocess
 import sys
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from test_metrics_reference import Given
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,25 +25,6 @@ CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar-10-subset-python.
 
 # Another seed than those that the extractor was trained and selected on.
 HELD_OUT = 100
-
-
-@dataclass(frozen=True)
-class Given:
-    """Images at hand."""
-
-    images: Tensor
-    name: str = "given"
-    fingerprint: str = "f"
-
-    @property
-    def resolution(self) -> int:
-        return self.images.shape[2]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, indices: Tensor) -> Tensor:
-        return self.images[indices]
 
 
 @pytest.fixture(scope="module")
