@@ -25,10 +25,10 @@ from diffusion_pl.metrics import shapes
 from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Sampler
+from diffusion_pl.signals import Wish
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.run import Experiment, fit
 from diffusion_pl.training.settings import Settings
-from diffusion_pl.training.stopping import Wish
 
 BATCH = 8
 STEPS = 500

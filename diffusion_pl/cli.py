@@ -16,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusion_pl.commands import arguments as measuring
+from diffusion_pl.signals import RESUMABLE, Stopped, Wish
 
 COMMANDS = {
     "prepare": "make shards of a folder, archive or table of images, or go on where it stopped",
     "train": "train an experiment, or go on where it stopped",
+    "launch": "train on a SLURM cluster: check, write the job's script, submit it",
     "sample": "draw images from a run",
     "evaluate": "measure a run, or images in a folder or .npz; prints one JSON object",
     "reference": "statistics of real images, to compare with",
@@ -47,6 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = parse(arguments)
+    if options.command != "train":
+        return _run(options)
+    with Wish() as wish:  # first of all: a signal while it starts must not lose the run's place
+        options.wish = wish
+        try:
+            return _run(options)
+        except Stopped:
+            run = options.run or Path("runs") / Path(options.experiment).stem
+            wish.mark(run)
+            print(f"{run}: stopped before a step; the same command goes on", file=sys.stderr)
+            return RESUMABLE
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Import the command's module and run it; its errors become a line and an exit code."""
     # `import` is a word of the language, so its module is import_.
     name = options.command + "_" * keyword.iskeyword(options.command)
     command = importlib.import_module(f"diffusion_pl.commands.{name}")
@@ -69,7 +86,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     everything = parser()
     options, rest = everything.parse_known_args(arguments)
     # argparse gives a positional with "*" only the words of one place.
-    if rest and (options.command not in ("train", "check") or any(w[0] == "-" for w in rest)):
+    if rest and (options.command not in ("train", "launch", "check") or any(w[0] == "-" for w in rest)):
         everything.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides.extend(rest)
@@ -85,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
     _add_prepare(parts["prepare"])
-    for name in ("train", "check"):
+    for name in ("train", "launch", "check"):
         parts[name].add_argument("experiment", help="a name in experiments/, or a YAML file")
         parts[name].add_argument(
             "overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-4"
@@ -94,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     parts["train"].add_argument(
         "--from", type=Path, dest="start", metavar="RUN", help="start from its weights: fine-tune"
     )
+    measuring.add_launch(parts["launch"])
     drawing = "sample evaluate progressive interpolate enlarge invert likelihood"
     for name in drawing.split():
         _add_run(parts[name])

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part may import the parts on lower floors; parts of one floor do not know each other.
 FLOORS = [
-    {"images", "positions", "ranks", "seeds", "config"},
+    {"images", "positions", "ranks", "seeds", "signals", "config"},
     {"diffusion", "networks", "metrics", "data"},
     {"objectives", "samplers"},
     {"evaluation", "interop"},
@@ -29,6 +29,7 @@ STANDARD = {
 }  # fmt: skip
 
 LIGHTNING = {
+    "bounded.py",
     "callbacks.py",
     "evaluating.py",
     "module.py",

@@ -9,9 +9,9 @@ from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.diffusion.uncertainty import LearnedUncertainty
 from diffusion_pl.objectives.ddpm import DDPM
 from diffusion_pl.objectives.improved_ddpm import ImportanceSampled
+from diffusion_pl.signals import Wish
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.run import fit
-from diffusion_pl.training.stopping import Wish
 
 
 def objective(seed):

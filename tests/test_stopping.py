@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_cli import ROOT, TINY
 
+from diffusion_pl import signals
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import stopping
 from diffusion_pl.training.history import History
@@ -70,15 +71,15 @@ def test_a_stopped_run_goes_on_to_the_bits_of_one_that_was_not(place):
     name = "SIGTERM"
     process = begin(place, name)
     process.send_signal(signal.Signals[name])
-    assert process.wait(timeout=30) == stopping.RESUMABLE, said(place, name)
+    assert process.wait(timeout=30) == signals.RESUMABLE, said(place, name)
     folder = place / "runs" / name
-    assert (folder / stopping.MARKER).read_text().strip() == name
+    assert (folder / signals.MARKER).read_text().strip() == name
     step, *_ = weights(place, name)
     assert 0 < step < 200
     assert f"stopped at {8 * step:,} of 1,600 images; the same command goes on" in said(place, name)
     # Nothing is torn: Adam has made as many steps as the run.
     assert finish(place, name) == 0
-    assert not (folder / stopping.MARKER).exists()
+    assert not (folder / signals.MARKER).exists()
     for one, other in zip(weights(place, "straight"), weights(place, name), strict=True):
         assert_equal(one, other)
     first, second = (
@@ -115,12 +116,12 @@ def test_all_ranks_stop_at_one_step_whoever_was_told(place):
     )
     (other,) = map(int, children.stdout.split())
     os.kill(other, signal.SIGUSR1)
-    assert process.wait(timeout=30) == stopping.RESUMABLE, said(place, run)
+    assert process.wait(timeout=30) == signals.RESUMABLE, said(place, run)
     until = time.monotonic() + 30
     while (alive := _alive(other)) and time.monotonic() < until:
         time.sleep(0.05)
     assert not alive
-    marker = (place / "runs" / run / stopping.MARKER).read_text().strip()
+    marker = (place / "runs" / run / signals.MARKER).read_text().strip()
     assert marker == "a signal to another rank"
     assert 0 < weights(place, run)[0] < 200
 
@@ -136,8 +137,9 @@ def _alive(process):
 def test_a_second_interrupt_leaves_at_once():
     code = (
         "import signal, os, time\n"
-        "from diffusion_pl.training.stopping import Wish\n"
+        "from diffusion_pl.signals import Wish\n"
         "with Wish() as wish:\n"
+        "    wish.wait_for_steps()\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    assert wish.signal == signal.SIGINT\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -150,9 +152,9 @@ def test_a_second_interrupt_leaves_at_once():
 def test_a_signal_sets_a_flag_and_goes_back_to_whom_it_was_taken_from(name):
     number = signal.Signals[name]
     before = signal.getsignal(number)
-    with stopping.Wish() as wish:
+    with signals.Wish() as wish:
         assert wish.signal is None
-        wish.listen()  # again, as after Lightning
+        wish.wait_for_steps()  # takes them again, as after Lightning
         os.kill(os.getpid(), number)
         assert (wish.signal, wish.name) == (number, name)
     assert signal.getsignal(number) == before
@@ -171,7 +173,7 @@ def test_asking_costs_a_hundredth_of_a_step_at_most(monkeypatch):
         return yes
 
     monkeypatch.setattr(stopping.ranks, "all_agree", all_agree)
-    wish = stopping.Wish()
+    wish = signals.Wish()
     agreement = stopping.Agreement(wish, torch.device("cpu"))
     for _ in range(1000):
         clock[0] += 1e-3  # a step

@@ -24,13 +24,14 @@ from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Sampler
+from diffusion_pl.signals import Wish
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import ema as averaging
 from diffusion_pl.training.history import History
-from diffusion_pl.training.module import DiffusionModule, NonFiniteLoss
+from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.run import Experiment, fit
+from diffusion_pl.training.sanity import NonFinite
 from diffusion_pl.training.settings import Settings
-from diffusion_pl.training.stopping import Wish
 
 BATCH = 8
 
@@ -287,7 +288,9 @@ class Exploding(torch.nn.Module):
 def test_a_non_finite_loss_stops_the_run_before_the_weights(go, tmp_path):
     made = experiment(network=Exploding(), settings={"label_dropout": 0.0})
     with pytest.raises(
-        NonFiniteLoss, match=r"(inf|nan) at step 2, 16 images; noise levels of the batch: \d"
+        NonFinite,
+        match=r"loss is (inf|nan) at step 2, 16 images; images 16 to 23 of the run, of 16 px; "
+        r"noise levels of the batch: \d",
     ):
         go(made)
     kept = checkpoints.load(checkpoints.latest(tmp_path / "run" / "checkpoints"))

@@ -48,17 +48,11 @@ def _network(experiment: Config, network: nn.Module) -> str:
     return f"{type(network).__name__}, {count:,} parameters, for images of {size}"
 
 
-def _devices(settings: Settings) -> int:
-    on_gpu = settings.device_type() == "cuda"
-    here = torch.cuda.device_count() if on_gpu else 1
-    return here if settings.devices == "auto" else settings.devices
-
-
 def _share_size(experiment: Config, settings: Settings) -> int:
     """Images of a step on one device."""
     try:
         return settings.share_size(
-            experiment.get("data.batch_size"), _devices(settings) * settings.nodes
+            experiment.get("data.batch_size"), settings.devices_a_node() * settings.nodes
         )
     except ValueError as error:
         raise experiment.error("data.batch_size", str(error)) from error
@@ -66,7 +60,7 @@ def _share_size(experiment: Config, settings: Settings) -> int:
 
 def _batch(experiment: Config) -> str:
     settings: Settings = config.build(experiment, "trainer")
-    batch_size, devices = experiment.get("data.batch_size"), _devices(settings)
+    batch_size, devices = experiment.get("data.batch_size"), settings.devices_a_node()
     size = _share_size(experiment, settings)
     precision = resolve_precision(settings.precision, settings.device_type())
     return (

@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusion_pl import config
+from diffusion_pl import config, ranks
 from diffusion_pl.commands import parts, runs
+from diffusion_pl.commands.settling import FAILED, settle
 from diffusion_pl.config import Config
+from diffusion_pl.data.loader import ReaderLost
 from diffusion_pl.data.shard_workers import WorkerLost
+from diffusion_pl.signals import MARKER, RESUMABLE, Wish
+from diffusion_pl.training import bounds
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.checkpoint import write_atomically
 from diffusion_pl.training.history import History
-from diffusion_pl.training.module import NonFiniteLoss
-from diffusion_pl.training.run import Experiment, fit, last_measurements
-from diffusion_pl.training.stopping import MARKER, RESUMABLE, Wish
+from diffusion_pl.training.run import Experiment, fit, is_evaluated, last_measurements
+from diffusion_pl.training.sanity import NonFinite
 
-FAILURES: tuple[type[Exception], ...] = (NonFiniteLoss, WorkerLost)
+FAILURES: tuple[type[Exception], ...] = (NonFinite, WorkerLost, ReaderLost)
 
 
 def run(options: argparse.Namespace) -> int:
     """Train, then say where the run lies, what was measured and how to draw more."""
-    with Wish() as wish:  # first of all: a signal while it starts must not lose the run's place
-        return _run(options, wish)
-
-
-def _run(options: argparse.Namespace, wish: Wish) -> int:
+    bounds.end_with_parent()
+    wish: Wish = options.wish
     experiment = parts.read(options.experiment, options.overrides)
     folder: Path = options.run or parts.RUNS / experiment.name
     settle(experiment, folder, options.start)
+    leads = ranks.leads_run()
     latest = checkpoints.newest_sound(folder / "checkpoints")
     batch_size = experiment.get("data.batch_size")
     budget = config.build(experiment, "trainer").steps(batch_size) * batch_size
     done = int(latest.stem) if latest else 0
-    if done >= budget:  # the last checkpoint is written after the last evaluation
-        print(f"{folder} is finished: {done:,} images", file=sys.stderr)
-        report(folder, done, last_measurements(History(folder / "metrics.jsonl")))
+    evaluation = config.build(experiment, "evaluation")
+    if done >= budget and is_evaluated(folder, evaluation, done):
+        if leads:
+            print(f"{folder} is finished: {done:,} images", file=sys.stderr)
+            report(folder, done, last_measurements(History(folder / "metrics.jsonl")))
         return 0
-    leads = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if latest and not done:
         raise ValueError(
             f"{folder}: holds imported weights, not a run to go on with; fine-tune them in another "
@@ -54,54 +55,25 @@ def _run(options: argparse.Namespace, wish: Wish) -> int:
     if options.start and not latest:
         start_from(built, options.start)
     try:
-        (folder / MARKER).unlink(missing_ok=True)
+        for name in (MARKER, FAILED):
+            (folder / name).unlink(missing_ok=True)
         result = fit(built, folder, parts.REFERENCES, wish)
-    except NonFiniteLoss as error:
+    except NonFinite as error:
         kept = checkpoints.latest(folder / "checkpoints")
-        raise NonFiniteLoss(f"{error}; the last good checkpoint is {kept or 'none'}") from error
-    if not leads:
-        return 0  # Lightning would kill the others for any other code
-    if result["stopped"]:
+        failed = NonFinite(
+            error.step,
+            f"{error}; the last good checkpoint is {kept or 'none'}; to look at the step: "
+            f"python -m diffusion_pl replay {folder} --step {error.step}",
+        )
+        write_atomically(folder / FAILED, lambda file: file.write(f"{failed}\n".encode()))
+        raise failed from error
+    if leads and result["stopped"]:
         images = f"{result['images']:,} of {budget:,} images"
         print(f"{folder}: stopped at {images}; the same command goes on", file=sys.stderr)
-        return RESUMABLE
-    report(folder, result["images"], result["rows"])
-    return 0
-
-
-def settle(experiment: Config, folder: Path, start: Path | None = None) -> None:
-    """Make the run's folder with its config, or see that it is this experiment's.
-
-    Args:
-        experiment: what is to be trained.
-        folder: the run's.
-        start: the run or checkpoint whose weights it starts from, kept in `from`.
-
-    Raises:
-        ConfigError: the folder holds a run of another config; names the differing keys.
-        ValueError: the folder cannot be written, or its run started elsewhere.
-    """
-    kept = folder / "config.yaml"
-    begun = folder / "from"
-    if start is not None:
-        wanted = f"{runs.checkpoint_of(start)}\n"
-        before = begun.read_text() if begun.exists() else "weights of its own\n"
-        if kept.exists() and wanted != before:
-            raise ValueError(f"{folder}: started from {before.strip()}, not from {wanted.strip()}")
-        write_atomically(begun, lambda file: file.write(wanted.encode()))
-    if kept.exists():
-        changes = config.differences(config.load(kept).tree, experiment.tree)
-        if changes:
-            raise config.ConfigError(
-                f"{folder} was begun with another config; name another folder (RUN=...) or undo:\n"
-                + "\n".join(f"  {line}" for line in changes)
-            )
-    elif (folder / "checkpoints").exists():
-        raise ValueError(
-            f"{folder} holds checkpoints but no config.yaml; restore it or remove them"
-        )
-    else:
-        write_atomically(kept, lambda file: file.write(config.dump(experiment).encode()))
+    elif leads:
+        report(folder, result["images"], result["rows"])
+    # Lightning would kill the others if one that it started ended with any other code.
+    return RESUMABLE if result["stopped"] and not ranks.is_helper() else 0
 
 
 def build(experiment: Config) -> Experiment:

@@ -15,6 +15,10 @@ from diffusion_pl.data.order import Order
 from diffusion_pl.data.source import Images
 
 
+class ReaderLost(RuntimeError):
+    """A reading process that was killed, or that gave nothing for too long."""
+
+
 @dataclass(frozen=True)
 class Share:
     """One device's part of every global batch: a run of neighbours, as long as the others'.
@@ -145,16 +149,24 @@ class Loader:
         stop: the step after the last.
         workers: processes that read ahead; 0 reads in this process, best for images in memory.
         pin: copy to page-locked memory, for transfers to a GPU.
+        timeout: seconds to wait for a batch of the workers.
     """
 
     def __init__(
-        self, batches: Batches, start: int, stop: int, workers: int = 0, pin: bool = False
+        self,
+        batches: Batches,
+        start: int,
+        stop: int,
+        workers: int = 0,
+        pin: bool = False,
+        timeout: float = 300.0,
     ) -> None:
         self.batches = batches
         self.start = start
         self.stop = stop
         self.workers = workers
         self.pin = pin
+        self.timeout = timeout
 
     def __len__(self) -> int:
         return self.stop
@@ -165,6 +177,12 @@ class Loader:
         return self._read_ahead()
 
     def _read_ahead(self) -> Iterator[dict[str, Tensor]]:
+        """Read by workers.
+
+        Raises:
+            ValueError: what a worker finds wrong with the data.
+            ReaderLost: a worker was killed, or gave nothing for too long.
+        """
         loader = DataLoader(
             self.batches,
             batch_size=None,
@@ -172,10 +190,32 @@ class Loader:
             num_workers=self.workers,
             pin_memory=self.pin,
             persistent_workers=False,
+            timeout=self.timeout if self.workers else 0,
         )
+        step = self.start
         try:
-            yield from loader
+            for batch in loader:
+                yield batch
+                step += 1
         except ValueError as error:
             # torch makes the worker's whole traceback the message; its last line is ours.
             line = str(error).strip().splitlines()[-1]
             raise ValueError(line.removeprefix("ValueError: ")) from error
+        except RuntimeError as error:
+            problem = str(error).strip().splitlines()[-1]
+            if "DataLoader" not in str(error):
+                raise
+            raise ReaderLost(
+                f"a reading process is lost at step {step}, which reads {self._whence(step)}: "
+                f"{problem} Look at that file's disk or server, at the memory, at /dev/shm; "
+                f"trainer.read_timeout and data.workers are what to set"
+            ) from error
+
+    def _whence(self, step: int) -> str:
+        """Which files hold a step's images, as far as they are known."""
+        batches = self.batches
+        share = batches.share.positions(step)
+        images = batches.images[max(batches.images)]
+        indices = batches.order(share.start, share.stop).tolist()
+        names = sorted({images.whence(index) for index in indices})
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -64,6 +64,10 @@ class Members:
         manifest = self.tars.manifest
         return (manifest.count, manifest.channels, self.resolution, self.resolution)
 
+    def file_of(self, index: int) -> str:
+        """The shard that holds an image."""
+        return self.tars.name(int(self.index["shard"][index]))
+
     @property
     def broken(self) -> int:
         """How many images have been replaced in this process."""

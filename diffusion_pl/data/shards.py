@@ -112,6 +112,7 @@ class Shards:
             manifest.classes,
             tuple(shard.count for shard in manifest.shards),
             self.window,
+            members.file_of,
         )
         return images if self.cache == "disk" else self._in_memory(images, members)
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,6 +49,7 @@ class Images:
         classes: number of classes, 0 when unlabelled.
         shards: images in each shard, in order; () where there are none.
         window: shards to shuffle together; 0: all.
+        file_of: names the file that an image is read from; None where it lies in memory.
     """
 
     name: str
@@ -58,6 +59,11 @@ class Images:
     classes: int
     shards: tuple[int, ...] = ()
     window: int = 0
+    file_of: Callable[[int], str] | None = None
+
+    def whence(self, index: int) -> str:
+        """Where an image comes from, in words."""
+        return self.name if self.file_of is None else self.file_of(index)
 
     def __len__(self) -> int:
         return self.store.shape[0]

@@ -26,6 +26,10 @@ from diffusion_pl.metrics.reference import Reference
 Progress = Callable[[int, int], None]
 
 
+class Interrupted(Exception):
+    """The evaluation was told to stop; nothing was measured."""
+
+
 class Drawn(Protocol):
     """Images to measure, drawn as they are asked for or lying in files."""
 
@@ -100,6 +104,7 @@ def evaluate(
     *,
     first: int = 0,
     progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """Draw `settings.count` images and measure them.
 
@@ -113,6 +118,8 @@ def evaluate(
         reference: of the real images.
         first: index of the first image; disjoint blocks give independent numbers.
         progress: called with (images measured, images to measure) on this rank.
+        stop: whether to give up, asked between tiles, equally often on every rank, which all get
+            the same answer.
 
     Returns:
         One row a number, `{"name": "fd@1000/<reference>/<extractor>", "value", ...}` with all that
@@ -121,6 +128,7 @@ def evaluate(
     Raises:
         ValueError: the reference was made with another extractor or resolution; fewer images than
             a metric needs; features that are not finite.
+        Interrupted: it was stopped.
     """
     started = time.monotonic()
     metrics = build(drawn, settings, extractor, reference)
@@ -139,6 +147,9 @@ def evaluate(
                 metric.update(features)
         if progress is not None:
             progress(position + len(tile.images) - share.start, len(share))
+        _ask(stop)
+    for _ in range(_tiles(ranks.share(settings.count, TILE, of=0)) - _tiles(share)):
+        _ask(stop)  # with those that have a tile more
     common = {
         "n": settings.count,
         "first": first,
@@ -163,6 +174,15 @@ def evaluate(
     for row in rows:
         row["seconds"] = round(time.monotonic() - started, 2)
     return rows, ranks.gathered(torch.cat(shown)).cpu()
+
+
+def _tiles(share: range) -> int:
+    return -(-len(share) // TILE)
+
+
+def _ask(stop: Callable[[], bool] | None) -> None:
+    if stop is not None and stop():
+        raise Interrupted
 
 
 class Tile(NamedTuple):

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import Callback
 
+from diffusion_pl.signals import Wish
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.power_ema import save_snapshot
 from diffusion_pl.training.progress import Progress
+from diffusion_pl.training.sanity import Spikes
 from diffusion_pl.training.settings import Settings
-from diffusion_pl.training.stopping import Agreement, Wish
+from diffusion_pl.training.stopping import Agreement
 
 
 class Interval:
@@ -58,6 +59,8 @@ class Log(Callback):
         self.progress = progress
         self.images = 0
         self.since = 0.0
+        self.spikes = Spikes()
+        self.scale: float | None = None  # of fp16's loss
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.images = pl_module.images_seen
@@ -81,21 +84,36 @@ class Log(Callback):
             self._row(trainer, pl_module, pl_module.images_seen)
 
     def _row(self, trainer: lightning.Trainer, pl_module: DiffusionModule, images: int) -> None:
-        loss = pl_module.read_loss()
-        loss = float(trainer.strategy.reduce(torch.tensor(loss, device=pl_module.device)))
+        means = pl_module.totals.read()
         seconds = time.monotonic() - self.since
         row = {
             "images": images,
             "step": trainer.global_step,
-            "loss": loss,
+            **means,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "images_per_second": round((images - self.images) / seconds, 2),
+            **self._scale(trainer, images),
         }
         self.images, self.since = images, time.monotonic()
         if trainer.is_global_zero:
             self.history.append(row)
-            self.progress.measure(loss=loss)
+            self.progress.measure(loss=means["loss"])
+            if spike := self.spikes.note(means["loss"]):
+                self.progress.say(f"{images:,} images: {spike}")
         log(trainer, row, images)
+
+    def _scale(self, trainer: lightning.Trainer, images: int) -> dict[str, float]:
+        """The scale of fp16's loss; a smaller one than before says that steps were left out."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is None:
+            return {}
+        before, self.scale = self.scale, scaler.get_scale()
+        if trainer.is_global_zero and before is not None and self.scale < before:
+            self.progress.say(
+                f"{images:,} images: fp16 left out steps whose gradient overflowed; the scale of "
+                f"its loss went from {before:.4g} to {self.scale:.4g}"
+            )
+        return {"loss_scale": self.scale}
 
     def pause(self, seconds: float) -> None:
         """Leave time that was not training out of the speed."""
@@ -146,9 +164,9 @@ class Checkpoints(Callback):
         if self.interval.passed(images) and trainer.global_step < trainer.max_steps:
             self._save(trainer, pl_module)
 
-    def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        # After the last evaluation: a run with its last checkpoint has all its measurements.
-        if 0 <= self.saved < pl_module.images_seen:
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        # Before the last evaluation, which is made up for where it was stopped.
+        if self.saved < pl_module.images_seen:
             self._save(trainer, pl_module)
 
     def _save(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> None:
@@ -201,13 +219,21 @@ class Stop(Callback):
         self.stopped = False
         self.agreement: Agreement | None = None
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self.wish.listen()  # Lightning has taken some of them for itself
-        self.agreement = Agreement(self.wish, pl_module.device)
+    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        self.agreement = Agreement(self.wish, trainer.strategy.root_device)
+
+    def wanted(self) -> bool:
+        """Whether any rank was told to stop; called by all of them at once."""
+        assert self.agreement is not None
+        return self.agreement.asked()
+
+    def end(self, trainer: lightning.Trainer) -> None:
+        """End the training after this step."""
+        self.stopped = trainer.should_stop = True
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self.agreement is not None
         if trainer.global_step < trainer.max_steps and self.agreement.reached():
-            self.stopped = trainer.should_stop = True
+            self.end(trainer)

@@ -13,13 +13,18 @@ from lightning.pytorch.callbacks import Callback
 
 from diffusion_pl.evaluation import Drawing, Evaluation, Sampler, evaluate, reference_of
 from diffusion_pl.evaluation.cost import estimate
-from diffusion_pl.evaluation.measuring import build
+from diffusion_pl.evaluation.measuring import Interrupted, build
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
-from diffusion_pl.training.callbacks import Interval, Log, log
+from diffusion_pl.training.callbacks import Interval, Log, Stop, log
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
+
+
+def grid_of(run: Path, images: int) -> Path:
+    """Where a run keeps the grid of its model of so many images."""
+    return run / "samples" / f"{images:012d}.png"
 
 
 class Evaluate(Callback):
@@ -35,6 +40,7 @@ class Evaluate(Callback):
         run: the run's folder; grids go to run/samples.
         history: the run's metrics.jsonl.
         training_log: told how long it took, so that the training speed stays true.
+        stop: asked on the way whether to give it up, to be made up for when the run goes on.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class Evaluate(Callback):
         run: Path,
         history: History,
         training_log: Log,
+        stop: Stop,
     ) -> None:
         self.settings = settings
         self.sampler = sampler
@@ -60,6 +67,7 @@ class Evaluate(Callback):
         self.run = run
         self.history = history
         self.training_log = training_log
+        self.stop = stop
         self.interval = Interval(settings.every)
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
@@ -81,9 +89,9 @@ class Evaluate(Callback):
             self.training_log.progress.say(
                 f"evaluation every {self.settings.every:,} images: {cost}"
             )
-        measured = any(row["images"] == images and "name" in row for row in self.history.rows())
         # A run that was stopped between the checkpoint and the end of the evaluation makes it up.
-        if images and images % self.settings.every < pl_module.batch_size and not measured:
+        due = images and images % self.settings.every < pl_module.batch_size
+        if due and not self.history.measured(images):
             self._evaluate(trainer, pl_module)
 
     def on_train_batch_end(
@@ -97,25 +105,37 @@ class Evaluate(Callback):
         if trainer.global_step >= trainer.max_steps:  # not when it was stopped
             self._evaluate(trainer, pl_module)
 
+    def make_up(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> None:
+        """Evaluate a trained model whose last evaluation was stopped."""
+        pl_module.to(trainer.strategy.root_device)
+        if trainer.is_global_zero:
+            self.training_log.progress.start(pl_module.images_seen)
+        self._evaluate(trainer, pl_module)
+
     def _evaluate(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> None:
         started = time.monotonic()
         drawing = self._drawing(trainer, pl_module)
         assert self.reference is not None
         progress = self.training_log.progress
-        rows, shown = evaluate(
-            drawing,
-            self.settings,
-            self.extractor,
-            self.reference,
-            progress=progress.evaluating if trainer.is_global_zero else None,
-        )
         images = pl_module.images_seen
+        try:
+            rows, shown = evaluate(
+                drawing,
+                self.settings,
+                self.extractor,
+                self.reference,
+                progress=progress.evaluating if trainer.is_global_zero else None,
+                stop=self.stop.wanted,
+            )
+        except Interrupted:
+            progress.measured(images, [])
+            self.stop.end(trainer)
+            return
         if trainer.is_global_zero:
-            folder = self.run / "samples"
-            folder.mkdir(exist_ok=True)
-            save_png(grid(shown), folder / f"{images:012d}.png")
-            for row in rows:
-                self.history.append({"images": images, **row})
+            path = grid_of(self.run, images)
+            path.parent.mkdir(exist_ok=True)
+            save_png(grid(shown), path)
+            self.history.append(*({"images": images, **row} for row in rows))
             progress.measured(images, rows)
         log(trainer, {row["name"]: row["value"] for row in rows}, images)
         self.training_log.pause(time.monotonic() - started)

@@ -20,10 +20,10 @@ class History:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row and flush it."""
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Write rows, all or, if the process is killed, none of them."""
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, oldest first; a last line that a crash cut off is not one."""
@@ -36,6 +36,10 @@ class History:
             except json.JSONDecodeError:
                 continue
         return rows
+
+    def measured(self, images: int) -> bool:
+        """Whether the model of so many images was measured."""
+        return any(row["images"] == images and "name" in row for row in self.rows())
 
     def rewind(self, images: int) -> None:
         """Drop the rows after `images`: a resumed run measures them again, to the same numbers."""

@@ -17,7 +17,9 @@ from diffusion_pl.images import from_bytes
 from diffusion_pl.seeds import seed_of
 from diffusion_pl.training import ema as averaging
 from diffusion_pl.training import power_ema
+from diffusion_pl.training.sanity import Place
 from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.totals import Totals
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -29,10 +31,6 @@ class Augment(Protocol):
     def draws(self) -> int: ...
 
     def __call__(self, image: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss is infinite or not a number; raised before the weights are touched."""
 
 
 class DiffusionModule(lightning.LightningModule):
@@ -91,10 +89,8 @@ class DiffusionModule(lightning.LightningModule):
         self.classes = classes
         self.augment = augment
         self.seed = seed
-        # Sum of the loss over the steps since the last reading, and how many they were; on the
-        # device, so that no step waits for it.
-        self.loss_sum: Tensor | None = None
-        self.loss_count = 0
+        self.totals = Totals()
+        self.place: Place | None = None  # of the step that is being made
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the name of the hook it calls some forty times a step; torch would each
@@ -128,7 +124,7 @@ class DiffusionModule(lightning.LightningModule):
             batch_idx: steps done.
 
         Raises:
-            NonFiniteLoss: names the step and the noise levels.
+            NonFinite: names the step, its images and their noise levels.
         """
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         optimizer.zero_grad()
@@ -144,8 +140,8 @@ class DiffusionModule(lightning.LightningModule):
         optimizer.step()
         self.average(images)
         assert total is not None
-        self.loss_sum = total if self.loss_sum is None else self.loss_sum + total
-        self.loss_count += 1
+        self.totals.add(loss=total)
+        self.totals.steps += 1
 
     def average(self, images: int) -> None:
         """Move the averages after the weights, once a step.
@@ -176,13 +172,14 @@ class DiffusionModule(lightning.LightningModule):
                 conditions.
 
         Raises:
-            NonFiniteLoss: names the step and the noise levels.
+            NonFinite: names the step, its images and their noise levels.
         """
         hidden = {"image", "index"} if self.classes else {"image", "index", "label"}
         condition = {key: value for key, value in batch.items() if key not in hidden}
         image = from_bytes(batch["image"])
         image, u, noise, condition = self.draw(image, batch["index"], condition)
         positions, passes = batch["index"].tolist(), self.passes(image)
+        self.place = Place(self.global_step, self.images_seen, image.shape[-1], positions, u)
         for number in range(passes):
             part = slice(len(image) * number // passes, len(image) * (number + 1) // passes)
             # Dropout inside the network draws from the device's own generator; it restarts with
@@ -194,7 +191,7 @@ class DiffusionModule(lightning.LightningModule):
                 self.denoiser, image[part], u[part], noise[part], **conditions
             )
             loss = loss.sum() / len(image)
-            self.refuse_non_finite(loss.detach(), u[part])
+            self.refuse_non_finite("loss", loss.detach())
             yield loss
 
     def unsynchronised(self) -> contextlib.AbstractContextManager[None]:
@@ -234,14 +231,11 @@ class DiffusionModule(lightning.LightningModule):
         noise = ImageNoise(self.seed, positions, "training", image.device)(image)
         return image, u.to(image.device, non_blocking=True), noise, condition
 
-    def refuse_non_finite(self, loss: Tensor, u: Tensor) -> None:
-        """Stop before the update when the loss is not finite."""
-        if not torch.isfinite(loss):
-            levels = ", ".join(f"{level:.4g}" for level in self.objective.schedule(u).tolist())
-            raise NonFiniteLoss(
-                f"the loss is {loss.item()} at step {self.global_step}, {self.images_seen:,} "
-                f"images; noise levels of the batch: {levels}"
-            )
+    def refuse_non_finite(self, what: str, value: Tensor) -> None:
+        """Stop before the update when a number of the step is not finite."""
+        if not torch.isfinite(value):
+            assert self.place is not None
+            raise self.place.complaint(what, value.item(), self.objective.schedule)
 
     def set_rate(self, optimizer: torch.optim.Optimizer, images: int) -> None:
         """Give the optimizer the learning rate of the step that follows `images` images."""
@@ -250,15 +244,24 @@ class DiffusionModule(lightning.LightningModule):
             group["lr"] = group["base_lr"] * rate
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradient; fp16 has been scaled back by now."""
+        """Measure the gradient, refuse one that is not finite, and clip it."""
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None:
+            self.refuse_non_finite("gradient's norm", norm)
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+            # fp16: such an optimizer unscales within its step, which it leaves out if not finite.
+            norm = norm / scaler.get_scale()
+        self.totals.add(gradient_norm=norm.nan_to_num(posinf=0.0))  # of a step that is left out
         if self.settings.clip is not None:
-            trained = (p for group in optimizer.param_groups for p in group["params"])
-            nn.utils.clip_grad_norm_(trained, self.settings.clip)
+            nn.utils.clip_grads_with_norm_(trained, self.settings.clip, norm)
 
-    def read_loss(self) -> float | None:
-        """Mean loss since the last reading on this device, None when there was no step."""
-        if self.loss_sum is None:
-            return None
-        mean = float(self.loss_sum) / self.loss_count
-        self.loss_sum, self.loss_count = None, 0
-        return mean
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the next row of the log is made of."""
+        checkpoint["totals"] = self.totals.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the row that was begun."""
+        if "totals" in checkpoint:  # since format 2 had it
+            self.totals.restore(checkpoint["totals"])

@@ -7,13 +7,16 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from diffusion_pl.data.source import Source
@@ -21,12 +24,13 @@ from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.evaluation import Evaluation, Sampler
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.metrics.features import Extractor
+from diffusion_pl.signals import Wish
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
+from diffusion_pl.training.bounded import Bounded
 from diffusion_pl.training.callbacks import Checkpoints, Log, Snapshots, Stop
-from diffusion_pl.training.checkpoint import write_atomically
 from diffusion_pl.training.ema import EMA
-from diffusion_pl.training.evaluating import Evaluate
+from diffusion_pl.training.evaluating import Evaluate, grid_of
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import Augment, DiffusionModule, MakeOptimizer
 from diffusion_pl.training.progress import Progress
@@ -37,7 +41,6 @@ from diffusion_pl.training.settings import (
     Settings,
     resolve_precision,
 )
-from diffusion_pl.training.stopping import MARKER, Wish
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,13 @@ def fit(experiment: Experiment, run: Path, references: Path, wish: Wish) -> dict
 
     Raises:
         ValueError: parts that do not fit one another, or a folder that cannot be written.
-        NonFiniteLoss: names the step and the noise levels.
+        NonFinite: names the step, its images and their noise levels.
+        Stopped: told so before the first step.
     """
     settings, source = experiment.settings, experiment.data
-    data = RunData(source, settings, experiment.network, experiment.seed)
+    data = RunData(
+        source, settings, experiment.network, experiment.seed, on_read=wish.wait_for_steps
+    )
     with quiet_lightning():
         precision = resolve_precision(settings.precision, settings.device_type())
         trainer = make_trainer(experiment, run, precision)
@@ -114,32 +120,35 @@ def fit(experiment: Experiment, run: Path, references: Path, wish: Wish) -> dict
             # Before the checkpoint of the same moment, which then never lacks its snapshot.
             snapshots = Snapshots(run / power_ema.FOLDER, experiment.ema.posthoc_every)
             trainer.callbacks.append(snapshots)  # type: ignore[attr-defined]
-        stop = Stop(wish)
+        stop, bounded = Stop(wish), Bounded(settings)
+        evaluation = Evaluate(
+            experiment.evaluation,
+            experiment.sampler,
+            experiment.extractor,
+            origin={"weights": "ema", "ema": described(experiment.ema)},
+            references=references,
+            precision=AUTOCAST[precision],
+            run=run,
+            history=history,
+            training_log=log,
+            stop=stop,
+        )
         trainer.callbacks.extend(  # type: ignore[attr-defined]
-            [
-                stop,
-                log,
-                Checkpoints(folder, settings, experiment.config),
-                Evaluate(
-                    experiment.evaluation,
-                    experiment.sampler,
-                    experiment.extractor,
-                    origin={"weights": "ema", "ema": described(experiment.ema)},
-                    references=references,
-                    precision=AUTOCAST[precision],
-                    run=run,
-                    history=history,
-                    training_log=log,
-                ),
-            ]
+            [stop, bounded, log, Checkpoints(folder, settings, experiment.config), evaluation]
         )
         try:
-            latest = checkpoints.latest(folder)
-            trainer.fit(module, datamodule=data, ckpt_path=latest)
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoints.latest(folder))
+            if not stop.stopped and not is_evaluated(
+                run, experiment.evaluation, module.images_seen
+            ):
+                evaluation.make_up(trainer, module)
         finally:
+            bounded.watchdog.stop()
             progress.stop()
     if stop.stopped and trainer.is_global_zero:
-        write_atomically(run / MARKER, lambda file: file.write(f"{wish.name}\n".encode()))
+        wish.mark(run)
+    if stop.stopped:  # srun ends the others when the first has left: not before the mark is there
+        trainer.strategy.barrier()
     return {
         "images": module.images_seen,
         "rows": last_measurements(history),
@@ -155,6 +164,9 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
         accelerator=settings.accelerator,
         devices=1 if on_cpu and settings.devices == "auto" else settings.devices,
         num_nodes=settings.nodes,
+        strategy=DDPStrategy(timeout=timedelta(seconds=settings.start_timeout))
+        if settings.nodes * settings.devices_a_node() > 1
+        else "auto",
         precision=LIGHTNING_PRECISION[precision],  # type: ignore[arg-type]
         max_steps=settings.steps(experiment.data.batch_size),
         max_epochs=-1,
@@ -166,10 +178,18 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
         enable_model_summary=False,
         log_every_n_steps=2**31,  # rows are ours, by images
         logger=make_loggers(experiment, run),
-        plugins=[CheckpointFiles()],
+        plugins=[CheckpointFiles(), *cluster()],
         default_root_dir=run,
         benchmark=True,
     )
+
+
+def cluster() -> list[SLURMEnvironment]:
+    """Where srun started this process, Lightning's way to find the others, without its requeue.
+
+    Told by a signal, that saves in the middle of a step; stops are `Stop`'s, jobs their script's.
+    """
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def make_module(experiment: Experiment) -> DiffusionModule:
@@ -209,6 +229,13 @@ def make_loggers(experiment: Experiment, run: Path) -> list[Logger]:
             ) from error
         loggers.append(wandb)
     return loggers
+
+
+def is_evaluated(run: Path, evaluation: Evaluation, images: int) -> bool:
+    """Whether a run's model of so many images was drawn from and measured."""
+    if evaluation.metrics:
+        return History(run / "metrics.jsonl").measured(images)
+    return grid_of(run, images).exists()
 
 
 def last_measurements(history: History) -> list[dict[str, Any]]:

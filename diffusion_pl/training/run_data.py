@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import lightning
@@ -31,14 +32,23 @@ class RunData(lightning.LightningDataModule):
         settings: the run's settings.
         network: what will see the images.
         seed: of the order and the flips.
+        on_read: called when the first step is about to be read.
     """
 
-    def __init__(self, source: Source, settings: Settings, network: nn.Module, seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        settings: Settings,
+        network: nn.Module,
+        seed: int,
+        on_read: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
         self.source = source
         self.settings = settings
         self.network = cast(Network, network)
         self.seed = seed
+        self.on_read = on_read
         self.images: dict[int, Images] = {}
 
     def prepare_data(self) -> None:
@@ -79,6 +89,7 @@ class RunData(lightning.LightningDataModule):
         """This device's share of the steps that are still to come."""
         trainer, source, images = self.trainer, self.source, self.opened()
         assert trainer is not None
+        self.on_read()
         shares = source.shares
         batches = Batches(
             self.images,
@@ -94,6 +105,7 @@ class RunData(lightning.LightningDataModule):
             stop=self.settings.steps(source.batch_size),
             workers=source.workers,
             pin=self.settings.device_type() == "cuda",
+            timeout=self.settings.read_timeout,
         )
 
     def transfer_batch_to_device(

@@ -39,6 +39,11 @@ class Settings:
             so many at any other; more is accumulated. None: no limit.
         compile: run the network through torch.compile; pays on GPUs.
         loggers: of "tensorboard" and "wandb", beside metrics.jsonl, which is always written.
+        start_timeout: seconds that a rank waits for the others until the first step is made.
+        timeout: the same from then on.
+        read_timeout: seconds to wait for a batch from a reading process.
+        watchdog: seconds without a pass of the network after which a process prints what it was
+            doing and ends.
     """
 
     images: int
@@ -57,6 +62,10 @@ class Settings:
     device_batch_size: int | None = None
     compile: bool = False
     loggers: Sequence[Literal["tensorboard", "wandb"]] = ("tensorboard",)
+    start_timeout: float = 600.0
+    timeout: float = 120.0
+    read_timeout: float = 300.0
+    watchdog: float = 600.0
 
     def __post_init__(self) -> None:
         for key in ("images", "checkpoint_every", "log_every", "keep", "nodes"):
@@ -74,6 +83,9 @@ class Settings:
                 f"keep_every must be a multiple of checkpoint_every, {self.checkpoint_every} "
                 f"(got {self.keep_every})"
             )
+        for key in ("start_timeout", "timeout", "read_timeout", "watchdog"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key} must be positive seconds (got {getattr(self, key)})")
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout must be in [0, 1] (got {self.label_dropout})")
         if self.clip is not None and self.clip <= 0:
@@ -125,6 +137,12 @@ class Settings:
         wants_gpu = self.accelerator in ("gpu", "cuda")
         on_gpu = wants_gpu or (self.accelerator == "auto" and torch.cuda.is_available())
         return "cuda" if on_gpu else "cpu"
+
+    def devices_a_node(self) -> int:
+        """Devices, and so ranks, of each node."""
+        if self.devices != "auto":
+            return self.devices
+        return torch.cuda.device_count() if self.device_type() == "cuda" else 1
 
 
 def resolve_precision(precision: Precision, device: str) -> str:

@@ -1,0 +1,76 @@
+"""What tells a run to stop, and what it leaves for whoever starts it again; imports in no time.
+
+Once steps are made a signal only sets a flag, so nothing is torn. Before the first step there is
+nothing to tear, and the run stops where it is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+# What a run that was stopped and can go on ends with (sysexits.h: a temporary failure).
+RESUMABLE = 75
+
+# A file of the run's folder that is there while it waits to go on. Schedulers change exit codes on
+# the way (srun turns 75 into 143); the file is written after the checkpoint, and is the truth.
+MARKER = "REQUEUE"
+
+
+class Stopped(BaseException):
+    """The process was told to stop before it made a step; no Exception, so that nobody mends it."""
+
+
+class Wish:
+    """Whether this process was told to stop, while the `with` lasts."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.patient = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Wish:
+        self.listen()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def wait_for_steps(self) -> None:
+        """From now on a signal is only noted; whoever took it meanwhile gives it back."""
+        self.patient = True
+        self.listen()
+
+    def listen(self) -> None:
+        """Take the signals, from whoever has them; only a process's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            handler = signal.signal(number, self._note)
+            self._before.setdefault(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            os._exit(128 + number)  # the second Ctrl-C means now
+        again, self.signal = self.signal is not None, number
+        if not self.patient and not again:
+            raise Stopped
+
+    @property
+    def name(self) -> str:
+        """The signal's name."""
+        return (
+            "a signal to another rank" if self.signal is None else signal.Signals(self.signal).name
+        )
+
+    def mark(self, run: Path) -> None:
+        """Write that a run waits to go on."""
+        run.mkdir(parents=True, exist_ok=True)
+        (run / MARKER).write_text(f"{self.name}\n")
