@@ -1,4 +1,4 @@
-"""What the commands that measure take on the command line."""
+"""What the commands that measure, and the one that launches, take on the command line."""
 
 from __future__ import annotations
 
@@ -31,6 +31,32 @@ def add_evaluate(part: argparse.ArgumentParser) -> None:
         "--blocks", type=int, default=1, help="disjoint blocks of images: mean, least, spread (1)"
     )
     _add_measures(part)
+
+
+def add_launch(part: argparse.ArgumentParser) -> None:
+    """What a job for SLURM takes beside what training takes."""
+    part.add_argument("--run", type=Path, help="the run's folder (runs/EXPERIMENT)")
+    part.add_argument("--nodes", type=int, default=1, help="machines (1)")
+    part.add_argument("--gpus", type=int, default=1, help="GPUs of a machine, a process each (1)")
+    part.add_argument("--tasks", type=int, help="processes of a machine, without GPUs")
+    part.add_argument("--cpus", type=int, help="cores of a process (one, and one a data worker)")
+    part.add_argument("--time", default="24:00:00", help="limit of one stretch (24:00:00)")
+    part.add_argument(
+        "--margin", type=int, metavar="SECONDS", help="before it for stopping (three saves)"
+    )
+    part.add_argument("--container", metavar="IMAGE", help="run in it, by apptainer")
+    part.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=V,V", help="a run for each: an array"
+    )
+    part.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="as --sbatch=--partition=gpu",
+    )
+    part.add_argument("--dry-run", action="store_true", help="write the script, do not submit it")
+    part.add_argument("--inside", action="store_true", help="the check that the script begins with")
 
 
 def _add_measures(part: argparse.ArgumentParser) -> None:

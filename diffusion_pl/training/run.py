@@ -138,10 +138,11 @@ def fit(experiment: Experiment, run: Path, references: Path, wish: Wish) -> dict
         )
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoints.latest(folder))
-            if not stop.stopped and not is_evaluated(
-                run, experiment.evaluation, module.images_seen
-            ):
-                evaluation.make_up(trainer, module)
+            if not stop.stopped:
+                done = is_evaluated(run, experiment.evaluation, module.images_seen)
+                # The first rank wrote it: the others may look too early.
+                if not trainer.strategy.broadcast(done):
+                    evaluation.make_up(trainer, module)
         finally:
             bounded.watchdog.stop()
             progress.stop()

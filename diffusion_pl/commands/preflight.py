@@ -1,0 +1,256 @@
+"""What is checked before a job waits in a queue, and again first of all inside it; no lightning.
+
+Every fault is a line, `where: what is wrong (what was got); what to do`, and all are told at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffusion_pl import config
+from diffusion_pl.commands import parts, settling
+from diffusion_pl.commands.sbatch import Task
+from diffusion_pl.config import Config
+from diffusion_pl.data.shards import Shards
+from diffusion_pl.data.source import Images, Source
+from diffusion_pl.evaluation import Evaluation
+from diffusion_pl.metrics import published, real_images
+from diffusion_pl.metrics.features import Extractor
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training import power_ema
+from diffusion_pl.training.settings import Settings
+
+# Room for so many checkpoints must be free: those that are kept and the one that is being written.
+CHECKPOINTS = 3
+# Bytes that are written to time a save.
+PROBE_BYTES = 32 * 1024**2
+FLOAT_BYTES = 4
+
+
+@dataclass
+class Found:
+    """What a pre-flight found: faults, what is good to know as (title, text), a checkpoint's size."""
+
+    faults: list[str] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    checkpoint_bytes: int = 0
+
+    def note(self, title: str, look: Callable[[], str]) -> None:
+        """Take down what a look says, or what it finds wrong."""
+        try:
+            self.notes.append((title, look()))
+        except ValueError as error:
+            self.faults += [line for line in str(error).splitlines() if line]
+
+
+def look(
+    task: Task, *, job: Mapping[str, str] | None = None, checked: set[str] | None = None
+) -> Found:
+    """Check a run in seconds: nothing is trained, drawn or decoded, and no run is changed.
+
+    Args:
+        task: what is to be trained, and where.
+        job: the variables of the job that this process is in; None outside.
+        checked: data and measures that earlier runs had and that are not looked at again; grows.
+    """
+    found = Found()
+    try:
+        experiment = parts.read(task.words[0], task.words[1:])
+        settings: Settings = config.build(experiment, "trainer")
+        source: Source = config.build(experiment, "data")
+        network = parts.meta_network(experiment)
+        found.checkpoint_bytes = checkpoint_bytes(experiment, network)
+    except ValueError as error:  # what follows would be about another run
+        found.faults += str(error).splitlines()
+        return found
+    if job is not None:
+        found.note("job", lambda: _job(settings, job))
+    found.note("batch", lambda: _batch(experiment, settings, source))
+    same = json.dumps([experiment.get(name) for name in ("data", "features", "evaluation")])
+    if checked is None or same not in checked:
+        images: list[Images] = []
+        found.note("data", lambda: _data(source, images))
+        found.note("compare", lambda: _reference(experiment, source, images))
+    if checked is not None:
+        checked.add(same)
+    found.note("disk", lambda: _disk(task.run, found.checkpoint_bytes))
+    found.note("run", lambda: _run(experiment, settings, source, task.run))
+    return found
+
+
+def _batch(experiment: Config, settings: Settings, source: Source) -> str:
+    assert isinstance(settings.devices, int)
+    try:
+        size = settings.share_size(source.batch_size, settings.nodes * settings.devices)
+    except ValueError as error:
+        where = experiment.origin("data.batch_size")
+        raise config.ConfigError(f"{where}: {error}") from error
+    return (
+        f"{source.batch_size:,} images = {settings.nodes} nodes x {settings.devices} x {size}, "
+        f"each in {settings.passes(size)} passes"
+    )
+
+
+def _data(source: Source, opened: list[Images]) -> str:
+    """See that the data and its index are there; images that lie in shards are opened."""
+    if not isinstance(source, Shards):
+        source.prepare()
+        return f"{type(source).__name__} of {source.resolution} px is there"
+    made = source.made_of is not None
+    there = dataclasses.replace(source, made_of=None)
+    try:
+        there.prepare()
+    except ValueError:
+        if made and not Path(source.path).exists():
+            return f"{source.path} is made when the job starts; sooner by `make train` or `prepare`"
+        if not made:
+            raise
+    for resolution in sorted({source.resolution, *(source.shares or ())}):
+        opened.append(there.open(resolution))
+    return f"{opened[-1].name}: {len(opened[-1]):,} images in {len(opened[-1].shards):,} shards"
+
+
+def _reference(experiment: Config, source: Source, opened: list[Images]) -> str:
+    """See that there is something to measure with and to compare with."""
+    settings: Evaluation = config.build(experiment, "evaluation")
+    extractor: Extractor = config.build(experiment, "features")
+    if settings.reference is not None:
+        reference = published.open_reference(Path(settings.reference))
+        if settings.metrics:
+            reference.check(extractor, source.resolution)
+        return f"{settings.reference}, seen by {extractor.name}"
+    if not opened:
+        return f"seen by {extractor.name}; the real images' statistics are made where absent"
+    images = opened[-1]
+    path = real_images.cache_path(
+        parts.REFERENCES,
+        fingerprint=images.fingerprint,
+        resolution=images.resolution,
+        count=len(images),
+        extractor=extractor,
+        keep=settings.wants_features,
+    )
+    if path.exists():
+        return f"{path}, seen by {extractor.name}"
+    return (
+        f"seen by {extractor.name}; the statistics of {len(images):,} real images are made when "
+        f"the job starts, or now by: make reference DATA={experiment.name}"
+    )
+
+
+def _disk(run: Path, size: int) -> str:
+    """See that checkpoints fit; a quota below the disk's room is not seen."""
+    free = shutil.disk_usage(_existing(run)).free
+    if free < CHECKPOINTS * size:
+        raise ValueError(
+            f"{run}: {CHECKPOINTS} checkpoints of {_words(size)} must fit "
+            f"(free: {_words(free)}); free some, or name a folder elsewhere with --run"
+        )
+    return f"{_words(free)} free, a checkpoint takes {_words(size)}"
+
+
+def _run(experiment: Config, settings: Settings, source: Source, run: Path) -> str:
+    """See that the folder is free for this experiment."""
+    settling.compare(experiment, run)
+    newest = checkpoints.latest(run / "checkpoints")
+    done = int(newest.stem) if newest else 0
+    budget = settings.steps(source.batch_size) * source.batch_size
+    if newest and not done:
+        raise ValueError(f"{run}: holds imported weights; name another folder with --run")
+    if done >= budget:
+        return f"{run} is finished: {done:,} images"
+    return f"{run}, {'from' if done else 'begins at'} {done:,} of {budget:,} images"
+
+
+def _job(settings: Settings, job: Mapping[str, str]) -> str:
+    """See that SLURM starts as many tasks as the trainer has devices, and that they see them."""
+    faults = []
+    for option, variable, key, wanted in (
+        ("nodes", "SLURM_NNODES", "trainer.nodes", settings.nodes),
+        ("ntasks-per-node", "SLURM_NTASKS_PER_NODE", "trainer.devices", settings.devices),
+    ):
+        got = job.get(variable, "none")
+        if got != str(wanted):
+            faults.append(
+                f"job: #SBATCH --{option} and {key}={wanted} differ (got {got}); "
+                f"make it: #SBATCH --{option}={wanted}"
+            )
+    seen = torch.cuda.device_count()
+    if settings.accelerator in ("gpu", "cuda") and seen < int(settings.devices):
+        faults.append(
+            f"job: the tasks of a node need {settings.devices} GPUs (this one shows {seen}); "
+            f"make it: #SBATCH --gpus-per-node={settings.devices}, or train on CPUs with --tasks"
+        )
+    if faults:
+        raise ValueError("\n".join(faults))
+    return f"{job.get('SLURM_JOB_NODELIST', '')}: {settings.nodes} nodes x {settings.devices} tasks"
+
+
+def checkpoint_bytes(experiment: Config, network: nn.Module) -> int:
+    """Bytes of a checkpoint: the weights, their averages and what the optimizer keeps of each.
+
+    Args:
+        experiment: bound.
+        network: without memory.
+    """
+    floats = sum(each.numel() for each in [*network.parameters(), *network.buffers()])
+    trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
+    averages = 1 + (len(power_ema.LENGTHS) if config.build(experiment, "ema").posthoc_every else 0)
+    return FLOAT_BYTES * (floats * (1 + averages) + trained * _optimizer_floats(experiment))
+
+
+def _optimizer_floats(experiment: Config) -> int:
+    """What the optimizer keeps of a parameter, found by a step on a few."""
+    weights = nn.Parameter(torch.zeros(64))
+    weights.grad = torch.zeros_like(weights)
+    optimizer: torch.optim.Optimizer = config.build(experiment, "optimizer")([weights])
+    optimizer.step()
+    kept = [each for each in optimizer.state[weights].values() if torch.is_tensor(each)]
+    return sum(each.numel() for each in kept) // weights.numel()
+
+
+def save_seconds(run: Path, size: int) -> float:
+    """How long a checkpoint takes to write where the run lies, from a smaller one that is timed.
+
+    Args:
+        run: the run's folder.
+        size: bytes of the checkpoint.
+    """
+    written = min(max(size, 1), PROBE_BYTES)
+    # Noise, since some file systems pack what can be packed.
+    content = torch.empty(written, dtype=torch.uint8).random_(256)
+    with tempfile.TemporaryDirectory(dir=_existing(run), prefix=".probe") as folder:
+        started = time.monotonic()
+        checkpoints.save({"content": content}, Path(folder) / "probe.ckpt")
+        seconds = time.monotonic() - started
+    return seconds * max(size, 1) / written
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
+
+
+def _words(size: int) -> str:
+    """Bytes for people."""
+    for unit in ("KiB", "MiB", "GiB"):
+        size_in = size / 1024 ** (("KiB", "MiB", "GiB").index(unit) + 1)
+        if size_in < 1024 or unit == "GiB":
+            return f"{size_in:,.3g} {unit}"
+    raise AssertionError
+
+
+def variables() -> Mapping[str, str]:
+    """SLURM's variables of the job that this process is in."""
+    return {key: value for key, value in os.environ.items() if key.startswith("SLURM_")}

@@ -1,0 +1,247 @@
+"""A job for SLURM: its tasks, the script that it is, and how that is submitted."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusion_pl.training.checkpoint import write_atomically
+
+SCRIPT = "job.sbatch"
+TEMPLATE = Path(__file__).with_name(SCRIPT)
+
+# Starts in a row without a newer checkpoint, after which a job is left to a person.
+RESTARTS = 3
+
+# SLURM looks at its clock now and then: a signal before the limit may come so much earlier.
+CLOCK = 60.0
+# Saves that must fit between the signal and the limit: file systems are slower with many writers.
+SAVES = 3.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of a job.
+
+    Args:
+        run: the run's folder.
+        words: what follows `train`: the experiment and its overrides.
+    """
+
+    run: Path
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of SLURM.
+
+    Args:
+        folder: where the script and SLURM's output lie.
+        tasks: the runs; of an array, one a task.
+        nodes: machines of a run.
+        ranks: processes a machine.
+        on_gpu: whether each of them takes a GPU.
+        cpus: cores a process.
+        time: limit, as SLURM writes it.
+        margin: seconds before the limit at which a run is told to stop.
+        command: what was typed.
+        place: the folder to run in.
+        python: words that start Python there.
+        options: further options of sbatch.
+    """
+
+    folder: Path
+    tasks: Sequence[Task]
+    nodes: int
+    ranks: int
+    on_gpu: bool
+    cpus: int
+    time: str
+    margin: int
+    command: str
+    place: Path
+    python: Sequence[str]
+    options: Sequence[str] = ()
+
+    @property
+    def script(self) -> Path:
+        """Where the script lies."""
+        return self.folder / SCRIPT
+
+    def directives(self) -> list[str]:
+        """The options in the script's head, each as sbatch takes it."""
+        array = len(self.tasks) > 1
+        output = self.place / self.folder / ("slurm-%A_%a.out" if array else "slurm-%j.out")
+        return [
+            f"--job-name={self.folder.name}",
+            f"--nodes={self.nodes}",
+            f"--ntasks-per-node={self.ranks}",  # Lightning refuses --ntasks
+            *([f"--gpus-per-node={self.ranks}"] if self.on_gpu else []),
+            f"--cpus-per-task={self.cpus}",
+            f"--time={self.time}",
+            f"--signal=USR1@{self.margin}",
+            *([f"--array=0-{len(self.tasks) - 1}"] if array else []),
+            "--requeue",
+            "--open-mode=append",
+            f"--output={output}",
+            *self.options,
+        ]
+
+
+def render(job: Job) -> str:
+    """The script, from the template beside this file."""
+    on = f"{job.nodes} nodes x {job.ranks} {'GPUs' if job.on_gpu else 'CPU processes'}"
+    runs = job.tasks[0].words[0] if len(job.tasks) == 1 else f"{len(job.tasks)} runs"
+    values = {
+        "what": f"{runs} on {on}",
+        "command": job.command,
+        "directives": "\n".join(f"#SBATCH {_quoted(option)}" for option in job.directives()),
+        "place": shlex.quote(str(job.place)),
+        "tasks": "\n".join(
+            f"  {number}) RUN={shlex.quote(str(task.run))} WORDS=({shlex.join(task.words)}) ;;"
+            for number, task in enumerate(job.tasks)
+        ),
+        "python": shlex.join(job.python),
+        "threads": "1" if job.on_gpu else str(job.cpus),
+        "cpus": str(job.cpus),
+        "restarts": str(RESTARTS),
+        "script": shlex.quote(str(job.script)),
+    }
+    return re.sub(r"@\{(\w+)\}", lambda found: values[found[1]], TEMPLATE.read_text())
+
+
+def _quoted(option: str) -> str:
+    """An option as sbatch reads it, which knows double quotes."""
+    return f'"{option}"' if re.search(r"\s|'", option) else option
+
+
+def submit(job: Job) -> str:
+    """Write the script and hand it to SLURM.
+
+    Returns:
+        The job's number.
+
+    Raises:
+        ValueError: there is no SLURM here, or it refuses the job; in its words.
+    """
+    write(job)
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(job.script)], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{job.script}: is written, but there is no sbatch here; submit it where there is one"
+        ) from error
+    if done.returncode:
+        reason = " ".join(done.stderr.replace("sbatch: error: ", "").split())
+        raise ValueError(
+            f"{job.script}: SLURM refuses it ({reason}); change what it names, here or with "
+            "--sbatch OPTION"
+        )
+    return done.stdout.strip().split(";")[0]
+
+
+def write(job: Job) -> None:
+    """Write the script."""
+    text = render(job)
+    write_atomically(job.script, lambda file: file.write(text.encode()))
+
+
+def python_of(place: Path, executable: str, container: str | None, on_gpu: bool) -> list[str]:
+    """The words that start Python in a job: this environment's, or a container's.
+
+    Args:
+        place: the folder to run in, which a container sees as it is.
+        executable: the environment's Python.
+        container: an image for apptainer; None for none.
+        on_gpu: whether a container needs the GPUs' driver.
+    """
+    if container is None:
+        path = Path(executable)
+        return [str(path.relative_to(place) if path.is_relative_to(place) else path)]
+    seen = ["--bind", str(place), "--pwd", str(place)]
+    return ["apptainer", "exec", *(["--nv"] if on_gpu else []), *seen, container, "python"]
+
+
+def tasks_of(
+    base: Path, words: Sequence[str], sweeps: Sequence[str], last: Sequence[str]
+) -> list[Task]:
+    """The runs of a job: one, or one for every combination of the values that are swept over.
+
+    Args:
+        base: the run's folder; of a sweep, the folder of the runs' folders.
+        words: the experiment and its overrides.
+        sweeps: `key=value,value`, each with two values or more.
+        last: overrides that stand after those.
+
+    Raises:
+        ValueError: names the sweep that is none.
+    """
+    choices = []
+    for sweep in sweeps:
+        key, _, values = sweep.partition("=")
+        each = _split(values)
+        if len(each) < 2 or not all(each) or not key:
+            raise ValueError(f"--sweep: must be key=value,value (got {sweep!r}); write two or more")
+        if len(set(each)) < len(each):
+            raise ValueError(f"--sweep: {key}: a value twice (got {values!r}); name each once")
+        choices.append([f"{key}={value}" for value in each])
+    if not choices:
+        return [Task(base, (*words, *last))]
+    tasks = []
+    for chosen in itertools.product(*choices):
+        name = re.sub(r"[^\w.=,+-]", "_", ",".join(chosen))
+        tasks.append(Task(base / name, (*words, *chosen, *last)))
+    if len({task.run for task in tasks}) < len(tasks):
+        raise ValueError("--sweep: two runs would have one folder; let the values differ in more")
+    return tasks
+
+
+def _split(values: str) -> list[str]:
+    """Cut at the commas that stand in no brackets."""
+    parts, depth = [""], 0
+    for letter in values:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def seconds_of(time: str) -> int:
+    """A limit as SLURM writes it, in seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+
+    Raises:
+        ValueError: it is none.
+    """
+    days, dash, rest = time.rpartition("-")
+    parts = rest.split(":")
+    numbers = [*([days] if dash else []), *parts]
+    if len(parts) > 3 or not all(each.isdecimal() for each in numbers):
+        raise ValueError(f"--time: must be as SLURM writes it, such as 24:00:00 (got {time!r})")
+    values = [int(each) for each in parts]
+    if dash:  # hours first
+        hours, minutes, seconds = [*values, 0, 0][:3]
+        return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if len(values) == 1:
+        return 60 * values[0]
+    hours, minutes, seconds = [0, *values][-3:]
+    return (hours * 60 + minutes) * 60 + seconds
+
+
+def margin_of(save: float) -> int:
+    """Seconds before the limit at which a run must be told to stop.
+
+    Args:
+        save: seconds that a checkpoint takes to write.
+    """
+    return math.ceil(max(CLOCK, SAVES * save))

@@ -1,0 +1,65 @@
+"""The folder of a run before it starts: made with its config, or seen to be the experiment's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusion_pl import config, ranks
+from diffusion_pl.commands import runs
+from diffusion_pl.config import Config
+from diffusion_pl.training.checkpoint import write_atomically
+
+# A file of the run's folder that says why the run would fail in the same way again.
+FAILED = "FAILED"
+
+
+def settle(experiment: Config, folder: Path, start: Path | None = None) -> None:
+    """Make the run's folder with its config, or see that it is this experiment's.
+
+    The first process of a run writes; the others see what is there.
+
+    Args:
+        experiment: what is to be trained.
+        folder: the run's.
+        start: the run or checkpoint whose weights it starts from, kept in `from`.
+
+    Raises:
+        ConfigError: the folder holds a run of another config; names the differing keys.
+        ValueError: the folder cannot be written, or its run started elsewhere.
+    """
+    compare(experiment, folder, start)
+    if not ranks.leads_run():
+        return
+    if start is not None:
+        begun = f"{runs.checkpoint_of(start)}\n"
+        write_atomically(folder / "from", lambda file: file.write(begun.encode()))
+    kept = folder / "config.yaml"
+    if not kept.exists():
+        write_atomically(kept, lambda file: file.write(config.dump(experiment).encode()))
+
+
+def compare(experiment: Config, folder: Path, start: Path | None = None) -> None:
+    """See that a folder holds no run, or this experiment's; nothing is written.
+
+    Raises:
+        ConfigError: as `settle`.
+        ValueError: as `settle`.
+    """
+    kept, begun = folder / "config.yaml", folder / "from"
+    if not kept.exists():
+        if (folder / "checkpoints").exists():
+            raise ValueError(
+                f"{folder} holds checkpoints but no config.yaml; restore it or remove them"
+            )
+        return
+    if start is not None:
+        wanted = f"{runs.checkpoint_of(start)}\n"
+        before = begun.read_text() if begun.exists() else "weights of its own\n"
+        if wanted != before:
+            raise ValueError(f"{folder}: started from {before.strip()}, not from {wanted.strip()}")
+    changes = config.differences(config.load(kept).tree, experiment.tree)
+    if changes:
+        raise config.ConfigError(
+            f"{folder} was begun with another config; name another folder (RUN=...) or undo:\n"
+            + "\n".join(f"  {line}" for line in changes)
+        )
