@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "measure a run, or images in a folder or .npz; prints one JSON object",
     "reference": "statistics of real images, to compare with",
     "sweep": "measure a run under many samplers: table, plot, what nothing beats",
+    "replay": "look at one step of a run again: its images, noise levels, losses, gradient",
     "losses": "a run's error at each noise level, averaged and raw weights",
     "progressive": "draw what the network makes of the image from level to level",
     "interpolate": "draw images between two of one's own",
@@ -86,7 +87,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     everything = parser()
     options, rest = everything.parse_known_args(arguments)
     # argparse gives a positional with "*" only the words of one place.
-    if rest and (options.command not in ("train", "launch", "check") or any(w[0] == "-" for w in rest)):
+    if rest and (
+        options.command not in ("train", "launch", "check") or any(w[0] == "-" for w in rest)
+    ):
         everything.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides.extend(rest)
@@ -124,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--first", type=int, default=0, help="index of the first image (0)")
     sample.add_argument("--label", type=int, help="class of every image; drawn for each otherwise")
     sample.add_argument("--out", type=Path, help="folder of the images (RUN/drawn)")
+    _add_replay(parts["replay"])
     measuring.add_evaluate(parts["evaluate"])
     measuring.add_reference(parts["reference"])
     measuring.add_losses(parts["losses"])
@@ -132,6 +136,14 @@ def parser() -> argparse.ArgumentParser:
     _add_latents(parts)
     _add_exchange(parts)
     return top
+
+
+def _add_replay(part: argparse.ArgumentParser) -> None:
+    """What looking at a step again takes."""
+    part.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    part.add_argument("--step", type=int, required=True, metavar="N", help="steps before it")
+    part.add_argument("--out", type=Path, help="folder of the picture (RUN/replay)")
+    _add_trust(part)
 
 
 def _add_enlarge(part: argparse.ArgumentParser) -> None:

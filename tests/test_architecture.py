@@ -33,6 +33,7 @@ LIGHTNING = {
     "callbacks.py",
     "evaluating.py",
     "module.py",
+    "replay.py",
     "run.py",
     "run_data.py",
 }  # the only files that may import it

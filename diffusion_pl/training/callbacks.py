@@ -68,6 +68,8 @@ class Log(Callback):
         if trainer.is_global_zero:
             self.history.rewind(self.images)
             self.progress.start(self.images)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.scale = None if scaler is None else scaler.get_scale()
         self.since = time.monotonic()
 
     def on_train_batch_end(
@@ -104,11 +106,10 @@ class Log(Callback):
 
     def _scale(self, trainer: lightning.Trainer, images: int) -> dict[str, float]:
         """The scale of fp16's loss; a smaller one than before says that steps were left out."""
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is None:
+        if self.scale is None:
             return {}
-        before, self.scale = self.scale, scaler.get_scale()
-        if trainer.is_global_zero and before is not None and self.scale < before:
+        before, self.scale = self.scale, trainer.precision_plugin.scaler.get_scale()  # type: ignore[attr-defined]
+        if trainer.is_global_zero and self.scale < before:
             self.progress.say(
                 f"{images:,} images: fp16 left out steps whose gradient overflowed; the scale of "
                 f"its loss went from {before:.4g} to {self.scale:.4g}"

@@ -167,12 +167,23 @@ class DiffusionModule(lightning.LightningModule):
         """The loss of each pass, as its part of the mean over the share: they add up to it.
 
         Args:
-            batch: "image" uint8 (B, C, H, W), "index" int64 (B,) on the host: position of
-                each image in the run; "label" int64 (B,) where the data has classes, and further
-                conditions.
+            batch: see `image_losses`.
 
         Raises:
             NonFinite: names the step, its images and their noise levels.
+        """
+        for passed in self.image_losses(batch):
+            loss = passed.sum() / len(batch["image"])
+            self.refuse_non_finite("loss", loss.detach())
+            yield loss
+
+    def image_losses(self, batch: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """The loss of each image (n,), a pass at a time.
+
+        Args:
+            batch: "image" uint8 (B, C, H, W), "index" int64 (B,) on the host: position of
+                each image in the run; "label" int64 (B,) where the data has classes, and further
+                conditions.
         """
         hidden = {"image", "index"} if self.classes else {"image", "index", "label"}
         condition = {key: value for key, value in batch.items() if key not in hidden}
@@ -187,12 +198,9 @@ class DiffusionModule(lightning.LightningModule):
             dropout = seed_of(self.seed, "dropout", positions[part.start])
             own_generator(image.device).manual_seed(dropout)
             conditions = {key: value[part] for key, value in condition.items()}
-            loss = self.objective.loss(
+            yield self.objective.loss(
                 self.denoiser, image[part], u[part], noise[part], **conditions
             )
-            loss = loss.sum() / len(image)
-            self.refuse_non_finite("loss", loss.detach())
-            yield loss
 
     def unsynchronised(self) -> contextlib.AbstractContextManager[None]:
         """Within it a backward pass adds to this device's gradient alone."""

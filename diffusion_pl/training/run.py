@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
@@ -37,7 +38,6 @@ from diffusion_pl.training.progress import Progress
 from diffusion_pl.training.run_data import Network, RunData
 from diffusion_pl.training.settings import (
     AUTOCAST,
-    LIGHTNING_PRECISION,
     Settings,
     resolve_precision,
 )
@@ -168,7 +168,6 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
         strategy=DDPStrategy(timeout=timedelta(seconds=settings.start_timeout))
         if settings.nodes * settings.devices_a_node() > 1
         else "auto",
-        precision=LIGHTNING_PRECISION[precision],  # type: ignore[arg-type]
         max_steps=settings.steps(experiment.data.batch_size),
         max_epochs=-1,
         limit_val_batches=0,
@@ -179,10 +178,20 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
         enable_model_summary=False,
         log_every_n_steps=2**31,  # rows are ours, by images
         logger=make_loggers(experiment, run),
-        plugins=[CheckpointFiles(), *cluster()],
+        plugins=[CheckpointFiles(), precision_plugin(precision, settings), *cluster()],
         default_root_dir=run,
         benchmark=True,
     )
+
+
+def precision_plugin(precision: str, settings: Settings) -> Precision:
+    """How a run computes; said outright, since on a CPU Lightning takes bf16 for fp16."""
+    device = settings.device_type()
+    if precision == "fp32":
+        return Precision()
+    if precision == "bf16":
+        return MixedPrecision("bf16-mixed", device)
+    return MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))
 
 
 def cluster() -> list[SLURMEnvironment]:

@@ -1,0 +1,82 @@
+"""`replay`: look at one step of a run again, as when its loss was not finite."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusion_pl import config
+from diffusion_pl.commands import parts, runs, train
+from diffusion_pl.images import grid, save_png
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training.replay import replay
+from diffusion_pl.training.sanity import NonFinite
+
+FAILURES: tuple[type[Exception], ...] = (NonFinite,)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what the step was about to do, and draw its images: clean, with noise, denoised."""
+    if options.step < 0:
+        raise ValueError(f"--step must not be negative (got {options.step})")
+    if not runs.is_run(options.run):
+        raise ValueError(f"{options.run}: no run is here (no config.yaml); name a run's folder")
+    kept = options.run / "config.yaml"
+    tree = config.load(kept).tree
+    experiment = config.load_resolved(tree, str(kept), options.allow)
+    parts.bind(experiment)
+    built = train.build(experiment)
+    batch_size = built.data.batch_size
+    before = checkpoint_before(options.run / "checkpoints", options.step * batch_size)
+    if before is None and (options.run / "from").exists():
+        raise ValueError(
+            f"{options.run}: began with other weights, and has no checkpoint before step "
+            f"{options.step}; replay a later one"
+        )
+    found = replay(built, before, options.step)
+    path = (options.out or options.run / "replay") / f"{options.step:09d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(grid(found.shown.flatten(0, 1), columns=len(found.positions)), path)
+    labels: Sequence[int | None] = found.labels or [None] * len(found.positions)
+    fields = ("position", "index", "file", "label", "sigma", "loss")
+    columns = (found.positions, found.indices, found.files, labels, found.sigmas, found.losses)
+    worst = sorted(found.norms, key=lambda name: -_rank(found.norms[name]))
+    result = {
+        "run": str(options.run),
+        "step": options.step,
+        "checkpoint": None if before is None else str(before),
+        "loss": _number(found.losses.mean()),
+        "gradient_norm": _number(math.hypot(*found.norms.values())),
+        "largest_gradients": {name: _number(found.norms[name]) for name in worst[:5]},
+        "images": [
+            dict(zip(fields, (*row[:4], *map(_number, row[4:])), strict=True))
+            for row in zip(*columns, strict=True)
+        ],
+        "picture": str(path),
+    }
+    print(json.dumps(result))
+    return 0
+
+
+def _number(value: Any) -> float | str:
+    """A number as JSON has it, which knows neither nan nor inf: these in words."""
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def _rank(norm: float) -> float:
+    """A number that is not one comes first."""
+    return math.inf if math.isnan(norm) else norm
+
+
+def checkpoint_before(folder: Path, images: int) -> Path | None:
+    """The newest sound checkpoint of at most so many images; None where there is none."""
+    for path in reversed(checkpoints.found(folder)):
+        if int(path.stem) <= images:
+            checkpoints.verify(path)
+            return path
+    return None

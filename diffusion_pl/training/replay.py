@@ -1,0 +1,127 @@
+"""One step of a run again: trained up to it from a checkpoint before, then looked at, not made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from diffusion_pl.images import from_bytes, to_bytes
+from diffusion_pl.training.module import DiffusionModule
+from diffusion_pl.training.run import (
+    CheckpointFiles,
+    Experiment,
+    make_module,
+    precision_plugin,
+    quiet_lightning,
+)
+from diffusion_pl.training.run_data import RunData
+from diffusion_pl.training.settings import resolve_precision
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a step was about to do.
+
+    Args:
+        positions: of its B images in the run.
+        indices: of the same in the data set.
+        files: where each is read from.
+        labels: of the same, None without classes.
+        sigmas: their noise levels (B,).
+        losses: of the images (B,).
+        norms: norm of the gradient of every parameter, by name.
+        shown: uint8 (3, B, C, H, W): the images as the network learns them, with noise, denoised.
+    """
+
+    positions: list[int]
+    indices: list[int]
+    files: list[str]
+    labels: list[int] | None
+    sigmas: Tensor
+    losses: Tensor
+    norms: dict[str, float]
+    shown: Tensor
+
+
+def replay(experiment: Experiment, checkpoint: Path | None, step: int) -> Replayed:
+    """Train up to a step, on one device and writing nothing, and look at what it would do.
+
+    On one CPU a run of one device is met bit for bit; of several, to rounding.
+
+    Args:
+        experiment: the parts, freshly built.
+        checkpoint: of the run, at most `step` steps old; None: from its beginning.
+        step: optimizer steps before the one that is looked at.
+
+    Raises:
+        NonFinite: a number of a step before is not finite.
+    """
+    settings, source = experiment.settings, experiment.data
+    share = settings.share_size(source.batch_size, settings.nodes * settings.devices_a_node())
+    settings = dataclasses.replace(
+        settings, devices=1, nodes=1, device_batch_size=settings.device_batch_size or share
+    )
+    experiment = dataclasses.replace(experiment, settings=settings)
+    data = RunData(source, settings, experiment.network, experiment.seed)
+    with quiet_lightning():
+        precision = resolve_precision(settings.precision, settings.device_type())
+        trainer = lightning.Trainer(
+            accelerator=settings.accelerator,
+            devices=1,
+            max_steps=step,
+            max_epochs=-1,
+            limit_val_batches=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            logger=False,
+            log_every_n_steps=2**31,
+            plugins=[CheckpointFiles(), precision_plugin(precision, settings)],
+        )
+        module = make_module(experiment)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        module.to(trainer.strategy.root_device).train()
+        with trainer.precision_plugin.forward_context():
+            return _look(module, data, step)
+
+
+def _look(module: DiffusionModule, data: RunData, step: int) -> Replayed:
+    """What a step would do to a module that stands before it."""
+    batches = data.train_dataloader().batches
+    batch = data.transfer_batch_to_device(batches[step], module.device, 0)
+    positions = batch["index"].tolist()
+    module.zero_grad()
+    losses = []
+    for passed in module.image_losses(batch):
+        (passed.sum() / len(positions)).backward()
+        losses.append(passed.detach())
+    norms = {
+        name: float(nn.utils.get_total_norm([parameter.grad]))
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+    condition = {key: batch[key] for key in batch if key not in ("image", "index")}
+    if not module.classes:
+        condition.pop("label", None)
+    image, u, noise, condition = module.draw(from_bytes(batch["image"]), batch["index"], condition)
+    sigma = module.objective.schedule(u)
+    noisy = image + sigma.to(image)[:, None, None, None] * noise
+    with torch.no_grad():
+        denoised = module.denoiser(noisy, sigma.to(image), **condition)
+    indices = batches.order(positions[0], positions[-1] + 1).tolist()
+    images = data.opened()
+    return Replayed(
+        positions=positions,
+        indices=indices,
+        files=[images.whence(index) for index in indices],
+        labels=None if images.labels is None else images.labels[indices].tolist(),
+        sigmas=sigma.cpu(),
+        losses=torch.cat(losses).float().cpu(),
+        norms=norms,
+        shown=torch.stack([to_bytes(shown) for shown in (image, noisy, denoised)]).cpu(),
+    )
