@@ -6,8 +6,8 @@ RUN_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check data train sample enlarge evaluate reference sweep experiments test \
-	test-slow mutants ci-fid bench clean
+.PHONY: help setup check data train slurm preempt sample enlarge evaluate reference sweep \
+	experiments test test-slow test-slurm mutants ci-fid bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -27,6 +27,14 @@ train: $(STAMP)  ## train EXP=quickstart [SET="optimizer.lr=1e-4 ..."] [RUN=runs
 
 sample: $(STAMP)  ## draw images: RUN=runs/quickstart [COUNT=64] [ARGS="--sampler heun --steps 9 ..."]
 	@$(RUN_PYTHON) -m diffusion_pl sample $(RUN) --count $(or $(COUNT),64) $(ARGS)
+
+slurm: $(STAMP)  ## train on a cluster: EXP=... NODES=4 GPUS=8 TIME=24:00:00 [TASKS=8] [ARGS="--sweep ..."]
+	@$(RUN_PYTHON) -m diffusion_pl launch $(EXP) $(SET) --nodes $(or $(NODES),1) \
+		$(if $(TASKS),--tasks $(TASKS),--gpus $(or $(GPUS),1)) --time $(or $(TIME),24:00:00) \
+		$(if $(RUN),--run $(RUN)) $(ARGS)
+
+preempt:  ## have a job stop as before its limit, requeued where it stood: JOB=1234
+	scancel --signal=USR1 $(JOB)
 
 enlarge: $(STAMP)  ## super-resolution: RUN=runs/... IMAGES="a.png folder" [TO=256] [ARGS="--restart 2 ..."]
 	@$(RUN_PYTHON) -m diffusion_pl enlarge $(RUN) $(IMAGES) $(if $(TO),--to $(TO)) $(ARGS)
@@ -54,10 +62,13 @@ else
 endif
 
 test: $(STAMP)  ## the tests: offline, minutes, warnings are errors
-	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2 -m 'not slow and not slurm'
 
 test-slow: $(STAMP)  ## the tests that take minutes each
 	$(RUN_PYTHON) -m pytest -m slow
+
+test-slurm: $(STAMP)  ## the job's script on a real SLURM, two nodes on this machine
+	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -rs -m 'slurm and not slow' tests/slurm
 
 mutants: $(STAMP)  ## plant one-line bugs; the tests must notice every one [ONLY="samplers/heun.py ..."]
 	OMP_NUM_THREADS=1 $(RUN_PYTHON) tests/mutants.py $(ONLY)

@@ -41,11 +41,11 @@ def run(options: argparse.Namespace) -> int:
         sbatch.write(job)
         _line("script", f"{script}; submit it with: sbatch {script}")
         return 0
-    number = sbatch.submit(job)
+    submitted = sbatch.submit(job)
     _line("script", script)
-    _line("log", f"tail -F {shlex.quote(str(job.folder))}/slurm-{number}*.out")
-    _line("try", f"make preempt JOB={number}")
-    _line("job", number)
+    _line("log", f"tail -F {shlex.quote(str(job.folder))}/slurm-{submitted}*.out")
+    _line("try", f"make preempt JOB={submitted}")
+    _line("job", submitted)
     return 0
 
 

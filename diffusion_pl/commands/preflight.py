@@ -40,7 +40,7 @@ FLOAT_BYTES = 4
 
 @dataclass
 class Found:
-    """What a pre-flight found: faults, what is good to know as (title, text), a checkpoint's size."""
+    """What a pre-flight found: faults, what is good to know (title, text), a checkpoint's size."""
 
     faults: list[str] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)

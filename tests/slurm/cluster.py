@@ -1,7 +1,7 @@
 """A real SLURM on this machine alone: a controller and a daemon for each of two nodes.
 
-Six packages of Debian are unpacked into a folder; nothing is installed, no root is needed. The nodes
-are called 127.0.0.1 and 127.0.0.2, so that the first one's name is an address that all can reach.
+Six packages of Debian are unpacked into a folder; nothing is installed, no root is needed. The
+nodes are called 127.0.0.1 and 127.0.0.2: the first one's name is an address that all can reach.
 """
 
 from __future__ import annotations
