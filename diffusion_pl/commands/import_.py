@@ -31,14 +31,10 @@ def run(options: argparse.Namespace) -> int:
     images, about = 0, {"kind": options.kind, "from": str(options.source)}
     if options.kind == "safetensors":
         known, state = ours.read(options.source)
-        images = int(known.get("images", 0))
+        images = known["images"]
         experiment = config.load_resolved(known["config"], str(options.source), options.allow)
     else:
-        # One module a layout, each with the same three functions.
-        layout = importlib.import_module(f"diffusion_pl.interop.{options.kind}")
-        settings, published = layout.read(options.source)
-        experiment = experiment_of(layout.nodes(settings), dest, options.like)
-        state = layout.denoiser_from(settings, published).state_dict()
+        experiment, state = published(options)
     parts.bind(experiment)
     check(experiment, state, options.source)
     about["sha256"] = digest(options.source)
@@ -52,6 +48,28 @@ def run(options: argparse.Namespace) -> int:
     }
     print(json.dumps(result, indent=2))
     return 0
+
+
+def published(options: argparse.Namespace) -> tuple[Config, dict[str, Tensor]]:
+    """The experiment and the weights of a checkpoint in a layout of others.
+
+    Raises:
+        ValueError: it does not hold what that layout has.
+    """
+    # One module a layout, each with the same three functions.
+    layout = importlib.import_module(f"diffusion_pl.interop.{options.kind}")
+    try:
+        settings, weights = layout.read(options.source)
+        experiment = experiment_of(layout.nodes(settings), options.dest, options.like)
+        return experiment, layout.denoiser_from(settings, weights).state_dict()
+    except ValueError:
+        raise
+    except Exception as error:  # settings of any type and size
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{options.source}: does not hold what a checkpoint of {options.kind} does "
+            f"({type(error).__name__}: {reason})"
+        ) from error
 
 
 def experiment_of(nodes: dict[str, Any], dest: Path, like: str | None) -> Config:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from diffusion_pl import config
 from diffusion_pl.config import Config
@@ -58,12 +60,35 @@ def bind(experiment: Config) -> None:
         ConfigError: everything that is wrong, a line each.
     """
     config.check(experiment, known=SECTIONS, required=REQUIRED)
+    for key in ("data.batch_size", "data.resolution"):
+        value = experiment.tree["data"].get(key.removeprefix("data."))
+        if type(value) is int and value < 1:
+            raise experiment.error(key, f"must be at least 1 (got {value})")
 
 
-def meta_network(experiment: Config) -> nn.Module:
-    """The network without memory for its weights, for counting."""
-    with torch.device("meta"):
-        network: nn.Module = config.build(experiment, "network")
+def meta_network(experiment: Config, most: int | None = None) -> nn.Module:
+    """The network without memory for its weights, for counting.
+
+    Args:
+        experiment: bound.
+        most: tensors that it may have; without this limit a config of others could have modules
+            made for ever.
+
+    Raises:
+        ConfigError: it has more.
+    """
+    made = itertools.count(1)
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if most is not None and next(made) > most:
+            raise ValueError(f"has more than the {most:,} tensors that the checkpoint holds")
+
+    counting = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            network: nn.Module = config.build(experiment, "network")
+    finally:
+        counting.remove()
     return network
 
 

@@ -92,21 +92,24 @@ def open_model(
     """
     path = checkpoint_of(run)
     loaded = checkpoints.load(path)
-    section = loaded[checkpoints.SECTION]
-    experiment = config.load_resolved(section["config"], str(path), allow, overrides)
+    tree, images = checkpoints.described(loaded, path)
+    experiment = config.load_resolved(tree, str(path), allow, overrides)
     parts.bind(experiment)
     objective: TrainingObjective = config.build(experiment, "objective")
-    denoiser = objective.denoiser(config.build(experiment, "network"))
     kind, _, length = weights.partition(":")
     source = path
     if length:
         source = path.parent.parent / power_ema.FOLDER
-        state = power_ema.reconstruct(source, section["images"], float(length))
+        state = power_ema.reconstruct(source, images, float(length))
         loaded = {"state_dict": {f"{kind}.{key}": value for key, value in state.items()}}
-    checkpoints.load_weights(denoiser, loaded, kind, source)
+    # Before memory is taken for a network that a config of others may have made huge.
+    small = objective.denoiser(parts.meta_network(experiment, len(loaded["state_dict"])))
+    state = checkpoints.match_weights(small, loaded, kind, source)
+    denoiser = objective.denoiser(config.build(experiment, "network"))
+    denoiser.load_state_dict(state)
     denoiser.to(memory_format=torch.channels_last)
     denoiser.eval().requires_grad_(False)
-    return Model(path, section["images"], experiment, objective, denoiser)
+    return Model(path, images, experiment, objective, denoiser)
 
 
 def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:

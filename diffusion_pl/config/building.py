@@ -11,6 +11,9 @@ from diffusion_pl.config.binding import SPECIAL, check_node
 from diffusion_pl.config.targets import locate
 from diffusion_pl.config.tree import Config, ConfigError, join
 
+# What a constructor raises for values that it was not made for.
+_MISTAKES = (ValueError, ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError)
+
 
 def build(config: Config, key: str, /, **extra: Any) -> Any:
     """Build what stands under a dotted key.
@@ -66,8 +69,11 @@ def _called(config: Config, node: dict[Any, Any], key: str, extra: dict[str, Any
         return functools.partial(target, **arguments)
     try:
         return target(**arguments)
-    except ValueError as error:
+    except _MISTAKES as error:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, ValueError):
+            reason = f"cannot be built from these values ({type(error).__name__}: {reason})"
         # The value it refuses may come from any file that set one of its arguments.
         keys = [key, *(join(key, name) for name in node)]
         files = dict.fromkeys(config.origin(each) for each in keys)
-        raise ConfigError(f"{' + '.join(files)}: {key}: {error}") from error
+        raise ConfigError(f"{' + '.join(files)}: {key}: {reason}") from error

@@ -32,7 +32,7 @@ _FOLDER = "cifar-10-batches-py"
 _ARCHIVE = "cifar-10-python.tar.gz"
 
 # A batch of 10,000 images is 31 MB, up to twice that when bytes are pickled as text.
-_LARGEST_BATCH = 256 * 1024**2
+_LARGEST_BATCH = 96 * 1024**2
 _LARGEST_ARCHIVE = 2 * 1024**3
 
 

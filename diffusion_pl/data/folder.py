@@ -1,7 +1,9 @@
 """Images of one's own: a folder or a zip file of PNG, JPEG and WebP."""
 
 import os
+import re
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -21,6 +23,9 @@ EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 FOREIGN = frozenset(
     {".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".tga", ".tif", ".tiff"}
 )
+
+# In a name: ends the line of a complaint, or moves the cursor of the terminal that shows it.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 # A file of more bytes than the largest image has when decoded holds something else.
 LARGEST_FILE = 256 * 1024**2
@@ -80,15 +85,19 @@ class _Zip:
         if self._opened is None or self._opened[0] != os.getpid():
             try:
                 self._opened = (os.getpid(), zipfile.ZipFile(self.path))
-            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            except Exception as error:
+                # A directory that is no directory raises nearly anything.
                 raise ValueError(f"{self.path}: not a readable zip file ({error})") from error
         return self._opened[1]
 
     def names(self) -> list[str]:
-        entries = [entry for entry in self._archive().infolist() if not entry.is_dir()]
+        # An entry without a name makes zipfile's own is_dir raise.
+        entries = [each for each in self._archive().infolist() if each.filename[-1:] != "/"]
         names = [entry.filename for entry in entries]
+        for name in names:
+            _refuse_control(name, self.path)
         if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
+            [(twice, _)] = Counter(names).most_common(1)
             raise ValueError(f"{self.path}: {twice} is there twice")
         for entry in entries:
             if entry.filename.startswith("/") or ".." in entry.filename.split("/"):
@@ -106,6 +115,12 @@ class _Zip:
         except Exception as error:
             # zipfile passes on whatever its decompressors raise, and KeyError if the file changed.
             raise ValueError(f"{self.path}: {name} is damaged ({error})") from error
+
+
+def _refuse_control(name: str, where: object) -> None:
+    """Refuse what would end or colour the line that names it."""
+    if CONTROL.search(name):
+        raise ValueError(f"{where}: {name!r} is an odd name; rename it")
 
 
 def _top(name: str) -> str:
@@ -247,6 +262,7 @@ class ImageFolder:
     def _names(self, files: Files) -> list[str]:
         names = []
         for name in sorted(files.names()):
+            _refuse_control(name, self.path)
             parts = PurePosixPath(name).parts
             # __MACOSX holds the hidden halves of files that a Mac has packed.
             if "__MACOSX" in parts or any(part.startswith(".") for part in parts):

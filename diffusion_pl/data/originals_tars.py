@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from diffusion_pl.data.folder import EXTENSIONS, FOREIGN, LARGEST_FILE
+from diffusion_pl.data.folder import CONTROL, EXTENSIONS, FOREIGN, LARGEST_FILE
 from diffusion_pl.data.originals import Asked, Original, Originals, checked_labels, digest_of
 
 _BLOCK = 512
@@ -124,7 +124,9 @@ def _samples(file: Path) -> Iterator[_Sample]:
 def _admitted(member: tarfile.TarInfo, file: Path) -> bool:
     """Whether a member is a file to look at."""
     parts = PurePosixPath(member.name).parts
-    if member.name.startswith("/") or ".." in parts or "\\" in member.name or "\0" in member.name:
+    if member.name.startswith("/") or ".." in parts or "\\" in member.name:
+        raise ValueError(f"{file}: {member.name!r} has an odd path")
+    if CONTROL.search(member.name):
         raise ValueError(f"{file}: {member.name!r} has an odd path")
     if member.isdir():
         return False

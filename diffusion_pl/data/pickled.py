@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffusion_pl.data.pickle_program import look_through
+
 
 class _Dtype:
     """Stands in for numpy.dtype: only bytes (u1) are admitted."""
@@ -96,6 +98,7 @@ def read_pickle(data: bytes, *, where: str) -> Any:
         ValueError: anything but plain data, or a broken pickle.
     """
     try:
+        look_through(data)
         value = _Reader(io.BytesIO(data), encoding="bytes").load()
         if isinstance(value, dict):
             return {
@@ -104,5 +107,6 @@ def read_pickle(data: bytes, *, where: str) -> Any:
             }
     except Exception as error:
         # A broken pickle raises nearly any exception; all of them mean the same to the user.
-        raise ValueError(f"{where}: not a pickle of plain data: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where}: not a pickle of plain data: {reason}") from error
     return value

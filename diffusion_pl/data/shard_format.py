@@ -170,7 +170,18 @@ class Manifest:
         return manifest
 
     def _problem(self) -> str | None:
-        """What contradicts itself or would lead outside the folder."""
+        """What is no number, contradicts itself or would lead outside the folder."""
+        numbers = {"count": self.count, "classes": self.classes, "shard_images": self.shard_images}
+        for shard in self.shards:
+            numbers |= {
+                f"count of {shard.file}": shard.count,
+                f"bytes of {shard.file}": shard.bytes,
+            }
+        for what, number in numbers.items():
+            if type(number) is not int or not 0 <= number < 2**63:
+                return f"{what} must be a whole number (got {number!r})"
+        if not isinstance(self.name, str) or type(self.channels) is not int:
+            return f"name and channels must be a word and a number (got {self.name!r})"
         sides = self.resolutions
         if not sides or sides != sorted(set(sides), reverse=True):
             return f"resolutions must descend (got {sides})"
@@ -200,9 +211,12 @@ def open_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
     """
     path = folder / INDEX
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); prepare the data again") from error
+        # An array file and nothing else: np.load would also open an archive of such files.
+        index: npt.NDArray[np.void] = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:
+        # A damaged header is parsed as Python and raises nearly anything.
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read ({reason}); prepare the data again") from error
     wanted = index_dtype(manifest.resolutions)
     if index.dtype != wanted or index.shape != (manifest.count,):
         raise ValueError(f"{path}: not the index of {folder / MANIFEST}; prepare the data again")

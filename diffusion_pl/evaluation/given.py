@@ -15,6 +15,10 @@ from torch import Tensor
 
 from diffusion_pl.metrics.real_images import RealImages
 
+# An archive of images unpacks to a few times its size; to more than this only one made for it does.
+LARGEST_FACTOR = 64
+SMALL = 256 * 1024**2  # bytes, in which the factor is no matter
+
 
 @dataclass(frozen=True)
 class Given:
@@ -90,12 +94,14 @@ def arrays(path: Path) -> Arrays:
     """
     try:
         content = path.read_bytes()
+        _check_size(path, len(content))
         with np.load(path, allow_pickle=False) as file:
             keys = [key for key in ("images", "arr_0") if key in file.files]
             if not keys:
                 raise ValueError(f"no array 'images' or 'arr_0' in it, only {file.files}")
-            array = file[keys[0]]
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            array = np.asarray(file[keys[0]])
+    except Exception as error:
+        # zipfile and numpy pass on whatever a damaged entry or header makes them raise.
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not an archive of images ({reason})") from error
     fits = array.ndim == 4 and array.shape[1] == array.shape[2] and array.shape[3] in (1, 3)
@@ -104,3 +110,15 @@ def arrays(path: Path) -> Arrays:
             f"{path}: images must be uint8 (N, R, R, 3) (got {array.dtype} {array.shape})"
         )
     return Arrays(path.stem, hashlib.sha256(content).hexdigest(), array)
+
+
+def _check_size(path: Path, size: int) -> None:
+    """Refuse what unpacks to far more than images do.
+
+    Raises:
+        ValueError: as said.
+    """
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > max(LARGEST_FACTOR * size, SMALL):
+        raise ValueError(f"unpacks to {unpacked:,} bytes, {unpacked // size:,} times its size")

@@ -92,13 +92,14 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{unet}: the weights cannot be read ({error})") from error
     except Exception as error:  # torch names pickle's own error, which is no ValueError
-        raise ValueError(f"{pickled}: holds more than tensors; refused ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{pickled}: holds more than tensors; refused ({reason})") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: must be a JSON object")
@@ -241,8 +242,9 @@ def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Den
         ValueError: names the first key that does not fit.
     """
     tree = _config(nodes(config))
+    fitting = weights(config, state)  # before memory is taken for what the config says
     network = configs.build(tree, "network")
-    network.load_state_dict(weights(config, state))
+    network.load_state_dict(fitting)
     denoiser: Denoiser = configs.build(tree, "objective").denoiser(network)
     return denoiser.eval().requires_grad_(False)
 

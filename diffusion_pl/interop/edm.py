@@ -124,8 +124,9 @@ def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Den
         ValueError: a config without a published layout, or the first key that does not fit.
     """
     tree = Config("edm", "checkpoint", nodes(config))
+    fitting = weights(config, state)  # before memory is taken for what the config says
     network = configs.build(tree, "network")
-    network.load_state_dict(weights(config, state))
+    network.load_state_dict(fitting)
     denoiser: Denoiser = configs.build(tree, "objective").denoiser(network)
     return denoiser.eval().requires_grad_(False)
 

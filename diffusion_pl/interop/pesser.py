@@ -36,8 +36,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: holds more than tensors; refused") from error
-    except (OSError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({error})") from error
+    except Exception as error:  # a broken pickle raises nearly anything
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: must be a state dict, names to tensors")
     return config_of(state), state
@@ -104,8 +105,9 @@ def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Den
         state: the published weights.
     """
     tree = _config(nodes(config))
+    fitting = weights(config, state)  # before memory is taken for what the config says
     network = configs.build(tree, "network")
-    network.load_state_dict(weights(config, state))
+    network.load_state_dict(fitting)
     denoiser: Denoiser = configs.build(tree, "objective").denoiser(network)
     return denoiser.eval().requires_grad_(False)
 

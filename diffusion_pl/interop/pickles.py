@@ -13,12 +13,17 @@ import pickle
 import struct
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from diffusion_pl.data.pickle_program import look_through
+
+# Modules within modules, and modules in all: far more than any network has.
+DEEPEST, MOST = 100, 100_000
 
 
 class Persistent:
@@ -168,31 +173,44 @@ def read_pickle(path: Path) -> Any:
         ValueError: unreadable, broken, or asking for a name that such a file does not need.
     """
     try:
-        with path.open("rb") as file:
-            return _Reader(file).load()
+        program = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        look_through(program)
+        return _Reader(io.BytesIO(program)).load()
     except Exception as error:  # a broken pickle raises nearly anything
-        raise ValueError(f"{path}: not a pickle of a network: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a pickle of a network: {reason}") from error
 
 
-def tensors(module: Any, prefix: str = "") -> dict[str, Tensor]:
+def tensors(module: Any) -> dict[str, Tensor]:
     """The state dict of a module that was read: parameters, persistent buffers, its children's.
 
     Raises:
-        ValueError: the object is no module.
+        ValueError: the object is no module, or one within itself.
     """
+    found: dict[str, Tensor] = {}
+    for number, (prefix, state) in enumerate(_modules(module, "", 0)):
+        if number > MOST:
+            raise ValueError(f"more than {MOST:,} modules")
+        passing = state.get("_non_persistent_buffers_set")
+        for group in ("_parameters", "_buffers"):
+            own = state.get(group)
+            for name, value in own.items() if isinstance(own, dict) else ():
+                if isinstance(value, Tensor) and not (isinstance(passing, set) and name in passing):
+                    found[f"{prefix}{name}"] = value
+    return found
+
+
+def _modules(module: Any, prefix: str, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The attributes of a module and of those in it, each with the prefix of its names."""
     state = module.state if isinstance(module, Persistent | Standin) else None
     if state is None or not isinstance(state.get("_modules"), dict):
         raise ValueError(f"{prefix or 'the network'}: is no module")
-    passing = state.get("_non_persistent_buffers_set") or set()
-    own = {**state.get("_parameters", {}), **state.get("_buffers", {})}
-    found = {
-        prefix + name: value
-        for name, value in own.items()
-        if isinstance(value, Tensor) and name not in passing
-    }
+    if depth > DEEPEST:
+        raise ValueError(f"modules more than {DEEPEST} deep")
+    yield prefix, state
     for name, child in state["_modules"].items():
         if child is not None:
-            found |= tensors(child, f"{prefix}{name}.")
-    return found
+            yield from _modules(child, f"{prefix}{name}.", depth + 1)

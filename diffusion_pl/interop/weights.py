@@ -40,10 +40,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         about = json.loads(metadata[KEY])
-        return {"config": about["config"], **about}, load_file(path)
+        images = about["images"] if "images" in about else 0
+        if not isinstance(about["config"], dict) or type(images) is not int or images < 0:
+            raise ValueError("its config or images are none")
+        return {**about, "images": images}, load_file(path)
     except KeyError as error:
         raise ValueError(
             f"{path}: holds no config of diffusion_pl; import it by the layout that it has"
         ) from error
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from diffusion_pl.training.container import unfit_content, unfit_entries
 
 FORMAT = 2
 READABLE = (1, 2)  # format 1 was without a digest
@@ -32,6 +35,8 @@ DAMAGED = ".damaged"  # what a damaged checkpoint's name ends in from then on
 _END, _END_BYTES = b"PK\x05\x06", 22
 _MARK = b"sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
+
+_NAME = re.compile(r"[0-9]+\.ckpt")  # the images seen
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +141,8 @@ def latest(folder: Path) -> Path | None:
     pointer = folder / LATEST
     if not pointer.exists():
         return None
-    path = folder / pointer.read_text().strip()
-    if path.parent != folder or not path.is_file():
+    path = folder / pointer.read_text(errors="replace").strip()
+    if path.parent != folder or not _NAME.fullmatch(path.name) or not path.is_file():
         raise ValueError(
             f"{pointer}: names {path.name!r}, which is not there; restore it or remove the pointer"
         )
@@ -184,28 +189,54 @@ def load(path: Path) -> dict[str, Any]:
         verify(path)
         with zipfile.ZipFile(path) as archive:
             digested = archive.comment.startswith(_MARK)
-            stored = sum(entry.file_size for entry in archive.infolist())
-        if stored > path.stat().st_size:
-            raise ValueError(f"{path}: its entries are larger than the file; refused")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            problem = unfit_entries(archive, path.stat().st_size, digested=digested)
+        checkpoint: Any = None
+        if problem is None:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            problem = unfit_content(checkpoint)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: there is no such checkpoint") from error
+    except Damaged:
+        raise
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
             f"{path}: holds more than tensors and plain data; refused ({reason})"
         ) from error
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        raise Damaged(f"{path}: cannot be read as a checkpoint ({error})") from error
+    except Exception as error:  # a pickle that others have spoilt raises nearly anything
+        reason = " ".join(str(error).split())
+        raise Damaged(f"{path}: cannot be read as a checkpoint ({reason})") from error
+    if problem is not None:
+        raise ValueError(f"{path}: {problem}; refused")
     section = checkpoint.get(SECTION) if isinstance(checkpoint, dict) else None
-    if not isinstance(section, dict) or section.get("format") not in READABLE:
-        number = section.get("format") if isinstance(section, dict) else "none"
+    section = section if isinstance(section, dict) else {}
+    number = section.get("format", "none")
+    if type(number) is not int or section.get("format") not in READABLE:
         raise ValueError(
             f"{path}: not a checkpoint of diffusion_pl's format {FORMAT} (format: {number})"
         )
     if section["format"] >= 2 and not digested:
         raise Damaged(f"{path}: is damaged; its digest is missing")
     return checkpoint
+
+
+def described(checkpoint: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], int]:
+    """The config that a checkpoint carries, and the images that it has seen.
+
+    Args:
+        checkpoint: as `load` gives it.
+        path: for error messages.
+
+    Raises:
+        ValueError: it carries none.
+    """
+    section = checkpoint[SECTION]
+    config, images = section.get("config"), section.get("images")
+    if not isinstance(config, dict) or type(images) is not int or images < 0:
+        raise ValueError(f"{path}: does not say its config and the images that it has seen")
+    if not isinstance(checkpoint.get("state_dict"), Mapping):
+        raise ValueError(f"{path}: has no state_dict, names to tensors")
+    return config, images
 
 
 def load_weights(module: nn.Module, checkpoint: Mapping[str, Any], which: str, path: Path) -> None:
@@ -232,10 +263,13 @@ def match_weights(
         ValueError: names the first key that is missing, surplus or of another shape.
     """
     prefix = f"{which}."
+    given = checkpoint.get("state_dict")
+    if not isinstance(given, Mapping) or not all(isinstance(v, Tensor) for v in given.values()):
+        raise ValueError(f"{path}: has no state_dict, names to tensors")
     state = {
-        key.removeprefix(prefix): value
-        for key, value in checkpoint["state_dict"].items()
-        if key.startswith(prefix)
+        str(key).removeprefix(prefix): value
+        for key, value in given.items()
+        if str(key).startswith(prefix)
     }
     wanted = module.state_dict()
     for key in [*wanted, *state]:

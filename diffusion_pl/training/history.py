@@ -26,15 +26,26 @@ class History:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows, oldest first; a last line that a crash cut off is not one."""
+        """All rows, oldest first; a last line that a crash cut off is not one.
+
+        Raises:
+            ValueError: another line is no row, so that the file is damaged.
+        """
         if not self.path.exists():
             return []
+        lines = self.path.read_bytes().split(b"\n")
         rows = []
-        for line in self.path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+        for number, line in enumerate(lines, start=1):
+            if not line:
                 continue
+            row = _row(line)
+            if row is not None:
+                rows.append(row)
+            elif number < len(lines):  # the last one has no end where it was cut off
+                raise ValueError(
+                    f"{self.path}: line {number} is no row of measurements "
+                    f"(got {line[:40]!r}); restore the file or remove the line"
+                )
         return rows
 
     def measured(self, images: int) -> bool:
@@ -48,3 +59,13 @@ class History:
         if self.path.exists():
             text = "".join(json.dumps(row) + "\n" for row in kept)
             write_atomically(self.path, lambda file: file.write(text.encode()))
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """One row, None where the line is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    fine = isinstance(row, dict) and type(row.get("images")) is int
+    return row if fine else None

@@ -1,0 +1,60 @@
+"""Look through a pickle before it is read: two bombs that no reader's list of names keeps out.
+
+A pickle numbers what it wants to remember, and the reader in C makes a table as long as the largest
+number: seven bytes take 16 GiB. And tuples within tuples, one byte each, exhaust the stack when the
+outermost is made a key: the process is gone without a word.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from typing import Any
+
+# The stack of a thread ends between 100,000 and 200,000 (measured, Python 3.11).
+DEEPEST = 10_000
+
+_TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+
+
+def look_through(program: bytes) -> None:
+    """Follow a pickle's memory and the depth of its tuples, without doing what it says.
+
+    Raises:
+        ValueError: a bomb, or no pickle.
+    """
+    stack: list[int] = []  # the depth of each value as a tuple
+    marks: list[int] = []
+    memory: dict[Any, int] = {}
+    for number, (code, argument, _) in enumerate(pickletools.genops(program)):
+        name = code.name
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = len(memory) if name == "MEMOIZE" else int(argument or 0)
+            if place > max(number, 255):
+                raise ValueError(f"it remembers a value as number {place:,}; refused")
+            memory[place] = stack[-1] if stack else 0
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memory.get(argument, 0))
+        elif name == "DUP":
+            stack += stack[-1:]
+        else:
+            taken = _taken(code, stack, marks)
+            depth = 1 + max(taken, default=0) if name in _TUPLES else 0
+            if depth > DEEPEST:
+                raise ValueError(f"tuples more than {DEEPEST:,} deep; refused")
+            stack += [depth] * len(code.stack_after)
+
+
+def _taken(code: Any, stack: list[int], marks: list[int]) -> list[int]:
+    """What an operation takes off the stack."""
+    below = len(code.stack_before)
+    if pickletools.markobject in code.stack_before:
+        # What lies above the mark counts as one in the table, and so does the mark.
+        below = code.stack_before.index(pickletools.markobject)
+        start = max(0, (marks.pop() if marks else 0) - below)
+    else:
+        start = max(0, len(stack) - below)
+    taken = stack[start:]
+    del stack[start:]
+    return taken

@@ -1,0 +1,68 @@
+"""Whether a prepared data set is, byte for byte, what `prepare` has written.
+
+Reading checks every image that it takes by its check sum, so no damage is trained on. What is not
+read, such as the names and labels in the tars that other readers go by, only the digest of the
+whole file tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffusion_pl.data.shard_format import INDEX, SHARDS, Manifest, open_index
+
+_AGAIN = "fetch or prepare the data again"
+
+
+def verify(folder: Path) -> Manifest:
+    """Read every file of a prepared set and hold it against its digest.
+
+    Args:
+        folder: the data set's.
+
+    Returns:
+        What `dataset.json` says; all of it is so.
+
+    Raises:
+        ValueError: a line for each file that is damaged, missing or not the set's.
+    """
+    manifest = Manifest.read(folder)
+    problems = list(_problems(folder, manifest))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return manifest
+
+
+def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    index = folder / INDEX
+    found = _digest(index)
+    if found != manifest.index_sha256:
+        yield f"{index}: {_differs(found, manifest.index_sha256)}; {_AGAIN}"
+    else:
+        open_index(folder, manifest)  # its shape and columns
+    for shard in manifest.shards:
+        path = folder / shard.file
+        found = _digest(path)
+        if found != shard.sha256:
+            yield f"{path}: {_differs(found, shard.sha256)}; {_AGAIN}"
+    known = {shard.file for shard in manifest.shards}
+    for path in sorted((folder / SHARDS).glob("*.tar")):
+        if f"{SHARDS}/{path.name}" not in known:
+            yield f"{path}: is not in dataset.json; remove it, other readers would take it"
+
+
+def _digest(path: Path) -> str:
+    """sha256 (hex) of a file; what is wrong with it where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _differs(found: str, wanted: str) -> str:
+    if not found.isalnum():
+        return found
+    return f"is damaged, its sha256 is {found[:12]}... where {wanted[:12]}... was written"
