@@ -305,28 +305,32 @@ def growth(work: Path) -> list[dict[str, Any]]:
     """The same with indices of a thousand to ten million images: one shard under many names."""
     source = pictures(work / "tiny", 1000, 8, "png")
     one = prepared(source, work / "one", "8", "raw", 1000)
-    first, rows = Manifest.read(one), np.load(one / INDEX)
     found = []
     for count in (1, 100, 10_000):
-        path = work / f"grown{count}"
-        (path / SHARDS).mkdir(parents=True)
-        shards = []
-        for number in range(count):
-            name = f"{SHARDS}/{number:06d}.tar"
-            os.link(one / first.shards[0].file, path / name)
-            shards.append(Shard(**asdict(first.shards[0]) | {"file": name}))
-        index = np.tile(rows, count)
-        index["shard"] = np.repeat(np.arange(count), len(rows))
-        np.save(path / INDEX, index)
-        del index
-        digest = subprocess.run(["sha256sum", path / INDEX], check=True, capture_output=True)
-        content = {name: getattr(first, name) for name in asdict(first)}
-        content |= {"count": 1000 * count, "shards": shards}
-        content |= {"index_sha256": digest.stdout.decode().split()[0]}
-        Manifest(**content).write(path)
-        command = [sys.executable, "-c", _GROWTH, str(path)]
+        command = [sys.executable, "-c", _GROWTH, str(grown(one, work / f"grown{count}", count))]
         found.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
     return found
+
+
+def grown(one: Path, path: Path, count: int) -> Path:
+    """A set of one shard as one of `count` shards, all the same file under many names."""
+    first, rows = Manifest.read(one), np.load(one / INDEX)
+    (path / SHARDS).mkdir(parents=True)
+    shards = []
+    for number in range(count):
+        name = f"{SHARDS}/{number:06d}.tar"
+        os.link(one / first.shards[0].file, path / name)
+        shards.append(Shard(**asdict(first.shards[0]) | {"file": name}))
+    index = np.tile(rows, count)
+    index["shard"] = np.repeat(np.arange(count), len(rows))
+    np.save(path / INDEX, index)
+    del index
+    digest = subprocess.run(["sha256sum", path / INDEX], check=True, capture_output=True)
+    content = {name: getattr(first, name) for name in asdict(first)}
+    content |= {"count": len(rows) * count, "shards": shards}
+    content |= {"index_sha256": digest.stdout.decode().split()[0]}
+    Manifest(**content).write(path)
+    return path
 
 
 def main() -> None:
