@@ -4,8 +4,8 @@
 interval that benchmarks/results/cifar10_ci.json holds. There are two distances, over the embedded
 classifier's features and over means of pixels, and the error of the averaged weights, a mean over
 noise levels, which hardly differs from seed to seed and so notices what the distances cannot. The
-interval is where one more run of such a recipe lies with 99 % probability, if runs are normally distributed
-about the seeds' mean:
+interval is where one more run of such a recipe lies with 99 % probability, if runs are normally
+distributed about the seeds' mean:
 
     mean +- t(0.995, n - 1) s sqrt(1 + 1 / n)
 
