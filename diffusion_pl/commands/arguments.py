@@ -1,4 +1,4 @@
-"""What the commands that measure, and the one that launches, take on the command line."""
+"""What the commands that measure, launch or look after files take on the command line."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def add_features(part: argparse.ArgumentParser, default: str | None) -> None:
         default="fp32",
         help="of Inception; the error of bf16 is measured and said (fp32)",
     )
+
+
+def add_upkeep(verify: argparse.ArgumentParser, convert: argparse.ArgumentParser) -> None:
+    """What the commands that look after files take."""
+    verify.add_argument("path", type=Path, help="prepared data, a run's folder, or a checkpoint")
+    convert.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint")
 
 
 def add_evaluate(part: argparse.ArgumentParser) -> None:

@@ -36,6 +36,8 @@ CHECKPOINTS = 3
 # Bytes that are written to time a save.
 PROBE_BYTES = 32 * 1024**2
 FLOAT_BYTES = 4
+# What Adam keeps of a weight; other optimizers keep less.
+ADAM_FLOATS = 2
 
 
 @dataclass
@@ -145,7 +147,7 @@ def _reference(experiment: Config, source: Source, opened: list[Images]) -> str:
         return f"{path}, seen by {extractor.name}"
     return (
         f"seen by {extractor.name}; the statistics of {len(images):,} real images are made when "
-        f"the job starts, or now by: make reference DATA={experiment.name}"
+        "the job starts"
     )
 
 
@@ -198,7 +200,7 @@ def _job(settings: Settings, job: Mapping[str, str]) -> str:
 
 
 def checkpoint_bytes(experiment: Config, network: nn.Module) -> int:
-    """Bytes of a checkpoint: the weights, their averages and what the optimizer keeps of each.
+    """Bytes of a checkpoint: the weights, their averages and what Adam keeps of each.
 
     Args:
         experiment: bound.
@@ -207,17 +209,7 @@ def checkpoint_bytes(experiment: Config, network: nn.Module) -> int:
     floats = sum(each.numel() for each in [*network.parameters(), *network.buffers()])
     trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
     averages = 1 + (len(power_ema.LENGTHS) if config.build(experiment, "ema").posthoc_every else 0)
-    return FLOAT_BYTES * (floats * (1 + averages) + trained * _optimizer_floats(experiment))
-
-
-def _optimizer_floats(experiment: Config) -> int:
-    """What the optimizer keeps of a parameter, found by a step on a few."""
-    weights = nn.Parameter(torch.zeros(64))
-    weights.grad = torch.zeros_like(weights)
-    optimizer: torch.optim.Optimizer = config.build(experiment, "optimizer")([weights])
-    optimizer.step()
-    kept = [each for each in optimizer.state[weights].values() if torch.is_tensor(each)]
-    return sum(each.numel() for each in kept) // weights.numel()
+    return FLOAT_BYTES * (floats * (1 + averages) + trained * ADAM_FLOATS)
 
 
 def save_seconds(run: Path, size: int) -> float:

@@ -110,8 +110,6 @@ class Cluster:
             self._daemon(programs / "slurmd-wlm", "-D", "-d", step, "-N", f"127.0.0.{node}")
         try:
             self.until(lambda: self.said("sinfo", "-h", "-t", "idle", "-o", "%D") == str(NODES), 30)
-            # Pretended, so that a script that asks for GPUs is taken.
-            self.said("scontrol", "update", "nodename=127.0.0.[1-2]", "gres=gpu:2")
         except BaseException:
             self.__exit__()
             raise
@@ -152,6 +150,10 @@ class Cluster:
             if "=" in word
         )
         return words.get("JobState", "")
+
+    def pretend_gpus(self, count: int) -> None:
+        """Have every node seem to have GPUs, until it is lost, so that a job that asks is taken."""
+        self.said("scontrol", "update", "nodename=127.0.0.[1-2]", f"gres=gpu:{count}")
 
     def until(self, condition: Callable[[], object], seconds: float) -> float:
         """Wait until something holds, with a limit; gives the seconds it took."""

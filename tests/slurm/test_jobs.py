@@ -17,16 +17,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from cluster import Absent, Cluster
 from test_cli import ROOT, TINY
-from test_stopping import assert_equal
 
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 400
+STEPS = 200
+LONG = 3000  # steps that take minutes
 EXPERIMENT = (
     TINY.replace("evaluation: {every: 16, count: 20", "evaluation: {every: 8000, count: 4")
     .replace("batch_size: 10, grid: 9}", "batch_size: 4, grid: 4, metrics: []}")
@@ -34,7 +35,7 @@ EXPERIMENT = (
     .replace("log_every: 8,", "log_every: 8, loggers: [],")
 )
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-LIMIT = 150  # seconds for a job and its restarts
+LIMIT = 300  # seconds for a job and its restarts
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,9 @@ def place(tmp_path_factory):
 def launch(cluster, place):
     """Type `launch` and give the job's number."""
 
-    def call(run, *words):
+    def call(run, *words, each=("--tasks", "1")):
         command = [sys.executable, "-m", "diffusion_pl", "launch", "tiny", "--run", f"runs/{run}"]
-        command += ["--nodes", "2", "--tasks", "1", "--time", "10", *words]
+        command += ["--nodes", "2", *each, "--time", "10", *words]
         done = subprocess.run(
             command, cwd=place, env=cluster.env, capture_output=True, text=True, timeout=60
         )
@@ -99,6 +100,22 @@ def begun(cluster, place, run, job):
     except TimeoutError as error:
         raise AssertionError(log(place, run)) from error
     assert cluster.state(job) == "RUNNING", log(place, run)
+
+
+def assert_equal(one, other):
+    """Equal to the last bit, whatever contains what."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_equal(*pair)
+    else:
+        assert one == other
 
 
 def log(place, run):
@@ -153,7 +170,7 @@ def hit(cluster, place, launch, run, fault):
 def test_a_job_trains_to_the_end(straight, place):
     assert straight[0] == STEPS
     said = log(place, "straight")
-    assert said.count("run      runs/straight  (3,200 images)") == 1, said  # one rank speaks
+    assert said.count("run      runs/straight  (1,600 images)") == 1, said  # one rank speaks
     assert not (place / "runs" / "straight" / "REQUEUE").exists()
 
 
@@ -165,7 +182,7 @@ def test_a_signal_before_the_limit_costs_no_step(cluster, place, launch, straigh
     assert_equal(result, straight)
     said = log(place, "usr1")
     stopped = said.split("usr1: stopped at ")[1].split()[0]
-    assert f"going on from {stopped} of 3,200 images" in said  # nothing done twice
+    assert f"going on from {stopped} of 1,600 images" in said  # nothing done twice
     assert said.count("stopped at") == said.count("going on from") == 1
 
 
@@ -182,7 +199,8 @@ def test_a_lost_node_brings_the_job_back(cluster, place, launch, straight):
     def lose(job):
         cluster.said("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=test")
         cluster.until(lambda: cluster.state(job) != "RUNNING", 60)
-        cluster.said("scontrol", "update", "nodename=127.0.0.2", "state=resume")
+        # It answers, so SLURM takes it back by itself.
+        cluster.until(lambda: cluster.said("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", 60)
 
     assert_equal(hit(cluster, place, launch, "lost", lose), straight)
 
@@ -200,3 +218,51 @@ def test_a_cancelled_job_stays_away_and_the_run_goes_on_when_asked(
     again = cluster.said("sbatch", "--parsable", script)
     assert ended(cluster, place, "cancelled", again) == "COMPLETED", log(place, "cancelled")
     assert_equal(state(place, "cancelled"), straight)
+
+
+def test_a_job_that_misses_its_gpus_says_so_and_does_not_come_back(cluster, place, launch):
+    if torch.cuda.device_count():
+        pytest.skip("this machine has GPUs")
+    cluster.pretend_gpus(2)
+    # SLURM takes what the script asks for.
+    job = launch("gpus", "trainer.accelerator=auto", each=("--gpus", "2"))
+    assert ended(cluster, place, "gpus", job) == "FAILED"
+    assert "the tasks of a node need 2 GPUs (this one shows 0)" in log(place, "gpus")
+    assert restarts(cluster, job) == 0
+    cluster.pretend_gpus(0)
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_over_the_limits_of_its_time(cluster, place, launch, straight):
+    """SLURM itself sends the signal, before the limit of a minute; several stretches."""
+    job = launch("long", f"trainer.images={8 * LONG}", "--time", "1", "--margin", "30")
+    assert ended(cluster, place, "long", job, limit=1800) == "COMPLETED", log(place, "long")
+    print(f"long: {restarts(cluster, job)} restarts")
+    assert restarts(cluster, job) >= 2
+    whole = launch("whole", f"trainer.images={8 * LONG}", "--time", "60")
+    assert ended(cluster, place, "whole", whole, limit=1800) == "COMPLETED", log(place, "whole")
+    assert restarts(cluster, whole) == 0
+    assert_equal(state(place, "long"), state(place, "whole"))
+
+
+@pytest.mark.slow
+def test_a_swept_job_is_an_array_whose_tasks_requeue_alone(cluster, place, launch):
+    job = launch("sweep", "--sweep", "seed=1,2", "--time", "30")
+    runs = [f"sweep/seed={seed}" for seed in (1, 2)]
+    begun(cluster, place, runs[1], f"{job}_1")
+    cluster.said("scancel", "--signal=USR1", f"{job}_1")
+    for number, run in enumerate(runs):
+        assert ended(cluster, place, "sweep", f"{job}_{number}") == "COMPLETED"
+        assert restarts(cluster, f"{job}_{number}") == number
+        assert state(place, run)[0] == STEPS
+    alone = launch("alone", "seed=2", "--time", "30")
+    assert ended(cluster, place, "alone", alone) == "COMPLETED"
+    assert_equal(state(place, runs[1]), state(place, "alone"))
+
+
+@pytest.mark.slow
+def test_a_run_that_always_crashes_is_tried_three_times_more(cluster, place, launch):
+    job = launch("crash", "trainer.loggers=[wandb]")
+    assert ended(cluster, place, "crash", job, limit=600) == "FAILED"
+    assert restarts(cluster, job) == 4
+    assert "3 restarts without progress" in log(place, "crash")
