@@ -268,7 +268,7 @@ MUTANTS = [
         ("piece[: int(count)]", "piece"),
         ("torch.tensor(int(not answer), device=device))) == 0",
          "torch.tensor(int(answer), device=device))) > 0"),
-        ('get("LOCAL_RANK", "0")', 'get("RANK", "0")'),
+        ('"LOCAL_RANK", "SLURM_LOCALID")', '"RANK", "SLURM_LOCALID")'),
         ("return distributed.get_rank() if", "return 0 if"),
     ),
 ]  # fmt: skip

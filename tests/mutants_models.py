@@ -106,8 +106,8 @@ MUTANTS = [
         ('experiment.objective.denoiser(experiment.network), loaded, "ema", path',
          'experiment.objective.denoiser(experiment.network), loaded, "denoiser", path'),
         ("if latest and not done:", "if False:"),
-        ("if kept.exists() and wanted != before:", "if False:"),
     ),
+    *at("commands/settling.py", "commands_models", ("if wanted != before:", "if False:")),
     *at(
         "commands/likelihood.py",
         "commands_models",

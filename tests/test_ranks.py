@@ -174,8 +174,50 @@ def test_shares_are_whole_tiles_that_cover_everything_once_in_order(
             assert max(tiles) - min(tiles) <= 1, case
 
 
+NUMBERS = ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "SLURM_LOCALID"]
+
+
+@pytest.mark.parametrize(
+    ("told", "leads_machine", "leads_run", "is_helper"),
+    [
+        # Started by hand: the first process, and those that it starts.
+        ("", True, True, False),
+        ("LOCAL_RANK=1 NODE_RANK=0", False, False, True),
+        # By hand on a second machine, with those that it starts.
+        ("NODE_RANK=1", True, False, False),
+        ("LOCAL_RANK=1 NODE_RANK=1", False, False, True),
+        # By srun, 2 nodes x 2 tasks; nobody is another's helper.
+        ("SLURM_PROCID=0 SLURM_LOCALID=0", True, True, False),
+        ("SLURM_PROCID=1 SLURM_LOCALID=1", False, False, False),
+        ("SLURM_PROCID=2 SLURM_LOCALID=0", True, False, False),
+        ("SLURM_PROCID=3 SLURM_LOCALID=1", False, False, False),
+        # In a job's script without srun, which is task 0.
+        ("SLURM_PROCID=0 SLURM_LOCALID=0 LOCAL_RANK=1 NODE_RANK=0", False, False, True),
+        # By torchrun, 2 nodes x 2.
+        ("RANK=0 LOCAL_RANK=0", True, True, False),
+        ("RANK=1 LOCAL_RANK=1", False, False, False),
+        ("RANK=2 LOCAL_RANK=0", True, False, False),
+    ],
+)
+def test_whoever_starts_a_process_tells_it_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+    told: str,
+    leads_machine: bool,
+    leads_run: bool,
+    is_helper: bool,
+) -> None:
+    for name in NUMBERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (word.split("=") for word in told.split()):
+        monkeypatch.setenv(name, value)
+    assert ranks.leads_machine() == leads_machine
+    assert ranks.leads_run() == leads_run
+    assert ranks.is_helper() == is_helper
+
+
 def test_alone_a_process_answers_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in NUMBERS:
+        monkeypatch.delenv(name, raising=False)
     assert (ranks.rank(), ranks.world_size(), ranks.leads_machine()) == (0, 1, True)
     assert ranks.share(70, TILE) == range(70)
     values = torch.arange(6.0).reshape(3, 2)
