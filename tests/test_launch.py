@@ -214,7 +214,7 @@ def test_a_save_is_timed_by_a_smaller_one(monkeypatch, tmp_path):
 def test_a_checkpoint_is_as_large_as_was_said(place, capsys):
     words = ["tiny", "ema.posthoc_every=16", "trainer.images=16", "trainer.loggers=[]"]
     words += ["evaluation.metrics=[]", "evaluation.count=1"]
-    assert main(["train", *words]) == 0
+    assert main(["train", *words, "trainer.nodes=1", "trainer.devices=1"]) == 0
     capsys.readouterr()
     loaded = checkpoints.load(checkpoints.latest(Path("runs/tiny/checkpoints")))
     tensors = list(loaded["state_dict"].values())
@@ -224,6 +224,10 @@ def test_a_checkpoint_is_as_large_as_was_said(place, capsys):
     experiment = parts.read(words[0], words[1:])
     said = preflight.checkpoint_bytes(experiment, parts.meta_network(experiment))
     assert said == pytest.approx(real, rel=0.01)
+    # It is finished, so there is nothing to submit.
+    assert main(["launch", *words, "--tasks", "1"]) == 0
+    assert "run      runs/tiny is finished: 16 images" in capsys.readouterr().out
+    assert not SCRIPT.exists()
 
 
 @pytest.mark.parametrize(
@@ -275,6 +279,12 @@ def test_a_size_that_was_not_prepared_is_told(launch, shards):
     code, _, err = launch("shards", "--tasks", "1", "data.shares={4: 1, 16: 1}")
     assert code == 2
     assert "prepared at 16, 8 px (got 4)" in err
+
+
+def test_a_network_of_other_classes_than_the_data_is_told(launch, shards):
+    code, _, err = launch("shards", "--tasks", "1", "network.classes=3")
+    assert code == 2
+    assert "network.classes is 3, synthetic-16 has" in err
 
 
 def test_statistics_that_are_there_are_found(launch, shards, capsys):

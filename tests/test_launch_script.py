@@ -88,9 +88,7 @@ def test_a_finished_run_ends_the_job(job):
 
 
 def test_the_ranks_meet_at_the_first_node_with_the_threads_they_may_use(job):
-    code, *_ = job(TRAIN='[ "$MASTER_ADDR $OMP_NUM_THREADS" = "first 3" ] && exit 0; exit 9')
-    assert code == 0
-    assert not (job.folder / "REQUEUE").exists()
+    assert job(TRAIN='echo "$MASTER_ADDR $OMP_NUM_THREADS" >> log')[1][-1] == "first 3"
 
 
 @pytest.mark.parametrize("code", [0, 75, 143, 137])

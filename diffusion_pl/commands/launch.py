@@ -30,6 +30,8 @@ def run(options: argparse.Namespace) -> int:
         _tell(each, "" if len(found) == 1 else f"{job.tasks[number].run.name}: ", not number)
     if any(each.faults for each in found):
         return 2
+    if all(each.finished for each in found):
+        return 0
     job = _timed(job, options.margin, max(each.checkpoint_bytes for each in found))
     for task in job.tasks:
         settling.settle(parts.read(task.words[0], task.words[1:]), task.run)
@@ -51,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _inside(options: argparse.Namespace) -> int:
     """The same check in the job itself, against the nodes that it got; then data that is made."""
-    task = Task(options.run, (options.experiment, *options.overrides))
+    run: Path = options.run or parts.RUNS / Path(options.experiment).stem
+    task = Task(run, (options.experiment, *options.overrides))
     found = preflight.look(task, job=preflight.variables())
     _tell(found, "", notes=True)
     if found.faults:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from diffusion_pl.metrics import published, real_images
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
+from diffusion_pl.training.opening import Network, open_for
 from diffusion_pl.training.settings import Settings
 
 # Room for so many checkpoints must be free: those that are kept and the one that is being written.
@@ -42,11 +44,19 @@ ADAM_FLOATS = 2
 
 @dataclass
 class Found:
-    """What a pre-flight found: faults, what is good to know (title, text), a checkpoint's size."""
+    """What a pre-flight found.
+
+    Args:
+        faults: a line each.
+        notes: what is good to know, as (title, text).
+        checkpoint_bytes: of the run.
+        finished: whether the run is.
+    """
 
     faults: list[str] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
     checkpoint_bytes: int = 0
+    finished: bool = False
 
     def note(self, title: str, look: Callable[[], str]) -> None:
         """Take down what a look says, or what it finds wrong."""
@@ -81,13 +91,13 @@ def look(
     found.note("batch", lambda: _batch(experiment, settings, source))
     same = json.dumps([experiment.get(name) for name in ("data", "features", "evaluation")])
     if checked is None or same not in checked:
-        images: list[Images] = []
-        found.note("data", lambda: _data(source, images))
+        images: dict[int, Images] = {}
+        found.note("data", lambda: _data(source, network, images))
         found.note("compare", lambda: _reference(experiment, source, images))
     if checked is not None:
         checked.add(same)
     found.note("disk", lambda: _disk(task.run, found.checkpoint_bytes))
-    found.note("run", lambda: _run(experiment, settings, source, task.run))
+    found.note("run", lambda: _run(found, experiment, settings, source, task.run))
     return found
 
 
@@ -104,7 +114,7 @@ def _batch(experiment: Config, settings: Settings, source: Source) -> str:
     )
 
 
-def _data(source: Source, opened: list[Images]) -> str:
+def _data(source: Source, network: nn.Module, opened: dict[int, Images]) -> str:
     """See that the data and its index are there; images that lie in shards are opened."""
     if not isinstance(source, Shards):
         source.prepare()
@@ -118,12 +128,12 @@ def _data(source: Source, opened: list[Images]) -> str:
             return f"{source.path} is made when the job starts; sooner by `make train` or `prepare`"
         if not made:
             raise
-    for resolution in sorted({source.resolution, *(source.shares or ())}):
-        opened.append(there.open(resolution))
-    return f"{opened[-1].name}: {len(opened[-1]):,} images in {len(opened[-1].shards):,} shards"
+    opened.update(open_for(cast(Network, network), there))
+    images = opened[source.resolution]
+    return f"{images.name}: {len(images):,} images in {len(images.shards):,} shards"
 
 
-def _reference(experiment: Config, source: Source, opened: list[Images]) -> str:
+def _reference(experiment: Config, source: Source, opened: dict[int, Images]) -> str:
     """See that there is something to measure with and to compare with."""
     settings: Evaluation = config.build(experiment, "evaluation")
     extractor: Extractor = config.build(experiment, "features")
@@ -134,7 +144,7 @@ def _reference(experiment: Config, source: Source, opened: list[Images]) -> str:
         return f"{settings.reference}, seen by {extractor.name}"
     if not opened:
         return f"seen by {extractor.name}; the real images' statistics are made where absent"
-    images = opened[-1]
+    images = opened[source.resolution]
     path = real_images.cache_path(
         parts.REFERENCES,
         fingerprint=images.fingerprint,
@@ -162,7 +172,7 @@ def _disk(run: Path, size: int) -> str:
     return f"{_words(free)} free, a checkpoint takes {_words(size)}"
 
 
-def _run(experiment: Config, settings: Settings, source: Source, run: Path) -> str:
+def _run(found: Found, experiment: Config, settings: Settings, source: Source, run: Path) -> str:
     """See that the folder is free for this experiment."""
     settling.compare(experiment, run)
     newest = checkpoints.latest(run / "checkpoints")
@@ -170,7 +180,8 @@ def _run(experiment: Config, settings: Settings, source: Source, run: Path) -> s
     budget = settings.steps(source.batch_size) * source.batch_size
     if newest and not done:
         raise ValueError(f"{run}: holds imported weights; name another folder with --run")
-    if done >= budget:
+    found.finished = done >= budget
+    if found.finished:
         return f"{run} is finished: {done:,} images"
     return f"{run}, {'from' if done else 'begins at'} {done:,} of {budget:,} images"
 

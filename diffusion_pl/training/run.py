@@ -34,8 +34,9 @@ from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.evaluating import Evaluate, grid_of
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import Augment, DiffusionModule, MakeOptimizer
+from diffusion_pl.training.opening import Network
 from diffusion_pl.training.progress import Progress
-from diffusion_pl.training.run_data import Network, RunData
+from diffusion_pl.training.run_data import RunData
 from diffusion_pl.training.settings import (
     AUTOCAST,
     Settings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import cast
 
 import lightning
 import torch
@@ -12,16 +12,8 @@ from torch import Tensor, nn
 from diffusion_pl.data.loader import Batches, Loader, Resolutions, Share
 from diffusion_pl.data.order import Order
 from diffusion_pl.data.source import Images, Source
+from diffusion_pl.training.opening import Network, open_for
 from diffusion_pl.training.settings import Settings
-
-
-class Network(Protocol):
-    """What a run asks of a network beside its forward pass; an nn.Module."""
-
-    classes: int
-    channels: int
-
-    def check_resolution(self, height: int, width: int) -> None: ...
 
 
 class RunData(lightning.LightningDataModule):
@@ -61,25 +53,8 @@ class RunData(lightning.LightningDataModule):
         Raises:
             ValueError: a resolution, channels or classes that the network was not built for.
         """
-        source, network = self.source, self.network
-        for resolution in {source.resolution, *(source.shares or ())} - set(self.images):
-            if resolution > source.resolution:
-                raise ValueError(
-                    f"data.shares: {resolution} is more than data.resolution, {source.resolution}"
-                )
-            self.images[resolution] = source.open(resolution)
-            seen = resolution if source.crop is None else min(resolution, source.crop.size)
-            network.check_resolution(seen, seen)
-        images = self.opened()
-        if network.channels != images.channels:
-            raise ValueError(
-                f"network.channels is {network.channels}, {images.name} has {images.channels}"
-            )
-        if network.classes and network.classes != images.classes:
-            raise ValueError(
-                f"network.classes is {network.classes}, {images.name} has {images.classes}; "
-                f"set network.classes={images.classes}"
-            )
+        if not self.images:
+            self.images = open_for(self.network, self.source)
 
     def opened(self) -> Images:
         """The images at full resolution, once `setup` has opened them."""
