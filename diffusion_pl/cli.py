@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusion_pl.commands import arguments as measuring
+from diffusion_pl.commands.safety import refuse_unsafe
 from diffusion_pl.signals import RESUMABLE, Stopped, Wish
 
 COMMANDS = {
@@ -35,6 +36,8 @@ COMMANDS = {
     "likelihood": "bits per dimension of the data under a run",
     "import": "make a run of a published checkpoint",
     "export": "write a run's weights for others",
+    "convert": "write a run's checkpoints of earlier formats in today's",
+    "verify": "see that prepared data or a run's checkpoints are as they were written",
     "check": "bind an experiment's YAML, build its network without memory, show what it means",
     "experiments": "list the experiments with their published numbers",
 }
@@ -69,6 +72,7 @@ def _run(options: argparse.Namespace) -> int:
     name = options.command + "_" * keyword.iskeyword(options.command)
     command = importlib.import_module(f"diffusion_pl.commands.{name}")
     try:
+        refuse_unsafe(os.environ)
         code: int = command.run(options)
     except ValueError as error:  # a user's mistake, and every ConfigError
         print(f"error: {error}", file=sys.stderr)
@@ -105,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
     _add_prepare(parts["prepare"])
+    measuring.add_upkeep(parts["verify"], parts["convert"])
     for name in ("train", "launch", "check"):
         parts[name].add_argument("experiment", help="a name in experiments/, or a YAML file")
         parts[name].add_argument(

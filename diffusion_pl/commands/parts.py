@@ -50,6 +50,10 @@ def read(name: str, overrides: Sequence[str] = ()) -> Config:
     """
     experiment = config.load(name, overrides)
     bind(experiment)
+    try:  # a rate out of range would be told when all else is ready
+        config.build(experiment, "optimizer")([nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError) as error:
+        raise experiment.error("optimizer", str(error)) from error
     return experiment
 
 
@@ -60,10 +64,10 @@ def bind(experiment: Config) -> None:
         ConfigError: everything that is wrong, a line each.
     """
     config.check(experiment, known=SECTIONS, required=REQUIRED)
-    for key in ("data.batch_size", "data.resolution"):
-        value = experiment.tree["data"].get(key.removeprefix("data."))
-        if type(value) is int and value < 1:
-            raise experiment.error(key, f"must be at least 1 (got {value})")
+    for name, least in {"batch_size": 1, "resolution": 1, "workers": 0}.items():
+        value = experiment.tree["data"].get(name)
+        if type(value) is int and value < least:
+            raise experiment.error(f"data.{name}", f"must be at least {least} (got {value})")
 
 
 def meta_network(experiment: Config, most: int | None = None) -> nn.Module:

@@ -8,12 +8,22 @@ outermost is made a key: the process is gone without a word.
 from __future__ import annotations
 
 import pickletools
+import re
 from typing import Any
 
 # The stack of a thread ends between 100,000 and 200,000 (measured, Python 3.11).
 DEEPEST = 10_000
 
 _TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+
+
+def reason_of(error: Exception) -> str:
+    """Why a pickle was not read, as one plain line.
+
+    torch's own message advises to read it freely, in bold; only what it says of the file is kept.
+    """
+    text = str(error).rpartition("WeightsUnpickler error: ")[2]
+    return re.sub(r"\x1b\[[0-9;]*m", "", " ".join(text.split("\n\n")[0].split()))
 
 
 def look_through(program: bytes) -> None:

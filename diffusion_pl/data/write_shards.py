@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+import webdataset.utils
 from webdataset import TarWriter
 
 from diffusion_pl.data.fingerprint import fingerprint, image_digests
@@ -39,6 +40,10 @@ from diffusion_pl.data.shard_format import (
     sync_folder,
     write_atomically,
 )
+
+# By default the library runs what pickled members and `pipe:` addresses ask for; ours reads nothing
+# through it, and whoever does so beside us shall not either.
+webdataset.utils.enforce_security = True
 
 
 @dataclass(frozen=True)

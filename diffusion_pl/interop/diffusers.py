@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffusion_pl import config as configs
 from diffusion_pl.config import Config
+from diffusion_pl.data.pickle_program import reason_of
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.interop.layouts import DIFFUSERS
 
@@ -92,7 +93,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{unet}: the weights cannot be read ({error})") from error
     except Exception as error:  # torch names pickle's own error, which is no ValueError
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise ValueError(f"{pickled}: holds more than tensors; refused ({reason})") from error
 
 

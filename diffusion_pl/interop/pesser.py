@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusion_pl import config as configs
 from diffusion_pl.config import Config
+from diffusion_pl.data.pickle_program import reason_of
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.interop.layouts import PESSER
 
@@ -37,8 +38,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: holds more than tensors; refused") from error
     except Exception as error:  # a broken pickle raises nearly anything
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason_of(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: must be a state dict, names to tensors")
     return config_of(state), state

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_pl.data.pickle_program import look_through
+from diffusion_pl.data.pickle_program import look_through, reason_of
 
 # Modules within modules, and modules in all: far more than any network has.
 DEEPEST, MOST = 100, 100_000
@@ -180,8 +180,7 @@ def read_pickle(path: Path) -> Any:
         look_through(program)
         return _Reader(io.BytesIO(program)).load()
     except Exception as error:  # a broken pickle raises nearly anything
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a pickle of a network: {reason}") from error
+        raise ValueError(f"{path}: not a pickle of a network: {reason_of(error)}") from error
 
 
 def tensors(module: Any) -> dict[str, Tensor]:

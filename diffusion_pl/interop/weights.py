@@ -40,8 +40,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         about = json.loads(metadata[KEY])
-        images = about["images"] if "images" in about else 0
-        if not isinstance(about["config"], dict) or type(images) is not int or images < 0:
+        config, images = about["config"], about.get("images", 0)
+        if not isinstance(config, dict) or type(images) is not int or images < 0:
             raise ValueError("its config or images are none")
         return {**about, "images": images}, load_file(path)
     except KeyError as error:

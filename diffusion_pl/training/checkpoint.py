@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_pl.data.pickle_program import reason_of
 from diffusion_pl.training.container import unfit_content, unfit_entries
 
 FORMAT = 2
@@ -199,13 +200,11 @@ def load(path: Path) -> dict[str, Any]:
     except Damaged:
         raise
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
         raise ValueError(
-            f"{path}: holds more than tensors and plain data; refused ({reason})"
+            f"{path}: holds more than tensors and plain data; refused ({reason_of(error)})"
         ) from error
     except Exception as error:  # a pickle that others have spoilt raises nearly anything
-        reason = " ".join(str(error).split())
-        raise Damaged(f"{path}: cannot be read as a checkpoint ({reason})") from error
+        raise Damaged(f"{path}: cannot be read as a checkpoint ({reason_of(error)})") from error
     if problem is not None:
         raise ValueError(f"{path}: {problem}; refused")
     section = checkpoint.get(SECTION) if isinstance(checkpoint, dict) else None

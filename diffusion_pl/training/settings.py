@@ -33,6 +33,8 @@ class Settings:
         precision: "auto" is bf16 where the device has matrix units for it, else fp32.
         devices: a node, or "auto" for all that are there.
         nodes: machines.
+        strategy: "ddp", every device holds the whole model, or "fsdp", each its part of weights,
+            moments and averages; the same checkpoints, and the same numbers to rounding.
         accelerator: as Lightning names them: "auto", "cpu", "gpu".
         device_batch_size: largest batch of one forward pass at full resolution, and the pixels of
             so many at any other; more is accumulated. None: no limit.
@@ -57,6 +59,7 @@ class Settings:
     precision: Precision = "auto"
     devices: int | Literal["auto"] = "auto"
     nodes: int = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     accelerator: str = "auto"
     device_batch_size: int | None = None
     compile: bool = False
@@ -70,6 +73,8 @@ class Settings:
         for key in ("images", "checkpoint_every", "log_every", "keep", "nodes"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1 (got {getattr(self, key)})")
+        if self.devices != "auto" and self.devices < 1:
+            raise ValueError(f"devices must be at least 1, or auto (got {self.devices})")
         if self.device_batch_size is not None and self.device_batch_size < 1:
             raise ValueError(f"device_batch_size must be at least 1 (got {self.device_batch_size})")
         for key in ("warmup", "cooldown"):
@@ -85,6 +90,11 @@ class Settings:
         for key in ("start_timeout", "timeout", "read_timeout", "watchdog"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key} must be positive seconds (got {getattr(self, key)})")
+        if self.strategy == "fsdp" and self.precision == "fp16":
+            raise ValueError(
+                "precision: fp16 does not go with strategy: fsdp, since a device sees the overflow "
+                "of its own part alone; use bf16, or strategy: ddp"
+            )
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout must be in [0, 1] (got {self.label_dropout})")
         if self.clip is not None and self.clip <= 0:

@@ -1,0 +1,64 @@
+"""`verify`: whether prepared data or checkpoints are byte for byte as they were written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusion_pl.data.shard_format import MANIFEST
+
+FAILURES: tuple[type[Exception], ...] = ()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read all of it, and say as one JSON object what was read and is sound."""
+    found = prepared(options.path) if (options.path / MANIFEST).exists() else kept(options.path)
+    print(json.dumps({"path": str(options.path), **found}))
+    return 0
+
+
+def prepared(folder: Path) -> dict[str, Any]:
+    """See that a prepared set is sound.
+
+    Raises:
+        ValueError: a line for each file that is not.
+    """
+    from diffusion_pl.data.verify import verify
+
+    manifest = verify(folder)
+    return {
+        "images": manifest.count,
+        "shards": len(manifest.shards),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def kept(run: Path) -> dict[str, Any]:
+    """See that the checkpoints of a run, or one, are sound.
+
+    Raises:
+        ValueError: a line for each that is not, or there is nothing to look at.
+    """
+    from diffusion_pl.training import checkpoint as checkpoints
+
+    files = [run] if run.is_file() else checkpoints.found(run / "checkpoints")
+    if not files:
+        raise ValueError(
+            f"{run}: neither prepared data ({MANIFEST}) nor a run with checkpoints, nor one of them"
+        )
+    formats, problems = [], []
+    for file in files:
+        try:
+            formats.append(checkpoints.load(file)[checkpoints.SECTION]["format"])
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return {
+        "checkpoints": [str(file) for file in files],
+        "bytes": sum(file.stat().st_size for file in files),
+        "without_digest": formats.count(1),
+    }
