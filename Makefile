@@ -76,7 +76,7 @@ mutants: $(STAMP)  ## plant one-line bugs; the tests must notice every one [ONLY
 ci-fid: $(STAMP)  ## train a small recipe on CIFAR-10 and compare its distance with the recorded one
 	@$(RUN_PYTHON) -m benchmarks.cifar10_ci $(ARGS)
 
-bench: $(STAMP)  ## beside the peers: BENCH=networks, samplers, loop, commands, data, metrics; pyramid RUN=...
+bench: $(STAMP)  ## measure BENCH=networks, samplers, loop, commands, data, metrics, memory, scaling; pyramid RUN=...
 	@for name in $(or $(BENCH),networks samplers loop commands data metrics); do \
 		$(RUN_PYTHON) -m benchmarks.$$name $(RUN) $(OTHER) || exit 1; done
 
