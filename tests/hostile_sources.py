@@ -311,9 +311,9 @@ def cifar10_archive_that_unpacks_without_end(place):
     return preparing("a.tar.gz")
 
 
-@case("x: ", "remembers a value as number 2,147,483,647")
-def pickle_whose_memory_takes_16_gigabytes(place):
-    return lambda: read_pickle(b"\x80\x02K\x01r\xff\xff\xff\x7f.", where="x")
+@case("x: ", "remembers a value as number 16,777,216")
+def pickle_whose_memory_takes_a_table_without_end(place):
+    return lambda: read_pickle(b"\x80\x02K\x01r\0\0\0\x01.", where="x")
 
 
 @case("x: ", "tuples more than 10,000 deep")
