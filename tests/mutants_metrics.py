@@ -262,7 +262,7 @@ MUTANTS = [
         "ranks.py",
         "ranks",
         ("tiles = -(-count // tile)", "tiles = count // tile"),
-        ("(-(-tiles * (rank() + step) // world", "((tiles * (rank() + step) // world"),
+        ("(-(-tiles * (number + step) // world", "((tiles * (number + step) // world"),
         ("min(last, count)", "last"),
         ("values.contiguous().clone()", "values.contiguous()"),
         ("piece[: int(count)]", "piece"),

@@ -167,6 +167,12 @@ def test_a_swept_value_may_be_a_list():
     assert len({task.run for task in tasks}) == 2
 
 
+def test_what_the_runs_of_a_sweep_share_is_looked_at_once(launch):
+    code, _, err = launch("shards", "--tasks", "1", "--sweep", "seed=0,1")
+    assert code == 2
+    assert [line.split(": ")[1:3] for line in err.splitlines()] == [["seed=0", "data/s"]]
+
+
 @pytest.mark.parametrize("sweep", ["seed", "seed=1", "seed=1,", "=1,2", "seed=1,1"])
 def test_a_sweep_of_nothing_is_refused(launch, sweep):
     code, _, err = launch("tiny", "--tasks", "2", "--sweep", sweep)
@@ -293,6 +299,15 @@ def test_statistics_that_are_there_are_found(launch, shards, capsys):
     assert "compare  data/references/reference-" in launch("shards", "--tasks", "1")[1]
 
 
+def test_statistics_of_another_extractor_are_told(launch, shards, capsys):
+    words = ["--features", "pixels", "--moments-only", "--out", "other.safetensors"]
+    assert main(["reference", "data/s", *words]) == 0
+    capsys.readouterr()
+    code, _, err = launch("shards", "--tasks", "1", "evaluation.reference=other.safetensors")
+    assert code == 2
+    assert "extractor is pixels" in err and "the evaluation has shapes" in err
+
+
 def test_three_checkpoints_must_fit(launch, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     for share, code in ((3.001, 0), (2.999, 2)):
@@ -311,6 +326,9 @@ def test_another_run_in_the_folder_is_told(launch):
     assert code == 2
     assert "runs/tiny was begun with another config" in err
     assert "optimizer.lr: 0.001 -> 0.0001" in err
+    # Among the other faults, and not after them.
+    err = launch("tiny", "--tasks", "2", "data.batch_size=9")[2]
+    assert "9 does not divide over 2" in err and "begun with another config" in err
 
 
 @pytest.fixture
@@ -376,6 +394,12 @@ def test_data_that_is_to_be_made_is_made_inside_the_job(launch, place, monkeypat
     words = ("made", "trainer.nodes=1", "trainer.devices=1", "--run", "runs/made")
     assert launch(*words, dry="--inside")[0] == 0
     assert Path("data/s/dataset.json").exists()
+    # Once it is there it is looked at as any other.
+    assert "data     synthetic-16: 20 images in 1 shards" in launch("made", "--tasks", "1")[1]
+    other = ("data.made_of.source.count=21", "--run", "runs/other")
+    code, _, err = launch("made", "--tasks", "1", *other)
+    assert code == 2
+    assert err.startswith("error: data/s") and len(err.splitlines()) == 1
 
 
 def test_the_check_answers_without_lightning(place):

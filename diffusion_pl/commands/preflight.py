@@ -5,7 +5,6 @@ Every fault is a line, `where: what is wrong (what was got); what to do`, and al
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from diffusion_pl import config
 from diffusion_pl.commands import parts, settling
 from diffusion_pl.commands.sbatch import Task
 from diffusion_pl.config import Config
+from diffusion_pl.data.shard_format import MANIFEST
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Images, Source
 from diffusion_pl.evaluation import Evaluation
@@ -119,16 +119,10 @@ def _data(source: Source, network: nn.Module, opened: dict[int, Images]) -> str:
     if not isinstance(source, Shards):
         source.prepare()
         return f"{type(source).__name__} of {source.resolution} px is there"
-    made = source.made_of is not None
-    there = dataclasses.replace(source, made_of=None)
-    try:
-        there.prepare()
-    except ValueError:
-        if made and not Path(source.path).exists():
-            return f"{source.path} is made when the job starts; sooner by `make train` or `prepare`"
-        if not made:
-            raise
-    opened.update(open_for(cast(Network, network), there))
+    if source.made_of is not None and not (Path(source.path) / MANIFEST).exists():
+        return f"{source.path} is made when the job starts; sooner by `make train` or `prepare`"
+    source.prepare()  # what is made already is only looked at
+    opened.update(open_for(cast(Network, network), source))
     images = opened[source.resolution]
     return f"{images.name}: {len(images):,} images in {len(images.shards):,} shards"
 
@@ -230,14 +224,14 @@ def save_seconds(run: Path, size: int) -> float:
         run: the run's folder.
         size: bytes of the checkpoint.
     """
-    written = min(max(size, 1), PROBE_BYTES)
+    written = min(size, PROBE_BYTES)
     # Noise, since some file systems pack what can be packed.
     content = torch.empty(written, dtype=torch.uint8).random_(256)
     with tempfile.TemporaryDirectory(dir=_existing(run), prefix=".probe") as folder:
         started = time.monotonic()
         checkpoints.save({"content": content}, Path(folder) / "probe.ckpt")
         seconds = time.monotonic() - started
-    return seconds * max(size, 1) / written
+    return seconds * size / written
 
 
 def _existing(folder: Path) -> Path:

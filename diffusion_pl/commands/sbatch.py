@@ -191,8 +191,6 @@ def tasks_of(
         each = _split(values)
         if len(each) < 2 or not all(each) or not key:
             raise ValueError(f"--sweep: must be key=value,value (got {sweep!r}); write two or more")
-        if len(set(each)) < len(each):
-            raise ValueError(f"--sweep: {key}: a value twice (got {values!r}); name each once")
         choices.append([f"{key}={value}" for value in each])
     if not choices:
         return [Task(base, (*words, *last))]
@@ -201,7 +199,10 @@ def tasks_of(
         name = re.sub(r"[^\w.=,+-]", "_", ",".join(chosen))
         tasks.append(Task(base / name, (*words, *chosen, *last)))
     if len({task.run for task in tasks}) < len(tasks):
-        raise ValueError("--sweep: two runs would have one folder; let the values differ in more")
+        raise ValueError(
+            f"--sweep: two runs would have one folder (got {' '.join(sweeps)}); "
+            "name each value once"
+        )
     return tasks
 
 

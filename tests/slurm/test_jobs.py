@@ -26,12 +26,12 @@ from diffusion_pl.training.history import History
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 200
+STEPS = 120
 LONG = 3000  # steps that take minutes
 EXPERIMENT = (
     TINY.replace("evaluation: {every: 16, count: 20", "evaluation: {every: 8000, count: 4")
     .replace("batch_size: 10, grid: 9}", "batch_size: 4, grid: 4, metrics: []}")
-    .replace("images: 32, checkpoint_every: 8", f"images: {8 * STEPS}, checkpoint_every: 200")
+    .replace("images: 32, checkpoint_every: 8", f"images: {8 * STEPS}, checkpoint_every: 80")
     .replace("log_every: 8,", "log_every: 8, loggers: [],")
 )
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -170,7 +170,7 @@ def hit(cluster, place, launch, run, fault):
 def test_a_job_trains_to_the_end(straight, place):
     assert straight[0] == STEPS
     said = log(place, "straight")
-    assert said.count("run      runs/straight  (1,600 images)") == 1, said  # one rank speaks
+    assert said.count("run      runs/straight  (960 images)") == 1, said  # one rank speaks
     assert not (place / "runs" / "straight" / "REQUEUE").exists()
 
 
@@ -182,7 +182,7 @@ def test_a_signal_before_the_limit_costs_no_step(cluster, place, launch, straigh
     assert_equal(result, straight)
     said = log(place, "usr1")
     stopped = said.split("usr1: stopped at ")[1].split()[0]
-    assert f"going on from {stopped} of 1,600 images" in said  # nothing done twice
+    assert f"going on from {stopped} of 960 images" in said  # nothing done twice
     assert said.count("stopped at") == said.count("going on from") == 1
 
 
