@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 
 import torch
 from torch import Tensor
@@ -13,6 +18,57 @@ from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.draws import uniforms
 from diffusion_pl.data.order import Order
 from diffusion_pl.data.source import Images
+
+_AHEAD = 2  # batches that a reading process has ready
+
+
+class _Patience:
+    """Waits for batches of reading processes, and kills these where one takes too long.
+
+    torch's own time-out knows of the queue alone: whoever takes a batch from it waits for ever if
+    its reader stands still before it has handed over the memory.
+
+    Args:
+        readers: the processes.
+        limit: seconds for a batch.
+    """
+
+    def __init__(self, readers: set[BaseProcess], limit: float) -> None:
+        self.readers, self.limit = readers, limit
+        self.since: float | None = None
+        self.exhausted = False
+        self.left = threading.Event()
+        if readers:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def next(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+        """The next batch, None after the last."""
+        self.since = time.monotonic()
+        try:
+            return next(batches, None)
+        finally:
+            self.since = None
+
+    def end(self) -> None:
+        """End the readers, for which this process would wait at its own end."""
+        # torch makes an error of a reader's end, wherever this process is; here it is known.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for reader in self.readers:
+            reader.kill()
+            reader.join()
+
+    def leave(self) -> None:
+        """End the watch."""
+        self.left.set()
+
+    def _watch(self) -> None:
+        while not self.left.wait(min(1.0, self.limit / 4)):
+            since = self.since
+            if since is not None and time.monotonic() - since > self.limit:
+                self.exhausted = True
+                for reader in self.readers:
+                    reader.kill()  # which ends the waiting with an error
+                return
 
 
 class ReaderLost(RuntimeError):
@@ -189,33 +245,44 @@ class Loader:
             sampler=range(self.start, self.stop),
             num_workers=self.workers,
             pin_memory=self.pin,
+            prefetch_factor=_AHEAD if self.workers else None,
             persistent_workers=False,
-            timeout=self.timeout if self.workers else 0,
         )
+        before = set(multiprocessing.active_children())
+        iterator = iter(loader)
+        patience = _Patience(set(multiprocessing.active_children()) - before, self.timeout)
         step = self.start
         try:
-            for batch in loader:
+            while (batch := patience.next(iterator)) is not None:
                 yield batch
                 step += 1
         except ValueError as error:
             # torch makes the worker's whole traceback the message; its last line is ours.
             line = str(error).strip().splitlines()[-1]
             raise ValueError(line.removeprefix("ValueError: ")) from error
-        except RuntimeError as error:
-            problem = str(error).strip().splitlines()[-1]
-            if "DataLoader" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # What it was handing over when it ended breaks off as an OSError.
+            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, RuntimeError) and "DataLoader" not in problem:
                 raise
+            patience.end()
+            if patience.exhausted:
+                problem = f"it gave nothing for {self.timeout:g} s (trainer.read_timeout)"
             raise ReaderLost(
-                f"a reading process is lost at step {step}, which reads {self._whence(step)}: "
-                f"{problem} Look at that file's disk or server, at the memory, at /dev/shm; "
-                f"trainer.read_timeout and data.workers are what to set"
+                f"a reading process is lost at step {step}; from there it reads "
+                f"{self._whence(step)}: {problem}; look at that file's disk or server, at the "
+                f"memory, at /dev/shm"
             ) from error
+        finally:
+            patience.leave()
 
     def _whence(self, step: int) -> str:
-        """Which files hold a step's images, as far as they are known."""
-        batches = self.batches
-        share = batches.share.positions(step)
+        """Which files hold the images of a step and those read ahead, as far as they are known."""
+        batches, names = self.batches, set()
         images = batches.images[max(batches.images)]
-        indices = batches.order(share.start, share.stop).tolist()
-        names = sorted({images.whence(index) for index in indices})
-        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        for ahead in range(step, min(self.stop, step + 1 + _AHEAD * self.workers)):
+            share = batches.share.positions(ahead)
+            names |= {images.whence(i) for i in batches.order(share.start, share.stop).tolist()}
+        return ", ".join(sorted(names)[:4]) + (
+            f" and {len(names) - 4} more" if len(names) > 4 else ""
+        )

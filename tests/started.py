@@ -1,0 +1,94 @@
+"""Runs of one and several ranks, each a process forked from one that has imported everything.
+
+They meet as torchrun's do, and nobody looks after them: a rank that loses the others has to notice.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+
+import torch
+from torch import multiprocessing
+
+from diffusion_pl.cli import main
+
+LIMIT = 90.0  # seconds for everything
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended.
+
+    Args:
+        codes: exit codes of the ranks, -9 for a killed one, None for one that was still there.
+        seconds: from the end of the first rank to the end of the last that ended.
+    """
+
+    codes: list[int | None]
+    seconds: float
+
+
+def train(place, run, *words, ranks=1, faults=None, limit=LIMIT):
+    """Train `experiments/tried.yaml` to its end or to a fault.
+
+    Args:
+        place: the folder where the command runs.
+        run: name of the run's folder.
+        words: further overrides.
+        ranks: processes.
+        faults: by rank, what FAULT is in its environment; see faults.py.
+        limit: seconds after which what is left is killed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "faults", "diffusion_pl.commands.train"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--run", f"runs/{run}", f"trainer.devices={ranks}", *words]
+    processes = [
+        context.Process(
+            target=_rank, args=(rank, ranks, port, str(place), words, (faults or {}).get(rank, ""))
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    until = time.monotonic() + limit
+    first = last = None
+    left = {process.sentinel for process in processes}
+    while left and time.monotonic() < until:
+        gone = wait(list(left), timeout=max(0.0, until - time.monotonic()))
+        left -= set(gone)
+        last = time.monotonic()
+        first = first or last
+    codes = [None if process.sentinel in left else process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return Ended(codes, (last or until) - (first or until))
+
+
+def _rank(rank, world_size, port, place, words, fault):
+    """What each process does; its exit code is the command's."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of reading processes, as by default
+    os.chdir(place)
+    os.environ["FAULT"] = fault
+    if world_size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                       "LOCAL_WORLD_SIZE": str(world_size), "GROUP_RANK": "0",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                       "TORCHELASTIC_RUN_ID": "tried"}  # fmt: skip
+    kind, _, at = fault.partition(":")
+    if kind in ("save-full", "save-kill"):
+        # Python ignores SIGXFSZ, and a write fails as on a full disk; by default it kills.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(at), resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kind == "save-kill" else signal.SIG_IGN)
+    sys.exit(main(["train", "tried", *words]))

@@ -1,0 +1,52 @@
+"""Every kind of fault: all processes end soon, with a truthful code, and the run ends bit-equal."""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import pytest
+from faults import KINDS, assert_equal, at, befallen, left, marked, newest, spoil, write
+from started import train
+from test_cli import ROOT
+
+# Of two ranks: seconds from the end of one to that of the other, which waits for it 15 seconds.
+BOUND = 30
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments" / "base.yaml", folder / "experiments")
+    write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(place):
+    """By whether there are reading processes, which changes the config alone."""
+    found = {}
+    for words in ((), ("data.workers=1",)):
+        name = "-".join(["straight", *words])
+        assert train(place, name, *words, ranks=2).codes == [0, 0]
+        found[words] = left(place, name)
+    assert_equal(found[()][0]["state_dict"], found[words][0]["state_dict"])
+    return found
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_survives(name, place, straight):
+    kind, source = KINDS[name], random.Random(name)
+    run = name.replace(" ", "-")
+    faults = {rank: f"{kind.fault}:{at(kind, 2, source)}" for rank in befallen(kind, 2, source)}
+    ended = train(place, run, *kind.words, ranks=2, faults=faults)
+    assert set(ended.codes) <= set(kind.codes), (faults, ended)
+    assert ended.codes.count(None) <= 1 and ended.codes != [0, 0], (faults, ended)
+    assert ended.seconds < BOUND
+    assert marked(place, run) is kind.marked
+    if kind.damage:
+        spoil(newest(place, run), source)
+    assert train(place, run, *kind.words, ranks=2).codes == [0, 0]
+    assert not marked(place, run)
+    assert_equal(straight[kind.words], left(place, run))
