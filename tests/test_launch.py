@@ -211,9 +211,19 @@ def test_the_margin_is_three_saves_and_at_least_a_minute():
 def test_a_save_is_timed_by_a_smaller_one(monkeypatch, tmp_path):
     clock = iter([0.0, 2.0] * 3)
     monkeypatch.setattr(preflight.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(preflight, "PROBE_BYTES", 2**20)
+    save, saved = checkpoints.save, []
+
+    def noted(content, path):
+        saved.append((path, len(content["content"])))
+        save(content, path)
+
+    monkeypatch.setattr(preflight.checkpoints, "save", noted)
     folder = tmp_path / "not yet" / "there"
     for size, seconds in ((preflight.PROBE_BYTES, 2), (10 * preflight.PROBE_BYTES, 20), (1000, 2)):
         assert preflight.save_seconds(folder, size) == pytest.approx(seconds)
+    assert [size for _, size in saved] == [2**20, 2**20, 1000]
+    assert all(path.parents[1] == tmp_path for path, _ in saved)  # the run's own disk
     assert list(tmp_path.iterdir()) == []
 
 
