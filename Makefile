@@ -73,6 +73,9 @@ test-slurm: $(STAMP)  ## the job's script on a real SLURM, two nodes on this mac
 mutants: $(STAMP)  ## plant one-line bugs; the tests must notice every one [ONLY="samplers/heun.py ..."]
 	OMP_NUM_THREADS=1 $(RUN_PYTHON) tests/mutants.py $(ONLY)
 
+soak: $(STAMP)  ## let a hundred faults befall small runs; none may hang, get lost or end otherwise
+	OMP_NUM_THREADS=1 $(RUN_PYTHON) tests/soak.py $(ARGS)
+
 ci-fid: $(STAMP)  ## train a small recipe on CIFAR-10 and compare its distance with the recorded one
 	@$(RUN_PYTHON) -m benchmarks.cifar10_ci $(ARGS)
 

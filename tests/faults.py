@@ -2,7 +2,8 @@
 
 FAULT in the environment is `kind:number`: at the pass of that number, of steps and evaluations
 alike, the network does it; kinds that begin with `read-` are done by a reading process at its
-reading of that number, `save-full` and `save-kill` where a file grows beyond that many bytes.
+reading of that number, those that begin with `open-` when the data is opened, `save-full` and
+`save-kill` where a file grows beyond that many bytes.
 FAULT_RANK is whom it befalls, of ranks that share an environment.
 """
 
@@ -78,7 +79,7 @@ class Network(SongUNet):
         Network.calls += 1
         kind, at = mine()
         output = super().forward(x, c_noise, **condition)
-        if at == str(Network.calls) and not kind.startswith(("read-", "save-")):
+        if at == str(Network.calls) and "-" not in kind:
             if kind == "nan":
                 return output * float("nan")
             do(kind)
@@ -112,6 +113,9 @@ class Data(Synthetic):
     stores: dict = field(default_factory=dict, compare=False)
 
     def open(self, resolution=None):
+        kind, _ = mine()
+        if kind.startswith("open-"):
+            do(kind.removeprefix("open-"))
         images = super().open(resolution)
         object.__setattr__(images, "store", Store(images.store))
         return images
@@ -161,6 +165,7 @@ READ = {"words": ("data.workers=1",)}
 KINDS = {
     **{f"{name} to all ranks": Kind(name, "all", **STOPPED) for name in SIGNALS},
     **{f"{name} to one rank": Kind(name, "one", **STOPPED) for name in SIGNALS},
+    "TERM before the first step": Kind("open-TERM", codes=(1, RESUMABLE), marked=True),
     "a rank is killed": Kind("KILL"),
     "all ranks are killed": Kind("KILL", "all"),
     # The others end; who started the stopped one ends it, see test_bounded.py.

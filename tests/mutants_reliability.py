@@ -1,4 +1,4 @@
-"""Planted bugs of what happens to a run that is stopped."""
+"""Planted bugs of what happens to a run that is stopped, stands still or has no sane numbers."""
 
 from __future__ import annotations
 
@@ -6,26 +6,111 @@ from mutant import at
 
 MUTANTS = [
     *at(
-        "training/stopping.py",
+        "signals.py",
         "stopping",
         ("self._before.setdefault(number, handler)", "self._before[number] = handler"),
         ("os._exit(128 + number)", "os._exit(number)"),
         ("and self.signal == signal.SIGINT", "and False"),
+        ("signal.SIGHUP)", "signal.SIGCHLD)"),
+        ("if not self.patient and not again:", "if not again:"),
+        ("if not self.patient and not again:", "if False:"),
+    ),
+    *at(
+        "training/stopping.py",
+        "stopping",
         ("if self.steps % self.every:", "if self.steps % 2:"),
         ("max(computing, 1e-9) / COST", "max(computing, 1e-9)"),
-        ("stop = wanted if alone else not", "stop = wanted if True else not"),
-        ("signal.SIGHUP)", "signal.SIGCHLD)"),
+        ("return wanted if alone else not", "return wanted if True else not"),
+    ),
+    *at(
+        "training/run.py",
+        "stopping exact",
+        ("if stop.stopped and trainer.is_global_zero:", "if trainer.is_global_zero:"),
+        ("on_read=wish.wait_for_steps", "on_read=wish.listen"),
+        ("if not trainer.strategy.broadcast(done):", "if False:"),
     ),
     *at(
         "training/callbacks.py",
-        "stopping",
-        ("        self.wish.listen()", "        abs(1)"),
+        "stopping exact",
         ("self.stopped = trainer.should_stop = True", "self.stopped = True"),
+        ("self.saved < pl_module.images_seen", "False"),
     ),
     *at(
         "training/evaluating.py",
-        "stopping",
+        "stopping exact",
         ("trainer.max_steps:  # not when", "0:  # not when"),
+        ("            self.stop.end(trainer)", "            pass"),
+        ("if due and not self.history.measured(images):", "if False:"),
+    ),
+    *at(
+        "evaluation/measuring.py",
+        "exact",
+        ("    if stop is not None and stop():", "    if False:"),
+        ("for _ in range(_tiles(ranks.share(settings.count, TILE, of=0)) - _tiles(share)):",
+         "for _ in range(0):"),
+    ),
+    *at(
+        "training/totals.py",
+        "sanity exact",
+        ('self.steps = state["steps"]', "self.steps = 0"),
+        ("total[mine] if len(total) == world_size", "total[0] if len(total) == world_size"),
+        ("else total.mean()", "else total.sum()"),
+        ("/ ranks.world_size() / self.steps", "/ self.steps"),
+        ("self.sums, self.steps = {}, 0", "self.sums = {}"),
+    ),
+    *at(
+        "training/module.py",
+        "sanity exact",
+        ("self.totals.restore(checkpoint", "str(checkpoint"),
+        ("            norm = norm / scaler.get_scale()", "            pass"),
+        ('self.refuse_non_finite("gradient\'s norm", norm)', "pass"),
+        ("nn.utils.clip_grads_with_norm_(trained, self.settings.clip, norm)",
+         "nn.utils.clip_grads_with_norm_(trained, self.settings.clip, 2 * norm)"),
+        ('self.refuse_non_finite("loss", loss.detach())', "pass"),
+    ),
+    *at(
+        "training/sanity.py",
+        "sanity",
+        ("loss <= SPIKE * usual", "loss <= usual"),
+        ("len(self.losses) >= NEEDED", "len(self.losses) >= 1"),
+        ("deque(maxlen=REMEMBERED)", "deque()"),
+        ("statistics.median(self.losses)", "statistics.fmean(self.losses)"),
+    ),
+    *at(
+        "training/bounds.py",
+        "bounded",
+        ("exit=True", "exit=False"),
+        ("> _ARMED_AGAIN_AFTER * self.limit", "> 2 * self.limit"),
+        ("faulthandler.cancel_dump_traceback_later()", "abs(1)"),
+        ("ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)", "abs(1)"),
+        ("_PR_SET_PDEATHSIG = 1", "_PR_SET_PDEATHSIG = 2"),
+    ),
+    *at(
+        "training/bounded.py",
+        "faults",
+        ("            self.watchdog.alive()\n\n", "            abs(1)\n\n"),
+    ),
+    *at(
+        "data/loader.py",
+        "bounded",
+        ("                    reader.kill()  # which", "                    str(reader)  # which"),
+        ("time.monotonic() - since > self.limit", "False"),
+        ("for ahead in range(step, min(self.stop, step + 1 + _AHEAD * self.workers)):",
+         "for ahead in range(step, step + 1):"),
+    ),
+    *at(
+        "training/replay.py",
+        "replay",
+        ("max_steps=step,", "max_steps=step + 1,"),
+        ("batch = data.transfer_batch_to_device(batches[step],",
+         "batch = data.transfer_batch_to_device(batches[step + 1],"),
+        ("(passed.sum() / len(positions)).backward()", "passed.mean().backward()"),
+    ),
+    *at(
+        "commands/replay.py",
+        "replay",
+        ("if int(path.stem) <= images:", "if int(path.stem) < images:"),
+        ("return number if math.isfinite(number) else str(number)", "return number"),
     ),
     *at(
         "training/callbacks.py",
@@ -34,14 +119,13 @@ MUTANTS = [
         ("[: -self.keep]", "[: -self.keep - 1]"),
     ),
     *at(
-        "training/run.py",
-        "stopping",
-        ("if stop.stopped and trainer.is_global_zero:", "if trainer.is_global_zero:"),
+        "training/callbacks.py",
+        "sanity",
+        ("self.scale < before:", "self.scale > before:"),
     ),
     *at(
         "commands/train.py",
-        "stopping",
-        ("(folder / MARKER).unlink(missing_ok=True)", "abs(1)"),
+        "stopping launch",
         ("return RESUMABLE", "return 0"),
     ),
 ]  # fmt: skip
