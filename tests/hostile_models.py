@@ -378,6 +378,14 @@ def pointer_to_an_absolute_path(place):
     return words
 
 
+@case("latest", "names 'best.ckpt'; a checkpoint here is named by its images")
+def pointer_to_a_checkpoint_that_does_not_say_its_images(place):
+    words = run(place)
+    Path(FILE).rename("runs/tiny/checkpoints/best.ckpt")
+    Path("runs/tiny/checkpoints/latest").write_text("best.ckpt")
+    return words
+
+
 @case("latest", "which is not there")
 def pointer_that_is_no_text(place):
     words = run(place)

@@ -48,7 +48,7 @@ MUTANTS = [
         "hostile_corpus",
         ("type(number) is not int or ", ""),
         ("or images < 0:", "or False:"),
-        ("not _NAME.fullmatch(path.name) or ", "False or "),
+        ("if not _NAME.fullmatch(path.name):", "if False:"),
         ('pointer.read_text(errors="replace")', "pointer.read_text()"),
         ("path.parent != folder or ", ""),
         ('if not isinstance(checkpoint.get("state_dict"), Mapping):', "if False:"),

@@ -36,7 +36,7 @@ COUNTS = {
     "arrays": 1_500, "shard": 2_000, "index": 1_000, "manifest": 1_000, "history": 1_000,
     "checkpoint": 4_000, "signed": 2_500, "weights": 2_000, "converted": 400, "edm": 600,
 }  # fmt: skip
-SECONDS = 5.0  # for one mutant; most take a thousandth of that
+SECONDS = 5.0  # of computing, for one mutant; most take a thousandth of that
 
 # What a reader has no need of.
 FORBIDDEN = (
@@ -194,13 +194,13 @@ def _late(number: int, frame: Any) -> None:
 @contextmanager
 def _watched() -> Iterator[None]:
     global _watching
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     _watching = True
     try:
         yield
     finally:
         _watching = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 # The kinds. Every one has small seeds, so that most mutants hit what decides.
@@ -621,7 +621,7 @@ def edm(folder: Path) -> Kind:
 
 def main(names: Sequence[str], seed: int = 0, times: int = 1) -> dict[str, Any]:
     """Try the kinds of these names, so many times their usual number of mutants."""
-    signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGPROF, _late)
     sys.addaudithook(_hook)
     found = {}
     for name in names:

@@ -143,9 +143,14 @@ def latest(folder: Path) -> Path | None:
     if not pointer.exists():
         return None
     path = folder / pointer.read_text(errors="replace").strip()
-    if path.parent != folder or not _NAME.fullmatch(path.name) or not path.is_file():
+    if path.parent != folder or not path.is_file():
         raise ValueError(
             f"{pointer}: names {path.name!r}, which is not there; restore it or remove the pointer"
+        )
+    if not _NAME.fullmatch(path.name):
+        raise ValueError(
+            f"{pointer}: names {path.name!r}; a checkpoint here is named by its images, such as "
+            f"000000040000.ckpt"
         )
     return path
 
