@@ -533,7 +533,7 @@ def weights(folder: Path) -> Kind:
     known.save(path)
     statistics = path.read_bytes()
     snapshots = folder / "snapshots"
-    power_ema.save_snapshot(snapshots, 8, [torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)])
+    power_ema.save_snapshot(snapshots, 8, [torch.nn.Linear(2, 1).state_dict() for _ in "12"])
     [snapshot] = snapshots.iterdir()
 
     def read(data: bytes, which: str) -> Any:

@@ -36,6 +36,7 @@ LIGHTNING = {
     "replay.py",
     "run.py",
     "run_data.py",
+    "strategy.py",
 }  # the only files that may import it
 
 

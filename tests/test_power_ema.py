@@ -103,7 +103,7 @@ def test_a_reconstruction_is_the_average_that_was_never_kept(tmp_path):
             for length, average in wanted.items():
                 average.lerp_(current.weight, 1 - decay(gamma_of(length), step))
             if step % every == 0:
-                save_snapshot(tmp_path, 8 * step, kept)
+                save_snapshot(tmp_path, 8 * step, [average.state_dict() for average in kept])
     for length, average in wanted.items():
         state = reconstruct(tmp_path, 8 * steps, length)
         error = (state["weight"] - average).norm() / (average - current.weight).norm()

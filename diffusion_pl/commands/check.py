@@ -27,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
     for title, text in [
         ("network", _network(experiment, network)),
         ("batch", _batch(experiment)),
+        ("strategy", _strategy(experiment, objective)),
         ("sizes", _sizes(experiment, network)),
         ("budget", _budget(experiment)),
         ("noise", _noise(experiment, objective)),
@@ -67,6 +68,21 @@ def _batch(experiment: Config) -> str:
         f"{batch_size:,} images = {settings.nodes} nodes x {devices} devices x {size} images, "
         f"each in {settings.passes(size)} passes; {precision} on {settings.device_type()} here"
     )
+
+
+def _strategy(experiment: Config, objective: TrainingObjective) -> str:
+    """What of the model each of several devices holds; nothing where one device holds it all."""
+    settings: Settings = config.build(experiment, "trainer")
+    devices = settings.devices_a_node() * settings.nodes
+    try:
+        settings.check_objective(objective)
+    except ValueError as error:
+        raise experiment.error("trainer", str(error)) from error
+    if settings.strategy == "ddp":
+        return "" if devices == 1 else f"ddp: each of {devices} devices holds the whole model"
+    if devices == 1:
+        return "fsdp: one device here, which holds the whole model"
+    return f"fsdp: each of {devices} devices holds 1/{devices} of weights, moments and averages"
 
 
 def _sizes(experiment: Config, network: nn.Module) -> str:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from diffusion_pl.signals import Wish
 from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training import sharding
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.power_ema import save_snapshot
@@ -204,8 +205,10 @@ class Snapshots(Callback):
     ) -> None:
         images = pl_module.images_seen
         last = trainer.global_step >= trainer.max_steps
-        if (self.interval.passed(images) or last) and trainer.is_global_zero:
-            save_snapshot(self.folder, images, pl_module.profiles)
+        if self.interval.passed(images) or last:
+            averages = [sharding.saved(average.state_dict()) for average in pl_module.profiles]
+            if trainer.is_global_zero:
+                save_snapshot(self.folder, images, averages)
 
 
 class Stop(Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -62,11 +63,18 @@ class Updates:
     Args:
         average: as `averaged_copy` gives it, in place from now on.
         current: the module that trains.
+        part: this device's part of a parameter, in place: all of it, unless both modules are
+            spread over devices; spread alike, the average moves without a message.
     """
 
-    def __init__(self, average: nn.Module, current: nn.Module) -> None:
-        self.averages: list[Tensor] = list(average.parameters())
-        self.parameters: list[Tensor] = list(current.parameters())
+    def __init__(
+        self,
+        average: nn.Module,
+        current: nn.Module,
+        part: Callable[[Tensor], Tensor] = Tensor.detach,
+    ) -> None:
+        self.averages = [part(parameter) for parameter in average.parameters()]
+        self.parameters = [part(parameter) for parameter in current.parameters()]
         self.buffers = list(zip(average.buffers(), current.buffers(), strict=True))
 
     @torch.no_grad()

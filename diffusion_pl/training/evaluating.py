@@ -17,6 +17,7 @@ from diffusion_pl.evaluation.measuring import Interrupted, build
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
+from diffusion_pl.training import sharding
 from diffusion_pl.training.callbacks import Interval, Log, Stop, log
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
@@ -84,8 +85,10 @@ class Evaluate(Callback):
         drawing = self._drawing(trainer, pl_module)
         assert self.reference is not None
         build(drawing, self.settings, self.extractor, self.reference)  # refused before the training
+        with sharding.assembled(pl_module.ema):
+            if trainer.is_global_zero:
+                cost = estimate(drawing, self.settings, self.extractor)
         if trainer.is_global_zero:
-            cost = estimate(drawing, self.settings, self.extractor)
             self.training_log.progress.say(
                 f"evaluation every {self.settings.every:,} images: {cost}"
             )
@@ -119,14 +122,15 @@ class Evaluate(Callback):
         progress = self.training_log.progress
         images = pl_module.images_seen
         try:
-            rows, shown = evaluate(
-                drawing,
-                self.settings,
-                self.extractor,
-                self.reference,
-                progress=progress.evaluating if trainer.is_global_zero else None,
-                stop=self.stop.wanted,
-            )
+            with sharding.assembled(pl_module.ema):  # ranks draw as many images as fall to them
+                rows, shown = evaluate(
+                    drawing,
+                    self.settings,
+                    self.extractor,
+                    self.reference,
+                    progress=progress.evaluating if trainer.is_global_zero else None,
+                    stop=self.stop.wanted,
+                )
         except Interrupted:
             progress.measured(images, [])
             self.stop.end(trainer)

@@ -16,7 +16,7 @@ from diffusion_pl.diffusion.random import ImageNoise, generator, own_generator
 from diffusion_pl.images import from_bytes
 from diffusion_pl.seeds import seed_of
 from diffusion_pl.training import ema as averaging
-from diffusion_pl.training import power_ema
+from diffusion_pl.training import power_ema, sharding
 from diffusion_pl.training.sanity import Place
 from diffusion_pl.training.settings import Settings
 from diffusion_pl.training.totals import Totals
@@ -151,7 +151,9 @@ class DiffusionModule(lightning.LightningModule):
         """
         if not self.updates:
             averages = [self.ema, *self.profiles]
-            self.updates = [averaging.Updates(module, self.denoiser) for module in averages]
+            self.updates = [
+                averaging.Updates(module, self.denoiser, sharding.part) for module in averages
+            ]
         decays = [self.ema_profile.decay(images, self.batch_size)]
         step = images // self.batch_size + 1
         decays += [power_ema.decay(gamma, step) for gamma in self.gammas]
@@ -207,7 +209,7 @@ class DiffusionModule(lightning.LightningModule):
         model = self.trainer.strategy.model
         if isinstance(model, nn.parallel.DistributedDataParallel):
             return model.no_sync()
-        return contextlib.nullcontext()
+        return sharding.unsynchronised(self.denoiser)
 
     def draw(
         self, image: Tensor, index: Tensor, condition: Mapping[str, Tensor]
@@ -254,7 +256,7 @@ class DiffusionModule(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure the gradient, refuse one that is not finite, and clip it."""
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        norm = sharding.total_norm([p.grad for p in trained if p.grad is not None])
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None:
             self.refuse_non_finite("gradient's norm", norm)

@@ -12,13 +12,13 @@ Karras et al. 2024, arXiv 2312.02696, section 3 and appendix C.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion_pl.training.checkpoint import write_atomically
 
@@ -90,12 +90,12 @@ def mixture(
     return solution[:, 0].tolist()
 
 
-def save_snapshot(folder: Path, images: int, averages: Sequence[nn.Module]) -> None:
-    """Write the averages as they are after `images` images; whole or not at all."""
+def save_snapshot(folder: Path, images: int, averages: Sequence[Mapping[str, Tensor]]) -> None:
+    """Write the state of the averages after `images` images; whole or not at all."""
     tensors = {
         f"{number}.{key}": value.detach().cpu().contiguous()
         for number, average in enumerate(averages)
-        for key, value in average.state_dict().items()
+        for key, value in average.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
     content = save(tensors)

@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +16,6 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from diffusion_pl.data.source import Source
@@ -42,6 +40,7 @@ from diffusion_pl.training.settings import (
     Settings,
     resolve_precision,
 )
+from diffusion_pl.training.strategy import make_strategy
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ def fit(experiment: Experiment, run: Path, references: Path, wish: Wish) -> dict
         Stopped: told so before the first step.
     """
     settings, source = experiment.settings, experiment.data
+    settings.check_objective(experiment.objective)
     data = RunData(
         source, settings, experiment.network, experiment.seed, on_read=wish.wait_for_steps
     )
@@ -166,9 +166,7 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
         accelerator=settings.accelerator,
         devices=1 if on_cpu and settings.devices == "auto" else settings.devices,
         num_nodes=settings.nodes,
-        strategy=DDPStrategy(timeout=timedelta(seconds=settings.start_timeout))
-        if settings.nodes * settings.devices_a_node() > 1
-        else "auto",
+        strategy=make_strategy(settings),
         max_steps=settings.steps(experiment.data.batch_size),
         max_epochs=-1,
         limit_val_batches=0,

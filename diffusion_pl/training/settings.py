@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -140,6 +141,19 @@ class Settings:
         """
         limit = size if self.device_batch_size is None else int(self.device_batch_size / fraction)
         return math.ceil(size / max(1, limit))
+
+    def check_objective(self, objective: object) -> None:
+        """See that an objective can be trained with this strategy.
+
+        Raises:
+            ValueError: it has weights of its own, which fsdp would not spread.
+        """
+        weights = objective.parameters() if isinstance(objective, nn.Module) else ()
+        if self.strategy == "fsdp" and any(True for _ in weights):
+            raise ValueError(
+                f"strategy: fsdp spreads the network alone, and the objective "
+                f"{type(objective).__name__} has weights of its own; use ddp"
+            )
 
     def device_type(self) -> str:
         """Where the run computes, "cpu" or "cuda", by `accelerator`."""
