@@ -103,7 +103,7 @@ MUTANTS = [
         ('("gpu", "--tasks") if options.tasks is None', '("gpu", "--tasks") if True'),
         ('if wanted.replace("cuda", "gpu") != kind:', "if False:"),
         ('[*overrides, f"trainer.accelerator={kind}"]', "overrides"),
-        ("if limit <= margin:", "if False:"),
+        ("if limit <= margin + sbatch.CLOCK:", "if limit <= margin:"),
         ("margin = margin or", "margin ="),
         ("settling.settle(parts", "settling.compare(parts"),
         ('for word in ("--sweep", sweep)]', 'for word in ("--run", sweep)]'),

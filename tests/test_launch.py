@@ -255,7 +255,10 @@ def test_a_checkpoint_is_as_large_as_was_said(place, capsys):
         (["trainer.accelerator=gpu"], "SET: trainer.accelerator: the job has a cpu for each"),
         (["evaluation.reference=nope.npz"], "nope.npz"),
         (["data.resolution=4"], "synthetic data: resolution must be at least 8 (got 4)"),
-        (["--time", "1"], "--time: the last 60 s are for stopping, so nothing is trained (got 1,"),
+        (
+            ["--time", "2"],
+            "--time: the last 60 s are for stopping, and SLURM may be a minute early",
+        ),
         (["--time", "soon"], "--time: must be as SLURM writes it"),
         (["--nodes", "0"], "--nodes must be at least 1 (got 0)"),
         (["--tasks", "0"], "--gpus or --tasks must be at least 1 (got 0)"),

@@ -123,10 +123,10 @@ def _timed(job: Job, margin: int | None, size: int) -> Job:
     save = preflight.save_seconds(job.folder, size)
     margin = margin or sbatch.margin_of(save)
     limit = sbatch.seconds_of(job.time)
-    if limit <= margin:
+    if limit <= margin + sbatch.CLOCK:
         raise ValueError(
-            f"--time: the last {margin} s are for stopping, so nothing is trained (got {job.time}, "
-            f"{limit} s); ask for more"
+            f"--time: the last {margin} s are for stopping, and SLURM may be a minute early, so "
+            f"nothing is trained (got {job.time}, {limit} s); ask for more"
         )
     _line("signal", f"USR1 {margin} s before the limit; a save takes about {save:.2g} s here")
     return dataclasses.replace(job, margin=margin)

@@ -27,7 +27,7 @@ from diffusion_pl.training.history import History
 pytestmark = pytest.mark.slurm
 
 STEPS = 120
-LONG = 3000  # steps that take minutes
+LONG = 12_000  # steps that take longer than a stretch
 EXPERIMENT = (
     TINY.replace("evaluation: {every: 16, count: 20", "evaluation: {every: 8000, count: 4")
     .replace("batch_size: 10, grid: 9}", "batch_size: 4, grid: 4, metrics: []}")
@@ -234,11 +234,11 @@ def test_a_job_that_misses_its_gpus_says_so_and_does_not_come_back(cluster, plac
 
 @pytest.mark.slow
 def test_a_job_goes_on_over_the_limits_of_its_time(cluster, place, launch, straight):
-    """SLURM itself sends the signal, before the limit of a minute; several stretches."""
-    job = launch("long", f"trainer.images={8 * LONG}", "--time", "1", "--margin", "30")
+    """SLURM itself sends the signal, a minute or two before a limit of three."""
+    job = launch("long", f"trainer.images={8 * LONG}", "--time", "3", "--margin", "60")
     assert ended(cluster, place, "long", job, limit=1800) == "COMPLETED", log(place, "long")
     print(f"long: {restarts(cluster, job)} restarts")
-    assert restarts(cluster, job) >= 2
+    assert restarts(cluster, job) >= 1
     whole = launch("whole", f"trainer.images={8 * LONG}", "--time", "60")
     assert ended(cluster, place, "whole", whole, limit=1800) == "COMPLETED", log(place, "whole")
     assert restarts(cluster, whole) == 0
