@@ -191,6 +191,8 @@ def at(kind, ranks, source):
     """A number at which a fault of a kind happens, for FAULT."""
     if kind.fault.startswith("save-"):
         return FILE_BYTES
+    if kind.damage:  # once there is a checkpoint before the newest
+        return source.randint(9, passes(ranks))
     return source.randint(2, 10 if kind.fault.startswith("read-") else passes(ranks))
 
 

@@ -257,13 +257,18 @@ MUTANTS = [
         "training/checkpoint.py",
         "training",
         ("weights_only=True", "weights_only=False"),
-        ("os.replace(temporary, path)", "temporary.unlink()"),
         ('section.get("format") not in READABLE', "False"),
         ("length == len(comment) and ", ""),
         ("sound = end[-_END_BYTES:].startswith(_END)", "sound = True"),
         ('section["format"] >= 2 and not digested', "False"),
-        ("candidates += [other", "candidates[:0] = [other"),
+        ("for candidate in reversed(found(folder)):", "for candidate in found(folder):"),
         ("            point_to(candidate)", "            abs(1)"),
+    ),
+    *at(
+        "training/writing.py",
+        "training faults",
+        ("os.replace(temporary, path)", "temporary.unlink()"),
+        ("path.unlink(missing_ok=True)", "str(path)"),
     ),
 ]  # fmt: skip
 

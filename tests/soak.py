@@ -107,15 +107,15 @@ class Soak:
 
 def table(record: dict) -> str:
     """The counts as the page shows them."""
-    rows = [
-        f"| {kind} | {found['count']} | {found['median_seconds']:.1f} | {found['most_seconds']:.1f} |"
-        for kind, found in record["kinds"].items()
-    ]
+    rows = []
+    for kind, found in record["kinds"].items():
+        median, most = found["median_seconds"], found["most_seconds"]
+        rows.append(f"| {kind} | {found['count']} | {median:.1f} | {most:.1f} |")
     lines = [
-        f"{record['faults']} faults in {record['runs']} runs, in {record['minutes']:.0f} minutes",
-        f"on {record['machine']} ({record['made']}): {record['hangs']} hangs, {record['lost']} lost",
-        f"runs, {record['untrue']} untrue exit codes or marks, {record['unequal']} ends that differ",
-        "from a run that nothing befell in any bit.",
+        f"{record['faults']} faults in {record['runs']} runs, in {record['minutes']:.0f} minutes,",
+        f"{record['machine']} ({record['made']}): {record['hangs']} hangs, {record['lost']} lost",
+        f"runs, {record['untrue']} untrue exit codes or marks, {record['unequal']} ends that",
+        "differ in any bit from a run that nothing befell.",
         "",
         "| fault | times | seconds until all ranks were gone, median | most |",
         "|---|---|---|---|",

@@ -66,8 +66,9 @@ def train(place, run, *words, ranks=1, faults=None, limit=LIMIT):
     while left and time.monotonic() < until:
         gone = wait(list(left), timeout=max(0.0, until - time.monotonic()))
         left -= set(gone)
-        last = time.monotonic()
-        first = first or last
+        if gone:
+            last = time.monotonic()
+            first = first or last
     codes = [None if process.sentinel in left else process.exitcode for process in processes]
     for process in processes:
         process.kill()

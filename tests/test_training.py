@@ -32,6 +32,7 @@ from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.run import Experiment, fit
 from diffusion_pl.training.sanity import NonFinite
 from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.writing import write_atomically
 
 BATCH = 8
 
@@ -442,7 +443,7 @@ def test_checkpoints_survive_a_full_disk(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ValueError, match="cannot be written.*No space left"):
-        checkpoints.write_atomically(path, fail)
+        write_atomically(path, fail)
     assert torch.equal(checkpoints.load(path)["state_dict"]["a"], torch.ones(2))
     assert list(tmp_path.iterdir()) == [path]
 

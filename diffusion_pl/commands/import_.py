@@ -18,7 +18,7 @@ from diffusion_pl.config import Config
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.interop import weights as ours
 from diffusion_pl.training import checkpoint as checkpoints
-from diffusion_pl.training.checkpoint import write_atomically
+from diffusion_pl.training.writing import write_atomically
 
 FAILURES: tuple[type[Exception], ...] = ()
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_pl.training.checkpoint import write_atomically
+from diffusion_pl.training.writing import write_atomically
 
 SCRIPT = "job.sbatch"
 TEMPLATE = Path(__file__).with_name(SCRIPT)

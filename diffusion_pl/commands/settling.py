@@ -7,7 +7,7 @@ from pathlib import Path
 from diffusion_pl import config, ranks
 from diffusion_pl.commands import runs
 from diffusion_pl.config import Config
-from diffusion_pl.training.checkpoint import write_atomically
+from diffusion_pl.training.writing import write_atomically
 
 # A file of the run's folder that says why the run would fail in the same way again.
 FAILED = "FAILED"

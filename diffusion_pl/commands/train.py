@@ -18,10 +18,10 @@ from diffusion_pl.data.shard_workers import WorkerLost
 from diffusion_pl.signals import MARKER, RESUMABLE, Wish
 from diffusion_pl.training import bounds
 from diffusion_pl.training import checkpoint as checkpoints
-from diffusion_pl.training.checkpoint import write_atomically
 from diffusion_pl.training.history import History
 from diffusion_pl.training.run import Experiment, fit, is_evaluated, last_measurements
 from diffusion_pl.training.sanity import NonFinite
+from diffusion_pl.training.writing import sweep, write_atomically
 
 FAILURES: tuple[type[Exception], ...] = (NonFinite, WorkerLost, ReaderLost)
 
@@ -34,6 +34,8 @@ def run(options: argparse.Namespace) -> int:
     folder: Path = options.run or parts.RUNS / experiment.name
     settle(experiment, folder, options.start)
     leads = ranks.leads_run()
+    if leads:
+        sweep(folder)
     latest = checkpoints.newest_sound(folder / "checkpoints")
     batch_size = experiment.get("data.batch_size")
     budget = config.build(experiment, "trainer").steps(batch_size) * batch_size

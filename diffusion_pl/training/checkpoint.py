@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from diffusion_pl.data.pickle_program import reason_of
 from diffusion_pl.training.container import unfit_content, unfit_entries
+from diffusion_pl.training.writing import write_atomically
 
 FORMAT = 2
 READABLE = (1, 2)  # format 1 was without a digest
@@ -44,32 +45,6 @@ logger = logging.getLogger(__name__)
 
 class Damaged(ValueError):
     """A checkpoint that is not as it was written."""
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Write beside the target, flush to the disk, then rename: the target is whole or as before.
-
-    Args:
-        path: the file to make or replace.
-        write: called with the open binary file.
-
-    Raises:
-        ValueError: the folder cannot be written or is full; the target is as before.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ValueError(
-            f"{path}: cannot be written ({error}); free space or permissions, then run again"
-        ) from error
 
 
 def save(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -133,16 +108,22 @@ def found(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.ckpt"))
 
 
+def _pointed(folder: Path) -> str | None:
+    """What the `latest` pointer says, None where there is none."""
+    pointer = folder / LATEST
+    return pointer.read_text(errors="replace").strip() if pointer.exists() else None
+
+
 def latest(folder: Path) -> Path | None:
     """The checkpoint that the `latest` pointer names, None when nothing was saved yet.
 
     Raises:
         ValueError: the pointer names a file that is not there.
     """
-    pointer = folder / LATEST
-    if not pointer.exists():
+    pointer, name = folder / LATEST, _pointed(folder)
+    if name is None:
         return None
-    path = folder / pointer.read_text(errors="replace").strip()
+    path = folder / name
     if path.parent != folder or not path.is_file():
         raise ValueError(
             f"{pointer}: names {path.name!r}, which is not there; restore it or remove the pointer"
@@ -159,28 +140,35 @@ def newest_sound(folder: Path) -> Path | None:
     """The newest checkpoint that is as it was written; None when nothing was saved yet.
 
     One that is damaged is named in one line and set aside, so that it is neither gone on with nor
-    counted among those that stay.
+    counted among those that stay. All ranks look at once: any may find that another was faster.
 
     Raises:
         ValueError: checkpoints are there, and all are damaged.
     """
-    path = latest(folder)
-    candidates = [] if path is None else [path]
-    candidates += [other for other in reversed(found(folder)) if path and other.name < path.name]
-    for candidate in candidates:
+    name = _pointed(folder)
+    if name is None:
+        return None
+    try:
+        latest(folder)
+    except ValueError:
+        if not (folder / f"{name}{DAMAGED}").exists():
+            raise
+    for candidate in reversed(found(folder)):
+        if candidate.name > name:
+            continue
         try:
             verify(candidate)
+        except FileNotFoundError:
+            continue
         except Damaged as error:
-            with contextlib.suppress(OSError):  # another process may have been faster
+            with contextlib.suppress(OSError):
                 candidate.rename(candidate.with_name(candidate.name + DAMAGED))
             logger.warning("%s; going on with the one before", error)
             continue
-        if candidate != path:
+        if candidate.name != name:
             point_to(candidate)
         return candidate
-    if candidates:
-        raise ValueError(f"{folder}: every checkpoint is damaged; start in another folder")
-    return None
+    raise ValueError(f"{folder}: every checkpoint is damaged; start in another folder")
 
 
 def load(path: Path) -> dict[str, Any]:

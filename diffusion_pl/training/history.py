@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_pl.training.checkpoint import write_atomically
+from diffusion_pl.training.writing import write_atomically
 
 
 class History:

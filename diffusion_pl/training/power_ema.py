@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from diffusion_pl.training.checkpoint import write_atomically
+from diffusion_pl.training.writing import write_atomically
 
 FOLDER = "posthoc"  # of a run, where its snapshots lie
 
