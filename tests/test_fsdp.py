@@ -1,0 +1,246 @@
+"""A model that is spread over its ranks makes the run and the files of ranks that hold it whole."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import spread
+import torch
+from faults import RUN, assert_equal, left, marked, newest, write
+from omegaconf import OmegaConf
+from started import train
+from test_cli import ROOT
+
+from diffusion_pl import config
+from diffusion_pl.commands import check
+from diffusion_pl.diffusion.uncertainty import LearnedUncertainty
+from diffusion_pl.networks.uvit import UViT
+from diffusion_pl.objectives.edm import EDM
+from diffusion_pl.signals import RESUMABLE
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training import sharding
+from diffusion_pl.training.history import History
+from diffusion_pl.training.settings import Settings
+
+FSDP = "trainer.strategy=fsdp"
+RANKS = 4  # in test_a_rank_*: more than the rows of some tensors
+
+UVIT = """network:
+  _target_: diffusion_pl.networks.uvit.UViT
+  resolution: 16
+  classes: 8
+  model_channels: 8
+  channel_mult: [1, 2]
+  blocks: [1]
+  transformers: 1
+  heads: 2
+  dropout: 0.0
+  embedding_channels: 16
+  recompute: true
+"""
+# With this rate and eps Adam does not blow rounding up; see test_exact.py.
+GENTLE = ["trainer.images=1600", "optimizer.lr=1e-4", "optimizer.eps=1e-3", "trainer.keep=5",
+          "trainer.checkpoint_every=400", "ema.posthoc_every=1600", "evaluation.every=100000",
+          "evaluation.count=32"]  # fmt: skip
+
+
+def folder_for(tmp_path_factory, text):
+    place = tmp_path_factory.mktemp("fsdp")
+    (place / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments" / "base.yaml", place / "experiments")
+    (place / "experiments" / "tried.yaml").write_text(text)
+    return place
+
+
+@pytest.fixture(scope="module")
+def told():
+    return spread.found(RANKS)
+
+
+def test_a_rank_holds_its_part_of_weights_and_averages(told):
+    for kind in ("trained", "average"):
+        assert sum(rank[kind] for rank in told) == told[0]["whole"]  # nothing twice
+        for rank in told:
+            assert rank[kind] == pytest.approx(told[0]["whole"] / RANKS, rel=0.1)
+    # And keeps no more alive, but for what FSDP pads.
+    assert max(rank["bytes"] for rank in told) < 1.1 * 2 * 4 * told[0]["whole"] / RANKS
+    assert any(rank["empty"] for rank in told)
+
+
+def test_a_rank_has_the_gradient_the_norm_and_the_step_of_one_process(told):
+    for rank in told:
+        assert not rank["exchanged early"]
+        assert rank["norm"] < 1e-5 and rank["plain norm"]
+        assert rank["gradient"] < 1e-3  # of numbers up to 100
+        assert max(rank["weights"], rank["averaged"]) < 1e-5
+
+
+def test_a_rank_saves_nothing_unless_it_is_the_first_and_takes_its_part_back(told):
+    assert all(told[0]["saved"])
+    assert all(rank["saved"] == (0, 0) for rank in told[1:])
+    assert all(rank["moments"] and rank["laid out"] for rank in told)
+
+
+def test_a_rank_draws_alone_from_the_whole_average_and_lets_it_go(told):
+    assert told[0]["drawn"] < 1e-4
+    assert all(rank["assembled"] and rank["let go"] for rank in told)
+
+
+def test_every_block_of_a_network_is_a_unit():
+    with torch.device("meta"):
+        network = UViT(128, classes=1000)
+    units = sharding.units(network)
+    held = [sum(p.numel() for p in unit.parameters()) for unit in units]
+    assert len(units) == 36 + 2 * 9 + 2 * 3  # transformers, residual blocks, ways down and up
+    # What is gathered at once is a small share of the whole.
+    whole = sum(p.numel() for p in network.parameters())
+    assert max(held) < whole / 30
+    assert whole - sum(held) < whole / 100
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    place = folder_for(tmp_path_factory, "")
+    write(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def straight(small):
+    """Twelve steps of the U-Net with everything random that there is."""
+    runs = {}
+    for name, words in {"ddp": [], "fsdp": [FSDP]}.items():
+        words = [*words, "trainer.device_batch_size=2"]
+        assert train(small, name, *words, ranks=2).codes == [0, 0]
+        runs[name] = left(small, name)
+    return runs
+
+
+def test_a_checkpoint_is_laid_out_as_that_of_ranks_that_hold_all(straight, small):
+    one, other = (dict(straight[name][0]) for name in ("ddp", "fsdp"))
+    sections = [loaded.pop("diffusion_pl") for loaded in (one, other)]
+    for section in sections:
+        assert (section["format"], section["images"]) == (2, 96)
+    assert sections[0]["config"].keys() == sections[1]["config"].keys()
+    assert_alike(one, other)
+    checkpoints.verify(newest(small, "fsdp"))
+    assert {name: len(content) for name, content in straight["ddp"][2].items()} == {
+        name: len(content) for name, content in straight["fsdp"][2].items()
+    }
+
+
+def assert_alike(one, other, where=""):
+    """That two trees differ in the numbers of their tensors at most."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+    elif isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            assert_alike(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for pair in zip(one, other, strict=True):
+            assert_alike(*pair, where)
+    else:
+        assert one == other or one != one, where
+
+
+def test_losses_norms_and_measurements_are_those_of_ranks_that_hold_all(straight):
+    one, other = straight["ddp"][1], straight["fsdp"][1]
+    assert [row.get("name") for row in one] == [row.get("name") for row in other]
+    for first, second in zip(one, other, strict=True):
+        for key in {"loss", "gradient_norm", "value"} & first.keys():
+            assert second[key] == pytest.approx(first[key], rel=1e-3), (key, first)
+
+
+def test_stopped_and_gone_on_is_the_run_that_was_not(straight, small):
+    words = [FSDP, "trainer.device_batch_size=2"]
+    stopped = train(small, "stopped", *words, ranks=2, faults={1: "TERM:5"}).codes
+    assert set(stopped) <= {0, RESUMABLE} and RESUMABLE in stopped and marked(small, "stopped")
+    assert 8 <= int(newest(small, "stopped").stem) <= 32
+    assert train(small, "stopped", *words, ranks=2).codes == [0, 0]
+    assert_equal(straight["fsdp"], left(small, "stopped"))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """200 steps of a U-ViT that recomputes, at two sizes, the larger one in two passes."""
+    before, rest = RUN.split("network:\n")
+    after = rest[rest.index("\nema:") + 1 :]  # without augmentation, which it takes no labels of
+    text = (before + UVIT + after).replace("OBJECTIVE", "{_target_: "
+                                           "diffusion_pl.objectives.edm.EDM}")  # fmt: skip
+    place = folder_for(tmp_path_factory, text)
+    words = [*GENTLE, "trainer.device_batch_size=2"]
+    for name, more in {"ddp": [], "fsdp": [FSDP]}.items():
+        assert train(place, name, *words, *more, ranks=2).codes == [0, 0]
+    return place, words
+
+
+def test_200_steps_end_where_those_of_ranks_that_hold_all_end(large):
+    place, _ = large
+    one, other = left(place, "ddp")[0], left(place, "fsdp")[0]
+    assert one["global_step"] == other["global_step"] == 200
+    near(one["state_dict"], other["state_dict"])
+    for number, state in one["optimizer_states"][0]["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(
+                other["optimizer_states"][0]["state"][number][name], value, rtol=1e-3, atol=1e-4
+            )
+
+
+def near(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert float((other[key] - value).abs().max()) < 1e-6, key
+
+
+def allow(place, run, **changes):
+    """Change the trainer's settings of a run that is there."""
+    path = place / "runs" / run / "config.yaml"
+    tree = OmegaConf.load(path)
+    tree.trainer.update(changes)
+    OmegaConf.save(tree, path)
+
+
+def test_a_run_goes_from_ddp_to_fsdp_to_one_process(large):
+    place, words = large
+    run = place / "runs" / "change"
+    shutil.copytree(place / "runs" / "ddp", run)
+    for images in (1200, 1600):
+        (run / "checkpoints" / f"{images:012d}.ckpt").unlink()
+    checkpoints.point_to(run / "checkpoints" / "000000000800.ckpt")
+    history = History(run / "metrics.jsonl")
+    history.rewind(800)
+    allow(place, "change", strategy="fsdp", images=1200)
+    half = [*words, FSDP, "trainer.images=1200"]
+    assert train(place, "change", *half, ranks=2).codes == [0, 0]
+    assert int(newest(place, "change").stem) == 1200
+    allow(place, "change", strategy="ddp", devices=1, images=1600)
+    assert train(place, "change", *words, "trainer.strategy=ddp").codes == [0]
+    near(left(place, "ddp")[0]["state_dict"], left(place, "change")[0]["state_dict"])
+
+
+def test_fp16_and_weights_of_an_objective_are_refused_in_a_line():
+    with pytest.raises(ValueError, match="fp16 does not go with strategy: fsdp"):
+        Settings(images=8, checkpoint_every=8, strategy="fsdp", precision="fp16")
+    settings = Settings(images=8, checkpoint_every=8, strategy="fsdp")
+    settings.check_objective(EDM())
+    with pytest.raises(ValueError, match="LearnedUncertainty has weights of its own; use ddp"):
+        settings.check_objective(LearnedUncertainty(EDM()))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "said"),
+    [
+        ("fsdp", 4, "fsdp: each of 4 devices holds 1/4 of weights, moments and averages"),
+        ("ddp", 4, "ddp: each of 4 devices holds the whole model"),
+        ("fsdp", 1, "fsdp: one device here, which holds the whole model"),
+        ("ddp", 1, ""),
+    ],
+)
+def test_check_says_what_a_device_holds(strategy, devices, said):
+    words = [f"trainer.strategy={strategy}", f"trainer.devices={devices}"]
+    experiment = config.load("quickstart", words, ROOT / "experiments")
+    assert check._strategy(experiment, EDM()) == said
