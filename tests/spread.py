@@ -1,4 +1,4 @@
-"""What each of several processes finds when a model is spread over them; see test_fsdp.py."""
+"""What each of several processes finds when a model is spread over them; see test_sharding.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import torch
 from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
@@ -71,6 +72,7 @@ def _find(rank, ranks):
         "average": sum(sharding.part(p).numel() for p in average.parameters()),
         "bytes": sum(sharding.part(p).untyped_storage().nbytes()
                      for p in (*trained.parameters(), *average.parameters())),
+        "units": sum(isinstance(module, FSDPModule) for module in trained.modules()),
         "empty": sum(sharding.part(p).numel() == 0 for p in trained.parameters()),
     }  # fmt: skip
 
@@ -99,7 +101,8 @@ def _find(rank, ranks):
     told["averaged"] = _farthest(average.parameters(), plain_average.parameters())
 
     state = [sharding.saved_optimizer(optimizers[0].state_dict())]
-    told["saved"] = len(state[0]), len(sharding.saved(average.state_dict()))
+    saved = sharding.saved(average.state_dict())
+    told["saved"], told["kind"] = (len(state[0]), len(saved)), type(saved).__name__
     distributed.broadcast_object_list(state)
     fresh = torch.optim.Adam(trained.parameters(), lr=0.1, eps=0.1, fused=True)
     fresh.load_state_dict(sharding.spread_optimizer(state[0], fresh))
