@@ -2,10 +2,10 @@
 
 `make ci-fid` trains experiments/cifar10_ci.yaml, and fails if a number of it lies outside the
 interval that benchmarks/results/cifar10_ci.json holds. There are two distances, over the embedded
-classifier's features and over means of pixels, and the error of the averaged weights, a mean over
-noise levels, which hardly differs from seed to seed and so notices what the distances cannot. The
-interval is where one more run of such a recipe lies with 99 % probability, if runs are normally
-distributed about the seeds' mean:
+classifier's features and over means of pixels, and two errors of the averaged weights, means over
+high and over low noise levels, which hardly differ from seed to seed and notice what the distances
+cannot. The interval is where one more run of such a recipe lies with 99 % probability, if runs are
+normally distributed about the seeds' mean:
 
     mean +- t(0.995, n - 1) s sqrt(1 + 1 / n)
 
@@ -78,22 +78,30 @@ def train(data: str, seed: int, run: Path, code: Path = ROOT) -> list[dict[str, 
     for extractor in extractors:
         words = ["evaluate", str(run), "--features", extractor, "--metrics", "frechet"]
         found += json.loads(_command(words, code))["measures"]
-    found.append(_error(run, found[0], code))
+    found += _errors(run, found[0], code)
     seconds = round(time.monotonic() - started)
     return [{**row, "whole_seconds": seconds} for row in found]
 
 
-def _error(run: Path, like: dict[str, Any], code: Path) -> dict[str, Any]:
-    """The error of the averaged weights over that of the best linear denoiser, by levels."""
+def _errors(run: Path, like: dict[str, Any], code: Path) -> list[dict[str, Any]]:
+    """The error of the averaged weights over that of the best linear denoiser, in two numbers.
+
+    Above sigma 1 it is decided what an image shows, below how it is drawn.
+    """
     words = ["losses", str(run), "--count", "1000", "--levels", "10"]
     answer = json.loads(_command(words, code))
+    levels = answer["levels"]["ema"]
     kept = {key: like[key] for key in ("commit", "fingerprint")}
-    return {
-        "name": f"loss@{answer['count']}/{answer['data']}",
-        "value": statistics.fmean(level["loss"] for level in answer["levels"]["ema"]),
-        "sigmas": [level["sigma"] for level in answer["levels"]["ema"]],
-        **kept,
-    }
+    found = []
+    for name, chosen in (
+        ("coarse", [level for level in levels if level["sigma"] > 1]),
+        ("fine", [level for level in levels if level["sigma"] <= 1]),
+    ):
+        value = statistics.fmean(level["loss"] for level in chosen)
+        sigmas = [round(level["sigma"], 4) for level in chosen]
+        title = f"loss-{name}@{answer['count']}/{answer['data']}"
+        found.append({"name": title, "value": value, "sigmas": sigmas, **kept})
+    return found
 
 
 def _command(words: Sequence[str], code: Path) -> str:
