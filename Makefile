@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check data train slurm preempt sample enlarge evaluate reference sweep \
-	experiments test test-slow test-slurm mutants ci-fid bench clean
+	experiments test test-slow test-faults test-slurm mutants soak ci-fid bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -62,10 +62,13 @@ else
 endif
 
 test: $(STAMP)  ## the tests: offline, minutes, warnings are errors
-	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2 -m 'not slow and not slurm'
+	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2 -m 'not slow and not slurm and not faults'
 
 test-slow: $(STAMP)  ## the tests that take minutes each
 	$(RUN_PYTHON) -m pytest -m slow
+
+test-faults: $(STAMP)  ## runs that are stopped anywhere, killed and damaged end as others do
+	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 3 -m 'faults and not slow'
 
 test-slurm: $(STAMP)  ## the job's script on a real SLURM, two nodes on this machine
 	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -rs -m 'slurm and not slow' tests/slurm

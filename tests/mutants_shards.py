@@ -73,7 +73,7 @@ MUTANTS = [
         "shards shards_unfit remote",
         ("resolution = resolution or self.resolution", "resolution = self.resolution"),
         ("manifest.fingerprints[resolution],", "manifest.fingerprints[self.resolution],"),
-        ("self.window,\n        )", "0,\n        )"),
+        ("            self.window,\n", "            0,\n"),
         ("(self.resolution, *(self.shares or ()))", "(self.resolution,)"),
         ("if manifest.channels != self.channels:", "if False:"),
         ("if manifest.count < self.batch_size:", "if manifest.count <= self.batch_size:"),

@@ -112,6 +112,7 @@ def place(tmp_path_factory):
 
 
 @linux
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("fault", "rank"), [("KILL", 0), ("KILL", 1), ("STOP", 1), ("raise", 1), ("hang", 1)]
 )

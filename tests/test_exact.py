@@ -18,6 +18,8 @@ from diffusion_pl.signals import RESUMABLE
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
 
+pytestmark = pytest.mark.faults
+
 OBJECTIVES = {
     "edm": EDM,
     "ddpm": "{_target_: diffusion_pl.objectives.ddpm.DDPM}",

@@ -10,6 +10,8 @@ from faults import KINDS, assert_equal, at, befallen, left, marked, newest, spoi
 from started import train
 from test_cli import ROOT
 
+pytestmark = pytest.mark.faults
+
 # Of two ranks: seconds from the end of one to that of the other, which waits for it 15 seconds.
 BOUND = 30
 

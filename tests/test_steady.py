@@ -15,6 +15,8 @@ from test_cli import ROOT, TINY
 
 from diffusion_pl.networks.song_unet import SongUNet
 
+pytestmark = pytest.mark.faults
+
 STEPS, EVERY = 2000, 50  # steps in all, and between two evaluations
 
 
