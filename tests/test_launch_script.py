@@ -165,6 +165,9 @@ def test_an_array_trains_the_run_of_its_number(job):
     code, log, _ = job(tasks, SLURM_ARRAY_TASK_ID="1")
     assert code == 0
     assert log[-4:] == ["tiny", "seed=1", "--run", "runs/b"]
+    # Its own name: SLURM_JOB_ID of the last task is the array's, which means all of them.
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    assert job(tasks, TRAIN="exit 137", **array)[1][-1] == "scontrol requeue 7_1"
     code, log, said = job(tasks, SLURM_ARRAY_TASK_ID="2")
     assert (code, log) == (2, [])
     assert "no task 2" in said
