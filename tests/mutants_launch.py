@@ -120,4 +120,11 @@ MUTANTS = [
         ('_started_as("LOCAL_RANK") != 0', '_started_as("LOCAL_RANK", "SLURM_LOCALID") != 0'),
         ('if "RANK" not in os.environ and {', "if {"),
     ),
+    *at(
+        "commands/settling.py",
+        "cli launch",
+        ("if not _is_free(line)]", "if line]"),
+        ('key.startswith(f"{free}.")', "False"),
+        ("if not kept.exists() or _changes(kept, experiment):", "if not kept.exists():"),
+    ),
 ]  # fmt: skip

@@ -110,6 +110,14 @@ def test_a_changed_config_is_refused_with_the_differing_keys(trained, run):
     assert run("train", "tiny", "optimizer.lr=1e-4", "--run", "runs/other")[0] == 0
 
 
+def test_where_a_run_computes_may_change_and_is_noted(trained, run):
+    words = ("trainer.device_batch_size=4", "trainer.loggers=[]", "data.workers=1")
+    code, _, err = run("train", "tiny", *words)
+    assert code == 0 and "runs/tiny is finished" in err
+    kept = Path("runs/tiny/config.yaml").read_text()
+    assert "device_batch_size: 4" in kept and "loggers: []" in kept and "workers: 1" in kept
+
+
 def test_sampling_writes_images_a_grid_and_arrays(trained, run):
     code, out, _ = run("sample", "runs/tiny", "--count", "5", "--seed", "1", "--batch-size", "2")
     assert code == 0

@@ -9,6 +9,24 @@ from diffusion_pl.commands import runs
 from diffusion_pl.config import Config
 from diffusion_pl.training.writing import write_atomically
 
+# Where and how fast a run computes, which changes no more of it than rounding: it may go on under
+# others than it began with.
+FREE = {
+    "data.workers",
+    "trainer.accelerator",
+    "trainer.compile",
+    "trainer.device_batch_size",
+    "trainer.devices",
+    "trainer.keep",
+    "trainer.loggers",
+    "trainer.nodes",
+    "trainer.read_timeout",
+    "trainer.start_timeout",
+    "trainer.strategy",
+    "trainer.timeout",
+    "trainer.watchdog",
+}
+
 # A file of the run's folder that says why the run would fail in the same way again.
 FAILED = "FAILED"
 
@@ -34,7 +52,7 @@ def settle(experiment: Config, folder: Path, start: Path | None = None) -> None:
         begun = f"{runs.checkpoint_of(start)}\n"
         write_atomically(folder / "from", lambda file: file.write(begun.encode()))
     kept = folder / "config.yaml"
-    if not kept.exists():
+    if not kept.exists() or _changes(kept, experiment):
         write_atomically(kept, lambda file: file.write(config.dump(experiment).encode()))
 
 
@@ -57,9 +75,20 @@ def compare(experiment: Config, folder: Path, start: Path | None = None) -> None
         before = begun.read_text() if begun.exists() else "weights of its own\n"
         if wanted != before:
             raise ValueError(f"{folder}: started from {before.strip()}, not from {wanted.strip()}")
-    changes = config.differences(config.load(kept).tree, experiment.tree)
+    changes = [line for line in _changes(kept, experiment) if not _is_free(line)]
     if changes:
         raise config.ConfigError(
             f"{folder} was begun with another config; name another folder (RUN=...) or undo:\n"
             + "\n".join(f"  {line}" for line in changes)
         )
+
+
+def _changes(kept: Path, experiment: Config) -> list[str]:
+    """Where an experiment differs from the config that a run was begun with, a line a key."""
+    return config.differences(config.load(kept).tree, experiment.tree)
+
+
+def _is_free(line: str) -> bool:
+    """Whether such a line is about where or how fast a run computes."""
+    key = line.partition(":")[0]
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
