@@ -24,7 +24,7 @@ MUTANTS = [
         ("        if ranks.rank() == 0:\n            kept", "        if True:\n            kept"),
         ('if ranks.rank() == 0 else {}', ""),
         ("and value.shape == parameter.shape", "and value.shape != parameter.shape"),
-        ("return norm.full_tensor() if", "return norm.to_local() if"),
+        ("return norm.full_tensor() if isinstance(norm, DTensor) else norm", "return norm"),
         ("denoiser.set_requires_gradient_sync(False)", "denoiser.set_requires_gradient_sync(True)"),
         ("    finally:\n        denoiser.set_requires_gradient_sync(True)",
          "    finally:\n        denoiser.set_requires_gradient_sync(False)"),
