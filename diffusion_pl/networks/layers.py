@@ -79,7 +79,8 @@ class SelfAttention(nn.Module):
         batch, channels, height, width = x.shape
         # Channels run (head, channel, q/k/v) in the published checkpoints.
         qkv = self.qkv(self.norm(x)).reshape(batch, self.heads, channels // self.heads, 3, -1)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2)
+        # Copied, since attention that keeps no matrix of weights wants its channels side by side.
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
         attended = F.scaled_dot_product_attention(q, k, v)  # softmax in float32 inside
         attended = attended.transpose(2, 3).reshape(batch, channels, height, width)
         return (x + self.proj(attended)) * self.scale
