@@ -106,9 +106,9 @@ def test_fp16_says_when_it_leaves_a_step_out(go, capsys):  # noqa: F811
 
 def test_a_loss_twice_the_median_of_the_rows_before_is_a_spike():
     spikes = Spikes()
-    assert [spikes.note(loss) for loss in (9.0, 1.0, 1.1, 0.9, 1.0)] == [None] * 5
+    assert [spikes.note(loss) for loss in (1.0, 9.0, 1.1, 0.9, 1.0)] == [None] * 5
     assert spikes.note(1.9) is None
-    # The median of 9, 1, 1.1, 0.9, 1 and 1.9.
+    # The median of 1, 9, 1.1, 0.9, 1 and 1.9.
     assert spikes.note(2.2) == "the loss rose to 2.2; the median of the rows before is 1.05"
     # Ten rows are remembered: of the first ones nothing is left.
     for _ in range(10):
