@@ -65,7 +65,7 @@ test: $(STAMP)  ## the tests: offline, minutes, warnings are errors
 	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2 -m 'not slow and not slurm and not faults'
 
 test-slow: $(STAMP)  ## the tests that take minutes each
-	$(RUN_PYTHON) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2 -m slow
 
 test-faults: $(STAMP)  ## runs that are stopped anywhere, killed and damaged end as others do
 	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 3 -m 'faults and not slow'
