@@ -41,6 +41,7 @@ MUTANTS = [
         ("trainer.max_steps:  # not when", "0:  # not when"),
         ("            self.stop.end(trainer)", "            pass"),
         ("if due and not self.history.measured(images):", "if False:"),
+        ("except ValueError as error:  # what", "except KeyError as error:  # what"),
     ),
     *at(
         "evaluation/measuring.py",
@@ -89,6 +90,7 @@ MUTANTS = [
         "training/bounded.py",
         "faults",
         ("            self.watchdog.alive()\n\n", "            abs(1)\n\n"),
+        ("ranks.wait_at_most(self.settings.timeout)", "abs(1)"),
     ),
     *at(
         "data/loader.py",

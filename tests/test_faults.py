@@ -10,6 +10,8 @@ from faults import KINDS, assert_equal, at, befallen, left, marked, newest, spoi
 from started import train
 from test_cli import ROOT
 
+from diffusion_pl.signals import RESUMABLE
+
 pytestmark = pytest.mark.faults
 
 # Of two ranks: seconds from the end of one to that of the other, which waits for it 15 seconds.
@@ -52,3 +54,17 @@ def test_a_run_survives(name, place, straight):
     assert train(place, run, *kind.words, ranks=2).codes == [0, 0]
     assert not marked(place, run)
     assert_equal(straight[kind.words], left(place, run))
+
+
+def test_a_hang_while_the_last_evaluation_is_made_up_ends(place, straight):
+    # Stopped in the last evaluation, then hung in its repetition, which no step precedes.
+    passes = 2 + 12 + 15
+    assert train(place, "again", faults={0: f"TERM:{passes + 7}"}).codes == [RESUMABLE]
+    ended = train(place, "again", faults={0: "hang:4"})
+    assert ended.codes == [1]
+    assert train(place, "again").codes == [0]
+
+
+def test_weights_that_draw_nothing_finite_fail_the_run(place):
+    ended = train(place, "unfit", faults={0: f"nan:{2 + 6 + 3}"})
+    assert ended.codes == [1]

@@ -13,7 +13,7 @@ from diffusion_pl.training.settings import Settings
 
 
 class Bounded(Callback):
-    """Ends a run that stands still, from its first step on.
+    """Ends a run that stands still, from its first step on, or from when it is told to begin.
 
     Args:
         settings: how long may what take.
@@ -24,7 +24,7 @@ class Bounded(Callback):
         self.watchdog = Watchdog(settings.watchdog)
         self.begun = False
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         # Every pass is a sign of life: a step may have many, an evaluation thousands.
         for denoiser in (pl_module.denoiser, pl_module.ema):
             denoiser.register_forward_pre_hook(self._sign_of_life)
@@ -32,7 +32,11 @@ class Bounded(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self.begun:  # what takes longer, compiling say, is done
+        self.begin()  # what takes longer, compiling say, is done
+
+    def begin(self) -> None:
+        """Watch from now on; safe to call again."""
+        if not self.begun:
             self.begun = True
             ranks.wait_at_most(self.settings.timeout)
             self.watchdog.alive()

@@ -21,6 +21,7 @@ from diffusion_pl.training import sharding
 from diffusion_pl.training.callbacks import Interval, Log, Stop, log
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
+from diffusion_pl.training.sanity import NonFinite
 
 
 def grid_of(run: Path, images: int) -> Path:
@@ -135,6 +136,9 @@ class Evaluate(Callback):
             progress.measured(images, [])
             self.stop.end(trainer)
             return
+        except ValueError as error:  # what was asked for was seen to be possible before
+            problem = f"the evaluation after {images:,} images: {error}"
+            raise NonFinite(trainer.global_step, problem) from error
         if trainer.is_global_zero:
             path = grid_of(self.run, images)
             path.parent.mkdir(exist_ok=True)

@@ -143,6 +143,7 @@ def fit(experiment: Experiment, run: Path, references: Path, wish: Wish) -> dict
                 done = is_evaluated(run, experiment.evaluation, module.images_seen)
                 # The first rank wrote it: the others may look too early.
                 if not trainer.strategy.broadcast(done):
+                    bounded.begin()  # no step has been made
                     evaluation.make_up(trainer, module)
         finally:
             bounded.watchdog.stop()
