@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     reference = evaluate.run_reference(options, opened, settings, extractor)
     folder: Path = options.out or opened.folder / "sweep"
     folder.mkdir(parents=True, exist_ok=True)
-    history = History(folder / "rows.jsonl")
+    history = History(folder / "rows.jsonl", point=str)
     rows = []
     for point in points(options):
         key = _key(point, settings, extractor, reference)

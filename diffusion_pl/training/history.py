@@ -15,10 +15,12 @@ class History:
 
     Args:
         path: the file; made with the first row.
+        every: what each row has, and of which type.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, **every: type) -> None:
         self.path = path
+        self.every = every or {"images": int}
 
     def append(self, *rows: Mapping[str, Any]) -> None:
         """Write rows, all or, if the process is killed, none of them."""
@@ -38,7 +40,7 @@ class History:
         for number, line in enumerate(lines, start=1):
             if not line:
                 continue
-            row = _row(line)
+            row = self._row(line)
             if row is not None:
                 rows.append(row)
             elif number < len(lines):  # the last one has no end where it was cut off
@@ -47,6 +49,16 @@ class History:
                     f"(got {line[:40]!r}); restore the file or remove the line"
                 )
         return rows
+
+    def _row(self, line: bytes) -> dict[str, Any] | None:
+        """One row, None where the line is none."""
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(row, dict):
+            return None
+        return row if all(type(row.get(key)) is kind for key, kind in self.every.items()) else None
 
     def measured(self, images: int) -> bool:
         """Whether the model of so many images was measured."""
@@ -59,13 +71,3 @@ class History:
         if self.path.exists():
             text = "".join(json.dumps(row) + "\n" for row in kept)
             write_atomically(self.path, lambda file: file.write(text.encode()))
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """One row, None where the line is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    fine = isinstance(row, dict) and type(row.get("images")) is int
-    return row if fine else None
