@@ -89,8 +89,13 @@ MUTANTS = [
     *at(
         "training/bounded.py",
         "faults",
-        ("            self.watchdog.alive()\n\n", "            abs(1)\n\n"),
+        ("self.watchdog.limit = self.settings.watchdog", "abs(1)"),
+        ("            self.watchdog.stop()\n", ""),
         ("ranks.wait_at_most(self.settings.timeout)", "abs(1)"),
+        (
+            "Any) -> None:\n        self.watchdog.alive()\n\n    def on_train_batch_end",
+            "Any) -> None:\n        abs(1)\n\n    def on_train_batch_end",
+        ),
     ),
     *at(
         "data/loader.py",

@@ -20,7 +20,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from faults import KINDS, assert_equal, at, befallen, left, marked, newest, spoil, write
-from started import train
+from started import LIMIT, train
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "soak.json"
@@ -82,13 +82,17 @@ class Soak:
         if kind is not None:
             number = at(kind, ranks, self.source)
             faults = dict.fromkeys(befallen(kind, ranks, self.source), f"{kind.fault}:{number}")
-        ended = train(self.place, name, *words, ranks=ranks, faults=faults)
+        # One that is stopped stays; the others have ended by then.
+        limit = 60 if kind is not None and None in kind.codes else LIMIT
+        ended = train(self.place, name, *words, ranks=ranks, faults=faults, limit=limit)
         if ended.codes == [0] * ranks and not marked(self.place, name):
             return True  # its fault lay beyond its end
         title = next(title for title, other in KINDS.items() if other is kind)
         self.faults[title].append(ended.seconds)
         hung = ended.codes.count(None)
-        self.hangs += hung > (None in kind.codes)
+        if hung > (None in kind.codes):
+            self.hangs += 1
+            print(f"{name}: {title} {faults} hung: {ended.codes}", file=sys.stderr)
         if (
             not set(ended.codes) - {None} <= set(kind.codes)
             or marked(self.place, name) < kind.marked

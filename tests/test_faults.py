@@ -65,6 +65,12 @@ def test_a_hang_while_the_last_evaluation_is_made_up_ends(place, straight):
     assert train(place, "again").codes == [0]
 
 
+def test_a_hang_before_the_first_step_ends(place):
+    # In the second pass that tells what an evaluation will cost.
+    ended = train(place, "early", "trainer.start_timeout=8", faults={0: "hang:2"})
+    assert ended.codes == [1]
+
+
 def test_weights_that_draw_nothing_finite_fail_the_run(place):
     ended = train(place, "unfit", faults={0: f"nan:{2 + 6 + 3}"})
     assert ended.codes == [1]

@@ -13,7 +13,7 @@ from diffusion_pl.training.settings import Settings
 
 
 class Bounded(Callback):
-    """Ends a run that stands still, from its first step on, or from when it is told to begin.
+    """Ends a run that stands still: patient until its first step, strict from then on.
 
     Args:
         settings: how long may what take.
@@ -21,7 +21,7 @@ class Bounded(Callback):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.watchdog = Watchdog(settings.watchdog)
+        self.watchdog = Watchdog(settings.start_timeout)
         self.begun = False
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
@@ -29,18 +29,22 @@ class Bounded(Callback):
         for denoiser in (pl_module.denoiser, pl_module.ema):
             denoiser.register_forward_pre_hook(self._sign_of_life)
 
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.watchdog.alive()
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.begin()  # what takes longer, compiling say, is done
 
     def begin(self) -> None:
-        """Watch from now on; safe to call again."""
+        """Be strict from now on; safe to call again."""
         if not self.begun:
             self.begun = True
             ranks.wait_at_most(self.settings.timeout)
+            self.watchdog.stop()
+            self.watchdog.limit = self.settings.watchdog
             self.watchdog.alive()
 
     def _sign_of_life(self, module: Any, inputs: Any) -> None:
-        if self.begun:
-            self.watchdog.alive()
+        self.watchdog.alive()

@@ -41,11 +41,12 @@ class Settings:
             so many at any other; more is accumulated. None: no limit.
         compile: run the network through torch.compile; pays on GPUs.
         loggers: of "tensorboard" and "wandb", beside metrics.jsonl, which is always written.
-        start_timeout: seconds that a rank waits for the others until the first step is made.
+        start_timeout: seconds that a rank waits for the others until the first step is made, and
+            without a pass of the network once the data is read in.
         timeout: the same from then on.
         read_timeout: seconds to wait for a batch from a reading process.
-        watchdog: seconds without a pass of the network after which a process prints what it was
-            doing and ends.
+        watchdog: seconds without a pass of the network, from then on, after which a process prints
+            what it was doing and ends.
     """
 
     images: int
