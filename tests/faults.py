@@ -60,7 +60,7 @@ trainer:
   accelerator: cpu
   precision: fp32
   loggers: []
-  start_timeout: 40
+  start_timeout: 25
   timeout: 15
   watchdog: 15
   read_timeout: 20
