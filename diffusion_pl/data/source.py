@@ -1,6 +1,5 @@
 """What every kind of data looks like: a source to prepare and open, and the images it opens."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from diffusion_pl import ranks
 from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.fingerprint import fingerprint, image_digests
 
@@ -188,8 +188,7 @@ def load(
             assert isinstance(kept, Tensor)
             kept[first : first + len(piece)] = piece
         # One process of a node speaks for all of them.
-        leads = os.environ.get("LOCAL_RANK", "0") == "0"
-        if leads and time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
+        if ranks.leads_machine() and time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
             reported = time.monotonic()
             print(f"{name}: {first + len(piece):,} of {count:,} images read", file=sys.stderr)
     identity = fingerprint(bytes(digests), store.shape, None if labels is None else labels.numpy())
