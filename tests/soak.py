@@ -121,7 +121,7 @@ def table(record: dict) -> str:
         f"runs, {record['untrue']} untrue exit codes or marks, {record['unequal']} ends that",
         "differ in any bit from a run that nothing befell.",
         "",
-        "| fault | times | seconds until all ranks were gone, median | most |",
+        "| fault | times | seconds from the first rank's end to the last's, median | most |",
         "|---|---|---|---|",
         *rows,
     ]
