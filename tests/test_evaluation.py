@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -248,7 +249,8 @@ def test_the_cost_is_the_calls_at_every_size_times_their_seconds():
     assert cost.images == 100
     assert cost.drawing > 0 and cost.features > 0
     assert cost.seconds == pytest.approx(100 * (cost.drawing + cost.features))
-    assert "about 0 s each here: 100 images a process" in str(cost)
+    said = str(dataclasses.replace(cost, drawing=1e-3, features=2e-3))
+    assert "about 0 s each here: 100 images a process, 1 ms to draw one, 2 ms to" in said
     assert "about 4 min each" in str(Cost(1000, 0.2, 0.04))
     assert estimate(made, Evaluation(every=1, count=100), shapes.load()).features == 0
 
