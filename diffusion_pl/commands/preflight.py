@@ -139,14 +139,7 @@ def _reference(experiment: Config, source: Source, opened: dict[int, Images]) ->
     if not opened:
         return f"seen by {extractor.name}; the real images' statistics are made where absent"
     images = opened[source.resolution]
-    path = real_images.cache_path(
-        parts.REFERENCES,
-        fingerprint=images.fingerprint,
-        resolution=images.resolution,
-        count=len(images),
-        extractor=extractor,
-        keep=settings.wants_features,
-    )
+    path = real_images.path_of(parts.REFERENCES, images, extractor, keep=settings.wants_features)
     if path.exists():
         return f"{path}, seen by {extractor.name}"
     return (

@@ -23,14 +23,7 @@ def run(options: argparse.Namespace) -> int:
         found = real_images.cached(
             parts.REFERENCES, images, extractor, keep=keep, device=device, progress=progress
         )
-    path = real_images.cache_path(
-        parts.REFERENCES,
-        fingerprint=images.fingerprint,
-        resolution=images.resolution,
-        count=len(images),
-        extractor=extractor,
-        keep=keep,
-    )
+    path = real_images.path_of(parts.REFERENCES, images, extractor, keep=keep)
     if options.out is not None:
         out: Path = options.out
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -140,6 +140,18 @@ def cache_path(
     return folder / f"reference-{digest[:32]}.safetensors"
 
 
+def path_of(folder: Path, images: RealImages, extractor: Extractor, *, keep: bool) -> Path:
+    """Where the statistics of these images lie."""
+    return cache_path(
+        folder,
+        fingerprint=images.fingerprint,
+        resolution=images.resolution,
+        count=len(images),
+        extractor=extractor,
+        keep=keep,
+    )
+
+
 def cached(
     folder: Path,
     images: RealImages,
@@ -164,14 +176,7 @@ def cached(
     Raises:
         ValueError: a damaged file in the cache, or as `compute`.
     """
-    path = cache_path(
-        folder,
-        fingerprint=images.fingerprint,
-        resolution=images.resolution,
-        count=len(images),
-        extractor=extractor,
-        keep=keep,
-    )
+    path = path_of(folder, images, extractor, keep=keep)
     if ranks.all_agree(path.exists(), device):
         # The same content may have been measured under another name.
         return dataclasses.replace(load(path), name=images.name)
