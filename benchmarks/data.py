@@ -34,11 +34,12 @@ from torchvision.transforms import functional
 from benchmarks.measure import median, record
 from diffusion_pl import cli
 from diffusion_pl.data.loader import Batches, Loader, Share
+from diffusion_pl.data.means import block_means
 from diffusion_pl.data.member_images import decode_into
 from diffusion_pl.data.order import Order
 from diffusion_pl.data.shard_format import INDEX, SHARDS, Manifest, Shard
 from diffusion_pl.data.shards import Shards
-from diffusion_pl.data.source import Images, _Reduced, block_means
+from diffusion_pl.data.source import Images, _Reduced
 from diffusion_pl.data.synthetic import Synthetic
 
 BATCH = 64

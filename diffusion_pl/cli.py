@@ -8,6 +8,7 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 1 f
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import keyword
 import os
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.command != "train":
         return _run(options)
+    faulthandler.enable(file=2)  # a crash below Python shows where it was
     with Wish() as wish:  # first of all: a signal while it starts must not lose the run's place
         options.wish = wish
         try:

@@ -6,8 +6,10 @@ nothing to tear, and the run stops where it is.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -21,6 +23,21 @@ RESUMABLE = 75
 # A file of the run's folder that is there while it waits to go on. Schedulers change exit codes on
 # the way (srun turns 75 into 143); the file is written after the checkpoint, and is the truth.
 MARKER = "REQUEUE"
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with(parent: int) -> None:
+    """Have this process killed when its parent ends, however that ended (Linux).
+
+    Args:
+        parent: its number; if it has ended already, so does this process.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 class Stopped(BaseException):

@@ -9,6 +9,7 @@ FAULT_RANK is whom it befalls, of ranks that share an environment.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -17,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.utils.data import get_worker_info
 
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.networks.song_unet import SongUNet
@@ -100,7 +100,7 @@ class Store:
 
     def __getitem__(self, indices):
         kind, at = mine()
-        if get_worker_info() is not None and kind.startswith("read-"):
+        if multiprocessing.parent_process() is not None and kind.startswith("read-"):
             self.readings += 1
             if at == str(self.readings):
                 do(kind.removeprefix("read-"))

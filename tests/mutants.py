@@ -193,9 +193,18 @@ MUTANTS = [
     *at(
         "data/source.py",
         "data_source",
-        ("(mean + up).astype", "mean.astype"),
-        ("(mean % 2 == 1)", "(mean % 2 == 0)"),
         ("whole % resolution:", "False:"),
+    ),
+    *at(
+        "data/means.py",
+        "data_source reduce",
+        ("= mean + ((twice > area) | (", "= mean + ((twice > area) & ("),
+        ("(mean % 2 == 1)", "(mean % 2 == 0)"),
+        ("(twice > area) |", "(twice >= area) |"),
+        ("both >> wide(bits)", "both >> wide(bits + 1)"),
+        ("wide(2**bits - 1)", "wide(2**bits - 2)"),
+        ("range(0, count, together)", "range(0, together, together)"),
+        ("np.uint16 if block <= 16 else", "np.uint16 if block <= 32 else"),
     ),
     *at(
         "positions.py",

@@ -52,12 +52,6 @@ MUTANTS = [
         ("bytes_of[first : first + length]", "bytes_of[first : first + length - 1]"),
     ),
     *at(
-        "data/source.py",
-        "reduce data_source",
-        ("(mean % 2 == 1)", "(mean % 2 == 0)"),
-        ("(twice > area) |", "(twice >= area) |"),
-    ),
-    *at(
         "data/recipe.py",
         "prepare",
         ('{"lossless": True, "quality": 50', '{"lossless": False, "quality": 50'),

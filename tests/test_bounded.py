@@ -141,7 +141,8 @@ def test_of_the_ranks_that_one_command_starts_none_outlives_a_fault(fault, rank,
 SLOW = """
 import os, signal, time
 from pathlib import Path
-from diffusion_pl.data.loader import Batches, Loader, ReaderLost, Share
+from diffusion_pl.data.loader import Batches, Loader, Share
+from diffusion_pl.data.readers import ReaderLost
 from diffusion_pl.data.members import Members
 from diffusion_pl.data.order import Order
 from diffusion_pl.data.shards import Shards

@@ -1,6 +1,6 @@
 """Every image exactly once an epoch, on any ranks, workers and shards, from any point of the run.
 
-10,000 random runs, without starting processes: torch's DataLoader hands step i of those that are
+10,000 random runs, without starting processes: the loader hands step i of those that are
 left to worker i modulo the workers, and gives the batches out in order, so a worker here does its
 steps after each other in this process. A few runs then go through real workers.
 """
@@ -219,7 +219,6 @@ def test_sets_that_differ_in_their_shards_alone_are_walked_apart():
         assert torch.equal(order(0, 24).sort().values, torch.arange(24))
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than the cores
 @pytest.mark.parametrize("workers", [(0, 1), (1, 0), (1, 4), (2, 3), (3, 2), (4, 1)])
 def test_real_workers_give_what_was_simulated(workers):
     source = random.Random(f"workers {workers}")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_pl.data.source import Images, block_means, reduced
+from diffusion_pl.data.means import block_means
+from diffusion_pl.data.source import Images, reduced
 from diffusion_pl.data.synthetic import Synthetic
 
 
@@ -58,3 +59,31 @@ def test_a_mean_half_way_between_two_levels_goes_to_the_even_one():
     low = torch.tensor([0, 1, 2, 254], dtype=torch.uint8)
     pairs = torch.stack([low, low + 1], dim=1)[:, None, None, :].expand(4, 1, 2, 2).contiguous()
     assert block_means(pairs, 1).flatten().tolist() == [0, 2, 2, 254]
+
+
+@pytest.mark.parametrize(
+    ("side", "small"),
+    [
+        (256, 64),
+        (256, 32),
+        (256, 8),
+        (64, 2),
+        (96, 32),
+        (48, 8),
+        (60, 12),
+        (30, 2),
+        (32, 16),
+        (8, 1),
+    ],
+)
+def test_means_are_those_of_float64_for_blocks_of_any_side(side, small):
+    source = np.random.default_rng(side)
+    images = source.integers(0, 256, (3, 3, side, side)).astype(np.uint8)
+    images[0] = 255  # the largest sums
+    block = side // small
+    exact = images.reshape(3, 3, small, block, small, block).mean((3, 5), dtype=np.float64)
+    found = block_means(torch.from_numpy(images), small).numpy()
+    assert np.array_equal(found, np.rint(exact))  # to the even level
+    # Cut out of larger images, whose rows do not follow each other.
+    wide = torch.from_numpy(np.pad(images, ((0, 0), (0, 0), (0, 0), (0, 5))))[..., :side]
+    assert np.array_equal(block_means(wide, small).numpy(), found)

@@ -13,7 +13,7 @@ from diffusion_pl import config, ranks
 from diffusion_pl.commands import parts, runs
 from diffusion_pl.commands.settling import FAILED, settle
 from diffusion_pl.config import Config
-from diffusion_pl.data.loader import ReaderLost
+from diffusion_pl.data.readers import ReaderLost
 from diffusion_pl.data.shard_workers import WorkerLost
 from diffusion_pl.signals import MARKER, RESUMABLE, Wish
 from diffusion_pl.training import bounds

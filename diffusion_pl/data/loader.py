@@ -2,77 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.draws import uniforms
 from diffusion_pl.data.order import Order
+from diffusion_pl.data.readers import AHEAD, Reader, ReaderLost
 from diffusion_pl.data.source import Images
-
-_AHEAD = 2  # batches that a reading process has ready
-
-
-class _Patience:
-    """Waits for batches of reading processes, and kills these where one takes too long.
-
-    torch's own time-out knows of the queue alone: whoever takes a batch from it waits for ever if
-    its reader stands still before it has handed over the memory.
-
-    Args:
-        readers: the processes.
-        limit: seconds for a batch.
-    """
-
-    def __init__(self, readers: set[BaseProcess], limit: float) -> None:
-        self.readers, self.limit = readers, limit
-        self.since: float | None = None
-        self.exhausted = False
-        self.left = threading.Event()
-        if readers:
-            threading.Thread(target=self._watch, daemon=True).start()
-
-    def next(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor] | None:
-        """The next batch, None after the last."""
-        self.since = time.monotonic()
-        try:
-            return next(batches, None)
-        finally:
-            self.since = None
-
-    def end(self) -> None:
-        """End the readers, for which this process would wait at its own end."""
-        # torch makes an error of a reader's end, wherever this process is; here it is known.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for reader in self.readers:
-            reader.kill()
-            reader.join()
-
-    def leave(self) -> None:
-        """End the watch."""
-        self.left.set()
-
-    def _watch(self) -> None:
-        while not self.left.wait(min(1.0, self.limit / 4)):
-            since = self.since
-            if since is not None and time.monotonic() - since > self.limit:
-                self.exhausted = True
-                for reader in self.readers:
-                    reader.kill()  # which ends the waiting with an error
-                return
-
-
-class ReaderLost(RuntimeError):
-    """A reading process that was killed, or that gave nothing for too long."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +76,7 @@ class Resolutions:
         return resolution  # wanted was within a rounding of the sum
 
 
-class Batches(Dataset):
+class Batches:
     """The run as a map from a step to this device's images of it.
 
     Args:
@@ -164,6 +104,13 @@ class Batches(Dataset):
         self.resolutions = resolutions
         self.hflip = hflip
         self.crop = crop
+
+    @property
+    def most_bytes(self) -> int:
+        """No batch takes more: pixels and their coordinates at the largest size, two numbers."""
+        side = max(self.images)
+        channels, *_ = self.images[side].shape
+        return len(self.share.positions(0)) * ((channels + 8) * side**2 + 16)
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         """Args:
@@ -228,59 +175,45 @@ class Loader:
         return self.stop
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if self.workers == 0 and not self.pin:
-            return (self.batches[step] for step in range(self.start, self.stop))
-        return self._read_ahead()
+        if self.workers:
+            return self._read_ahead()
+        read = (self.batches[step] for step in range(self.start, self.stop))
+        if self.pin:
+            return ({k: v.pin_memory() for k, v in batch.items()} for batch in read)
+        return read
 
     def _read_ahead(self) -> Iterator[dict[str, Tensor]]:
-        """Read by workers.
+        """Let readers take the steps in turn.
 
         Raises:
-            ValueError: what a worker finds wrong with the data.
-            ReaderLost: a worker was killed, or gave nothing for too long.
+            ValueError: what a reader finds wrong with the data.
+            ReaderLost: a reader was killed, or gave nothing for too long.
         """
-        loader = DataLoader(
-            self.batches,
-            batch_size=None,
-            sampler=range(self.start, self.stop),
-            num_workers=self.workers,
-            pin_memory=self.pin,
-            prefetch_factor=_AHEAD if self.workers else None,
-            persistent_workers=False,
-        )
-        before = set(multiprocessing.active_children())
-        iterator = iter(loader)
-        patience = _Patience(set(multiprocessing.active_children()) - before, self.timeout)
-        step = self.start
+        firsts = range(self.start, min(self.start + self.workers, self.stop))
+        readers: list[Reader] = []
         try:
-            while (batch := patience.next(iterator)) is not None:
+            for first in firsts:
+                readers.append(Reader(self.batches, range(first, self.stop, self.workers)))
+            for step in range(self.start, self.stop):
+                reader = readers[(step - self.start) % self.workers]
+                try:
+                    batch = reader.next(self.timeout, self.pin)
+                except ReaderLost as error:
+                    raise ReaderLost(
+                        f"a reading process is lost at step {step}; from there it reads "
+                        f"{self._whence(step)}: {error}; look at that file's disk or server, at "
+                        f"the memory"
+                    ) from error
                 yield batch
-                step += 1
-        except ValueError as error:
-            # torch makes the worker's whole traceback the message; its last line is ours.
-            line = str(error).strip().splitlines()[-1]
-            raise ValueError(line.removeprefix("ValueError: ")) from error
-        except (RuntimeError, OSError, EOFError) as error:
-            # What it was handing over when it ended breaks off as an OSError.
-            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if isinstance(error, RuntimeError) and "DataLoader" not in problem:
-                raise
-            patience.end()
-            if patience.exhausted:
-                problem = f"it gave nothing for {self.timeout:g} s (trainer.read_timeout)"
-            raise ReaderLost(
-                f"a reading process is lost at step {step}; from there it reads "
-                f"{self._whence(step)}: {problem}; look at that file's disk or server, at the "
-                f"memory, at /dev/shm"
-            ) from error
         finally:
-            patience.leave()
+            for reader in reversed(readers):  # later ones hold the lines of earlier ones, too
+                reader.end()
 
     def _whence(self, step: int) -> str:
         """Which files hold the images of a step and those read ahead, as far as they are known."""
         batches, names = self.batches, set()
         images = batches.images[max(batches.images)]
-        for ahead in range(step, min(self.stop, step + 1 + _AHEAD * self.workers)):
+        for ahead in range(step, min(self.stop, step + 1 + AHEAD * self.workers)):
             share = batches.share.positions(ahead)
             names |= {images.whence(i) for i in batches.order(share.start, share.stop).tolist()}
         return ", ".join(sorted(names)[:4]) + (

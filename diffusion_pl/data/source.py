@@ -5,16 +5,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from diffusion_pl import ranks
 from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.fingerprint import fingerprint, image_digests
+from diffusion_pl.data.means import block_means
 
 # Decoded images up to this many bytes are held in memory, more are read again on demand.
 MEMORY_LIMIT = 2 * 1024**3
@@ -208,39 +207,6 @@ class _Reduced:
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         return block_means(self.store[indices], self.resolution)
-
-
-def block_means(images: Tensor, resolution: int) -> Tensor:
-    """Means over blocks of pixels, to the nearest level; a tenth of the time of torch's own sums.
-
-    Args:
-        images: uint8 (n, C, R, R).
-        resolution: side of the result, a divisor of R.
-
-    Returns:
-        uint8 (n, C, resolution, resolution).
-    """
-    count, channels, _, width = images.shape
-    block = width // resolution
-    # 255 * 16 * 16 is just below 2^16.
-    sums = np.uint16 if block <= 16 else np.uint32
-    area = sums(block * block)
-    rows = images.numpy().reshape(count, channels, resolution, block, width)
-    total = _sum([rows[:, :, :, row] for row in range(block)], sums)
-    columns = total.reshape(count, channels, resolution, resolution, block)
-    total = _sum([columns[..., column] for column in range(block)], sums)
-    # Ties to the even level: rounded up they would brighten halved noise by an eighth of a level.
-    mean = total // area
-    twice = 2 * (total - mean * area)
-    up = (twice > area) | ((twice == area) & (mean % 2 == 1))
-    return torch.from_numpy((mean + up).astype(np.uint8))
-
-
-def _sum(terms: list[npt.NDArray[Any]], dtype: type[np.unsignedinteger]) -> npt.NDArray[Any]:
-    total = terms[0].astype(dtype)
-    for term in terms[1:]:
-        total += term
-    return total
 
 
 def reduced(images: Images, resolution: int | None, *, threads: int = 1) -> Images:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from diffusion_pl import ranks
 from diffusion_pl.metrics.features import Features
 from diffusion_pl.metrics.moments import Moments, Rows, add_, moments
 
@@ -82,7 +83,6 @@ class Summed(Metric):
     first: Tensor
     second: Tensor
     count: Tensor
-    features: list[Tensor]
 
     def __init__(
         self,
@@ -93,35 +93,35 @@ class Summed(Metric):
         keep: bool,
         **settings: Any,
     ) -> None:
-        super().__init__(**settings)
-        self._of, self._shift, self._formula, self._keep = of, shift, formula, keep
+        # torchmetrics would gather the sums of all ranks, 32 MiB each of Inception's, and then add.
+        super().__init__(dist_sync_fn=_added_up, **settings)
+        self._of, self._shift, self._formula = of, shift, formula
         self._rows = Rows()
+        self._kept: list[Tensor] | None = [] if keep else None
         self.notes: Mapping[str, Any] = {}
         dimension = len(shift)
         for name, shape in (("first", (dimension,)), ("second", (dimension, dimension))):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        if keep:
-            self.add_state("features", [], dist_reduce_fx="cat")
 
     def update(self, features: Features) -> None:
         """Add a batch, (B, D)."""
         values = _of_kind(features, self._of)
         self.count += len(values)
-        if self._keep:
-            self.features.append(values)
+        if self._kept is not None:
+            self._kept.append(values)
         self._sum(self._rows.add(values))
 
     def sync(self, *options: Any, **more: Any) -> None:
         """Add up over the ranks; rows that still wait are summed before."""
         self._sum(self._rows.rest())
-        if self._keep:
-            _never_empty(self.features, len(self._shift), self.device)
         super().sync(*options, **more)
 
     def reset(self) -> None:
         """Forget everything seen."""
         self._rows.clear()
+        if self._kept is not None:
+            self._kept.clear()
         super().reset()
 
     def compute(self) -> Values:
@@ -134,13 +134,22 @@ class Summed(Metric):
         # Checked here and not in each update, where it would wait for the device.
         _finite(self.second)
         seen = moments(self.first, self.second, int(self.count), self._shift)
-        kept = dim_zero_cat(self.features).cpu() if self._keep else None
-        values, self.notes = self._formula(seen, kept)
+        values, self.notes = self._formula(seen, self._all_kept())
         return values
+
+    def _all_kept(self) -> Tensor | None:
+        if self._kept is None:
+            return None
+        _never_empty(self._kept, len(self._shift), self.device)
+        return ranks.gathered(torch.cat(self._kept)).cpu()
 
     def _sum(self, rows: Tensor | None) -> None:
         if rows is not None:
             add_(self.first, self.second, rows, self._shift)
+
+
+def _added_up(sums: Tensor, group: object = None) -> list[Tensor]:
+    return [ranks.summed(sums)]  # torchmetrics takes a list, one of each rank, and adds
 
 
 def _of_kind(features: Features, of: Kind) -> Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
-import signal
-import sys
 import time
 
+from diffusion_pl.signals import end_with
+
 _ARMED_AGAIN_AFTER = 0.05  # of the limit, so that a sign of life costs next to nothing
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Watchdog:
@@ -45,9 +43,5 @@ def end_with_parent() -> None:
     A rank that was stopped or hangs would stay for ever otherwise. One that nobody started as a
     rank is left alone.
     """
-    if not sys.platform.startswith("linux") or "LOCAL_RANK" not in os.environ:
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before it could be asked for
-        os._exit(1)
+    if "LOCAL_RANK" in os.environ:
+        end_with(os.getppid())
