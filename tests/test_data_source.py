@@ -72,6 +72,7 @@ def test_a_mean_half_way_between_two_levels_goes_to_the_even_one():
         (48, 8),
         (60, 12),
         (30, 2),
+        (36, 2),
         (32, 16),
         (8, 1),
     ],
