@@ -93,8 +93,7 @@ class Summed(Metric):
         keep: bool,
         **settings: Any,
     ) -> None:
-        # torchmetrics would gather the sums of all ranks, 32 MiB each of Inception's, and then add.
-        super().__init__(dist_sync_fn=_added_up, **settings)
+        super().__init__(**settings)
         self._of, self._shift, self._formula = of, shift, formula
         self._rows = Rows()
         self._kept: list[Tensor] | None = [] if keep else None
@@ -115,7 +114,8 @@ class Summed(Metric):
     def sync(self, *options: Any, **more: Any) -> None:
         """Add up over the ranks; rows that still wait are summed before."""
         self._sum(self._rows.rest())
-        super().sync(*options, **more)
+        # torchmetrics would gather the sums of all ranks, 32 MiB each of Inception's, and then add.
+        super().sync(*options, **{**more, "dist_sync_fn": _added_up})
 
     def reset(self) -> None:
         """Forget everything seen."""
