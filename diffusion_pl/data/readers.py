@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+import warnings
 import weakref
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -66,7 +67,10 @@ class Reader:
         lines = (theirs, self._line)
         arguments = (batches, steps, self._memory, self._room, lines, os.getpid())
         self._process = context.Process(target=_read, args=arguments, daemon=True)
-        self._process.start()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of locks that threads may hold; a reader takes none of theirs.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
         theirs.close()
         # It takes no signals but the last, which this process's own end would not send it.
         self._kill = weakref.finalize(self, self._process.kill)
