@@ -128,7 +128,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def record(data: str, seeds: int, runs: Path) -> None:
-    """Train the seeds and write the interval of each number with how it was made."""
+    """Train the seeds and write the interval of each number with how it was made.
+
+    The file holds a record for each set of images, under its name.
+    """
     trained = [train(data, seed, runs / f"seed-{seed}") for seed in range(seeds)]
     numbers = {}
     for rows in zip(*trained, strict=True):
@@ -149,7 +152,8 @@ def record(data: str, seeds: int, runs: Path) -> None:
             "values": values,
             **{key: rows[0][key] for key in kept if key in rows[0]},
         }
-    contents = {
+    images = trained[0][0]["name"].split("/")[1]
+    made = {
         "how": f"seeds 0 to {seeds - 1} of {EXPERIMENT}.yaml: make ci-fid ARGS=--record",
         "made": time.strftime("%Y-%m-%d"),
         "commit": trained[0][0]["commit"],
@@ -157,7 +161,8 @@ def record(data: str, seeds: int, runs: Path) -> None:
         "machine": hardware(),
         "numbers": numbers,
     }
-    RECORD.write_text(json.dumps(contents, indent=2) + "\n")
+    others = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    RECORD.write_text(json.dumps(others | {images: made}, indent=2) + "\n")
     for name, number in numbers.items():
         print(f"{name}: {number['values']}; recorded in {RECORD.relative_to(ROOT)}")
 
@@ -181,12 +186,12 @@ def report(what: str, rows: Sequence[dict[str, Any]]) -> bool:
 
 
 def recorded() -> dict[str, Any]:
-    """The numbers whose intervals are known."""
+    """The numbers whose intervals are known, of whatever images."""
     try:
-        numbers: dict[str, Any] = json.loads(RECORD.read_text())["numbers"]
+        sets: dict[str, dict[str, Any]] = json.loads(RECORD.read_text())
     except FileNotFoundError as error:
         raise SystemExit(f"{RECORD}: nothing is recorded; make ci-fid ARGS=--record") from error
-    return numbers
+    return {name: number for made in sets.values() for name, number in made["numbers"].items()}
 
 
 def bugs(data: str, runs: Path) -> bool:

@@ -25,7 +25,8 @@ def known(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     number = {"interval": [4.0, 6.0], "mean": 5.0, "values": [5.0] * 5, "fingerprint": "a"}
     other = {**number, "interval": [1.0, 2.0]}
-    path.write_text(json.dumps({"numbers": {"fd@1/x/shapes": number, "fd@1/x/pixels": other}}))
+    numbers = {"fd@1/x/shapes": number, "fd@1/x/pixels": other}
+    path.write_text(json.dumps({"y": {"numbers": {}}, "x": {"numbers": numbers}}))
     monkeypatch.setattr(cifar10_ci, "RECORD", path)
 
 
