@@ -1,11 +1,12 @@
 """The number that CI reproduces: a fixed small recipe on CIFAR-10, against five seeds' interval.
 
 `make ci-fid` trains experiments/cifar10_ci.yaml, and fails if a number of it lies outside the
-interval that benchmarks/results/cifar10_ci.json holds. There are two distances, over the embedded
-classifier's features and over means of pixels, and two errors of the averaged weights, means over
-high and over low noise levels, which hardly differ from seed to seed and notice what the distances
-cannot. The interval is where one more run of such a recipe lies with 99 % probability, if runs are
-normally distributed about the seeds' mean:
+interval that benchmarks/results/cifar10_ci.json holds. Of the images drawn there are two distances,
+over the embedded classifier's features and over means of pixels; of the averaged weights two
+errors, means over high and over low noise levels; of the images that the network saw in its first
+steps the distance from the data, over means of pixels. The last three hardly differ from seed to
+seed and notice what the others cannot. The interval is where one more run of such a recipe lies
+with 99 % probability, if runs are normally distributed about the seeds' mean:
 
     mean +- t(0.995, n - 1) s sqrt(1 + 1 / n)
 
@@ -38,6 +39,7 @@ from diffusion_pl.training.history import History
 ROOT = Path(__file__).parents[1]
 RECORD = Path(__file__).parent / "results" / "cifar10_ci.json"
 EXPERIMENT = "cifar10_ci"
+SEEN = 8000  # images of the first steps
 PLACES = (
     "data/cifar10/cifar-10-python.tar.gz",
     "../shared/data/cifar-10-subset-python.tar.gz",  # beside the project where CI has it
@@ -67,7 +69,7 @@ def train(data: str, seed: int, run: Path, code: Path = ROOT) -> list[dict[str, 
     """Train and measure once: distances over two extractors, and FID where it can be had."""
     shutil.rmtree(run, ignore_errors=True)
     started = time.monotonic()
-    words = ["train", EXPERIMENT, f"seed={seed}", "--run", str(run)]
+    words = ["-m", "diffusion_pl", "train", EXPERIMENT, f"seed={seed}", "--run", str(run)]
     words += [f"data.path={run.parent / 'shards'}", f"data.made_of.source.path={data}"]
     _command(words, code)
     rows = [row for row in History(run / "metrics.jsonl").rows() if "name" in row]
@@ -76,11 +78,28 @@ def train(data: str, seed: int, run: Path, code: Path = ROOT) -> list[dict[str, 
     if (Path(torch.hub.get_dir()) / "checkpoints" / inception.FILE).exists():
         extractors.append("inception")
     for extractor in extractors:
-        words = ["evaluate", str(run), "--features", extractor, "--metrics", "frechet"]
-        found += json.loads(_command(words, code))["measures"]
+        found += _distance(run, extractor, code)
     found += _errors(run, found[0], code)
+    found += _seen(run, code)
     seconds = round(time.monotonic() - started)
     return [{**row, "whole_seconds": seconds} for row in found]
+
+
+def _distance(images: Path, extractor: str, code: Path, *more: str) -> list[dict[str, Any]]:
+    """The distance of the images of a run or a file, in one number."""
+    words = ["-m", "diffusion_pl", "evaluate", str(images), "--features", extractor]
+    answer = json.loads(_command([*words, "--metrics", "frechet", *more], code))
+    measures: list[dict[str, Any]] = answer["measures"]
+    return measures
+
+
+def _seen(run: Path, code: Path) -> list[dict[str, Any]]:
+    """The distance of images as the network sees them from the data, in one number."""
+    images = run / "seen.npz"
+    _command([str(Path(__file__).with_name("seen.py")), str(run), str(SEEN), str(images)], code)
+    rows = _distance(images, "pixels", code, "--reference", str(run.parent / "shards"))
+    images.unlink()
+    return [{**row, "name": f"seen-{row['name']}"} for row in rows]
 
 
 def _errors(run: Path, like: dict[str, Any], code: Path) -> list[dict[str, Any]]:
@@ -88,7 +107,7 @@ def _errors(run: Path, like: dict[str, Any], code: Path) -> list[dict[str, Any]]
 
     Above sigma 1 it is decided what an image shows, below how it is drawn.
     """
-    words = ["losses", str(run), "--count", "1000", "--levels", "10"]
+    words = ["-m", "diffusion_pl", "losses", str(run), "--count", "1000", "--levels", "10"]
     answer = json.loads(_command(words, code))
     levels = answer["levels"]["ema"]
     kept = {key: like[key] for key in ("commit", "fingerprint")}
@@ -105,9 +124,9 @@ def _errors(run: Path, like: dict[str, Any], code: Path) -> list[dict[str, Any]]
 
 
 def _command(words: Sequence[str], code: Path) -> str:
-    """What a command of ours answers; the end of everything if it fails."""
+    """What Python answers with that code of ours; the end of everything if it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "diffusion_pl", *words],
+        [sys.executable, *words],
         cwd=code,
         env={**os.environ, "PYTHONPATH": str(code)},
         stdout=subprocess.PIPE,

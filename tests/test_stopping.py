@@ -163,11 +163,9 @@ def test_a_signal_sets_a_flag_and_goes_back_to_whom_it_was_taken_from(name):
 def test_a_signal_before_the_first_step_stops_at_once_but_a_second_one_not_again():
     with signals.Wish() as wish:
         with pytest.raises(signals.Stopped):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
+            signal.raise_signal(signal.SIGTERM)
         assert wish.name == "SIGTERM"
-        os.kill(os.getpid(), signal.SIGUSR1)  # while it is on its way out
-        time.sleep(0.01)
+        signal.raise_signal(signal.SIGUSR1)  # while it is on its way out
 
 
 def test_asking_costs_a_hundredth_of_a_step_at_most(monkeypatch):
