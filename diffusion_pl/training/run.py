@@ -189,7 +189,7 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
 class Unprofiled(PassThroughProfiler):
     """No profiler, at no cost: Lightning asks it some seventy times a step, 0.1 ms in all."""
 
-    def profile(self, action_name: str) -> contextlib.nullcontext[str]:
+    def profile(self, action_name: str) -> contextlib.nullcontext[str]:  # type: ignore[override]
         """A context that does nothing."""
         return _NOTHING
 
