@@ -115,7 +115,8 @@ class Summed(Metric):
         """Add up over the ranks; rows that still wait are summed before."""
         self._sum(self._rows.rest())
         # torchmetrics would gather the sums of all ranks, 32 MiB each of Inception's, and then add.
-        super().sync(*options, **{**more, "dist_sync_fn": _added_up})
+        more["dist_sync_fn"] = more.get("dist_sync_fn") or _added_up
+        super().sync(*options, **more)
 
     def reset(self) -> None:
         """Forget everything seen."""
