@@ -92,6 +92,13 @@ MUTANTS = [
         ("_PR_SET_PDEATHSIG = 1", "_PR_SET_PDEATHSIG = 2"),
     ),
     *at(
+        "__main__.py",
+        "cli",
+        ("    os._exit(code)", "    sys.exit(code)"),
+        ("    atexit._run_exitfuncs()\n", ""),
+        ("            stream.flush()", "            pass"),
+    ),
+    *at(
         "training/bounded.py",
         "faults",
         ("self.watchdog.limit = self.settings.watchdog", "abs(1)"),

@@ -299,3 +299,19 @@ assert not set({absent}) & set(sys.modules), set({absent}) & set(sys.modules)
 """
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_nothing_after_python_s_own_end_changes_the_exit_code():
+    code = (
+        "import atexit, ctypes, runpy, sys\n"
+        "c = ctypes.CDLL(None)\n"
+        "c.on_exit(ctypes.cast(c.abort, ctypes.c_void_p), None)\n"  # as a library's end may
+        "atexit.register(print, 'hooks have run')\n"
+        "sys.argv[1:] = ['experiments']\n"
+        "runpy.run_module('diffusion_pl', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pyramidal_256" in done.stdout and "hooks have run" in done.stdout
