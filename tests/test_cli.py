@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -310,8 +311,10 @@ def test_nothing_after_python_s_own_end_changes_the_exit_code():
         "sys.argv[1:] = ['experiments']\n"
         "runpy.run_module('diffusion_pl', run_name='__main__')\n"
     )
+    buffered = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", code],
+        cwd=ROOT, env=buffered, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "pyramidal_256" in done.stdout and "hooks have run" in done.stdout
