@@ -97,6 +97,8 @@ def test_what_a_reader_finds_wrong_is_said_as_it_would_be_here():
         next(loader)
     with pytest.raises(RuntimeError, match=r"(?s)__getitem__.*KeyError: 'label'"):
         list(Loader(Broken(KeyError("label")), 0, 9, workers=1))
+    with pytest.raises(RuntimeError, match=r"(?s)__getitem__.*ConnectionResetError: by the server"):
+        list(Loader(Broken(ConnectionResetError("by the server")), 0, 9, workers=1))
 
 
 READING = """

@@ -29,7 +29,7 @@ from diffusion_pl.signals import SIGNALS, end_with
 AHEAD = 2  # batches that a reader has ready
 
 _LINE = 64  # bytes that tensors begin at multiples of
-_SECONDS_TO_LEAVE = 2.0
+_SECONDS_TO_LEAVE = 2.0  # for a reader that is told, before it is killed
 
 # Where in the memory each tensor of a batch lies: dtype, shape, first byte.
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
@@ -134,17 +134,17 @@ def _read(
     for number in SIGNALS:  # for the run, which still needs batches until it stops
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    try:
+    with contextlib.suppress(EOFError, ConnectionError):  # nobody wants them any more
         for count, step in enumerate(steps):
-            batch = batches[step]
+            try:
+                batch = batches[step]
+            except Exception as error:
+                known = isinstance(error, ValueError)
+                line.send(ValueError(str(error)) if known else RuntimeError(traceback.format_exc()))
+                return
             if count >= AHEAD:
                 line.recv()  # a place has become free
             line.send(_put(batch, memory, count % AHEAD * room))
-    except (EOFError, ConnectionError):
-        pass  # nobody wants them any more
-    except Exception as error:
-        known = isinstance(error, ValueError)
-        line.send(ValueError(str(error)) if known else RuntimeError(traceback.format_exc()))
 
 
 def _put(batch: Mapping[str, Tensor], memory: mmap.mmap, first: int) -> Layout:
