@@ -1,6 +1,8 @@
 """What a pyramid costs and what it gives, on a trained run: restarts, sizes, enlarged pictures.
 
-    make bench BENCH=pyramid RUN=runs/pyramidal_small [OTHER=runs/without_positions]
+    make bench BENCH=pyramid RUN=runs/pyramidal_whole_small [OTHER=runs/full_size_small]
+
+OTHER's sizes stand beside RUN's, and what it draws at full size from noise with as many steps.
 
 Everything is measured against held-out scenes of the run's synthetic data, by two distances,
 neither of them FID: over the embedded extractor's features, which see grain and shape, and over
@@ -83,11 +85,11 @@ class Bench:
         images = [drawing.images(indices)[0] for indices in batches(range(COUNT), BATCH)]
         return torch.cat(images), (time.process_time() - began) / COUNT
 
-    def restarts(self) -> list[dict[str, Any]]:
-        """Full size from noise, then the pyramid by the level it restarts at."""
+    def restarts(self, restarts: Sequence[Any] = (None, *RESTARTS)) -> list[dict[str, Any]]:
+        """The pyramid by the level it restarts at; with None, full size from noise."""
         side = self.sides[-1]
         rows = []
-        for restart in (None, *RESTARTS):
+        for restart in restarts:
             levels = self.sides if restart is not None else [side]
             base = replace(self.pyramid.base, steps=STEPS)
             sampler = PyramidSampler(base, levels, restart or (), by="sigma")
@@ -190,7 +192,8 @@ def main() -> None:
         "enlarged": bench.enlarged(docs),
     }
     for other in others:
-        figures[other.name] = Bench(other, folder).sizes()
+        bench = Bench(other, folder)
+        figures[other.name] = {"sizes": bench.sizes(), "from noise": bench.restarts([None])}
     record("pyramid", figures)
 
 

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,7 @@ objective: OBJECTIVE
 EDM = "{_target_: diffusion_pl.objectives.edm.EDM}"
 SIGNALS = ("TERM", "USR1", "INT", "HUP")
 FILE_BYTES = 60_000  # more than the history, less than a checkpoint
+MARGIN = 10.0  # seconds from the signal to the end of a job's time
 
 
 class Network(SongUNet):
@@ -137,6 +139,13 @@ def do(kind):
         raise RuntimeError("a fault of the test")
     if kind == "hang":
         time.sleep(3600)
+    if kind == "node":
+        os.killpg(0, signal.SIGKILL)
+    if kind == "limit":
+        end = threading.Timer(MARGIN, os.kill, (os.getpid(), signal.SIGKILL))
+        end.daemon = True
+        end.start()
+        kind = "USR1"
     os.kill(os.getpid(), getattr(signal, f"SIG{kind}"))
 
 
@@ -169,6 +178,8 @@ KINDS = {
     "TERM before the first step": Kind("open-TERM", codes=(1, RESUMABLE), marked=True),
     "a rank is killed": Kind("KILL"),
     "all ranks are killed": Kind("KILL", "all"),
+    "a node is lost, its rank with all it started": Kind("node", **READ),
+    "the job's time ends, after a signal": Kind("limit", "all", **STOPPED),
     # The others end; who started the stopped one ends it, see test_bounded.py.
     "a rank is stopped": Kind("STOP", codes=(1, -9, None)),
     "a rank hangs": Kind("hang"),

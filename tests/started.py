@@ -80,6 +80,7 @@ def _rank(rank, world_size, port, place, words, fault):
     """What each process does; its exit code is the command's."""
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of reading processes, as by default
+    os.setpgid(0, 0)  # a node of its own, with all that it starts
     os.chdir(place)
     os.environ["FAULT"] = fault
     if world_size > 1:
