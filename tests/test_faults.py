@@ -39,7 +39,13 @@ def straight(place):
     return found
 
 
-@pytest.mark.parametrize("name", KINDS)
+# What one rank is told the others hear; that all are told at once is tried with one signal here.
+ALIKE = {f"{name} to all ranks" for name in ("USR1", "INT", "HUP")}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in KINDS]
+)
 def test_a_run_survives(name, place, straight):
     kind, source = KINDS[name], random.Random(name)
     run = name.replace(" ", "-")
