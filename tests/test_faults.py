@@ -44,7 +44,8 @@ ALIKE = {f"{name} to all ranks" for name in ("USR1", "INT", "HUP")}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in KINDS]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in KINDS],
 )
 def test_a_run_survives(name, place, straight):
     kind, source = KINDS[name], random.Random(name)
