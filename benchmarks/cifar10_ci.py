@@ -1,4 +1,4 @@
-"""The number that CI reproduces: a fixed small recipe on CIFAR-10, against five seeds' interval.
+"""The number that CI reproduces: a fixed small recipe on CIFAR-10, against ten seeds' interval.
 
 `make ci-fid` trains experiments/cifar10_ci.yaml, and fails if a number of it lies outside the
 interval that benchmarks/results/cifar10_ci.json holds. Of the images drawn there are two distances,

@@ -108,7 +108,7 @@ MUTANTS = [
         ("LogNormal(P_mean, P_std)", "LogNormal(P_std, P_mean)"),
         ("preconditioning=Karras(sigma_data)", "preconditioning=Karras(1.0)"),
         ("weight=UnitOutput(sigma_data)", "weight=UnitOutput(1.0)"),
-        ("reduce=pixel_sum", "reduce=lambda error: error.flatten(1).mean(dim=1)"),
+        ("Reduce = pixel_sum", "Reduce = lambda error: error.flatten(1).mean(dim=1)"),
     ),
     *at(
         "samplers/heun.py",
