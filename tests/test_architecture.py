@@ -91,9 +91,9 @@ def test_the_mathematics_imports_only_torch(part):
         assert tops <= STANDARD | {"torch", "diffusion_pl"}, file
 
 
-def test_files_are_under_300_lines():
+def test_files_are_under_500_lines():
     long = {str(file): len(file.read_text().splitlines()) for file in FILES}
-    assert not {file: lines for file, lines in long.items() if lines > 300}
+    assert not {file: lines for file, lines in long.items() if lines > 500}
 
 
 def test_functions_are_under_60_lines():
