@@ -314,6 +314,21 @@ def test_a_source_that_has_changed_is_not_mixed_with_what_it_was(photographs, tm
     assert prepare(photographs, tmp_path / "y", "--filter", "area") == 0
 
 
+def test_shards_of_an_earlier_box_bicubic_are_not_mixed_with_adms(photographs, tmp_path, capsys):
+    """Begun when it was computed in another way, with a first shard whole."""
+    (photographs / "z.png").write_bytes(b"no image")
+    words = ("--filter", "box-bicubic", "--shard-images", 2, "--workers", 1)
+    dest = tmp_path / "x"
+    assert prepare(photographs, dest, *words) == 2
+    noted = dest / ".progress" / "settings.json"
+    said = json.loads(noted.read_bytes())
+    assert said.pop("recipe")
+    noted.write_text(json.dumps(said))
+    capsys.readouterr()
+    assert prepare(photographs, dest, *words, "--skip-broken", 1) == 2
+    assert "recipe is None there and '2' now" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
     """A limit on the size of files stands for the disk: the system refuses the write alike."""
     dest = tmp_path / "x"

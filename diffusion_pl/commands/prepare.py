@@ -105,7 +105,7 @@ def tell(manifest: Manifest, folder: Path, already: bool, seconds: float) -> Non
         "fingerprint": manifest.fingerprint,
         "train": following,
     }
-    lines = list(skipped_lines(manifest))
+    lines = [*skipped_lines(manifest), *(f"note: {text}" for text in manifest.notes or [])]
     if already:
         lines.append(f"{folder} is finished: {manifest.count:,} images, nothing to do")
     else:

@@ -7,7 +7,7 @@ grey, 1 bit, palette              RGB by repetition or by the palette
 16-bit colour                     its high byte, at most one level from v / 257
 alpha, transparent colour         laid over white
 CMYK                              RGB as Pillow converts it; colour profiles are ignored
-EXIF orientation                  applied
+EXIF orientation                  applied; all other metadata is passed over, whole or broken
 a JPEG with further pictures      its first, which is the photograph
 animation                         refused
 float, 32-bit integer             refused
@@ -19,9 +19,11 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
-from diffusion_pl.data.reduce import Resize, lanczos
+from diffusion_pl.data.bare import bare, upright
+from diffusion_pl.data.depths import Depths
+from diffusion_pl.data.reduce import WHOLE_FIRST, Resize, lanczos
 
 Fit = Literal["crop", "pad", "exact"]
 
@@ -33,15 +35,29 @@ LARGEST_SIDE = 16_384
 LARGEST_ENLARGEMENT = 4
 
 
-def decode(data: bytes, *, where: str) -> Image.Image:
+def decode(data: bytes, *, where: str, depths: Depths | None = None) -> Image.Image:
     """Decode one image file.
 
     Args:
         data: the file's bytes.
         where: names the file in a complaint.
+        depths: takes note of an image of 16 bits.
 
     Returns:
         The image, mode RGB, upright, at its own size.
+
+    Raises:
+        ValueError: broken, or refused by the rules above.
+    """
+    parts = bare(data)
+    image = _loaded(parts.data, where)
+    if depths is not None:
+        depths.note(image, data)
+    return to_rgb(upright(image, parts), where=where)
+
+
+def _loaded(data: bytes, where: str) -> Image.Image:
+    """A decoded image as it is stored.
 
     Raises:
         ValueError: broken, or refused by the rules above.
@@ -66,11 +82,10 @@ def decode(data: bytes, *, where: str) -> Image.Image:
         raise ValueError(f"{where}: animated; save the frame you want as an image")
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
     except Exception as error:
         # Decoders raise OSError, SyntaxError, struct.error and more; all mean a broken file.
         raise ValueError(f"{where}: broken image ({error})") from error
-    return to_rgb(upright, where=where)
+    return image
 
 
 def to_rgb(image: Image.Image, *, where: str) -> Image.Image:
@@ -105,7 +120,8 @@ def fit_square(
         image: any size.
         resolution: side of the result in pixels.
         fit: `crop` takes the central square, `pad` centres the whole image on white, both resized;
-            `exact` requires the size as it is.
+            `exact` requires the size as it is. The filters of `reduce.WHOLE_FIRST` are cropped
+            after they are resized.
         where: names the file in a complaint.
         resize: to (width, height), one of `reduce.FILTERS`.
 
@@ -129,10 +145,10 @@ def fit_square(
             f"{where}: {width} x {height} pixels would be enlarged more than "
             f"{LARGEST_ENLARGEMENT} times to {resolution}; remove it or lower the resolution"
         )
+    if fit == "crop" and resize in WHOLE_FIRST:
+        return _central(WHOLE_FIRST[resize](image, resolution), resolution)
     if fit == "crop":
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        return resize(image, (resolution, resolution))
+        return resize(_central(image, side), (resolution, resolution))
     # The shorter side of a very long image may round to nothing.
     size = [max(1, round(length * resolution / side)) for length in (width, height)]
     image = resize(image, (size[0], size[1]))
@@ -141,8 +157,15 @@ def fit_square(
     return square
 
 
-def read_square(data: bytes, resolution: int, fit: Fit, *, where: str) -> npt.NDArray[np.uint8]:
-    """Decode and fit one file.
+def _central(image: Image.Image, side: int) -> Image.Image:
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def read_square(
+    data: bytes, resolution: int, fit: Fit, *, where: str, depths: Depths | None = None
+) -> npt.NDArray[np.uint8]:
+    """Decode and fit one file; `depths` takes note of 16 bits.
 
     Returns:
         uint8 (3, resolution, resolution).
@@ -150,5 +173,6 @@ def read_square(data: bytes, resolution: int, fit: Fit, *, where: str) -> npt.ND
     Raises:
         ValueError: as `decode` and `fit_square`.
     """
-    image = fit_square(decode(data, where=where), resolution, fit, where=where)
+    decoded = decode(data, where=where, depths=depths)
+    image = fit_square(decoded, resolution, fit, where=where)
     return np.array(image).transpose(2, 0, 1)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_pl import ranks
 from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.decode import Fit, read_square
+from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.source import Images, load, reduced
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
@@ -153,6 +156,7 @@ class _Decoded:
     where: str
     resolution: int
     fit: Fit
+    depths: Depths = field(default_factory=Depths)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -164,7 +168,9 @@ class _Decoded:
             name = self.names[index]
             data = self.files.read(name)
             where = f"{self.where}/{name}"
-            images[row] = read_square(data, self.resolution, self.fit, where=where)
+            images[row] = read_square(
+                data, self.resolution, self.fit, where=where, depths=self.depths
+            )
         return torch.from_numpy(images)
 
 
@@ -238,13 +244,17 @@ class ImageFolder:
         listing = self.listing()
         path = Path(self.path)
         stem = path.stem if path.is_file() else path.resolve().name
+        decoded = _Decoded(listing.files, listing.names, self.path, self.resolution, self.fit)
         whole = load(
             f"folder-{stem}-{self.resolution}",
-            _Decoded(listing.files, listing.names, self.path, self.resolution, self.fit),
+            decoded,
             None if listing.labels is None else torch.tensor(listing.labels),
             classes=len(listing.classes),
             threads=max(1, self.workers),
         )
+        line = decoded.depths.line()
+        if line and ranks.leads_machine():
+            print(f"{self.path}: {line}", file=sys.stderr)
         return reduced(whole, resolution, threads=max(1, self.workers))
 
     def _files(self) -> Files:

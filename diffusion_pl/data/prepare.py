@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_pl.data.originals import Asked, open_originals
-from diffusion_pl.data.recipe import Recipe
+from diffusion_pl.data.recipe import CHANGED, STEPS, Recipe
 from diffusion_pl.data.shard_format import (
     MANIFEST,
     PROGRESS,
@@ -96,7 +96,10 @@ def prepare(
     settings = request.settings() | {"name": request.name or originals.name}
     found = {"kind": kind, "originals": originals.count, "listing": originals.listing}
     settings["source"] |= found
-    with _claimed(folder, settings):
+    begun = settings
+    if request.recipe.filter in CHANGED:
+        begun = settings | {"recipe": STEPS}
+    with _claimed(folder, begun):
         job = Job(folder, originals, request.recipe, request.source.path)
         before = [(number, written(job, number)) for number in range(job.shards)]
         missing = [number for number, shard in before if shard is None]

@@ -12,9 +12,14 @@ import PIL
 from PIL import Image, features
 
 from diffusion_pl.data.decode import Fit, decode, fit_square
+from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.originals import Original, Pixels
 from diffusion_pl.data.reduce import FILTERS
 from diffusion_pl.data.shard_format import ENDINGS, LARGEST_RESOLUTION
+
+# Raised when the same settings come to give other pixels. 2: box-bicubic is ADM's.
+STEPS = "2"
+CHANGED = frozenset({"box-bicubic"})  # filters whose pixels step 1 made otherwise
 
 FITS = ("crop", "pad", "exact")
 
@@ -70,12 +75,15 @@ class Recipe:
         """The sides, largest first."""
         return sorted(self.resolutions, reverse=True)
 
-    def squares(self, original: Original, *, where: str) -> tuple[dict[int, Pixels], list[int]]:
+    def squares(
+        self, original: Original, *, where: str, depths: Depths | None = None
+    ) -> tuple[dict[int, Pixels], list[int]]:
         """The image at each resolution.
 
         Args:
             original: of a source.
             where: names it in a complaint.
+            depths: takes note of an image of 16 bits.
 
         Returns:
             Pixels uint8 (3, R, R) by R, descending, and [width, height] of the original.
@@ -87,7 +95,7 @@ class Recipe:
             drawn = {side: original.picture[side] for side in self.descending}
             return drawn, [self.descending[0]] * 2
         if isinstance(original.picture, bytes):
-            image = decode(original.picture, where=where)
+            image = decode(original.picture, where=where, depths=depths)
         else:
             image = Image.fromarray(np.ascontiguousarray(original.picture.transpose(1, 2, 0)))
         size = list(image.size)
@@ -125,4 +133,5 @@ class Recipe:
 def versions() -> dict[str, str]:
     """Of what decodes, resizes and encodes; other ones may give other bytes."""
     libraries = {name: features.version(name) or "none" for name in ("jpg", "zlib", "webp")}
-    return {"pillow": PIL.__version__, "numpy": np.__version__, **libraries}
+    numbers = {"pillow": PIL.__version__, "numpy": np.__version__, **libraries}
+    return numbers | {"recipe": STEPS}

@@ -3,13 +3,13 @@
 | name | what is done | used by |
 |---|---|---|
 | lanczos | windowed sinc of 3 lobes over the wider pixel, 8 bits | EDM, arXiv:2206.00364 |
-| box-bicubic | halved by means while twice too large, then bicubic | ADM, arXiv:2105.05233 |
+| box-bicubic | halved while twice too large, bicubic, then cropped | ADM, arXiv:2105.05233 |
 | area | the mean over the area that a new pixel covers, exact at any ratio | |
 
 Lanczos is Pillow's own, so its pixels are those of EDM's tool; it is even on average, except that
-its overshoot beside saturated colours is clipped. The other two are computed without rounding on
-the way and rounded once, ties to even: Pillow rounds up after each of its two passes, which
-brightens noise by half a level whenever it is halved.
+its overshoot beside saturated colours is clipped. Box-bicubic is ADM's to the last bit, in 8 bits
+as there: Pillow rounds up after each of its two passes, so noise becomes half a level brighter
+whenever it is halved. The area is computed in integers and rounded once, ties to even.
 """
 
 from __future__ import annotations
@@ -32,25 +32,30 @@ def lanczos(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def box_bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize an RGB image to (width, height) by halving, then by an antialiased bicubic filter.
-
-    The published code halves and resizes in 8 bits; here the planes are float32 until the end.
-    """
-    planes = [Image.fromarray(plane) for plane in _planes(image).astype(np.float32)]
+    """Resize an RGB image to (width, height) by halving, then by an antialiased bicubic filter."""
     width, height = image.size
     while width >= 2 * size[0] and height >= 2 * size[1]:
         width, height = width // 2, height // 2
-        planes = [plane.resize((width, height), Image.Resampling.BOX) for plane in planes]
-    planes = [plane.resize(size, Image.Resampling.BICUBIC) for plane in planes]
-    exact = np.stack([np.asarray(plane) for plane in planes], axis=-1)
-    return Image.fromarray(np.rint(exact).clip(0, 255).astype(np.uint8))
+        image = image.resize((width, height), Image.Resampling.BOX)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _to_shorter_side(image: Image.Image, side: int) -> Image.Image:
+    """ADM's steps: halve while the shorter side is twice too long, then bring it to `side`."""
+    while min(image.size) >= 2 * side:
+        half = (image.size[0] // 2, image.size[1] // 2)
+        image = image.resize(half, Image.Resampling.BOX)
+    shorter = min(image.size)
+    # A quotient first, as there: its rounding decides where a length falls between two pixels.
+    width, height = (round(length * (side / shorter)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def area(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize an RGB image to (width, height) by exact means, in integers throughout."""
     width, height = size
     planes = []
-    for plane in _planes(image):
+    for plane in np.asarray(image).transpose(2, 0, 1):
         bands = [plane[first : first + _BAND] for first in range(0, len(plane), _BAND)]
         across = np.concatenate([_integrals(band.astype(np.int64), width) for band in bands])
         # In units of 1 / (width height) of a pixel, of which a new pixel covers W H.
@@ -61,10 +66,11 @@ def area(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 FILTERS: dict[str, Resize] = {"lanczos": lanczos, "box-bicubic": box_bicubic, "area": area}
 
-
-def _planes(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """uint8 (3, H, W)."""
-    return np.asarray(image).transpose(2, 0, 1)
+# What brings the shorter side of a whole image to a length, by the filters whose users cut the
+# central square out of the result; the others resize the square that was cut out of the image.
+WHOLE_FIRST: dict[Resize, Callable[[Image.Image, int], Image.Image]] = {
+    box_bicubic: _to_shorter_side
+}
 
 
 def _integrals(rows: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:

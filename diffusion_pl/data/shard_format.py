@@ -38,6 +38,9 @@ PROGRESS = ".progress"
 ENDINGS = {"png": "png", "webp": "webp", "raw": "npy", "jpeg": "jpg"}
 LARGEST_RESOLUTION = 8192
 
+# What a manifest may lack.
+OPTIONAL = frozenset({"notes"})
+
 _HEX = re.compile(r"[0-9a-f]{64}")
 _LARGEST_MANIFEST = 512 * 1024**2
 
@@ -103,6 +106,7 @@ class Manifest:
         index_sha256: of index.npy, hex.
         skipped: complaints about the originals that were left out, by key.
         versions: of what decoded, resized and encoded them.
+        notes: what the user should know of the images; None: nothing.
     """
 
     name: str
@@ -121,6 +125,7 @@ class Manifest:
     index_sha256: str
     skipped: dict[str, str]
     versions: dict[str, str]
+    notes: list[str] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -129,6 +134,9 @@ class Manifest:
 
     def _content(self) -> dict[str, Any]:
         content = {"format": FORMAT} | asdict(self)
+        for name in OPTIONAL:  # absent where there is nothing to say, as in older data sets
+            if content[name] is None:
+                del content[name]
         content["fingerprints"] = {str(side): text for side, text in self.fingerprints.items()}
         return content
 
@@ -155,7 +163,7 @@ class Manifest:
         if stated != _digest_of(content):
             raise ValueError(f"{path}: changed since it was written; prepare the data again")
         del content["format"]
-        missing = {field.name for field in fields(cls)} ^ set(content)
+        missing = ({field.name for field in fields(cls)} ^ set(content)) - OPTIONAL
         if missing:
             raise ValueError(f"{path}: keys {', '.join(sorted(missing))} missing or unknown")
         try:

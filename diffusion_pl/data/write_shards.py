@@ -25,6 +25,7 @@ import numpy.typing as npt
 import webdataset.utils
 from webdataset import TarWriter
 
+from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.fingerprint import fingerprint, image_digests
 from diffusion_pl.data.originals import Originals
 from diffusion_pl.data.recipe import Recipe, versions
@@ -82,12 +83,14 @@ class Written:
         rows: its rows of the index.
         digests: uint8 (images, resolutions, 32), of the pixels.
         skipped: complaints about the originals that were left out, by key.
+        depths: of its 16-bit originals.
     """
 
     shard: Shard
     rows: npt.NDArray[np.void]
     digests: npt.NDArray[np.uint8]
     skipped: dict[str, str]
+    depths: Depths
 
 
 class _Hashed:
@@ -136,7 +139,7 @@ def write_shard(
         os.replace(part, path)
         sync_folder(path.parent)
         entry = Shard(shard_name(number), len(rows), hashed.size, hashed.digest.hexdigest())
-        _note(job.folder, number, entry, rows, b"".join(contents.digests), contents.skipped)
+        _note(job.folder, number, entry, rows, contents)
 
 
 class _Contents:
@@ -148,6 +151,7 @@ class _Contents:
         self.rows: list[tuple[int, ...]] = []
         self.digests: list[bytes] = []
         self.skipped: dict[str, str] = {}
+        self.depths = Depths()
 
     def samples(self, number: int) -> Iterator[dict[str, str | bytes]]:
         """The originals of a shard as webdataset's writer takes them."""
@@ -163,7 +167,7 @@ class _Contents:
         try:
             original = originals.reader.read(index)
             where = f"{self.job.where}/{original.name}"
-            squares, size = recipe.squares(original, where=where)
+            squares, size = recipe.squares(original, where=where, depths=self.depths)
         except ValueError as error:
             self.skip(str(error))
             self.skipped[key] = str(error)
@@ -201,14 +205,11 @@ def _sidecar(folder: Path, number: int) -> Path:
 
 
 def _note(
-    folder: Path,
-    number: int,
-    shard: Shard,
-    rows: npt.NDArray[np.void],
-    digests: bytes,
-    skipped: dict[str, str],
+    folder: Path, number: int, shard: Shard, rows: npt.NDArray[np.void], contents: _Contents
 ) -> None:
-    about = json.dumps({"shard": shard.__dict__, "skipped": skipped}).encode()
+    depths = contents.depths.__getstate__()
+    noted = {"shard": shard.__dict__, "skipped": contents.skipped, "depths": depths}
+    about, digests = json.dumps(noted).encode(), b"".join(contents.digests)
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -232,7 +233,8 @@ def written(job: Job, number: int) -> Written | None:
     if not path.is_file() or path.stat().st_size != shard.bytes:
         return None
     sides = len(job.recipe.resolutions)
-    return Written(shard, rows, digests.reshape(len(rows), sides, 32), about["skipped"])
+    depths = Depths(**about.get("depths", {}))
+    return Written(shard, rows, digests.reshape(len(rows), sides, 32), about["skipped"], depths)
 
 
 def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
@@ -256,6 +258,10 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
     np.save(buffer, rows, allow_pickle=False)
     originals, recipe = job.originals, job.recipe
     labels = None if originals.labels is None else rows["label"]
+    depths = Depths()
+    for part in shards:
+        depths.add(part.depths)
+    line = depths.line()
     manifest = Manifest(
         name=settings["name"],
         count=len(rows),
@@ -275,6 +281,7 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
         },
         index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
         skipped={key: text for part in shards for key, text in part.skipped.items()},
+        notes=[line] if line else None,
         versions=versions(),
     )
     with _writing(job.folder):
