@@ -117,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
         parts[name].add_argument(
             "overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-4"
         )
+        _add_trust(parts[name])
     parts["train"].add_argument("--run", type=Path, help="the run's folder (runs/EXPERIMENT)")
     parts["train"].add_argument(
         "--from", type=Path, dest="start", metavar="RUN", help="start from its weights: fine-tune"
@@ -284,7 +285,11 @@ def _add_weights(part: argparse.ArgumentParser) -> None:
 
 def _add_trust(part: argparse.ArgumentParser) -> None:
     part.add_argument(
-        "--allow", action="append", default=[], metavar="PACKAGE", help="import it for this run"
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="trust a file of others with it: a package, or the address of data",
     )
 
 

@@ -13,6 +13,7 @@ from config_parts import (
     Linear,
     Named,
     Objective,
+    Plain,
     Typed,
     checked,
     experiments_folder,
@@ -22,6 +23,7 @@ from config_parts import (
 
 from diffusion_pl import config
 from diffusion_pl.config import Config, ConfigError
+from diffusion_pl.diffusion.schedules import Rho
 
 
 @pytest.fixture
@@ -149,32 +151,73 @@ def test_a_config_read_back_may_not_name_other_packages(target: object) -> None:
     [
         "diffusion_pl.config.reading.OmegaConf.create",
         "diffusion_pl.config.targets.importlib.import_module",
-        "torch.optim.adam.cast",
+        "diffusion_pl.samplers.pyramid.Sampler",  # a part, by another module's name for it
+        "diffusion_pl.objectives.edm.EDM.__call__",
     ],
 )
-def test_a_trusted_name_is_no_way_into_another_package(target: str) -> None:
-    loaded = config.load_resolved({"a": {"_target_": target}}, "last.ckpt")
-    with pytest.raises(ConfigError, match=r"^last\.ckpt: a\._target_: .* is defined in "):
+def test_a_trusted_name_is_no_way_to_anything_else(target: str) -> None:
+    with pytest.raises(ConfigError, match=r"^last\.ckpt: a\._target_: is outside diffusion_pl's parts"):
+        config.load_resolved({"a": {"_target_": target}}, "last.ckpt")
+    with pytest.raises(ConfigError, match="is outside diffusion_pl's parts"):
+        config.build(Config("x", "x", {"a": {"_target_": target}}, packages=()), "a")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adam.cast", "Optimizer", "optimizer.Optimizer", "lr_scheduler.LambdaLR", "swa_utils.update_bn"],
+)
+def test_of_torchs_optimizers_only_optimizers_are_built(name: str) -> None:
+    tree = {"optimizer": {"_target_": f"torch.optim.{name}", "_partial_": True}}
+    loaded = config.load_resolved(tree, "last.ckpt")
+    with pytest.raises(ConfigError, match=r"^last\.ckpt: optimizer\._target_: .* is no optimizer"):
         config.check(loaded)
-    with pytest.raises(ConfigError, match="is defined in"):
-        config.build(loaded, "a")
+    with pytest.raises(ConfigError, match="is no optimizer"):
+        config.build(loaded, "optimizer")
 
 
 def test_what_is_trusted_binds_and_builds() -> None:
     tree = {
         "optimizer": {"_target_": "torch.optim.Adafactor", "_partial_": True},
-        "name": {"_target_": "diffusion_pl.config.Config", "name": "a", "file": "b", "tree": {}},
+        "schedule": {"_target_": "diffusion_pl.diffusion.schedules.Rho", "rho": 5},
         "own": LINEAR,
     }
     loaded = config.load_resolved(tree, "run/config.yaml", allow=[HERE], overrides=["own.stop=3"])
     config.check(loaded)
-    assert config.build(loaded, "name") == Config("a", "b", {})
+    assert config.build(loaded, "schedule") == Rho(rho=5.0)
     assert config.build(loaded, "own") == Linear(stop=3.0)
     assert "stop" not in LINEAR
     with pytest.raises(ConfigError, match=rf"{HERE}.Linear'\); allow its top-level package"):
         config.load_resolved(tree, "run/config.yaml")
-    with pytest.raises(ConfigError, match=r"^SET: own\._target_: is outside"):
-        config.load_resolved(tree, "x", allow=[HERE], overrides=["own._target_=os.system"])
+
+
+def test_an_override_is_the_users_own_and_may_name_anything() -> None:
+    tree = {"a": {"_target_": "nowhere.Thing", "x": 1}, "b": {"_target_": "os.system"}}
+    words = [f"a={{_target_: {HERE}.Linear, stop: 3}}", f"b._target_={HERE}.Plain"]
+    loaded = config.load_resolved(tree, "last.ckpt", overrides=words)
+    assert config.build(loaded, "a") == Linear(stop=3.0)
+    assert type(config.build(loaded, "b")) is Plain
+
+
+def test_an_override_starts_nothing_of_pythons_own_library() -> None:
+    tree = {"a": {"_target_": "torch.optim.Adam", "_partial_": True}}
+    for name in ("os.system", "subprocess.run", "builtins.eval", "shutil.rmtree"):
+        with pytest.raises(ConfigError, match=r"^SET: a\._target_: is outside the trusted"):
+            config.load_resolved(tree, "last.ckpt", overrides=[f"a._target_={name}"])
+
+
+def test_an_override_lends_no_trust_to_what_others_wrote() -> None:
+    tree = {"a": {"b": 1}, "c": {"d": "os.system"}}
+    for words in (["a._target_=${c.d}"], ["a.b={_target_: '${c.d}'}"]):
+        with pytest.raises(ConfigError, match=r"_target_: is outside .* 'os\.system'"):
+            config.load_resolved(tree, "last.ckpt", overrides=words)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pl", "diffusion_pl.cli", "diffusion_pl.commands.train"])
+def test_this_package_cannot_be_allowed_as_a_whole(name: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^--allow: .*got '{name}'"):
+        config.load_resolved({"a": 1}, "last.ckpt", allow=[name])
+    with pytest.raises(ValueError, match=rf"^--allow: .*got '{name}'"):
+        config.load("edm", folder=folder, allow=[name])
 
 
 @pytest.mark.parametrize(

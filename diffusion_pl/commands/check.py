@@ -21,7 +21,7 @@ FAILURES: tuple[type[Exception], ...] = ()
 
 def run(options: argparse.Namespace) -> int:
     """Print parameters, batch and resolution arithmetic, budget, noise range, sampler's sizes."""
-    experiment = parts.read(options.experiment, options.overrides)
+    experiment = parts.read(options.experiment, options.overrides, allow=options.allow)
     objective: TrainingObjective = config.build(experiment, "objective")
     network = parts.meta_network(experiment)
     for title, text in [

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from diffusion_pl import config
-from diffusion_pl.commands import data_sets, parts, runs
+from diffusion_pl.commands import data_sets, parts, runs, trust
 from diffusion_pl.evaluation import Evaluation, reference_of
 from diffusion_pl.evaluation.blocks import evaluate_blocks
 from diffusion_pl.evaluation.given import Given, arrays
@@ -117,8 +117,7 @@ def extractor_of(options: argparse.Namespace, experiment: config.Config | None) 
     if options.features is not None or experiment is None:
         name = options.features or "auto"
         return features.load(name, options.feature_weights, options.feature_precision)
-    extractor: Extractor = config.build(experiment, "features")
-    return extractor
+    return trust.extractor_of(experiment)
 
 
 def run_reference(
@@ -127,7 +126,7 @@ def run_reference(
     """What a run is compared with: what is named, else its evaluation's file, else its data."""
     if options.reference is not None:
         return named_reference(options.reference, opened.drawing, settings, extractor)
-    source = config.build(opened.model.config, "data")
+    source = trust.data_of(opened.model.config)
     source.prepare()
     with progress_bar("reference") as progress:
         return reference_of(

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def published(options: argparse.Namespace) -> tuple[Config, dict[str, Tensor]]:
     layout = importlib.import_module(f"diffusion_pl.interop.{options.kind}")
     try:
         settings, weights = layout.read(options.source)
-        experiment = experiment_of(layout.nodes(settings), options.dest, options.like)
+        experiment = experiment_of(
+            layout.nodes(settings), options.dest, options.like, options.allow
+        )
         return experiment, layout.denoiser_from(settings, weights).state_dict()
     except ValueError:
         raise
@@ -72,18 +75,21 @@ def published(options: argparse.Namespace) -> tuple[Config, dict[str, Tensor]]:
         ) from error
 
 
-def experiment_of(nodes: dict[str, Any], dest: Path, like: str | None) -> Config:
+def experiment_of(
+    nodes: dict[str, Any], dest: Path, like: str | None, allow: Sequence[str] = ()
+) -> Config:
     """The experiment that an imported model is of: its own network, objective and sampler.
 
     Args:
         nodes: `network`, `objective`, `sampler`, perhaps others.
         dest: names the run, and the folder of its images when `like` gives no data.
         like: the experiment that gives the rest; base settings otherwise.
+        allow: what its file is trusted with, by name.
 
     Raises:
         ConfigError: an unknown experiment, or one of other images.
     """
-    base = config.load(like or "base")
+    base = config.load(like or "base", allow=allow)
     network = nodes["network"]
     tree = base.tree | nodes
     if like is None:

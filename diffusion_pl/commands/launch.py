@@ -11,8 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from diffusion_pl import config
-from diffusion_pl.commands import parts, preflight, sbatch, settling
+from diffusion_pl.commands import parts, preflight, sbatch, settling, trust
 from diffusion_pl.commands.sbatch import Job, Task
 from diffusion_pl.config import Config
 
@@ -34,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     job = _timed(job, options.margin, max(each.checkpoint_bytes for each in found))
     for task in job.tasks:
-        settling.settle(parts.read(task.words[0], task.words[1:]), task.run)
+        settling.settle(_read(task), task.run)
     if len(job.tasks) > 1:
         for number, task in enumerate(job.tasks):
             _line(f"task {number}", str(task.run))
@@ -54,14 +53,18 @@ def run(options: argparse.Namespace) -> int:
 def _inside(options: argparse.Namespace) -> int:
     """The same check in the job itself, against the nodes that it got; then data that is made."""
     run: Path = options.run or parts.RUNS / Path(options.experiment).stem
-    task = Task(run, (options.experiment, *options.overrides))
+    task = Task(run, (options.experiment, *options.overrides), tuple(options.allow))
     found = preflight.look(task, job=preflight.variables())
     _tell(found, "", notes=True)
     if found.faults:
         return 2
     # By one process, and not by the first one of every machine.
-    config.build(parts.read(task.words[0], task.words[1:]), "data").prepare()
+    trust.data_of(_read(task)).prepare()
     return 0
+
+
+def _read(task: Task) -> Config:
+    return parts.read(task.words[0], task.words[1:], allow=task.allow)
 
 
 def _job(options: argparse.Namespace) -> Job:
@@ -71,13 +74,15 @@ def _job(options: argparse.Namespace) -> Job:
     for name, value in (("--nodes", options.nodes), ("--gpus or --tasks", ranks)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1 (got {value})")
-    experiment = parts.read(options.experiment, options.overrides)
+    experiment = parts.read(options.experiment, options.overrides, allow=options.allow)
     base = options.run or parts.RUNS / experiment.name
     words = (options.experiment, *options.overrides)
     place = Path.cwd()
     return Job(
         folder=base,
-        tasks=sbatch.tasks_of(base, words, options.sweep, _devices(options, experiment, ranks)),
+        tasks=sbatch.tasks_of(
+            base, words, options.sweep, _devices(options, experiment, ranks), options.allow
+        ),
         nodes=options.nodes,
         ranks=ranks,
         on_gpu=on_gpu,
@@ -141,6 +146,7 @@ def _command(options: argparse.Namespace) -> str:
         if getattr(options, name) is not None:
             words += [f"--{name}", getattr(options, name)]
     words += [word for sweep in options.sweep for word in ("--sweep", sweep)]
+    words += [f"--allow={name}" for name in options.allow]
     words += [f"--sbatch={option}" for option in options.sbatch]
     return shlex.join(["python", "-m", "diffusion_pl", *map(str, words)])
 

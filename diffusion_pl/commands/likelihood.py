@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from diffusion_pl import config
-from diffusion_pl.commands import latents, runs
+from diffusion_pl.commands import latents, runs, trust
 from diffusion_pl.data.source import Images, Source
 from diffusion_pl.diffusion.guidance import conditioned
 from diffusion_pl.diffusion.objective import Denoise
@@ -42,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
             f"--count must be positive, --probes at least 0 (got {options.count}, {options.probes})"
         )
     opened = runs.open_run(options)
-    source: Source = config.build(opened.model.config, "data")
+    source: Source = trust.data_of(opened.model.config)
     source.prepare()
     images = source.open()
     if options.count > len(images):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffusion_pl import config
-from diffusion_pl.commands import data_sets, runs
+from diffusion_pl.commands import data_sets, runs, trust
 from diffusion_pl.data.source import Images
 from diffusion_pl.evaluation.levels import LevelError, errors_by_level
 from diffusion_pl.images import from_bytes
@@ -63,7 +63,7 @@ def _images(options: argparse.Namespace, experiment: config.Config) -> Images:
     if options.data is not None:
         side = config.build(experiment, "data").resolution
         return data_sets.images_of(options.data, side)
-    source = config.build(experiment, "data")
+    source = trust.data_of(experiment)
     source.prepare()
     images: Images = source.open()
     return images

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from diffusion_pl import config
+from diffusion_pl.commands import trust
 from diffusion_pl.config import Config
 from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.objective import TrainingObjective
@@ -42,13 +43,25 @@ SECTIONS: dict[str, Any] = {
 REQUIRED = tuple(name for name in SECTIONS if name != "augment")
 
 
-def read(name: str, overrides: Sequence[str] = ()) -> Config:
+def read(
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    allow: Sequence[str] = (),
+    beside: Path | None = None,
+) -> Config:
     """Read an experiment and bind all of it.
+
+    Args:
+        name: in experiments/, or of a YAML file.
+        overrides: `key=value` over it.
+        allow: what a file that others may have made is trusted with, by name.
+        beside: the run or checkpoint that training starts from.
 
     Raises:
         ConfigError: everything that is wrong, a line each.
     """
-    experiment = config.load(name, overrides)
+    experiment = config.load(name, overrides, allow=allow, beside=beside)
     bind(experiment)
     try:  # a rate out of range would be told when all else is ready
         config.build(experiment, "optimizer")([nn.Parameter(torch.zeros(1))])
@@ -68,6 +81,7 @@ def bind(experiment: Config) -> None:
         value = experiment.tree["data"].get(name)
         if type(value) is int and value < least:
             raise experiment.error(f"data.{name}", f"must be at least {least} (got {value})")
+    trust.check_guide(experiment)
 
 
 def meta_network(experiment: Config, most: int | None = None) -> nn.Module:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from diffusion_pl import config
-from diffusion_pl.commands import parts, settling
+from diffusion_pl.commands import parts, settling, trust
 from diffusion_pl.commands.sbatch import Task
 from diffusion_pl.config import Config
 from diffusion_pl.data.shard_format import MANIFEST
@@ -27,7 +27,6 @@ from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Images, Source
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.metrics import published, real_images
-from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
 from diffusion_pl.training.opening import Network, open_for
@@ -78,9 +77,10 @@ def look(
     """
     found = Found()
     try:
-        experiment = parts.read(task.words[0], task.words[1:])
+        experiment = parts.read(task.words[0], task.words[1:], allow=task.allow)
         settings: Settings = config.build(experiment, "trainer")
-        source: Source = config.build(experiment, "data")
+        source = trust.data_of(experiment)
+        trust.check_training(experiment)
         network = parts.meta_network(experiment)
         found.checkpoint_bytes = checkpoint_bytes(experiment, network)
     except ValueError as error:  # what follows would be about another run
@@ -130,7 +130,7 @@ def _data(source: Source, network: nn.Module, opened: dict[int, Images]) -> str:
 def _reference(experiment: Config, source: Source, opened: dict[int, Images]) -> str:
     """See that there is something to measure with and to compare with."""
     settings: Evaluation = config.build(experiment, "evaluation")
-    extractor: Extractor = config.build(experiment, "features")
+    extractor = trust.extractor_of(experiment)
     if settings.reference is not None:
         reference = published.open_reference(Path(settings.reference))
         if settings.metrics:

@@ -32,10 +32,16 @@ class Task:
     Args:
         run: the run's folder.
         words: what follows `train`: the experiment and its overrides.
+        allow: what the experiment's file is trusted with, by name.
     """
 
     run: Path
     words: tuple[str, ...]
+    allow: tuple[str, ...] = ()
+
+    def line(self) -> tuple[str, ...]:
+        """The words after `train` on a command line."""
+        return (*self.words, *(f"--allow={name}" for name in self.allow))
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def render(job: Job) -> str:
         "directives": "\n".join(f"#SBATCH {_quoted(option)}" for option in job.directives()),
         "place": shlex.quote(str(job.place)),
         "tasks": "\n".join(
-            f"  {number}) RUN={shlex.quote(str(task.run))} WORDS=({shlex.join(task.words)}) ;;"
+            f"  {number}) RUN={shlex.quote(str(task.run))} WORDS=({shlex.join(task.line())}) ;;"
             for number, task in enumerate(job.tasks)
         ),
         "python": shlex.join(job.python),
@@ -172,7 +178,11 @@ def python_of(place: Path, executable: str, container: str | None, on_gpu: bool)
 
 
 def tasks_of(
-    base: Path, words: Sequence[str], sweeps: Sequence[str], last: Sequence[str]
+    base: Path,
+    words: Sequence[str],
+    sweeps: Sequence[str],
+    last: Sequence[str],
+    allow: Sequence[str] = (),
 ) -> list[Task]:
     """The runs of a job: one, or one for every combination of the values that are swept over.
 
@@ -181,6 +191,7 @@ def tasks_of(
         words: the experiment and its overrides.
         sweeps: `key=value,value`, each with two values or more.
         last: overrides that stand after those.
+        allow: of every run.
 
     Raises:
         ValueError: names the sweep that is none.
@@ -193,11 +204,11 @@ def tasks_of(
             raise ValueError(f"--sweep: must be key=value,value (got {sweep!r}); write two or more")
         choices.append([f"{key}={value}" for value in each])
     if not choices:
-        return [Task(base, (*words, *last))]
+        return [Task(base, (*words, *last), tuple(allow))]
     tasks = []
     for chosen in itertools.product(*choices):
         name = re.sub(r"[^\w.=,+-]", "_", ",".join(chosen))
-        tasks.append(Task(base / name, (*words, *chosen, *last)))
+        tasks.append(Task(base / name, (*words, *chosen, *last), tuple(allow)))
     if len({task.run for task in tasks}) < len(tasks):
         raise ValueError(
             f"--sweep: two runs would have one folder (got {' '.join(sweeps)}); "

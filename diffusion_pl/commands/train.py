@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffusion_pl import config, ranks
-from diffusion_pl.commands import parts, runs
+from diffusion_pl.commands import parts, runs, trust
 from diffusion_pl.commands.settling import FAILED, settle
 from diffusion_pl.config import Config
 from diffusion_pl.data.readers import ReaderLost
@@ -30,7 +30,10 @@ def run(options: argparse.Namespace) -> int:
     """Train, then say where the run lies, what was measured and how to draw more."""
     bounds.end_with_parent()
     wish: Wish = options.wish
-    experiment = parts.read(options.experiment, options.overrides)
+    experiment = parts.read(
+        options.experiment, options.overrides, allow=options.allow, beside=options.start
+    )
+    trust.check_training(experiment)
     folder: Path = options.run or parts.RUNS / experiment.name
     settle(experiment, folder, options.start)
     leads = ranks.leads_run()
@@ -90,13 +93,13 @@ def build(experiment: Config) -> Experiment:
         config=experiment.tree,
         seed=experiment.get("seed"),
         settings=config.build(experiment, "trainer"),
-        data=config.build(experiment, "data"),
+        data=trust.data_of(experiment),
         network=config.build(experiment, "network"),
         objective=objective,
         optimizer=config.build(experiment, "optimizer"),
         ema=config.build(experiment, "ema"),
         sampler=parts.sampler_of(experiment, objective),
-        extractor=config.build(experiment, "features"),
+        extractor=trust.extractor_of(experiment),
         evaluation=config.build(experiment, "evaluation"),
         augment=config.build(experiment, "augment"),
     )

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusion_pl.config.annotations import described, fits, is_node, signature
+from diffusion_pl.config.registry import is_part, misplaced
 from diffusion_pl.config.targets import locate
 from diffusion_pl.config.tree import Config, ConfigError, join, nearest
 
@@ -48,7 +49,7 @@ def check(
         if isinstance(known, Mapping) and not fits(value, known[name], config.packages):
             problems.append((str(name), _wrong_type(value, known[name], "")))
         if sections is None or name in sections:
-            problems.extend(_problems(config, value, str(name), given or {}))
+            problems.extend(_problems(config, value, str(name), given or {}, str(name)))
     for name in required:
         if config.tree.get(name) is None:
             null = " (got null)" if name in config.tree else ""
@@ -62,7 +63,8 @@ def check_node(config: Config, key: str, given: Collection[str]) -> None:
     Raises:
         ConfigError: one line for each problem.
     """
-    report(config, list(_problems(config, config.get(key), key, {key: given})))
+    place = None if "." in key else key
+    report(config, list(_problems(config, config.get(key), key, {key: given}, place)))
 
 
 def report(config: Config, problems: Sequence[Problem]) -> None:
@@ -72,20 +74,34 @@ def report(config: Config, problems: Sequence[Problem]) -> None:
 
 
 def _problems(
-    config: Config, value: Any, key: str, given: Mapping[str, Collection[str]]
+    config: Config,
+    value: Any,
+    key: str,
+    given: Mapping[str, Collection[str]],
+    place: str | None,
 ) -> Iterator[Problem]:
-    """Find what is wrong with a value and with everything in it."""
+    """Find what is wrong with a value and with everything in it.
+
+    `place` is the section or the argument of a part in which the value stands, None where another
+    callable takes it.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         yield key, f"must be finite (got {value}); write a number, or null where allowed"
     elif isinstance(value, list):
         for index, child in enumerate(value):
-            yield from _problems(config, child, join(key, index), given)
+            yield from _problems(config, child, join(key, index), given, place)
     elif isinstance(value, dict):
         yield from _special(value, key)
+        ours = is_node(value) and is_part(value["_target_"])
         if is_node(value):
             yield from _node(config, value, key, given.get(key, ()))
+        if ours and place is not None:
+            what = misplaced(value["_target_"], place, value.get("_partial_") is True)
+            if what is not None:
+                yield join(key, "_target_"), what
         for name, child in value.items():
-            yield from _problems(config, child, join(key, name), given)
+            within = str(name) if ours else None if is_node(value) else place
+            yield from _problems(config, child, join(key, name), given, within)
 
 
 def _special(node: dict[Any, Any], key: str) -> Iterator[Problem]:

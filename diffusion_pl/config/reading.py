@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from diffusion_pl.config.interpolation import interpolated
-from diffusion_pl.config.targets import OWN_PACKAGES, trusted
+from diffusion_pl.config.strangers import is_strangers
+from diffusion_pl.config.targets import check_allowed, untrusted
 from diffusion_pl.config.tree import (
     Config,
     ConfigError,
@@ -27,6 +29,7 @@ from diffusion_pl.config.tree import (
 # What a value set on the command line gives as its file: make train SET="optimizer.lr=1e-4".
 OVERRIDE = "SET"
 BASE = "base"
+EXPERIMENTS = Path("experiments")
 
 _MAX_BYTES = 1_000_000
 # The parser recurses in C and takes the process down at some 40,000 levels, so what may open a
@@ -35,7 +38,7 @@ _MAX_OPENINGS = 5_000
 _OPENING = re.compile(r"[\[{]|[-?:]\s")
 
 
-def experiments(folder: Path = Path("experiments")) -> dict[str, str]:
+def experiments(folder: Path = EXPERIMENTS) -> dict[str, str]:
     """List the experiments without parsing, building or importing anything.
 
     Returns:
@@ -56,7 +59,12 @@ def experiments(folder: Path = Path("experiments")) -> dict[str, str]:
 
 
 def load(
-    name_or_path: str | Path, overrides: Sequence[str] = (), folder: Path = Path("experiments")
+    name_or_path: str | Path,
+    overrides: Sequence[str] = (),
+    folder: Path = EXPERIMENTS,
+    *,
+    allow: Sequence[str] = (),
+    beside: Path | None = None,
 ) -> Config:
     """Read an experiment: its defaults, its own keys over them, the overrides over both.
 
@@ -68,6 +76,8 @@ def load(
         overrides: `dotted.key=value`, the value written as in YAML. The outer keys are set before
             the inner ones and a `_target_` before its arguments, whatever their order.
         folder: where experiments are looked up by name.
+        allow: what a file that others may have made is trusted with, by name; see `strangers`.
+        beside: the run or checkpoint that training starts from: what lies with it is of others.
 
     Returns:
         The resolved configuration; nothing is imported or checked against signatures yet.
@@ -78,9 +88,13 @@ def load(
     file = _file(str(name_or_path), folder)
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for path, own in _lineage(file, ()).items():
+    lineage = _lineage(file, ())
+    for path, own in lineage.items():
         _merge(tree, own, "", path, origins)
-    return _overridden(Config(file.stem, file.as_posix(), tree, origins), overrides)
+    check_allowed(allow)
+    theirs = any(is_strangers(Path(path), folder, beside) for path in lineage)
+    packages = (*allow, *_named(overrides)) if theirs else None
+    return _overridden(Config(file.stem, file.as_posix(), tree, origins, packages), overrides)
 
 
 def load_resolved(
@@ -91,22 +105,19 @@ def load_resolved(
     Args:
         tree: the plain containers; nothing in them is interpolated.
         source: the file they come from, for messages.
-        allow: top-level packages the user trusts beside this one and torch.optim.
-        overrides: as for `load`; what they name must be trusted too.
+        allow: what the user trusts by name beside the parts of this package.
+        overrides: as for `load`; they are the user's own and may name anything.
 
     Raises:
-        ConfigError: a `_target_` outside the trusted packages, or a tree that `load` cannot make.
+        ConfigError: a `_target_` that is not trusted, or a tree that `load` cannot make.
     """
-    packages = (*OWN_PACKAGES, *allow)
+    check_allowed(allow)
+    packages = (*allow, *_named(overrides))
     config = finished(Config(Path(source).stem, source, plain(tree, source), packages=packages))
     config = _overridden(config, overrides)
     for key, value in leaves(config.tree):
-        if "_target_" in key.split(".") and not trusted(value, packages):
-            raise config.error(
-                key,
-                f"is outside the trusted packages {', '.join(packages)} (got {value!r}); allow "
-                "its top-level package by name if you trust whoever wrote this file",
-            )
+        if "_target_" in key.split(".") and (reason := untrusted(value, packages)):
+            raise config.error(key, reason)
     return config
 
 
@@ -235,6 +246,19 @@ def _pair(text: str) -> tuple[list[str], Any]:
     where = f"{OVERRIDE}: {key.strip()}"
     parsed = _parsed(written, _from_override, where)
     return parts, plain(parsed, where)["value"]
+
+
+def _named(overrides: Sequence[str]) -> Iterator[str]:
+    """The callables that overrides name, as they are written: no reference to what others wrote.
+
+    Python's own library has no part of an experiment, but all that a pasted line would start.
+    """
+    for parts, value in map(_pair, overrides):
+        for key, named in leaves({parts[-1]: value}):
+            if "_target_" not in key.split(".") or not isinstance(named, str) or "${" in named:
+                continue
+            if named.partition(".")[0] not in sys.stdlib_module_names:
+                yield named
 
 
 def _from_override(written: str) -> Any:

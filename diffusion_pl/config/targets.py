@@ -1,16 +1,16 @@
-"""Callables from dotted paths, and which packages an untrusted configuration may name."""
+"""Callables from dotted paths, and which of them an untrusted configuration may name."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from diffusion_pl.config.registry import OPTIMIZERS, PACKAGE, PARTS, is_optimizer, is_part
 from diffusion_pl.config.tree import nearest
-
-OWN_PACKAGES = ("diffusion_pl", "torch.optim")
 
 
 def locate(target: object, packages: Sequence[str] | None = None) -> Callable[..., Any]:
@@ -18,15 +18,16 @@ def locate(target: object, packages: Sequence[str] | None = None) -> Callable[..
 
     Args:
         target: such as `diffusion_pl.objectives.edm.EDM`.
-        packages: where it must come from; None for anywhere.
+        packages: None for a user's own configuration, which may name anything. Otherwise only the
+            parts of this package's closed list, torch's optimizers and what lies in these packages.
 
     Raises:
         ValueError: what is wrong with the path, as the end of an error line.
     """
     if not isinstance(target, str) or not all(target.split(".")) or "." not in target:
         raise ValueError(f"must be the dotted path of a class or function (got {target!r})")
-    if packages is not None and not trusted(target, packages):
-        raise ValueError(f"is outside the trusted packages {', '.join(packages)} (got {target!r})")
+    if packages is not None and (reason := untrusted(target, packages)):
+        raise ValueError(reason)
     found, rest = _module(target)
     for part in rest:
         try:
@@ -37,16 +38,64 @@ def locate(target: object, packages: Sequence[str] | None = None) -> Callable[..
             raise ValueError(f"{where} has no {part!r}{nearest(part, public)}") from error
     if not callable(found):
         raise ValueError(f"{target} is not a class or function (it is a {type(found).__name__})")
-    home = getattr(found, "__module__", None)
-    # diffusion_pl.cli.os.system begins with a trusted name and ends outside.
-    if packages is not None and not _inside(home, packages):
-        raise ValueError(f"{target} is defined in {home}, outside {', '.join(packages)}")
+    if packages is not None:
+        _refuse_foreign(target, found, packages)
     return found
 
 
-def trusted(target: object, packages: Sequence[str]) -> bool:
-    """Tell whether a dotted path lies within one of the packages, and is public."""
-    return _inside(target, packages) and "._" not in str(target)
+def untrusted(target: object, packages: Sequence[str]) -> str | None:
+    """Why a configuration of others may not name a dotted path; None where it may.
+
+    Args:
+        target: as written.
+        packages: allowed by name.
+    """
+    if is_part(target) or target in packages:
+        return None
+    if _inside(target, packages) and "._" not in str(target):
+        return None
+    if _inside(target, [PACKAGE]):
+        return (
+            f"is outside {PACKAGE}'s parts, and a file that others may have made builds those "
+            f"alone (got {target!r})"
+        )
+    trusted = ", ".join([PACKAGE, OPTIMIZERS, *packages])
+    return (
+        f"is outside the trusted packages {trusted} (got {target!r}); allow its top-level package "
+        f"by name if you trust whoever wrote this file: --allow {str(target).partition('.')[0]}"
+    )
+
+
+def check_allowed(packages: Sequence[str]) -> None:
+    """See that what is allowed by name is not this package, whose parts are known.
+
+    Raises:
+        ValueError: it is.
+    """
+    for package in packages:
+        if _inside(package, [PACKAGE]):
+            raise ValueError(
+                f"--allow: the parts of {PACKAGE} are known, the rest of it starts commands and "
+                f"writes files (got {package!r}); allow the package that the file needs"
+            )
+
+
+def _refuse_foreign(target: str, found: Any, packages: Sequence[str]) -> None:
+    """Refuse what is reached through a trusted name and is something else.
+
+    Raises:
+        ValueError: in torch.optim no optimizer, or defined in a package that is not allowed.
+    """
+    home = getattr(found, "__module__", None)
+    if is_optimizer(target):
+        from torch.optim import Optimizer  # asked for what is torch's: it is imported
+
+        kind = inspect.isclass(found) and issubclass(found, Optimizer) and found is not Optimizer
+        if not kind or not _inside(home, [OPTIMIZERS]):
+            raise ValueError(f"{target} is no optimizer, and nothing else of {OPTIMIZERS} is known")
+    # mypackage.os.system begins with an allowed name and ends outside.
+    elif target not in PARTS and target not in packages and not _inside(home, packages):
+        raise ValueError(f"{target} is defined in {home}, outside {', '.join(packages)}")
 
 
 def _inside(path: object, packages: Sequence[str]) -> bool:

@@ -25,8 +25,9 @@ class Config:
     """A resolved experiment: plain dicts, lists and scalars, and the file behind every key.
 
     `file` is the experiment's own file. `origins` maps a dotted key to the file that set it and
-    everything below it, where that is not the file that set its parent. `packages` are those a
-    `_target_` may come from; None means any, for a user's own YAML.
+    everything below it, where that is not the file that set its parent. `packages` is None for a
+    user's own YAML, which may name anything; for a file that others may have made, what beside the
+    parts of this package is trusted by name: packages, callables, addresses, folders.
     """
 
     name: str

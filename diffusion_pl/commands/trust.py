@@ -1,0 +1,128 @@
+"""What a configuration that others may have made may not do by the values of its parts.
+
+Its parts are known (`config.registry`), yet some of them reach beyond the run: an address is
+fetched, a folder is written, a file of TorchScript runs. These are asked for where they are used,
+so that a run of one's own opens without a word; whoever trusts the file says so by `--allow`, or
+writes the value as an override, which is the user's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from diffusion_pl import config
+from diffusion_pl.config import Config
+from diffusion_pl.config.reading import OVERRIDE
+from diffusion_pl.config.registry import is_part
+from diffusion_pl.data.remote import is_remote
+from diffusion_pl.data.shards import Shards
+from diffusion_pl.data.source import Source
+from diffusion_pl.metrics.features import Extractor
+
+
+def data_of(experiment: Config) -> Source:
+    """The experiment's data, to be prepared and read.
+
+    Raises:
+        ConfigError: as `check_data`.
+    """
+    check_data(experiment)
+    source: Source = config.build(experiment, "data")
+    if experiment.packages is not None and isinstance(source, Shards):
+        # Made at the word of whoever uses it: what is there is read, what is not is told.
+        return dataclasses.replace(source, made_of=None)
+    return source
+
+
+def extractor_of(experiment: Config) -> Extractor:
+    """The experiment's extractor of features, its weights read.
+
+    Raises:
+        ConfigError: as `check_features`.
+    """
+    check_features(experiment)
+    extractor: Extractor = config.build(experiment, "features")
+    return extractor
+
+
+def check_training(experiment: Config) -> None:
+    """See that a training reads and tells what it may, before its folder is made.
+
+    Raises:
+        ConfigError: a file of others names Weights & Biases, which sends what is logged, or as
+            `check_data` and `check_features`.
+    """
+    check_data(experiment)
+    check_features(experiment)
+    if "wandb" in (experiment.get("trainer").get("loggers") or ()):
+        _require(experiment, "trainer.loggers", "wandb", "sends what is logged to others")
+
+
+def check_data(experiment: Config) -> None:
+    """See that nothing is fetched, or kept elsewhere, at the word of a file of others.
+
+    Raises:
+        ConfigError: it names an address, or a folder outside the present one for what is fetched.
+    """
+    node = experiment.get("data")
+    path = str(node.get("path", ""))
+    if is_part(node.get("_target_")) and is_remote(path):
+        _require(experiment, "data.path", path, "is an address, and nothing is fetched")
+        _require_folder(experiment, "data.cache_folder", str(node.get("cache_folder", ".")))
+
+
+def check_features(experiment: Config) -> None:
+    """See that no weights run when they are read at the word of a file of others.
+
+    Raises:
+        ConfigError: it names some.
+    """
+    node = experiment.get("features")
+    weights = node.get("weights")
+    if weights is not None and str(node.get("name")).startswith("clip-"):
+        _require(experiment, "features.weights", weights, "is TorchScript, which runs when read,")
+
+
+def check_guide(experiment: Config) -> None:
+    """See that a guide, itself a run, is trusted with no more than the run is.
+
+    Raises:
+        ConfigError: its `allow` names more.
+    """
+    node = experiment.get("evaluation").get("guide")
+    if node is None or not is_part(node.get("_target_")):
+        return
+    for package in node.get("allow") or ():
+        _require(experiment, "evaluation.guide.allow", package, "is trusted by no one here")
+
+
+def _require(experiment: Config, key: str, value: str, what: str) -> None:
+    """See that a value is the user's own, or allowed by name.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if experiment.packages is None or experiment.origin(key) == OVERRIDE:
+        return
+    # Addresses are chained by ::, and the last decides.
+    inside = "::" not in value and any(
+        value.startswith(f"{each.rstrip('/')}/") for each in experiment.packages
+    )
+    if not inside and value not in experiment.packages:
+        raise experiment.error(
+            key,
+            f"{what} at the word of a file that others may have made (got {value!r}); if you "
+            f"trust it: --allow {value}, or set {key} yourself",
+        )
+
+
+def _require_folder(experiment: Config, key: str, folder: str) -> None:
+    """See that a folder to write in lies in the present one, or is the user's own.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    plain = os.path.normpath(folder)
+    if os.path.isabs(plain) or plain.split(os.sep)[0] == os.pardir:
+        _require(experiment, key, plain, "is written to, and would be")

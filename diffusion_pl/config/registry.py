@@ -1,0 +1,161 @@
+"""The closed list: what an experiment may be made of, by the place where it may stand.
+
+A place is a section of an experiment, or an argument of a part, such as `schedule`. A
+configuration that others may have made builds what is listed here and nothing else of this package,
+whose command line, downloads, readers and writers are callables too; see docs/checkpoints.md. A new
+part is a line here; tests/test_registry.py walks the package for parts that lack theirs.
+
+Paths are compared as they are written: a part reached through another module is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+PACKAGE = "diffusion_pl"
+OPTIMIZERS = "torch.optim"
+
+
+def _of(module: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{PACKAGE}.{module}.{name}" for name in names)
+
+
+_OBJECTIVES = (
+    *_of("diffusion.objective", "Objective"),
+    *_of("diffusion.uncertainty", "LearnedUncertainty"),
+    *_of("objectives.ddpm", "DDPM", "DDPMBound", "VariationalBound"),
+    *_of("objectives.edm", "EDM"),
+    *_of("objectives.edm_iddpm", "IDDPM"),
+    *_of("objectives.improved_ddpm", "Hybrid", "ImportanceSampled"),
+    *_of("objectives.improved_ddpm", "ImprovedDDPM", "ImprovedDDPMBound", "ImprovedDDPMSimple"),
+    *_of("objectives.rectified_flow", "RectifiedFlow"),
+    *_of("objectives.simple_diffusion", "SimpleDiffusion"),
+    *_of("objectives.simpler_diffusion", "SimplerDiffusion"),
+    *_of("objectives.ve", "VE"),
+    *_of("objectives.vp", "VP"),
+)
+_TIMESTEPS = _of("diffusion.timesteps", "CosineBetas", "LinearBetas", "Timesteps")
+_SAMPLERS = (*_of("samplers.sampler", "Sampler"), *_of("samplers.pyramid", "PyramidSampler"))
+
+# What a node makes where it stands.
+MADE: Mapping[str, tuple[str, ...]] = {
+    "data": (
+        *_of("data.cifar10", "CIFAR10"),
+        *_of("data.folder", "ImageFolder"),
+        *_of("data.shards", "Shards"),
+        *_of("data.synthetic", "Synthetic"),
+    ),
+    "crop": _of("data.crops", "Crop"),
+    "made_of": _of("data.prepare", "Request"),
+    "source": _of("data.originals", "Asked"),
+    "recipe": _of("data.recipe", "Recipe"),
+    "augment": _of("data.augment", "NonLeaky"),
+    "network": (
+        *_of("networks.adm", "ADM"),
+        *_of("networks.ddpm_unet", "DDPMUNet"),
+        *_of("networks.simple_unet", "SimpleUNet"),
+        *_of("networks.song_unet", "SongUNet"),
+        *_of("networks.uvit", "UViT"),
+    ),
+    "objective": _OBJECTIVES,
+    "preconditioning": (
+        *_of("diffusion.preconditioning", "Karras"),
+        *_of("objectives.ddpm", "PredictImage", "PredictNoise", "PredictVelocity"),
+        *_of("objectives.edm_iddpm", "NoiseOnTable"),
+        *_of("objectives.rectified_flow", "PredictFlow"),
+        *_of("objectives.simple_diffusion", "PredictVelocity"),
+        *_of("objectives.ve", "NoiseUnscaled"),
+        *_of("objectives.vp", "NoiseInTime"),
+    ),
+    "weight": (
+        *_of("diffusion.objective", "NoiseError", "UnitOutput"),
+        *_of("diffusion.weights", "ImageError", "MinSNR", "SoftMinSNR"),
+        *_of("objectives.rectified_flow", "FlowError"),
+        *_of("objectives.simpler_diffusion", "SigmoidBound"),
+    ),
+    "reduce": _of("objectives.simple_diffusion", "Multiscale"),
+    "chain": _of("objectives.likelihood", "ReverseChain"),
+    "timesteps": _TIMESTEPS,
+    "schedule": (
+        *_TIMESTEPS,
+        *_of("diffusion.paths", "Along"),
+        *_of("diffusion.schedules", "LogNormal", "LogUniform", "Rho"),
+        *_of("objectives.edm_iddpm", "Rounded", "RoundedRho"),
+        *_of("objectives.shifted_cosine", "InterpolatedCosine", "ShiftedCosine"),
+    ),
+    "path": (
+        *_of("diffusion.paths", "Linear", "VarianceExploding", "VariancePreserving"),
+        *_of("diffusion.paths", "preserving_between"),
+        *_of("objectives.rectified_flow", "Straight"),
+    ),
+    "spacing": _of("diffusion.spacings", "DDIMQuadratic", "DDIMUniform", "IDDPMSteps", "Respaced"),
+    "sampler": _SAMPLERS,
+    "base": _of("samplers.sampler", "Sampler"),
+    "ema": _of("training.ema", "EMA"),
+    "features": _of("metrics.features", "load"),
+    "evaluation": (*_of("evaluation", "Evaluation"), *_of("evaluation.settings", "Evaluation")),
+    "metrics": (
+        *_of("metrics.density_coverage", "DensityCoverage"),
+        *_of("metrics.frechet", "Frechet"),
+        *_of("metrics.inception_score", "InceptionScore"),
+        *_of("metrics.kernel", "Kernel"),
+        *_of("metrics.precision_recall", "PrecisionRecall"),
+    ),
+    "guide": _of("commands.runs", "guide"),
+    "trainer": _of("training.settings", "Settings"),
+}
+
+# What is handed on to be called later, by `_partial_: true`; optimizers of torch are, too.
+HANDED_ON: Mapping[str, tuple[str, ...]] = {
+    "integrate": (
+        *_of("samplers.ancestral", "ancestral"),
+        *_of("samplers.deis", "deis"),
+        *_of("samplers.dpmpp_2m", "dpmpp_2m"),
+        *_of("samplers.dpmpp_3m", "dpmpp_3m"),
+        *_of("samplers.euler", "euler"),
+        *_of("samplers.generalised", "generalised"),
+        *_of("samplers.heun", "heun"),
+        *_of("samplers.unipc", "unipc"),
+    ),
+    "nearest": _of("objectives.edm_iddpm", "nearest"),
+    "reduce": _of("diffusion.objective", "pixel_mean", "pixel_sum"),
+    "spacing": (
+        *_of("diffusion.schedules", "uniform"),
+        *_of("objectives.shifted_cosine", "above_zero"),
+    ),
+    "optimizer": (),
+}
+
+PLACES = (*MADE, *(place for place in HANDED_ON if place not in MADE))
+PARTS = frozenset(part for table in (MADE, HANDED_ON) for parts in table.values() for part in parts)
+
+
+def is_part(target: object) -> bool:
+    """Tell whether a dotted path is on the list; of torch's optimizers only the path is known."""
+    return isinstance(target, str) and (target in PARTS or is_optimizer(target))
+
+
+def is_optimizer(target: object) -> bool:
+    """Tell whether a dotted path lies in torch's optimizers; what it names is to be seen."""
+    return isinstance(target, str) and target.startswith(f"{OPTIMIZERS}.") and "._" not in target
+
+
+def misplaced(target: str, place: str, partial: bool) -> str | None:
+    """What is wrong with a part where it stands, as the end of an error line; None: nothing.
+
+    Args:
+        target: on the list.
+        place: the section or argument.
+        partial: whether the node hands it on.
+    """
+    if place not in PLACES:
+        return None
+    made, handed_on = MADE.get(place, ()), HANDED_ON.get(place, ())
+    if place == "optimizer" and is_optimizer(target):
+        handed_on = (target,)
+    if target in made:
+        return f"{target} is called here; remove `_partial_: true`" if partial else None
+    if target in handed_on:
+        return None
+    fitting = ", ".join(part.rpartition(".")[2] for part in (*made, *handed_on)) or OPTIMIZERS
+    return f"{target} is no {place}; take one of {fitting}, or your own"

@@ -1,0 +1,221 @@
+"""The closed list of parts: all that an experiment needs, and nothing that reaches further."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion_pl import config
+from diffusion_pl.config import Config, ConfigError
+from diffusion_pl.config.registry import HANDED_ON, MADE, PARTS, is_part, misplaced
+from diffusion_pl.config.targets import locate, untrusted
+from diffusion_pl.diffusion.objective import TrainingObjective
+from diffusion_pl.diffusion.preconditioning import Coefficients
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "diffusion_pl"
+# Parts that stand outside the mathematics, the data and the metrics.
+ELSEWHERE = {
+    "diffusion_pl.commands.runs.guide",
+    "diffusion_pl.evaluation.Evaluation",
+    "diffusion_pl.evaluation.settings.Evaluation",
+    "diffusion_pl.training.ema.EMA",
+    "diffusion_pl.training.settings.Settings",
+}
+ROOMS = ("data", "diffusion", "metrics", "networks", "objectives", "samplers")
+
+
+def name_of(file: Path) -> str:
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def nodes(value: Any, place: str) -> Iterator[tuple[str, str, bool]]:
+    """Every target below a section, with its place and whether it is handed on."""
+    if isinstance(value, list):
+        for child in value:
+            yield from nodes(child, place)
+    elif isinstance(value, dict):
+        ours = "_target_" in value
+        if ours:
+            yield value["_target_"], place, value.get("_partial_") is True
+        for name, child in value.items():
+            yield from nodes(child, str(name) if ours else place)
+
+
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
+def test_every_experiment_is_made_of_parts_that_stand_in_their_places(file):
+    for section, value in config.load(str(file)).tree.items():
+        for target, place, partial in nodes(value, section):
+            assert is_part(target)
+            assert misplaced(target, place, partial) is None
+
+
+def test_what_the_importers_write_is_made_of_parts():
+    written = re.compile(r'"(diffusion_pl(?:\.\w+)+\.\w+)"')
+    texts = [file.read_text() for file in (PACKAGE / "interop").glob("*.py")]
+    found = [name for text in texts for name in written.findall(text)]
+    assert len(found) >= 15
+    modules = {name_of(file) for file in PACKAGE.rglob("*.py")}
+    assert not [name for name in found if name not in modules and not is_part(name)]
+
+
+@pytest.mark.parametrize("part", sorted(PARTS))
+def test_every_part_is_there_and_is_this_packages_own(part):
+    found = locate(part, ())
+    assert found.__module__.startswith("diffusion_pl.")
+    assert found.__module__.split(".")[1] in ROOMS or part in ELSEWHERE
+
+
+def place_of(found: Any) -> str | None:
+    """The place that a class or function of this package has the form of, None for none."""
+    members = set(dir(found))
+    if inspect.isclass(found):
+        if issubclass(found, nn.Module) and {"check_resolution", "forward"} <= members:
+            return "network"
+        if {"prepare", "open", "resolution"} <= members:
+            return "data"
+        if {"wants_features", "build"} <= members:
+            return "metrics"
+        if {"loss", "denoiser", "schedule", "preconditioning"} <= members | set(fields(found)):
+            return "objective"
+        if {"sigma", "slope", "time"} <= members:
+            return "path"
+        call = vars(found).get("__call__")
+        if call is None:
+            return None
+        wanted = list(inspect.signature(call).parameters)[1:]
+        returned = inspect.signature(call, eval_str=True).return_annotation
+        if wanted == ["sigma"]:
+            return "preconditioning" if returned is Coefficients else "weight"
+        return {("u",): "schedule", ("steps",): "spacing", ("error",): "reduce"}.get(tuple(wanted))
+    parameters = list(inspect.signature(found).parameters)
+    if parameters[:4] == ["denoise", "x", "sigmas", "randn_like"]:
+        return "integrate"
+    returned = inspect.signature(found, eval_str=True).return_annotation
+    if returned is torch.Tensor and parameters in (["error"], ["steps"]):
+        return {"error": "reduce", "steps": "spacing"}[parameters[0]]
+    if inspect.isclass(returned) and place_of(returned) == "objective":
+        return "objective"
+    return None
+
+
+def fields(kind: type) -> dict[str, Any]:
+    return getattr(kind, "__dataclass_fields__", {})
+
+
+def test_the_walk_knows_the_forms():
+    from diffusion_pl.samplers.heun import heun
+
+    assert place_of(heun) == "integrate"
+    assert place_of(TrainingObjective) == "objective"
+
+
+def test_every_part_of_the_package_is_on_the_list():
+    """A network, sampler, schedule, ... that is not listed could be trained and never opened."""
+    lacking = []
+    for room in ROOMS:
+        for file in sorted((PACKAGE / room).glob("*.py")):
+            module = importlib.import_module(name_of(file))
+            for name, found in vars(module).items():
+                own = getattr(found, "__module__", None) == module.__name__
+                if name.startswith("_") or not own or not callable(found):
+                    continue
+                if getattr(found, "_is_protocol", False) or not hasattr(found, "__qualname__"):
+                    continue
+                place = place_of(found)
+                listed = (*MADE.get(place or "", ()), *HANDED_ON.get(place or "", ()))
+                if place and f"{module.__name__}.{name}" not in listed:
+                    lacking.append(f"{place}: {module.__name__}.{name}")
+    assert not lacking
+
+
+def test_everything_else_of_the_package_is_refused():
+    """The command line, downloads, writers, readers of settings and all other functions."""
+    refused = []
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                target = f"{name_of(file)}.{node.name}"
+                if target not in PARTS:
+                    assert untrusted(target, ()), target
+                    refused.append(target)
+    assert {
+        "diffusion_pl.cli.main",
+        "diffusion_pl.commands.train.run",
+        "diffusion_pl.config.reading.load",
+        "diffusion_pl.data.download.fetch",
+        "diffusion_pl.data.prepare.prepare",
+        "diffusion_pl.metrics.inception.download",
+        "diffusion_pl.training.writing.write_atomically",
+    } <= set(refused)
+    assert len(refused) > 300
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        (
+            {"sampler": {"_target_": "diffusion_pl.networks.adm.ADM", "resolution": 8}},
+            "sampler._target_: diffusion_pl.networks.adm.ADM is no sampler; take one of "
+            "Sampler, PyramidSampler, or your own",
+        ),
+        (
+            {
+                "sampler": {
+                    "_target_": "diffusion_pl.samplers.sampler.Sampler",
+                    "schedule": {"_target_": "diffusion_pl.diffusion.paths.Linear"},
+                    "integrate": {
+                        "_target_": "diffusion_pl.samplers.heun.heun",
+                        "_partial_": True,
+                    },
+                    "steps": 3,
+                }
+            },
+            "sampler.schedule._target_: diffusion_pl.diffusion.paths.Linear is no schedule",
+        ),
+        (
+            {"evaluation": {"_target_": "diffusion_pl.evaluation.Evaluation", "every": 1,
+                            "metrics": [{"_target_": "diffusion_pl.objectives.edm.EDM"}]}},
+            "evaluation.metrics.0._target_: diffusion_pl.objectives.edm.EDM is no metrics",
+        ),
+        (
+            {"network": {"_target_": "torch.optim.Adam", "_partial_": True}},
+            "network._target_: torch.optim.Adam is no network",
+        ),
+        (
+            {"ema": {"_target_": "diffusion_pl.training.ema.EMA", "half_life": 1,
+                     "_partial_": True}},
+            "ema._target_: diffusion_pl.training.ema.EMA is called here; remove `_partial_: true`",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("packages", [None, ()])
+def test_a_part_where_another_is_expected_is_told(tree, says, packages):
+    loaded = Config("x", "x.yaml", tree, packages=packages)
+    with pytest.raises(ConfigError) as error:
+        config.check(loaded)
+    assert f"x.yaml: {says}" in str(error.value)
+    with pytest.raises(ConfigError, match="_target_"):
+        config.build(loaded, next(iter(tree)))
+
+
+def test_every_optimizer_of_torch_is_a_part():
+    whole = torch.optim.Optimizer
+    classes = {name: each for name, each in vars(torch.optim).items() if inspect.isclass(each)}
+    optimizers = [n for n, each in classes.items() if issubclass(each, whole) and each != whole]
+    assert len(optimizers) > 10
+    for name in optimizers:
+        assert locate(f"torch.optim.{name}", ()) is getattr(torch.optim, name)
