@@ -156,7 +156,7 @@ def test_a_config_read_back_may_not_name_other_packages(target: object) -> None:
     ],
 )
 def test_a_trusted_name_is_no_way_to_anything_else(target: str) -> None:
-    with pytest.raises(ConfigError, match=r"^last\.ckpt: a\._target_: is outside diffusion_pl's parts"):
+    with pytest.raises(ConfigError, match=r"^last\.ckpt: a\._target_: is outside diffusion_pl"):
         config.load_resolved({"a": {"_target_": target}}, "last.ckpt")
     with pytest.raises(ConfigError, match="is outside diffusion_pl's parts"):
         config.build(Config("x", "x", {"a": {"_target_": target}}, packages=()), "a")
@@ -164,7 +164,7 @@ def test_a_trusted_name_is_no_way_to_anything_else(target: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["adam.cast", "Optimizer", "optimizer.Optimizer", "lr_scheduler.LambdaLR", "swa_utils.update_bn"],
+    ["adam.cast", "Optimizer", "adam.Optimizer", "lr_scheduler.LambdaLR", "swa_utils.update_bn"],
 )
 def test_of_torchs_optimizers_only_optimizers_are_built(name: str) -> None:
     tree = {"optimizer": {"_target_": f"torch.optim.{name}", "_partial_": True}}
@@ -212,7 +212,7 @@ def test_an_override_lends_no_trust_to_what_others_wrote() -> None:
             config.load_resolved(tree, "last.ckpt", overrides=words)
 
 
-@pytest.mark.parametrize("name", ["diffusion_pl", "diffusion_pl.cli", "diffusion_pl.commands.train"])
+@pytest.mark.parametrize("name", ["diffusion_pl", "diffusion_pl.cli", "diffusion_pl.cli.main"])
 def test_this_package_cannot_be_allowed_as_a_whole(name: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=rf"^--allow: .*got '{name}'"):
         config.load_resolved({"a": 1}, "last.ckpt", allow=[name])
