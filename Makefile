@@ -14,7 +14,7 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## make .venv and install, once; again only when the requirements change
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	@test -x $(RUN_PYTHON) || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

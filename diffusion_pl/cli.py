@@ -99,7 +99,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         everything.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides.extend(rest)
+    if options.command == "check":  # several experiments, and overrides of all of them
+        words = [options.experiment, *options.overrides]
+        options.experiments = [word for word in words if "=" not in word]
+        options.overrides = [word for word in words if "=" in word]
+    try:
+        for name, value in vars(options).items():
+            setattr(options, name, _at_home(value, name))
+    except ValueError as error:
+        everything.error(str(error))
     return options
+
+
+def _at_home(value: object, name: str) -> object:
+    """A path, or a list of them, with the home folder for ~: a shell leaves that of --run=~/x."""
+    if isinstance(value, list):
+        return [_at_home(each, name) for each in value]
+    if not isinstance(value, str | Path) or not str(value).startswith("~"):
+        return value
+    from diffusion_pl.config.words import at_home  # help answers without it
+
+    return type(value)(at_home(str(value), name))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -113,7 +133,8 @@ def parser() -> argparse.ArgumentParser:
     _add_prepare(parts["prepare"])
     measuring.add_upkeep(parts["verify"], parts["convert"])
     for name in ("train", "launch", "check"):
-        parts[name].add_argument("experiment", help="a name in experiments/, or a YAML file")
+        several = ", or several" if name == "check" else ""
+        parts[name].add_argument("experiment", help=f"a name, or a YAML file anywhere{several}")
         parts[name].add_argument(
             "overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-4"
         )
@@ -121,6 +142,9 @@ def parser() -> argparse.ArgumentParser:
     parts["train"].add_argument("--run", type=Path, help="the run's folder (runs/EXPERIMENT)")
     parts["train"].add_argument(
         "--from", type=Path, dest="start", metavar="RUN", help="start from its weights: fine-tune"
+    )
+    parts["experiments"].add_argument(
+        "--all", action="store_true", help="those of the package too, where there is experiments/"
     )
     measuring.add_launch(parts["launch"])
     drawing = "sample evaluate progressive interpolate enlarge invert likelihood"

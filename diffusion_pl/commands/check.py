@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -20,8 +21,33 @@ FAILURES: tuple[type[Exception], ...] = ()
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print parameters, batch and resolution arithmetic, budget, noise range, sampler's sizes."""
-    experiment = parts.read(options.experiment, options.overrides, allow=options.allow)
+    """Print parameters, batch and resolution arithmetic, budget, noise range, sampler's sizes.
+
+    Of several experiments every one is looked at, whatever is wrong with those before.
+    """
+    wrong = []
+    for name in options.experiments:
+        if len(options.experiments) > 1:
+            print(f"{name}:")
+        try:
+            for title, text in meaning(name, options.overrides, options.allow):
+                print(f"{title:8} {text}")
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n".join(dict.fromkeys(wrong)))
+    return 0
+
+
+def meaning(
+    name: str, overrides: Sequence[str], allow: Sequence[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """What an experiment means, by title.
+
+    Raises:
+        ConfigError: everything that is wrong, a line each.
+    """
+    experiment = parts.read(name, overrides, allow=allow)
     objective: TrainingObjective = config.build(experiment, "objective")
     network = parts.meta_network(experiment)
     for title, text in [
@@ -34,8 +60,7 @@ def run(options: argparse.Namespace) -> int:
         ("pyramid", _pyramid(experiment, objective, network)),
     ]:
         if text:
-            print(f"{title:8} {text}")
-    return 0
+            yield title, text
 
 
 def _network(experiment: Config, network: nn.Module) -> str:

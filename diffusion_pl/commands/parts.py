@@ -30,10 +30,10 @@ REFERENCES = Path("data/references")
 SECTIONS: dict[str, Any] = {
     "seed": int,
     "data": Source,
-    "augment": Any,
+    "augment": Callable[..., Any] | None,
     "network": nn.Module,
     "objective": TrainingObjective,
-    "optimizer": Any,
+    "optimizer": Callable[..., Any],
     "ema": EMA,
     "sampler": Sampler | PyramidSampler,
     "features": Extractor,

@@ -2,12 +2,20 @@
 
 from diffusion_pl.config.binding import check
 from diffusion_pl.config.building import build
-from diffusion_pl.config.reading import experiments, load, load_resolved
+from diffusion_pl.config.reading import (
+    EXPERIMENTS,
+    all_experiments,
+    experiments,
+    load,
+    load_resolved,
+)
 from diffusion_pl.config.tree import Config, ConfigError, differences, dump
 
 __all__ = [
+    "EXPERIMENTS",
     "Config",
     "ConfigError",
+    "all_experiments",
     "build",
     "check",
     "differences",

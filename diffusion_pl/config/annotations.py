@@ -210,12 +210,18 @@ def _made(node: dict[str, Any], kind: Any, packages: Sequence[str] | None) -> bo
 
 def described(annotation: Any) -> str:
     """Say what an annotation wants of a YAML value."""
+    members = _members(annotation)
+    if len(members) > 1:
+        said = ["null" if each is types.NoneType else described(each) for each in members]
+        return " or ".join(sorted(said, key=lambda words: words.startswith("a node")))
     if origin(annotation) is typing.Literal:
         return f"one of {', '.join(map(repr, typing.get_args(annotation)))}"
     text = inspect.formatannotation(annotation).replace("NoneType", "None")
     kind = origin(annotation)
     only_node = inspect.isclass(kind) and kind.__module__ not in ("builtins", "pathlib", "os")
     containers = (*_LISTS, *_MAPPINGS)
+    if kind is collections.abc.Callable and typing.get_args(annotation) == (..., Any):
+        return "a node with _target_"
     if kind is collections.abc.Callable or (only_node and kind not in containers):
         return f"a node with _target_ that makes {text}"
     return text

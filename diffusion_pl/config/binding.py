@@ -11,7 +11,7 @@ from typing import Any
 from diffusion_pl.config.annotations import described, fits, is_node, signature
 from diffusion_pl.config.registry import is_part, misplaced
 from diffusion_pl.config.targets import locate
-from diffusion_pl.config.tree import Config, ConfigError, join, nearest
+from diffusion_pl.config.tree import Config, ConfigError, join, names, nearest
 
 SPECIAL = ("_target_", "_partial_")
 
@@ -44,7 +44,7 @@ def check(
     problems: list[Problem] = []
     for name, value in config.tree.items():
         if known is not None and name not in known:
-            problems.append((str(name), f"unknown section{nearest(name, known)}"))
+            problems.append((str(name), f"unknown section{_within(config.tree, str(name), known)}"))
             continue
         if isinstance(known, Mapping) and not fits(value, known[name], config.packages):
             problems.append((str(name), _wrong_type(value, known[name], "")))
@@ -73,35 +73,69 @@ def report(config: Config, problems: Sequence[Problem]) -> None:
         raise ConfigError("\n".join(str(config.error(key, what)) for key, what in problems))
 
 
+def _within(tree: Mapping[str, Any], name: str, known: Collection[str]) -> str:
+    """End an error line with the keys that lie deeper under this name, else the likeliest."""
+    found = [key for key in _keys(tree) if key.rpartition(".")[2] == name and "." in key]
+    return nearest(found[0], found[:3], count=3) if found else nearest(name, known)
+
+
+def _keys(node: Any, key: str = "") -> Iterator[str]:
+    """Every dotted key of a tree, inner nodes too."""
+    if key:
+        yield key
+    for name in names(node):
+        yield from _keys(node[name], join(key, name))
+
+
 def _problems(
     config: Config,
     value: Any,
     key: str,
     given: Mapping[str, Collection[str]],
     place: str | None,
+    infinite: Collection[float] = (),
 ) -> Iterator[Problem]:
     """Find what is wrong with a value and with everything in it.
 
     `place` is the section or the argument of a part in which the value stands, None where another
-    callable takes it.
+    callable takes it; `infinite` is what may be so.
     """
     if isinstance(value, float) and not math.isfinite(value):
-        yield key, f"must be finite (got {value}); write a number, or null where allowed"
+        if value not in infinite:
+            yield key, f"must be finite (got {value}); write a number, or null where allowed"
     elif isinstance(value, list):
         for index, child in enumerate(value):
-            yield from _problems(config, child, join(key, index), given, place)
+            yield from _problems(config, child, join(key, index), given, place, infinite)
     elif isinstance(value, dict):
         yield from _special(value, key)
         ours = is_node(value) and is_part(value["_target_"])
+        unbounded: Mapping[str, Collection[float]] = {}
         if is_node(value):
             yield from _node(config, value, key, given.get(key, ()))
+            unbounded = _unbounded(config, value)
         if ours and place is not None:
             what = misplaced(value["_target_"], place, value.get("_partial_") is True)
             if what is not None:
                 yield join(key, "_target_"), what
         for name, child in value.items():
             within = str(name) if ours else None if is_node(value) else place
-            yield from _problems(config, child, join(key, name), given, within)
+            allowed = unbounded.get(str(name), ())
+            yield from _problems(config, child, join(key, name), given, within, allowed)
+
+
+def _unbounded(config: Config, node: dict[Any, Any]) -> dict[str, list[float]]:
+    """Which arguments of a node may be infinite, and how: those that are so by default."""
+    try:
+        bound = signature(locate(node["_target_"], config.packages))
+    except ValueError:
+        return {}  # the node itself is reported
+    found = {}
+    for name, parameter in bound.parameters.items() if bound else ():
+        default = parameter.default
+        values = default if isinstance(default, tuple | list) else [default]
+        if limits := [each for each in values if isinstance(each, float) and math.isinf(each)]:
+            found[name] = limits
+    return found
 
 
 def _special(node: dict[Any, Any], key: str) -> Iterator[Problem]:

@@ -74,6 +74,4 @@ def _called(config: Config, node: dict[Any, Any], key: str, extra: dict[str, Any
         if not isinstance(error, ValueError):
             reason = f"cannot be built from these values ({type(error).__name__}: {reason})"
         # The value it refuses may come from any file that set one of its arguments.
-        keys = [key, *(join(key, name) for name in node)]
-        files = dict.fromkeys(config.origin(each) for each in keys)
-        raise ConfigError(f"{' + '.join(files)}: {key}: {reason}") from error
+        raise ConfigError(f"{config.sources(key)}: {key}: {reason}") from error

@@ -15,6 +15,7 @@ from diffusion_pl.config.interpolation import interpolated
 from diffusion_pl.config.strangers import is_strangers
 from diffusion_pl.config.targets import check_allowed, untrusted
 from diffusion_pl.config.tree import (
+    OVERRIDE,
     Config,
     ConfigError,
     finished,
@@ -25,11 +26,11 @@ from diffusion_pl.config.tree import (
     plain,
     step,
 )
+from diffusion_pl.config.words import meant, refuse_misread
 
-# What a value set on the command line gives as its file: make train SET="optimizer.lr=1e-4".
-OVERRIDE = "SET"
 BASE = "base"
 EXPERIMENTS = Path("experiments")
+_PACKAGE = Path(__file__).parents[1]
 
 _MAX_BYTES = 1_000_000
 # The parser recurses in C and takes the process down at some 40,000 levels, so what may open a
@@ -38,8 +39,23 @@ _MAX_OPENINGS = 5_000
 _OPENING = re.compile(r"[\[{]|[-?:]\s")
 
 
+def ours() -> Path:
+    """The experiments that come with the package, installed with it or beside it in a checkout."""
+    installed = _PACKAGE / "experiments"
+    return installed if installed.is_dir() else _PACKAGE.parent / "experiments"
+
+
+def all_experiments(folder: Path = EXPERIMENTS) -> dict[str, str]:
+    """List the experiments that a name finds from here: those in the folder, then ours."""
+    found: dict[str, str] = {}
+    for place in (folder, ours()):
+        for name, line in (experiments(place) if place.is_dir() else {}).items():
+            found.setdefault(name, line)
+    return found
+
+
 def experiments(folder: Path = EXPERIMENTS) -> dict[str, str]:
-    """List the experiments without parsing, building or importing anything.
+    """List the experiments of a folder without parsing, building or importing anything.
 
     Returns:
         Name to the first comment line of its file, which states the published number; the base
@@ -72,7 +88,9 @@ def load(
     keys are numbers, as those of `data.shares`: then it replaces it. Everything else replaces.
 
     Args:
-        name_or_path: a name in the folder, or the path of a YAML file.
+        name_or_path: a name in the folder or of one of ours, or the path of a YAML file, anywhere;
+            the names in its `defaults` are looked for beside it, then in the folder, then among
+            ours.
         overrides: `dotted.key=value`, the value written as in YAML. The outer keys are set before
             the inner ones and a `_target_` before its arguments, whatever their order.
         folder: where experiments are looked up by name.
@@ -88,7 +106,7 @@ def load(
     file = _file(str(name_or_path), folder)
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    lineage = _lineage(file, ())
+    lineage = _lineage(file, (), folder)
     for path, own in lineage.items():
         _merge(tree, own, "", path, origins)
     check_allowed(allow)
@@ -156,40 +174,58 @@ def _file(name: str, folder: Path) -> Path:
         if not Path(name).is_file():
             raise ConfigError(f"{name}: no such file")
         return Path(name)
-    file = folder / f"{name}.yaml"
-    if not file.is_file():
-        near = nearest(name, experiments(folder), count=3)
-        raise ConfigError(f"{file.as_posix()}: no such experiment (got {name!r}){near}")
-    return file
+    for place in (folder, ours()):
+        if (file := place / f"{name}.yaml").is_file():
+            return file
+    near = nearest(name, all_experiments(folder), count=3)
+    where = (folder / f"{name}.yaml").as_posix()
+    raise ConfigError(f"{where}: no such experiment (got {name!r}){near}")
 
 
-def _lineage(file: Path, children: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
+def _lineage(file: Path, children: tuple[Path, ...], folder: Path) -> dict[str, dict[str, Any]]:
     """Read a file and its defaults, the lowest first.
 
     A file reached twice counts where it is reached first: merged again it would undo what the
     defaults named before it changed.
     """
-    where = file.as_posix()
-    container = _parsed(_text(file), OmegaConf.create, where)
+    where, text = file.as_posix(), _text(file)
+    container = _parsed(text, OmegaConf.create, where)
     if isinstance(container, dict) and len(container) == 1 and list(container.values()) == [None]:
         # OmegaConf reads a lone word so.
         raise ConfigError(f"{where}: must be a mapping of sections (got {next(iter(container))!r})")
     own = plain(container, where)
+    refuse_misread(text, where)
+    own = meant(own, where)
     listed = own.pop("defaults", [])
     lineage: dict[str, dict[str, Any]] = {}
     for name in listed if isinstance(listed, list) else [listed]:
-        parent = file.parent / f"{name}.yaml"
-        if not isinstance(name, str) or Path(name).name != name or not parent.is_file():
-            beside = [each.stem for each in file.parent.glob("*.yaml") if each != file]
-            raise ConfigError(
-                f"{where}: defaults: must name YAML files beside this one (got {name!r})"
-                f"{nearest(name, beside)}"
-            )
+        parent = _parent(name, file, folder)
         if parent == file or parent in children:
             raise ConfigError(f"{where}: defaults: {name!r} has this file among its own defaults")
-        for path, tree in _lineage(parent, (*children, file)).items():
+        for path, tree in _lineage(parent, (*children, file), folder).items():
             lineage.setdefault(path, tree)
     return {**lineage, where: own}
+
+
+def _parent(name: object, file: Path, folder: Path) -> Path:
+    """The file that a name among a file's defaults means: beside it, in the folder, or ours.
+
+    A file that is named like one of ours may have that one below it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    places = (file.parent, folder, ours())
+    if isinstance(name, str) and Path(name).name == name:
+        found = [at for place in places if (at := place / f"{name}.yaml").is_file()]
+        others = [each for each in found if not each.samefile(file)]
+        if found:
+            return others[0] if others else file
+    known = [each.stem for place in places for each in place.glob("*.yaml")]
+    raise ConfigError(
+        f"{file.as_posix()}: defaults: must name YAML files beside this one, or of the package "
+        f"(got {name!r}){nearest(name, [each for each in known if each != file.stem])}"
+    )
 
 
 def _merge(
@@ -224,11 +260,26 @@ def _replaces(below: dict[Any, Any], above: dict[Any, Any]) -> bool:
 
 
 def _overridden(config: Config, overrides: Sequence[str]) -> Config:
-    """Set the overrides in place, then resolve the references."""
-    pairs = [_pair(text) for text in overrides]
+    """Set the overrides in place, then resolve the references.
+
+    Raises:
+        ConfigError: every override that is wrong, a line each.
+    """
+    pairs, wrong = [], []
+    for text in overrides:
+        try:
+            pairs.append((*_pair(text), text))
+        except ConfigError as error:
+            wrong.append(str(error))
     pairs.sort(key=_outer_first)
-    for parts, value in pairs:
-        _set(config, parts, value)
+    config = replace(config, typed={".".join(parts): text for parts, _, text in pairs})
+    for parts, value, _ in pairs:
+        try:
+            _set(config, parts, value)
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     return finished(replace(config, tree=plain(interpolated(config), config.file)))
 
 
@@ -244,8 +295,9 @@ def _pair(text: str) -> tuple[list[str], Any]:
     if parts == ["defaults"]:
         raise ConfigError(f"{OVERRIDE}: defaults: can only be named in a file; override its keys")
     where = f"{OVERRIDE}: {key.strip()}"
-    parsed = _parsed(written, _from_override, where)
-    return parts, plain(parsed, where)["value"]
+    parsed = plain(_parsed(written, _from_override, where), where)
+    refuse_misread(written, where)
+    return parts, meant(parsed["value"], where)
 
 
 def _named(overrides: Sequence[str]) -> Iterator[str]:
@@ -265,7 +317,7 @@ def _from_override(written: str) -> Any:
     return OmegaConf.from_dotlist([f"value={written}"])
 
 
-def _outer_first(pair: tuple[list[str], Any]) -> tuple[int, bool]:
+def _outer_first(pair: tuple[list[str], Any, str]) -> tuple[int, bool]:
     return len(pair[0]), pair[0][-1] != "_target_"
 
 

@@ -16,6 +16,10 @@ MAX_DEPTH = 32
 MAX_VALUES = 10_000
 
 
+# What a value set on the command line gives as its file: make train SET="optimizer.lr=1e-4".
+OVERRIDE = "SET"
+
+
 class ConfigError(ValueError):
     """A user's mistake: `<file>: <dotted key>: <what is wrong> (what was got); <what to do>`."""
 
@@ -28,6 +32,7 @@ class Config:
     everything below it, where that is not the file that set its parent. `packages` is None for a
     user's own YAML, which may name anything; for a file that others may have made, what beside the
     parts of this package is trusted by name: packages, callables, addresses, folders.
+    `typed` maps the dotted key of an override to the words on the command line.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Config:
     tree: dict[str, Any]
     origins: dict[str, str] = field(default_factory=dict)
     packages: tuple[str, ...] | None = None
+    typed: Mapping[str, str] = field(default_factory=dict)
 
     def origin(self, key: str) -> str:
         """Name the file that set a dotted key, or its nearest ancestor."""
@@ -45,6 +51,15 @@ class Config:
     def error(self, key: str, what: str) -> ConfigError:
         """Put the file and the key in front of what is wrong."""
         return ConfigError(f"{self.origin(key)}: {key}: {what}")
+
+    def sources(self, key: str) -> str:
+        """Every file that set a part of a node, and what was typed for it: `a.yaml + SET k=v`."""
+        node = self.get(key)
+        keys = [key, *(join(key, name) for name in names(node))]
+        files = dict.fromkeys(self.origin(each) for each in keys)
+        inside = [text for each, text in self.typed.items() if f"{each}.".startswith(f"{key}.")]
+        said = {OVERRIDE: " ".join([OVERRIDE, *inside])}
+        return " + ".join(said.get(file, file) for file in files)
 
     def get(self, key: str) -> Any:
         """Look a dotted key up; a number in it is an index of a list.
