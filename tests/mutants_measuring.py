@@ -20,7 +20,7 @@ MUTANTS = [
     *at(
         "config/reading.py",
         "config_words",
-        ("    for place in (folder, ours()):\n        if (file", "    for place in (folder,):\n        if (file"),
+        ("(folder, ours()):\n        if (file", "(folder,):\n        if (file"),
         ("places = (file.parent, folder, ours())", "places = (folder, ours(), file.parent)"),
         ("if not each.samefile(file)]", "if True]"),
         ("        raise ConfigError(\"\\n\".join(wrong))", "        raise ConfigError(wrong[0])"),

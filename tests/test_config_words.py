@@ -83,7 +83,7 @@ def test_inf_may_be_written_where_it_is_the_default(said, typed: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a: '010'", 'a: "None"', "a: 0", "a: 0.5", "a: '16:1'", "a: b:c", "a: {b: 'None'}", "a: 00:x"],
+    ["a: '010'", 'a: "None"', "a: 0", "a: 0.5", "a: '16:1'", "a: b:c", "a: {b: 'None'}"],
 )
 def test_what_is_quoted_or_plain_is_left_alone(tmp_path, text: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
