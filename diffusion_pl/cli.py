@@ -206,14 +206,16 @@ def _add_prepare(part: argparse.ArgumentParser) -> None:
     part.add_argument("--encoding", default="png", help="png, webp, raw or jpeg (png)")
     part.add_argument("--shard-images", type=int, default=1000, help="originals a shard (1000)")
     part.add_argument(
-        "--labels", action=argparse.BooleanOptionalAction, help="of a folder: its first folders"
+        "--labels", action=argparse.BooleanOptionalAction, help="of folders: the first of a path"
     )
     part.add_argument("--name", help="of the data set (after its source)")
     part.add_argument("--count", type=int, help="images of the synthetic set")
     part.add_argument("--seed", type=int, help="of the synthetic set (0)")
-    part.add_argument("--split", choices=("train", "test"), help="of CIFAR-10 (train)")
-    part.add_argument("--image", metavar="NAME", help="column of a table, ending in a tar")
-    part.add_argument("--label", metavar="NAME", help="the same of the labels")
+    part.add_argument(
+        "--split", metavar="NAME", help="train, val, test, or all (of CIFAR-10 train)"
+    )
+    part.add_argument("--image", metavar="NAME", help="column of a table, ending in a tar, or all")
+    part.add_argument("--label", metavar="NAME", help="the same of the labels, or json.FIELD")
     part.add_argument("--workers", type=int, help="processes (one a core)")
     part.add_argument(
         "--skip-broken", type=int, default=0, metavar="N", help="images that may be left out (0)"

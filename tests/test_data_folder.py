@@ -163,7 +163,11 @@ def test_what_cannot_be_read_is_named(
     ("files", "complaint"),
     [
         (_four() | {"top.png": _file(_noise(4))}, r"top\.png: in no folder, so without a class"),
-        ({f"all/{name}": data for name, data in _four().items()}, "the only class is 'all'"),
+        (
+            {f"all/{number}.png": _file(_noise(number)) for number in range(2)},
+            "only class is 'all'",
+        ),
+        ({f"a/{number}/x.png": _file(_noise(9)) for number in "1"}, "the only class is '1'"),
     ],
 )
 def test_folders_that_are_no_classes_are_refused(
@@ -171,6 +175,15 @@ def test_folders_that_are_no_classes_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
         _open(_fill(tmp_path, files), labels=True)
+
+
+def test_a_folder_around_the_classes_is_none(tmp_path: Path) -> None:
+    """As archives of a folder have it: what holds everything tells nothing apart."""
+    for name in ("all", "all/of/them"):
+        wrapped = {f"{name}/{each}": data for each, data in _four().items()}
+        images = _open(_zip(tmp_path / "x.zip", wrapped), labels=True)
+        assert images.labels is not None and images.labels.tolist() == [0, 0, 1, 1]
+        assert images.class_names == ("a", "b")
 
 
 def test_a_path_to_nothing_and_a_file_that_is_no_zip_are_one_clear_line(tmp_path: Path) -> None:

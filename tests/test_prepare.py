@@ -461,7 +461,8 @@ def test_several_sizes_are_trained_as_a_pyramid(sides, name, tmp_path):
         (("--skip-broken", -1), "8", "--skip-broken at least 0"),
         (("--name", "../x"), "8", "--name: letters, digits and . _ - only"),
         (("--count", 5), "8", "--count does not apply to a source of kind folder"),
-        (("--split", "test"), "8", "--split does not apply to a source of kind folder"),
+        (("--seed", 1), "8", "--seed does not apply to a source of kind folder"),
+        (("--split", "test"), "8", "photographs: holds no splits such as train/ and test/"),
         (("--image", "png"), "8", "--image does not apply to a source of kind folder"),
     ],
 )

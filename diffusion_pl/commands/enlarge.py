@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
 from diffusion_pl.data.decode import decode
-from diffusion_pl.data.folder import EXTENSIONS
+from diffusion_pl.data.files import EXTENSIONS, ending_of, is_leftover
 from diffusion_pl.diffusion.consistency import consistent, factor, nearest
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Counted
@@ -102,7 +102,11 @@ def files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = [path]
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS)
+            inside = sorted(
+                file
+                for file in path.iterdir()
+                if ending_of(file.name) in EXTENSIONS and not is_leftover(file.name)
+            )
             if not inside:
                 raise ValueError(f"{path}: holds no picture ({', '.join(sorted(EXTENSIONS))})")
         found += inside

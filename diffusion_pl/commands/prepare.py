@@ -15,6 +15,7 @@ from shlex import quote
 from typing import Any
 
 from diffusion_pl import config
+from diffusion_pl.data.files import CONTROL
 from diffusion_pl.data.originals import Asked
 from diffusion_pl.data.prepare import Request, prepare
 from diffusion_pl.data.prepare_progress import shown
@@ -25,6 +26,7 @@ from diffusion_pl.data.shard_workers import WorkerLost
 FAILURES: tuple[type[Exception], ...] = (WorkerLost,)
 
 _SKIPPED_SHOWN = 10
+_CLASSES_SHOWN = 20
 
 BATCH_SIZE = 256
 
@@ -102,6 +104,10 @@ def tell(manifest: Manifest, folder: Path, already: bool, seconds: float) -> Non
         "shards": len(manifest.shards),
         "bytes": size,
         "skipped": len(manifest.skipped),
+        "labels_from": manifest.labels_from,
+        "class_names": manifest.class_names,
+        "class_counts": manifest.class_counts,
+        "not_read": manifest.unread or {},
         "fingerprint": manifest.fingerprint,
         "train": following,
     }
@@ -113,9 +119,33 @@ def tell(manifest: Manifest, folder: Path, already: bool, seconds: float) -> Non
             f"{folder}: {manifest.count:,} images at {manifest.resolutions} px in "
             f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB, {seconds:,.1f} s"
         )
-    lines += ["train on it:", f"  {following}"]
+    lines += [*class_table(manifest), "train on it:", f"  {following}"]
     print("\n".join(lines), file=sys.stderr)
     print(json.dumps(result))
+
+
+def class_table(manifest: Manifest) -> Iterator[str]:
+    """The classes: index, images, name; a long table's first and last, all of it is in the set."""
+    if manifest.class_counts is None:
+        return
+    by = manifest.labels_from or "the source"
+    yield f"{manifest.classes:,} classes by {by} (index, images, name):"
+    rows = [
+        f"  {number:>6} {count:>10,}  {printable(manifest.class_names[number])}"
+        if manifest.class_names
+        else f"  {number:>6} {count:>10,}"
+        for number, count in enumerate(manifest.class_counts)
+    ]
+    if len(rows) > _CLASSES_SHOWN:
+        kept = _CLASSES_SHOWN // 2
+        more = f"  ... {len(rows) - 2 * kept:,} more, all of them in dataset.json"
+        rows = [*rows[:kept], more, *rows[-kept:]]
+    yield from rows
+
+
+def printable(name: str) -> str:
+    """A name without what a terminal would take for a command."""
+    return CONTROL.sub("?", name)
 
 
 def skipped_lines(manifest: Manifest) -> Iterator[str]:

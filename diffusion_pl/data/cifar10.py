@@ -28,6 +28,10 @@ BATCHES = {
 }
 FULL = {"train": 50_000, "test": 10_000}
 
+CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+
 _FOLDER = "cifar-10-batches-py"
 _ARCHIVE = "cifar-10-python.tar.gz"
 
@@ -105,7 +109,8 @@ class CIFAR10:
         name = f"cifar10-{self.split}"
         if len(images) < FULL[self.split]:
             name = f"{name}-subset{len(images)}"
-        whole = load(name, torch.from_numpy(images), torch.from_numpy(labels), classes=10)
+        store, numbers = torch.from_numpy(images), torch.from_numpy(labels)
+        whole = load(name, store, numbers, classes=len(CLASSES), class_names=CLASSES)
         return reduced(whole, resolution)
 
     def _found(self) -> Path:

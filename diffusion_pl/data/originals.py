@@ -10,12 +10,15 @@ import glob
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from diffusion_pl.data.files import EXTENSIONS, ending_of, is_leftover
+from diffusion_pl.data.shard_format import INDEX, MANIFEST
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -24,15 +27,13 @@ Kind = Literal["synthetic", "folder", "zip", "cifar10", "tars", "lmdb", "parquet
 # The settings that a kind of source knows, beside `path` and `labels`.
 SETTINGS: dict[Kind, frozenset[str]] = {
     "synthetic": frozenset({"count", "seed"}),
-    "folder": frozenset(),
-    "zip": frozenset(),
+    "folder": frozenset({"split", "label"}),
+    "zip": frozenset({"split", "label"}),
     "cifar10": frozenset({"split"}),
     "tars": frozenset({"image", "label"}),
     "lmdb": frozenset(),
-    "parquet": frozenset({"image", "label"}),
+    "parquet": frozenset({"image", "label", "split"}),
 }
-
-LARGEST_CLASS = 1_000_000
 
 _KNOWN = (
     "a folder or .zip of images, CIFAR-10's .tar.gz or its folder, WebDataset .tar files, an LSUN "
@@ -77,6 +78,11 @@ class Originals:
         labels: int32 (N,), or None when unlabelled.
         classes: number of classes, 0 when unlabelled.
         class_names: in order, or None where the source has none.
+        labels_from: what the labels were read from, in words.
+        unread: how many members, columns or files of each kind nobody reads.
+        notes: what the user should know.
+        names: of the images in order, None where they have none but their place.
+        states: of each image, what a change of its file changes; None where `listing` tells.
     """
 
     name: str
@@ -86,6 +92,11 @@ class Originals:
     labels: npt.NDArray[np.int32] | None = None
     classes: int = 0
     class_names: list[str] | None = None
+    labels_from: str = ""
+    unread: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    names: list[str] | None = None
+    states: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,19 +105,20 @@ class Asked:
 
     Args:
         path: file, folder or pattern; or `synthetic`.
-        labels: True wants classes (of a folder: its first folders), False drops them.
+        labels: True wants classes (of a folder: its first folders), False drops them; None takes
+            those that are written down.
         count: images of the synthetic set.
         seed: of the synthetic set.
-        split: train or test of CIFAR-10.
+        split: train or test of CIFAR-10; one of a folder's or a table's splits.
         image: name of the images in a table or of their ending in a tar, where there are several.
-        label: the same of the labels.
+        label: the same of the labels; beside a folder's images, a column of metadata.csv.
     """
 
     path: str
     labels: bool | None = None
     count: int | None = None
     seed: int | None = None
-    split: Literal["train", "test"] | None = None
+    split: str | None = None
     image: str | None = None
     label: str | None = None
 
@@ -151,10 +163,12 @@ def _kind_of_file(file: Path) -> Kind | None:
 
 
 def _kind_of_folder(folder: Path) -> tuple[Kind, list[Path]]:
-    from diffusion_pl.data.folder import EXTENSIONS
-
-    entries = sorted(folder.iterdir())
+    entries = sorted(each for each in folder.iterdir() if not is_leftover(each.name))
     names = {entry.name for entry in entries}
+    if _is_prepared(folder):
+        raise ValueError(
+            f"{folder}: is prepared data already; train on it, or take {folder}/shards as a source"
+        )
     if "data.mdb" in names:
         return "lmdb", [folder / "data.mdb"]
     cifar = {"cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1", "test_batch"}
@@ -165,7 +179,7 @@ def _kind_of_folder(folder: Path) -> tuple[Kind, list[Path]]:
         # The layout of a repository of tables: data/train-00000-of-00010.parquet.
         "parquet": [entry for entry in entries if entry.suffix == ".parquet"]
         or sorted((folder / "data").glob("*.parquet")),
-        "folder": [entry for entry in entries if entry.suffix.lower() in EXTENSIONS],
+        "folder": [entry for entry in entries if ending_of(entry.name) in EXTENSIONS],
     }
     kinds = [kind for kind, files in found.items() if files]
     if len(kinds) > 1:
@@ -175,6 +189,11 @@ def _kind_of_folder(folder: Path) -> tuple[Kind, list[Path]]:
         )
     kind = kinds[0] if kinds else "folder"
     return kind, [folder] if kind == "folder" else found[kind]
+
+
+def _is_prepared(folder: Path) -> bool:
+    """Whether `prepare` has made this folder."""
+    return (folder / INDEX).is_file() and (folder / MANIFEST).is_file()
 
 
 def open_originals(asked: Asked, resolutions: Sequence[int]) -> tuple[Kind, Originals]:
@@ -197,7 +216,7 @@ def open_originals(asked: Asked, resolutions: Sequence[int]) -> tuple[Kind, Orig
     if asked.labels and originals.labels is None:
         raise ValueError(f"{asked.path}: has no labels; leave out --labels")
     if asked.labels is False and originals.labels is not None:
-        bare = Originals(originals.name, originals.reader, originals.count, originals.listing)
+        bare = replace(originals, labels=None, classes=0, class_names=None, labels_from="")
         return kind, bare
     return kind, originals
 
@@ -216,13 +235,17 @@ def _opened(kind: Kind, asked: Asked, files: list[Path], resolutions: Sequence[i
         from diffusion_pl.data.originals_tables import open_parquet
 
         return open_parquet(files, set_name("table", asked.path), asked)
+    if kind in ("folder", "zip"):
+        from diffusion_pl.data.originals_folder import open_folder
+
+        return open_folder(asked, set_name("folder", asked.path))
     from diffusion_pl.data import originals_own
 
     if kind == "synthetic":
         return originals_own.open_synthetic(asked.count, asked.seed, resolutions)
     if kind == "cifar10":
         return originals_own.open_cifar10(asked.path, asked.split or "train")
-    return originals_own.open_folder(asked.path, set_name("folder", asked.path), asked.labels)
+    raise AssertionError(kind)
 
 
 def set_name(kind: str, path: str) -> str:
@@ -240,20 +263,3 @@ def digest_of(lines: Iterable[object]) -> str:
     for line in lines:
         digest.update(f"{line}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
-
-
-def checked_labels(labels: Sequence[int], where: str) -> npt.NDArray[np.int32]:
-    """Labels of a table or of tars.
-
-    Raises:
-        ValueError: one that is negative or beyond any number of classes.
-    """
-    values = np.asarray(labels, dtype=np.int64)
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high >= LARGEST_CLASS:
-        bad = low if low < 0 else high
-        raise ValueError(
-            f"{where}: labels are 0 to {LARGEST_CLASS - 1:,} (got {bad}); --no-labels leaves them "
-            f"out"
-        )
-    return values.astype(np.int32)

@@ -1,55 +1,22 @@
-"""Originals of the sources that experiments can also use as they are: own images, CIFAR-10, shapes.
+"""Originals of the sources that experiments can also use as they are: CIFAR-10 and shapes.
 
-Order, labels and pixels are those of `folder`, `cifar10` and `synthetic`.
+Order, labels and pixels are those of `cifar10` and `synthetic`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
 
 from diffusion_pl.data.cifar10 import CIFAR10
-from diffusion_pl.data.folder import Files, ImageFolder
 from diffusion_pl.data.originals import Original, Originals, Pixels, digest_of
 from diffusion_pl.data.scenes import GROUNDS, Latents, latents
 from diffusion_pl.data.shapes import SHAPES
 from diffusion_pl.data.synthetic import Synthetic, render
-
-CIFAR10_CLASSES = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _FileReader:
-    files: Files
-    names: list[str]
-
-    def read(self, index: int) -> Original:
-        name = self.names[index]
-        return Original(name, self.files.read(name))
-
-
-def open_folder(path: str, name: str, labels: bool | None) -> Originals:
-    """A folder or a zip file of images; unlabelled unless classes are asked for.
-
-    Raises:
-        ValueError: as `ImageFolder`.
-    """
-    listing = ImageFolder(path, 1, labels=bool(labels), batch_size=1).listing()
-    return Originals(
-        name=name,
-        reader=_FileReader(listing.files, listing.names),
-        count=len(listing.names),
-        listing=digest_of(listing.names),
-        labels=None if listing.labels is None else np.array(listing.labels, dtype=np.int32),
-        classes=len(listing.classes),
-        class_names=listing.classes or None,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +27,13 @@ class _ArrayReader:
         return Original(str(index), self.pixels[index])
 
 
-def open_cifar10(path: str, split: Literal["train", "test"]) -> Originals:
+def open_cifar10(path: str, split: str) -> Originals:
     """CIFAR-10 in its own order.
 
     Raises:
         ValueError: as `CIFAR10`.
     """
-    images = CIFAR10(path, split, batch_size=1).open()
+    images = CIFAR10(path, cast(Literal["train", "test"], split), batch_size=1).open()
     assert images.labels is not None
     return Originals(
         name=images.name,
@@ -75,7 +42,8 @@ def open_cifar10(path: str, split: Literal["train", "test"]) -> Originals:
         listing=images.fingerprint,
         labels=images.labels.numpy().astype(np.int32),
         classes=images.classes,
-        class_names=list(CIFAR10_CLASSES),
+        class_names=list(images.class_names),
+        labels_from="CIFAR-10",
     )
 
 
@@ -108,4 +76,5 @@ def open_synthetic(count: int | None, seed: int | None, resolutions: Sequence[in
         labels=scenes.label.astype(np.int32),
         classes=len(SHAPES),
         class_names=list(SHAPES),
+        labels_from="the shape",
     )

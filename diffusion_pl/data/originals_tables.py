@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from diffusion_pl.data.folder import LARGEST_FILE
-from diffusion_pl.data.originals import Asked, Original, Originals, checked_labels, digest_of
+from diffusion_pl.data.files import LARGEST_FILE
+from diffusion_pl.data.labels import LIKE_LABELS, Numbered, numbered
+from diffusion_pl.data.layout import columns_named, same_split
+from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
 
 
 def _absent(package: str, path: Path) -> str:
@@ -161,16 +163,10 @@ def open_parquet(files: Sequence[Path], name: str, asked: Asked) -> Originals:
     Raises:
         ValueError: as above, columns that are not there or differ, files of several splits.
     """
-    splits = sorted({file.name.split("-")[0] for file in files if "-" in file.name})
-    if len(splits) > 1:
-        raise ValueError(
-            f"{files[0].parent}: holds several splits ({', '.join(splits)}); name one by a "
-            f"pattern, such as '{files[0].parent}/{splits[-1]}-*.parquet'"
-        )
+    files = _of_split(files, asked.split)
     schemas = [_parquet(file, lambda opened: opened.schema_arrow) for file in files]
     column = asked.image or _image_column(schemas[0], files[0])
-    label = asked.label or ("label" if "label" in schemas[0].names else None)
-    label = None if asked.labels is False else label
+    label = None if asked.labels is False else asked.label or _label_column(schemas[0], files[0])
     for file, schema in zip(files, schemas, strict=True):
         for wanted in (column, *([label] if label else [])):
             if wanted not in schema.names:
@@ -184,16 +180,72 @@ def open_parquet(files: Sequence[Path], name: str, asked: Asked) -> Originals:
         groups += [(number, group) for group in range(len(rows))]
         counts += rows
     starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-    labels, names = _table_labels(files, label, schemas[0]) if label else (None, None)
+    found = _table_labels(files, label, schemas[0]) if label and starts[-1] else None
+    rest = [name for name in schemas[0].names if name not in (column, label)]
     return Originals(
         name=name,
         reader=_ParquetReader(list(files), starts, groups, firsts, column),
         count=int(starts[-1]),
         listing=digest_of([*((f.name, f.stat().st_size) for f in files), column, label]),
-        labels=labels,
-        classes=0 if labels is None else len(names) if names else int(labels.max()) + 1,
-        class_names=names,
+        labels=None if found is None else np.array(found.labels, dtype=np.int32),
+        classes=0 if found is None else found.classes,
+        class_names=None if found is None else found.names,
+        labels_from="" if found is None else found.source,
+        unread={f"column {name}": int(starts[-1]) for name in rest},
+        notes=[
+            *(found.notes if found else []),
+            *([f"not read: {columns_named(rest)}"] if rest else []),
+        ],
     )
+
+
+def _of_split(files: Sequence[Path], split: str | None) -> list[Path]:
+    """The files of one split, where their names begin with several.
+
+    Raises:
+        ValueError: several splits of which none is chosen, or one that is not there.
+    """
+    splits = sorted({file.name.split("-")[0] for file in files if "-" in file.name})
+    if split is not None:
+        words = same_split(split)
+        kept = [file for file in files if file.name.split("-")[0].lower() in words]
+        if not kept:
+            there = ", ".join(splits) or "none"
+            raise ValueError(f"{files[0].parent}: no split {split!r} (there: {there})")
+        return kept
+    if len(splits) > 1:
+        raise ValueError(
+            f"{files[0].parent}: holds several splits ({', '.join(splits)}); choose one by --split "
+            f"{splits[-1]}, or name files by a pattern, such as "
+            f"'{files[0].parent}/{splits[-1]}-*.parquet'"
+        )
+    return list(files)
+
+
+def _label_column(schema: Any, file: Path) -> str | None:
+    """The column `label`, or the one that can only be the labels.
+
+    Raises:
+        ValueError: there are several.
+    """
+    from pyarrow import types
+
+    if "label" in schema.names:
+        return "label"
+    found = []
+    for each in schema:
+        kinds = (types.is_integer, types.is_string, types.is_large_string, types.is_dictionary)
+        plain = any(kind(each.type) for kind in kinds)
+        if plain and (_known_names(schema, each.name) or LIKE_LABELS.fullmatch(each.name)):
+            found.append(each.name)
+    if len(found) > 1:
+        known = {name: _known_names(schema, name) for name in found}
+        said = [f"{n} of {len(names)} classes" if names else n for n, names in known.items()]
+        raise ValueError(
+            f"{file}: several columns may be the labels ({', '.join(said)}); choose by --label "
+            f"{found[0]}, or leave all out by --no-labels"
+        )
+    return found[0] if found else None
 
 
 def _group_rows(opened: Any) -> list[int]:
@@ -221,10 +273,8 @@ def _image_column(schema: Any, file: Path) -> str:
     return str(found[0])
 
 
-def _table_labels(
-    files: Sequence[Path], label: str, schema: Any
-) -> tuple[npt.NDArray[np.int32] | None, list[str] | None]:
-    """Labels of all rows, and the classes' names where the tables know them."""
+def _table_labels(files: Sequence[Path], label: str, schema: Any) -> Numbered:
+    """Labels of all rows, with the classes' names where the tables know them."""
     values: list[Any] = []
     for file in files:
         values += (
@@ -232,22 +282,13 @@ def _table_labels(
             .column(0)
             .to_pylist()
         )
-    where = str(files[0].parent)
-    if not values:
-        return None, None
-    if all(isinstance(value, str) for value in values):
-        names = sorted(set(values))
-        places = {name: number for number, name in enumerate(names)}
-        return np.array([places[value] for value in values], dtype=np.int32), names
-    for value in values:
-        if type(value) is not int:
-            raise ValueError(
-                f"{where}: column {label!r} holds {value!r}, no label; --no-labels leaves it out"
-            )
-    labels = checked_labels(values, where)
+    found = numbered(values, f"{files[0].parent}: column {label!r}")
+    found.source = f"column {label!r}"
     known = _known_names(schema, label)
-    # A test split may have -1 for every label, which `checked_labels` refuses.
-    return labels, known if known and int(labels.max()) < len(known) else None
+    # A test split may have -1 for every label, which `numbered` refuses.
+    if known and found.names is None and found.classes <= len(known):
+        found.classes, found.names, found.notes = len(known), known, []
+    return found
 
 
 def _known_names(schema: Any, label: str) -> list[str] | None:

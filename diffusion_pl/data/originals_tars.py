@@ -6,27 +6,50 @@ unpacked, and what a tar of images has no need of is refused: links, devices, pa
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from diffusion_pl.data.folder import CONTROL, EXTENSIONS, FOREIGN, LARGEST_FILE
-from diffusion_pl.data.originals import Asked, Original, Originals, checked_labels, digest_of
+import numpy as np
+
+from diffusion_pl.data.files import (
+    CONTROL,
+    EXTENSIONS,
+    FOREIGN,
+    HEAD,
+    LARGEST_FILE,
+    begins_as_image,
+    is_leftover,
+    says_nothing,
+)
+from diffusion_pl.data.labels import LIKE_LABELS, Numbered, numbered
+from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
 
 _BLOCK = 512
 
 # Zero blocks that fill up a tar's last record; 10 KiB is usual, some writers use more.
 _LARGEST_TAIL = 1024**2
 
-_LARGEST_LABEL = 32
+_LARGEST_LABEL = 256
+_LARGEST_JSON = 1024**2
+
+ALL = "all"
 
 
 @dataclass(frozen=True)
 class _Member:
     offset: int
     size: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Offset and size."""
+        return self.offset, self.size
 
 
 @dataclass
@@ -35,6 +58,10 @@ class _Sample:
 
     key: str
     members: dict[str, _Member] = field(default_factory=dict)
+
+
+# A tar's number, a sample of it, the ending of an image.
+_Picked = tuple[int, _Sample, str]
 
 
 @dataclass(frozen=True)
@@ -56,45 +83,182 @@ def open_tars(files: Sequence[Path], name: str, asked: Asked) -> Originals:
     Args:
         files: the tars.
         name: of the set.
-        asked: with the endings of the images, such as `256.png`, where a sample has several, and
-            of the labels, `cls` when not given.
+        asked: with the endings of the images, such as `256.png`, where a sample has several, or
+            `all` to take each as an image of its own; and of the labels, `cls` when not given, or
+            `json.FIELD` for a field of a member `.json`.
 
     Raises:
         ValueError: a tar that is damaged or has odd members, a sample without an image or with
             several, labels that are none or only sometimes there.
     """
-    label = asked.label or "cls"
-    places: list[tuple[int, str, int, int]] = []
-    labels: list[int | None] = []
-    for number, file in enumerate(files):
-        for sample in _samples(file):
-            ending = _image_of(sample, asked.image, label, file)
-            if ending is None:
-                continue
-            found = sample.members[ending]
-            places.append((number, f"{sample.key}.{ending}", found.offset, found.size))
-            written = sample.members.get(label) if asked.labels is not False else None
-            labels.append(None if written is None else _label(file, sample.key, written))
-    if not places:
+    samples = [(number, each) for number, file in enumerate(files) for each in _samples(file)]
+    label = (asked.label or "cls").lower()
+    picked = _pick(files, samples, asked.image, label)
+    if not picked:
         raise ValueError(f"{files[0]}: no images here")
-    numbers = [number for number in labels if number is not None]
-    if len(numbers) < len(labels) and (numbers or asked.label):
-        tar, first, _, _ = places[labels.index(None)]
-        raise ValueError(f"{files[tar]}: {first} has no member .{label}, its label")
-    checked = checked_labels(numbers, str(files[0].parent)) if numbers else None
+    found: Numbered | None = None
+    read: set[tuple[int, str, str]] = set()
+    if asked.labels is not False:
+        found, read = _labels(files, picked, asked.label)
+    places = [
+        (number, _name(sample, ending), *sample.members[ending].place)
+        for number, sample, ending in picked
+    ]
+    taken = {(number, sample.key, ending) for number, sample, ending in picked} | read
+    unread = Counter(
+        f".{ending.rpartition('.')[2]}" if ending else "no ending"
+        for number, sample in samples
+        for ending in sample.members
+        if (number, sample.key, ending) not in taken
+    )
     return Originals(
         name=name,
         reader=_TarReader([str(file) for file in files], places),
         count=len(places),
         listing=digest_of(places),
-        labels=checked,
-        classes=0 if checked is None else int(checked.max()) + 1,
+        labels=None if found is None else np.array(found.labels, dtype=np.int32),
+        classes=0 if found is None else found.classes,
+        class_names=None if found is None else found.names,
+        labels_from="" if found is None else found.source,
+        unread=dict(unread.most_common()),
+        notes=[*(found.notes if found else []), *_hints(files, picked, unread, found is None)],
+        names=[f"{files[number].name}/{each}" for number, each, _, _ in places],
     )
 
 
-def _samples(file: Path) -> Iterator[_Sample]:
-    """Samples of one tar, its end checked."""
-    sample: _Sample | None = None
+def _name(sample: _Sample, ending: str) -> str:
+    return f"{sample.key}.{ending}" if ending else sample.key
+
+
+def _pick(
+    files: Sequence[Path], samples: Sequence[tuple[int, _Sample]], image: str | None, label: str
+) -> list[_Picked]:
+    """The images to take: one a sample, or all where each has a label of its own.
+
+    Raises:
+        ValueError: samples with several images of which none is chosen, or with none.
+    """
+    if image is not None and image.lower() != ALL:
+        for number, sample in samples:
+            if image.lower() not in sample.members:
+                raise ValueError(f"{files[number]}: {sample.key} has no member .{image}")
+        return [(number, sample, image.lower()) for number, sample in samples]
+    found = [(number, sample, _images(sample, label, files[number])) for number, sample in samples]
+    every = [(number, sample, each) for number, sample, images in found for each in images]
+    several = next((each for each in found if len(each[2]) > 1), None)
+    own = all(_beside(each, label) in sample.members for _, sample, each in every)
+    if several is None or own or image is not None:
+        return every
+    number, sample, images = several
+    counts = Counter(each for _, _, each in every)
+    raise ValueError(
+        f"{files[number]}: {sample.key} has several images ({', '.join(images)}); --image "
+        f"{images[0]} takes one a key, {counts[images[0]]:,} of all {len(every):,}, and --image "
+        f"{ALL} takes every one as an image of its own"
+    )
+
+
+def _beside(image: str, ending: str) -> str:
+    """The ending of what belongs to one image among several of a key: 1.cls of 1.png."""
+    stem = image.rpartition(".")[0]
+    return f"{stem}.{ending}" if stem else ending
+
+
+def _labels(
+    files: Sequence[Path], picked: Sequence[_Picked], asked: str | None
+) -> tuple[Numbered | None, set[tuple[int, str, str]]]:
+    """The labels of the images that were picked, and the members that were read for them."""
+    label = (asked or "cls").lower()
+    field = asked[5:] if asked and label.startswith("json.") else None
+    ending = "json" if field is not None else label
+    members = [_member(sample, image, ending) for _, sample, image in picked]
+    if field is None and not any(members):
+        if asked is None:
+            field = "label" if "label" in _fields(files, picked[0]) else None
+        if field is None and asked is None:
+            return None, set()
+        if field is not None:
+            ending = "json"
+            members = [_member(sample, image, ending) for _, sample, image in picked]
+    if None in members:
+        number, sample, image = picked[members.index(None)]
+        raise ValueError(
+            f"{files[number]}: {_name(sample, image)} has no member .{ending}, its label"
+        )
+    values: list[Any] = []
+    for (number, sample, _), member in zip(picked, members, strict=True):
+        assert member is not None
+        where = f"{files[number]}: {sample.key}"
+        place = sample.members[member].place
+        if field is None:
+            values.append(_word(_bytes(str(files[number]), *_small(place, _LARGEST_LABEL, where))))
+        else:
+            data = _bytes(str(files[number]), *_small(place, _LARGEST_JSON, where))
+            values.append(_parsed(data, where).get(field))
+    source = f"field {field!r} of .json" if field is not None else f"members .{ending}"
+    found = numbered(values, f"{files[0].parent}: {source}")
+    found.source = source
+    read = {
+        (number, sample.key, str(member))
+        for (number, sample, _), member in zip(picked, members, strict=True)
+    }
+    return found, read
+
+
+def _member(sample: _Sample, image: str, ending: str) -> str | None:
+    """The member of an ending that belongs to an image: its own, or the sample's."""
+    return next((e for e in (_beside(image, ending), ending) if e in sample.members), None)
+
+
+def _small(place: tuple[int, int], most: int, where: str) -> tuple[int, int]:
+    if place[1] > most:
+        raise ValueError(f"{where}: a label of {place[1]:,} bytes is none")
+    return place
+
+
+def _fields(files: Sequence[Path], pick: _Picked) -> dict[str, Any]:
+    """The fields of the .json of an image; none where it has none."""
+    number, sample, image = pick
+    member = _member(sample, image, "json")
+    if member is None or sample.members[member].size > _LARGEST_JSON:
+        return {}
+    data = _bytes(str(files[number]), *sample.members[member].place)
+    return _parsed(data, f"{files[number]}: {sample.key}")
+
+
+def _parsed(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: its .json is not JSON ({error})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _hints(
+    files: Sequence[Path], picked: Sequence[_Picked], unread: Counter[str], bare: bool
+) -> list[str]:
+    """What the user should know of the members that nobody reads."""
+    notes = []
+    if bare and ".json" in unread:
+        fields = _fields(files, picked[0])
+        like = [n for n, v in fields.items() if LIKE_LABELS.fullmatch(n) and type(v) in (int, str)]
+        if like:
+            notes.append(
+                f"the .json members hold {', '.join(like)}; --label json.{like[0]} takes them as "
+                f"labels"
+            )
+    if unread:
+        said = [
+            f"{count:,} {ending}{' (captions?)' if ending == '.txt' else ''}"
+            for ending, count in unread.most_common()
+        ]
+        notes.append(f"not read: {', '.join(said)}")
+    return notes
+
+
+def _samples(file: Path) -> list[_Sample]:
+    """Samples of one tar, its end checked; members of a key may lie apart."""
+    samples: dict[str, _Sample] = {}
     end = 0
     try:
         with tarfile.open(file, "r:") as archive:
@@ -107,18 +271,14 @@ def _samples(file: Path) -> Iterator[_Sample]:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, ending = base.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
-                if sample is None or sample.key != key:
-                    if sample is not None:
-                        yield sample
-                    sample = _Sample(key)
-                if ending.lower() in sample.members:
+                members = samples.setdefault(key, _Sample(key)).members
+                if ending.lower() in members:
                     raise ValueError(f"{file}: {member.name} is there twice")
-                sample.members[ending.lower()] = _Member(member.offset_data, member.size)
+                members[ending.lower()] = _Member(member.offset_data, member.size)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{file}: damaged or not a .tar ({error}); fetch it again") from error
     _check_end(file, end)
-    if sample is not None:
-        yield sample
+    return list(samples.values())
 
 
 def _admitted(member: tarfile.TarInfo, file: Path) -> bool:
@@ -126,6 +286,8 @@ def _admitted(member: tarfile.TarInfo, file: Path) -> bool:
     parts = PurePosixPath(member.name).parts
     if member.name.startswith("/") or ".." in parts or "\\" in member.name:
         raise ValueError(f"{file}: {member.name!r} has an odd path")
+    if is_leftover(member.name):
+        return False
     if CONTROL.search(member.name):
         raise ValueError(f"{file}: {member.name!r} has an odd path")
     if member.isdir():
@@ -134,7 +296,7 @@ def _admitted(member: tarfile.TarInfo, file: Path) -> bool:
         raise ValueError(f"{file}: {member.name!r} is a link, a device or no plain file")
     if member.size > LARGEST_FILE:
         raise ValueError(f"{file}: {member.name} is too large for an image")
-    return not any(part.startswith((".", "__")) for part in parts)
+    return not any(part.startswith("__") for part in parts)
 
 
 def _check_end(file: Path, end: int) -> None:
@@ -151,35 +313,40 @@ def _check_end(file: Path, end: int) -> None:
         )
 
 
-def _image_of(sample: _Sample, image: str | None, label: str, file: Path) -> str | None:
-    """The ending of a sample's image; None for a sample without image and label."""
-    if image is not None:
-        if image.lower() not in sample.members:
-            raise ValueError(f"{file}: {sample.key} has no member .{image}")
-        return image.lower()
-    found = [each for each in sample.members if f".{each.rpartition('.')[2]}" in EXTENSIONS]
-    if len(found) > 1:
-        raise ValueError(
-            f"{file}: {sample.key} has several images ({', '.join(found)}); choose by --image "
-            f"{found[0]}"
-        )
+def _images(sample: _Sample, label: str, file: Path) -> list[str]:
+    """The endings of a sample's images; none for a sample without image and label.
+
+    Raises:
+        ValueError: an image of another kind, or a label without an image.
+    """
+    found = [
+        ending
+        for ending, member in sample.members.items()
+        if _last(ending) in EXTENSIONS
+        or (says_nothing(_last(ending)) and begins_as_image(_head(file, member)))
+    ]
     if found:
-        return found[0]
-    foreign = [each for each in sample.members if f".{each.rpartition('.')[2]}" in FOREIGN]
+        return found
+    foreign = [ending for ending in sample.members if _last(ending) in FOREIGN]
     if foreign:
         raise ValueError(
             f"{file}: {sample.key}.{foreign[0]}: not PNG, JPEG or WebP; convert it or remove it"
         )
-    if label in sample.members:
+    if any(ending == label or ending.endswith(f".{label}") for ending in sample.members):
         raise ValueError(f"{file}: {sample.key} has a label and no image")
-    return None
+    return []
 
 
-def _label(file: Path, key: str, member: _Member) -> int:
-    text = _bytes(str(file), member.offset, min(member.size, _LARGEST_LABEL)).strip()
-    if not text.isdigit() or member.size > _LARGEST_LABEL:
-        raise ValueError(f"{file}: {key}: labels are whole numbers (got {text!r})")
-    return int(text)
+def _last(ending: str) -> str:
+    return f".{ending.rpartition('.')[2]}" if ending else ""
+
+
+def _head(file: Path, member: _Member) -> bytes:
+    return _bytes(str(file), member.offset, min(member.size, HEAD))
+
+
+def _word(data: bytes) -> str:
+    return data.decode("utf-8", "replace").strip()
 
 
 def _bytes(path: str, offset: int, size: int) -> bytes:

@@ -10,12 +10,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_pl.data.files import is_leftover
 from diffusion_pl.data.originals import Asked, open_originals
 from diffusion_pl.data.recipe import CHANGED, STEPS, Recipe
+from diffusion_pl.data.relisting import check_unchanged, listed
 from diffusion_pl.data.shard_format import (
     MANIFEST,
     PROGRESS,
@@ -65,7 +67,13 @@ class Request:
 
 
 def prepare(
-    request: Request, folder: Path, *, workers: int, skip_broken: int = 0, report: Report
+    request: Request,
+    folder: Path,
+    *,
+    workers: int,
+    skip_broken: int = 0,
+    report: Report,
+    relist: bool = True,
 ) -> tuple[Manifest, bool]:
     """Write the shards that are missing, then the index and `dataset.json`.
 
@@ -75,6 +83,7 @@ def prepare(
         workers: processes.
         skip_broken: how many images may be left out because they cannot be read.
         report: told of the progress.
+        relist: whether a finished data set's source is listed again.
 
     Returns:
         What was made, and whether it was there before.
@@ -86,7 +95,10 @@ def prepare(
     if (folder / MANIFEST).exists():
         manifest = Manifest.read(folder)
         _same(asdict(manifest), request.settings(), folder)
+        note = check_unchanged(manifest, request.source, folder) if relist else None
         shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+        if note:
+            manifest = replace(manifest, notes=[*(manifest.notes or []), note])
         return manifest, True
     _check_place(folder, request.source.path)
     # webdataset takes torch along, which a finished folder and a wrong setting need not wait for.
@@ -94,8 +106,7 @@ def prepare(
 
     kind, originals = open_originals(request.source, request.recipe.descending)
     settings = request.settings() | {"name": request.name or originals.name}
-    found = {"kind": kind, "originals": originals.count, "listing": originals.listing}
-    settings["source"] |= found
+    settings["source"] |= {"kind": kind} | listed(originals)
     begun = settings
     if request.recipe.filter in CHANGED:
         begun = settings | {"recipe": STEPS}
@@ -132,7 +143,7 @@ def _check_place(folder: Path, source: str) -> None:
             raise ValueError(f"{folder}: lies in the source {source}; name a folder elsewhere")
     if not folder.is_dir() or (folder / PROGRESS).is_dir():
         return
-    others = sorted(entry.name for entry in folder.iterdir())
+    others = sorted(each.name for each in folder.iterdir() if not is_leftover(each.name))
     if others:
         raise ValueError(
             f"{folder}: holds other files ({', '.join(others[:3])}); name a new folder"
@@ -152,7 +163,7 @@ def _same(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> 
             node = node.get(part) if isinstance(node, Mapping) else None
         if node == value or (key == "name" and value is None):
             continue
-        if key == "source.listing":
+        if key in ("source.listing", "source.states"):
             differ.append("the source's images are others now")
         else:
             differ.append(f"{key} is {node!r} there and {value!r} now")

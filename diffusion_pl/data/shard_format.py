@@ -39,7 +39,7 @@ ENDINGS = {"png": "png", "webp": "webp", "raw": "npy", "jpeg": "jpg"}
 LARGEST_RESOLUTION = 8192
 
 # What a manifest may lack.
-OPTIONAL = frozenset({"notes"})
+OPTIONAL = frozenset({"notes", "class_counts", "labels_from", "unread"})
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _LARGEST_MANIFEST = 512 * 1024**2
@@ -107,6 +107,9 @@ class Manifest:
         skipped: complaints about the originals that were left out, by key.
         versions: of what decoded, resized and encoded them.
         notes: what the user should know of the images; None: nothing.
+        class_counts: images of each class in order, None when unlabelled.
+        labels_from: what of the source the labels are, in words.
+        unread: members, columns or files of the source that nobody reads, by kind.
     """
 
     name: str
@@ -126,6 +129,9 @@ class Manifest:
     skipped: dict[str, str]
     versions: dict[str, str]
     notes: list[str] | None = None
+    class_counts: list[int] | None = None
+    labels_from: str | None = None
+    unread: dict[str, int] | None = None
 
     @property
     def fingerprint(self) -> str:

@@ -81,7 +81,8 @@ class Shards:
         """
         if self.made_of is not None:
             with shown() as report:
-                prepare(self.made_of, Path(self.path), workers=os.cpu_count() or 1, report=report)
+                workers = os.cpu_count() or 1
+                prepare(self.made_of, Path(self.path), workers=workers, report=report, relist=False)
         self._described()
 
     def open(self, resolution: int | None = None) -> Images:
@@ -113,6 +114,7 @@ class Shards:
             tuple(shard.count for shard in manifest.shards),
             self.window,
             members.file_of,
+            tuple(manifest.class_names or ()),
         )
         return images if self.cache == "disk" else self._in_memory(images, members)
 

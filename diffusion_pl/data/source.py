@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,6 +49,7 @@ class Images:
         shards: images in each shard, in order; () where there are none.
         window: shards to shuffle together; 0: all.
         file_of: names the file that an image is read from; None where it lies in memory.
+        class_names: of the classes in order, () where they have none.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Images:
     shards: tuple[int, ...] = ()
     window: int = 0
     file_of: Callable[[int], str] | None = None
+    class_names: tuple[str, ...] = ()
 
     def whence(self, index: int) -> str:
         """Where an image comes from, in words."""
@@ -153,6 +155,7 @@ def load(
     labels: Tensor | None,
     *,
     classes: int,
+    class_names: Sequence[str] = (),
     threads: int = 1,
     limit: int | None = None,
 ) -> Images:
@@ -163,6 +166,7 @@ def load(
         store: images on demand, uint8 (N, C, R, R); a tensor is kept as it is.
         labels: int64 (N,) or None.
         classes: number of classes, 0 without labels.
+        class_names: of the classes in order, where they have names.
         threads: pieces read at a time; decoding and numpy release the interpreter lock.
         limit: decoded bytes to hold in memory at most; None: MEMORY_LIMIT.
 
@@ -191,7 +195,7 @@ def load(
             reported = time.monotonic()
             print(f"{name}: {first + len(piece):,} of {count:,} images read", file=sys.stderr)
     identity = fingerprint(bytes(digests), store.shape, None if labels is None else labels.numpy())
-    return Images(name, kept, identity, labels, classes)
+    return Images(name, kept, identity, labels, classes, class_names=tuple(class_names))
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,14 @@ def reduced(images: Images, resolution: int | None, *, threads: int = 1) -> Imag
         )
     name = f"{images.name.removesuffix(f'-{whole}')}-{resolution}"
     store = _Reduced(images.store, resolution)
-    return load(name, store, images.labels, classes=images.classes, threads=threads)
+    return load(
+        name,
+        store,
+        images.labels,
+        classes=images.classes,
+        class_names=images.class_names,
+        threads=threads,
+    )
 
 
 def _pieces(store: Store, *, threads: int) -> Iterator[tuple[int, Tensor]]:

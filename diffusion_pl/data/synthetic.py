@@ -237,5 +237,6 @@ class Synthetic:
             _Rendered(scenes, resolution),
             torch.tensor([place[shape] for shape in scenes.label.tolist()]),
             classes=len(self.shapes),
+            class_names=list(self.shapes),
             threads=max(1, self.workers),
         )

@@ -27,6 +27,7 @@ from webdataset import TarWriter
 
 from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.fingerprint import fingerprint, image_digests
+from diffusion_pl.data.labels import counts
 from diffusion_pl.data.originals import Originals
 from diffusion_pl.data.recipe import Recipe, versions
 from diffusion_pl.data.shard_format import (
@@ -262,6 +263,7 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
     for part in shards:
         depths.add(part.depths)
     line = depths.line()
+    notes = [*originals.notes, *([line] if line else [])]
     manifest = Manifest(
         name=settings["name"],
         count=len(rows),
@@ -281,7 +283,10 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
         },
         index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
         skipped={key: text for part in shards for key, text in part.skipped.items()},
-        notes=[line] if line else None,
+        notes=notes or None,
+        class_counts=None if labels is None else counts(labels.tolist(), originals.classes),
+        labels_from=originals.labels_from or None,
+        unread=originals.unread or None,
         versions=versions(),
     )
     with _writing(job.folder):

@@ -1,0 +1,282 @@
+"""Named files of a folder or an archive, without what systems leave among them."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp"})
+
+# Images by name that are not read: left out in silence they would be missed only by their count.
+FOREIGN = frozenset(
+    {".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga"}
+    | {".tif", ".tiff"}
+)
+
+# In a name: ends the line of a complaint, or moves the cursor of the terminal that shows it.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+# A file of more bytes than the largest image has when decoded holds something else.
+LARGEST_FILE = 256 * 1024**2
+
+# What systems and programs leave in folders, beside names that begin with a point.
+_LEFTOVERS = frozenset(
+    {
+        "__macosx", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r",
+        "@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "lost+found",
+        "system volume information", "network trash folder", "temporary items", "__pycache__",
+    }
+)  # fmt: skip
+
+# The first bytes of a PNG, a JPEG and a WebP.
+_STARTS = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
+HEAD = 12
+
+# An ending that says what a file is; the rest of names such as `7`, `x.0001` or `y.jpg_large` does
+# not, and the file's first bytes do.
+_PLAIN_ENDING = re.compile(r"\.[a-z][a-z0-9]{0,9}")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a path is, or lies in, what a system has left there, or is hidden."""
+    parts = PurePosixPath(name).parts
+    return any(part.startswith(".") or part.lower() in _LEFTOVERS for part in parts)
+
+
+def ending_of(name: str) -> str:
+    """The ending of a file's name, in lower case with its point; empty where there is none."""
+    return PurePosixPath(name).suffix.lower()
+
+
+def says_nothing(ending: str) -> bool:
+    """Whether only a file's first bytes can tell if it is an image."""
+    return ending not in EXTENSIONS and not _PLAIN_ENDING.fullmatch(ending)
+
+
+def begins_as_image(head: bytes) -> bool:
+    """Whether a file with these first bytes (`HEAD` of them) is a PNG, JPEG or WebP."""
+    return _STARTS.match(head) is not None
+
+
+class Files(Protocol):
+    """Named files of a folder or an archive."""
+
+    def names(self) -> list[str]:
+        """Relative paths with forward slashes, in any order; leftovers of systems are none."""
+
+    def folders(self, inside: str) -> list[str]:
+        """Names of the folders that lie directly in one, "" being the whole; leftovers are none."""
+
+    def read(self, name: str) -> bytes:
+        """One file's bytes."""
+
+    def head(self, name: str) -> bytes:
+        """One file's first bytes, `HEAD` at most."""
+
+    def state(self, name: str) -> str:
+        """What a change of the file changes, found without reading it."""
+
+
+def opened(path: str) -> Files:
+    """The files of a folder or of a zip file.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return FolderFiles(place)
+    if place.is_file():
+        return ZipFiles(place)
+    raise ValueError(f"{path}: no such folder or zip file")
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """The files of a folder and of the folders in it."""
+
+    path: Path
+
+    def names(self) -> list[str]:
+        """Relative paths.
+
+        Raises:
+            ValueError: a folder that cannot be read, or is reached twice.
+        """
+        found: list[str] = []
+        visited: set[str] = set()
+        # Links are followed, as folders of classes are often linked together; never round a loop.
+        for folder, folders, files in os.walk(self.path, followlinks=True, onerror=self._refuse):
+            real = os.path.realpath(folder)
+            if real in visited:
+                raise ValueError(f"{folder}: reached a second time, by a link; remove the link")
+            visited.add(real)
+            folders[:] = [name for name in folders if not is_leftover(name)]
+            inside = PurePosixPath(Path(folder).relative_to(self.path).as_posix())
+            found += [str(inside / name) for name in files if not is_leftover(name)]
+        return found
+
+    def folders(self, inside: str) -> list[str]:
+        """Names of the folders in one."""
+        entries = (self.path / inside).iterdir()
+        return [each.name for each in entries if each.is_dir() and not is_leftover(each.name)]
+
+    def _refuse(self, error: OSError) -> None:
+        raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    def read(self, name: str) -> bytes:
+        """One file's bytes.
+
+        Raises:
+            ValueError: it cannot be read, or is too large.
+        """
+        path = self.path / name
+        try:
+            if path.stat().st_size > LARGEST_FILE:
+                raise ValueError(f"{path}: too large for an image")
+            return path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+    def head(self, name: str) -> bytes:
+        """One file's first bytes; none of what is no plain file, which might never give any."""
+        path = self.path / name
+        try:
+            if not path.is_file():
+                return b""
+            with path.open("rb") as file:
+                return file.read(HEAD)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+    def state(self, name: str) -> str:
+        """Its size in bytes."""
+        try:
+            return str((self.path / name).stat().st_size)
+        except OSError:
+            return ""
+
+
+@dataclass
+class ZipFiles:
+    """The files of a zip archive."""
+
+    path: Path
+    # Open archive and the process that opened it: forked loader workers would share one file
+    # position and read each other's bytes.
+    _opened: tuple[int, zipfile.ZipFile] | None = field(default=None, repr=False)
+    _entries: dict[str, zipfile.ZipInfo] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": self.path, "_opened": None, "_entries": None}
+
+    def _archive(self) -> zipfile.ZipFile:
+        if self._opened is None or self._opened[0] != os.getpid():
+            try:
+                self._opened = (os.getpid(), zipfile.ZipFile(self.path))
+            except Exception as error:
+                # A directory that is no directory raises nearly anything.
+                raise ValueError(f"{self.path}: not a readable zip file ({error})") from error
+            self._entries = None
+        return self._opened[1]
+
+    def _found(self) -> dict[str, zipfile.ZipInfo]:
+        """The files by their paths, checked."""
+        archive = self._archive()
+        if self._entries is not None:
+            return self._entries
+        entries = [(_path_of(each), each) for each in archive.infolist()]
+        # An entry without a name makes zipfile's own is_dir raise.
+        files = [(name, each) for name, each in entries if name[-1:] != "/"]
+        for name, _ in files:
+            if name.startswith("/") or ".." in name.split("/") or re.match(r"[A-Za-z]:/", name):
+                shown = repr(name) if CONTROL.search(name) else name
+                raise ValueError(f"{self.path}: {shown} has an odd path")
+        files = [(name, each) for name, each in files if not is_leftover(name)]
+        for name, entry in files:
+            refuse_control(name, self.path)
+            if entry.flag_bits & 1:
+                raise ValueError(f"{self.path}: {name} is encrypted")
+        found = dict(files)
+        if len(found) < len(files):
+            [(twice, _)] = Counter(name for name, _ in files).most_common(1)
+            raise ValueError(f"{self.path}: {twice} is there twice")
+        self._entries = found
+        return found
+
+    def names(self) -> list[str]:
+        """Paths in the archive.
+
+        Raises:
+            ValueError: no zip file, or one with odd, encrypted or repeated names.
+        """
+        return list(self._found())
+
+    def folders(self, inside: str) -> list[str]:
+        """Names of the folders in one, empty ones included."""
+        start = f"{inside}/" if inside else ""
+        paths = (_path_of(each) for each in self._archive().infolist())
+        below = {path[len(start) :] for path in paths if path.startswith(start)}
+        within = {rest.partition("/")[0] for rest in below if "/" in rest}
+        return [name for name in within if not is_leftover(name)]
+
+    def _entry(self, name: str) -> zipfile.ZipInfo:
+        entry = self._found().get(name)
+        if entry is None:
+            raise ValueError(f"{self.path}: {name} is gone; it was there before")
+        if entry.file_size > LARGEST_FILE:
+            raise ValueError(f"{self.path}: {name} is too large for an image")
+        return entry
+
+    def read(self, name: str) -> bytes:
+        """One file's bytes.
+
+        Raises:
+            ValueError: damaged, or too large.
+        """
+        entry = self._entry(name)
+        try:
+            # No more is unpacked than the entry announces, which is limited.
+            return self._archive().read(entry)
+        except Exception as error:
+            # zipfile passes on whatever its decompressors raise, and KeyError if the file changed.
+            raise ValueError(f"{self.path}: {name} is damaged ({error})") from error
+
+    def head(self, name: str) -> bytes:
+        """One file's first bytes.
+
+        Raises:
+            ValueError: damaged.
+        """
+        try:
+            with self._archive().open(self._found()[name]) as file:
+                return file.read(HEAD)
+        except Exception as error:
+            raise ValueError(f"{self.path}: {name} is damaged ({error})") from error
+
+    def state(self, name: str) -> str:
+        """Its size and check sum."""
+        entry = self._found()[name]
+        return f"{entry.file_size} {entry.CRC}"
+
+
+def _path_of(entry: zipfile.ZipInfo) -> str:
+    """An entry's path with forward slashes, which some archivers wrote the other way for years."""
+    utf8 = bool(entry.flag_bits & 0x800)
+    # In a name of some code page the byte may be the second half of a letter.
+    return entry.filename.replace("\\", "/") if utf8 or entry.filename.isascii() else entry.filename
+
+
+def refuse_control(name: str, where: object) -> None:
+    """Refuse what would end or colour the line that names it.
+
+    Raises:
+        ValueError: as said.
+    """
+    if CONTROL.search(name):
+        raise ValueError(f"{where}: {name!r} is an odd name; rename it")

@@ -1,0 +1,469 @@
+"""How images lie in a folder or an archive: splits, classes, labels, and what nobody reads.
+
+Layouts that are known, each with its labels:
+    folders of classes                     the first folder of a path, wrapped in others or not
+    dataset.json                           {"labels": [["00000/img00000000.png", 6], ...]} or null,
+                                           as the packing tools of StyleGAN and EDM write it
+    metadata.csv, metadata.jsonl           a row a file, `file_name` and a column of labels, as
+                                           Hugging Face's imagefolder takes them
+    train/, val/, test/ (and other words)  splits, of which one is taken; never classes
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from diffusion_pl.data.files import (
+    EXTENSIONS,
+    FOREIGN,
+    Files,
+    begins_as_image,
+    ending_of,
+    opened,
+    refuse_control,
+    says_nothing,
+)
+from diffusion_pl.data.labels import Numbered, in_order, numbered
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "eval"),
+    "unlabeled": ("unlabeled", "unlabelled"),
+    "extra": ("extra",),
+}
+_SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
+ALL = "all"
+
+_PACKED = "dataset.json"
+_METADATA = ("metadata.csv", "metadata.jsonl")
+_LARGEST_CELL = 1024**2
+
+# The packing tools' folders of 1,000 images, numbered through.
+_INDEX_FOLDER = re.compile(r"(\d{5})/img(\d{8})\.\w+")
+
+_SHOWN = 3
+_KINDS = 8
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder or an archive holds.
+
+    Args:
+        files: to read from.
+        names: of the images, in order.
+        labels: class of each image, None without labels.
+        classes: number of classes, 0 without labels.
+        class_names: of the classes in order, empty where they have none.
+        labels_from: what the labels were read from, in words.
+        unread: how many files of each ending are not read.
+        notes: what the user should know.
+    """
+
+    files: Files
+    names: list[str]
+    labels: list[int] | None = None
+    classes: int = 0
+    class_names: list[str] = field(default_factory=list)
+    labels_from: str = ""
+    unread: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def list_images(
+    path: str, *, labels: bool | None, split: str | None = None, column: str | None = None
+) -> Listing:
+    """Look through a folder or a zip file; nothing is decoded.
+
+    Args:
+        path: of it.
+        labels: True wants classes, False wants none; None takes those that are written down, and
+            says so where folders may be classes.
+        split: which of several splits; `all` takes every one.
+        column: of metadata.csv or metadata.jsonl, with the labels.
+
+    Raises:
+        ValueError: nothing there, no images, splits of which none is chosen, or no classes.
+    """
+    files = opened(path)
+    images, others = _sorted_out(path, files, sorted(files.names()))
+    prefix, layers = _place(path, images, split)
+    notes: list[str] = []
+    if split is not None and split.lower() != ALL:
+        wanted, total = set(same_split(split)), len(images)
+        images = [name for name in images if _split_of(name, layers) in wanted]
+        others = [name for name in others if _split_of(name, layers) in wanted | {""}]
+        if len(images) < total:
+            notes.append(f"split {split}: {len(images):,} of {total:,} images")
+    layers = _unwrapped(images, layers)
+    foreign = next((name for name in others if ending_of(name) in FOREIGN), None)
+    if foreign is not None:
+        raise ValueError(f"{path}/{foreign}: not PNG, JPEG or WebP; convert it or remove it")
+    found: Numbered | None = None
+    read: set[str] = set()
+    if labels is not False:
+        found, read = _written_down(path, files, others, images, column, notes)
+        if found is None and not read:
+            found = _folders(path, files, images, prefix, layers, labels, notes)
+    if labels and found is None:
+        raise ValueError(f"{path}: {_PACKED} says that there are no labels; leave labels out")
+    rest = [name for name in others if name not in read]
+    unread = dict(Counter(ending_of(name) or "no ending" for name in rest).most_common())
+    if rest:
+        notes.append(_not_read(rest, images))
+    if found is None:
+        return Listing(files, images, unread=unread, notes=notes)
+    return Listing(
+        files,
+        images,
+        found.labels,
+        found.classes,
+        found.names or [],
+        found.source,
+        unread,
+        [*found.notes, *notes],
+    )
+
+
+def _sorted_out(path: str, files: Files, every: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The images and the other files, by name."""
+    images, others = [], []
+    for name in every:
+        refuse_control(name, path)
+        ending = ending_of(name)
+        if ending in EXTENSIONS or (says_nothing(ending) and begins_as_image(files.head(name))):
+            images.append(name)
+        else:
+            others.append(name)
+    foreign = next((name for name in others if ending_of(name) in FOREIGN), None)
+    if not images and foreign is not None:
+        raise ValueError(f"{path}/{foreign}: not PNG, JPEG or WebP; convert it or remove it")
+    if not images:
+        counts = Counter(ending_of(name) or "no ending" for name in others)
+        there = ", ".join(f"{count:,} {ending}" for ending, count in counts.most_common(_SHOWN))
+        raise ValueError(
+            f"{path}: no images here (looked for .png .jpg .jpeg .webp"
+            + (f"; there are {there}: unpack archives, or name one)" if there else ")")
+        )
+    return images, others
+
+
+# Splits and folders around everything.
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Which folders of a path say what.
+
+    Args:
+        split: place of the folder that names the split, or None.
+        class_: place of the folder that names the class.
+    """
+
+    split: int | None
+    class_: int
+
+
+def _place(path: str, images: Sequence[str], split: str | None) -> tuple[str, _Layers]:
+    """The folder around everything ("" where there is none), and which folders mean what.
+
+    Raises:
+        ValueError: several splits of which none is chosen, or one that is not there.
+    """
+    folders = [PurePosixPath(name).parts[:-1] for name in images]
+    depth = 0
+    shortest = min(map(len, folders))
+    # A folder that holds everything, in folders of its own, says nothing.
+    while shortest > depth + 1 and len({each[depth] for each in folders}) == 1:
+        depth += 1
+    at: int | None = None
+    for place in (depth, depth + 1):
+        words = {each[place] for each in folders if len(each) > place}
+        known = {word for word in words if word.lower() in _SPLIT_OF}
+        # Below classes every folder must be a split; at the top some may be something else.
+        if len({_SPLIT_OF[word.lower()] for word in known}) > 1 and (
+            place == depth or known == words
+        ):
+            at = place
+            break
+    prefix = "/".join(folders[0][:depth])
+    if at is None:
+        _check_split_absent(path, folders[0][: depth + 1], split)
+        return prefix, _Layers(None, depth)
+    words = {each[at] for each in folders if len(each) > at}
+    names = sorted(word for word in words if word.lower() in _SPLIT_OF)
+    choices = (ALL, *(each for word in names for each in same_split(word)))
+    if split is None or split.lower() not in choices:
+        problem = "" if split is None else f" and no {split!r}"
+        first = next((word for word in names if _matches(word, "train")), names[0])
+        raise ValueError(
+            f"{path}: holds the splits {', '.join(names)}{problem}; take one by --split {first} "
+            f"(in an experiment: data.split={first}), or all as one set by --split {ALL}"
+        )
+    return prefix, _Layers(at, depth + 1 if at == depth else depth)
+
+
+def _unwrapped(images: Sequence[str], layers: _Layers) -> _Layers:
+    """Pass over folders that hold everything of the split that was taken."""
+    folders = [PurePosixPath(name).parts[:-1] for name in images]
+    place = layers.class_
+    if layers.split is not None and layers.split > place:
+        return layers
+    while min(map(len, folders)) > place + 1 and len({each[place] for each in folders}) == 1:
+        place += 1
+    return _Layers(layers.split, place)
+
+
+def _check_split_absent(path: str, folders: Sequence[str], split: str | None) -> None:
+    if split is None or split.lower() == ALL or any(_matches(each, split) for each in folders):
+        return
+    raise ValueError(f"{path}: holds no splits such as train/ and test/; leave out split {split!r}")
+
+
+def _matches(word: str, split: str) -> bool:
+    return word.lower() in same_split(split)
+
+
+def same_split(split: str) -> tuple[str, ...]:
+    """The words for a split; the word itself for one that is not known."""
+    low = split.lower()
+    return _SPLITS.get(_SPLIT_OF.get(low, ""), (low,))
+
+
+def _split_of(name: str, layers: _Layers) -> str:
+    parts = PurePosixPath(name).parts[:-1]
+    if layers.split is None:
+        # The one split that is there, or the folder around everything.
+        return next((part.lower() for part in parts if part.lower() in _SPLIT_OF), "")
+    return parts[layers.split].lower() if len(parts) > layers.split else ""
+
+
+# Labels.
+
+
+def _written_down(
+    path: str,
+    files: Files,
+    others: Sequence[str],
+    images: Sequence[str],
+    column: str | None,
+    notes: list[str],
+) -> tuple[Numbered | None, set[str]]:
+    """The labels that a file beside the images holds, and which files were read for them."""
+    there = set(others)
+    for folder in reversed(PurePosixPath(images[0]).parents):  # the outermost first
+        start = "" if str(folder) == "." else f"{folder}/"
+        if start + _PACKED in there:
+            known, labels = _packed(files, start, images)
+            if known:
+                return labels, {start + _PACKED}
+        for name in _METADATA:
+            if start + name in there:
+                labels = _tabled(files, start, name, images, column, notes)
+                if labels is not None:
+                    return labels, {start + name}
+    if column is not None:
+        raise ValueError(
+            f"{path}: --label names a column of {' or '.join(_METADATA)}, and neither is here"
+        )
+    return None, set()
+
+
+def _packed(files: Files, start: str, images: Sequence[str]) -> tuple[bool, Numbered | None]:
+    """Whether a dataset.json speaks of labels, and those of the images."""
+    name = start + _PACKED
+    content = _json(files.read(name), name)
+    if not isinstance(content, dict) or "labels" not in content:
+        return False, None
+    if content["labels"] is None:
+        return True, None
+    try:
+        pairs = {str(key).replace("\\", "/"): label for key, label in content["labels"]}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: labels are no pairs of a file and a class ({error})") from error
+    return True, _of_names(pairs, start, images, name)
+
+
+def _of_names(pairs: dict[str, Any], start: str, images: Sequence[str], source: str) -> Numbered:
+    """Number the labels that a file gives by name.
+
+    Raises:
+        ValueError: an image without a label, or labels that are no classes.
+    """
+    given = [pairs.get(name.removeprefix(start)) for name in images]
+    missing = [name for name, label in zip(images, given, strict=True) if label is None]
+    if missing:
+        raise ValueError(
+            f"{source}: no label for {len(missing):,} of {len(images):,} images ({missing[0]}); "
+            f"leave labels out (--no-labels), or mend it"
+        )
+    found = numbered(given, source)
+    gone = len(pairs.keys() - {name.removeprefix(start) for name in images})
+    if gone:
+        found.notes.append(f"{source} names {gone:,} files that are not here")
+    return found
+
+
+def _tabled(
+    files: Files,
+    start: str,
+    name: str,
+    images: Sequence[str],
+    column: str | None,
+    notes: list[str],
+) -> Numbered | None:
+    """Labels of a metadata table; None where it has no column of labels."""
+    where = start + name
+    rows = list(_rows(files.read(where), where))
+    if not rows or "file_name" not in rows[0]:
+        return None
+    columns = [str(each) for each in rows[0]]
+    wanted = column or ("label" if "label" in columns else None)
+    if wanted is not None and wanted not in columns:
+        raise ValueError(f"{where}: no column {wanted!r} ({', '.join(columns)})")
+    rest = [each for each in columns if each not in ("file_name", wanted)]
+    if rest:
+        notes.append(f"not read of {where}: {columns_named(rest)}")
+    if wanted is None:
+        return None
+    pairs = {str(row["file_name"]).replace("\\", "/"): row.get(wanted) for row in rows}
+    found = _of_names(pairs, start, images, where)
+    found.source = f"column {wanted!r} of {where}"
+    return found
+
+
+def columns_named(names: Sequence[str]) -> str:
+    """Columns of a table in words."""
+    return f"{'column' if len(names) == 1 else 'columns'} {', '.join(names)}"
+
+
+def _rows(data: bytes, name: str) -> Iterable[dict[str, Any]]:
+    """The rows of metadata.csv or metadata.jsonl."""
+    text = _text(data, name)
+    if name.endswith(".csv"):
+        csv.field_size_limit(_LARGEST_CELL)
+        try:
+            yield from csv.DictReader(io.StringIO(text, newline=""))
+        except csv.Error as error:
+            raise ValueError(f"{name}: not a readable table ({error})") from error
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            row = _json(line.encode(), f"{name}:{number}")
+            if not isinstance(row, dict):
+                raise ValueError(f"{name}:{number}: not a JSON object")
+            yield row
+
+
+def _text(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 ({error.reason})") from error
+
+
+def _json(data: bytes, name: str) -> Any:
+    try:
+        return json.loads(_text(data, name))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON ({error})") from error
+
+
+def _folders(
+    path: str,
+    files: Files,
+    images: Sequence[str],
+    prefix: str,
+    layers: _Layers,
+    labels: bool | None,
+    notes: list[str],
+) -> Numbered | None:
+    """Classes by folders where they are wanted; a note that there may be some, elsewhere."""
+    parts = [PurePosixPath(name).parts[:-1] for name in images]
+    tops = [each[layers.class_] if len(each) > layers.class_ else None for each in parts]
+    packed = _are_index_folders(images)
+    if not labels:
+        words = in_order({top for top in tops if top is not None})
+        if None not in tops and len(words) > 1 and not packed:
+            notes.append(
+                f"the images lie in {len(words):,} folders ({_some(words)}), which are not taken "
+                f"as classes; --labels takes them, in a new folder"
+            )
+        return None
+    if None in tops:
+        raise ValueError(
+            f"{path}/{images[tops.index(None)]}: in no folder, so without a class; move it into "
+            f"one or set labels: false"
+        )
+    classes = in_order({str(top) for top in tops})
+    if len(classes) < 2:
+        raise ValueError(
+            f"{path}: the only class is {classes[0]!r}; folders of classes must lie at the top, or "
+            f"set labels: false"
+        )
+    if packed:
+        raise ValueError(
+            f"{path}: its folders {_some(classes)} number the images and are no classes, and it "
+            f"has no {_PACKED} with labels; leave labels out (--no-labels)"
+        )
+    found = numbered([str(top) for top in tops], "folders", classes)
+    inside = f" in {prefix}/" if prefix else ""
+    found.source = f"folders{inside}"
+    _look_around(files, prefix, layers, images, classes, found.notes)
+    return found
+
+
+def _look_around(
+    files: Files,
+    prefix: str,
+    layers: _Layers,
+    images: Sequence[str],
+    classes: Sequence[str],
+    notes: list[str],
+) -> None:
+    """Say what the names of the folders may hide."""
+    if layers.split is None or layers.split < layers.class_:
+        above = "/".join(PurePosixPath(images[0]).parts[: layers.class_])
+        empty = in_order(set(files.folders(above)) - set(classes))
+        if empty:
+            notes.append(f"folders without an image are no classes: {_some(empty)}")
+    alike = Counter(name.casefold().strip() for name in classes)
+    twins = [name for name in classes if alike[name.casefold().strip()] > 1]
+    if twins:
+        notes.append(f"classes whose names differ by case or spaces alone: {_some(twins)}")
+
+
+def _are_index_folders(images: Sequence[str]) -> bool:
+    """Whether every image is where the packing tools put the image of its number."""
+    found = (_INDEX_FOLDER.fullmatch(name) for name in images)
+    return all(each is not None and int(each[1]) == int(each[2]) // 1000 for each in found)
+
+
+def _some(words: Sequence[str]) -> str:
+    return ", ".join(words[:_SHOWN]) + (", ..." if len(words) > _SHOWN else "")
+
+
+def _not_read(names: Sequence[str], images: Sequence[str]) -> str:
+    """A line about the files that nobody reads."""
+    stems = {str(PurePosixPath(name).with_suffix("")) for name in images}
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(ending_of(name) or "no ending", []).append(name)
+    said = []
+    for ending, of in sorted(groups.items(), key=lambda group: -len(group[1])):
+        beside = sum(str(PurePosixPath(name).with_suffix("")) in stems for name in of)
+        what = f" ({', '.join(of)})" if len(of) < _SHOWN else ""
+        if beside > len(of) // 2:
+            what = " beside images (captions?)" if ending == ".txt" else " beside images"
+        said.append(f"{len(of):,} {ending}{what}")
+    more = f" and {len(said) - _KINDS:,} more kinds" if len(said) > _KINDS else ""
+    return f"not read: {', '.join(said[:_KINDS])}{more}"

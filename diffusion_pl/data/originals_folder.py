@@ -1,0 +1,48 @@
+"""Originals in a folder or a zip file of image files; nothing here waits for torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffusion_pl.data.files import Files
+from diffusion_pl.data.layout import list_images
+from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
+
+
+@dataclass(frozen=True)
+class _FileReader:
+    files: Files
+    names: list[str]
+
+    def read(self, index: int) -> Original:
+        name = self.names[index]
+        return Original(name, self.files.read(name))
+
+
+def open_folder(asked: Asked, name: str) -> Originals:
+    """A folder or a zip file of images, in the order of their relative paths.
+
+    Args:
+        asked: with the split, where there are several, and the column of labels.
+        name: of the set.
+
+    Raises:
+        ValueError: as `list_images`.
+    """
+    listing = list_images(asked.path, labels=asked.labels, split=asked.split, column=asked.label)
+    return Originals(
+        name=name,
+        reader=_FileReader(listing.files, listing.names),
+        count=len(listing.names),
+        listing=digest_of(listing.names),
+        labels=None if listing.labels is None else np.array(listing.labels, dtype=np.int32),
+        classes=listing.classes,
+        class_names=listing.class_names or None,
+        labels_from=listing.labels_from,
+        unread=listing.unread,
+        notes=listing.notes,
+        names=listing.names,
+        states=[listing.files.state(each) for each in listing.names],
+    )
