@@ -267,6 +267,16 @@ def _add_exchange(parts: Mapping[str, argparse.ArgumentParser]) -> None:
     bring.add_argument(
         "--like", metavar="EXPERIMENT", help="whose data, optimizer, evaluation, trainer it takes"
     )
+    bring.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the file does not say, by its own keys, or over the run's config",
+    )
+    bring.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="of two in the file (ema)"
+    )
     give.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file")
     give.add_argument("dest", type=Path, help="the file, or diffusers' folder, to make")
     give.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")

@@ -51,22 +51,21 @@ def grid(
     """Arrange images in rows from left to right on a white sheet.
 
     Args:
-        images: uint8 (B, C, H, W), C = 1 or 3.
+        images: uint8 (B, C, H, W), C = 1, 3 or 4 (with alpha).
         columns: images a row; the square root of B when not given.
         gap: white pixels between neighbours.
         zoom: how often a pixel is repeated each way; enough to show 64 when not given.
 
     Returns:
-        uint8 (3, rows * (H + gap) - gap, columns * (W + gap) - gap), H and W after the zoom.
+        uint8 (3 or 4, rows * (H + gap) - gap, columns * (W + gap) - gap), H, W after the zoom.
     """
     zoom = zoom or max(1, math.ceil(VISIBLE / images.shape[3]))
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    count, _, height, width = images.shape
+    count, channels, height, width = images.shape
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
-    sheet = torch.full(
-        (3, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8
-    )
+    sides = rows * (height + gap) - gap, columns * (width + gap) - gap
+    sheet = torch.full((max(3, channels), *sides), 255, dtype=torch.uint8)
     for index, image in enumerate(images.cpu()):
         top = index // columns * (height + gap)
         left = index % columns * (width + gap)
@@ -78,7 +77,7 @@ def save_png(image: Tensor, path: Path) -> None:
     """Write one image without loss.
 
     Args:
-        image: uint8 (C, H, W), C = 1 or 3.
+        image: uint8 (C, H, W), C = 1, 3 or 4 (with alpha).
         path: the file; its folder must exist.
     """
     array = image.cpu().permute(1, 2, 0).numpy()

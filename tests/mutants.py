@@ -47,7 +47,7 @@ MUTANTS = [
         "diffusion/preconditioning.py",
         "schedules objectives parity_edm",
         ("c_skip=self.sigma_data**2 / variance", "c_skip=self.sigma_data / variance"),
-        ("c_out=sigma * self.sigma_data / variance.sqrt()", "c_out=sigma / variance.sqrt()"),
+        ("c_out = sigma * self.sigma_data / variance.sqrt()", "c_out = sigma / variance.sqrt()"),
         ("c_in=1 / variance.sqrt()", "c_in=1 / variance"),
         ("c_noise=sigma.log() / 4", "c_noise=sigma.log()"),
         ("denoised = c_skip * x + c_out * output", "denoised = c_skip * x - c_out * output"),
@@ -68,7 +68,7 @@ MUTANTS = [
         "objectives",
         ("return without + weight *", "return with_label + weight *"),
         ("torch.full_like(label, -1)", "torch.full_like(label, 0)"),
-        (".clamp(low, high)", ".clamp(low, 2 * high)"),
+        ("image.clamp(-limit, limit)", "image.clamp(-limit, 2 * limit)"),
     ),
     *at(
         "diffusion/random.py",
@@ -91,7 +91,8 @@ MUTANTS = [
         ("torch.cumprod(1 - self.betas.to(device), dim=0)", "1 - self.betas.to(device)"),
         ("return (lower + fraction)", "return (upper + fraction)"),
         ("math.pi / 2).square()", "math.pi / 2)"),
-        (".clamp(max=largest)", ""),
+        ("(1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=largest))\n\n\ndef Scaled",
+         "(1 - alpha_bar[1:] / alpha_bar[:-1]))\n\n\ndef Scaled"),
     ),
     *at(
         "diffusion/paths.py",
@@ -122,7 +123,7 @@ MUTANTS = [
         "samplers",
         ("math.sqrt(1 + start**2) if self.unit_start", "start if self.unit_start"),
         ("noise.to(torch.float64) * scale", "noise.to(torch.float32) * scale"),
-        ("clipped(denoise) if self.clip else", "denoise if self.clip else"),
+        ("clipped(denoise, self.clip) if self.clip else", "denoise if self.clip else"),
     ),
     *at(
         "networks/layers.py",
@@ -153,7 +154,7 @@ MUTANTS = [
         "networks/ddpm_unet.py",
         "networks parity_edm",
         ("F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))"),
-        ("self.affine(F.silu(embedding))", "self.affine(embedding)"),
+        ("self.affine(self.activate(embedding))", "self.affine(embedding)"),
     ),
     *at(
         "data/order.py",

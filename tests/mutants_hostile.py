@@ -21,7 +21,7 @@ MUTANTS = [
     *at(
         "interop/pickles.py",
         "hostile_corpus",
-        ("        look_through(program)", "        abs(1)"),
+        ("    look_through(whole)", "    abs(1)"),
         ("if depth > DEEPEST:", "if False:"),
     ),
     *at(
@@ -33,7 +33,7 @@ MUTANTS = [
         ('raise ValueError("\\n".join(problems))', "raise ValueError(problems[0])"),
     ),
     *at(
-        "training/container.py",
+        "data/container.py",
         "hostile_corpus",
         ("entry.compress_type != zipfile.ZIP_STORED", "False"),
         ("if sum(entry.file_size for entry in entries) > size:", "if False:"),
@@ -66,7 +66,7 @@ MUTANTS = [
     *at(
         "commands/parts.py",
         "hostile_corpus",
-        ("if most is not None and next(made) > most:", "if False:"),
+        ("with at_most(most), torch", "with torch"),
         ("if type(value) is int and value < least:", "if False:"),
         ('"workers": 0}', '"workers": -9}'),
         ('config.build(experiment, "optimizer")([', "list(["),

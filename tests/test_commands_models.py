@@ -232,6 +232,7 @@ def test_an_imported_run_is_fine_tuned_from_its_weights(run, parity):
     config = {key: value for key, value in fixture.config.items() if not key.startswith("_")}
     Path("published/config.json").write_text(json.dumps(config))
     save_file(fixture.weights, "published/diffusion_pytorch_model.safetensors")
+    Path("published/scheduler_config.json").write_text('{"_class_name": "DDPMScheduler"}')
     code, _, err = run(
         "import", "diffusers", "published", "runs/published",
     )  # fmt: skip

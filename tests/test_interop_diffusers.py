@@ -286,12 +286,15 @@ def test_tables_and_predictions_survive_export_and_import(tmp_path, table, predi
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm_eps": 1e-5}, r"norm_eps: must be 1e-06 \(got 1e-05\)"),
-        ({"attention_head_dim": 8}, r"attention_head_dim: must be None \(got 8\)"),
+        ({"norm_eps": -1e-5}, r"norm_eps: must be a positive number \(got -1e-05\)"),
+        ({"freq_shift": 2}, r"freq_shift: must be one of 0, 1 \(got 2\)"),
+        ({"center_input_sample": True}, r"center_input_sample: must be False \(got True\)"),
+        ({"attention_head_dim": 5}, "no whole number of attention heads"),
+        ({"colour_space": "yuv"}, r"colour_space: is not understood here \(got 'yuv'\)"),
         ({"block_out_channels": [8, 24]}, r"channel_mult: is \[1, 3\] .* the weights fit \[1, 2\]"),
         ({"layers_per_block": 2}, r"blocks: is 2 by the config; the weights fit 1"),
         ({"num_class_embeds": 3}, r"classes: is 3 by the config; the weights fit 0"),
-        ({"beta_schedule": "sigmoid"}, r"beta_schedule: must be one of linear, squaredcos_cap_v2"),
+        ({"beta_schedule": "cubic"}, r"beta_schedule: must be one of linear, scaled_linear, squar"),
         ({"prediction_type": "flow"}, "prediction_type: must be one of epsilon"),
         ({"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "must mirror down_block_types"),
         ({"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]}, "got 'SkipDownBlock2D'"),
@@ -323,8 +326,8 @@ def test_keys_and_shapes_that_do_not_fit_are_named():
 
 def test_an_absent_key_has_the_librarys_default():
     left_out = {key: value for key, value in SMALL.items() if key != "norm_eps"}
-    with pytest.raises(ValueError, match=r"norm_eps: must be 1e-06 \(got 1e-05\)"):
-        diffusers.nodes(left_out)
+    assert diffusers.nodes(SMALL)["network"]["eps"] == 1e-6
+    assert diffusers.nodes(left_out)["network"]["eps"] == 1e-5
 
 
 def test_another_layout_is_refused(tmp_path):

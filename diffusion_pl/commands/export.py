@@ -33,11 +33,13 @@ def run(options: argparse.Namespace) -> int:
             sampler, node = sampler.base, node["base"]
         node = node.get("integrate", {})
         variance = node.get("variance") if isinstance(node, dict) else None
+        clip = getattr(sampler.integrate, "keywords", {}).get("clip")
         diffusers_export.write(
             model.denoiser,
             build(model.config, "data").resolution,
             options.dest,
-            clip=sampler.clip,
+            # A step's own clipping is DDIM's; the library has one place for either.
+            clip=sampler.clip or clip or False,
             variance=variance or "small",
         )
     print(json.dumps({"written": str(options.dest), "format": options.format, **about}))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion_pl import config
 from diffusion_pl.commands import parts
-from diffusion_pl.config import Config
+from diffusion_pl.config import Config, ConfigError
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.interop import weights as ours
 from diffusion_pl.training import checkpoint as checkpoints
@@ -30,20 +30,25 @@ def run(options: argparse.Namespace) -> int:
     if dest.exists() and any(dest.iterdir()):
         raise ValueError(f"{dest}: is not empty; name another folder")
     images, about = 0, {"kind": options.kind, "from": str(options.source)}
+    notes: list[str] = []
+    weighed = options.source
     if options.kind == "safetensors":
         known, state = ours.read(options.source)
         images = known["images"]
-        experiment = config.load_resolved(known["config"], str(options.source), options.allow)
+        experiment = config.load_resolved(
+            known["config"], str(options.source), options.allow, options.set
+        )
     else:
-        experiment, state = published(options)
+        experiment, state, notes, weighed = published(options)
     parts.bind(experiment)
     check(experiment, state, options.source)
-    about["sha256"] = digest(options.source)
+    about["sha256"] = digest(weighed)
     path = write(dest, experiment, state, images, about)
     result = {
         "run": str(dest),
         "checkpoint": str(path),
         **about,
+        "notes": notes,
         "sample": f"sample {dest}",
         "fine-tune": f"train {dest / 'config.yaml'} --from {dest} --run runs/{dest.name}-tuned",
     }
@@ -51,58 +56,92 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def published(options: argparse.Namespace) -> tuple[Config, dict[str, Tensor]]:
-    """The experiment and the weights of a checkpoint in a layout of others.
+def published(options: argparse.Namespace) -> tuple[Config, dict[str, Tensor], list[str], Path]:
+    """The experiment, the weights, what to say and whose digest, of a layout of others.
 
     Raises:
-        ValueError: it does not hold what that layout has.
+        ValueError: it does not hold what that layout has, or does not say what is needed.
     """
-    # One module a layout, each with the same three functions.
+    # One module a layout, each with the same functions.
     layout = importlib.import_module(f"diffusion_pl.interop.{options.kind}")
+    own, said = divided(options.set)
+    replaced = any(key in ("objective", "objective._target_") for key, _ in own)
     try:
-        settings, weights = layout.read(options.source)
-        experiment = experiment_of(
-            layout.nodes(settings), options.dest, options.like, options.allow
-        )
-        return experiment, layout.denoiser_from(settings, weights).state_dict()
-    except ValueError:
-        raise
+        settings, given = layout.read(options.source, said, options.weights)
+        if (missing := layout.asked(settings)) and not replaced:
+            raise ValueError(f"{options.source}: {missing}")
+        nodes = layout.nodes(settings)
+        if replaced and not any(key.startswith("sampler") for key, _ in own):
+            del nodes["sampler"]
+        experiment = experiment_of(nodes, options, [text for _, text in own])
+        state = layout.weights(settings, given)
+        named = {f"network.{key}": value for key, value in state.items()}
+        weighed = Path(settings.get("_from", {}).get("weights", options.source))
+        return experiment, named, layout.notes(settings), weighed
+    except ValueError as error:
+        if isinstance(error, ConfigError) or str(error).startswith(str(options.source)):
+            raise
+        raise ValueError(f"{options.source}: {error}") from error
     except Exception as error:  # settings of any type and size
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{options.source}: does not hold what a checkpoint of {options.kind} does "
             f"({type(error).__name__}: {reason})"
         ) from error
 
 
+def divided(settings: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """What `--set` says of our experiment, each with its text, and of the file's own keys."""
+    own: list[tuple[str, str]] = []
+    said: dict[str, Any] = {}
+    for text in settings:
+        key, value = config.assigned(text)
+        first, _, rest = key.partition(".")
+        if first in parts.SECTIONS:
+            own.append((key, text))
+        else:
+            said[rest if first in ("unet", "scheduler") and rest else key] = value
+    return own, said
+
+
 def experiment_of(
-    nodes: dict[str, Any], dest: Path, like: str | None, allow: Sequence[str] = ()
+    nodes: dict[str, Any], options: argparse.Namespace, overrides: Sequence[str]
 ) -> Config:
     """The experiment that an imported model is of: its own network, objective and sampler.
 
     Args:
-        nodes: `network`, `objective`, `sampler`, perhaps others.
-        dest: names the run, and the folder of its images when `like` gives no data.
-        like: the experiment that gives the rest; base settings otherwise.
-        allow: what its file is trusted with, by name.
+        nodes: `network`, `objective`, `sampler`, perhaps others; without a sampler, Heun's over
+            what the network knows.
+        options: `dest` names the run, and the folder of its images when `like`, the experiment that
+            gives the rest, is None.
+        overrides: `key=value` over it.
 
     Raises:
         ConfigError: an unknown experiment, or one of other images.
     """
-    base = config.load(like or "base", allow=allow)
+    base = config.load(options.like or "base", allow=options.allow)
     network = nodes["network"]
     tree = base.tree | nodes
-    if like is None:
+    if options.like is None:
         tree["data"] = {
             "_target_": "diffusion_pl.data.folder.ImageFolder",
-            "path": f"data/{dest.name}",
+            "path": f"data/{options.dest.name}",
             "resolution": network["resolution"],
             "labels": bool(network.get("classes")),
             "batch_size": 128,
         }
+        if network.get("channels", 3) != 3:
+            tree["data"]["_target_"] = "diffusion_pl.data.shards.Shards"
+            tree["data"]["channels"] = network["channels"]
+            del tree["data"]["labels"]
         tree.setdefault("ema", {"_target_": "diffusion_pl.training.ema.EMA", "half_life": 500_000})
-    experiment = dataclasses.replace(base, name=dest.name, tree=tree)
+    experiment = config.load_resolved(tree, str(options.source), options.allow, overrides)
+    experiment = dataclasses.replace(experiment, name=options.dest.name)
     parts.bind(experiment)
+    if "sampler" not in nodes:
+        low, high = config.build(experiment, "objective").preconditioning.sigma_range
+        limits = {"sigma_min": max(0.002, low), "sigma_max": min(80.0, high)}
+        experiment.tree["sampler"]["schedule"].update(limits)
     data = config.build(experiment, "data")
     wanted = network["resolution"], network.get("channels", 3)
     if (data.resolution, data.channels) != wanted:
@@ -121,7 +160,7 @@ def check(experiment: Config, state: dict[str, Tensor], source: Path) -> None:
         ValueError: names the first key that does not fit.
     """
     objective: TrainingObjective = config.build(experiment, "objective")
-    denoiser = objective.denoiser(parts.meta_network(experiment))
+    denoiser = objective.denoiser(parts.meta_network(experiment, len(state)))
     named = {"state_dict": {f"ema.{key}": value for key, value in state.items()}}
     checkpoints.match_weights(denoiser, named, "ema", source)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.data.decode import read_square
-from diffusion_pl.diffusion.guidance import clipped, guided
+from diffusion_pl.diffusion.guidance import Clip, clipped, guided
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.evaluation import Drawing
 from diffusion_pl.images import from_bytes
@@ -49,7 +49,7 @@ def device(drawing: Drawing) -> torch.device:
     return next(drawing.denoiser.parameters()).device
 
 
-def denoise_of(drawing: Drawing, labels: Tensor | None, *, clip: bool = False) -> Denoise:
+def denoise_of(drawing: Drawing, labels: Tensor | None, *, clip: Clip = False) -> Denoise:
     """The model with its labels closed in, guided and clipped as it draws.
 
     Args:
@@ -65,7 +65,7 @@ def denoise_of(drawing: Drawing, labels: Tensor | None, *, clip: bool = False) -
         interval=drawing.guidance_interval,
         guide=guide,
     )
-    return clipped(denoise) if clip else denoise
+    return clipped(denoise, clip) if clip else denoise
 
 
 def one_label(drawing: Drawing, count: int) -> Tensor | None:

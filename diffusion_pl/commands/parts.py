@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from diffusion_pl import config
 from diffusion_pl.commands import trust
@@ -19,6 +17,7 @@ from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.metrics.features import Extractor
+from diffusion_pl.networks.counting import at_most
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Sampler, check_range
 from diffusion_pl.training.ema import EMA
@@ -95,18 +94,8 @@ def meta_network(experiment: Config, most: int | None = None) -> nn.Module:
     Raises:
         ConfigError: it has more.
     """
-    made = itertools.count(1)
-
-    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        if most is not None and next(made) > most:
-            raise ValueError(f"has more than the {most:,} tensors that the checkpoint holds")
-
-    counting = register_module_parameter_registration_hook(count)
-    try:
-        with torch.device("meta"):
-            network: nn.Module = config.build(experiment, "network")
-    finally:
-        counting.remove()
+    with at_most(most), torch.device("meta"):
+        network: nn.Module = config.build(experiment, "network")
     return network
 
 

@@ -5,6 +5,7 @@ from diffusion_pl.config.building import build
 from diffusion_pl.config.reading import (
     EXPERIMENTS,
     all_experiments,
+    assigned,
     experiments,
     load,
     load_resolved,
@@ -16,6 +17,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "all_experiments",
+    "assigned",
     "build",
     "check",
     "differences",

@@ -139,6 +139,16 @@ def load_resolved(
     return config
 
 
+def assigned(text: str) -> tuple[str, Any]:
+    """The key and the value of one `key=value`, the value written as in YAML.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    parts, value = _pair(text)
+    return ".".join(parts), value
+
+
 def _text(file: Path) -> str:
     try:
         if file.stat().st_size > _MAX_BYTES:

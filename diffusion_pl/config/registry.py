@@ -34,7 +34,11 @@ _OBJECTIVES = (
     *_of("objectives.ve", "VE"),
     *_of("objectives.vp", "VP"),
 )
-_TIMESTEPS = _of("diffusion.timesteps", "CosineBetas", "LinearBetas", "Timesteps")
+_TIMESTEPS = (
+    *_of("diffusion.timesteps", "CosineBetas", "LinearBetas", "Timesteps"),
+    *_of("diffusion.timesteps", "Betas", "LaplaceBetas", "ScaledLinearBetas", "SigmoidBetas"),
+    *_of("diffusion.timesteps", "ZeroTerminal"),
+)
 _SAMPLERS = (*_of("samplers.sampler", "Sampler"), *_of("samplers.pyramid", "PyramidSampler"))
 
 # What a node makes where it stands.
@@ -88,7 +92,10 @@ MADE: Mapping[str, tuple[str, ...]] = {
         *_of("diffusion.paths", "preserving_between"),
         *_of("objectives.rectified_flow", "Straight"),
     ),
-    "spacing": _of("diffusion.spacings", "DDIMQuadratic", "DDIMUniform", "IDDPMSteps", "Respaced"),
+    "spacing": (
+        *_of("diffusion.spacings", "DDIMQuadratic", "DDIMUniform", "IDDPMSteps", "Respaced"),
+        *_of("diffusion.spacings", "Trailing"),
+    ),
     "sampler": _SAMPLERS,
     "base": _of("samplers.sampler", "Sampler"),
     "ema": _of("training.ema", "EMA"),
@@ -117,6 +124,7 @@ HANDED_ON: Mapping[str, tuple[str, ...]] = {
         *_of("samplers.heun", "heun"),
         *_of("samplers.unipc", "unipc"),
     ),
+    "clip": _of("diffusion.guidance", "thresholded"),
     "nearest": _of("objectives.edm_iddpm", "nearest"),
     "reduce": _of("diffusion.objective", "pixel_mean", "pixel_sum"),
     "spacing": (

@@ -1,18 +1,22 @@
-"""Look through a pickle before it is read: two bombs that no reader's list of names keeps out.
+"""Look through a pickle before it is read: three bombs that no reader's list of names keeps out.
 
 A pickle numbers what it wants to remember, and the reader in C makes a table as long as the largest
-number: seven bytes take 16 GiB. And tuples within tuples, one byte each, exhaust the stack when the
-outermost is made a key: the process is gone without a word.
+number: seven bytes take 16 GiB. Tuples within tuples, one byte each, exhaust the stack when the
+outermost is made a key: the process is gone without a word. And a byte makes an object of sixty and
+more, so that their number is bounded.
 """
 
 from __future__ import annotations
 
 import pickletools
 import re
-from typing import Any
+from typing import IO, Any
 
 # The stack of a thread ends between 100,000 and 200,000 (measured, Python 3.11).
 DEEPEST = 10_000
+# The networks and optimizers that are published make some 100,000; these take 2 s and 0.5 GB.
+MOST = 2_000_000
+LONGEST = 300  # characters of a reason
 
 _TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 
@@ -23,11 +27,15 @@ def reason_of(error: Exception) -> str:
     torch's own message advises to read it freely, in bold; only what it says of the file is kept.
     """
     text = str(error).rpartition("WeightsUnpickler error: ")[2]
-    return re.sub(r"\x1b\[[0-9;]*m", "", " ".join(text.split("\n\n")[0].split()))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(text.split("\n\n")[0].split()))
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
-def look_through(program: bytes) -> None:
+def look_through(program: bytes | IO[bytes]) -> None:
     """Follow a pickle's memory and the depth of its tuples, without doing what it says.
+
+    Args:
+        program: the pickle, or a file that is read to the end of the pickle that begins there.
 
     Raises:
         ValueError: a bomb, or no pickle.
@@ -37,6 +45,8 @@ def look_through(program: bytes) -> None:
     memory: dict[Any, int] = {}
     for number, (code, argument, _) in enumerate(pickletools.genops(program)):
         name = code.name
+        if number > MOST:
+            raise ValueError(f"it makes more than {MOST:,} values; refused")
         if name == "MARK":
             marks.append(len(stack))
         elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):

@@ -8,11 +8,13 @@ is never extrapolated: it stays the conditional model's.
 | classifier-free | D_none + w (D_label - D_none) | Ho & Salimans 2022, arXiv:2207.12598, Eq. 6 |
 | interval | the above at sigma in (low, high], else D_label | Kynkaanniemi 2024, arXiv:2404.07724 |
 | autoguidance | D_bad + w (D_main - D_bad) | Karras 2024, arXiv:2406.02507 |
+| dynamic threshold | clip to s, divide by s | Saharia 2022, arXiv:2205.11487, 2.3 |
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,11 +188,46 @@ def conditioned(denoise: Denoise, **condition: Any) -> Denoise:
     return with_condition
 
 
-def clipped(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
-    """Clip the denoised image to the range of images, as DDPM's sampler does (released code)."""
+Clip = bool | float | Callable[[Tensor], Tensor]
 
-    def clip(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+
+def clipped(denoise: Denoise, clip: Clip = True) -> Denoise:
+    """Keep the denoised image within the range of images, as DDPM's sampler does (released code).
+
+    Args:
+        denoise: D.
+        clip: as for `clip_of`.
+    """
+    limit = clip_of(clip)
+
+    def clip_image(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
         image, variance = denoise(x, sigma, **more).tensor_split([x.shape[1]], dim=1)
-        return torch.cat([image.clamp(low, high), variance], dim=1)
+        return torch.cat([limit(image), variance], dim=1)
 
-    return clip
+    return clip_image
+
+
+def clip_of(clip: Clip) -> Callable[[Tensor], Tensor]:
+    """What is done to a denoised image (B, C, H, W).
+
+    Args:
+        clip: False for nothing, True to clip it to [-1, 1], a number to clip it to that limit on
+            either side, or a function of it, such as `thresholded`.
+    """
+    if callable(clip):
+        return clip
+    limit = float(clip)
+    return (lambda image: image.clamp(-limit, limit)) if limit else (lambda image: image)
+
+
+def thresholded(image: Tensor, share: float = 0.995, most: float = 1.0) -> Tensor:
+    """Dynamic thresholding (Saharia 2022, arXiv:2205.11487, 2.3): clip to s, then divide by s.
+
+    Args:
+        image: denoised, (B, C, H, W).
+        share: s is the quantile of abs(image) at this share of an image's values.
+        most: the largest s; s is at least 1. By diffusers' default 1, it is plain clipping.
+    """
+    s = torch.quantile(image.abs().flatten(1), share, dim=1).clamp(1.0, max(1.0, most))
+    s = s[:, None, None, None]
+    return image.clamp(-s, s) / s

@@ -39,9 +39,12 @@ class Karras:
     Args:
         sigma_data: standard deviation of the images in [-1, 1]. With sigma_data = 1 the network
             predicts -v of Salimans & Ho 2022.
+        velocity: the network predicts +v, so c_out has the other sign (diffusers' EDM schedulers
+            with `v_prediction`).
     """
 
     sigma_data: float = 0.5
+    velocity: bool = False
 
     def __post_init__(self) -> None:
         if self.sigma_data <= 0:
@@ -54,9 +57,10 @@ class Karras:
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         variance = sigma.square() + self.sigma_data**2
+        c_out = sigma * self.sigma_data / variance.sqrt()
         return Coefficients(
             c_skip=self.sigma_data**2 / variance,
-            c_out=sigma * self.sigma_data / variance.sqrt(),
+            c_out=-c_out if self.velocity else c_out,
             c_in=1 / variance.sqrt(),
             c_noise=sigma.log() / 4,
         )

@@ -5,6 +5,7 @@ Read a `Timesteps` table of the same T: `levels(LinearBetas(), 50, DDIMUniform()
 | spacing | timesteps | where |
 |---|---|---|
 | DDIMUniform | 0, T / S, 2 T / S, ... | Song 2021 (DDIM), App. D.2 |
+| Trailing | T - 1, T - 1 - T / S, ... rounded | Lin 2024 (arXiv:2305.08891), Table 2 |
 | DDIMQuadratic | floor( linspace(0, sqrt(0.8 T), S)^2 ) | the same, for CIFAR-10 |
 | Respaced | round( linspace(0, T - 1, S) ) | Nichol & Dhariwal 2021, section 4 |
 | IDDPMSteps | T - 1 - floor( j_0 + (T - 1 - j_0) i / (S - 1) ) | Karras 2022, Table 1 |
@@ -30,9 +31,15 @@ def _check(name: str, steps: int, T: int) -> None:
 
 @dataclass(frozen=True)
 class DDIMUniform:
-    """Every (T / S)-th timestep from 0 on; the first T / S - 1 at the noise end are left out."""
+    """Every (T / S)-th timestep from 0 on; the first T / S - 1 at the noise end are left out.
+
+    Args:
+        T: number of timesteps of the table.
+        offset: added to every timestep, below T / S.
+    """
 
     T: int = 1000
+    offset: int = 0
 
     def __call__(self, steps: int) -> Tensor:
         """Quantiles, float64 (steps,), decreasing.
@@ -46,7 +53,32 @@ class DDIMUniform:
                 f"DDIMUniform: {steps} steps do not divide {self.T} timesteps; take a divisor"
             )
         stride = self.T // steps
-        return _quantiles(torch.arange(steps - 1, -1, -1, dtype=torch.float64) * stride, self.T)
+        if not 0 <= self.offset < stride:
+            raise ValueError(f"DDIMUniform: offset must be below {stride} (got {self.offset})")
+        timesteps = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * stride + self.offset
+        return _quantiles(timesteps, self.T)
+
+
+@dataclass(frozen=True)
+class Trailing:
+    """Every (T / S)-th timestep from the last on, rounded; the first at the image end are left out.
+
+    Args:
+        T: number of timesteps of the table.
+    """
+
+    T: int = 1000
+
+    def __call__(self, steps: int) -> Tensor:
+        """Quantiles, float64 (steps,), decreasing.
+
+        Raises:
+            ValueError: fewer than 1 step, or more than T.
+        """
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"Trailing: needs 1 to {self.T} steps (got {steps})")
+        left = self.T - torch.arange(steps, dtype=torch.float64) * (self.T / steps)
+        return _quantiles(left.round() - 1, self.T)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,3 +108,71 @@ def CosineBetas(T: int = 1000, offset: float = 0.008, largest: float = 0.999) ->
     u = torch.linspace(0.0, 1.0, T + 1, dtype=torch.float64)
     alpha_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2).square()
     return Timesteps((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=largest))
+
+
+def ScaledLinearBetas(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Timesteps:
+    """Betas whose square roots are linear (Rombach 2022, released code).
+
+    Args:
+        T: number of timesteps, at least 2.
+        beta_1: variance added by the first step.
+        beta_T: variance added by the last step.
+    """
+    roots = LinearBetas(T, math.sqrt(beta_1), math.sqrt(beta_T)).betas
+    return Timesteps(roots.square())
+
+
+def SigmoidBetas(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Timesteps:
+    """Betas on a sigmoid from -6 to 6 between two limits (Xu 2022, GeoDiff, released code).
+
+    Args:
+        T: number of timesteps, at least 2.
+        beta_1: lower limit.
+        beta_T: upper limit.
+    """
+    share = torch.sigmoid(torch.linspace(-6.0, 6.0, T, dtype=torch.float64))
+    return Timesteps(beta_1 + share * (beta_T - beta_1))
+
+
+def LaplaceBetas(T: int = 1000, largest: float = 0.999) -> Timesteps:
+    """Betas of alpha_bar(u) = sqrt( s / (1 + s) ), ln s = -sign(1/2 - u) ln(1 - 2 |1/2 - u|) / 2.
+
+    The diffusers library's "laplace", after Hang 2024 (arXiv:2407.03297); its 1e-6 keeps the
+    logarithm finite at the ends.
+
+    Args:
+        T: number of timesteps, at least 2.
+        largest: bound of beta at the noise end.
+    """
+    u = torch.linspace(0.0, 1.0, T + 1, dtype=torch.float64)
+    middle = 0.5 - u
+    side = torch.where(middle < 0, -1.0, 1.0)
+    signal = torch.exp(-0.5 * side * torch.log(1 - 2 * middle.abs() + 1e-6))
+    alpha_bar = torch.sqrt(signal / (1 + signal))
+    return Timesteps((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=largest))
+
+
+def Betas(betas: Sequence[float]) -> Timesteps:
+    """A table of which every beta is given, as some checkpoints come with.
+
+    Args:
+        betas: beta_1 .. beta_T, each in (0, 1).
+    """
+    return Timesteps(torch.tensor(list(betas), dtype=torch.float64))
+
+
+def ZeroTerminal(timesteps: Timesteps, last: float = 1e-12) -> Timesteps:
+    """A table whose last timestep keeps nothing of the image (Lin 2024, arXiv:2305.08891, Alg. 1).
+
+    sqrt(alpha_bar) is shifted to end at 0 and stretched to begin where it did. At alpha_bar = 0
+    sigma is infinite; `last` stands in for it, 1e-6 of the image where the paper has none.
+
+    Args:
+        timesteps: the table to change.
+        last: alpha_bar of the last timestep, > 0.
+    """
+    root = torch.cumprod(1 - timesteps.betas, dim=0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = torch.cat([root.square()[:-1], torch.tensor([last], dtype=torch.float64)])
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    return Timesteps(1 - alpha_bar / before)

@@ -21,7 +21,8 @@ from diffusion_pl import config as configs
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.interop.edm_layout import names, told
-from diffusion_pl.interop.pickles import Persistent, read_pickle, tensors
+from diffusion_pl.interop.pickles import Persistent, read_pickle, state_dict, tensors
+from diffusion_pl.networks.counting import at_most, spare
 from diffusion_pl.networks.song_layers import kernel
 
 NETWORKS = {
@@ -56,35 +57,68 @@ SONG: dict[str, tuple[str, Any]] = {
 # What our networks are built with, and what does not change the function.
 FIXED = {"channel_mult_emb": 4, "decoder_type": "standard"}
 CHOICES = {"embedding_type": ("positional", "fourier"), "encoder_type": ("standard", "residual")}
-IGNORED = {"precond", "model_type", "label_dropout", "use_fp16"}
+NOTES = "_notes"  # our key for what a user is to know of what was read
+IGNORED = {"precond", "model_type", "label_dropout", "use_fp16", NOTES}
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read an official network pickle, such as edm-cifar10-32x32-uncond-vp.pkl; nothing in it runs.
+def read(
+    path: Path, said: Mapping[str, Any] | None = None, weights: str = "ema"
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read an official network pickle or training state; nothing in it runs.
+
+    Args:
+        path: such as edm-cifar10-32x32-uncond-vp.pkl or training-state-002500.pt.
+        said: keys of the config that the user says, over the file's.
+        weights: of no use, a file holds one: the average, or in a training state the raw weights.
 
     Returns:
-        The config, what the file says over what the weights' shapes tell, and the weights of the
-        average in float32.
+        The config, what the file says over what the weights' shapes tell, and the weights in
+        float32.
 
     Raises:
         ValueError: unreadable, asking for what is refused, or no network of EDM's.
     """
     content = read_pickle(path)
-    average = content.get("ema") if isinstance(content, dict) else None
-    if not isinstance(average, Persistent) or average.name not in OBJECTIVES:
-        found = average.name if isinstance(average, Persistent) else type(average).__name__
+    content = content if isinstance(content, dict) else {}
+    which = "net" if "ema" not in content and "net" in content else "ema"
+    found = content.get(which)
+    if not isinstance(found, Persistent) or found.name not in OBJECTIVES:
+        name = found.name if isinstance(found, Persistent) else type(found).__name__
         raise ValueError(
-            f"{path}: 'ema' must be one of {', '.join(OBJECTIVES)} (got {found}); only EDM's own "
-            "network pickles are read"
+            f"{path}: {which!r} must be one of {', '.join(OBJECTIVES)} (got {name[:80]}); only "
+            "EDM's own network pickles and training states are read (EDM2's Precond and its "
+            "magnitude-preserving network have no equal here)"
         )
-    state = {key: value.float() for key, value in tensors(average).items()}
-    model = average.state["_modules"].get("model")
+    state = state_dict(tensors(found), str(path))
+    model = found.state["_modules"].get("model")
     if not isinstance(model, Persistent) or model.name not in NETWORKS:
-        raise ValueError(f"{path}: the network must be one of {', '.join(NETWORKS)}")
-    said = dict(model.state.get("_init_kwargs", {})) | dict(average.state.get("_init_kwargs", {}))
-    said = {key: value for key, value in said.items() if key not in ("in_channels", "out_channels")}
-    config = told(state) | said | {"precond": average.name, "model_type": model.name}
+        name = model.name if isinstance(model, Persistent) else type(model).__name__
+        raise ValueError(
+            f"{path}: the network must be one of {', '.join(NETWORKS)} (got {name[:80]})"
+        )
+    own = _kwargs(model) | _kwargs(found)
+    own = {key: value for key, value in own.items() if key not in ("in_channels", "out_channels")}
+    config = (
+        told(state) | own | dict(said or {}) | {"precond": found.name, "model_type": model.name}
+    )
+    if which == "net":
+        config[NOTES] = ["raw weights: a training state keeps no average"]
     return config, state
+
+
+def _kwargs(module: Persistent) -> dict[str, Any]:
+    found = module.state.get("_init_kwargs", {})
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def asked(config: Mapping[str, Any]) -> str | None:
+    """Nothing: the pickles say all."""
+    return None
+
+
+def notes(config: Mapping[str, Any]) -> list[str]:
+    """What a user is to know of what was read."""
+    return list(config.get(NOTES, []))
 
 
 def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +171,7 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     Raises:
         ValueError: names the first key that is missing, surplus or of another shape.
     """
-    with torch.device("meta"):
+    with at_most(spare(len(state))), torch.device("meta"):
         network = configs.build(Config("edm", "checkpoint", nodes(config)), "network")
     found, used = {}, {"u"}  # iDDPM's table is made from C_1, C_2 and M
     for ours, theirs in names(config, network):

@@ -33,6 +33,7 @@ class Layout:
         attends: of the attention, ours to theirs.
         qkv: the three layers that are one here.
         label: the class embedding, None if the layout has none.
+        resamplers: residual blocks that halve and double, in the place of the convolutions.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Layout:
     attends: Mapping[str, str]
     qkv: tuple[str, str, str]
     label: str | None = None
+    resamplers: tuple[str, str] = ("", "")
 
     def key(self, ours: str, blocks: int, levels: int) -> str:
         """The published name of one of our keys; {qkv} stands for any of the three.
@@ -70,6 +72,9 @@ class Layout:
         template = self.encoder if side == "encoder" else self.decoder
         place = template.format(level=level, index=levels - 1 - level)
         if within == length - 1:
+            if part[0] != "conv":
+                resampler = self.resamplers[0 if side == "encoder" else 1]
+                return f"{place}.{resampler}.{self._part(part)}.{leaf}"
             return f"{place}.{self.down if side == 'encoder' else self.up}.{leaf}"
         kind = self.attention if part[0] == "attention" else self.block
         return f"{place}.{kind.format(number=within)}.{self._part(part)}.{leaf}"
@@ -92,11 +97,11 @@ class Layout:
         stem = _taken(state, f"{self.outside['stem']}.weight", self.name)
         out = _taken(state, f"{self.outside['out_conv']}.weight", self.name)
         width, channels = stem.shape[:2]
-        mult: list[int] = []
+        mult: list[float] = []
         attends: list[int] = []
         first = f"{self.block}.{self.parts['conv0']}.weight"
         while (key := f"{self.encoder}.{first}".format(level=len(mult), number=0)) in state:
-            mult.append(state[key].shape[0] // width)
+            mult.append(multiple(state[key].shape[0], width))
             asked = f"{self.encoder}.{self.attention}.{self.attends['norm']}.weight"
             if asked.format(level=len(mult) - 1, number=0) in state:
                 attends.append(len(mult) - 1)
@@ -165,6 +170,11 @@ class Layout:
                 yield key.replace("{qkv}", one), part
 
 
+def multiple(width: int, of: int) -> float:
+    """A width as a multiple of another, an int where it is whole."""
+    return width // of if width % of == 0 else width / of
+
+
 def size(network: nn.Module) -> tuple[int, int]:
     """Residual blocks of an encoder level, and how many levels, of a DDPMUNet."""
     levels = int(network.divisor).bit_length()  # type: ignore[arg-type]
@@ -211,6 +221,7 @@ DIFFUSERS = Layout(
     attends={"norm": "group_norm", "proj": "to_out.0"},
     qkv=("to_q", "to_k", "to_v"),
     label="class_embedding",
+    resamplers=("downsamplers.0", "upsamplers.0"),
 )
 
 PESSER = Layout(

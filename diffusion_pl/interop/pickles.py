@@ -1,9 +1,11 @@
-"""Read the pickles of EDM's networks without running anything in them.
+"""Read the pickles of others, torch's files and EDM's networks, and run nothing that they hold.
 
-A pickle is a program that may call whatever it names, and these even carry the source of their
+A pickle is a program that may call whatever it names, and EDM's even carry the source of their
 classes. This reader knows the few names such a file needs and gives each a stand-in of its own:
 tensors are rebuilt, arrays and scalars of numpy are numbers, modules are their attributes, and the
-source is never looked at. Any other name is refused.
+source is never looked at. Any other name is refused. No call takes more memory than its own bytes
+in the file: storages are cut out of it, once each, nothing is copied that the file may name again,
+and its own word on sizes is held against it.
 """
 
 from __future__ import annotations
@@ -12,18 +14,29 @@ import io
 import pickle
 import struct
 import warnings
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusion_pl.data.container import unfit_entries
 from diffusion_pl.data.pickle_program import look_through, reason_of
 
 # Modules within modules, and modules in all: far more than any network has.
 DEEPEST, MOST = 100, 100_000
+# Weights that are tied are one storage in the file, and two tensors once they are read.
+TIED = 2
+ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files begin
+STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}  # fmt: skip
 
 
 class Persistent:
@@ -40,6 +53,9 @@ class Persistent:
             raise ValueError("a persistent object without class_name and state")
         self.name: str = name
         self.state: dict[str, Any] = state
+
+    def __setstate__(self, state: Any) -> None:
+        """All of it came with the call; pickle itself would copy what is here."""
 
 
 class Standin:
@@ -59,6 +75,46 @@ class _Dict(dict[str, Any]):
 
     def __setstate__(self, state: Any) -> None:
         """Its attributes are its keys; there is nothing else."""
+
+
+class _Ordered(OrderedDict[Any, Any]):
+    """OrderedDict, filled by what follows."""
+
+    def __init__(self, *arguments: object) -> None:
+        if arguments:
+            raise ValueError("an ordered dictionary made of another")
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        """What torch notes beside a state dict; not needed."""
+
+
+class _Set:
+    """A set, as the list that it is made of."""
+
+    def __init__(self, items: Any = ()) -> None:
+        self.items = items
+
+    def __setstate__(self, state: Any) -> None:
+        """Sets have no attributes."""
+
+    def __contains__(self, item: object) -> bool:
+        return isinstance(self.items, list) and item in self.items
+
+
+class _Function:
+    """One of our functions, so that a pickle that sets attributes of it cannot."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise ValueError("attributes of a function")
 
 
 FORMATS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "u1": "B", "b1": "?"}
@@ -83,37 +139,43 @@ def _scalar(dtype: Any, data: object) -> Any:
 
 
 class _Array:
-    """numpy.ndarray: a flat list of its numbers in `values`, its sides in `shape`."""
+    """numpy.ndarray: its bytes as they are, for they may be named as often as the file likes."""
 
     def __init__(self, *arguments: object) -> None:
         self.shape: tuple[int, ...] = ()
-        self.values: list[Any] = []
+        self.data = b""
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, _, data = state
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
             raise ValueError("a numpy array without bytes")
-        self.shape = shape
-        self.values = [one for (one,) in struct.iter_unpack(f"<{dtype.code}", data)]
+        self.shape, self.data = shape, data
 
 
-def _storage(data: object) -> Any:
-    """The storage that torch.save has written, as bytes within the pickle."""
-    if not isinstance(data, bytes):
-        raise ValueError("a storage without bytes")
+class _Storage:
+    """Numbers of one type in a row, as torch keeps them."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.flat = flat
+
+
+def _flat(data: bytes, dtype: torch.dtype) -> Tensor:
+    """Bytes of the file as numbers; they are read, never written."""
+    if not data:
+        return torch.empty(0, dtype=dtype)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # typed storages are old, as these files are
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        warnings.simplefilter("ignore", UserWarning)  # of bytes that cannot be written
+        return torch.frombuffer(data, dtype=dtype)
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: object) -> Tensor:
     """A strided view of a storage, refused if it reaches beyond it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        flat = torch.tensor([], dtype=storage.dtype).set_(storage._untyped_storage)
+    if not isinstance(storage, _Storage):
+        raise ValueError("a tensor without a storage")
+    flat = storage.flat
     whole = (offset, *size, *stride)
     if len(size) != len(stride) or not all(type(one) is int and one >= 0 for one in whole):
-        raise ValueError(f"a tensor of size {size} and stride {stride}")
+        raise ValueError("a tensor whose size or stride is none")
     last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
     if 0 not in size and last >= len(flat):
         raise ValueError(f"a tensor of size {size} in a storage of {len(flat):,} elements")
@@ -126,61 +188,231 @@ def _parameter(data: Any, *rest: object) -> Tensor:
     return data
 
 
+def _size(sides: object = ()) -> object:
+    """torch.Size: the tuple that it is made of."""
+    return sides
+
+
+def _default_dict(factory: object = None) -> dict[Any, Any]:
+    """collections.defaultdict, as optimizers keep their state: a plain one."""
+    return {}
+
+
 def _legacy_object(kind: Any, base: object, state: object) -> Any:
     """copyreg's way to make an object of a class in old protocols."""
-    if not isinstance(kind, type) or not issubclass(kind, Standin | _Dict):
+    if not isinstance(kind, type) or not issubclass(kind, Standin | _Dict | _Ordered):
         raise ValueError(f"an object of {kind}")
     return kind()
+
+
+def _old_storage(data: object) -> Any:
+    """The storage that torch.save has written, as bytes within the pickle."""
+    if not isinstance(data, bytes):
+        raise ValueError("a storage without bytes")
+    return _legacy(data)
 
 
 KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): Persistent,
     ("dnnlib.util", "EasyDict"): _Dict,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
+    ("collections", "OrderedDict"): _Ordered,
+    ("collections", "Counter"): Standin,
+    ("collections", "defaultdict"): _Function(_default_dict),
+    ("builtins", "set"): _Set,
+    ("__builtin__", "set"): _Set,
     ("builtins", "object"): Standin,
     ("__builtin__", "object"): Standin,
-    ("copyreg", "_reconstructor"): _legacy_object,
-    ("copy_reg", "_reconstructor"): _legacy_object,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch.storage", "_load_from_bytes"): _storage,
+    ("copyreg", "_reconstructor"): _Function(_legacy_object),
+    ("copy_reg", "_reconstructor"): _Function(_legacy_object),
+    ("torch", "Size"): _Function(_size),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
+    ("torch.storage", "_load_from_bytes"): _Function(_old_storage),
     ("torch", "device"): Standin,
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _Array,
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("numpy.core.multiarray", "scalar"): _Function(_scalar),
+    ("numpy._core.multiarray", "scalar"): _Function(_scalar),
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
 }
 
 
+Persist = Callable[[torch.dtype, str, int], Tensor]
+
+
 class _Reader(pickle.Unpickler):
+    """Reads a pickle by the names that are known.
+
+    Args:
+        program: the pickle.
+        persist: the numbers of a storage, by its type, its key in the file and its length.
+    """
+
+    def __init__(self, program: bytes, persist: Persist | None = None) -> None:
+        super().__init__(io.BytesIO(program))
+        self.persist = persist
+        self.storages: dict[str, _Storage] = {}
+
     def find_class(self, module: str, name: str, /) -> Any:
         if (module, name) in KNOWN:
             return KNOWN[module, name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         # A layer by its plain name; a dotted one would reach into other modules.
         if module.startswith("torch.nn.modules.") and name.isidentifier():
             return Standin
         raise ValueError(f"it asks for {module}.{name}, which is refused")
 
+    def persistent_load(self, pid: Any, /) -> Any:
+        if self.persist is None or not isinstance(pid, tuple) or len(pid) not in (5, 6):
+            raise ValueError("a reference to what is not in the file")
+        kind, dtype, key, _, length = pid[:5]
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+            raise ValueError("a reference that is no storage")
+        if type(length) is not int or length < 0 or any(pid[5:]):
+            raise ValueError("a storage without a length, or a view of one")
+        if key not in self.storages:
+            self.storages[key] = _Storage(self.persist(dtype, key, length))
+        return self.storages[key]
+
 
 def read_pickle(path: Path) -> Any:
-    """The content of a network pickle, its objects as `Persistent` and `Standin`.
+    """The content of a pickle or of a file of torch's, objects as `Persistent` and `Standin`.
 
     Raises:
         ValueError: unreadable, broken, or asking for a name that such a file does not need.
     """
     try:
-        program = path.read_bytes()
+        return _content(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        look_through(program)
-        return _Reader(io.BytesIO(program)).load()
     except Exception as error:  # a broken pickle raises nearly anything
         raise ValueError(f"{path}: not a pickle of a network: {reason_of(error)}") from error
+
+
+def read_state(path: Path) -> Any:
+    """The content of a file of torch's that should be plain containers of tensors.
+
+    Raises:
+        ValueError: unreadable, or holding anything else.
+    """
+    try:
+        content = _content(path)
+    except Exception as error:  # a broken pickle raises nearly anything
+        reason = reason_of(error)
+        what = "holds more than tensors; refused"
+        if "which is refused" not in reason:
+            what = "cannot be read as a checkpoint"
+        raise ValueError(f"{path}: {what} ({reason})") from error
+    return content
+
+
+def state_dict(found: Any, where: str) -> dict[str, Tensor]:
+    """Weights of others, as float32.
+
+    Args:
+        found: what should be names to tensors.
+        where: for messages.
+
+    Raises:
+        ValueError: it is something else, or holds what is no number.
+    """
+    if not isinstance(found, Mapping) or not found:
+        raise ValueError(f"{where}: must be a state dict, names to tensors")
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{where}: must be a state dict, names to tensors")
+    _bounded(found.values(), where)
+    state = {}
+    for key, value in found.items():
+        if not value.is_floating_point():
+            state[key] = value
+            continue
+        state[key] = value.to(torch.float32)
+        if not bool(torch.isfinite(state[key]).all()):
+            raise ValueError(f"{where}: {key} holds values that are not finite")
+    return state
+
+
+def _bounded(values: Any, where: str) -> None:
+    """Refuse tensors that are many views of few numbers: each would be copied."""
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in values}
+    held = sum(storage.nbytes() for storage in storages.values())
+    taken = sum(value.numel() * value.element_size() for value in values)
+    if taken > TIED * held:
+        raise ValueError(
+            f"{where}: its tensors take {taken:,} bytes, of which the file holds {held:,}; refused"
+        )
+
+
+def _content(path: Path) -> Any:
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        first = file.read(len(LEGACY))
+        if not first.startswith(ZIP):
+            whole = first + file.read()
+    if first.startswith(ZIP):
+        return _zipped(path)
+    if first == LEGACY:
+        return _legacy(whole)
+    look_through(whole)
+    return _Reader(whole).load()
+
+
+def _zipped(path: Path) -> Any:
+    """A file of torch.save: a zip archive of a pickle and the storages that it names."""
+    with zipfile.ZipFile(path) as archive:
+        if problem := unfit_entries(archive, path.stat().st_size, digested=False):
+            raise ValueError(problem)
+        names = {entry.filename: entry for entry in archive.infolist()}
+        programs = [name for name in names if name.endswith("data.pkl")]
+        if len(programs) != 1:
+            raise ValueError("it is an archive, but not one that torch.save makes")
+        [program] = programs
+        folder = program.removesuffix("data.pkl")
+        order = f"{folder}byteorder"
+        if order in names and archive.read(order) != b"little":
+            raise ValueError("its numbers are those of a big-endian machine")
+
+        def persist(dtype: torch.dtype, key: str, length: int) -> Tensor:
+            data = archive.read(f"{folder}data/{key}")
+            if len(data) != length * dtype.itemsize:
+                raise ValueError(f"a storage of {length:,} numbers in {len(data):,} bytes")
+            return _flat(data, dtype)
+
+        text = archive.read(program)
+        look_through(text)
+        return _Reader(text, persist).load()
+
+
+def _legacy(whole: bytes) -> Any:
+    """A file of torch.save before 1.6: five pickles, then the storages that the last one lists."""
+    stream, programs = io.BytesIO(whole), []
+    for _ in range(5):
+        start = stream.tell()
+        look_through(stream)
+        programs.append(whole[start : stream.tell()])
+    magic, _, _, program, listed = programs
+    if magic != LEGACY:
+        raise ValueError("it does not begin as torch's files do")
+    claimed: dict[str, tuple[torch.dtype, int]] = {}
+
+    def claim(dtype: torch.dtype, key: str, length: int) -> Tensor:
+        claimed[key] = dtype, length
+        return torch.empty(length, dtype=dtype, device="meta")
+
+    # The types of the storages stand in the program, their bytes behind it.
+    _Reader(program, claim).load()
+    found: dict[str, Tensor] = {}
+    for key in _Reader(listed).load():
+        dtype, length = claimed[key]
+        size = length * dtype.itemsize
+        if stream.read(8) != struct.pack("<q", length) or size > len(whole) - stream.tell():
+            raise ValueError(f"a storage of {length:,} numbers that the file does not hold")
+        found[key] = _flat(stream.read(size), dtype)
+    return _Reader(program, lambda dtype, key, length: found[key]).load()
 
 
 def tensors(module: Any) -> dict[str, Tensor]:
@@ -194,10 +426,13 @@ def tensors(module: Any) -> dict[str, Tensor]:
         if number > MOST:
             raise ValueError(f"more than {MOST:,} modules")
         passing = state.get("_non_persistent_buffers_set")
+        passing = passing if isinstance(passing, set | _Set) else ()
         for group in ("_parameters", "_buffers"):
             own = state.get(group)
             for name, value in own.items() if isinstance(own, dict) else ():
-                if isinstance(value, Tensor) and not (isinstance(passing, set) and name in passing):
+                if isinstance(value, Tensor) and not (
+                    isinstance(passing, set | _Set) and name in passing
+                ):
                     found[f"{prefix}{name}"] = value
     return found
 

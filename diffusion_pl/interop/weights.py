@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+
+from diffusion_pl.interop.files import MOST_JSON, read_safetensors
 
 KEY = "diffusion_pl"
 
@@ -37,16 +38,19 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: unreadable, or a safetensors file of others.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        about = json.loads(metadata[KEY])
+        words, state = read_safetensors(path)
+        if len(words.get(KEY, "")) > MOST_JSON:
+            raise ValueError(f"its config is larger than {MOST_JSON:,} bytes")
+        about = json.loads(words[KEY])
         config, images = about["config"], about.get("images", 0)
         if not isinstance(config, dict) or type(images) is not int or images < 0:
             raise ValueError("its config or images are none")
-        return {**about, "images": images}, load_file(path)
+        return {**about, "images": images}, state
     except KeyError as error:
         raise ValueError(
             f"{path}: holds no config of diffusion_pl; import it by the layout that it has"
         ) from error
-    except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
+        if str(error).startswith(f"{path}: "):
+            raise
         raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error

@@ -1,10 +1,16 @@
-"""The U-Net of DDPM (Ho 2020, App. B and released code)."""
+"""The U-Net of DDPM (Ho 2020, App. B and released code), and of those that came after it.
+
+Its defaults are Ho's. The other settings are what the same skeleton was published with since:
+improved DDPM and ADM (Nichol & Dhariwal 2021, Dhariwal & Nichol 2021: adaptive scale, heads,
+resampling in residual blocks) and the diffusers library's `UNet2DModel`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +21,7 @@ from diffusion_pl.networks.layers import (
     SelfAttention,
     double,
     float32_region,
+    halve,
     one_hot,
     refuse_resolution,
     run,
@@ -23,6 +30,15 @@ from diffusion_pl.networks.layers import (
 from diffusion_pl.networks.position import PositionEncoding
 
 ZERO = 1e-5  # gain of the layers that begin near zero: variance scale 1e-10
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "mish": F.mish,
+}
+Activation = Literal["silu", "relu", "gelu", "mish"]
+Resample = Literal["right", "even", "block"]
+Middle = Literal["attention", "plain", "none"]
 
 
 class Block(nn.Module):
@@ -35,6 +51,13 @@ class Block(nn.Module):
         dropout: probability, before the second convolution.
         groups: of every normalisation.
         attention: whether self-attention follows.
+        heads: of the attention.
+        head_channels: channels of a head, instead of their number; None for `heads`.
+        eps: of every normalisation.
+        activation: the nonlinearity.
+        adaptive_scale: the embedding scales and shifts what the second norm gives, instead of being
+            added before it.
+        resample: `halve` or `double` to change the resolution in the block, or None.
     """
 
     def __init__(
@@ -46,13 +69,22 @@ class Block(nn.Module):
         dropout: float,
         groups: int,
         attention: bool = False,
+        heads: int = 1,
+        head_channels: int | None = None,
+        eps: float = 1e-6,
+        activation: Activation = "silu",
+        adaptive_scale: bool = False,
+        resample: str | None = None,
     ) -> None:
         super().__init__()
         self.dropout = dropout
-        self.norm0 = nn.GroupNorm(groups, channels_in, eps=1e-6)
+        self.activate = ACTIVATIONS[activation]
+        self.adaptive_scale = adaptive_scale
+        self.resample = resample
+        self.norm0 = nn.GroupNorm(groups, channels_in, eps=eps)
         self.conv0 = xavier(nn.Conv2d(channels_in, channels_out, 3, padding=1))
-        self.affine = xavier(nn.Linear(embedding, channels_out))
-        self.norm1 = nn.GroupNorm(groups, channels_out, eps=1e-6)
+        self.affine = xavier(nn.Linear(embedding, channels_out * (2 if adaptive_scale else 1)))
+        self.norm1 = nn.GroupNorm(groups, channels_out, eps=eps)
         self.conv1 = xavier(nn.Conv2d(channels_out, channels_out, 3, padding=1), ZERO)
         differ = channels_in != channels_out
         self.skip = xavier(nn.Conv2d(channels_in, channels_out, 1)) if differ else None
@@ -60,30 +92,55 @@ class Block(nn.Module):
         if attention:
             # Three layers of C to C in the paper's code are one of C to 3 C here; Xavier's bound
             # counts outputs, and sqrt(2) gives each third the bound of its own layer.
-            norm = nn.GroupNorm(groups, channels_out, eps=1e-6)
-            self.attention = SelfAttention(norm, gain=math.sqrt(2))
+            norm = nn.GroupNorm(groups, channels_out, eps=eps)
+            heads = channels_out // head_channels if head_channels else heads
+            if (
+                heads < 1
+                or channels_out % heads
+                or channels_out // heads != (head_channels or channels_out // heads)
+            ):
+                raise ValueError(
+                    f"{channels_out} channels are no whole number of attention heads (heads: "
+                    f"{heads}, head_channels: {head_channels})"
+                )
+            self.attention = SelfAttention(norm, heads, gain=math.sqrt(2))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """(B, channels_in, H, W), (B, embedding) -> (B, channels_out, H, W)."""
-        hidden = self.conv0(F.silu(self.norm0(x)))
-        hidden = hidden + self.affine(F.silu(embedding))[:, :, None, None]
-        hidden = F.dropout(F.silu(self.norm1(hidden)), self.dropout, self.training)
+        """(B, channels_in, H, W), (B, embedding) -> (B, channels_out, H', W')."""
+        hidden = self.conv0(self._resampled(self.activate(self.norm0(x))))
+        told = self.affine(self.activate(embedding))[:, :, None, None]
+        if self.adaptive_scale:
+            scale, shift = told.chunk(2, dim=1)
+            hidden = torch.addcmul(shift, self.norm1(hidden), 1 + scale)
+        else:
+            hidden = self.norm1(hidden + told)
+        hidden = F.dropout(self.activate(hidden), self.dropout, self.training)
+        x = self._resampled(x)
         x = self.conv1(hidden) + (x if self.skip is None else self.skip(x))
         return x if self.attention is None else self.attention(x)
 
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.resample is None:
+            return x
+        return halve(x) if self.resample == "halve" else double(x)
+
 
 class Down(nn.Module):
-    """Halve the resolution by a strided convolution that pads on the right and below only.
+    """Halve the resolution by a strided convolution.
 
-    TensorFlow's "SAME" padding of an even side at stride 2; the published weights rely on it.
+    Args:
+        channels: of x and of the result.
+        even: pad by one on every side; on the right and below only otherwise, TensorFlow's "SAME"
+            padding of an even side at stride 2, which Ho's published weights rely on.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, even: bool = False) -> None:
         super().__init__()
-        self.conv = xavier(nn.Conv2d(channels, channels, 3, stride=2))
+        self.even = even
+        self.conv = xavier(nn.Conv2d(channels, channels, 3, stride=2, padding=int(even)))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.even else F.pad(x, (0, 1, 0, 1)))
 
 
 class Up(nn.Module):
@@ -105,7 +162,7 @@ class DDPMUNet(nn.Module):
         channels: image channels.
         classes: number of labels, 0 for none as published.
         model_channels: channels at multiplier 1, a multiple of `groups`.
-        channel_mult: multiplier of each level, from the full resolution down.
+        channel_mult: multiplier of each level, from the full resolution down; need not be whole.
         blocks: residual blocks a level in the encoder; the decoder has one more.
         attention: resolutions whose blocks are each followed by self-attention.
         dropout: probability in every block.
@@ -115,9 +172,20 @@ class DDPMUNet(nn.Module):
         variance: put out C channels more, what the network says of the reverse variance.
         recompute: keep only what passes between blocks in training; the backward pass runs every
             block again. Less memory for a third more time, the same numbers.
+        heads: of every attention, one as published by Ho.
+        head_channels: channels of a head, instead of their number; None for `heads`.
+        eps: of every normalisation.
+        activation: the nonlinearity of the residual blocks.
+        cosine_first: the sinusoids of the timestep are [cos, sin], not [sin, cos].
+        endpoint: whether their last frequency is 1 / 10000 itself; 10000^(-k / half) otherwise.
+        adaptive_scale: the embedding scales and shifts in each block (improved DDPM, ADM).
+        resample: how the resolution changes: "right" and "even" by convolutions, padded on the
+            right and below only or all around; "block" within residual blocks (ADM).
+        middle: two blocks with "attention" between them, "plain" without it, "none" of all.
+        embedding_channels: length of the embedding vector; 4 model_channels if None.
 
     Raises:
-        ValueError: a resolution that the levels do not divide.
+        ValueError: a resolution that the levels do not divide, or heads that channels do not.
     """
 
     def __init__(
@@ -126,7 +194,7 @@ class DDPMUNet(nn.Module):
         channels: int = 3,
         classes: int = 0,
         model_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult: Sequence[float] = (1, 2, 2, 2),
         blocks: int = 2,
         attention: Sequence[int] = (16,),
         dropout: float = 0.1,
@@ -135,6 +203,17 @@ class DDPMUNet(nn.Module):
         frame: int | None = None,
         variance: bool = False,
         recompute: bool = False,
+        *,
+        heads: int = 1,
+        head_channels: int | None = None,
+        eps: float = 1e-6,
+        activation: Activation = "silu",
+        cosine_first: bool = False,
+        endpoint: bool = True,
+        adaptive_scale: bool = False,
+        resample: Resample = "right",
+        middle: Middle = "attention",
+        embedding_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.channels = channels
@@ -142,19 +221,25 @@ class DDPMUNet(nn.Module):
         self.recompute = recompute
         self.divisor = 2 ** (len(channel_mult) - 1)
         self.check_resolution(resolution, resolution)
-        embedding = 4 * model_channels
-        self.map_noise = PositionalEmbedding(model_channels)
+        embedding = embedding_channels or 4 * model_channels
+        self.cosine_first = cosine_first
+        self.resample = resample
+        self.map_noise = PositionalEmbedding(model_channels, endpoint=endpoint)
         self.map_layer0 = xavier(nn.Linear(model_channels, embedding))
         self.map_layer1 = xavier(nn.Linear(embedding, embedding))
         self.map_label = xavier(nn.Linear(classes, embedding, bias=False)) if classes else None
 
-        make = partial(Block, embedding=embedding, dropout=dropout, groups=groups)
-        widths = [model_channels * multiplier for multiplier in channel_mult]
+        make: Callable[..., Block] = partial(
+            Block, embedding=embedding, dropout=dropout, groups=groups, heads=heads,
+            head_channels=head_channels, eps=eps, activation=activation,
+            adaptive_scale=adaptive_scale,
+        )  # fmt: skip
+        widths = [round(model_channels * multiplier) for multiplier in channel_mult]
         sizes = [resolution // 2**level for level in range(len(widths))]
         self.position = PositionEncoding(octaves, frame or resolution)
         seen = channels + self.position.channels
-        self.stem = xavier(nn.Conv2d(seen, model_channels, 3, padding=1))
-        width = model_channels
+        width = widths[0] if resample == "block" else model_channels
+        self.stem = xavier(nn.Conv2d(seen, width, 3, padding=1))
         skips = [width]
         self.encoder = nn.ModuleList()
         for level, wanted in enumerate(widths):
@@ -164,10 +249,18 @@ class DDPMUNet(nn.Module):
                 width = wanted
                 skips.append(width)
             if level < len(widths) - 1:
-                self.encoder.append(Down(width))
+                halved = resample == "block"
+                self.encoder.append(
+                    make(width, width, resample="halve")
+                    if halved
+                    else Down(width, even=resample == "even")
+                )
                 skips.append(width)
 
-        self.middle = nn.ModuleList([make(width, width, attention=True), make(width, width)])
+        self.middle = nn.ModuleList()
+        if middle != "none":
+            attends = middle == "attention"
+            self.middle.extend([make(width, width, attention=attends), make(width, width)])
         self.decoder = nn.ModuleList()
         for level in reversed(range(len(widths))):
             for _ in range(blocks + 1):
@@ -175,8 +268,9 @@ class DDPMUNet(nn.Module):
                 self.decoder.append(make(joined, widths[level], attention=attends))
                 width = widths[level]
             if level:
-                self.decoder.append(Up(width))
-        self.out_norm = nn.GroupNorm(groups, width, eps=1e-6)
+                doubled = resample == "block"
+                self.decoder.append(make(width, width, resample="double") if doubled else Up(width))
+        self.out_norm = nn.GroupNorm(groups, width, eps=eps)
         told = 2 * channels if variance else channels
         self.out_conv = xavier(nn.Conv2d(width, told, 3, padding=1), ZERO)
 
@@ -191,7 +285,10 @@ class DDPMUNet(nn.Module):
             ValueError: labels given to a network without classes.
         """
         with float32_region(c_noise.device):
-            vector = self.map_layer1(F.silu(self.map_layer0(self.map_noise(c_noise))))
+            vector = self.map_noise(c_noise)
+            if self.cosine_first:
+                vector = vector.roll(vector.shape[1] // 2, dims=1)
+            vector = self.map_layer1(F.silu(self.map_layer0(vector)))
             if label is None:
                 return vector
             if self.map_label is None:
@@ -232,7 +329,7 @@ class DDPMUNet(nn.Module):
         for layer in self.middle:
             x = run(layer, x, embedding, recompute=self.recompute)
         for layer in self.decoder:
-            if isinstance(layer, Block):
+            if isinstance(layer, Block) and layer.resample is None:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = run(layer, x, embedding, recompute=self.recompute)
         return self.out_conv(F.silu(self.out_norm(x)))

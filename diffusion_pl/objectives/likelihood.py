@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion_pl.diffusion.guidance import clipped
+from diffusion_pl.diffusion.guidance import Clip, clipped
 from diffusion_pl.diffusion.levels import alpha_bar_from_sigma, per_image
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.posterior import SHARES, large_variance, small_variance
@@ -188,7 +188,7 @@ def variational_bound(
     randn_like: Callable[[Tensor], Tensor],
     *,
     variance: Variance = "large",
-    clip: bool = True,
+    clip: Clip = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bound:
     """The bound on the negative log likelihood of images, by one evaluation a timestep.
@@ -209,7 +209,7 @@ def variational_bound(
         progress: called with (timesteps done, T).
     """
     chain = ReverseChain(timesteps, variance)
-    denoise = clipped(denoise) if clip else denoise
+    denoise = clipped(denoise, clip) if clip else denoise
     sigmas = timesteps.sigmas(image.device)
     image = image.to(torch.float64)
     terms, image_error, noise_error = image.new_empty(3, len(image), timesteps.T).unbind()

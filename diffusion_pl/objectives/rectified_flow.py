@@ -31,21 +31,34 @@ EDGE = 1e-4
 
 @dataclass(frozen=True)
 class Straight:
-    """sigma(t) = t / (1 - t), the noise level on a straight line from image to noise."""
+    """sigma(t) = shift t / (1 - t), the noise level on a straight line from image to noise.
+
+    Args:
+        shift: of the times towards the noise, t to shift t / (1 + (shift - 1) t), which is a factor
+            of sigma (Esser 2024, Eq. 23); 1 for none.
+    """
+
+    shift: float = 1.0
 
     def sigma(self, t: Tensor) -> Tensor:
-        return t / (1 - t)
+        return self.shift * t / (1 - t)
 
     def slope(self, t: Tensor) -> Tensor:
-        return 1 / (1 - t).square()
+        return self.shift / (1 - t).square()
 
     def time(self, sigma: Tensor) -> Tensor:
-        return sigma / (1 + sigma)
+        return sigma / (self.shift + sigma)
 
 
 @dataclass(frozen=True)
 class PredictFlow:
-    """The preconditioning of a network that predicts eps - x from x_t."""
+    """The preconditioning of a network that predicts eps - x from x_t.
+
+    Args:
+        scale: c_noise is t times this.
+    """
+
+    scale: float = 1000.0
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -54,7 +67,7 @@ class PredictFlow:
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         t = Straight().time(sigma)
-        return Coefficients(c_skip=1 - t, c_out=-t, c_in=1 - t, c_noise=1000 * t)
+        return Coefficients(c_skip=1 - t, c_out=-t, c_in=1 - t, c_noise=self.scale * t)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from diffusion_pl.diffusion.guidance import Clip, clip_of
 from diffusion_pl.diffusion.objective import Denoise
 
 
@@ -24,6 +25,8 @@ def euler(
     x: Tensor,
     sigmas: Tensor,
     randn_like: Callable[[Tensor], Tensor] | None = None,
+    *,
+    clip: Clip = False,
 ) -> Tensor:
     """Integrate from sigmas[0] to sigmas[-1] with one evaluation a step; order 1, deterministic.
 
@@ -32,12 +35,17 @@ def euler(
         x: the state at sigmas[0], float64 (B, C, H, W).
         sigmas: decreasing levels, float64 (N + 1,), all but the last > 0.
         randn_like: not used; every integrator takes it.
+        clip: what a step does to its image alone, while the noise stays as the network says
+            (DDIM's released code, diffusers); a sampler's own `clip` changes both.
 
     Returns:
         The state at sigmas[-1], float64; N evaluations.
     """
+    limit = clip_of(clip)
     x, wide, on_device = x.clone(), torch.empty_like(x), sigmas.to(x)
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
         denoised = denoise(x, on_device[step])
         x.lerp_(wide.copy_(denoised), 1 - following / sigma)
+        if clip:
+            x.add_(limit(denoised) - denoised)
     return x

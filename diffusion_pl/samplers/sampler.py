@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffusion_pl.diffusion.guidance import clipped
+from diffusion_pl.diffusion.guidance import Clip, clipped
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.schedules import Schedule, Spacing, levels, uniform
 
@@ -36,7 +36,8 @@ class Sampler:
         schedule: u -> sigma; belongs to the sampler, not to the checkpoint.
         steps: number of levels above 0, at least 1. Evaluations of the network may be more.
         spacing: the quantiles u at which the schedule is read, decreasing.
-        clip: clip every denoised image to [-1, 1], as DDPM does.
+        clip: clip every denoised image to [-1, 1], as DDPM does; a number for another limit, or a
+            function of the image such as `diffusion.guidance.thresholded`.
         unit_start: begin from N(0, 1 + sigma^2), which is x_T ~ N(0, I) of Ho 2020 in the state
             x + sigma eps; otherwise from N(0, sigma^2) as Karras 2022.
     """
@@ -45,7 +46,7 @@ class Sampler:
     schedule: Schedule
     steps: int
     spacing: Spacing = uniform
-    clip: bool = False
+    clip: Clip = False
     unit_start: bool = False
 
     def sigmas(self) -> Tensor:
@@ -102,7 +103,7 @@ class Sampler:
         Returns:
             float32 (B, C, H, W).
         """
-        denoise = clipped(denoise) if self.clip else denoise
+        denoise = clipped(denoise, self.clip) if self.clip else denoise
         return self.integrate(denoise, state, sigmas, randn_like).to(torch.float32)
 
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_pl.data.container import unfit_content, unfit_entries
 from diffusion_pl.data.pickle_program import reason_of
-from diffusion_pl.training.container import unfit_content, unfit_entries
 from diffusion_pl.training.writing import write_atomically
 
 FORMAT = 2
