@@ -157,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
     sample = parts["sample"]
     sample.add_argument("--count", type=int, default=64, help="how many images (64)")
     sample.add_argument("--first", type=int, default=0, help="index of the first image (0)")
-    sample.add_argument("--label", type=int, help="class of every image; drawn for each otherwise")
+    sample.add_argument("--label", help="class of every image, its name or index; drawn otherwise")
     sample.add_argument("--out", type=Path, help="folder of the images (RUN/drawn)")
     _add_replay(parts["replay"])
     measuring.add_evaluate(parts["evaluate"])
@@ -192,7 +192,7 @@ def _add_enlarge(part: argparse.ArgumentParser) -> None:
         help="made smaller again, the result is the picture (the default)",
     )
     part.add_argument("--count", type=int, default=1, help="variations of each picture (1)")
-    part.add_argument("--label", type=int, help="class of every picture")
+    part.add_argument("--label", help="class of every picture, its name or index")
     part.add_argument("--out", type=Path, help="folder of the results (RUN/enlarge)")
 
 
@@ -231,7 +231,7 @@ def _add_latents(parts: Mapping[str, argparse.ArgumentParser]) -> None:
         )
     for name in ("progressive", "interpolate", "invert"):
         parts[name].add_argument("--out", type=Path, help=f"folder of the pictures (RUN/{name})")
-        parts[name].add_argument("--label", type=int, help="class of every image")
+        parts[name].add_argument("--label", help="class of every image, its name or index")
     progressive = parts["progressive"]
     progressive.add_argument("--count", type=int, default=8, help="how many images (8)")
     progressive.add_argument("--frames", type=int, default=10, help="levels that are shown (10)")

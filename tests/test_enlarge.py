@@ -336,7 +336,7 @@ def test_results_of_several_shapes_have_no_grid(run, tmp_path):
         (("a.png", "--count", 0), "--count must be 1 to 1,000 (got 0)"),
         (("missing.png",), "missing.png: cannot be read (No such file or directory)"),
         (("pictures/notes.txt",), "notes.txt: not a PNG, JPEG or WebP image"),
-        (("empty",), "empty: holds no picture (.jpeg, .jpg, .png, .webp)"),
+        (("empty",), "empty: holds no picture (.jfif, .jpe, .jpeg, .jpg, "),
         (("a.png", "--label", 1), "label 1 is not one of the model's classes"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 
 from diffusion_pl import config
 from diffusion_pl.commands import parts
+from diffusion_pl.commands.labels import class_of
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.guidance import Guide
 from diffusion_pl.diffusion.objective import TrainingObjective
@@ -37,6 +38,7 @@ class Model:
         config: the run's, with the command's overrides.
         objective: what trained it.
         denoiser: D, ready to draw.
+        class_names: of the classes in order, as the run's data had them; () where they had none.
     """
 
     checkpoint: Path
@@ -44,6 +46,7 @@ class Model:
     config: Config
     objective: TrainingObjective
     denoiser: Denoiser
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,13 @@ class Opened:
 
     def about(self) -> dict[str, Any]:
         """What a result says of where it comes from."""
-        guide = self.drawing.guide
+        guide, label = self.drawing.guide, self.drawing.label
+        names = self.model.class_names
+        named: dict[str, Any] = {} if label is None else {"label": label}
+        if label is not None and label < len(names):
+            named |= {"class_name": names[label]}
         return {
+            **named,
             "checkpoint": str(self.model.checkpoint),
             "images_seen": self.model.images,
             "seed": self.drawing.seed,
@@ -96,6 +104,7 @@ def open_model(
     experiment = config.load_resolved(tree, str(path), allow, overrides)
     parts.bind(experiment)
     objective: TrainingObjective = config.build(experiment, "objective")
+    names = checkpoints.class_names(loaded)
     kind, _, length = weights.partition(":")
     source = path
     if length:
@@ -109,7 +118,7 @@ def open_model(
     denoiser.load_state_dict(state)
     denoiser.to(memory_format=torch.channels_last)
     denoiser.eval().requires_grad_(False)
-    return Model(path, images, experiment, objective, denoiser)
+    return Model(path, images, experiment, objective, denoiser, names)
 
 
 def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
@@ -125,6 +134,9 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
     model = open_model(options.run, options.weights, options.allow, options.set)
     device = device_named(options.device)
     model.denoiser.to(device)
+    classes: int = model.denoiser.network.classes  # type: ignore[assignment]
+    if "label" in drawing:
+        drawing["label"] = class_of(drawing["label"], model.class_names, classes)
     data = config.build(model.config, "data")
     settings: Settings = config.build(model.config, "trainer")
     precision = resolve_precision(settings.precision, torch.device(device).type)
@@ -136,7 +148,7 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
             denoiser=model.denoiser,
             sampler=sampler,
             shape=(data.channels, data.resolution, data.resolution),
-            classes=model.denoiser.network.classes,  # type: ignore[arg-type]
+            classes=classes,
             seed=options.seed,
             precision=AUTOCAST[precision],
             origin=_origin(model, options.weights),

@@ -185,6 +185,17 @@ class Checkpoints(Callback):
                     old.unlink()
 
 
+class ClassNames(Callback):
+    """Keeps the names of the data's classes in the checkpoints, for `--label NAME`."""
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        names = trainer.datamodule.opened().class_names  # type: ignore[attr-defined]
+        if names and pl_module.classes:
+            checkpoint[checkpoints.CLASS_NAMES] = list(names)
+
+
 class Snapshots(Callback):
     """Writes the averages that others are made of afterwards, every so many images and at the end.
 

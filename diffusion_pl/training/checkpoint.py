@@ -27,6 +27,7 @@ from diffusion_pl.data.container import unfit_content, unfit_entries
 from diffusion_pl.data.pickle_program import reason_of
 from diffusion_pl.training.writing import write_atomically
 
+CLASS_NAMES = "class_names"
 FORMAT = 2
 READABLE = (1, 2)  # format 1 was without a digest
 SECTION = "diffusion_pl"
@@ -229,6 +230,13 @@ def described(checkpoint: Mapping[str, Any], path: Path) -> tuple[dict[str, Any]
     if not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ValueError(f"{path}: has no state_dict, names to tensors")
     return config, images
+
+
+def class_names(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the classes that the run's data had; () where it keeps none."""
+    names = checkpoint.get(CLASS_NAMES)
+    fine = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if fine and names is not None else ()
 
 
 def load_weights(module: nn.Module, checkpoint: Mapping[str, Any], which: str, path: Path) -> None:

@@ -28,7 +28,7 @@ from diffusion_pl.signals import Wish
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
 from diffusion_pl.training.bounded import Bounded
-from diffusion_pl.training.callbacks import Checkpoints, Log, Snapshots, Stop
+from diffusion_pl.training.callbacks import Checkpoints, ClassNames, Log, Snapshots, Stop
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.evaluating import Evaluate, grid_of
 from diffusion_pl.training.history import History
@@ -122,6 +122,7 @@ def fit(experiment: Experiment, run: Path, references: Path, wish: Wish) -> dict
             # Before the checkpoint of the same moment, which then never lacks its snapshot.
             snapshots = Snapshots(run / power_ema.FOLDER, experiment.ema.posthoc_every)
             trainer.callbacks.append(snapshots)  # type: ignore[attr-defined]
+        trainer.callbacks.append(ClassNames())  # type: ignore[attr-defined]
         stop, bounded = Stop(wish), Bounded(settings)
         evaluation = Evaluate(
             experiment.evaluation,

@@ -1,0 +1,57 @@
+"""A class on the command line: its name or its index."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+
+_NEAREST = 5
+
+
+def class_of(word: str | int | None, names: Sequence[str], classes: int) -> int | None:
+    """The index of the class that a word names.
+
+    Args:
+        word: an index, which comes first, or a name; None: no class was named.
+        names: of the classes in order, as the run's data had them; empty where they had none.
+        classes: how many the model knows.
+
+    Returns:
+        The index, which may be out of range, or None.
+
+    Raises:
+        ValueError: a name that no class or that several classes have.
+    """
+    if word is None:
+        return None
+    text = str(word)
+    same = [index for index, name in enumerate(names) if name == text]
+    if re.fullmatch(r"-?[0-9]+", text):
+        index = int(text)
+        if same and same != [index] and 0 <= index < len(names):
+            print(
+                f"--label {text}: taken as the index, of class {names[index]!r}; the class called "
+                f"{text!r} is index {same[0]}",
+                file=sys.stderr,
+            )
+        return index
+    if len(same) == 1:
+        return same[0]
+    if same:
+        raise ValueError(f"--label {text}: {len(same)} classes are called so; give the index")
+    if not classes:
+        raise ValueError(f"--label {text}: the model has no classes; leave it out")
+    if not names:
+        raise ValueError(
+            f"--label {text}: the run keeps no names of its classes; give the index, 0 to "
+            f"{classes - 1}"
+        )
+    by_case = {name.casefold(): name for name in names}
+    near = difflib.get_close_matches(text.casefold(), by_case, _NEAREST, cutoff=0.4)
+    known = ", ".join(by_case[each] for each in near) or ", ".join(names[:_NEAREST]) + ", ..."
+    raise ValueError(
+        f"--label {text}: no class of that name among {len(names):,}; nearest: {known}; an index, "
+        f"0 to {classes - 1}, is taken too"
+    )
