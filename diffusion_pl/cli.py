@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import importlib
+import itertools
 import keyword
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from diffusion_pl.addresses import masked, refuse_credentials
 from diffusion_pl.commands import arguments as measuring
 from diffusion_pl.commands.safety import refuse_unsafe
 from diffusion_pl.signals import RESUMABLE, Stopped, Wish
@@ -53,7 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = parse(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        for before, word in itertools.pairwise(["", *words]):
+            refuse_credentials(word, named(before, word))
+    except ValueError as error:
+        return _bad(error)
+    options = parse(words)
     if options.command != "train":
         return _run(options)
     faulthandler.enable(file=2)  # a crash below Python shows where it was
@@ -77,10 +86,9 @@ def _run(options: argparse.Namespace) -> int:
         refuse_unsafe(os.environ)
         code: int = command.run(options)
     except ValueError as error:  # a user's mistake, and every ConfigError
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _bad(error)
     except command.FAILURES as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {masked(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of stdout left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,7 +96,29 @@ def _run(options: argparse.Namespace) -> int:
     return code
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _bad(error: ValueError) -> int:
+    """Say a user's mistake; libraries quote addresses with all that stands in them."""
+    print(f"error: {masked(str(error))}", file=sys.stderr)
+    return 2
+
+
+def named(before: str, word: str) -> str:
+    """What a word of the command line is, for messages that must not show it."""
+    key, equals, _ = word.partition("=")
+    if equals and "://" not in key:
+        return key if key.startswith("--") else f"SET: {key}"
+    return before.partition("=")[0] if before.startswith("--") else "command line"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose complaints quote what was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with a complaint that holds no credentials."""
+        super().error(masked(message))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the words; overrides may stand before and after options."""
     everything = parser()
     options, rest = everything.parse_known_args(arguments)
@@ -122,9 +152,9 @@ def _at_home(value: object, name: str) -> object:
     return type(value)(at_home(str(value), name))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The arguments of every command."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m diffusion_pl",
         description="Train, sample, evaluate and compare image diffusion models by YAML.",
     )

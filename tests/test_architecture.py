@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part may import the parts on lower floors; parts of one floor do not know each other.
 FLOORS = [
+    {"addresses"},
     {"images", "positions", "ranks", "seeds", "signals", "config"},
     {"diffusion", "networks", "metrics", "data"},
     {"objectives", "samplers"},

@@ -131,6 +131,7 @@ def test_a_section_that_is_not_there_names_the_nearest(folder: Path) -> None:
         "os.system",
         "torch.hub.load",
         "torch.optimal.x",
+        "torch.optim._adafactor.Adafactor",
         "diffusion_pl_evil.x",
         "diffusion_pl._private.x",
         "diffusion_pl.config.Config.__init__",
@@ -160,6 +161,13 @@ def test_a_trusted_name_is_no_way_to_anything_else(target: str) -> None:
         config.load_resolved({"a": {"_target_": target}}, "last.ckpt")
     with pytest.raises(ConfigError, match="is outside diffusion_pl's parts"):
         config.build(Config("x", "x", {"a": {"_target_": target}}, packages=()), "a")
+
+
+def test_an_allowed_package_is_no_way_into_another() -> None:
+    for name in ("dataclasses.replace", "Path.home", "pytest.main"):
+        loaded = config.load_resolved({"a": {"_target_": f"{HERE}.{name}"}}, "x", allow=[HERE])
+        with pytest.raises(ConfigError, match=r"^x: a\._target_: .* is defined in "):
+            config.build(loaded, "a")
 
 
 @pytest.mark.parametrize(

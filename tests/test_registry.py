@@ -212,6 +212,14 @@ def test_a_part_where_another_is_expected_is_told(tree, says, packages):
         config.build(loaded, next(iter(tree)))
 
 
+def test_a_callable_of_the_users_own_takes_any_part():
+    rho = {"_target_": "diffusion_pl.diffusion.schedules.Rho"}
+    node = {"sampler": rho, "weight": [rho], "x": {"ema": rho}}
+    tree = {"network": {"_target_": "builtins.dict", **node}}
+    config.check(Config("x", "x.yaml", tree))
+    assert config.build(Config("x", "x.yaml", tree), "network")["sampler"].rho == 7.0
+
+
 def test_every_optimizer_of_torch_is_a_part():
     whole = torch.optim.Optimizer
     classes = {name: each for name, each in vars(torch.optim).items() if inspect.isclass(each)}

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from diffusion_pl.addresses import masked, refuse_credentials
 from diffusion_pl.config.interpolation import interpolated
 from diffusion_pl.config.strangers import is_strangers
 from diffusion_pl.config.targets import check_allowed, untrusted
@@ -131,7 +132,8 @@ def load_resolved(
     """
     check_allowed(allow)
     packages = (*allow, *_named(overrides))
-    config = finished(Config(Path(source).stem, source, plain(tree, source), packages=packages))
+    kept = _without_credentials(plain(tree, source))
+    config = finished(Config(Path(source).stem, source, kept, packages=packages))
     config = _overridden(config, overrides)
     for key, value in leaves(config.tree):
         if "_target_" in key.split(".") and (reason := untrusted(value, packages)):
@@ -147,6 +149,15 @@ def assigned(text: str) -> tuple[str, Any]:
     """
     parts, value = _pair(text)
     return ".".join(parts), value
+
+
+def _without_credentials(node: Any) -> Any:
+    """A tree with the credentials that earlier versions kept as ***: none is written again."""
+    if isinstance(node, dict):
+        return {name: _without_credentials(child) for name, child in node.items()}
+    if isinstance(node, list):
+        return [_without_credentials(child) for child in node]
+    return masked(node) if isinstance(node, str) else node
 
 
 def _text(file: Path) -> str:
@@ -296,6 +307,10 @@ def _overridden(config: Config, overrides: Sequence[str]) -> Config:
 def _pair(text: str) -> tuple[list[str], Any]:
     """Split and parse one override."""
     key, equals, written = text.partition("=")
+    try:
+        refuse_credentials(text, f"{OVERRIDE}: {masked(key.strip())}")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     parts = key.strip().split(".")
     if not equals or not written.strip() or not all(parts):
         raise ConfigError(

@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from diffusion_pl.addresses import credential_in, instead
+
 # Far above any experiment, far below what exhausts the stack or the memory.
 MAX_DEPTH = 32
 MAX_VALUES = 10_000
@@ -174,11 +176,15 @@ def finished(config: Config) -> Config:
     """Refuse what would not survive being written and read again, and hand the config back.
 
     Raises:
-        ConfigError: a value left open as ???, or a ${...} that was not resolved.
+        ConfigError: a value left open as ???, a ${...} that was not resolved, or a credential.
     """
     for key, value in leaves(config.tree):
         if value == "???":
             raise config.error(key, "has no value (got '???'); set it")
+        if isinstance(value, str) and (found := credential_in(value)):
+            raise config.error(
+                key, f"holds {found}, which the run would keep; set {instead(value)}"
+            )
         if isinstance(value, str) and "${" in value:
             raise config.error(key, f"holds an interpolation (got {value!r}); write the value")
     return config

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from diffusion_pl.addresses import MASK, instead, masked, refuse_credentials
+
 _BLOCK = 8 * 1024**2
 _SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -251,9 +253,11 @@ def _opened(url: str) -> tuple[Any, str]:
     try:
         system, path = url_to_fs(url)
     except ImportError as error:
-        raise _Unusable(f"{error}; for s3:// pip install 'diffusion_pl[remote]'") from error
+        raise _Unusable(
+            f"{masked(str(error))}; for s3:// pip install 'diffusion_pl[remote]'"
+        ) from error
     except ValueError as error:
-        raise _Unusable(str(error)) from error
+        raise _Unusable(masked(str(error))) from error
     return system, path
 
 
@@ -264,6 +268,11 @@ def _persist(url: str, ask: Callable[[], T], attempts: int, backoff: float) -> T
         _Unwritable: as `ask`.
         ValueError: it does not.
     """
+    refuse_credentials(url, "data.path")
+    if MASK in url:
+        raise ValueError(
+            f"{url}: its credentials are not kept; name it anew, and set {instead(url)}"
+        )
     problem: Exception | None = None
     for attempt in range(attempts):
         if attempt:
@@ -279,7 +288,8 @@ def _persist(url: str, ask: Callable[[], T], attempts: int, backoff: float) -> T
         except Exception as error:
             # Every kind of server has a library with errors of its own.
             problem = error
-    lines = str(problem).splitlines() or [""]
+    # Libraries quote addresses, also those that they were sent on to, which are signed.
+    lines = masked(str(problem)).splitlines() or [""]
     raise ValueError(
         f"{url}: cannot be fetched in {attempts} attempts ({type(problem).__name__}: {lines[0]})"
     ) from problem

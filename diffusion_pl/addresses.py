@@ -1,0 +1,111 @@
+"""Credentials in addresses: found before they are kept or shown, and masked where others show them.
+
+An address stands in config.yaml, in checkpoints and exports, in a job's script and in error lines,
+and all of these are handed on. So a password, a token or a signature in one is refused by a line
+that names what the library behind the address reads instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from urllib.parse import unquote_plus
+
+MASK = "***"
+_MASKED = re.compile(r"(?<=://)\*\*\*@|[^=&;#?\s]+=\*\*\*")
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
+# What stands before the host: with a colon, a password, which may hold slashes; never a port.
+_PASSWORD = re.compile(
+    r"(?<=://)[^/?#@\s:\[]*:(?!\d*(?:[/?#]|$))[^\s]*@|(?<=://)[^/?#\s]*:[^/?#\s]*@"
+)
+# Of these a name before the host is a token; of others, such as abfs:// and sftp://, a name.
+_USER = re.compile(r"\b(https?|s3a?|gs|gcs|webdavs?|davs?)://[^/?#\s]*@", re.IGNORECASE)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_PARAMETER = re.compile(r"(?<=[?&;#])([^=&;#?]+)=[^&;#]*")
+_SECRET_WORD = re.compile(
+    r"token|secret|passw|pwd|signature|credential|api[_-]?key|auth|private|session|jwt|access[_-]?key"
+    r"|^(?:sig|key|code|sas|hmac|pass|access|googleaccessid|key-pair-id)$",
+    re.IGNORECASE,
+)
+# Tokens that are known by their form, wherever they stand.
+_TOKEN = re.compile(
+    r"\b(?:gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|hf_[A-Za-z0-9]{20,}"
+    r"|A(?:KI|SI)A[A-Z0-9]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}|sk-[A-Za-z0-9]{20,}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})"
+)
+_HEADER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}")
+
+# What the libraries behind fsspec read, by the beginning of an address.
+_INSTEAD = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_SAS_TOKEN, or AZURE_STORAGE_ACCOUNT_KEY",
+    "hf": "HF_TOKEN",
+    "http": """FSSPEC_HTTPS='{"client_kwargs": {"headers": {"Authorization": "..."}}}', or """
+    """FSSPEC_HTTPS='{"client_kwargs": {"trust_env": true}}' and ~/.netrc""",
+}
+_LIKE = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az", "https": "http"}
+
+
+def credential_in(text: str) -> str | None:
+    """What in a text is a credential, in words that do not show it; None for nothing."""
+    text = _MASKED.sub("", text)
+    whole = [text] if _ADDRESS.match(text) else []  # a password may hold any sign
+    for address in [*whole, *_ADDRESS.findall(text)]:
+        if _PASSWORD.search(address):
+            return "a password before the host"
+        if _USER.search(address):
+            return "a user or token before the host"
+        for name in _secret_names(address):
+            return f"the parameter {name!r}"
+    return "a token" if _TOKEN.search(text) else None
+
+
+def refuse_credentials(text: str, where: str) -> None:
+    """See that a text holds no credential.
+
+    Args:
+        text: an address, or anything.
+        where: for the message.
+
+    Raises:
+        ValueError: it does; the message names the variables to set instead, and shows none of it.
+    """
+    found = credential_in(text)
+    if found is not None:
+        raise ValueError(
+            f"{where}: holds {found}, and addresses are kept with a run and shown; remove it, and "
+            f"set {instead(text)}"
+        )
+
+
+def instead(text: str) -> str:
+    """What to set in the environment in place of the credentials of an address."""
+    schemes = _SCHEME.findall(text) or ["s3"]
+    # Addresses are chained by ::, and the last is the server's.
+    scheme = schemes[-1].lower()
+    scheme = _LIKE.get(scheme, scheme)
+    return _INSTEAD.get(
+        scheme, f"FSSPEC_{scheme.upper()}_PASSWORD and its like, which fsspec reads"
+    )
+
+
+def masked(text: str) -> str:
+    """A text with the credentials of every address in it, and all known tokens, as ***."""
+
+    text = _USER.sub(rf"\1://{MASK}@", _PASSWORD.sub(f"{MASK}@", text))
+    text = _ADDRESS.sub(lambda address: _PARAMETER.sub(_hidden, address[0]), text)
+    return _HEADER.sub(rf"\1 {MASK}", _TOKEN.sub(MASK, text))
+
+
+def _hidden(match: re.Match[str]) -> str:
+    secret = _SECRET_WORD.search(unquote_plus(match[1]))
+    return f"{match[1]}={MASK}" if secret else match[0]
+
+
+def _secret_names(address: str) -> Iterator[str]:
+    for name in _PARAMETER.findall(address):
+        plain = unquote_plus(name)
+        if _SECRET_WORD.search(plain):
+            yield plain
