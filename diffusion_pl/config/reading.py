@@ -330,7 +330,11 @@ def _named(overrides: Sequence[str]) -> Iterator[str]:
 
     Python's own library has no part of an experiment, but all that a pasted line would start.
     """
-    for parts, value in map(_pair, overrides):
+    for text in overrides:
+        try:
+            parts, value = _pair(text)
+        except ConfigError:  # told with the others that are wrong
+            continue
         for key, named in leaves({parts[-1]: value}):
             if "_target_" not in key.split(".") or not isinstance(named, str) or "${" in named:
                 continue
