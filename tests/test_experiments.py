@@ -69,18 +69,22 @@ def test_its_budget_divides_into_whole_batches_on_the_published_devices(name):
     assert settings.images % batch_size == 0
 
 
-def shrunken(experiment):
-    """The experiment's network with few channels and no more than two layers of a kind in a row.
+def shrink(node):
+    """Give a network's section few channels and no more than two layers of a kind in a row.
 
     Levels, options and the resolution it is built for stay, and with them where attention is.
     """
-    node = experiment.tree["network"]
     taken = inspect.signature(targets.locate(node["_target_"])).parameters
     for key in SMALL.keys() & taken.keys():
         node[key] = SMALL[key]
     for key in SHALLOW & node.keys():
         count = node[key]
         node[key] = min(count, 2) if isinstance(count, int) else [min(n, 2) for n in count]
+
+
+def shrunken(experiment):
+    """The experiment's network, made small."""
+    shrink(experiment.tree["network"])
     return config.build(experiment, "network")
 
 

@@ -44,8 +44,8 @@ class Cost:
 def estimate(drawing: Drawing, settings: Evaluation, extractor: Extractor) -> Cost:
     """Time one call of the network at every size that the sampler visits, and the extractor once.
 
-    The sampler's calls are counted without the network, so a thousand steps cost no more to
-    foresee than ten.
+    The network is not evaluated at every step that is counted, so a thousand steps cost little
+    more to foresee than ten.
 
     Args:
         drawing: how images are drawn.

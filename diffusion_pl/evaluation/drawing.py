@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_pl.diffusion.guidance import EVERYWHERE, Guide, check_interval, guided
 from diffusion_pl.diffusion.objective import Denoise
@@ -100,10 +100,9 @@ class Drawing:
         Returns:
             uint8 (n, C, H, W) on the denoiser's device, and the network's evaluations per image.
         """
-        device = self.device
         counted = Counted(self.denoiser)
-        guide = None if self.guide is None else Counted(self.guide.denoiser.to(device))
-        with torch.autocast(device.type, self.precision, enabled=self.precision is not None):
+        guide = None if self.guide is None else Counted(self.guide.denoiser.to(self.device))
+        with self._autocast():
             drawn = self._draw(counted, guide, indices)
         if not torch.isfinite(drawn).all():
             raise ValueError("the sampler gave images that are not finite; the weights are unfit")
@@ -112,14 +111,19 @@ class Drawing:
 
     @torch.inference_mode()
     def calls(self) -> Counter[int]:
-        """How often an image is seen, by the side at which the network sees it; none is run."""
+        """How often an image is seen, by the side at which the network sees it.
+
+        The network is evaluated once at every side, not once a step.
+
+        Raises:
+            ValueError: the network does not answer what the sampler asks of it.
+        """
         counted: Counter[int] = Counter()
-
-        def denoise(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
-            counted[x.shape[-1]] += len(x)
-            return torch.zeros_like(x)
-
-        self._draw(denoise, denoise if self.guide is not None else None, [0])
+        guide = None
+        if self.guide is not None:
+            guide = _rehearsed(self.guide.denoiser.to(self.device), counted)
+        with self._autocast():
+            self._draw(_rehearsed(self.denoiser, counted), guide, [0])
         return counted
 
     def about(self) -> dict[str, Any]:
@@ -136,6 +140,12 @@ class Drawing:
             "precision": "fp32" if self.precision is None else described(self.precision),
         }
 
+    def _autocast(self) -> torch.autocast:
+        """The precision in which the network computes."""
+        return torch.autocast(
+            self.device.type, self.precision, enabled=self.precision is not None
+        )
+
     def _draw(self, denoise: Denoise, guide: Denoise | None, indices: Sequence[int]) -> Tensor:
         device = self.device
         # The first noise is drawn on the CPU, so that any hardware starts from the same state.
@@ -150,6 +160,38 @@ class Drawing:
             guide=guide,
         )
         return self.sampler(denoise, noise, ImageNoise(self.seed, indices, "sampler", device))
+
+
+class Rehearsal(nn.Module):
+    """A network that is asked once at each size of image; every later answer is zeros like it.
+
+    Around it stands the denoiser itself, so whatever a sampler may ask of a denoiser it may ask of
+    one whose network is only rehearsed.
+
+    Args:
+        network: the raw F.
+        counted: grows by the images of every call, under their side in pixels.
+    """
+
+    def __init__(self, network: nn.Module, counted: Counter[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.counted = counted
+        self.answered: dict[torch.Size, Tensor] = {}
+
+    def forward(self, x: Tensor, c_noise: Tensor, **condition: Tensor | None) -> Tensor:
+        """(B, C, H, W), (B,) -> zeros, shaped as the network's answer."""
+        self.counted[x.shape[-1]] += len(x)
+        size = x.shape[1:]
+        if size not in self.answered:
+            # `forward` itself: a compiled network would be compiled for this batch.
+            self.answered[size] = self.network.forward(x, c_noise, **condition)
+        like = self.answered[size]
+        return like.new_zeros(len(x), *like.shape[1:])
+
+
+def _rehearsed(denoiser: Denoiser, counted: Counter[int]) -> Denoiser:
+    return Denoiser(Rehearsal(denoiser.network, counted), denoiser.preconditioning)
 
 
 def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

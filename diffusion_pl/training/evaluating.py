@@ -87,8 +87,8 @@ class Evaluate(Callback):
         assert self.reference is not None
         build(drawing, self.settings, self.extractor, self.reference)  # refused before the training
         with sharding.assembled(pl_module.ema):
-            if trainer.is_global_zero:
-                cost = estimate(drawing, self.settings, self.extractor)
+            # On every rank, so that a sampler which asks too much of the network ends them all.
+            cost = estimate(drawing, self.settings, self.extractor)
         if trainer.is_global_zero:
             self.training_log.progress.say(
                 f"evaluation every {self.settings.every:,} images: {cost}"
