@@ -110,6 +110,7 @@ class Denoiser(nn.Module):
         if beside.shape != x.shape:
             raise ValueError(
                 "the network gives no variance: it has "
-                f"{x.shape[1] + beside.shape[1]} output channels, {2 * x.shape[1]} are needed"
+                f"{x.shape[1] + beside.shape[1]} output channels, {2 * x.shape[1]} are needed; "
+                "set network.variance=true, or a fixed variance where it is asked for"
             )
         return torch.cat([denoised, beside], dim=1)

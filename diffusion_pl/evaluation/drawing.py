@@ -142,9 +142,7 @@ class Drawing:
 
     def _autocast(self) -> torch.autocast:
         """The precision in which the network computes."""
-        return torch.autocast(
-            self.device.type, self.precision, enabled=self.precision is not None
-        )
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
     def _draw(self, denoise: Denoise, guide: Denoise | None, indices: Sequence[int]) -> Tensor:
         device = self.device
