@@ -16,4 +16,19 @@ MUTANTS = [
         ("return like.new_zeros(len(x), *like.shape[1:])", "return torch.zeros_like(like)"),
         ("size = x.shape[1:]", "size = torch.Size([1])"),
     ),
+    *at(
+        "training/power_ema.py",
+        "power_ema",
+        ("(solution / solution.sum())", "solution"),
+        ("(solution / solution.sum())", "(solution / solution.norm())"),
+        ("- 2 * c @ right", "- c @ right"),
+        ("if made.misfit > FAR:", "if made.misfit > 20 * FAR:"),
+        ("if made.misfit > FAR:", "if made.misfit > 0.1 * FAR:"),
+        ("shares[first : first + len(gammas)]", "shares[: len(gammas)]"),
+    ),
+    *at(
+        "commands/runs.py",
+        "power_ema",
+        ('ema["ema_misfit"] = round(made.misfit, 4)', "pass"),
+    ),
 ]  # fmt: skip

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import homes
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +21,7 @@ from diffusion_pl.training.power_ema import (
     LENGTHS,
     decay,
     gamma_of,
+    misfit,
     mixture,
     overlap,
     reconstruct,
@@ -79,24 +84,66 @@ def test_a_kept_average_is_made_of_itself_alone():
     assert shares == pytest.approx([0, 0, 0, 0, 0, 1], abs=1e-6)
 
 
-class Wandering(nn.Module):
-    """A weight vector that walks at random, and a counter."""
+def test_the_coefficients_are_edm2s():
+    """Algorithm 3 with its normalisation, solved a second time, by hand, for three snapshots."""
+    times, gammas = [10.0, 20.0, 20.0], [7.0, 7.0, 17.0]
 
-    def __init__(self):
+    def product(t, g, s, h):  # by quadrature
+        return quad(lambda tau: profile(tau, t, g) * profile(tau, s, h), 0, min(t, s))[0]
+
+    gram = [
+        [product(*one, *two) for two in zip(times, gammas, strict=True)]
+        for one in zip(times, gammas, strict=True)
+    ]
+    right = [product(*one, 20.0, 4.0) for one in zip(times, gammas, strict=True)]
+    solved = np.linalg.solve(gram, right)
+    assert abs(solved.sum() - 1) > 0.01  # what the division is for
+    found = mixture(times, gammas, 20.0, 4.0)
+    assert found == pytest.approx(solved / solved.sum(), rel=1e-6)
+    # How far the profile is, by quadrature too.
+    square = quad(lambda tau: profile(tau, 20, 4.0) ** 2, 0, 20)[0]
+
+    def difference(tau):
+        parts = zip(found, times, gammas, strict=True)
+        made = sum(c * profile(tau, t, g) for c, t, g in parts if tau <= t)
+        return (made - profile(tau, 20, 4.0)) ** 2
+
+    distance = quad(difference, 0, 10)[0] + quad(difference, 10, 20)[0]
+    wanted = (distance / square) ** 0.5
+    assert misfit(found, times, gammas, 20.0, 4.0) == pytest.approx(wanted, rel=1e-6)
+
+
+class Weights(nn.Module):
+    """A weight vector and a counter."""
+
+    def __init__(self, count=200, value=0.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(200))
+        self.weight = nn.Parameter(torch.full((count,), value))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 9])
+def test_constant_weights_come_back_as_themselves(tmp_path, count):
+    value = 0.7310585975646973  # any float32
+    for number in range(1, count + 1):
+        save_snapshot(tmp_path, 1000 * number, [Weights(3, value).state_dict() for _ in LENGTHS])
+    for length in (0.001, 0.02, *LENGTHS, 0.07, 0.15, 0.2, 0.25):
+        made = reconstruct(tmp_path, 1000 * count, length)
+        assert made["weight"].tolist() == Weights(3, value).weight.tolist(), length
+
+
 def test_a_reconstruction_is_the_average_that_was_never_kept(tmp_path):
+    """Of weights far from zero that both wander and move one way: a wrong sum shows."""
     torch.manual_seed(0)
-    wanted = {length: torch.zeros(200) for length in (0.06, 0.075, 0.12)}
-    current = Wandering()
-    kept = [Wandering() for _ in LENGTHS]
     steps, every = 400, 20
+    lengths = (0.04, 0.06, 0.075, 0.12, 0.15)
+    wanted = {length: torch.zeros(200, dtype=torch.float64) for length in lengths}
+    current = Weights().double()
+    kept = [Weights().double() for _ in LENGTHS]
     with torch.no_grad():
+        current.weight += 5
         for step in range(1, steps + 1):
-            current.weight += torch.randn(200)
+            current.weight += (1 + torch.randn(200, dtype=torch.float64)) / steps
             for average, length in zip(kept, LENGTHS, strict=True):
                 average.weight.lerp_(current.weight, 1 - decay(gamma_of(length), step))
                 average.steps.fill_(step)
@@ -107,11 +154,24 @@ def test_a_reconstruction_is_the_average_that_was_never_kept(tmp_path):
     for length, average in wanted.items():
         state = reconstruct(tmp_path, 8 * steps, length)
         error = (state["weight"] - average).norm() / (average - current.weight).norm()
-        assert error < 0.03, length
+        assert error < 1e-3, length  # of the way that the average lags behind
+        assert (state["weight"] - average).abs().max() < 1e-3
         assert state["steps"] == steps
     # The moment is that of the checkpoint, not of the newest snapshot.
     early = reconstruct(tmp_path, 8 * 100 + 7, LENGTHS[0])
     assert early["steps"] == 100
+
+
+def test_a_length_that_the_snapshots_make_only_roughly_is_told(tmp_path, caplog):
+    for images in (100, 200):
+        save_snapshot(tmp_path, images, [Weights().state_dict() for _ in LENGTHS])
+    for length in (*LENGTHS, 0.06):
+        reconstruct(tmp_path, 200, length)
+    assert not caplog.records
+    reconstruct(tmp_path, 200, 0.25)
+    [told] = caplog.messages
+    assert "2 snapshots make an average of length 0.25 only roughly" in told
+    assert "off by 73 %" in told and "those of 0.05 and 0.1 are exact" in told
 
 
 def test_snapshots_that_are_not_there_or_damaged_are_one_line(tmp_path):
@@ -144,6 +204,9 @@ def test_a_run_can_be_drawn_with_any_average(home, monkeypatch, capsys):
     assert [point["weights"] for point in result["points"]] == [
         "ema", "denoiser", "ema:0.05", "ema:0.2",
     ]  # fmt: skip
+    # A row says how far the profile is that four snapshots made.
+    rows = [json.loads(line) for line in Path(result["rows"]).read_text().splitlines()]
+    assert [row.get("ema_misfit") for row in rows] == [None, None, 0.0, 0.2226]
     # A kept length is what the checkpoint holds.
     state = checkpoints.load(checkpoints.latest(home / "runs/tiny/checkpoints"))["state_dict"]
     made = runs.open_model(home / "runs/tiny", f"ema:{LENGTHS[1]}").denoiser.state_dict()

@@ -160,7 +160,13 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
 
 def _origin(model: Model, weights: str) -> dict[str, Any]:
     """What numbers say of a checkpoint's weights."""
-    ema = {"ema": described(config.build(model.config, "ema"))} if weights == "ema" else {}
+    ema: dict[str, Any] = {}
+    if weights == "ema":
+        ema["ema"] = described(config.build(model.config, "ema"))
+    elif weights.startswith("ema:"):
+        folder = model.checkpoint.parent.parent / power_ema.FOLDER
+        made = power_ema.recipe(folder, model.images, float(weights.partition(":")[2]))
+        ema["ema_misfit"] = round(made.misfit, 4)  # how far its profile is from the one asked for
     return {
         "weights": weights,
         **ema,

@@ -200,6 +200,8 @@ def _key(point: Point, settings: Evaluation, extractor: Extractor, reference: Re
         "extractor": f"{extractor.name}-{extractor.digest}-{extractor.precision}",
         "reference": reference.fingerprint,
     }
+    if point.weights.startswith("ema:"):
+        parts["ema"] = "coefficients of sum 1"  # older rows measured weights that were scaled
     return json.dumps(parts, sort_keys=True)
 
 

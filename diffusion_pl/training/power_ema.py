@@ -8,11 +8,14 @@ Karras et al. 2024, arXiv 2312.02696, section 3 and appendix C.
 | update | beta = (1 - 1 / step)^(gamma + 1) | 2 |
 | length | sigma_rel = (gamma + 1)^(1/2) (gamma + 2)^(-1) (gamma + 3)^(-1/2) | 3 |
 | reconstruction | the combination of snapshots whose profile is nearest in least squares | C.2 |
+| its sum | the coefficients over their sum, so that constant weights stay | released code |
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,11 +25,17 @@ from torch import Tensor
 
 from diffusion_pl.training.writing import write_atomically
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "posthoc"  # of a run, where its snapshots lie
 
 # The two averages that are kept, by their lengths: the standard deviation of the profile as a share
 # of the training so far.
 LENGTHS = (0.05, 0.10)
+
+# A reconstructed profile farther off than this, by its norm, is told: weights that move evenly are
+# then off by a thousandth of their way and more.
+FAR = 0.05
 
 
 def gamma_of(length: float) -> float:
@@ -70,6 +79,9 @@ def mixture(
 ) -> list[float]:
     """Coefficients of the snapshots whose combined profile is nearest to the wanted one.
 
+    Few snapshots cannot make every profile, and the nearest combination would then have another
+    sum than 1 and scale the weights with it; so it is divided by its sum.
+
     Args:
         times: of the snapshots, in images.
         gammas: their exponents.
@@ -77,17 +89,45 @@ def mixture(
         gamma: its exponent.
 
     Returns:
-        One coefficient a snapshot; they add up to nearly 1.
+        One coefficient a snapshot; they add up to 1.
     """
+    gram, right, _ = _overlaps(times, gammas, time, gamma)
+    # Neighbouring profiles are nearly alike, so the system is solved by its larger directions.
+    solution: Tensor = torch.linalg.lstsq(
+        gram, right[:, None], rcond=1e-12, driver="gelsd"
+    ).solution[:, 0]
+    return (solution / solution.sum()).tolist()
+
+
+def misfit(
+    shares: Sequence[float],
+    times: Sequence[float],
+    gammas: Sequence[float],
+    time: float,
+    gamma: float,
+) -> float:
+    """How far the profile of some coefficients is from the wanted one.
+
+    Args:
+        shares: the coefficients; the others as for `mixture`.
+
+    Returns:
+        Root of the integral of the squared difference, over that of the wanted profile's square.
+    """
+    gram, right, square = _overlaps(times, gammas, time, gamma)
+    c = torch.tensor(shares, dtype=torch.float64)
+    return float(((c @ gram @ c - 2 * c @ right + square) / square).clamp(min=0).sqrt())
+
+
+def _overlaps(
+    times: Sequence[float], gammas: Sequence[float], time: float, gamma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of the snapshots' profiles with one another, with the wanted one, and of that alone."""
     t, g = (torch.tensor(values, dtype=torch.float64) for values in (times, gammas))
     wanted = torch.tensor([time, gamma], dtype=torch.float64)
     gram = overlap(t[:, None], g[:, None], t, g)
     right = overlap(t, g, wanted[0], wanted[1])
-    # Neighbouring profiles are nearly alike, so the system is solved by its larger directions.
-    solution: Tensor = torch.linalg.lstsq(
-        gram, right[:, None], rcond=1e-12, driver="gelsd"
-    ).solution
-    return solution[:, 0].tolist()
+    return gram, right, overlap(wanted[0], wanted[1], wanted[0], wanted[1])
 
 
 def save_snapshot(folder: Path, images: int, averages: Sequence[Mapping[str, Tensor]]) -> None:
@@ -102,8 +142,21 @@ def save_snapshot(folder: Path, images: int, averages: Sequence[Mapping[str, Ten
     write_atomically(folder / f"{images:012d}.safetensors", lambda file: file.write(content))
 
 
-def reconstruct(folder: Path, images: int, length: float) -> dict[str, Tensor]:
-    """The weights of an average of any length, from a run's snapshots.
+@dataclass(frozen=True)
+class Recipe:
+    """What an average of some length is made of.
+
+    Args:
+        shares: of each snapshot's averages, in the order of LENGTHS; all of them add up to 1.
+        misfit: how far the profile is from the wanted one.
+    """
+
+    shares: Mapping[Path, Sequence[float]]
+    misfit: float
+
+
+def recipe(folder: Path, images: int, length: float) -> Recipe:
+    """How to make an average of any length from a run's snapshots; reads their names alone.
 
     Args:
         folder: of the snapshots.
@@ -111,7 +164,7 @@ def reconstruct(folder: Path, images: int, length: float) -> dict[str, Tensor]:
         length: sigma_rel.
 
     Raises:
-        ValueError: no snapshots, a damaged one, or a length out of range.
+        ValueError: no snapshots, or a length out of range.
     """
     gamma = gamma_of(length)
     files = [path for path in sorted(folder.glob("*.safetensors")) if int(path.stem) <= images]
@@ -121,11 +174,35 @@ def reconstruct(folder: Path, images: int, length: float) -> dict[str, Tensor]:
             "ema.posthoc_every"
         )
     gammas = [gamma_of(kept) for kept in LENGTHS]
-    times = [float(path.stem) for path in files for _ in gammas]
-    shares = mixture(times, gammas * len(files), float(files[-1].stem), gamma)
+    wanted = ([float(path.stem) for path in files for _ in gammas], gammas * len(files))
+    shares = mixture(*wanted, float(files[-1].stem), gamma)
+    far = misfit(shares, *wanted, float(files[-1].stem), gamma)
+    each = [shares[first : first + len(gammas)] for first in range(0, len(shares), len(gammas))]
+    return Recipe(dict(zip(files, each, strict=True)), far)
+
+
+def reconstruct(folder: Path, images: int, length: float) -> dict[str, Tensor]:
+    """The weights of an average of any length, from a run's snapshots.
+
+    One that these snapshots can only make roughly is told in a line.
+
+    Args:
+        folder: of the snapshots.
+        images: as `recipe`.
+        length: sigma_rel.
+
+    Raises:
+        ValueError: no snapshots, a damaged one, or a length out of range.
+    """
+    made = recipe(folder, images, length)
+    if made.misfit > FAR:
+        logger.warning(
+            "%s: %d snapshots make an average of length %g only roughly: its profile is off by "
+            "%.0f %%; those of %s are exact, and more snapshots (ema.posthoc_every) help others",
+            folder, len(made.shares), length, 100 * made.misfit, " and ".join(map(str, LENGTHS)),
+        )  # fmt: skip
     total: dict[str, Tensor] = {}
-    for number, path in enumerate(files):
-        own = shares[number * len(gammas) : (number + 1) * len(gammas)]
+    for path, own in made.shares.items():
         _add(path, own, total)
     return {
         key: value.float() if value.is_floating_point() else value for key, value in total.items()
