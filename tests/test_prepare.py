@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import io
 import json
 import os
 import resource
-import shlex
 import signal
 import subprocess
 import sys
@@ -24,9 +22,7 @@ import webdataset
 from PIL import Image
 from prepared import cifar10, digests, file, files, fill, manifest, members, noise, pixels, prepare
 
-from diffusion_pl import cli, config
-from diffusion_pl.commands import parts
-from diffusion_pl.commands.prepare import train_command
+from diffusion_pl import cli
 from diffusion_pl.data.cifar10 import CIFAR10
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.reduce import FILTERS
@@ -403,48 +399,8 @@ def test_the_result_is_one_json_object_and_the_way_on(shapes, tmp_path, capsys):
     assert (result["images"], result["classes"], result["shards"]) == (90, 8, 9)
     assert result["fingerprint"] == manifest(dest)["fingerprint"]
     assert result["fingerprint"] == manifest(shapes)["fingerprint"]
-    assert output.err.endswith(f"train on it:\n  {result['train']}\n")
+    assert output.err.endswith(f"next:\n  {result['train']}\n")
     assert f"'data.path={dest}'" in result["train"]  # quoted for the shell
-
-
-@pytest.mark.parametrize("side", [8, 32, 64, 128, 256, 512, 1024])
-@pytest.mark.parametrize("labels", ["--labels", "--no-labels"])
-def test_the_train_command_binds_whatever_the_size(side, labels, tmp_path, capsys):
-    """Every override of the printed command is an argument of what it configures."""
-    words = ("--count", 40, labels, "--shard-images", 40)
-    # What is written does not change the command but by its sides; 1,024 px would take seconds.
-    assert prepare("synthetic", tmp_path / "x", *words) == 0
-    said = dataclasses.replace(Manifest.read(tmp_path / "x"), resolutions=[side])
-    program, told = train_command(said, tmp_path / "x").split(" train ")
-    name, *overrides = shlex.split(told)
-    assert program == "python -m diffusion_pl"
-    experiment = parts.read(name, overrides)
-    source = config.build(experiment, "data")
-    assert (source.path, source.resolution) == (str(tmp_path / "x"), side)
-    assert source.batch_size <= 40
-    assert experiment.get("network.resolution") == side
-    assert experiment.get("network.classes") == (8 if labels == "--labels" else 0)
-
-
-@pytest.mark.parametrize(
-    ("sides", "name"),
-    [
-        ([256, 128, 64], "pyramidal_256"),
-        ([64, 32, 16], "pyramidal_small"),
-        ([30, 15], "cifar10_edm_f_vp_cond"),
-    ],
-)
-def test_several_sizes_are_trained_as_a_pyramid(sides, name, tmp_path):
-    assert prepare("synthetic", tmp_path / "x", "--count", 40) == 0
-    said = dataclasses.replace(Manifest.read(tmp_path / "x"), resolutions=sides)
-    experiment, *overrides = shlex.split(train_command(said, tmp_path / "x").split(" train ")[1])
-    assert experiment == name
-    read = parts.read(experiment, overrides)
-    if name.startswith("pyramidal"):
-        source = config.build(read, "data")
-        assert set(source.shares) == set(sides)
-        assert source.made_of is None
-        assert list(config.build(read, "sampler").levels) == sorted(sides)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
-from diffusion_pl import config
+from diffusion_pl.commands import recommend
 from diffusion_pl.data.files import CONTROL
 from diffusion_pl.data.originals import Asked
 from diffusion_pl.data.prepare import Request, prepare
@@ -27,19 +26,6 @@ FAILURES: tuple[type[Exception], ...] = (WorkerLost,)
 
 _SKIPPED_SHOWN = 10
 _CLASSES_SHOWN = 20
-
-BATCH_SIZE = 256
-
-# The experiment that trains on unlabelled, and on labelled, images of up to this side.
-EXPERIMENTS = {
-    32: ("cifar10_edm", "cifar10_edm_f_vp_cond"),
-    64: ("ffhq64_edm", "imagenet64_edm"),
-    128: ("imagenet128_simple_unet", "imagenet128_simple_unet"),
-    256: ("imagenet256_simple_unet", "imagenet256_simple_unet"),
-    512: ("imagenet512_simple_unet", "imagenet512_simple_unet"),
-}
-# Several sizes in one run; the network of the first halves them five times, of the other twice.
-PYRAMIDS = {32: "pyramidal_256", 4: "pyramidal_small"}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -93,7 +79,8 @@ def recipe(options: argparse.Namespace) -> Recipe:
 
 def tell(manifest: Manifest, folder: Path, already: bool, seconds: float) -> None:
     """Print the result as JSON on stdout, and for people on stderr what was skipped and is next."""
-    following = train_command(manifest, folder)
+    on = recommend.machine()
+    plan = recommend.plan(manifest, folder, on)
     size = sum(shard.bytes for shard in manifest.shards)
     result: dict[str, Any] = {
         "folder": str(folder),
@@ -109,7 +96,9 @@ def tell(manifest: Manifest, folder: Path, already: bool, seconds: float) -> Non
         "class_counts": manifest.class_counts,
         "not_read": manifest.unread or {},
         "fingerprint": manifest.fingerprint,
-        "train": following,
+        "train": plan.command,
+        "train_seconds": plan.seconds and round(plan.seconds),
+        "machine": on.name,
     }
     lines = [*skipped_lines(manifest), *(f"note: {text}" for text in manifest.notes or [])]
     if already:
@@ -119,7 +108,7 @@ def tell(manifest: Manifest, folder: Path, already: bool, seconds: float) -> Non
             f"{folder}: {manifest.count:,} images at {manifest.resolutions} px in "
             f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB, {seconds:,.1f} s"
         )
-    lines += [*class_table(manifest), "train on it:", f"  {following}"]
+    lines += [*class_table(manifest), *plan.lines, "next:", f"  {plan.command}"]
     print("\n".join(lines), file=sys.stderr)
     print(json.dumps(result))
 
@@ -161,42 +150,3 @@ def skipped_lines(manifest: Manifest) -> Iterator[str]:
         yield f"  {text}"
     if len(complaints) > _SKIPPED_SHOWN:
         yield "  and others; all of them are named in dataset.json"
-
-
-def train_command(manifest: Manifest, folder: Path) -> str:
-    """The command that trains on a prepared set, by the experiment for its size."""
-    side, sides = manifest.resolutions[0], manifest.resolutions
-    fitting = [known for known in EXPERIMENTS if known <= side]
-    name = EXPERIMENTS[max(fitting, default=min(EXPERIMENTS))][manifest.classes > 0]
-    if len(sides) > 1:
-        taken = [name for divisor, name in PYRAMIDS.items() if all(s % divisor == 0 for s in sides)]
-        name = taken[0] if taken else name
-    told = " ".join(map(quote, overrides(manifest, folder, name)))
-    return f"python -m diffusion_pl train {name} {told}"
-
-
-def overrides(manifest: Manifest, folder: Path, experiment: str) -> list[str]:
-    """What an experiment's data and network must be told to train on a prepared set."""
-    side = manifest.resolutions[0]
-    try:
-        batch_size: int = config.load(experiment).get("data.batch_size")
-    except config.ConfigError:  # called from a folder without experiments
-        batch_size = BATCH_SIZE
-    while batch_size > manifest.count:
-        batch_size //= 2
-    told = [
-        "data._target_=diffusion_pl.data.shards.Shards",
-        f"data.path={folder}",
-        f"data.resolution={side}",
-        f"data.batch_size={batch_size}",
-        f"network.resolution={side}",
-        f"network.classes={manifest.classes}",
-    ]
-    if experiment in PYRAMIDS.values():
-        shares = ", ".join(f"{resolution}: 1" for resolution in manifest.resolutions)
-        told += [
-            "data.made_of=null",
-            f"data.shares={{{shares}}}",
-            f"sampler.levels={sorted(manifest.resolutions)}",
-        ]
-    return told

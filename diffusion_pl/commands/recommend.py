@@ -1,0 +1,346 @@
+"""What to train on a prepared set, on this machine: a network, a budget, the time, the command.
+
+The rules, in numbers that are conventions and stated as such:
+    budget    400 passes over the data (published runs take 2,000 to 4,000 of large sets, with weeks
+              of GPUs), no more than fits in an hour of CPUs or half a day of a GPU, at least 20,000
+              images
+    network   the published experiment of the size where a GPU meets 10,000 images or more; else the
+              small EDM U-Net of `cifar10_small`: 16 channels on CPUs, 32 on a GPU, 64 from 2,000
+              images on
+    time      3 forward passes' operations an image, by a matrix product timed on this machine, of
+              whose speed training reaches a share: two fifths on CPUs (measured: 0.4 to 0.5 of one
+              core's), a seventh on GPUs (an assumption)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+import numpy as np
+
+from diffusion_pl import config
+from diffusion_pl.data.shard_format import Manifest
+
+SMALL = "cifar10_small"
+
+# The experiment that trains on unlabelled, and on labelled, images of up to this side.
+EXPERIMENTS = {
+    32: ("cifar10_edm", "cifar10_edm_f_vp_cond"),
+    64: ("ffhq64_edm", "imagenet64_edm"),
+    128: ("imagenet128_simple_unet", "imagenet128_simple_unet"),
+    256: ("imagenet256_simple_unet", "imagenet256_simple_unet"),
+    512: ("imagenet512_simple_unet", "imagenet512_simple_unet"),
+}
+DIVISORS = {32: 4, 64: 8, 128: 32, 256: 32, 512: 32}  # of the sides that their networks halve
+# Several sizes in one run on a GPU; the network of the first halves them five times.
+PYRAMIDS = {32: "pyramidal_256", 4: "pyramidal_small"}
+
+LARGE = 10_000  # images from which on a published experiment is worth its time
+PASSES = 400
+LEAST = 20_000
+SECONDS = {"cpu": 3600.0, "gpu": 12 * 3600.0}
+SHARE = {"cpu": 0.55, "gpu": 1 / 7}
+_MATRIX, _PRODUCTS = 64, 40
+
+BATCH_SIZE = 256  # of an experiment that is not at hand
+_SMALL_BATCH = 32
+_BLOCKS = 1
+_MOST_PROCESSES = 4
+_LOWEST = 32  # pixels a side at which a network may still compare every place with every other
+_EASY = 64  # pixels a side that CPUs train in an hour or so
+_PATIENCE = 4 * 3600.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What trains.
+
+    Args:
+        kind: cpu or gpu.
+        name: in words.
+        cores: of the CPU that this process may use.
+        speed: of a matrix product, operations a second.
+    """
+
+    kind: str
+    name: str
+    cores: int
+    speed: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recommendation.
+
+    Args:
+        experiment: by name.
+        overrides: of it, for this data.
+        images: budget of the run.
+        seconds: how long it takes, roughly; None where nothing tells.
+        command: to type.
+        lines: of people's language, before the command.
+    """
+
+    experiment: str
+    overrides: list[str]
+    images: int
+    seconds: float | None
+    command: str
+    lines: list[str]
+
+
+def machine() -> Machine:
+    """This machine, its product timed for some hundredths of a second."""
+    cores = len(os.sched_getaffinity(0))
+    if any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+        import torch  # only where there may be a GPU: a finished set is told at once elsewhere
+
+        if torch.cuda.is_available():
+            return Machine("gpu", torch.cuda.get_device_name(), cores, _gpu_speed())
+    speed = _core_speed() * min(cores, _MOST_PROCESSES)
+    return Machine("cpu", f"{cores} CPU {'core' if cores == 1 else 'cores'}", cores, speed)
+
+
+def _core_speed() -> float:
+    """Operations a second of one core, in its own time: what else runs here takes none of it."""
+    matrix = np.ones((_MATRIX, _MATRIX), np.float32)  # so small that one thread multiplies it
+    product = np.empty_like(matrix)
+    times = []
+    for _ in range(8):
+        began = time.process_time()
+        for _ in range(_PRODUCTS):
+            np.matmul(matrix, matrix, out=product)
+        times.append(time.process_time() - began)
+    return float(2 * _MATRIX**3 * _PRODUCTS / max(min(times), 1e-9))
+
+
+def _gpu_speed() -> float:
+    """The same of a GPU, for a product in bfloat16."""
+    import torch
+
+    matrix = torch.ones(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    times = []
+    for _ in range(8):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        matrix @ matrix
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return float(2 * len(matrix) ** 3 / min(times))
+
+
+def plan(manifest: Manifest, folder: Path, on: Machine) -> Plan:
+    """What to train on a prepared set.
+
+    Args:
+        manifest: of the set.
+        folder: where it lies.
+        on: the machine.
+    """
+    sides = manifest.resolutions
+    divisors = [d for d in PYRAMIDS if all(side % d == 0 for side in sides)]
+    if on.kind == "gpu" and len(sides) > 1 and divisors:
+        name = PYRAMIDS[divisors[0]]
+        return _published(manifest, folder, on, name, sides[0], _levels(sides))
+    fitting = [known for known in EXPERIMENTS if known <= sides[0]]
+    tier = max(fitting, default=min(EXPERIMENTS))
+    if on.kind == "gpu" and manifest.count >= LARGE and sides[0] % DIVISORS[tier] == 0:
+        name = EXPERIMENTS[tier][manifest.classes > 0]
+        return _published(manifest, folder, on, name, sides[0], [])
+    return _small(manifest, folder, on)
+
+
+def _levels(sides: Sequence[int]) -> list[str]:
+    shares = ", ".join(f"{side}: 1" for side in sides)
+    return [
+        "data.made_of=null",
+        f"data.shares={{{shares}}}",
+        f"sampler.levels={sorted(sides)}",
+    ]
+
+
+def _published(
+    manifest: Manifest, folder: Path, on: Machine, name: str, side: int, more: list[str]
+) -> Plan:
+    """A published experiment, its budget no larger than so many passes are worth."""
+    try:
+        tree = config.load(name)
+        batch_size, images = int(tree.get("data.batch_size")), int(tree.get("trainer.images"))
+    except config.ConfigError:  # called from a folder without experiments
+        batch_size, images = BATCH_SIZE, 0
+    batch_size = _fitting(batch_size, manifest.count)
+    budget = max(LEAST, 10 * PASSES * manifest.count)
+    told = [*_data(manifest, folder, side, batch_size), *more]
+    if budget < images:
+        images = budget
+        told += [f"trainer.images={images}"]
+    lines = [
+        f"for {manifest.count:,} images and {on.name}: {name}, {images:,} images; how long is told "
+        f"within minutes by the run itself (published runs of its kind: days)"
+    ]
+    return Plan(name, told, images, None, _command(name, folder, told), lines)
+
+
+def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
+    """The small network, as deep as the side allows, for as long as the machine is worth."""
+    count = manifest.count
+    side = _side(manifest, on)
+    widths = _widths(side)
+    channels = 16 if on.kind == "cpu" else 32 if count < 2000 else 64
+    lowest = side >> (len(widths) - 1)
+    if lowest > _LOWEST:
+        whole = max(8, side - side % 8)
+        line = (
+            f"no network here suits {side} px, which is halved {len(widths) - 1} times to "
+            f"{lowest} px: prepare the images at {whole} px first"
+        )
+        return Plan(SMALL, [], 0, None, _again(manifest, folder, whole), [line])
+    rate = on.speed * SHARE[on.kind] / (3 * operations(side, channels, widths))
+    batch_size = _fitting(_SMALL_BATCH, count)
+    images = max(LEAST, min(PASSES * count, int(rate * SECONDS[on.kind])))
+    images -= images % 1000
+    seconds = images / rate
+    told = [
+        *_data(manifest, folder, side, batch_size),
+        f"network.model_channels={channels}",
+        f"network.channel_mult={widths}",
+        f"network.attention={[lowest] if lowest <= 16 else []}",
+        f"trainer.images={images}",
+        f"trainer.checkpoint_every={images // 8}",
+        f"trainer.log_every={images // 40}",
+        f"evaluation.every={images // 4}",
+        f"evaluation.count={min(500, count)}",
+        f"ema.half_life={images // 12}",
+    ]
+    if on.kind == "gpu":
+        told += ["trainer.accelerator=auto", "trainer.devices=1"]
+    else:
+        processes = min(_MOST_PROCESSES, on.cores)
+        while batch_size % processes:
+            processes -= 1
+        told += [f"trainer.devices={processes}"]
+    lines = [
+        f"for {count:,} images of {side} px and {on.name}: a U-Net of {channels} channels, "
+        f"{images:,} images seen ({images // count:,} times each), about {spoken(seconds)} "
+        f"where nothing else runs (computed from a product timed just now; half or twice is "
+        f"possible)"
+    ]
+    if on.kind == "cpu" and side > _EASY and seconds > _PATIENCE:
+        low = next((s for s in sorted(manifest.resolutions) if s <= _EASY), _EASY)
+        fewer = LEAST * 3 * operations(low, channels, _widths(low)) / (on.speed * SHARE["cpu"])
+        lines.append(
+            f"that is long without a GPU: at {low} px as many images take about {spoken(fewer)}; "
+            f"prepare them by: {_again(manifest, folder, low)}"
+        )
+    return Plan(SMALL, told, images, seconds, _command(SMALL, folder, told), lines)
+
+
+def _side(manifest: Manifest, on: Machine) -> int:
+    """The size to train at: of several, CPUs take the smallest that shows something."""
+    if on.kind == "gpu" or len(manifest.resolutions) == 1:
+        return manifest.resolutions[0]
+    return min((s for s in manifest.resolutions if s >= 16), default=manifest.resolutions[0])
+
+
+def _widths(side: int) -> list[int]:
+    """Multipliers of the channels, a level a halving, down to 8 pixels or so."""
+    levels = 1
+    while side % 2**levels == 0 and side >> levels >= 8:
+        levels += 1
+    return [1] * (levels - 2) + [2, 4] if levels > 2 else [1, 2][-levels:]
+
+
+def operations(side: int, channels: int, widths: Sequence[int]) -> float:
+    """Floating point operations of a forward pass of the small U-Net, its convolutions' alone.
+
+    Args:
+        side: pixels.
+        channels: of the first level.
+        widths: their multipliers, a level.
+    """
+
+    def block(pixels: int, before: int, after: int) -> int:
+        beside = before * after if before != after else 0
+        return 2 * pixels * (9 * (before + after) * after + beside)
+
+    sizes = [(side >> level) ** 2 for level in range(len(widths))]
+    wide = [channels * each for each in widths]
+    total = 2 * 9 * 2 * 3 * channels * sizes[0]  # from and to three colours
+    width, skips = channels, [channels]
+    for level, (wanted, pixels) in enumerate(zip(wide, sizes, strict=True)):
+        if level:
+            total += block(pixels, width, width)
+            skips.append(width)
+        for _ in range(_BLOCKS):
+            total += block(pixels, width, wanted)
+            width = wanted
+            skips.append(width)
+    total += 2 * block(sizes[-1], width, width)
+    for level in reversed(range(len(wide))):
+        for _ in range(_BLOCKS + 1):
+            total += block(sizes[level], width + skips.pop(), wide[level])
+            width = wide[level]
+        if level:
+            total += block(sizes[level - 1], width, width)
+    return float(total)
+
+
+def _fitting(batch_size: int, count: int) -> int:
+    while batch_size > count:
+        batch_size //= 2
+    return max(1, batch_size)
+
+
+def _data(manifest: Manifest, folder: Path, side: int, batch_size: int) -> list[str]:
+    return [
+        "data._target_=diffusion_pl.data.shards.Shards",
+        f"data.path={folder}",
+        f"data.resolution={side}",
+        f"data.batch_size={batch_size}",
+        f"network.resolution={side}",
+        f"network.classes={manifest.classes}",
+    ]
+
+
+def interpreter() -> str:
+    """This Python as it is typed from here."""
+    program = Path(sys.executable or "python")
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    return quote(str(program))
+
+
+def _command(experiment: str, folder: Path, told: Sequence[str]) -> str:
+    run = quote(f"runs/{folder.resolve().name}")
+    words = " ".join(map(quote, told))
+    return f"{interpreter()} -m diffusion_pl train {experiment} --run {run} {words}"
+
+
+def _again(manifest: Manifest, folder: Path, side: int) -> str:
+    """The command that prepares the same images at another size."""
+    source = manifest.source
+    words = [str(source["path"]), f"{folder}-{side}", "--resolutions", str(side)]
+    labels = source.get("labels")
+    words += [] if labels is None else ["--labels" if labels else "--no-labels"]
+    for name in ("count", "seed", "split", "image", "label"):
+        if source.get(name) is not None:
+            words += [f"--{name}", str(source[name])]
+    for name in ("filter", "fit"):
+        if getattr(manifest, name) != "drawn":
+            words += [f"--{name}", getattr(manifest, name)]
+    return f"{interpreter()} -m diffusion_pl prepare {' '.join(map(quote, words))}"
+
+
+def spoken(seconds: float) -> str:
+    """A time in words."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"

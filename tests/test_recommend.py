@@ -1,0 +1,184 @@
+"""What `prepare` recommends fits the data and the machine, and works when it is typed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from prepared import file, fill, noise, prepare
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion_pl import cli, config
+from diffusion_pl.commands import parts, recommend
+from diffusion_pl.commands.recommend import Machine, interpreter, operations, plan, spoken
+from diffusion_pl.data.shard_format import Manifest
+from diffusion_pl.networks.song_unet import SongUNet
+
+CPU = Machine("cpu", "2 CPU cores", 2, 1.2e11)
+GPU = Machine("gpu", "a GPU", 16, 5e14)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes") / "shapes"
+    assert prepare("synthetic", folder, "--count", 40, "--shard-images", 40) == 0
+    return folder
+
+
+def _as(folder: Path, *sides: int, count: int = 40, classes: int = 8) -> Manifest:
+    """The set as if it had other sizes and images."""
+    read = Manifest.read(folder)
+    return dataclasses.replace(read, resolutions=list(sides), count=count, classes=classes)
+
+
+def _network(side: int, channels: int = 16) -> SongUNet:
+    return SongUNet(
+        side, model_channels=channels, channel_mult=recommend._widths(side), blocks=1, attention=[]
+    )
+
+
+@pytest.mark.parametrize("side", [8, 12, 16, 30, 32, 64, 128])
+def test_operations_are_those_that_torch_counts(side):
+    """All but attention's and the embedding's, a ninth at most."""
+    with torch.device("meta"):
+        network = _network(side)
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(1, 3, side, side), torch.zeros(1))
+    ratio = operations(side, 16, recommend._widths(side)) / counter.get_total_flops()
+    assert 0.88 < ratio <= 1
+
+
+def test_the_time_is_that_of_training_here():
+    """In the process's own time, as far as the stated share of a product's speed goes."""
+    torch.set_num_threads(1)
+    network = _network(32)
+    image, noise_level, times = torch.randn(16, 3, 32, 32), torch.zeros(16), []
+    for _ in range(3):
+        began = time.process_time()
+        network(image, noise_level).square().mean().backward()
+        times.append(time.process_time() - began)
+    counted = 3 * operations(32, 16, recommend._widths(32)) * 16
+    stated = counted / (recommend._core_speed() * recommend.SHARE["cpu"])
+    assert 1 / 4 < stated / min(times) < 4
+
+
+@pytest.mark.parametrize("side", [8, 30, 32, 96, 128, 256, 512, 1024])
+@pytest.mark.parametrize("classes", [0, 8])
+@pytest.mark.parametrize("on", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("count", [40, 50_000])
+def test_the_command_binds_whatever_the_size(side, classes, on, count, shapes):
+    """Every override of the printed command is an argument of what it configures."""
+    found = plan(_as(shapes, side, count=count, classes=classes), shapes, on)
+    words = shlex.split(found.command)
+    assert words[:4] == [interpreter(), "-m", "diffusion_pl", "train"]
+    assert words[5:7] == ["--run", "runs/shapes"]
+    experiment = parts.read(words[4], words[7:])
+    source = config.build(experiment, "data")
+    assert (source.path, source.resolution) == (str(shapes), side)
+    assert source.batch_size <= count
+    assert experiment.get("network.classes") == classes
+    network = parts.meta_network(experiment)
+    network.check_resolution(side, side)
+    settings = config.build(experiment, "trainer")
+    assert settings.images == found.images or found.seconds is None
+    assert (words[4] == "cifar10_small") == (on is CPU or count < 10_000 or side == 30)
+
+
+def test_few_images_get_a_small_network_and_few_passes(shapes):
+    """320 photographs are no reason for 56 M parameters and 200 M images."""
+    for on in (CPU, GPU):
+        found = plan(_as(shapes, 64, count=320), shapes, on)
+        words = shlex.split(found.command)
+        network = parts.meta_network(parts.read(words[4], words[7:]))
+        assert sum(each.numel() for each in network.parameters()) < 4e6
+        assert found.images <= 400 * 320
+    assert "400 times each" in plan(_as(shapes, 32, count=320), shapes, CPU).lines[0]
+
+
+def test_the_budget_is_worth_the_machine(shapes):
+    """An hour of CPUs and no more; a slower one sees fewer images, never less than 20,000."""
+    found = plan(_as(shapes, 32, count=60_000), shapes, CPU)
+    assert found.seconds <= 3600 and found.images < 400 * 60_000
+    work = 3 * operations(32, 16, [1, 2, 4])
+    assert found.seconds == pytest.approx(found.images * work / (1.2e11 * 0.55))
+    slower = plan(_as(shapes, 32, count=60_000), shapes, dataclasses.replace(CPU, speed=6e10))
+    assert slower.images == pytest.approx(found.images / 2, rel=0.01)
+    slow = plan(_as(shapes, 256), shapes, dataclasses.replace(CPU, speed=1e10))
+    assert slow.images == 20_000 and slow.seconds > 4 * 3600
+    assert "that is long without a GPU: at 64 px" in slow.lines[1]
+    assert "--resolutions 64 --count 40" in slow.lines[1]
+
+
+def test_a_published_budget_is_cut_to_the_data(shapes):
+    small = plan(_as(shapes, 32, count=12_000), shapes, GPU)
+    assert "trainer.images=48000000" in small.overrides
+    large = plan(_as(shapes, 32, count=50_000), shapes, GPU)
+    assert not any(each.startswith("trainer.images") for each in large.overrides)
+
+
+@pytest.mark.parametrize(
+    ("sides", "name"),
+    [
+        ([256, 128, 64], "pyramidal_256"),
+        ([64, 32, 16], "pyramidal_small"),
+        ([30, 15], "cifar10_small"),
+    ],
+)
+def test_several_sizes_are_a_pyramid_on_a_gpu_and_the_smallest_on_cpus(sides, name, shapes):
+    words = shlex.split(plan(_as(shapes, *sides), shapes, GPU).command)
+    assert words[4] == name
+    read = parts.read(name, words[7:])
+    if name.startswith("pyramidal"):
+        source = config.build(read, "data")
+        assert set(source.shares) == set(sides)
+        assert source.made_of is None
+        assert list(config.build(read, "sampler").levels) == sorted(sides)
+    words = shlex.split(plan(_as(shapes, *sides), shapes, CPU).command)
+    smallest = min(side for side in sides if side >= 16)
+    assert words[4] == "cifar10_small" and f"data.resolution={smallest}" in words
+
+
+@pytest.mark.parametrize(("side", "whole"), [(63, 56), (66, 64), (225, 224)])
+def test_a_side_that_no_network_suits_is_said(side, whole, shapes):
+    found = plan(_as(shapes, side), shapes, CPU)
+    assert f"no network here suits {side} px" in found.lines[0]
+    assert f" prepare synthetic {shapes}-{whole} --resolutions {whole} --count 40" in found.command
+
+
+def test_the_printed_command_works_when_it_is_typed(tmp_path, monkeypatch, capsys):
+    """From photographs in folders to a run that can be drawn from, with a budget of seconds."""
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "my photos", {f"{n}/{i}.png": file(noise(i)) for n in "ab" for i in range(6)})
+    words = ["prepare", "my photos", "my data", "--resolutions", "8", "--labels"]
+    assert cli.main(words) == 0
+    output = capsys.readouterr()
+    result = json.loads(output.out)
+    assert output.err.endswith(f"next:\n  {result['train']}\n")
+    assert "for 12 images of 8 px" in output.err and "about" in output.err
+    assert result["train_seconds"] > 0 and "CPU core" in result["machine"]
+    program, *rest = shlex.split(result["train"])
+    assert os.path.samefile(program, sys.executable)
+    assert rest[:3] == ["-m", "diffusion_pl", "train"]
+    short = ["trainer.images=64", "trainer.devices=1", "evaluation.metrics=[]"]
+    assert cli.main([*rest[2:], *short]) == 0
+    assert cli.main(["sample", "runs/my data", "--count", "2", "--label", "b"]) == 0
+
+
+def test_the_interpreter_is_named_as_it_is_typed_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert interpreter() == ".venv/bin/python"
+    monkeypatch.setattr(sys, "executable", "/opt/my env/bin/python3")
+    assert interpreter() == "'/opt/my env/bin/python3'"
+
+
+def test_times_are_spoken_as_people_do():
+    found = [spoken(each) for each in (20, 120, 4000, 7200, 36_000, 900_000)]
+    assert found == ["20 seconds", "2 minutes", "67 minutes", "2.0 hours", "10.0 hours", "10 days"]
