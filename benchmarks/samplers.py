@@ -34,9 +34,10 @@ from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.schedules import Rho, levels
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.deis import deis
+from diffusion_pl.samplers.dpm_solver import dpmpp_3m
 from diffusion_pl.samplers.dpmpp_2m import dpmpp_2m
-from diffusion_pl.samplers.dpmpp_3m import dpmpp_3m
 from diffusion_pl.samplers.euler import euler
+from diffusion_pl.samplers.exponential_adams import exponential_adams
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Integrator
 from diffusion_pl.samplers.unipc import unipc
@@ -55,6 +56,7 @@ ODE: dict[str, Integrator] = {
     "midpoint": partial(heun, alpha=0.5),
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_3m": dpmpp_3m,
+    "exponential_adams": exponential_adams,
     "unipc, order 2": unipc,
     "unipc, order 3": partial(unipc, order=3),
     "deis": deis,
@@ -66,6 +68,7 @@ SDE: dict[str, Integrator] = {
     "heun, churn 40": partial(heun, S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.003),
     "dpmpp_2m_sde": partial(dpmpp_2m, eta=1.0),
     "dpmpp_3m_sde": partial(dpmpp_3m, eta=1.0),
+    "exponential_adams_sde": partial(exponential_adams, eta=1.0),
 }
 DIFFUSERS: dict[str, Callable[[], Any]] = {
     "DDIM": DDIMScheduler,

@@ -184,6 +184,7 @@ def parser() -> Parser:
     for name in ("sweep", "losses"):
         _add_run(parts[name])
         parts[name].set_defaults(sampler=None, steps=None, guidance=None)
+    parts["losses"].set_defaults(guidance=1.0)  # of the model itself
     sample = parts["sample"]
     sample.add_argument("--count", type=int, default=64, help="how many images (64)")
     sample.add_argument("--first", type=int, default=0, help="index of the first image (0)")
@@ -333,7 +334,12 @@ def _add_run(part: argparse.ArgumentParser) -> None:
 
 def _add_sampler(part: argparse.ArgumentParser) -> None:
     """How images are drawn, in one way."""
-    part.add_argument("--sampler", help="heun, euler (DDIM) or ancestral; the run's own otherwise")
+    part.add_argument(
+        "--sampler",
+        metavar="NAME",
+        help="integrate by it on the run's own levels: heun, deis, ... (docs/samplers.md), or the "
+        "dotted path of your function",
+    )
     part.add_argument("--steps", type=int, help="steps of the sampler")
     part.add_argument("--guidance", type=float, metavar="WEIGHT", help="of guidance, 1 for none")
     _add_weights(part)

@@ -43,7 +43,7 @@ MUTANTS = [
         ("alpha=-(1 - kept) * ahead", "alpha=(1 - kept) * ahead"),
     ),
     *at(
-        "samplers/dpmpp_3m.py",
+        "samplers/exponential_adams.py",
         "samplers_orders",
         ("*levels[:2]]", "*levels[:1]]"),
         ("(levels[0] - level) / length", "(level - levels[0]) / length"),
@@ -51,6 +51,24 @@ MUTANTS = [
         ("weights(nodes, (1 + eta) * length)", "weights(nodes, length)"),
         ("math.expm1(-2 * eta * length)", "math.expm1(-eta * length)"),
     ),
+    *at(
+        "samplers/dpm_solver.py",
+        "dpm_solver",
+        ("x.mul_(math.exp(-(1 + eta) * length))", "x.mul_(math.exp(-length))"),
+        ("math.expm1(-2 * eta * length)", "math.expm1(-eta * length)"),
+        ("lengths = [length, *lengths[:1]]", "lengths = [length]"),
+        ("phi_2 / g - 1 / 2", "2 * (phi_2 / g - 1 / 2)"),
+        ("phi_2 = math.expm1(-g) / g + 1", "phi_2 = -math.expm1(-g) / 2"),
+        ("curved = (phi_2 * r_0 - (", "curved = (phi_2 * r_1 - ("),
+        ("second - first, -second]", "second + first, -second]"),
+    ),
+    *at("samplers/dpmpp_3m.py", "dpm_solver", (
+        "samplers.exponential_adams import exponential_adams as",
+        "samplers.dpm_solver import dpmpp_3m as",
+    )),
+    *at("samplers/named.py", "dpm_solver", (
+        '"dpmpp_3m": (dpmpp_3m, 18)', '"dpmpp_3m": (exponential_adams, 18)'
+    )),
     *at(
         "samplers/deis.py",
         "samplers_orders",

@@ -35,7 +35,8 @@ ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20}
 sampler: {steps: 3}
 features: {name: shapes}
 evaluation: {every: 16, count: 20, batch_size: 10, grid: 9}
-trainer: {images: 32, checkpoint_every: 8, log_every: 8, accelerator: cpu, precision: fp32}
+trainer: {images: 32, checkpoint_every: 8, log_every: 8, accelerator: cpu, precision: fp32,
+  label_dropout: 0.1}
 """
 
 

@@ -50,7 +50,7 @@ sampler:
 features: {name: shapes}
 evaluation: {every: 1000, count: 8, batch_size: 8, grid: 4, metrics: []}
 trainer: {images: 16, checkpoint_every: 16, log_every: 16, accelerator: cpu, precision: fp32,
-  loggers: []}
+  loggers: [], label_dropout: 0.2}
 """
 
 

@@ -50,7 +50,8 @@ class Tinted(nn.Module):
 
 def drawing(sampler=CHURN, **options):
     denoiser = Denoiser(Tinted(), Karras(0.5))
-    return Drawing(denoiser, sampler, (3, 16, 16), **({"classes": 4} | options))
+    usual = {"classes": 4, "label_dropout": 0.1}
+    return Drawing(denoiser, sampler, (3, 16, 16), **(usual | options))
 
 
 def test_an_image_depends_on_seed_and_index_alone():

@@ -17,9 +17,10 @@ from diffusion_pl.diffusion.schedules import Rho, levels
 from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.deis import deis
+from diffusion_pl.samplers.dpm_solver import dpmpp_3m
 from diffusion_pl.samplers.dpmpp_2m import dpmpp_2m
-from diffusion_pl.samplers.dpmpp_3m import dpmpp_3m
 from diffusion_pl.samplers.euler import euler
+from diffusion_pl.samplers.exponential_adams import exponential_adams
 from diffusion_pl.samplers.generalised import generalised
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.named import NAMED, named
@@ -66,6 +67,8 @@ def test_end_values_on_the_gaussian_are_the_published_ones(integrate, steps, end
         (partial(dpmpp_2m, eta=1.0), 18),
         (dpmpp_3m, 18),
         (partial(dpmpp_3m, eta=1.0), 18),
+        (exponential_adams, 18),
+        (partial(exponential_adams, eta=1.0), 18),
         (deis, 18),
         (unipc, 18),
         (partial(unipc, order=3), 18),

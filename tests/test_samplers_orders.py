@@ -13,9 +13,10 @@ from analytic import Gaussian, Mixture
 from diffusion_pl.diffusion.paths import Linear, VarianceExploding, VariancePreserving
 from diffusion_pl.diffusion.schedules import LogUniform, Rho, levels
 from diffusion_pl.samplers.deis import deis
+from diffusion_pl.samplers.dpm_solver import dpmpp_3m
 from diffusion_pl.samplers.dpmpp_2m import dpmpp_2m
-from diffusion_pl.samplers.dpmpp_3m import dpmpp_3m
 from diffusion_pl.samplers.euler import euler
+from diffusion_pl.samplers.exponential_adams import exponential_adams
 from diffusion_pl.samplers.generalised import generalised
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.quadrature import POINTS, exponential_weights, weights
@@ -33,7 +34,8 @@ ORDERS = {
     "heun": (heun, 2),
     "alpha 0.8": (partial(heun, alpha=0.8), 2),
     "2M": (dpmpp_2m, 2),
-    "3M": (dpmpp_3m, 3),
+    "3M": (dpmpp_3m, 2),
+    "exponential Adams": (exponential_adams, 3),
     "deis 1": (partial(deis, order=1), 1),
     "deis 2": (partial(deis, order=2), 2),
     "deis 3": (deis, 3),
@@ -130,14 +132,14 @@ def test_deis_is_exact_where_eps_is_a_parabola(rho):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_3m_is_exact_where_the_denoised_image_is_a_parabola(eta):
+def test_adams_is_exact_where_the_denoised_image_is_a_parabola(eta):
     """D = tau^2 in the share of the third step: the integral by parts is closed form."""
     sigmas = torch.tensor([8.0, 4.0, 1.5, 0.5], dtype=F64)
     h = math.log(1.5 / 0.5)
     g = (1 + eta) * h
     shares = [math.log(1.5 / sigma) / h for sigma in (8.0, 4.0, 1.5)]
     given = iter(share**2 for share in shares)
-    end = dpmpp_3m(
+    end = exponential_adams(
         lambda x, s: torch.full_like(x, next(given)),
         torch.zeros(1, 1, 1, 1, dtype=F64),
         sigmas,
@@ -161,7 +163,7 @@ def dpmpp_2m_state(shares, sigmas, eta):
     return x
 
 
-@pytest.mark.parametrize("integrate", [dpmpp_2m, dpmpp_3m])
+@pytest.mark.parametrize("integrate", [dpmpp_2m, dpmpp_3m, exponential_adams])
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_a_stochastic_step_keeps_the_marginals(integrate, eta):
     """Were D the image x_0 itself, a step from x_0 + sigma eps would end in x_0 + s eps."""
@@ -208,6 +210,7 @@ def test_exponential_weights_are_those_of_lu_2022(length):
         (partial(unipc, order=0), "at least 1"),
         (partial(dpmpp_2m, eta=-1.0), "must not be negative"),
         (partial(dpmpp_3m, eta=-1.0), "must not be negative"),
+        (partial(exponential_adams, eta=-1.0), "must not be negative"),
     ],
 )
 def test_impossible_settings_are_refused(run, message):

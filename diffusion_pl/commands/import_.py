@@ -111,7 +111,8 @@ def experiment_of(
 
     Args:
         nodes: `network`, `objective`, `sampler`, perhaps others; without a sampler, Heun's over
-            what the network knows.
+            what the network knows. `label_dropout` where the file says that labels were hidden in
+            training, for nothing else says so.
         options: `dest` names the run, and the folder of its images when `like`, the experiment that
             gives the rest, is None.
         overrides: `key=value` over it.
@@ -121,7 +122,9 @@ def experiment_of(
     """
     base = config.load(options.like or "base", allow=options.allow)
     network = nodes["network"]
-    tree = base.tree | nodes
+    label_dropout = nodes.get("label_dropout", 0.0)
+    tree = base.tree | {key: node for key, node in nodes.items() if key != "label_dropout"}
+    tree["trainer"] = {**tree["trainer"], "label_dropout": label_dropout}
     if options.like is None:
         tree["data"] = {
             "_target_": "diffusion_pl.data.folder.ImageFolder",

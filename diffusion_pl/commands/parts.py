@@ -14,6 +14,7 @@ from diffusion_pl import config
 from diffusion_pl.commands import trust
 from diffusion_pl.config import Config
 from diffusion_pl.data.source import Source
+from diffusion_pl.diffusion.guidance import check_guidance
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.metrics.features import Extractor
@@ -66,7 +67,26 @@ def read(
         config.build(experiment, "optimizer")([nn.Parameter(torch.zeros(1))])
     except (ValueError, TypeError) as error:
         raise experiment.error("optimizer", str(error)) from error
+    _check_guided(experiment)
     return experiment
+
+
+def _check_guided(experiment: Config) -> None:
+    """See that an evaluation with guidance has what guides, before a model is trained for it.
+
+    Raises:
+        ConfigError: the model will have no classes, or never be without its label.
+    """
+    evaluation = experiment.tree["evaluation"]  # building it would open the guide
+    weight = evaluation.get("guidance", 1.0)
+    if weight == 1 or evaluation.get("guide") is not None:
+        return
+    settings: Settings = config.build(experiment, "trainer")
+    classes: Any = meta_network(experiment).classes
+    try:
+        check_guidance(weight, classes=classes, label_dropout=settings.label_dropout)
+    except ValueError as error:
+        raise experiment.error("evaluation.guidance", str(error)) from error
 
 
 def bind(experiment: Config) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffusion_pl import config
-from diffusion_pl.commands import parts
+from diffusion_pl.commands import parts, sampling
 from diffusion_pl.commands.labels import class_of
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.guidance import Guide
@@ -20,9 +21,7 @@ from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.evaluation import Drawing, Evaluation
 from diffusion_pl.evaluation.provenance import described
-from diffusion_pl.samplers.named import named
-from diffusion_pl.samplers.pyramid import PyramidSampler
-from diffusion_pl.samplers.sampler import Sampler, Visiting, check_range
+from diffusion_pl.samplers.sampler import Visiting, check_range
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
 from diffusion_pl.training.settings import AUTOCAST, Settings, resolve_precision
@@ -38,6 +37,8 @@ class Model:
         config: the run's, with the command's overrides.
         objective: what trained it.
         denoiser: D, ready to draw.
+        label_dropout: share of the labels that were hidden from it in training, whatever the
+            command's overrides say.
         class_names: of the classes in order, as the run's data had them; () where they had none.
     """
 
@@ -46,6 +47,7 @@ class Model:
     config: Config
     objective: TrainingObjective
     denoiser: Denoiser
+    label_dropout: float
     class_names: tuple[str, ...] = ()
 
 
@@ -75,9 +77,23 @@ class Opened:
             "checkpoint": str(self.model.checkpoint),
             "images_seen": self.model.images,
             "seed": self.drawing.seed,
+            "sampler": described(self.drawing.sampler),
             "guidance": self.drawing.guidance,
             "guide": None if guide is None else guide.name,
         }
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """How images are drawn, and what of the run's own way the command line changed.
+
+    Args:
+        drawing: the denoiser with its sampler.
+        changed: in words; None for nothing.
+    """
+
+    drawing: Drawing
+    changed: str | None
 
 
 def open_model(
@@ -118,7 +134,9 @@ def open_model(
     denoiser.load_state_dict(state)
     denoiser.to(memory_format=torch.channels_last)
     denoiser.eval().requires_grad_(False)
-    return Model(path, images, experiment, objective, denoiser, names)
+    own = config.load_resolved(tree, str(path), allow)
+    dropped: float = config.build(own, "trainer").label_dropout
+    return Model(path, images, experiment, objective, denoiser, dropped, names)
 
 
 def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
@@ -132,6 +150,25 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
         ValueError: no run there, one that is unfit, or a setting that does not fit it.
     """
     model = open_model(options.run, options.weights, options.allow, options.set)
+    drawn = drawing_of(options, model, **drawing)
+    if drawn.changed:
+        print(drawn.changed, file=sys.stderr)
+    return Opened(model.checkpoint.parent.parent, model, drawn.drawing)
+
+
+def drawing_of(options: argparse.Namespace, model: Model, **drawing: Any) -> Chosen:
+    """How the command line wants images drawn from a model.
+
+    Args:
+        options: of a command that draws.
+        model: opened; moved to the device.
+        drawing: further settings of the Drawing.
+
+    Raises:
+        ValueError: a setting that does not fit the model.
+    """
+    sampling.refuse_twice(options)
+    sampler, changed = sampling.sampler_of(options, model.config, model.objective)
     device = device_named(options.device)
     model.denoiser.to(device)
     classes: int = model.denoiser.network.classes  # type: ignore[assignment]
@@ -140,22 +177,19 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
     data = config.build(model.config, "data")
     settings: Settings = config.build(model.config, "trainer")
     precision = resolve_precision(settings.precision, torch.device(device).type)
-    sampler = _sampler(options, model.config, model.objective)
-    return Opened(
-        folder=model.checkpoint.parent.parent,
-        model=model,
-        drawing=Drawing(
-            denoiser=model.denoiser,
-            sampler=sampler,
-            shape=(data.channels, data.resolution, data.resolution),
-            classes=classes,
-            seed=options.seed,
-            precision=AUTOCAST[precision],
-            origin=_origin(model, options.weights),
-            **_guidance(options, model.config, sampler),
-            **drawing,
-        ),
+    chosen = Drawing(
+        denoiser=model.denoiser,
+        sampler=sampler,
+        shape=(data.channels, data.resolution, data.resolution),
+        classes=classes,
+        label_dropout=model.label_dropout,
+        seed=options.seed,
+        precision=AUTOCAST[precision],
+        origin=_origin(model, options.weights),
+        **_guidance(options, model.config, sampler),
+        **drawing,
     )
+    return Chosen(chosen, changed)
 
 
 def _origin(model: Model, weights: str) -> dict[str, Any]:
@@ -195,15 +229,30 @@ def _guidance(options: argparse.Namespace, experiment: Config, sampler: Visiting
     settings: Evaluation = config.build(experiment, "evaluation")
     weight = settings.guidance if options.guidance is None else options.guidance
     chosen = guide(options.guide, allow=options.allow) if options.guide else settings.guide
+    interval = options.guidance_interval or settings.guidance_interval
+    if options.guidance_interval is not None:
+        _check_interval(interval, weight, sampler.sigmas())
     if weight == 1 and not options.guide:
         return {"guidance": 1.0}
     if chosen is not None:
         check_range(sampler, chosen.denoiser.preconditioning.sigma_range)
     return {
         "guidance": weight,
-        "guidance_interval": options.guidance_interval or settings.guidance_interval,
+        "guidance_interval": interval,
         "guide": chosen,
     }
+
+
+def _check_interval(interval: tuple[float, float], weight: float, sigmas: Tensor) -> None:
+    """Refuse an interval on the command line in which nothing is guided."""
+    low, high = interval
+    if weight == 1:
+        raise ValueError("--guidance-interval does nothing at guidance 1; give --guidance WEIGHT")
+    if low < high and not bool(((sigmas[:-1] > low) & (sigmas[:-1] <= high)).any()):
+        raise ValueError(
+            f"--guidance-interval: the sampler visits no level in ({low:g}, {high:g}], only "
+            f"{float(sigmas[0]):g} to {float(sigmas[-2]):g}"
+        )
 
 
 def device_named(name: str) -> str:
@@ -232,19 +281,3 @@ def checkpoint_of(run: Path) -> Path:
     if latest is None:
         raise ValueError(f"{run}: has no checkpoint yet; train it first")
     return latest
-
-
-def _sampler(
-    options: argparse.Namespace, experiment: Config, objective: TrainingObjective
-) -> Sampler | PyramidSampler:
-    """The run's own sampler, or the one that the command line names for the network's levels.
-
-    What is named takes the place of a pyramid's base.
-    """
-
-    def chosen(own: Sampler) -> Sampler:
-        if options.sampler:
-            return named(options.sampler, objective.preconditioning.sigma_range, options.steps)
-        return own if options.steps is None else dataclasses.replace(own, steps=options.steps)
-
-    return parts.sampler_of(experiment, objective, chosen)

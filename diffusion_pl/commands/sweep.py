@@ -20,7 +20,7 @@ from rich.table import Table
 
 from diffusion_pl import config
 from diffusion_pl.commands import evaluate, runs
-from diffusion_pl.evaluation import Evaluation
+from diffusion_pl.evaluation import Drawing, Evaluation
 from diffusion_pl.evaluation import evaluate as measure
 from diffusion_pl.evaluation.pareto import pareto
 from diffusion_pl.metrics.features import Extractor
@@ -55,7 +55,12 @@ class Point:
 def run(options: argparse.Namespace) -> int:
     """Measure every combination that is asked for and not yet in the table."""
     first = next(points(options))
-    opened = runs.open_run(_at(options, first))
+    model = runs.open_model(Path(first.checkpoint), first.weights, options.allow, options.set)
+    # Every point is seen to be possible before the first is measured.
+    drawings = {
+        point: runs.drawing_of(_at(options, point), model).drawing for point in points(options)
+    }
+    opened = runs.Opened(model.checkpoint.parent.parent, model, drawings[first])
     extractor = evaluate.extractor_of(options, opened.model.config)
     own: Evaluation = config.build(opened.model.config, "evaluation")
     settings = evaluate.settings_of(options, own, extractor)
@@ -63,9 +68,12 @@ def run(options: argparse.Namespace) -> int:
     folder: Path = options.out or opened.folder / "sweep"
     folder.mkdir(parents=True, exist_ok=True)
     history = History(folder / "rows.jsonl", point=str)
+    keys = {
+        point: _key(point, drawing, settings, extractor, reference)
+        for point, drawing in drawings.items()
+    }
     rows = []
-    for point in points(options):
-        key = _key(point, settings, extractor, reference)
+    for point, key in keys.items():
         found = [row for row in history.rows() if row["point"] == key]
         if not found:
             found = _measured(options, point, settings, extractor, reference)
@@ -181,19 +189,30 @@ def _measured(
 
 
 def _at(options: argparse.Namespace, point: Point) -> argparse.Namespace:
-    """The options of a command that draws, at one point."""
+    """The options of a command that draws, at one point; without guidance nothing guides."""
+    guiding = {"guide": None, "guidance_interval": None} if point.guidance == 1 else {}
     return argparse.Namespace(
         **{
             **vars(options),
+            **guiding,
             **dataclasses.asdict(point),
             "run": Path(point.checkpoint),
         }
     )
 
 
-def _key(point: Point, settings: Evaluation, extractor: Extractor, reference: Reference) -> str:
+def _key(
+    point: Point,
+    drawing: Drawing,
+    settings: Evaluation,
+    extractor: Extractor,
+    reference: Reference,
+) -> str:
     """All that decides a point's number, as one line."""
-    parts = dataclasses.asdict(point) | {
+    drawn = drawing.about()
+    chosen = ("sampler", "guidance", "guidance_interval", "guide", "precision")
+    parts = {"checkpoint": point.checkpoint, "weights": point.weights} | {
+        **{key: drawn[key] for key in chosen},
         "count": settings.count,
         "seed": settings.seed,
         "metrics": [str(metric) for metric in settings.metrics],

@@ -65,6 +65,35 @@ class Guide:
             raise ValueError(f"{self.name}: is no guide for this model: {error}") from error
 
 
+def check_guidance(
+    weight: float, *, classes: int, label_dropout: float, guide: Guide | None = None
+) -> None:
+    """Refuse a guidance by the model without its label where there is none, or none was trained.
+
+    Args:
+        weight: of the guidance; 1 needs nothing.
+        classes: of the model, 0 for none.
+        label_dropout: share of the labels that were hidden from it in training.
+        guide: another model in its place, which needs neither.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    if weight == 1 or guide is not None:
+        return
+    if not classes:
+        raise ValueError(
+            "guidance needs a model with classes; this one is unconditional (a weaker run can "
+            "guide it: --guide RUN)"
+        )
+    if not label_dropout:
+        raise ValueError(
+            f"guidance {weight:g} needs the model without its label, which was never trained "
+            "(trainer.label_dropout is 0); train or fine-tune with trainer.label_dropout=0.1, or "
+            "let a weaker run guide: --guide RUN"
+        )
+
+
 def guided(
     denoise: Denoise,
     *,

@@ -15,7 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffusion_pl.diffusion.guidance import EVERYWHERE, Guide, check_interval, guided
+from diffusion_pl.diffusion.guidance import (
+    EVERYWHERE,
+    Guide,
+    check_guidance,
+    check_interval,
+    guided,
+)
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.diffusion.random import ImageNoise
@@ -42,6 +48,8 @@ class Drawing:
         sampler: the algorithm with its levels.
         shape: (C, H, W) of an image.
         classes: classes of a conditional model, 0 for none.
+        label_dropout: share of the labels that were hidden from it in training; with 0 it is not
+            known without its label, and guides nothing.
         seed: of noise and labels.
         guidance: weight of the guidance, 1 for none.
         guidance_interval: noise levels (low, high] that are guided.
@@ -51,14 +59,15 @@ class Drawing:
         origin: what numbers say of the weights, such as {"weights": "ema"}.
 
     Raises:
-        ValueError: a label that is not one of the model's classes; guidance without classes or
-            guide; a guide of other images or classes.
+        ValueError: a label that is not one of the model's classes; guidance without a guide, and
+            without classes or label dropout; a guide of other images or classes.
     """
 
     denoiser: Denoiser
     sampler: Sampler
     shape: tuple[int, int, int]
     classes: int = 0
+    label_dropout: float = 0.0
     seed: int = 0
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = EVERYWHERE
@@ -74,11 +83,12 @@ class Drawing:
         check_interval(self.guidance_interval)
         if self.guide is not None:
             self.guide.check(self.shape, self.classes, self.guidance)
-        elif self.guidance != 1 and not self.classes:
-            raise ValueError(
-                "guidance needs a model with classes; this one is unconditional (a weaker run can "
-                "guide it: --guide RUN)"
-            )
+        check_guidance(
+            self.guidance,
+            classes=self.classes,
+            label_dropout=self.label_dropout,
+            guide=self.guide,
+        )
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
         """The class of each image, int64 (n,), uniform from (seed, i); None without classes."""

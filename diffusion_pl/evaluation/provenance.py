@@ -73,6 +73,10 @@ def described(part: Any) -> str:
     if isinstance(part, functools.partial):
         name = described(part.func)
         return f"{name}({_listed(part.keywords)})" if part.keywords else name
+    if isinstance(part, torch.Tensor):  # a table of levels: too long to be read
+        values = part.flatten().tolist()
+        ends = f"{values[0]:.6g} to {values[-1]:.6g}" if values else ""
+        return f"[{len(values)} values, {ends}]"
     if isinstance(part, torch.dtype):
         return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(part, str(part))
     if isinstance(part, Sequence) and not isinstance(part, str):

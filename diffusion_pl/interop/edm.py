@@ -124,6 +124,8 @@ def notes(config: Mapping[str, Any]) -> list[str]:
 def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `network`, `objective` and `sampler` nodes of an experiment that says the same.
 
+    Beside them `label_dropout`, the share of the labels that were hidden in training.
+
     Raises:
         ValueError: a config without a published layout, by its first such key.
     """
@@ -140,6 +142,7 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
         "network": network,
         "objective": {"_target_": target, **objective},
         "sampler": _sampler(config, objective),
+        "label_dropout": float(config.get("label_dropout") or 0.0),
     }
 
 

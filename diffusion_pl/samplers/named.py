@@ -1,4 +1,4 @@
-"""Samplers by name, at their usual settings within the noise levels of a network."""
+"""Samplers by name: an algorithm for a run's own levels, or one at its usual settings."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from diffusion_pl.diffusion.paths import VariancePreserving
 from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.deis import deis
+from diffusion_pl.samplers.dpm_solver import dpmpp_3m
 from diffusion_pl.samplers.dpmpp_2m import dpmpp_2m
-from diffusion_pl.samplers.dpmpp_3m import dpmpp_3m
 from diffusion_pl.samplers.euler import euler
+from diffusion_pl.samplers.exponential_adams import exponential_adams
 from diffusion_pl.samplers.generalised import generalised
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Integrator, Sampler
@@ -26,12 +27,31 @@ NAMED: dict[str, tuple[Integrator, int]] = {
     "dpmpp_3m": (dpmpp_3m, 18),
     "dpmpp_2m_sde": (partial(dpmpp_2m, eta=1.0), 50),
     "dpmpp_3m_sde": (partial(dpmpp_3m, eta=1.0), 50),
+    "exponential_adams": (exponential_adams, 18),
+    "exponential_adams_sde": (partial(exponential_adams, eta=1.0), 50),
     "unipc": (unipc, 18),
     "euler": (euler, 50),
     "ddim": (euler, 50),
     "ancestral": (partial(ancestral, variance="small"), 250),
     "vp_euler": (partial(generalised, path=VariancePreserving(), scaled=True, order=1), 250),
 }
+
+
+def integrator(name: str) -> Integrator:
+    """The algorithm of a name.
+
+    Args:
+        name: a key of NAMED.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in NAMED:
+        raise ValueError(
+            f"there is no sampler {name!r}; there are {', '.join(NAMED)}, or give the dotted path "
+            "of a function of your own"
+        )
+    return NAMED[name][0]
 
 
 def named(name: str, sigma_range: tuple[float, float], steps: int | None = None) -> Sampler:
@@ -45,9 +65,8 @@ def named(name: str, sigma_range: tuple[float, float], steps: int | None = None)
     Raises:
         ValueError: an unknown name.
     """
-    if name not in NAMED:
-        raise ValueError(f"there is no sampler {name!r}; there are {', '.join(NAMED)}")
-    integrate, usual = NAMED[name]
+    integrate = integrator(name)
+    usual = NAMED[name][1]
     low, high = sigma_range
     schedule = Rho(sigma_min=max(0.002, low), sigma_max=min(80.0, high))
     return Sampler(integrate, schedule, usual if steps is None else steps)

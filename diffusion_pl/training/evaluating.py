@@ -154,6 +154,7 @@ class Evaluate(Callback):
             sampler=self.sampler,
             shape=trainer.datamodule.opened().shape,  # type: ignore[attr-defined]
             classes=pl_module.classes,
+            label_dropout=pl_module.settings.label_dropout,
             seed=self.settings.seed,
             guidance=self.settings.guidance,
             guidance_interval=self.settings.guidance_interval,
