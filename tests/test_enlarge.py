@@ -148,7 +148,7 @@ def test_levels_may_be_shares_and_one_restart_serves_all(run):
     ("words", "evaluations"),
     [
         ((), EVALUATIONS),
-        # On the rho spacing of 4 steps, u = 1, 2/3, 1/3, 0: from 0.5 and from 0.25 on.
+        # On the run's own timesteps 19, 13, 6, 0: all, those below 10, and below 5.
         (("--sampler", "heun", "--steps", 4), 7 + 5 + 3),
         (("--sampler", "euler", "--steps", 4), 4 + 3 + 2),
         # Timesteps 19, 13, 6, 0 below 10, and below 5.
