@@ -280,8 +280,11 @@ def _add_latents(parts: Mapping[str, argparse.ArgumentParser]) -> None:
     interpolate.add_argument("--spherical", action="store_true", help="along the great circle")
     likelihood = parts["likelihood"]
     likelihood.add_argument("--count", type=int, default=100, help="images of the data (100)")
+    likelihood.add_argument("--probes", type=int, help="of the trace, an image; 0: exactly (1)")
     likelihood.add_argument(
-        "--probes", type=int, default=1, help="of the trace, an image; 0: exactly (1)"
+        "--variance",
+        choices=("small", "large", "learned"),
+        help="of the bound's reverse steps (what the objective trains; large where it trains none)",
     )
     likelihood.add_argument(
         "--by", choices=("flow", "bound"), default="flow", help="ODE, or DDPM's variational bound"

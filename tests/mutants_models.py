@@ -106,12 +106,6 @@ MUTANTS = [
     ),
     *at("commands/settling.py", "commands_models", ("if wanted != before:", "if False:")),
     *at(
-        "commands/likelihood.py",
-        "commands_models",
-        ('ImageNoise(drawing.seed, piece, "bins")',
-         'ImageNoise(drawing.seed, range(len(piece)), "bins")'),
-    ),
-    *at(
         "commands/progressive.py",
         "commands_models",
         ('ImageNoise(drawing.seed, indices, "latent")', 'ImageNoise(1, indices, "latent")'),

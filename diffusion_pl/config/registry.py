@@ -117,9 +117,11 @@ HANDED_ON: Mapping[str, tuple[str, ...]] = {
     "integrate": (
         *_of("samplers.ancestral", "ancestral"),
         *_of("samplers.deis", "deis"),
+        *_of("samplers.dpm_solver", "dpmpp_3m"),
         *_of("samplers.dpmpp_2m", "dpmpp_2m"),
         *_of("samplers.dpmpp_3m", "dpmpp_3m"),
         *_of("samplers.euler", "euler"),
+        *_of("samplers.exponential_adams", "exponential_adams"),
         *_of("samplers.generalised", "generalised"),
         *_of("samplers.heun", "heun"),
         *_of("samplers.unipc", "unipc"),

@@ -5,6 +5,7 @@ L = E_u  weight(sigma) | D(x + sigma eps; sigma) - x |^2 ,    sigma = schedule(u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,6 +53,22 @@ class TrainingObjective(Protocol):
         self, denoise: Denoise, image: Tensor, u: Tensor, noise: Tensor, **condition: Tensor | None
     ) -> Tensor:
         """The loss of each image, float32 (B,); see `Objective.loss`."""
+
+
+# Of a schedule without ends, the share of the training images beyond either end of its range.
+TAIL = 1e-6
+
+
+def trained_range(objective: TrainingObjective) -> tuple[float, float]:
+    """The lowest and the highest level that a network of this objective knows.
+
+    They are the network's own limits; where it has none, the levels that training draws, but for
+    one image in a million at either end.
+    """
+    low, high = objective.preconditioning.sigma_range
+    ends = torch.tensor([TAIL, 1 - TAIL], dtype=torch.float64)
+    lowest, highest = objective.schedule(ends).tolist()
+    return (low if low > 0 else lowest), (high if math.isfinite(high) else highest)
 
 
 @dataclass(frozen=True)

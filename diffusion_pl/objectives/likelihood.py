@@ -114,6 +114,18 @@ class ReverseChain:
         return small.log(), (large / small).log(), gain
 
 
+def chain_of(objective: object) -> ReverseChain | None:
+    """The reverse chain that an objective trains, its own or that of the one inside of it.
+
+    None where it trains the denoiser alone and leaves the variance open.
+    """
+    chain = getattr(objective, "chain", None)
+    if isinstance(chain, ReverseChain):
+        return chain
+    inner = getattr(objective, "objective", None)
+    return None if inner is None else chain_of(inner)
+
+
 def decoder_nats(image: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """-ln p(image) under a Gaussian discretised to 256 values, by element (Ho 2020, Eq. 13).
 

@@ -11,6 +11,7 @@ arXiv:1806.07366; Song 2021, arXiv:2011.13456, App. D.2):
 |---|---|
 | steps | Heun's method for the state, the trapezium rule in ln sigma for the integral: order 2 |
 | probes v | +-1 or Gaussian, one for the whole way; none: the exact trace, d gradients a step |
+| levels | even in ln sigma, of the network's whole range; doubled till nothing changes |
 | prior p(x_T) | N(0, sigma_max^2), or the std given (sqrt(1 + sigma_max^2) for x_T ~ N(0, 1)) |
 | bits/dim | -ln p / (d ln 2) + log2 127.5: 256 levels on [-1, 1] are bins of 1 / 127.5 |
 
@@ -21,14 +22,61 @@ the result a bound (Theis 2016, arXiv:1511.01844), is the caller's: `dequantised
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.diffusion.schedules import LogUniform, levels
 
 LEVELS_PER_UNIT = 127.5  # of 8-bit images in [-1, 1]
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
+    """A number on a grid that is fine enough, or as fine as was asked for.
+
+    Args:
+        value: on the finer grid.
+        steps: of that grid.
+        change: of its mean from half as many steps; a rule of order 2 is off by a third of it.
+    """
+
+    value: Tensor
+    steps: int
+    change: float
+
+
+def grid(sigma_range: tuple[float, float], steps: int) -> Tensor:
+    """Levels even in ln sigma from the highest to the lowest, then 0: float64 (steps + 2,)."""
+    return levels(LogUniform(*sigma_range), steps + 1)
+
+
+def refined(
+    measure: Callable[[int], Tensor],
+    allowed: Callable[[Tensor], float],
+    *,
+    first: int = 64,
+    most: int = 2048,
+) -> Refined:
+    """Double the steps until the mean changes by less than is allowed.
+
+    Args:
+        measure: the values on a grid of so many steps.
+        allowed: the change that is small enough, for some values.
+        first: steps of the coarsest grid.
+        most: steps at which it ends anyhow.
+    """
+    coarse, steps = measure(first), 2 * first
+    while True:
+        value = measure(steps)
+        change = float((value - coarse).mean().abs())
+        if change < allowed(value) or 2 * steps > most:
+            return Refined(value, steps, change)
+        coarse, steps = value, 2 * steps
 
 
 def log_likelihood(
