@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from functools import partial
 from pathlib import Path
@@ -241,7 +242,10 @@ def test_an_imported_model_says_whether_it_was_trained_without_labels(home, monk
     for said, expected in (({"label_dropout": 0.1}, 0.1), ({"label_dropout": 0}, 0.0), ({}, 0.0)):
         nodes = edm.nodes(published | said)
         # The experiment that it borrows its data from was trained with dropout.
-        made = experiment_of(nodes, Path("runs/brought"), "tiny")
+        options = argparse.Namespace(
+            dest=Path("runs/brought"), like="tiny", allow=(), source=Path("theirs.pkl")
+        )
+        made = experiment_of(nodes, options, ())
         assert made.tree["trainer"]["label_dropout"] == expected
 
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from diffusion_pl.cli import main
-from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.commands.enlarge import VARIATIONS
 from diffusion_pl.diffusion.consistency import nearest
+from diffusion_pl.diffusion.timesteps import LinearBetas
 
 ROOT = Path(__file__).parents[1]
 TINY = """# A tiny pyramid for tests (no published number)
