@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -20,7 +21,7 @@ from diffusion_pl import config
 from diffusion_pl.commands import import_, parts
 from diffusion_pl.config import Config
 from diffusion_pl.evaluation.given import arrays
-from diffusion_pl.interop import edm, pesser, pickles, weights
+from diffusion_pl.interop import diffusers, edm, pesser, pickles, weights
 from diffusion_pl.metrics import reference
 from diffusion_pl.metrics.published import load_npz
 from diffusion_pl.training import checkpoint as checkpoints
@@ -266,6 +267,11 @@ def entries_of_bytes(content: bytes) -> dict[str, bytes]:
 @case(FILE, "tuples more than 10,000 deep")
 def checkpoint_whose_key_exhausts_the_stack(place):
     return programmed(place, b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.")
+
+
+@case(FILE, "holds a bytearray")
+def checkpoint_that_makes_a_bytearray_of_any_length(place):
+    return programmed(place, b"\x80\x02cbuiltins\nbytearray\n(J\x00\x00\x10\x00tR.")
 
 
 @case(FILE, "refused (")
@@ -607,4 +613,106 @@ def library_weights_that_are_a_program(place):
 def library_config_nested_without_end(place):
     (place / "unet").mkdir()
     (place / "unet" / "config.json").write_text("[" * 100_000)
+    return ["import", "diffusers", "unet", "runs/x"]
+
+
+def weights_of(place: Path, program: bytes, storages: dict[str, bytes] | None = None) -> list[str]:
+    """Weights of others as an archive of torch's, whose pickle is this; how to import them."""
+    with zipfile.ZipFile(place / "model.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        for name, content in (storages or {}).items():
+            archive.writestr(f"archive/data/{name}", content)
+    return ["import", "pesser", "model.ckpt", "runs/x"]
+
+
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+
+
+@case("model.ckpt", "more than 2,000,000 values")
+def converted_weights_of_values_without_end(place):
+    return weights_of(place, b"\x80\x02(" + b"}" * 2_000_100 + b"l.")
+
+
+@case("model.ckpt", "tuples more than 10,000 deep")
+def converted_weights_whose_key_exhausts_the_stack(place):
+    return weights_of(place, b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.")
+
+
+@case("model.ckpt", "holds a bytearray")
+def converted_weights_that_make_a_bytearray(place):
+    return weights_of(place, b"\x80\x02cbuiltins\nbytearray\n(J\x00\x00\x10\x00tR.")
+
+
+@case("model.ckpt", "an ordered dictionary made of another")
+def converted_weights_that_copy_what_they_name(place):
+    made = b"ccollections\nOrderedDict\n"
+    return weights_of(place, b"\x80\x02" + made + b"(](K\x01K\x02etR.")
+
+
+@case("model.ckpt", "attributes of a function")
+def converted_weights_that_change_our_functions(place):
+    return weights_of(place, b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}b.")
+
+
+@case("model.ckpt", "a storage of 1,048,576 numbers in 8 bytes")
+def converted_weights_whose_storage_is_larger_than_its_entry(place):
+    program = b"\x80\x02" + STORAGE + b"J\x00\x00\x10\x00tQ."
+    return weights_of(place, program, {"0": bytes(8)})
+
+
+@case("model.ckpt", "has compressed entries")
+def converted_weights_that_are_a_zip_bomb(place):
+    words = weights_of(place, b"\x80\x02}.")
+    with zipfile.ZipFile(place / "model.ckpt", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(2**22))
+    return words
+
+
+@case("model.ckpt", "its tensors take")
+def converted_weights_of_many_views(place):
+    flat = torch.ones(2**10)
+    state = {f"w{number}": flat.view(2**10) for number in range(64)}
+    torch.save(state, place / "model.ckpt")
+    return ["import", "pesser", "model.ckpt", "runs/x"]
+
+
+@case("model.ckpt", "that the file does not hold")
+def converted_weights_of_an_old_format_cut_off(place):
+    torch.save({"w": torch.ones(64)}, place / "model.ckpt", _use_new_zipfile_serialization=False)
+    changed(place / "model.ckpt", lambda data: data.__delitem__(slice(-8, None)))
+    return ["import", "guided", "model.ckpt", "runs/x"]
+
+
+@case("model.ckpt", "it is no regular file")
+def converted_weights_that_are_a_pipe(place):
+    os.mkfifo(place / "model.ckpt")
+    return ["import", "guided", "model.ckpt", "runs/x"]
+
+
+@case("unet/config.json", "it is no regular file")
+def library_config_that_is_a_pipe(place):
+    (place / "unet").mkdir()
+    os.mkfifo(place / "unet" / "config.json")
+    return lambda: diffusers.read(place / "unet")
+
+
+@case("unet", "block_out_channels")
+def library_config_of_levels_without_end(place):
+    return library(place, {"block_out_channels": [1] * 100_000})
+
+
+@case("unet", "num_train_timesteps")
+def library_config_of_timesteps_without_end(place):
+    return library(place, {"num_train_timesteps": 10**15})
+
+
+def library(place: Path, config: dict[str, Any]) -> list[str]:
+    (place / "unet").mkdir()
+    usual = {"_class_name": "UNet2DModel", "sample_size": 8}
+    (place / "unet" / "config.json").write_text(json.dumps(usual | config))
+    scheduler = {"_class_name": "DDPMScheduler"} | {
+        key: value for key, value in config.items() if key == "num_train_timesteps"
+    }
+    (place / "unet" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    torch.save({"w": torch.ones(1)}, place / "unet" / "diffusion_pytorch_model.bin")
     return ["import", "diffusers", "unet", "runs/x"]

@@ -207,7 +207,7 @@ def _child(name, state, prefix):
     return Persistent("UNetBlock", attributes(state, f"{prefix}{name}."))
 
 
-def network_pickle(path, config, state):
+def network_pickle(path, config, state, write=None):
     """Write weights as EDM's training loop does."""
     kwargs = {key: value for key, value in config.items() if key not in ("precond", "model_type")}
     own = {key.removeprefix("model."): value for key, value in state.items()}
@@ -218,7 +218,8 @@ def network_pickle(path, config, state):
     top = attributes({}, "", kwargs | {"model_type": config["model_type"], "use_fp16": False})
     top["_modules"]["model"] = model
     content = {"ema": Persistent(config["precond"], top), "dataset_kwargs": {"path": "a.zip"}}
-    path.write_bytes(pickle.dumps(content))
+    write = write or (lambda content: path.write_bytes(pickle.dumps(content)))
+    write(content)
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
@@ -283,6 +284,40 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path, offset, s
     path.write_bytes(pickle.dumps({"ema": rebuilt}))
     with pytest.raises(ValueError, match="in a storage of 4 elements"):
         edm.read(path)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+@pytest.mark.parametrize("new", [True, False])
+def test_a_training_state_gives_its_raw_weights(tmp_path, packages, new):
+    config = LAYOUTS["adm"]
+    _, state = made(config)
+    path = tmp_path / "network.pkl"
+    network_pickle(path, config, state, lambda content: torch.save(
+        {"net": content["ema"], "optimizer_state": stepped()}, path,
+        _use_new_zipfile_serialization=new,
+    ))  # fmt: skip
+    found, read = edm.read(path)
+    assert {key: found[key] for key in config} == config
+    assert "raw weights" in edm.notes(found)[0]
+    for key, value in state.items():
+        assert torch.equal(read[key], value), key
+    edm.denoiser_from(found, read)
+
+
+def stepped():
+    """The state of an optimizer that has made a step."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([weight])
+    weight.sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("name", ["Precond", "EDM2Precond", "VPPrecond2"])
+def test_a_network_of_another_class_is_refused_by_its_name(tmp_path, packages, name):
+    network_pickle(tmp_path / "n.pkl", LAYOUTS["adm"] | {"precond": name}, {})
+    with pytest.raises(ValueError, match=rf"got {name}\)"):
+        edm.read(tmp_path / "n.pkl")
 
 
 def test_what_is_no_network_is_refused(tmp_path):

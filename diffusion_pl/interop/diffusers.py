@@ -184,7 +184,7 @@ def _network_folder(folder: Path, weights: str) -> tuple[Path, list[str]]:
     for inside in (average, raw):
         if inside.is_dir():
             return inside, []
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).exists():
         beside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ValueError(
             f"{folder / CONFIG}: cannot be read (no such file, and no {RAW} folder; there are "

@@ -193,6 +193,13 @@ def _size(sides: object = ()) -> object:
     return sides
 
 
+def _encode(text: object, encoding: object = "latin1") -> bytes:
+    """How old protocols write the few bytes of a number."""
+    if not isinstance(text, str) or len(text) > 64 or encoding != "latin1":
+        raise ValueError("bytes as text that are no number")
+    return text.encode("latin1")
+
+
 def _default_dict(factory: object = None) -> dict[Any, Any]:
     """collections.defaultdict, as optimizers keep their state: a plain one."""
     return {}
@@ -224,6 +231,7 @@ KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("__builtin__", "object"): Standin,
     ("copyreg", "_reconstructor"): _Function(_legacy_object),
     ("copy_reg", "_reconstructor"): _Function(_legacy_object),
+    ("_codecs", "encode"): _Function(_encode),
     ("torch", "Size"): _Function(_size),
     ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
     ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
@@ -265,6 +273,8 @@ class _Reader(pickle.Unpickler):
         raise ValueError(f"it asks for {module}.{name}, which is refused")
 
     def persistent_load(self, pid: Any, /) -> Any:
+        if isinstance(pid, tuple) and pid[:2] == ("module", Standin) and len(pid) == 4:
+            return Standin  # a layer's class, with its source beside it
         if self.persist is None or not isinstance(pid, tuple) or len(pid) not in (5, 6):
             raise ValueError("a reference to what is not in the file")
         kind, dtype, key, _, length = pid[:5]
