@@ -21,6 +21,7 @@ from typing import NoReturn
 from diffusion_pl.addresses import masked, refuse_credentials
 from diffusion_pl.commands import arguments as measuring
 from diffusion_pl.commands.safety import refuse_unsafe
+from diffusion_pl.names import refuse_controls, shown
 from diffusion_pl.signals import RESUMABLE, Stopped, Wish
 
 COMMANDS = {
@@ -47,6 +48,10 @@ COMMANDS = {
 }
 
 
+# What stays of an error's text: every problem is a line.
+LINES = "\n\t"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -59,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         for before, word in itertools.pairwise(["", *words]):
+            refuse_controls(word, named(before, word))
             refuse_credentials(word, named(before, word))
     except ValueError as error:
         return _bad(error)
@@ -73,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Stopped:
             run = options.run or Path("runs") / Path(options.experiment).stem
             wish.mark(run)
-            print(f"{run}: stopped before a step; the same command goes on", file=sys.stderr)
+            print(
+                f"{shown(str(run))}: stopped before a step; the same command goes on",
+                file=sys.stderr,
+            )
             return RESUMABLE
 
 
@@ -88,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
     except ValueError as error:  # a user's mistake, and every ConfigError
         return _bad(error)
     except command.FAILURES as error:
-        print(f"failed: {masked(str(error))}", file=sys.stderr)
+        print(f"failed: {shown(masked(str(error)), keep=LINES)}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of stdout left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,7 +107,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _bad(error: ValueError) -> int:
     """Say a user's mistake; libraries quote addresses with all that stands in them."""
-    print(f"error: {masked(str(error))}", file=sys.stderr)
+    print(f"error: {shown(masked(str(error)), keep=LINES)}", file=sys.stderr)
     return 2
 
 
@@ -115,7 +124,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Leave with a complaint that holds no credentials."""
-        super().error(masked(message))
+        super().error(shown(masked(message)))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -9,7 +9,7 @@ MUTANTS = [
         "commands/job.sbatch",
         "launch_script",
         ('[ "$before" = "$newest" ]', '[ "$before" != "$newest" ]'),
-        ("fruitless=$((count + 1))", "fruitless=$count"),
+        ("fruitless=$((10#$count + 1))", "fruitless=$count"),
         ('[ "$fruitless" -gt @{restarts} ]', '[ "$fruitless" -ge @{restarts} ]'),
         ('[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] &&', "true &&"),
         ('echo "$newest $fruitless" > "$RUN/restarts"', "true"),

@@ -235,6 +235,13 @@ def test_what_a_strangers_file_takes_as_defaults_is_a_strangers(name, place, cap
     assert "objective._target_" in refused(OPENING["check"], capsys)
 
 
+def test_a_strangers_file_over_the_users_own_is_a_strangers(place, capsys):
+    handed_on(lambda tree: None)
+    node = config.dump(Config("x", "x", {"objective": dict(PLANTED["the command line"])}))
+    Path("stranger/config.yaml").write_text("defaults: tiny\n" + node)
+    assert "objective._target_" in refused(OPENING["train"], capsys)
+
+
 # Whose a file is.
 
 
@@ -255,6 +262,7 @@ def test_files_of_the_users_own_and_of_others(tmp_path, monkeypatch):
         "shown/Config.YML",
         "weights/x.yaml",
         "exported/x.yaml",
+        "saved/x.yaml",
         "run/checkpoints/x.yaml",
         "run/settings/x.yaml",
     ]
@@ -263,6 +271,7 @@ def test_files_of_the_users_own_and_of_others(tmp_path, monkeypatch):
     make("weights/a.ckpt")
     make("exported/a.safetensors")
     make("run/config.yaml")
+    make("saved/checkpoints/1.txt")
     for path in own:
         assert not is_strangers(Path(path), experiments), path
         assert not is_strangers(tmp_path / path, experiments), path

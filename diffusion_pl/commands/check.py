@@ -13,6 +13,7 @@ from diffusion_pl.commands import parts
 from diffusion_pl.config import Config
 from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.objective import TrainingObjective
+from diffusion_pl.names import shown
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.settings import Settings, resolve_precision
@@ -28,10 +29,10 @@ def run(options: argparse.Namespace) -> int:
     wrong = []
     for name in options.experiments:
         if len(options.experiments) > 1:
-            print(f"{name}:")
+            print(f"{shown(str(name))}:")
         try:
             for title, text in meaning(name, options.overrides, options.allow):
-                print(f"{title:8} {text}")
+                print(f"{title:8} {shown(text)}")
         except ValueError as error:
             wrong.append(str(error))
     if wrong:

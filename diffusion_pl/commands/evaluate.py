@@ -31,6 +31,7 @@ from diffusion_pl.metrics.inception_score import InceptionScore
 from diffusion_pl.metrics.kernel import Kernel
 from diffusion_pl.metrics.precision_recall import PrecisionRecall
 from diffusion_pl.metrics.reference import Reference
+from diffusion_pl.names import shown
 from diffusion_pl.training.progress import in_words
 
 FAILURES: tuple[type[Exception], ...] = ()
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
             drawn, settings, extractor, reference, blocks=options.blocks, progress=progress
         )
     for row in rows:
-        print(in_words(row), file=sys.stderr)
+        print(shown(in_words(row)), file=sys.stderr)
     print(json.dumps({**about, "measures": rows}, indent=2))
     return 0
 
@@ -166,12 +167,16 @@ def open_given(path: Path, device: str) -> Given:
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[Progress]:
     """A bar on stderr with the time that is left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+    )
     console = Console(stderr=True)
     options: dict[str, Any] = {"console": console, "disable": not console.is_terminal}
     bar = Bar(*columns, TimeRemainingColumn(), transient=True, **options)
     with bar:
-        task: Any = bar.add_task(what, total=None, text="")
+        task: Any = bar.add_task(shown(what), total=None, text="")
 
         def progress(done: int, total: int) -> None:
             bar.update(task, total=total, completed=done, text=f"{done:,}/{total:,} images")

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from diffusion_pl import config
+from diffusion_pl.names import shown
 
 FAILURES: tuple[type[Exception], ...] = ()
 
@@ -17,7 +18,7 @@ def run(options: argparse.Namespace) -> int:
     found = config.experiments() if own else everything
     width = max(map(len, found), default=0)
     for name, line in found.items():
-        print(f"{name:{width}}  {line}")
+        print(f"{shown(name):{width}}  {shown(line)}")
     if more := len(everything) - len(found):
         print(f"and {more} that come with the package: experiments --all", file=sys.stderr)
     return 0

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from diffusion_pl.commands import parts
 from diffusion_pl.config import Config, ConfigError
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.interop import weights as ours
+from diffusion_pl.names import refuse_name, shown
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.writing import write_atomically
 
@@ -29,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
     dest: Path = options.dest
     if dest.exists() and any(dest.iterdir()):
         raise ValueError(f"{dest}: is not empty; name another folder")
+    refuse_name(dest.name, shown(str(dest)), "name another folder")
     images, about = 0, {"kind": options.kind, "from": str(options.source)}
     notes: list[str] = []
     weighed = options.source
@@ -44,13 +47,14 @@ def run(options: argparse.Namespace) -> int:
     check(experiment, state, options.source)
     about["sha256"] = digest(weighed)
     path = write(dest, experiment, state, images, about)
+    starting = ["--from", str(dest), "--run", f"runs/{dest.name}-tuned"]
     result = {
         "run": str(dest),
         "checkpoint": str(path),
         **about,
         "notes": notes,
-        "sample": f"sample {dest}",
-        "fine-tune": f"train {dest / 'config.yaml'} --from {dest} --run runs/{dest.name}-tuned",
+        "sample": shlex.join(["sample", str(dest)]),
+        "fine-tune": shlex.join(["train", f"{dest}/config.yaml", *starting]),
     }
     print(json.dumps(result, indent=2))
     return 0

@@ -11,9 +11,11 @@ import shlex
 import sys
 from pathlib import Path
 
+from diffusion_pl.addresses import masked
 from diffusion_pl.commands import parts, preflight, sbatch, settling, trust
 from diffusion_pl.commands.sbatch import Job, Task
 from diffusion_pl.config import Config
+from diffusion_pl.names import refuse_name, shown
 
 FAILURES: tuple[type[Exception], ...] = ()
 
@@ -76,6 +78,8 @@ def _job(options: argparse.Namespace) -> Job:
             raise ValueError(f"{name} must be at least 1 (got {value})")
     experiment = parts.read(options.experiment, options.overrides, allow=options.allow)
     base = options.run or parts.RUNS / experiment.name
+    if not base.exists():
+        refuse_name(base.name, shown(str(base)), "name another folder with --run")
     words = (options.experiment, *options.overrides)
     place = Path.cwd()
     return Job(
@@ -156,8 +160,8 @@ def _tell(found: preflight.Found, where: str, notes: bool) -> None:
     for title, text in found.notes if notes else ():
         _line(title, text)
     for fault in found.faults:
-        print(f"error: {where}{fault}", file=sys.stderr)
+        print(f"error: {shown(masked(where + fault))}", file=sys.stderr)
 
 
 def _line(title: str, text: str) -> None:
-    print(f"{title:8} {text}", flush=True)
+    print(f"{title:8} {shown(text)}", flush=True)

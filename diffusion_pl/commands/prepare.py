@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_pl.commands import recommend
-from diffusion_pl.data.files import CONTROL
 from diffusion_pl.data.originals import Asked
 from diffusion_pl.data.prepare import Request, prepare
-from diffusion_pl.data.prepare_progress import shown
+from diffusion_pl.data.prepare_progress import reported
 from diffusion_pl.data.recipe import Recipe
 from diffusion_pl.data.shard_format import Manifest
 from diffusion_pl.data.shard_workers import WorkerLost
+from diffusion_pl.names import shown
 
 FAILURES: tuple[type[Exception], ...] = (WorkerLost,)
 
@@ -30,15 +30,15 @@ _CLASSES_SHOWN = 20
 
 def run(options: argparse.Namespace) -> int:
     """Prepare, then say what there is and how to train on it."""
-    request = Request(asked(options), recipe(options), options.name)
     if options.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
         raise ValueError(f"--name: letters, digits and . _ - only (got {options.name!r})")
+    request = Request(asked(options), recipe(options), options.name)
     workers = options.workers or len(os.sched_getaffinity(0))
     if workers < 1 or options.skip_broken < 0:
         raise ValueError("--workers must be positive, --skip-broken at least 0")
     began = time.monotonic()
     try:
-        with shown() as report:
+        with reported() as report:
             manifest, already = prepare(
                 request,
                 options.dest,
@@ -109,7 +109,7 @@ def tell(manifest: Manifest, folder: Path, already: bool, seconds: float) -> Non
             f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB, {seconds:,.1f} s"
         )
     lines += [*class_table(manifest), *plan.lines, "next:", f"  {plan.command}"]
-    print("\n".join(lines), file=sys.stderr)
+    print("\n".join(map(shown, lines)), file=sys.stderr)
     print(json.dumps(result))
 
 
@@ -120,7 +120,7 @@ def class_table(manifest: Manifest) -> Iterator[str]:
     by = manifest.labels_from or "the source"
     yield f"{manifest.classes:,} classes by {by} (index, images, name):"
     rows = [
-        f"  {number:>6} {count:>10,}  {printable(manifest.class_names[number])}"
+        f"  {number:>6} {count:>10,}  {shown(manifest.class_names[number])}"
         if manifest.class_names
         else f"  {number:>6} {count:>10,}"
         for number, count in enumerate(manifest.class_counts)
@@ -130,11 +130,6 @@ def class_table(manifest: Manifest) -> Iterator[str]:
         more = f"  ... {len(rows) - 2 * kept:,} more, all of them in dataset.json"
         rows = [*rows[:kept], more, *rows[-kept:]]
     yield from rows
-
-
-def printable(name: str) -> str:
-    """A name without what a terminal would take for a command."""
-    return CONTROL.sub("?", name)
 
 
 def skipped_lines(manifest: Manifest) -> Iterator[str]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion_pl.names import shown
 from diffusion_pl.training.writing import write_atomically
 
 SCRIPT = "job.sbatch"
@@ -106,8 +107,8 @@ def render(job: Job) -> str:
     on = f"{job.nodes} nodes x {job.ranks} {'GPUs' if job.on_gpu else 'CPU processes'}"
     runs = job.tasks[0].words[0] if len(job.tasks) == 1 else f"{len(job.tasks)} runs"
     values = {
-        "what": f"{runs} on {on}",
-        "command": job.command,
+        "what": shown(f"{runs} on {on}"),
+        "command": shown(job.command),
         "directives": "\n".join(f"#SBATCH {_quoted(option)}" for option in job.directives()),
         "place": shlex.quote(str(job.place)),
         "tasks": "\n".join(
@@ -124,7 +125,16 @@ def render(job: Job) -> str:
 
 
 def _quoted(option: str) -> str:
-    """An option as sbatch reads it, which knows double quotes."""
+    """An option as sbatch reads it, which knows double quotes.
+
+    Raises:
+        ValueError: it holds one, or what would end its line.
+    """
+    if not option.isprintable() or '"' in option or "\\" in option:
+        raise ValueError(
+            f"#SBATCH {shown(option)}: a line of the job's script cannot hold this; leave it out, "
+            "or work in another folder"
+        )
     return f'"{option}"' if re.search(r"\s|'", option) else option
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from diffusion_pl import config, ranks
 from diffusion_pl.commands import runs
 from diffusion_pl.config import Config
+from diffusion_pl.names import refuse_name, shown
 from diffusion_pl.training.writing import write_atomically
 
 # Where and how fast a run computes, which changes no more of it than rounding: it may go on under
@@ -65,6 +66,7 @@ def compare(experiment: Config, folder: Path, start: Path | None = None) -> None
     """
     kept, begun = folder / "config.yaml", folder / "from"
     if not kept.exists():
+        refuse_name(folder.name, shown(str(folder)), "name another folder with --run (RUN=...)")
         if (folder / "checkpoints").exists():
             raise ValueError(
                 f"{folder} holds checkpoints but no config.yaml; restore it or remove them"

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from diffusion_pl import config
 from diffusion_pl.commands import evaluate, runs
@@ -25,6 +26,7 @@ from diffusion_pl.evaluation import evaluate as measure
 from diffusion_pl.evaluation.pareto import pareto
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
+from diffusion_pl.names import shown
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
 
@@ -80,7 +82,8 @@ def run(options: argparse.Namespace) -> int:
             for row in found:
                 history.append({"point": key, **row})
         rows.append({**found[0], **dataclasses.asdict(point)})
-        print(f"{rows[-1]['name']} = {rows[-1]['value']:.4g}  {_words(point)}", file=sys.stderr)
+        said = f"{rows[-1]['name']} = {rows[-1]['value']:.4g}  {_words(point)}"
+        print(shown(said), file=sys.stderr)
     best = {
         cost: pareto([row[cost] for row in rows], [row["value"] for row in rows])
         for cost in ("evaluations", "seconds")
@@ -123,22 +126,23 @@ def points(options: argparse.Namespace) -> Iterator[Point]:
 
 def table(rows: Sequence[Mapping[str, Any]], best: Mapping[str, Sequence[int]]) -> None:
     """Print the points on stderr; what no other beats is marked, by evaluations and by seconds."""
-    shown = Table(title=rows[0]["name"])
+    title = shown(rows[0]["name"])
+    lines = Table(title=Text(title))
     varied = [axis for axis in AXES if len({row[axis] for row in rows}) > 1]
     for axis in varied:
-        shown.add_column(axis)
+        lines.add_column(axis)
     for column in ("evaluations", "seconds", "value", "best"):
-        shown.add_column(column, justify="right")
+        lines.add_column(column, justify="right")
     for index, row in enumerate(rows):
         marks = [name for name, chosen in best.items() if index in chosen]
-        shown.add_row(
-            *(_short(row[axis]) for axis in varied),
+        lines.add_row(
+            *(Text(_short(row[axis])) for axis in varied),
             f"{row['evaluations']:,}",
             f"{row['seconds']:.1f}",
             f"{row['value']:.4g}",
             " ".join(marks),
         )
-    Console(stderr=True).print(shown)
+    Console(stderr=True).print(lines)
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -232,7 +236,8 @@ def _words(point: Point) -> str:
 def _short(value: Any) -> str:
     """A checkpoint by its images, anything else as it is."""
     text = "own" if value is None else str(value)
-    return f"{int(Path(text).stem):,}" if text.endswith(".ckpt") else text
+    images = Path(text).stem
+    return f"{int(images):,}" if text.endswith(".ckpt") and images.isdecimal() else shown(text)
 
 
 def _brief(row: Mapping[str, Any]) -> dict[str, Any]:

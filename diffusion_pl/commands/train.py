@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from diffusion_pl.commands.settling import FAILED, settle
 from diffusion_pl.config import Config
 from diffusion_pl.data.readers import ReaderLost
 from diffusion_pl.data.shard_workers import WorkerLost
+from diffusion_pl.names import shown
 from diffusion_pl.signals import MARKER, RESUMABLE, Wish
 from diffusion_pl.training import bounds
 from diffusion_pl.training import checkpoint as checkpoints
@@ -46,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     evaluation = config.build(experiment, "evaluation")
     if done >= budget and is_evaluated(folder, evaluation, done):
         if leads:
-            print(f"{folder} is finished: {done:,} images", file=sys.stderr)
+            print(f"{shown(str(folder))} is finished: {done:,} images", file=sys.stderr)
             report(folder, done, last_measurements(History(folder / "metrics.jsonl")))
         return 0
     if latest and not done:
@@ -55,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
             f"folder: train {options.experiment} --from {folder} --run OTHER"
         )
     if latest and leads:
-        print(f"{folder}: going on from {done:,} of {budget:,} images", file=sys.stderr)
+        print(f"{shown(str(folder))}: going on from {done:,} of {budget:,} images", file=sys.stderr)
     built = build(experiment)
     if options.start and not latest:
         start_from(built, options.start)
@@ -68,13 +71,15 @@ def run(options: argparse.Namespace) -> int:
         failed = NonFinite(
             error.step,
             f"{error}; the last good checkpoint is {kept or 'none'}; to look at the step: "
-            f"python -m diffusion_pl replay {folder} --step {error.step}",
+            f"python -m diffusion_pl replay {shlex.quote(str(folder))} --step {error.step}",
         )
         write_atomically(folder / FAILED, lambda file: file.write(f"{failed}\n".encode()))
         raise failed from error
     if leads and result["stopped"]:
         images = f"{result['images']:,} of {budget:,} images"
-        print(f"{folder}: stopped at {images}; the same command goes on", file=sys.stderr)
+        print(
+            f"{shown(str(folder))}: stopped at {images}; the same command goes on", file=sys.stderr
+        )
     elif leads:
         report(folder, result["images"], result["rows"])
     # Lightning would kill the others if one that it started ended with any other code.
@@ -120,12 +125,20 @@ def start_from(experiment: Experiment, start: Path) -> None:
     checkpoints.load_weights(experiment.objective.denoiser(experiment.network), loaded, "ema", path)
 
 
+def sample_command(folder: Path) -> str:
+    """What to type for more images; make would read a $ and split at a space, however quoted."""
+    name = str(folder)
+    if re.fullmatch(r"[\w./+,@:=-]+", name):
+        return f"make sample RUN={name} COUNT=64"
+    return f"python -m diffusion_pl sample {shlex.quote(name)} --count 64"
+
+
 def report(folder: Path, images: int, rows: list[dict[str, Any]]) -> None:
     """Say on stdout where the run lies, what was measured last and how to draw more."""
-    print(f"run      {folder}  ({images:,} images)")
+    print(f"run      {shown(str(folder))}  ({images:,} images)")
     for row in rows:
-        print(f"measured {row['name']} = {row['value']:.4g}")
+        print(f"measured {shown(str(row['name']))} = {row['value']:.4g}")
     grids = sorted((folder / "samples").glob("*.png"))
     if grids:
-        print(f"samples  {grids[-1]}")
-    print(f"more     make sample RUN={folder} COUNT=64")
+        print(f"samples  {shown(str(grids[-1]))}")
+    print(f"more     {shown(sample_command(folder))}")

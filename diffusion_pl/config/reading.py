@@ -336,7 +336,7 @@ def _named(overrides: Sequence[str]) -> Iterator[str]:
         except ConfigError:  # told with the others that are wrong
             continue
         for key, named in leaves({parts[-1]: value}):
-            if "_target_" not in key.split(".") or not isinstance(named, str) or "${" in named:
+            if "_target_" not in key.split(".") or not isinstance(named, str):
                 continue
             if named.partition(".")[0] not in sys.stdlib_module_names:
                 yield named

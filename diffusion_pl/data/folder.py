@@ -16,6 +16,7 @@ from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.files import Files
 from diffusion_pl.data.layout import Listing, list_images
 from diffusion_pl.data.source import Images, load, reduced
+from diffusion_pl.names import plain, shown
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class ImageFolder:
         stem = path.stem if path.is_file() else path.resolve().name
         decoded = _Decoded(listing.files, listing.names, self.path, self.resolution, self.fit)
         whole = load(
-            f"folder-{stem}-{self.resolution}",
+            f"folder-{plain(stem)}-{self.resolution}",
             decoded,
             None if listing.labels is None else torch.tensor(listing.labels),
             classes=listing.classes,
@@ -133,5 +134,5 @@ class ImageFolder:
         )
         line = decoded.depths.line()
         if line and ranks.leads_machine():
-            print(f"{self.path}: {line}", file=sys.stderr)
+            print(f"{shown(self.path)}: {line}", file=sys.stderr)
         return reduced(whole, resolution, threads=max(1, self.workers))

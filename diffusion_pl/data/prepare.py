@@ -26,6 +26,7 @@ from diffusion_pl.data.shard_format import (
     write_atomically,
 )
 from diffusion_pl.data.shard_workers import too_many, write_all
+from diffusion_pl.names import refuse_class_names, refuse_name, shown
 
 _SETTINGS = "settings.json"
 _LOCK = "lock"
@@ -50,6 +51,10 @@ class Request:
     source: Asked
     recipe: Recipe
     name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            refuse_name(self.name, "--name", "name the data set otherwise")
 
     def settings(self) -> dict[str, Any]:
         """All that a folder must have been prepared with, for this to be the same request."""
@@ -100,11 +105,17 @@ def prepare(
         if note:
             manifest = replace(manifest, notes=[*(manifest.notes or []), note])
         return manifest, True
+    refuse_name(folder.resolve().name, shown(str(folder)), "prepare the data in another folder")
     _check_place(folder, request.source.path)
     # webdataset takes torch along, which a finished folder and a wrong setting need not wait for.
     from diffusion_pl.data.write_shards import Job, finish, write_shard, written
 
     kind, originals = open_originals(request.source, request.recipe.descending)
+    refuse_class_names(
+        originals.class_names or (),
+        shown(request.source.path),
+        written=kind not in ("folder", "zip"),
+    )
     settings = request.settings() | {"name": request.name or originals.name}
     settings["source"] |= {"kind": kind} | listed(originals)
     begun = settings

@@ -23,7 +23,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def shown() -> Iterator[Report]:
+def reported() -> Iterator[Report]:
     """What `prepare` reports to."""
     console = Console(stderr=True)
     if not console.is_terminal:

@@ -17,7 +17,7 @@ from diffusion_pl.data import remote
 from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.members import Members
 from diffusion_pl.data.prepare import Request, prepare
-from diffusion_pl.data.prepare_progress import shown
+from diffusion_pl.data.prepare_progress import reported
 from diffusion_pl.data.shard_format import (
     INDEX,
     MANIFEST,
@@ -28,6 +28,7 @@ from diffusion_pl.data.shard_format import (
 )
 from diffusion_pl.data.source import Images, load
 from diffusion_pl.data.tars import Tars
+from diffusion_pl.names import plain
 
 _SETS = "sets"
 
@@ -80,7 +81,7 @@ class Shards:
             WorkerLost: a process that prepared was killed.
         """
         if self.made_of is not None:
-            with shown() as report:
+            with reported() as report:
                 workers = os.cpu_count() or 1
                 prepare(self.made_of, Path(self.path), workers=workers, report=report, relist=False)
         self._described()
@@ -106,7 +107,7 @@ class Shards:
         members = Members(Tars(self.path, manifest, cache), folder, resolution, self.skip_broken)
         labels = self._check_index(members, manifest)
         images = Images(
-            f"{manifest.name}-{resolution}",
+            f"{plain(manifest.name)}-{resolution}",
             members,
             manifest.fingerprints[resolution],
             labels,

@@ -14,6 +14,7 @@ from diffusion_pl import ranks
 from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.fingerprint import fingerprint, image_digests
 from diffusion_pl.data.means import block_means
+from diffusion_pl.names import shown
 
 # Decoded images up to this many bytes are held in memory, more are read again on demand.
 MEMORY_LIMIT = 2 * 1024**3
@@ -193,7 +194,9 @@ def load(
         # One process of a node speaks for all of them.
         if ranks.leads_machine() and time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
             reported = time.monotonic()
-            print(f"{name}: {first + len(piece):,} of {count:,} images read", file=sys.stderr)
+            print(
+                f"{shown(name)}: {first + len(piece):,} of {count:,} images read", file=sys.stderr
+            )
     identity = fingerprint(bytes(digests), store.shape, None if labels is None else labels.numpy())
     return Images(name, kept, identity, labels, classes, class_names=tuple(class_names))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.metrics.real_images import RealImages
+from diffusion_pl.names import plain
 
 # An archive of images unpacks to a few times its size; to more than this only one made for it does.
 LARGEST_FACTOR = 64
@@ -109,7 +110,7 @@ def arrays(path: Path) -> Arrays:
         raise ValueError(
             f"{path}: images must be uint8 (N, R, R, 3) (got {array.dtype} {array.shape})"
         )
-    return Arrays(path.stem, hashlib.sha256(content).hexdigest(), array)
+    return Arrays(plain(path.stem), hashlib.sha256(content).hexdigest(), array)
 
 
 def _check_size(path: Path, size: int) -> None:

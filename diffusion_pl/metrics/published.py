@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusion_pl.metrics.moments import Moments
 from diffusion_pl.metrics.reference import Reference, load
+from diffusion_pl.names import plain
 
 # Means and covariances of 2,048 and 2,023 features in float64 are 64 MiB.
 _LARGEST = 256 * 1024**2
@@ -63,7 +64,7 @@ def load_npz(path: Path) -> Reference:
     if "mu_s" in arrays:
         spatial = _moments(path, arrays, "mu_s", "sigma_s", Inception.spatial)
     return Reference(
-        name=path.stem,
+        name=plain(path.stem),
         fingerprint=hashlib.sha256(content).hexdigest(),
         resolution=0,
         count=0,

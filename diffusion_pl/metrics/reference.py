@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.moments import Moments
+from diffusion_pl.names import plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +136,7 @@ def load(path: Path) -> Reference:
             if "spatial_mean" in tensors:
                 spatial = Moments(tensors["spatial_mean"], tensors["spatial_covariance"], count)
             return Reference(
-                name=metadata["name"],
+                name=plain(metadata["name"]),
                 fingerprint=metadata["fingerprint"],
                 resolution=int(metadata["resolution"]),
                 count=count,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from diffusion_pl.data.container import unfit_content, unfit_entries
 from diffusion_pl.data.pickle_program import reason_of
+from diffusion_pl.names import shown
 from diffusion_pl.training.writing import write_atomically
 
 CLASS_NAMES = "class_names"
@@ -164,7 +165,7 @@ def newest_sound(folder: Path) -> Path | None:
         except Damaged as error:
             with contextlib.suppress(OSError):
                 candidate.rename(candidate.with_name(candidate.name + DAMAGED))
-            logger.warning("%s; going on with the one before", error)
+            logger.warning("%s; going on with the one before", shown(str(error)))
             continue
         if candidate.name != name:
             point_to(candidate)

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from diffusion_pl.names import shown
+
 REFRESH = 0.25  # seconds between movements of the bar
 LINE = 15.0  # seconds between lines where there is no terminal
 
@@ -66,9 +68,9 @@ class Progress:
         self.last = self.shown = time.monotonic()
         if self.console.is_terminal:
             self.bar = Bar(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
                 console=self.console,
                 auto_refresh=False,
             )
@@ -86,7 +88,7 @@ class Progress:
             return
         self.shown = now
         if self.bar is None:
-            self.console.print(f"training {self.text()}", highlight=False)
+            self.console.print(f"training {self.text()}", highlight=False, markup=False)
         else:
             self.bar.update(self.task, completed=images, text=self.text(), refresh=True)
 
@@ -109,7 +111,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self.console.print(line, highlight=False)
+        self.console.print(shown(line), highlight=False, markup=False)
 
     def evaluating(self, done: int, total: int) -> None:
         """Show how far an evaluation is."""
