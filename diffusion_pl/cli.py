@@ -182,6 +182,14 @@ def parser() -> Parser:
     parts["train"].add_argument(
         "--from", type=Path, dest="start", metavar="RUN", help="start from its weights: fine-tune"
     )
+    parts["train"].add_argument(
+        "--fresh-labels", action="store_true", help="with --from: all but what knows its classes"
+    )
+    parts["train"].add_argument(
+        "--accept-differences",
+        action="store_true",
+        help="with --from: though it was trained for another objective or network",
+    )
     parts["experiments"].add_argument(
         "--all", action="store_true", help="those of the package too, where there is experiments/"
     )

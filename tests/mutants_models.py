@@ -100,8 +100,6 @@ MUTANTS = [
     *at(
         "commands/train.py",
         "commands_models",
-        ('experiment.objective.denoiser(experiment.network), loaded, "ema", path',
-         'experiment.objective.denoiser(experiment.network), loaded, "denoiser", path'),
         ("if latest and not done:", "if False:"),
     ),
     *at("commands/settling.py", "commands_models", ("if wanted != before:", "if False:")),

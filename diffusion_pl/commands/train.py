@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from diffusion_pl import config, ranks
-from diffusion_pl.commands import parts, runs, trust
+from diffusion_pl.commands import parts, starting, trust
 from diffusion_pl.commands.settling import FAILED, settle
 from diffusion_pl.config import Config
 from diffusion_pl.data.readers import ReaderLost
@@ -38,8 +38,13 @@ def run(options: argparse.Namespace) -> int:
     )
     trust.check_training(experiment)
     folder: Path = options.run or parts.RUNS / experiment.name
-    settle(experiment, folder, options.start)
     leads = ranks.leads_run()
+    start = None
+    if not options.start and (options.fresh_labels or options.accept_differences):
+        raise ValueError("--fresh-labels, --accept-differences: each belongs to --from RUN")
+    if options.start and not checkpoints.found(folder / "checkpoints"):
+        start = starting.weights(options, experiment, leads)  # refused before the folder is made
+    settle(experiment, folder, options.start)
     if leads:
         sweep(folder)
     latest = checkpoints.newest_sound(folder / "checkpoints")
@@ -60,8 +65,8 @@ def run(options: argparse.Namespace) -> int:
     if latest and leads:
         print(f"{shown(str(folder))}: going on from {done:,} of {budget:,} images", file=sys.stderr)
     built = build(experiment)
-    if options.start and not latest:
-        start_from(built, options.start)
+    if start is not None and not latest:
+        start.fill(built.objective.denoiser(built.network))
     try:
         for name in (MARKER, FAILED):
             (folder / name).unlink(missing_ok=True)
@@ -108,21 +113,6 @@ def build(experiment: Config) -> Experiment:
         evaluation=config.build(experiment, "evaluation"),
         augment=config.build(experiment, "augment"),
     )
-
-
-def start_from(experiment: Experiment, start: Path) -> None:
-    """Fill the network with the averaged weights of another run; its own average starts there too.
-
-    Args:
-        experiment: built, its network not yet trained.
-        start: a run's folder, or a checkpoint file.
-
-    Raises:
-        ValueError: names the first key that is missing, surplus or of another shape.
-    """
-    path = runs.checkpoint_of(start)
-    loaded = checkpoints.load(path)
-    checkpoints.load_weights(experiment.objective.denoiser(experiment.network), loaded, "ema", path)
 
 
 def sample_command(folder: Path) -> str:

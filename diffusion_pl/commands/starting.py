@@ -1,0 +1,172 @@
+"""Weights of another run to start from, held against what they were trained for (`train --from`).
+
+What the new run trains must be what the weights are of: the same denoiser around the same network.
+That is seen in the four c's as functions of sigma, whatever an objective is called, and in those
+settings of the network that change its function and no weight's shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_pl import config
+from diffusion_pl.commands import parts, runs
+from diffusion_pl.config import Config
+from diffusion_pl.config.annotations import signature
+from diffusion_pl.config.targets import locate
+from diffusion_pl.diffusion.objective import TrainingObjective, trained_range
+from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.diffusion.schedules import LogUniform
+from diffusion_pl.names import shown
+from diffusion_pl.training import checkpoint as checkpoints
+
+# Arguments of networks that leave the function of the weights as it is, or show in their shapes.
+HARMLESS = {"classes", "dropout", "recompute", "resolution"}
+LEVELS = 33  # at which the c's are compared
+SAME = 1e-4  # relative, of the c's: float32 settings and rounded limits are the same
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights that a run starts from.
+
+    Args:
+        path: the checkpoint.
+        state: of the denoiser; without the tensors of its labels where those begin anew.
+        fresh: the names of these.
+    """
+
+    path: Path
+    state: Mapping[str, Tensor]
+    fresh: frozenset[str]
+
+    def fill(self, denoiser: Denoiser) -> None:
+        """Put the weights into a denoiser as `weights` saw it built."""
+        own = {key: value for key, value in denoiser.state_dict().items() if key in self.fresh}
+        denoiser.load_state_dict({**self.state, **own})
+
+
+def weights(options: argparse.Namespace, experiment: Config, leads: bool) -> Start:
+    """Read the averaged weights of `--from`, and refuse those that were trained for something else.
+
+    Args:
+        options: `start`, and what is consented to: `accept_differences`, `fresh_labels`.
+        experiment: what is to be trained, bound.
+        leads: whether this process says what differs.
+
+    Raises:
+        ValueError: names what differs, and what to do; or the first key that does not fit.
+    """
+    path = runs.checkpoint_of(options.start)
+    loaded = checkpoints.load(path)
+    tree, _ = checkpoints.described(loaded, path)
+    start = _fitting(options, experiment, loaded, tree, path)
+    unfit = [*_network(tree, experiment), *_coefficients(options, tree, experiment, path)]
+    if unfit and not options.accept_differences:
+        raise ValueError(
+            f"--from {path}: its weights were trained for something else ({'; '.join(unfit)}); "
+            "train what they are of, or start from them all the same: --accept-differences"
+        )
+    told = unfit or config.differences(
+        {"objective": tree["objective"]}, {"objective": experiment.tree["objective"]}
+    )
+    if told and leads:
+        said = f"starting from {path}, trained otherwise: {'; '.join(told)}"
+        print(shown(said), file=sys.stderr)
+    return start
+
+
+def _network(tree: Mapping[str, Any], experiment: Config) -> list[str]:
+    """The settings in which the networks differ though their weights may fit, a line each."""
+    old, new = (_with_defaults(node) for node in (tree["network"], experiment.tree["network"]))
+    lines = config.differences({"network": old}, {"network": new})
+    return [line for line in lines if line.split(":")[0].split(".")[1] not in HARMLESS]
+
+
+def _with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's node with what its signature says where the node says nothing."""
+    try:
+        known = signature(locate(node.get("_target_")))
+    except ValueError:  # another package's, which is not here: only what is written counts
+        known = None
+    parameters = () if known is None else known.parameters.values()
+    usual = {each.name: each.default for each in parameters if each.default is not each.empty}
+    plain: dict[str, Any] = json.loads(json.dumps({**usual, **node}, default=str))
+    return plain
+
+
+def _coefficients(
+    options: argparse.Namespace, tree: Mapping[str, Any], experiment: Config, path: Path
+) -> list[str]:
+    """The first of the four c's in which the objectives differ, within what is to be trained."""
+    if tree["objective"] == experiment.tree["objective"]:
+        return []
+    old: TrainingObjective = config.build(
+        config.load_resolved(tree, str(path), options.allow), "objective"
+    )
+    new: TrainingObjective = config.build(experiment, "objective")
+    sigma = LogUniform(*trained_range(new))(torch.linspace(0, 1, LEVELS, dtype=torch.float64))
+    before, after = (objective.preconditioning(sigma) for objective in (old, new))
+    for name, one, other in zip(after._fields, before, after, strict=True):
+        scale = torch.maximum(one.abs(), other.abs()).clamp(min=1e-6)
+        apart = (one - other).abs() / scale
+        if bool((apart > SAME).any()):
+            worst = int(apart.argmax())
+            changed = config.differences({"objective": tree["objective"]},
+                                         {"objective": experiment.tree["objective"]})  # fmt: skip
+            return [
+                f"{', '.join(changed)}: at sigma {float(sigma[worst]):.3g} {name} was "
+                f"{float(one[worst]):.4g}, here {float(other[worst]):.4g}"
+            ]
+    return []
+
+
+def _fitting(
+    options: argparse.Namespace,
+    experiment: Config,
+    loaded: Mapping[str, Any],
+    tree: Mapping[str, Any],
+    path: Path,
+) -> Start:
+    """The weights that the network takes; those of its labels begin anew where that is asked for.
+
+    Raises:
+        ValueError: another number of classes without a word, or the first key that does not fit.
+    """
+    objective: TrainingObjective = config.build(experiment, "objective")
+    wanted = objective.denoiser(parts.meta_network(experiment))
+    then, now = tree["network"].get("classes", 0), experiment.tree["network"].get("classes", 0)
+    if then == now and not options.fresh_labels:
+        return Start(path, checkpoints.match_weights(wanted, loaded, "ema", path), frozenset())
+    if not options.fresh_labels:
+        raise ValueError(
+            f"--from {path}: it was trained on {then} classes, this network is of {now}; begin its "
+            f"labels anew, and keep all else: --fresh-labels"
+        )
+    network = {**experiment.tree["network"], "classes": then}
+    same = dataclasses.replace(experiment, tree={**experiment.tree, "network": network})
+    # One class more or less shows which tensors are the labels'.
+    other = {**experiment.tree["network"], "classes": now + 1 if now else 0}
+    beside = dataclasses.replace(experiment, tree={**experiment.tree, "network": other})
+    state = checkpoints.match_weights(
+        objective.denoiser(parts.meta_network(same)), loaded, "ema", path
+    )
+    shapes = {key: value.shape for key, value in wanted.state_dict().items()}
+    compared = objective.denoiser(parts.meta_network(beside)).state_dict()
+    fresh = {
+        key
+        for key, shape in shapes.items()
+        if key not in state or state[key].shape != shape or compared[key].shape != shape
+    }
+    kept = {key: value for key, value in state.items() if key in shapes and key not in fresh}
+    return Start(path, kept, frozenset(fresh))
