@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -112,8 +113,8 @@ def test_a_set_covers_itself() -> None:
     real = normal(50, 4, seed=1)
     got = measure(real, real, 3)
     assert (got.precision, got.recall, got.coverage) == (1, 1, 1)
-    # Each ball holds its own feature, two nearer than its rim, and one on it, as rounding has it.
-    assert (1 + 2) / 3 <= got.density <= (1 + 3) / 3
+    # Each ball holds its own feature, two nearer than its rim, and the one on it.
+    assert got.density == (1 + 3) / 3
 
 
 def test_sets_far_apart_share_nothing() -> None:
@@ -160,24 +161,78 @@ def test_distances_far_from_the_origin_keep_their_digits() -> None:
     assert dataclasses.asdict(measure(real, generated, 3)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_blocks_are_squared_distances_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "ROWS", 4)
-    one, other = sets(10, 6)
-    parts = list(neighbours.blocks(one, other))
-    assert [tuple(part.shape) for part in parts] == [(4, 6), (4, 6), (2, 6)]
-    expected = (one[:, None] - other[None]).square().sum(dim=2)
-    torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-12, atol=1e-12)
-    # Of squares of 1e16 the last digit counts 4, and rounding goes either way.
-    assert all(part.min() >= 0 for part in neighbours.blocks(one + 1e8, one + 1e8))
+def in_fractions(real: Tensor, generated: Tensor, k: int) -> Counts:
+    """By rational numbers from all pairs: no rounding anywhere, balls are closed."""
+    x, y = ([[Fraction(v) for v in row] for row in rows.tolist()] for rows in (real, generated))
+
+    def squared(a: list[Fraction], b: list[Fraction]) -> Fraction:
+        return sum(((p - q) ** 2 for p, q in zip(a, b, strict=True)), Fraction(0))
+
+    def reaches(rows: list[list[Fraction]]) -> list[Fraction]:
+        return [sorted(squared(a, b) for b in rows)[k] for a in rows]
+
+    rx, ry = reaches(x), reaches(y)
+    holds = [[squared(g, r) <= reach for r, reach in zip(x, rx, strict=True)] for g in y]
+    back = [[squared(g, r) <= reach for g, reach in zip(y, ry, strict=True)] for r in x]
+    return Counts(
+        precision=sum(map(any, holds)) / len(y),
+        recall=sum(map(any, back)) / len(x),
+        density=sum(map(sum, holds)) / (k * len(y)),
+        coverage=sum(map(any, zip(*holds, strict=True))) / len(x),
+    )
 
 
-def test_centring_moves_both_sets_alike() -> None:
-    one, other = sets(10, 6)
-    here, there = neighbours.centred(one.float() + 100, other.float() + 100)
-    assert here.dtype == there.dtype == torch.float64
-    torch.testing.assert_close(here.mean(dim=0), -there.mean(dim=0), rtol=1e-9, atol=1e-9)
-    expected = torch.cdist(one.float().double(), other.float().double())
-    torch.testing.assert_close(torch.cdist(here, there), expected, rtol=1e-4, atol=1e-4)
+def copies(seed: int) -> tuple[Tensor, Tensor]:
+    """Two sets of float32 features far from zero that share rows, several of them many times."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = (torch.randn(14, 6, generator=generator) * 3 + 40).float()
+    real = pool[torch.randint(0, 10, (36,), generator=generator)]
+    return real, pool[torch.randint(4, 14, (31,), generator=generator)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_copies_are_in_a_ball_or_out_of_it_exactly(
+    monkeypatch: pytest.MonkeyPatch, seed: int, k: int
+) -> None:
+    real, generated = copies(seed)
+    expected = dataclasses.asdict(in_fractions(real, generated, k))
+    for rows, pairs in ((1000, 4096), (3, 5)):
+        monkeypatch.setattr(neighbours, "ROWS", rows)
+        monkeypatch.setattr(neighbours, "PAIRS", pairs)
+        for turn in range(3):
+            order = torch.Generator().manual_seed(turn)
+            one = real[torch.randperm(len(real), generator=order)]
+            other = generated[torch.randperm(len(generated), generator=order)]
+            assert dataclasses.asdict(measure(one, other, k)) == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1000.0])
+def test_places_on_the_rim_of_a_ball_are_in_it(shift: float) -> None:
+    # A square lattice: all four neighbours are equally far, in sums of whole numbers.
+    side = torch.arange(6, dtype=torch.float64) + shift
+    lattice = torch.cartesian_prod(side, side)
+    got = measure(lattice, lattice, 3)
+    assert dataclasses.asdict(got) == dataclasses.asdict(in_fractions(lattice, lattice, 3))
+
+
+def test_one_picture_again_and_again_is_measured() -> None:
+    real = torch.full((40, 5), 3.7)
+    assert measure(real, real[:9], 5) == Counts(1, 1, 40 / 5, 1)
+    other = torch.cat([real[:9], torch.full((3, 5), 4.0)])
+    # Balls of no size around nine copies hold copies alone.
+    assert measure(real, other, 5) == Counts(9 / 12, 1, 9 * 40 / (5 * 12), 1)
+
+
+def test_far_more_rows_than_a_block_agree_with_every_pair() -> None:
+    generator = torch.Generator().manual_seed(9)
+    real, other = (torch.randn(1300, 40, generator=generator).float() + 5 for _ in range(2))
+    x, y = real.double(), other.double()
+    reach = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(6).values
+    inside = torch.cdist(y, x, compute_mode="donot_use_mm_for_euclid_dist") <= reach
+    got = measure(real, other, 5)
+    assert got.density == pytest.approx(inside.sum().item() / (5 * 1300), rel=1e-12)
+    assert got.coverage == pytest.approx(inside.any(dim=0).double().mean().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", [PrecisionRecall, DensityCoverage])

@@ -19,7 +19,7 @@ from diffusion_pl.evaluation.drawing import batches
 from diffusion_pl.evaluation.provenance import surroundings
 from diffusion_pl.evaluation.settings import Evaluation, Metric
 from diffusion_pl.metrics import published, real_images
-from diffusion_pl.metrics.features import TILE, Extractor
+from diffusion_pl.metrics.features import TILE, Extractor, tile
 from diffusion_pl.metrics.real_images import RealImages
 from diffusion_pl.metrics.reference import Reference
 
@@ -136,17 +136,17 @@ def evaluate(
     share = ranks.share(settings.count, TILE)
     shown: list[Tensor] = [torch.empty(0, *drawn.shape, dtype=torch.uint8, device=drawn.device)]
     pieces = Pieces(drawn, range(first + share.start, first + share.stop), settings.batch_size)
-    for tile in pieces:
-        position = tile.start - first
+    for piece in pieces:
+        position = piece.start - first
         if position < settings.grid:
-            shown.append(tile.images[: settings.grid - position])
+            shown.append(piece.images[: settings.grid - position])
         if metrics:
             with torch.inference_mode():
-                features = extractor(tile.images)
+                features = tile(extractor, piece.images)
             for metric in metrics:
                 metric.update(features)
         if progress is not None:
-            progress(position + len(tile.images) - share.start, len(share))
+            progress(position + len(piece.images) - share.start, len(share))
         _ask(stop)
     for _ in range(_tiles(ranks.share(settings.count, TILE, of=0)) - _tiles(share)):
         _ask(stop)  # with those that have a tile more

@@ -17,33 +17,35 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.metrics.features import Extractor
-from diffusion_pl.metrics.neighbours import blocks, centred, radii
+from diffusion_pl.metrics.neighbours import Distinct, distinct, held
 from diffusion_pl.metrics.reference import Reference
 
 if TYPE_CHECKING:
     from diffusion_pl.metrics.accumulated import Kept
 
 
-def density_coverage(real: Tensor, generated: Tensor, k: int) -> tuple[float, float]:
+def density_coverage(real: Distinct, generated: Distinct, k: int) -> tuple[float, float]:
     """Density, at least 0 and about 1 for equal distributions, and coverage, in [0, 1].
 
+    A ball is closed, as in recall: it holds what is as far away as the neighbour it reaches to.
+
     Args:
-        real: float64 (M, D), M more than k.
-        generated: float64 (N, D).
+        real: M in all, more than k.
+        generated: N in all.
         k: the neighbour that the balls reach to.
     """
-    reach = radii(real, k)
-    held, met = 0, torch.zeros(len(real), dtype=torch.bool)
-    for block in blocks(generated, real):
-        inside = block <= reach
-        held += int(inside.sum())
-        met |= inside.any(dim=0)
-    return held / (k * len(generated)), met.double().mean().item()
+    inside, met = 0, torch.zeros(len(real.times), dtype=torch.bool)
+    for first, block in held(generated, real, k):
+        balls = block.long() @ real.times
+        inside += int(balls @ generated.times[first : first + len(block)])
+        met |= block.any(dim=0)
+    density = inside / (k * int(generated.times.sum()))
+    return density, int(real.times[met].sum()) / int(real.times.sum())
 
 
 def _measure(real: Tensor, k: int, generated: Tensor) -> dict[str, float]:
-    generated, real = centred(generated, real)
-    density, coverage = density_coverage(real, generated, k)
+    drawn, known = distinct(generated, real)
+    density, coverage = density_coverage(known, drawn, k)
     return {"density": density, "coverage": coverage}
 
 
@@ -59,6 +61,18 @@ class DensityCoverage:
 
     wants_features = True
 
+    def check_count(self, generated: int, real: int | None = None) -> None:
+        """Refuse too few real images; one generated image is enough.
+
+        Raises:
+            ValueError: as said.
+        """
+        if self.neighbours < 1 or (real is not None and real <= self.neighbours):
+            raise ValueError(
+                f"density and coverage: neighbour {self.neighbours} needs more real images "
+                f"(got {real})"
+            )
+
     def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Kept:
         """The metric of one evaluation of `count` images.
 
@@ -68,11 +82,7 @@ class DensityCoverage:
         if reference is None:
             raise ValueError("density and coverage: need a reference; name one or compute it")
         real = reference.images_for("density and coverage", extractor)
-        if not 1 <= self.neighbours < len(real):
-            raise ValueError(
-                f"density and coverage: neighbour {self.neighbours} needs more real images "
-                f"(got {len(real)})"
-            )
+        self.check_count(count, len(real))
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
 
         return Kept("pooled", extractor.dimension, partial(_measure, real, self.neighbours))

@@ -88,6 +88,23 @@ def require_rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
+@torch.no_grad()
+def tile(extractor: Extractor, images: Tensor) -> Features:
+    """Features of up to TILE images, always seen TILE at a time: equal images have equal features.
+
+    A short tile is filled with its last image; alone, an image would have other last digits than
+    its copy in a full one, and distances between them would not be zero.
+
+    Args:
+        extractor: the network.
+        images: uint8 (n, C, H, W), n from 1 to TILE.
+    """
+    count = len(images)
+    rest = images[-1:].expand(TILE - count, *images.shape[1:])
+    seen = extractor(torch.cat([images, rest]) if count < TILE else images)
+    return Features(*(None if part is None else part[:count] for part in seen))
+
+
 def load(name: str = "auto", weights: str | None = None, precision: str = "fp32") -> Extractor:
     """Load the extractor that an experiment names.
 

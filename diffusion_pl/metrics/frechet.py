@@ -127,6 +127,15 @@ class Frechet:
 
     wants_features = False
 
+    def check_count(self, generated: int, real: int | None = None) -> None:
+        """Refuse fewer images than have a covariance.
+
+        Raises:
+            ValueError: as said.
+        """
+        if generated < 2:
+            raise ValueError(f"Fréchet distance: needs at least 2 images (got {generated})")
+
     def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Summed:
         """The metric of one evaluation of `count` images.
 
@@ -142,8 +151,7 @@ class Frechet:
         known = reference.pooled if self.of == "pooled" else reference.spatial
         if known is None:
             raise ValueError(f"reference {reference.name}: has no moments of {self.of} features")
-        if count < 2:
-            raise ValueError(f"Fréchet distance: needs at least 2 images (got {count})")
+        self.check_count(count)
         from diffusion_pl.metrics.accumulated import Summed  # torchmetrics: 5 s of CPU
 
         key = "s" * (self.of == "spatial") + ("fid" if extractor.name == "inception" else "fd")

@@ -67,6 +67,19 @@ class InceptionScore:
 
     wants_features = False
 
+    def check_count(self, generated: int, real: int | None = None) -> None:
+        """Refuse fewer images than splits.
+
+        Raises:
+            ValueError: as said.
+        """
+        if self.splits < 1:
+            raise ValueError(f"classifier score: splits must be at least 1 (got {self.splits})")
+        if generated < self.splits:
+            raise ValueError(
+                f"classifier score: needs an image in each of {self.splits} splits (got {generated})"
+            )
+
     def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Kept:
         """The metric of one evaluation of `count` images; it needs no reference.
 
@@ -75,12 +88,7 @@ class InceptionScore:
         Raises:
             ValueError: no split, fewer images than splits, or an extractor without classes.
         """
-        if self.splits < 1:
-            raise ValueError(f"classifier score: splits must be at least 1 (got {self.splits})")
-        if count < self.splits:
-            raise ValueError(
-                f"classifier score: needs an image in each of {self.splits} splits (got {count})"
-            )
+        self.check_count(count)
         if not extractor.classes:
             raise ValueError(f"classifier score: {extractor.name} knows no classes")
         key = "is" if extractor.name == "inception" else "cs"

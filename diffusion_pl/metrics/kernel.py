@@ -23,6 +23,8 @@ from diffusion_pl.metrics.reference import Reference
 if TYPE_CHECKING:
     from diffusion_pl.metrics.accumulated import Kept
 
+LITERATURE = 1000  # images of a subset
+
 
 def discrepancy(one: Tensor, other: Tensor) -> float:
     """MMD^2 of as many features on either side.
@@ -57,29 +59,59 @@ def discrepancies(
     return values
 
 
-def _measure(key: str, real: Tensor, drawn: Kernel, generated: Tensor) -> dict[str, float]:
+def _measure(
+    key: str, real: Tensor, drawn: Kernel, size: int, generated: Tensor
+) -> dict[str, float]:
     values = torch.tensor(
-        discrepancies(generated, real, subsets=drawn.subsets, size=drawn.size, seed=drawn.seed),
+        discrepancies(generated, real, subsets=drawn.subsets, size=size, seed=drawn.seed),
         dtype=torch.float64,
     )
-    return {key: values.mean().item(), f"{key}_std": values.std(correction=0).item()}
+    spread = {f"{key}_std": values.std(correction=0).item()}
+    varied = drawn.subsets > 1 and size < min(len(generated), len(real))
+    return {key: values.mean().item(), **(spread if varied else {})}
 
 
 @dataclass(frozen=True)
 class Kernel:
     """Names the kernel distance in an experiment; the evaluation builds it.
 
+    The spread is that of single subsets, not of their mean. It is left out where subsets cannot
+    vary: one alone, or of all the images of a side.
+
     Args:
         subsets: pairs of subsets; 100 in the literature.
-        size: images of a subset; 1,000 in the literature, and at least as many must be there.
+        size: images of a subset, at most as many as there are. None: the 1,000 of the literature,
+            or half of the smaller set where that is less.
         seed: of the subsets; torch-fidelity's by default.
     """
 
     subsets: int = 100
-    size: int = 1000
+    size: int | None = None
     seed: int = 2020
 
     wants_features = True
+
+    def size_for(self, generated: int, real: int) -> int:
+        """Images of a subset of so many."""
+        return self.size or min(LITERATURE, min(generated, real) // 2)
+
+    def check_count(self, generated: int, real: int | None = None) -> None:
+        """Refuse too few images.
+
+        Raises:
+            ValueError: as said.
+        """
+        if self.subsets < 1 or (self.size is not None and self.size < 2):
+            raise ValueError("kernel distance: needs a subset, and two images in it")
+        fewest = generated if real is None else min(generated, real)
+        counts = f"(got {generated} generated{'' if real is None else f', {real} real'})"
+        if self.size is not None and fewest < self.size:
+            raise ValueError(
+                f"kernel distance: subsets of {self.size} need as many images {counts}; lower its "
+                "size, or leave it out"
+            )
+        if self.size is None and fewest < 4:
+            raise ValueError(f"kernel distance: needs at least 4 images on either side {counts}")
 
     def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Kept:
         """The metric of one evaluation of `count` images.
@@ -90,14 +122,11 @@ class Kernel:
         if reference is None:
             raise ValueError("kernel distance: needs a reference; name one or compute it")
         real = reference.images_for("the kernel distance", extractor)
-        if self.subsets < 1 or self.size < 2:
-            raise ValueError("kernel distance: needs a subset, and two images in it")
-        if min(count, len(real)) < self.size:
-            raise ValueError(
-                f"kernel distance: subsets of {self.size} need as many images "
-                f"(got {count} generated, {len(real)} real); lower its size"
-            )
+        self.check_count(count, len(real))
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
 
         key = "kid" if extractor.name == "inception" else "kd"
-        return Kept("pooled", extractor.dimension, partial(_measure, key, real, self))
+        size = self.size_for(count, len(real))
+        metric = Kept("pooled", extractor.dimension, partial(_measure, key, real, self, size))
+        metric.notes = {"subsets": self.subsets, "subset_size": size}
+        return metric

@@ -17,29 +17,28 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.metrics.features import Extractor
-from diffusion_pl.metrics.neighbours import blocks, centred, radii
+from diffusion_pl.metrics.neighbours import Distinct, distinct, held
 from diffusion_pl.metrics.reference import Reference
 
 if TYPE_CHECKING:
     from diffusion_pl.metrics.accumulated import Kept
 
 
-def covered(points: Tensor, balls: Tensor, k: int) -> float:
+def covered(points: Distinct, balls: Distinct, k: int) -> float:
     """Share of the points that lie in a ball around some feature of `balls`.
 
     Args:
-        points: float64 (N, D).
-        balls: float64 (M, D), M more than k.
+        points: N in all.
+        balls: M in all, more than k.
         k: the neighbour that the balls reach to.
     """
-    reach = radii(balls, k)
-    inside = [(block <= reach).any(dim=1) for block in blocks(points, balls)]
-    return torch.cat(inside).double().mean().item()
+    inside = torch.cat([block.any(dim=1) for _, block in held(points, balls, k)])
+    return int(points.times[inside].sum()) / int(points.times.sum())
 
 
 def _measure(real: Tensor, k: int, generated: Tensor) -> dict[str, float]:
-    generated, real = centred(generated, real)
-    return {"precision": covered(generated, real, k), "recall": covered(real, generated, k)}
+    drawn, known = distinct(generated, real)
+    return {"precision": covered(drawn, known, k), "recall": covered(known, drawn, k)}
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,20 @@ class PrecisionRecall:
 
     wants_features = True
 
+    def check_count(self, generated: int, real: int | None = None) -> None:
+        """Refuse too few images on either side.
+
+        Raises:
+            ValueError: as said.
+        """
+        fewest = generated if real is None else min(generated, real)
+        if not 1 <= self.neighbours < fewest:
+            counts = f"{generated} generated" + ("" if real is None else f", {real} real")
+            raise ValueError(
+                f"precision and recall: neighbour {self.neighbours} needs more images "
+                f"(got {counts})"
+            )
+
     def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Kept:
         """The metric of one evaluation of `count` images.
 
@@ -63,11 +76,7 @@ class PrecisionRecall:
         if reference is None:
             raise ValueError("precision and recall: need a reference; name one or compute it")
         real = reference.images_for("precision and recall", extractor)
-        if not 1 <= self.neighbours < min(count, len(real)):
-            raise ValueError(
-                f"precision and recall: neighbour {self.neighbours} needs more images "
-                f"(got {count} generated, {len(real)} real)"
-            )
+        self.check_count(count, len(real))
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
 
         return Kept("pooled", extractor.dimension, partial(_measure, real, self.neighbours))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl import ranks
-from diffusion_pl.metrics.features import TILE, Extractor
+from diffusion_pl.metrics.features import TILE, Extractor, tile
 from diffusion_pl.metrics.moments import Moments, Rows, add_, moments
 from diffusion_pl.metrics.reference import Reference, load
 
@@ -82,14 +82,14 @@ def compute(
         raise ValueError(f"reference {images.name}: needs at least 2 images (got {count})")
     extractor.to(device)
     # Every rank looks at these: moments are summed about one mean.
-    about = extractor(images.read(torch.arange(min(TILE, count))).to(device))
+    about = tile(extractor, images.read(torch.arange(min(TILE, count))).to(device))
     pooled = _Sums(about.pooled)
     spatial = None if about.spatial is None else _Sums(about.spatial)
     kept = [about.pooled[:0]]
     share = ranks.share(count, TILE)
     for start in range(share.start, share.stop, TILE):
         indices = torch.arange(start, min(start + TILE, share.stop))
-        seen = extractor(images.read(indices).to(device))
+        seen = tile(extractor, images.read(indices).to(device))
         pooled.add(pooled.rows.add(seen.pooled))
         if spatial is not None and seen.spatial is not None:
             spatial.add(spatial.rows.add(seen.spatial))
