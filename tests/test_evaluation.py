@@ -168,7 +168,7 @@ def test_the_grid_is_of_the_first_images_measured(measured):
     assert torch.equal(shown, drawing().images(range(100, 109))[0])
 
 
-@pytest.mark.parametrize(("rank", "tiles"), [(0, [TILE, TILE]), (1, [TILE, TILE]), (2, [22])])
+@pytest.mark.parametrize(("rank", "tiles"), [(0, [TILE, TILE]), (1, [TILE, TILE]), (2, [TILE])])
 def test_every_rank_shows_whole_tiles_to_the_extractor(measured, monkeypatch, rank, tiles):
     measured(count=150, metrics=(Frechet(),))  # the reference is known before
     monkeypatch.setattr(ranks, "rank", lambda: rank)
@@ -218,7 +218,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(measured):
         made.denoiser.network.tint.fill_(float("nan"))  # drawing would fail otherwise
     for options, message in (
         ({"metrics": (InceptionScore(),), "count": 9}, "an image in each of 10 splits"),
-        ({"metrics": (Kernel(),)}, "subsets of 1000 need as many images"),
+        ({"metrics": (Kernel(size=1000),)}, "subsets of 1000 need as many images"),
         ({"metrics": (Frechet(of="spatial"),)}, "shapes has no spatial features"),
         ({"metrics": (PrecisionRecall(), Frechet()), "count": 3}, "neighbour 3 needs more images"),
         ({"metrics": (Frechet(),), "count": 1}, "needs at least 2 images"),

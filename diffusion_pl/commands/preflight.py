@@ -132,6 +132,8 @@ def _reference(experiment: Config, source: Source, opened: dict[int, Images]) ->
     settings: Evaluation = config.build(experiment, "evaluation")
     extractor = trust.extractor_of(experiment)
     if settings.reference is not None:
+        if published.only_images(Path(settings.reference)):
+            return f"{settings.reference}: its images are measured when the job starts"
         reference = published.open_reference(Path(settings.reference))
         if settings.metrics:
             reference.check(extractor, source.resolution)

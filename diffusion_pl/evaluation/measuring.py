@@ -18,9 +18,9 @@ from diffusion_pl import ranks
 from diffusion_pl.evaluation.drawing import batches
 from diffusion_pl.evaluation.provenance import surroundings
 from diffusion_pl.evaluation.settings import Evaluation, Metric
-from diffusion_pl.metrics import published, real_images
+from diffusion_pl.metrics import published
 from diffusion_pl.metrics.features import TILE, Extractor, tile
-from diffusion_pl.metrics.real_images import RealImages
+from diffusion_pl.metrics.real_images import KEPT, RealImages
 from diffusion_pl.metrics.reference import Reference
 
 Progress = Callable[[int, int], None]
@@ -69,16 +69,26 @@ def reference_of(
     Raises:
         ValueError: a file that is absent, no reference, or of another extractor.
     """
+    measuring = published.Measuring(extractor, folder, settings.wants_features, device, progress)
     if settings.reference is not None:
-        return published.open_reference(Path(settings.reference))
-    return real_images.cached(
-        folder,
-        images,
-        extractor,
-        keep=settings.wants_features,
-        device=device,
-        progress=progress,
-    )
+        check_counts(settings, None)
+        return published.open_reference(Path(settings.reference), measuring)
+    check_counts(settings, len(images))
+    return measuring.of(images)
+
+
+def check_counts(settings: Evaluation, real: int | None) -> None:
+    """Refuse what so few images cannot give, before any of them is looked at.
+
+    Args:
+        settings: which metrics, and of how many images.
+        real: images to compare with, None where that is not known.
+
+    Raises:
+        ValueError: the first metric that cannot be.
+    """
+    for metric in settings.metrics:
+        metric.check_count(settings.count, None if real is None else min(real, KEPT))
 
 
 def build(

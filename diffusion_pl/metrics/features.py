@@ -102,7 +102,9 @@ def tile(extractor: Extractor, images: Tensor) -> Features:
     count = len(images)
     rest = images[-1:].expand(TILE - count, *images.shape[1:])
     seen = extractor(torch.cat([images, rest]) if count < TILE else images)
-    return Features(*(None if part is None else part[:count] for part in seen))
+    logits = None if seen.logits is None else seen.logits[:count]
+    spatial = None if seen.spatial is None else seen.spatial[:count]
+    return Features(seen.pooled[:count], logits, spatial)
 
 
 def load(name: str = "auto", weights: str | None = None, precision: str = "fp32") -> Extractor:

@@ -77,7 +77,8 @@ class InceptionScore:
             raise ValueError(f"classifier score: splits must be at least 1 (got {self.splits})")
         if generated < self.splits:
             raise ValueError(
-                f"classifier score: needs an image in each of {self.splits} splits (got {generated})"
+                f"classifier score: needs an image in each of {self.splits} splits "
+                f"(got {generated})"
             )
 
     def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Kept:

@@ -1,42 +1,99 @@
-"""Reference statistics as others publish them: the .npz files of ADM and of EDM.
+"""Reference statistics as others publish them: .npz files of ADM, EDM, pytorch-fid and clean-fid.
 
     mu, sigma        mean (2048,) and covariance (2048, 2048) of Inception's pooled features
     mu_s, sigma_s    the same of the spatial ones, for sFID (ADM's files)
+    arr_0            images beside them, uint8 (N, R, R, 3): some of those that the moments are of
 
-They say neither how many images they are of nor at what resolution, so neither can be checked; the
-extractor is the published Inception, by agreement.
+The moments say neither how many images they are of nor at what resolution; the images say the
+latter, and they are what metrics that look at single images compare with. The extractor is the
+published Inception, by agreement. Of a file of images alone everything is measured.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import zipfile
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_pl.metrics import npz, real_images
+from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.moments import Moments
 from diffusion_pl.metrics.reference import Reference, load
 from diffusion_pl.names import plain
 
-# Means and covariances of 2,048 and 2,023 features in float64 are 64 MiB.
-_LARGEST = 256 * 1024**2
+logger = logging.getLogger(__name__)
+
+# In the names of clean-fid's files: how the images were made smaller or larger before.
+_CLEAN = re.compile(r"_(clean|legacy_pytorch)_(?:\w+_)?(?:\d+|na)(?:_kid)?$")
+_RESIZES = {
+    "clean": "Pillow's bicubic, antialiased, to 299 px (clean-fid)",
+    "legacy_pytorch": "torch's bilinear to 299 px (clean-fid's legacy_pytorch)",
+}
 
 
-def open_reference(path: Path) -> Reference:
+@dataclasses.dataclass(frozen=True)
+class Measuring:
+    """What images beside or without moments are measured with.
+
+    Args:
+        extractor: the features.
+        folder: where statistics are kept, by content.
+        keep: with the features of single images.
+        device: where to compute.
+        progress: called with (images done, images to do).
+    """
+
+    extractor: Extractor
+    folder: Path
+    keep: bool = False
+    device: torch.device | str = "cpu"
+    progress: Callable[[int, int], None] | None = None
+
+    def of(self, images: real_images.RealImages) -> Reference:
+        """The statistics of images, once measured taken from the folder."""
+        return real_images.cached(
+            self.folder,
+            images,
+            self.extractor,
+            keep=self.keep,
+            device=self.device,
+            progress=self.progress,
+        )
+
+
+def open_reference(path: Path, measuring: Measuring | None = None) -> Reference:
     """Read statistics of either kind: ours (.safetensors), or a published .npz.
+
+    Args:
+        path: the file.
+        measuring: what the images in an .npz are measured with; None: its moments alone are read.
 
     Raises:
         ValueError: the file is absent, damaged or holds no statistics.
     """
-    return load_npz(path) if path.suffix == ".npz" else load(path)
+    return load_npz(path, measuring) if path.suffix == ".npz" else load(path)
 
 
-def load_npz(path: Path) -> Reference:
-    """Read published statistics; nothing in the file is unpickled.
+def only_images(path: Path) -> bool:
+    """Whether a file is an .npz of images without moments, which must be measured first."""
+    try:
+        return path.suffix == ".npz" and "mu" not in npz.entries(path)
+    except Exception:  # opening it says what is wrong
+        return False
+
+
+def load_npz(path: Path, measuring: Measuring | None = None) -> Reference:
+    """Read published statistics; nothing in the file is unpickled, and only what is wanted read.
+
+    Args:
+        path: the file.
+        measuring: see `open_reference`.
 
     Raises:
         ValueError: the file is absent, damaged or holds no statistics of Inception's features.
@@ -44,51 +101,86 @@ def load_npz(path: Path) -> Reference:
     from diffusion_pl.metrics.inception import PUBLISHED, Inception  # torchvision: 2 s of CPU
 
     try:
-        content = path.read_bytes()
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > _LARGEST:
-            raise ValueError(f"unpacks to {unpacked:,} bytes")
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {
-                key: torch.from_numpy(np.asarray(file[key], dtype=np.float64))
-                for key in ("mu", "sigma", "mu_s", "sigma_s")
-                if key in file.files
-            }
+        found = npz.entries(path)
+        digest = npz.fingerprint(path)
     except Exception as error:
-        # zipfile and numpy pass on whatever a damaged entry or header makes them raise.
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not published statistics ({reason})") from error
-    pooled = _moments(path, arrays, "mu", "sigma", Inception.dimension)
+        raise _unfit(path, error) from error
+    images = _images(path, found)
+    if measuring is not None and images is not None:
+        inception = measuring.extractor.digest == PUBLISHED[:12]
+        if not inception and "mu" in found:
+            logger.warning(
+                "%s: its moments are of Inception's features; for %s its %s images are measured",
+                path, measuring.extractor.name, f"{len(images):,}",
+            )  # fmt: skip
+        if not inception or "mu" not in found:
+            return measuring.of(images)
+    if "feats" in found:
+        features = _array(path, found, "feats", (found["feats"].shape[0], Inception.dimension))
+        pooled = Moments(features.mean(dim=0), features.T.cov(), len(features))
+    else:
+        features = None
+        pooled = _moments(path, found, "mu", "sigma", Inception.dimension)
     spatial = None
-    if "mu_s" in arrays:
-        spatial = _moments(path, arrays, "mu_s", "sigma_s", Inception.spatial)
+    if "mu_s" in found:
+        spatial = _moments(path, found, "mu_s", "sigma_s", Inception.spatial)
+    if measuring is not None and measuring.keep and images is not None:
+        features = measuring.of(images).features
+    made = _CLEAN.search(path.stem)
     return Reference(
         name=plain(path.stem),
-        fingerprint=hashlib.sha256(content).hexdigest(),
-        resolution=0,
-        count=0,
+        fingerprint=digest,
+        resolution=0 if images is None else images.resolution,
+        count=pooled.count,
         extractor="inception",
         digest=PUBLISHED[:12],
-        resize=Inception.resize,
+        resize=Inception.resize if made is None else _RESIZES[made[1]],
         mean=pooled.mean,
         covariance=pooled.covariance,
         spatial=spatial,
+        features=None if features is None else features.float(),
     )
 
 
+def _images(path: Path, found: Mapping[str, npz.Entry]) -> npz.Arrays | None:
+    """The images of a file; None where it has none."""
+    entry = next((found[name] for name in npz.IMAGES if name in found), None)
+    if entry is None or ("mu" in found and npz.unfit(entry) is not None):
+        return None
+    return npz.arrays(path)
+
+
+def _unfit(path: Path, error: object) -> ValueError:
+    # zipfile and numpy pass on whatever a damaged entry or header makes them raise.
+    return ValueError(f"{path}: not published statistics ({' '.join(str(error).split())})")
+
+
+def _array(path: Path, found: Mapping[str, npz.Entry], key: str, shape: tuple[int, ...]) -> Tensor:
+    """One array in float64, its shape known to be that before it is read."""
+    if key not in found:
+        raise _unfit(path, f"no array {key!r}")
+    entry = found[key]
+    if not (np.issubdtype(entry.dtype, np.floating) or np.issubdtype(entry.dtype, np.integer)):
+        raise _unfit(path, f"{key} is of {entry.dtype}")
+    if entry.shape != shape:
+        raise ValueError(
+            f"{path}: {key} must be {shape} (got {entry.shape}); these are not statistics of "
+            "Inception's features"
+        )
+    try:
+        values = torch.from_numpy(npz.numbers(path, entry).astype(np.float64))
+    except Exception as error:
+        raise _unfit(path, error) from error
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{path}: {key} has values that are not finite")
+    return values
+
+
 def _moments(
-    path: Path, arrays: dict[str, Tensor], mean: str, covariance: str, dimension: int
+    path: Path, found: Mapping[str, npz.Entry], mean: str, covariance: str, dimension: int
 ) -> Moments:
-    shapes = {mean: (dimension,), covariance: (dimension, dimension)}
-    for key, shape in shapes.items():
-        if key not in arrays:
-            raise ValueError(f"{path}: not published statistics (no array {key!r})")
-        if tuple(arrays[key].shape) != shape:
-            raise ValueError(
-                f"{path}: {key} must be {shape} (got {tuple(arrays[key].shape)}); these are not "
-                "statistics of Inception's features"
-            )
-        if not torch.isfinite(arrays[key]).all():
-            raise ValueError(f"{path}: {key} has values that are not finite")
-    return Moments(arrays[mean], arrays[covariance], 0)
+    return Moments(
+        _array(path, found, mean, (dimension,)),
+        _array(path, found, covariance, (dimension, dimension)),
+        0,
+    )

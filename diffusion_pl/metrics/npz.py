@@ -1,0 +1,203 @@
+"""Archives of arrays (.npz) that others wrote: looked at by their headers, read by name alone.
+
+An archive says what is in it before anything is unpacked, so one of gigabytes costs only what is
+wanted of it, and one that unpacks to far more than it says or should is refused. Nothing is
+unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_pl.names import plain
+
+# An archive of images unpacks to a few times its size; to more than this only one made for it does.
+LARGEST_FACTOR = 64
+SMALL = 256 * 1024**2  # bytes, in which the factor is no matter
+
+IMAGES = ("images", "arr_0")  # our `sample`'s, and ADM's
+
+_LOCAL = struct.Struct("<26xHH")  # of a local header: the lengths of name and extra field
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An array that lies in an archive, by its header.
+
+    Args:
+        shape: of the array.
+        dtype: of its numbers; never of objects.
+        start: bytes of the header before the numbers.
+        info: where it lies.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    start: int
+    info: zipfile.ZipInfo
+
+    @property
+    def bytes(self) -> int:
+        """Of the numbers."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def entries(path: Path) -> Mapping[str, Entry]:
+    """What lies in an archive, by name; no array is read.
+
+    Raises:
+        Exception: whatever zipfile and numpy make of what is no archive of arrays.
+    """
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if not info.filename.endswith(".npy"):
+                continue
+            with archive.open(info) as file:
+                version = np.lib.format.read_magic(file)
+                read = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, by_columns, dtype = read(file)
+                start = file.tell()
+            name = info.filename.removesuffix(".npy")
+            if by_columns and len(shape) > 1:
+                raise ValueError(f"{name} is stored by columns; save it anew")
+            found[name] = Entry(shape, dtype, start, info)
+    if not found:
+        raise ValueError("no arrays in it")
+    return found
+
+
+def numbers(path: Path, entry: Entry) -> np.ndarray:
+    """Read one array.
+
+    Raises:
+        Exception: whatever a damaged one makes of itself; ValueError for one of objects, or one
+            that does not have the bytes that its header announces.
+    """
+    if entry.dtype.hasobject:
+        raise ValueError("an array of objects, which are not unpickled")
+    if entry.info.file_size != entry.start + entry.bytes:
+        raise ValueError(f"an array {entry.shape} in {entry.info.file_size:,} bytes")
+    with zipfile.ZipFile(path) as archive, archive.open(entry.info) as file:
+        file.read(entry.start)
+        content = file.read(entry.bytes + 1)
+    return np.frombuffer(content, entry.dtype).reshape(entry.shape)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """The images of an .npz file, as ADM's samples and our own `sample` write them.
+
+    Args:
+        name: of the file.
+        fingerprint: sha256 (hex) of the file.
+        array: uint8 (N, R, R, C); of a large file that is not compressed, still on the disk.
+    """
+
+    name: str
+    fingerprint: str
+    array: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @property
+    def resolution(self) -> int:
+        """Side of an image in pixels."""
+        side: int = self.array.shape[1]
+        return side
+
+    def read(self, indices: Tensor) -> Tensor:
+        """uint8 (n, C, R, R)."""
+        images = np.ascontiguousarray(self.array[indices.numpy()])
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def arrays(path: Path) -> Arrays:
+    """Open an .npz file of images: `images`, or `arr_0`, uint8 (N, R, R, C).
+
+    Raises:
+        ValueError: absent, damaged, or no such images in it.
+    """
+    try:
+        found = entries(path)
+        names = [name for name in IMAGES if name in found]
+        if not names:
+            raise ValueError(f"no array 'images' or 'arr_0' in it, only {list(found)}")
+        entry = found[names[0]]
+        if entry.dtype.hasobject:
+            raise ValueError(f"{names[0]} holds objects, which are not unpickled")
+        if problem := unfit(entry):
+            raise ValueError(f"{names[0]}: {problem}")
+        content = _images(path, entry)
+        digest = fingerprint(path)
+    except Exception as error:
+        # zipfile and numpy pass on whatever a damaged entry or header makes them raise.
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not an archive of images ({reason})") from error
+    return Arrays(plain(path.stem), digest, content)
+
+
+def unfit(entry: Entry) -> str | None:
+    """Why an array is none of images, and what to do about it; None for one that is."""
+    shape, dtype = entry.shape, entry.dtype
+    got = f"must be uint8 (N, R, R, 3) (got {dtype} {shape})"
+    if len(shape) == 3 and shape[1] == shape[2] and dtype == np.uint8:
+        return f"{got}; add the channel: x[..., None]"
+    if len(shape) != 4:
+        return got
+    if shape[1] in (1, 3) and shape[2] == shape[3] and shape[3] != shape[1]:
+        return f"{got}; channels stand last: x.transpose(0, 2, 3, 1)"
+    if dtype != np.uint8:
+        return f"{got}; save bytes, 0 to 255, as your sampler quantises them"
+    if shape[1] != shape[2]:
+        return f"{got}; images must be square"
+    if shape[3] == 4:
+        return f"{got}; put them on a ground, and leave the fourth channel out"
+    return None if shape[3] in (1, 3) and min(shape) > 0 else got
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 (hex) of a file of any size."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _images(path: Path, entry: Entry) -> np.ndarray:
+    """The array, left on the disk where it lies there as it is.
+
+    Raises:
+        ValueError: it unpacks to far more than its size, or has not the bytes it announces.
+    """
+    info = entry.info
+    if info.file_size != entry.start + entry.bytes:
+        raise ValueError(f"an array {entry.shape} in {info.file_size:,} bytes")
+    if info.compress_type != zipfile.ZIP_STORED or entry.bytes <= SMALL:
+        if info.file_size > max(LARGEST_FACTOR * path.stat().st_size, SMALL):
+            factor = info.file_size // path.stat().st_size
+            raise ValueError(f"unpacks to {info.file_size:,} bytes, {factor:,} times its size")
+        return numbers(path, entry)
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(30)
+    if len(header) < 30 or info.flag_bits & 1:
+        raise ValueError(f"{info.filename} cannot be read")
+    start = info.header_offset + 30 + sum(_LOCAL.unpack(header)) + entry.start
+    if start + entry.bytes > path.stat().st_size:
+        raise ValueError(f"{info.filename} is cut")
+    return np.memmap(path, entry.dtype, "r", start, entry.shape)
