@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import IO
 
 import torch
 from PIL import Image
@@ -73,12 +74,12 @@ def grid(
     return sheet
 
 
-def save_png(image: Tensor, path: Path) -> None:
+def save_png(image: Tensor, path: Path | IO[bytes]) -> None:
     """Write one image without loss.
 
     Args:
         image: uint8 (C, H, W), C = 1, 3 or 4 (with alpha).
-        path: the file; its folder must exist.
+        path: the file, whose folder must exist; or one that is open.
     """
     array = image.cpu().permute(1, 2, 0).numpy()
     Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path, format="PNG")

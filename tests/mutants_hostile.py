@@ -125,14 +125,8 @@ MUTANTS = [
         ("webdataset.utils.enforce_security = True", "webdataset.utils.enforce_security = False"),
     ),
     *at(
-        "evaluation/given.py",
-        "hostile_corpus",
-        ("if unpacked > max(LARGEST_FACTOR * size, SMALL):", "if False:"),
-        ("        _check_size(path, len(content))", "        abs(1)"),
-    ),
-    *at(
-        "metrics/published.py",
-        "hostile_corpus",
-        ("        if unpacked > _LARGEST:", "        if False:"),
+        "metrics/npz.py",
+        "hostile_corpus metrics_published",
+        ("if info.file_size > max(LARGEST_FACTOR * path.stat().st_size, SMALL):", "if False:"),
     ),
 ]  # fmt: skip

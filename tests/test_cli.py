@@ -126,16 +126,18 @@ def test_sampling_writes_images_a_grid_and_arrays(trained, run):
     result = json.loads(out)
     folder = Path(result["folder"])
     assert result["evaluations"] == 5
-    assert sorted(file.name for file in folder.glob("0*.png")) == [
+    assert result["images"] == str(folder / "images")
+    assert sorted(file.name for file in Path(result["images"]).iterdir()) == [
         f"{index:06d}.png" for index in range(5)
     ]
     images = np.load(folder / "images.npz")["images"]
     assert images.shape == (5, 16, 16, 3)
     for index in range(5):
-        with Image.open(folder / f"{index:06d}.png") as file:
+        with Image.open(folder / "images" / f"{index:06d}.png") as file:
             assert np.array_equal(np.asarray(file), images[index])
-    run("sample", "runs/tiny", "--count", "1", "--first", "3", "--seed", "1")
-    assert np.array_equal(np.load(folder / "images.npz")["images"][0], images[3])
+    words = ("--count", "1", "--first", "3", "--seed", "1", "--out", "other")
+    assert run("sample", "runs/tiny", *words)[0] == 0
+    assert np.array_equal(np.load("other/images.npz")["images"][0], images[3])
 
 
 @pytest.mark.parametrize(

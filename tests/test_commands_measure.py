@@ -84,13 +84,15 @@ def test_sampled_files_measure_like_the_run_that_drew_them(run, tmp_path):
     code, _, _ = run("sample", "runs/tiny", "--count", 20, "--out", tmp_path / "drawn")
     assert code == 0
     _, own, _ = run("evaluate", "runs/tiny", "--count", 20, "--metrics", "frechet")
-    (tmp_path / "drawn" / "grid.png").unlink()
-    for place in (tmp_path / "drawn" / "images.npz", tmp_path / "drawn"):
+    drawn = tmp_path / "drawn"
+    for place in (drawn / "images.npz", drawn, drawn / "images"):
         words = ("evaluate", place, "--reference", "tiny", "--features", "pixels")
         code, result, err = run(*words)
         assert code == 0, err
         assert values(result)["fd"] == pytest.approx(values(own)["fd"], rel=1e-9)
-        assert result["measures"][0]["source"] == str(place)
+        row = result["measures"][0]
+        assert (row["source"], row["n"]) == (str(place), 20)
+        assert row["drawn"]["settings"]["steps"] == 4
 
 
 def test_statistics_of_any_data_are_made_once_and_compared_with(run, home, tmp_path):

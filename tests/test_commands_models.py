@@ -161,7 +161,7 @@ def test_progressive_images_end_in_what_sample_draws(run):
     run("sample", "runs/tiny", "--count", 2, "--out", "drawn")
     for row in range(2):
         last = (Path(result["folder"]) / f"{row:06d}_004.png").read_bytes()
-        assert last == Path(f"drawn/{row:06d}.png").read_bytes()
+        assert last == Path(f"drawn/images/{row:06d}.png").read_bytes()
 
 
 def test_branches_share_their_beginning(run):
@@ -204,7 +204,7 @@ def test_a_run_exported_and_imported_draws_the_same(run):
     assert code == 0, err
     for folder in ("runs/tiny", "runs/again"):
         assert run("sample", folder, "--count", 1, "--out", folder.replace("/", "-"))[0] == 0
-    one, other = (Path(f"runs-{name}/000000.png").read_bytes() for name in ("tiny", "again"))
+    one, other = (Path(f"runs-{name}/images/000000.png").read_bytes() for name in ("tiny", "again"))
     assert one == other
     assert run("export", "runs/tiny", "tiny.safetensors")[0] == 2  # nothing is overwritten
     assert run("import", "safetensors", "tiny.safetensors", "runs/again")[0] == 2

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_pl.metrics import published
+from diffusion_pl.interop import statistics as interop_statistics
+from diffusion_pl.metrics import npz, published
+from diffusion_pl.metrics.features import Features
 from diffusion_pl.metrics.inception import PUBLISHED, Inception
 from diffusion_pl.metrics.reference import Reference
 
@@ -212,3 +214,198 @@ def test_words_for_numbers_are_refused(tmp_path: Path) -> None:
     assert "not published statistics" in refusal(words)
     write(tmp_path / "r.npz", mu=np.zeros(3, dtype=[("a", "f8"), ("b", "f8")]))
     assert "not published statistics" in refusal(tmp_path / "r.npz")
+
+
+# Images beside moments, or alone
+
+
+class Seen(torch.nn.Module):
+    """Shows what is measured: the means of the channels, and copies of them up to D."""
+
+    classes, spatial, precision, error = 0, 0, "fp32", None
+
+    def __init__(self, name: str, digest: str, dimension: int, resize: str) -> None:
+        super().__init__()
+        self.name, self.digest, self.dimension, self.resize = name, digest, dimension, resize
+
+    def forward(self, images: torch.Tensor) -> Features:
+        means = images.float().mean(dim=(2, 3)) / 255
+        return Features(torch.cat([means, means[:, :1].expand(-1, self.dimension - 3)], dim=1))
+
+
+def inception_like() -> Any:
+    return Seen("inception", PUBLISHED[:12], WIDE, Inception.resize)
+
+
+def pictures(count: int, side: int = 4) -> np.ndarray:
+    return np.random.RandomState(count).randint(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def adm(pooled: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> Path:
+    mean, covariance = pooled
+    return write(tmp_path / "adm.npz", arr_0=pictures(40), mu=mean, sigma=covariance)
+
+
+def test_images_beside_moments_are_what_single_images_are_compared_with(
+    adm: Path, pooled: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    measuring = published.Measuring(inception_like(), tmp_path / "kept", keep=True)
+    known = published.open_reference(adm, measuring)
+    np.testing.assert_array_equal(known.mean, pooled[0])  # of all images, which the file has not
+    assert known.resolution == 4
+    expected = pictures(40).mean(axis=(1, 2)) / 255
+    features = known.images_for("precision and recall", measuring.extractor)
+    np.testing.assert_allclose(features[:, :3], expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="resolution is 4, the evaluation has 8"):
+        known.check(measuring.extractor, 8)
+    without = published.open_reference(adm, published.Measuring(inception_like(), tmp_path))
+    assert (without.features, without.resolution) == (None, 4)
+
+
+def test_another_extractor_measures_the_images_and_not_the_moments(
+    adm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    measuring = published.Measuring(Seen("means", "1", 5, "none"), tmp_path / "kept", keep=True)
+    known = published.open_reference(adm, measuring)
+    assert (known.extractor, known.count, known.resolution) == ("means", 40, 4)
+    assert "its moments are of Inception's features; for means its 40 images" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["arr_0", "images"])
+def test_images_alone_are_a_reference(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path / "mine.npz", **{key: pictures(30)}, arr_1=np.arange(30))
+    for extractor in (inception_like(), Seen("means", "1", 5, "none")):
+        known = published.open_reference(path, published.Measuring(extractor, tmp_path / "kept"))
+        assert (known.name, known.count, known.resolution) == ("mine", 30, 4)
+        expected = pictures(30).mean(axis=(1, 2)) / 255
+        np.testing.assert_allclose(known.mean[:3], expected.mean(axis=0), rtol=1e-5)
+    assert published.only_images(path) and not published.only_images(tmp_path / "none.npz")
+    assert "no array 'mu'" in refusal(path)  # without an extractor nothing is measured
+
+
+def test_of_a_large_file_only_what_is_wanted_is_read(
+    pooled: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As of ADM's from 128 px up: more images than fit, and moments of a few MiB.
+    mean, covariance = pooled
+    path = write(tmp_path / "a.npz", arr_0=pictures(600, 8), mu=mean, sigma=covariance, extra=mean)
+    monkeypatch.setattr(npz, "SMALL", 1000)
+    held = npz.arrays(path)
+    assert isinstance(held.array, np.memmap)
+    indices = torch.tensor([5, 599, 0])
+    expected = pictures(600, 8)[indices].transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(held.read(indices), expected)
+    np.testing.assert_array_equal(published.load_npz(path).mean, mean)
+    # A header that promises more than is there.
+    content = path.read_bytes()
+    at = content.index(b"(600, 8, 8, 3)")
+    path.write_bytes(content[:at] + b"(900, 8, 8, 3)" + content[at + 14 :])
+    with pytest.raises(ValueError, match="not an archive of images"):
+        npz.arrays(path)
+
+
+def test_what_unpacks_to_far_more_than_its_size_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(npz, "SMALL", 1000)
+    np.savez_compressed(tmp_path / "bomb.npz", arr_0=np.zeros((5000, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="times its size"):
+        npz.arrays(tmp_path / "bomb.npz")
+    np.savez_compressed(tmp_path / "fine.npz", arr_0=pictures(50))
+    np.testing.assert_array_equal(npz.arrays(tmp_path / "fine.npz").array, pictures(50))
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (pictures(5).transpose(0, 3, 1, 2), r"channels stand last: x.transpose\(0, 2, 3, 1\)"),
+        ((pictures(5) / 255).astype(np.float32), "save bytes, 0 to 255"),
+        (pictures(5).astype(np.int64), "save bytes, 0 to 255"),
+        (pictures(5)[..., 0], r"add the channel: x\[..., None\]"),
+        (np.concatenate([pictures(5)] * 2, axis=3)[..., :4], "leave the fourth channel out"),
+        (pictures(5)[:, :, :3], "images must be square"),
+        (pictures(5)[:0], "must be uint8"),
+        (np.asfortranarray(pictures(5)), "stored by columns"),
+        (np.array([_Attack(Path("x"))], dtype=object), "objects, which are not unpickled"),
+    ],
+)
+def test_images_of_another_kind_are_named(tmp_path: Path, array: np.ndarray, says: str) -> None:
+    path = write(tmp_path / "x.npz", images=array)
+    with pytest.raises(ValueError, match=says) as error:
+        npz.arrays(path)
+    assert "\n" not in str(error.value)
+
+
+def test_grey_images_of_one_channel_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.npz", arr_0=pictures(5)[..., :1])
+    assert npz.arrays(path).read(torch.arange(5)).shape == (5, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "compared"),
+    [
+        ("cifar10_legacy_tensorflow_train_32", True),
+        ("cifar10_clean_train_32", False),
+        ("mine_clean_custom_na", False),
+        ("ffhq_legacy_pytorch_trainval70k_1024", False),
+        ("a_clean_house", True),
+    ],
+)
+def test_clean_fids_files_say_by_their_names_how_images_were_resized(
+    pooled: tuple[np.ndarray, np.ndarray], tmp_path: Path, name: str, compared: bool
+) -> None:
+    path = write(tmp_path / f"{name}.npz", mu=pooled[0], sigma=pooled[1])
+    known = published.load_npz(path)
+    if compared:
+        known.check(inception_like(), 32)
+    else:
+        with pytest.raises(ValueError, match=r"resize is .*clean-fid.*, the evaluation has Tensor"):
+            known.check(inception_like(), 32)
+
+
+def test_clean_fids_features_are_read(tmp_path: Path) -> None:
+    features = np.random.RandomState(0).randn(9, WIDE).astype(np.float32)
+    path = write(tmp_path / "x_legacy_tensorflow_train_32_kid.npz", feats=features)
+    known = published.load_npz(path)
+    np.testing.assert_allclose(known.mean, features.mean(axis=0, dtype=np.float64), atol=1e-7)
+    np.testing.assert_allclose(known.covariance[:5, :5], np.cov(features[:, :5].T), rtol=1e-5)
+    assert known.features is not None and known.count == 9
+    np.testing.assert_array_equal(known.features, features)
+
+
+def test_edm2s_pickles_are_read_without_running_them(tmp_path: Path) -> None:
+    # As training/calculate_metrics.py of EDM2 writes them: one dictionary a metric.
+    mean, covariance = statistics(WIDE, 3)
+    small, square = statistics(8, 4)
+    content = {
+        "fid": {"mu": mean, "sigma": covariance},
+        "fd_dinov2": {"mu": small, "sigma": square},
+    }
+    path = tmp_path / "img512.pkl"
+    path.write_bytes(pickle.dumps(content))
+    known = interop_statistics.open_reference(path, inception_like())
+    known.check(inception_like(), 512)
+    np.testing.assert_array_equal(known.mean, mean)
+    np.testing.assert_array_equal(known.covariance, covariance)
+    dino = Seen("dinov2-vit-l-14", "2", 8, "TensorFlow 1 bilinear to 224 px")
+    known = interop_statistics.open_reference(path, dino)
+    np.testing.assert_array_equal(known.mean, small)
+    with pytest.raises(ValueError, match=r"resize is torch's .*EDM2.*, the evaluation has Tensor"):
+        known.check(dino, 512)
+    with pytest.raises(ValueError, match="has statistics for fd_dinov2, fid, none for .* shapes"):
+        interop_statistics.open_reference(path, Seen("shapes", "1", 5, "none"))
+    victim = tmp_path / "victim"
+    for bad, says in (
+        (pickle.dumps({"fid": _Attack(victim)}), "not a pickle"),
+        (pickle.dumps({"fid": {"mu": mean[:5], "sigma": covariance}}), "mu must be"),
+        (pickle.dumps({"fid": {"mu": mean * np.nan, "sigma": covariance}}), "not finite"),
+        (pickle.dumps([1, 2]), "no statistics of EDM2's layout"),
+        (pickle.dumps({"mu": mean}), "no statistics of EDM2's layout"),
+        (b"nothing", "not a pickle"),
+    ):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=says) as error:
+            interop_statistics.open_reference(path, inception_like())
+        assert "\n" not in str(error.value)
+    assert not victim.exists()

@@ -74,6 +74,15 @@ def _add_measures(part: argparse.ArgumentParser) -> None:
         help="compare with it: statistics (.safetensors, .npz), an experiment's data, images",
     )
     part.add_argument(
+        "--resize", action="store_true", help="enlarge a reference's smaller pictures"
+    )
+    part.add_argument(
+        "--subset-size",
+        type=int,
+        metavar="N",
+        help="images of a subset of the kernel distance (1000, or half of the smaller set)",
+    )
+    part.add_argument(
         "--metrics",
         type=_words,
         metavar="NAME,...",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
+
+from PIL import Image
 
 from diffusion_pl import config
 from diffusion_pl.commands import parts
@@ -13,11 +17,12 @@ from diffusion_pl.data.originals import kind_of
 from diffusion_pl.data.shard_format import MANIFEST, Manifest
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Images, Source
+from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import published, real_images
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
 
-STATISTICS = (".safetensors", ".npz")
+STATISTICS = (".safetensors", ".npz", ".pkl")
 
 
 def source_of(named: str, resolution: int | None = None) -> Source:
@@ -63,7 +68,13 @@ def images_of(named: str, resolution: int | None = None) -> Images:
 
 
 def reference_of(
-    named: str, extractor: Extractor, *, resolution: int, keep: bool, device: str
+    named: str,
+    extractor: Extractor,
+    *,
+    resolution: int,
+    keep: bool,
+    device: str,
+    resize: bool = False,
 ) -> Reference:
     """What to compare with: a file of statistics, or a data set, measured once.
 
@@ -73,15 +84,51 @@ def reference_of(
         resolution: of the images to be compared, pixels.
         keep: with the features of single images.
         device: where to compute.
+        resize: make smaller pictures larger.
 
     Raises:
-        ValueError: nothing there, or unfit.
+        ValueError: nothing there, or unfit; pictures that are smaller than those compared.
     """
     path = Path(named)
+    if path.is_file() and path.suffix == ".pkl":
+        return statistics.open_reference(path, extractor)
     if path.is_file() and path.suffix in STATISTICS:
-        return published.open_reference(path)
-    images = images_of(named, resolution)
+        measuring = published.Measuring(extractor, parts.REFERENCES, keep, device)
+        return published.open_reference(path, measuring)
+    source = source_of(named, resolution)
+    if isinstance(source, ImageFolder):
+        _compare_sizes(source, resize)
+    source.prepare()
+    images = source.open(None if resolution == source.resolution else resolution)
     return real_images.cached(parts.REFERENCES, images, extractor, keep=keep, device=device)
+
+
+def _compare_sizes(folder: ImageFolder, resize: bool) -> None:
+    """See that no picture is enlarged unasked, and say where they are made smaller.
+
+    Raises:
+        ValueError: one is smaller than it is wanted.
+    """
+    listing, wanted = folder.listing(), folder.resolution
+    sides = {name: _shorter(listing.files.read(name)) for name in listing.names}
+    smallest = min(sides, key=lambda name: sides[name] or wanted)
+    if (least := sides[smallest] or wanted) < wanted and not resize:
+        raise ValueError(
+            f"{folder.path}/{smallest}: is of {least} px, and the images to be measured of "
+            f"{wanted}; it would be enlarged: compare with images of their size, or ask for it: "
+            "--resize"
+        )
+    if any((side or wanted) > wanted for side in sides.values()):
+        print(f"{folder.path}: its images are made smaller, to {wanted} px", file=sys.stderr)
+
+
+def _shorter(content: bytes) -> int | None:
+    """The shorter side of a picture in pixels, None for one that opening will name as broken."""
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            return min(picture.size)
+    except Exception:  # Pillow raises nearly anything
+        return None
 
 
 def _side(folder: ImageFolder) -> int:

@@ -4,51 +4,52 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
+import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
 
 from diffusion_pl import config
 from diffusion_pl.commands import data_sets, parts, runs, trust
+from diffusion_pl.commands.asked import Asked
+from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
 from diffusion_pl.evaluation import Evaluation, reference_of
 from diffusion_pl.evaluation.blocks import evaluate_blocks
 from diffusion_pl.evaluation.given import Given, arrays
 from diffusion_pl.evaluation.measuring import Drawn, Progress
-from diffusion_pl.evaluation.settings import MetricSettings
+from diffusion_pl.evaluation.provenance import described, surroundings
 from diffusion_pl.metrics import features
-from diffusion_pl.metrics.density_coverage import DensityCoverage
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.frechet import Frechet
-from diffusion_pl.metrics.inception_score import InceptionScore
-from diffusion_pl.metrics.kernel import Kernel
-from diffusion_pl.metrics.precision_recall import PrecisionRecall
+from diffusion_pl.metrics.real_images import KEPT
 from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.names import shown
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training.history import History
 from diffusion_pl.training.progress import in_words
 
 FAILURES: tuple[type[Exception], ...] = ()
 
-METRICS: Mapping[str, MetricSettings] = {
-    "frechet": Frechet(),
-    "spatial": Frechet(of="spatial"),
-    "score": InceptionScore(),
-    "kernel": Kernel(),
-    "precision_recall": PrecisionRecall(),
-    "density_coverage": DensityCoverage(),
-}
+ROWS = "evaluations.jsonl"
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure what is named, and say every number with all that it depends on."""
     target: Path = options.run
+    asked = Asked(options)
+    if options.blocks < 1:
+        raise ValueError(f"--blocks: must be at least 1 (got {options.blocks})")
+    kept: Kept | None = None
     if runs.is_run(target):
         opened = runs.open_run(options)
         about = {
@@ -58,59 +59,137 @@ def run(options: argparse.Namespace) -> int:
             "weights": options.weights,
         }
         extractor = extractor_of(options, opened.model.config)
-        own: Evaluation = config.build(opened.model.config, "evaluation")
-        settings = settings_of(options, own, extractor)
+        settings = asked.settings(config.build(opened.model.config, "evaluation"))
         drawn: Drawn = opened.drawing
-        reference = run_reference(options, opened, settings, extractor)
+        reference = run_reference(options, opened, settings, extractor, asked)
+        kept = Kept(opened, settings, extractor, reference)
     else:
         given = open_given(target, options.device)
         drawn, about = given, {"source": given.source}
         extractor = extractor_of(options, None)
-        everything = Evaluation(every=1, count=len(given.real), metrics=[Frechet()])
-        settings = settings_of(options, everything, extractor)
         if options.reference is None:
             raise ValueError(f"{target}: images are compared with something: --reference DATA")
-        reference = named_reference(options.reference, drawn, settings, extractor)
+        count = max(1, len(given.real) // options.blocks)
+        settings = asked.settings(Evaluation(every=1, count=count, metrics=[Frechet()]))
+        if (wanted := settings.count * options.blocks) > len(given.real):
+            raise ValueError(f"{target}: has {len(given.real):,} images, {wanted:,} are asked for")
+        reference = named_reference(options, drawn, settings, extractor)
+    reference.check(extractor, drawn.shape[1])
+    settings = asked.possible(settings, lambda m: m.build(extractor, reference, settings.count))
     with progress_bar("evaluation") as progress:
         rows, _ = evaluate_blocks(
-            drawn, settings, extractor, reference, blocks=options.blocks, progress=progress
+            drawn,
+            settings,
+            extractor,
+            reference,
+            blocks=options.blocks,
+            progress=progress,
+            known=kept.block if kept else None,
+            keep=kept.keep_block if kept else show_block,
         )
-    for row in rows:
-        print(shown(in_words(row)), file=sys.stderr)
-    print(json.dumps({**about, "measures": rows}, indent=2))
+    if rows:
+        table(rows)
+    result = {**about, "measures": rows}
+    if asked.left_out:
+        result["left_out"] = asked.left_out
+    if kept and rows:
+        result["rows"] = kept.keep(rows)
+    print(json.dumps(result, indent=2), flush=True)
+    for line in what_matters(target, rows, result):
+        print(shown(line), file=sys.stderr)
     return 0
 
 
-def settings_of(
-    options: argparse.Namespace, settings: Evaluation, extractor: Extractor
-) -> Evaluation:
-    """The experiment's evaluation, and over it what the command line says.
+class Kept:
+    """The rows of a run's evaluations, in its folder: each block as it is finished, then the whole.
 
-    Raises:
-        ValueError: a metric that is not known.
+    A block that was measured before, by the same code on the same machine, is not measured again.
+
+    Args:
+        opened: the run.
+        settings: of this evaluation.
+        extractor: the features.
+        reference: what is compared with.
     """
-    metrics = settings.metrics
-    count = settings.count if options.count is None else options.count
-    # The kernel distance is unbiased in any size of its subsets.
-    known = {**METRICS, "kernel": Kernel(size=min(count, Kernel.size))}
-    if options.metrics:
-        unknown = set(options.metrics) - set(METRICS) - {"all"}
-        if unknown:
-            raise ValueError(
-                f"--metrics: there is no {', '.join(sorted(unknown))}; "
-                f"choose of {', '.join(METRICS)} or all"
-            )
-        metrics = [known[name] for name in options.metrics if name != "all"]
-        if "all" in options.metrics:
-            lacking = {"spatial": extractor.spatial == 0, "score": extractor.classes == 0}
-            metrics = [known[name] for name in known if not lacking.get(name)]
-    return dataclasses.replace(
-        settings,
-        count=count,
-        batch_size=options.batch_size or settings.batch_size,
-        seed=options.seed,
-        metrics=metrics,
-    )
+
+    def __init__(
+        self, opened: runs.Opened, settings: Evaluation, extractor: Extractor, reference: Reference
+    ) -> None:
+        self.history = History(opened.folder / ROWS)
+        self.images = opened.model.images
+        about = {key: value for key, value in opened.drawing.about().items() if key != "checkpoint"}
+        self.depends = {
+            **about,
+            "digest": checkpoints.digest(opened.model.checkpoint),
+            "count": settings.count,
+            "metrics": [described(metric) for metric in settings.metrics],
+            "extractor": f"{extractor.name}-{extractor.digest}-{extractor.precision}",
+            "reference": [reference.fingerprint, reference.resolution, reference.count],
+            **surroundings(opened.drawing.device),
+        }
+
+    def block(self, number: int) -> list[dict[str, Any]]:
+        """The rows of a block that was finished before; none where there is no such."""
+        key = self._key(number)
+        rows = [row for row in self.history.rows() if row.get("block") == key]
+        return [{k: v for k, v in row.items() if k not in ("block", "images")} for row in rows]
+
+    def keep_block(self, number: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the rows of a finished block."""
+        self._write({"images": self.images, **row, "block": self._key(number)} for row in rows)
+
+    def keep(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
+        """Write the rows of the whole, and say where they are; None where they cannot be."""
+        return self._write({"images": self.images, **row} for row in rows)
+
+    def _write(self, rows: Iterable[Mapping[str, Any]]) -> str | None:
+        try:
+            self.history.append(*rows)
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # somebody else's run: the numbers are shown all the same
+            print(f"{self.history.path}: not kept ({error})", file=sys.stderr)
+            return None
+        return str(self.history.path)
+
+    def _key(self, number: int) -> str:
+        parts = {**self.depends, "block": number}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def show_block(number: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Say the numbers of a finished block, where there is no run to keep them in."""
+    print(shown(f"block {number}: {'; '.join(map(in_words, rows))}"), file=sys.stderr)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the numbers on stderr."""
+    first = rows[0]
+    lines = Table(title=Text(shown(first["name"].partition("@")[2])), box=box.SIMPLE_HEAD)
+    lines.add_column("number")
+    lines.add_column("value", justify="right")
+    several = "blocks" in first
+    for column in ("least", "spread") if several else ():
+        lines.add_column(column, justify="right")
+    for row in rows:
+        more = [f"{row['min']:.4g}", f"{row['spread']:.2g}"] if several else []
+        lines.add_row(Text(shown(row["name"].partition("@")[0])), f"{row['value']:.4g}", *more)
+    Console(stderr=True).print(lines)
+
+
+def what_matters(
+    target: Path, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
+) -> list[str]:
+    """The last three lines: the number, what it is of, and where it is kept or what comes next."""
+    if not rows:
+        return [f"{target}: its evaluation measures nothing; name what: --metrics NAME"]
+    first = rows[0]
+    model = [str(first[key]) for key in ("weights", "sampler") if first.get(key)]
+    words = ", ".join([*model, f"{first['n']:,} images"])
+    of = f"{result.get('checkpoint', target)}  {words}"
+    where = f"kept     {result['rows']}" if result.get("rows") else "kept     on stdout alone"
+    return [f"measured {in_words(first)}", f"of       {of}", where]
 
 
 def extractor_of(options: argparse.Namespace, experiment: config.Config | None) -> Extractor:
@@ -122,29 +201,38 @@ def extractor_of(options: argparse.Namespace, experiment: config.Config | None) 
 
 
 def run_reference(
-    options: argparse.Namespace, opened: runs.Opened, settings: Evaluation, extractor: Extractor
+    options: argparse.Namespace,
+    opened: runs.Opened,
+    settings: Evaluation,
+    extractor: Extractor,
+    asked: Asked,
 ) -> Reference:
     """What a run is compared with: what is named, else its evaluation's file, else its data."""
     if options.reference is not None:
-        return named_reference(options.reference, opened.drawing, settings, extractor)
+        return named_reference(options, opened.drawing, settings, extractor)
     source = trust.data_of(opened.model.config)
     source.prepare()
+    images = source.open()
+    if settings.reference is None:
+        real = min(len(images), KEPT)
+        settings = asked.possible(settings, lambda m: m.check_count(settings.count, real))
     with progress_bar("reference") as progress:
         return reference_of(
-            source.open(), settings, extractor, parts.REFERENCES, opened.drawing.device, progress
+            images, settings, extractor, parts.REFERENCES, opened.drawing.device, progress
         )
 
 
 def named_reference(
-    named: str, drawn: Drawn, settings: Evaluation, extractor: Extractor
+    options: argparse.Namespace, drawn: Drawn, settings: Evaluation, extractor: Extractor
 ) -> Reference:
     """A file of statistics, or a data set, by its word on the command line."""
     return data_sets.reference_of(
-        named,
+        options.reference,
         extractor,
         resolution=drawn.shape[1],
         keep=settings.wants_features,
         device=str(drawn.device),
+        resize=options.resize,
     )
 
 
@@ -157,11 +245,31 @@ def open_given(path: Path, device: str) -> Given:
     device = runs.device_named(device)
     if not path.exists():
         raise ValueError(f"{path}: there is no such run, nor images; runs lie under {parts.RUNS}/")
+    drawn = drawn_as(path)
     if path.suffix == ".npz":
         found = arrays(path)
-        return Given(found, found.array.shape[3], str(path), torch.device(device))
+        return Given(found, found.array.shape[3], str(path), torch.device(device), drawn)
     images = data_sets.images_of(str(path))
-    return Given(images, images.channels, str(path), torch.device(device))
+    return Given(images, images.channels, str(path), torch.device(device), drawn)
+
+
+def drawn_as(path: Path) -> dict[str, Any] | None:
+    """How images were drawn that `sample` wrote: its folder, that of the images, or its .npz.
+
+    Raises:
+        ValueError: not all of them are there yet.
+    """
+    ours = path.name in (PICTURES, "images.npz") and (path.parent / SAMPLE).is_file()
+    folder = path.parent if ours else path
+    said = None
+    with contextlib.suppress(ValueError):  # somebody else's file of that name
+        said = read_sample(folder) if (folder / PICTURES).is_dir() else None
+    if said is not None and not said.get("complete"):
+        raise ValueError(
+            f"{folder}: its images are not all drawn yet; the same `sample` command goes on"
+        )
+    about = ("run", "checkpoint", "first", "count", "settings")
+    return None if said is None else {key: said.get(key) for key in about}
 
 
 @contextlib.contextmanager

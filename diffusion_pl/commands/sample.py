@@ -1,17 +1,20 @@
-"""`sample`: draw images from a run: PNG files, a grid, an .npz; image i depends on (seed, i)."""
+"""`sample`: draw images from a run: PNG files, a grid, an .npz; image i depends on (seed, i).
+
+The same command with more images goes on; see `sample_folder`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import track
 
 from diffusion_pl.commands import runs
+from diffusion_pl.commands.sample_folder import OtherImages, SampleFolder
 from diffusion_pl.evaluation import batches
 from diffusion_pl.images import grid, save_png
 
@@ -27,33 +30,49 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--count must be positive (got {options.count}), --first at least 0")
     opened = runs.open_run(options, label=options.label)
     drawing = opened.drawing
-    folder: Path = options.out or opened.folder / "drawn"
-    folder.mkdir(parents=True, exist_ok=True)
-    indices = range(options.first, options.first + options.count)
-    pieces = list(batches(indices, options.batch_size or BATCH))
-    drawn, evaluations = [], 0
+    wanted = range(options.first, options.first + options.count)
+    folder, whole = folder_for(options.out, opened, wanted)
+    missing = folder.missing(whole)
+    pieces = list(batches(missing, options.batch_size or BATCH))
     for piece in track(pieces, "drawing", console=Console(stderr=True), transient=True):
-        images, evaluations = drawing.images(piece)
-        drawn.append(images.cpu())
-        for index, image in zip(piece, drawn[-1], strict=True):
-            save_png(image, folder / f"{index:06d}.png")
-    everything = torch.cat(drawn)
-    save_png(grid(everything[:GRID]), folder / "grid.png")
-    labels = drawing.labels(indices)
-    np.savez(
-        folder / "images.npz",
-        images=everything.permute(0, 2, 3, 1).numpy(),
-        labels=np.full(len(indices), -1) if labels is None else labels.numpy(),
-    )
+        images, folder.evaluations = drawing.images(piece)
+        folder.add(piece, images.cpu())
+    folder.finish(whole)
+    sheet = folder.folder / "grid.png"
+    save_png(grid(folder.read(whole[:GRID])), sheet)
     print(
         json.dumps(
             {
-                "folder": str(folder),
-                "grid": str(folder / "grid.png"),
+                "folder": str(folder.folder),
+                "images": str(folder.images),
+                "grid": str(sheet),
                 **opened.about(),
                 "count": options.count,
-                "evaluations": evaluations,
+                "drawn": len(missing),
+                "total": len(whole),
+                "evaluations": folder.evaluations,
             }
         )
     )
     return 0
+
+
+def folder_for(out: Path | None, opened: runs.Opened, wanted: range) -> tuple[SampleFolder, range]:
+    """Where the images go, and which it will hold: what is named, else one of the run's own.
+
+    Those are RUN/drawn, and for images of other settings RUN/drawn-2, RUN/drawn-3, ...
+
+    Raises:
+        ValueError: the folder that is named holds other images.
+    """
+    if out is not None:
+        folder = SampleFolder(out, opened)
+        return folder, folder.begin(wanted)
+    for number in itertools.count(1):
+        name = "drawn" if number == 1 else f"drawn-{number}"
+        folder = SampleFolder(opened.folder / name, opened)
+        try:
+            return folder, folder.begin(wanted)
+        except OtherImages:
+            continue
+    raise AssertionError

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from diffusion_pl import config
 from diffusion_pl.commands import evaluate, runs
+from diffusion_pl.commands.asked import Asked
 from diffusion_pl.evaluation import Drawing, Evaluation
 from diffusion_pl.evaluation import evaluate as measure
 from diffusion_pl.evaluation.pareto import pareto
@@ -64,9 +65,10 @@ def run(options: argparse.Namespace) -> int:
     }
     opened = runs.Opened(model.checkpoint.parent.parent, model, drawings[first])
     extractor = evaluate.extractor_of(options, opened.model.config)
-    own: Evaluation = config.build(opened.model.config, "evaluation")
-    settings = evaluate.settings_of(options, own, extractor)
-    reference = evaluate.run_reference(options, opened, settings, extractor)
+    asked = Asked(options)
+    settings = asked.settings(config.build(opened.model.config, "evaluation"))
+    reference = evaluate.run_reference(options, opened, settings, extractor, asked)
+    settings = asked.possible(settings, lambda m: m.build(extractor, reference, settings.count))
     folder: Path = options.out or opened.folder / "sweep"
     folder.mkdir(parents=True, exist_ok=True)
     history = History(folder / "rows.jsonl", point=str)

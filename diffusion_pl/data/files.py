@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp"})
 
@@ -23,6 +25,9 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 # A file of more bytes than the largest image has when decoded holds something else.
 LARGEST_FILE = 256 * 1024**2
+
+# What `sample` writes into its folder: how the images were drawn, and the folder that holds them.
+SAMPLE, PICTURES = "sample.json", "images"
 
 # What systems and programs leave in folders, beside names that begin with a point.
 _LEFTOVERS = frozenset(
@@ -82,6 +87,29 @@ class Files(Protocol):
         """What a change of the file changes, found without reading it."""
 
 
+def read_sample(folder: Path) -> dict[str, Any] | None:
+    """What sample.json says of the images that were drawn into a folder; None where there is none.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    path = folder / SAMPLE
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError("too large")
+        said = json.loads(path.read_bytes())
+        if not isinstance(said, dict) or type(said.get("settings")) is not dict:
+            raise ValueError("it has no settings")
+        if not all(type(said.get(key)) is int and said[key] >= 0 for key in ("first", "count")):
+            raise ValueError("it does not count its images")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: says nothing of drawn images ({reason}); remove it") from error
+    return said
+
+
 def opened(path: str) -> Files:
     """The files of a folder or of a zip file.
 
@@ -90,7 +118,11 @@ def opened(path: str) -> Files:
     """
     place = Path(path)
     if place.is_dir():
-        return FolderFiles(place)
+        drawn = None
+        if (place / PICTURES).is_dir():  # else a sample.json is somebody else's
+            with contextlib.suppress(ValueError):
+                drawn = read_sample(place)
+        return FolderFiles(place if drawn is None else place / PICTURES)
     if place.is_file():
         return ZipFiles(place)
     raise ValueError(f"{path}: no such folder or zip file")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,17 +21,23 @@ def evaluate_blocks(
     *,
     blocks: int,
     progress: Progress | None = None,
-) -> tuple[list[dict[str, Any]], Tensor]:
+    known: Callable[[int], list[dict[str, Any]]] | None = None,
+    keep: Callable[[int, list[dict[str, Any]]], object] | None = None,
+) -> tuple[list[dict[str, Any]], Tensor | None]:
     """Measure images 0 to n - 1, n to 2 n - 1, ... apart; see `evaluate`.
 
     Karras 2022, section 5, reports the least of three such blocks.
 
     Args:
         blocks: how many, at least 1.
+        known: of several, the rows of a block that was finished before, by its number; or none.
+        keep: told the rows of each of several as it is finished, so that a later failure loses
+            nothing.
 
     Returns:
         One row a number, its "value" the mean over the blocks when there are several, with "min",
-        "spread" (largest less least) and "blocks" beside it; and the first images.
+        "spread" (largest less least) and "blocks" beside it; and the first images, None where
+        nothing was drawn.
 
     Raises:
         ValueError: no block, or as `evaluate`.
@@ -41,6 +47,10 @@ def evaluate_blocks(
     measured = []
     pictures: Tensor | None = None
     for block in range(blocks):
+        found = known(block) if known is not None and blocks > 1 else []
+        if found:
+            measured.append(found)
+            continue
         rows, shown = evaluate(
             drawn,
             settings,
@@ -51,7 +61,8 @@ def evaluate_blocks(
         )
         measured.append(rows)
         pictures = shown if pictures is None else pictures
-    assert pictures is not None
+        if keep is not None and blocks > 1:
+            keep(block, rows)
     if blocks == 1:
         return measured[0], pictures
     return [summary(rows) for rows in zip(*measured, strict=True)], pictures

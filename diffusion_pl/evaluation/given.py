@@ -24,12 +24,14 @@ class Given:
         channels: of an image.
         source: where they lie, for the numbers.
         device: where to measure them.
+        drawn: how `sample` drew them, where it did.
     """
 
     real: RealImages
     channels: int
     source: str
     device: torch.device
+    drawn: Mapping[str, Any] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -50,4 +52,5 @@ class Given:
 
     def about(self) -> Mapping[str, Any]:
         """What a number says of these images."""
-        return {"source": self.source, "source_fingerprint": self.real.fingerprint}
+        drawn = {} if self.drawn is None else {"drawn": self.drawn}
+        return {"source": self.source, "source_fingerprint": self.real.fingerprint, **drawn}

@@ -143,13 +143,13 @@ class _Array:
 
     def __init__(self, *arguments: object) -> None:
         self.shape: tuple[int, ...] = ()
-        self.data = b""
+        self.data, self.code = b"", "u1"
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, _, data = state
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
             raise ValueError("a numpy array without bytes")
-        self.shape, self.data = shape, data
+        self.shape, self.data, self.code = shape, data, dtype.code
 
 
 class _Storage:

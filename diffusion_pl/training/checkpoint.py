@@ -100,6 +100,17 @@ def _digest(path: Path, length: int) -> str:
     return sha256.hexdigest()
 
 
+def digest(path: Path) -> str:
+    """sha256 (hex) of a checkpoint: the one that it carries, else that of the whole file."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _COMMENT_BYTES))
+        end = file.read()
+    if end.startswith(_MARK):
+        return end[len(_MARK) :].decode(errors="replace")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def point_to(path: Path) -> None:
     """Make the `latest` pointer beside a checkpoint name it."""
     write_atomically(path.parent / LATEST, lambda file: file.write(path.name.encode()))

@@ -1,0 +1,104 @@
+"""Which numbers a command measures: those that it names, or all that can be."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+
+from diffusion_pl.evaluation import Evaluation
+from diffusion_pl.evaluation.settings import MetricSettings
+from diffusion_pl.metrics.density_coverage import DensityCoverage
+from diffusion_pl.metrics.frechet import Frechet
+from diffusion_pl.metrics.inception_score import InceptionScore
+from diffusion_pl.metrics.kernel import Kernel
+from diffusion_pl.metrics.precision_recall import PrecisionRecall
+
+METRICS: Mapping[str, MetricSettings] = {
+    "frechet": Frechet(),
+    "spatial": Frechet(of="spatial"),
+    "score": InceptionScore(),
+    "kernel": Kernel(),
+    "precision_recall": PrecisionRecall(),
+    "density_coverage": DensityCoverage(),
+}
+
+
+class Asked:
+    """What is asked for, and of "all" what had to be left out.
+
+    Args:
+        options: of a command that measures.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.everything = "all" in (options.metrics or ())
+        self.left_out: dict[str, str] = {}
+
+    def settings(self, own: Evaluation) -> Evaluation:
+        """The experiment's evaluation, and over it what the command line says.
+
+        Raises:
+            ValueError: a metric that is not known, or one that so many images cannot give.
+        """
+        options, metrics = self.options, list(own.metrics)
+        if options.metrics:
+            unknown = set(options.metrics) - set(METRICS) - {"all"}
+            if unknown:
+                raise ValueError(
+                    f"--metrics: there is no {', '.join(sorted(unknown))}; "
+                    f"choose of {', '.join(METRICS)} or all"
+                )
+            metrics = [METRICS[name] for name in options.metrics if name != "all"]
+            if self.everything:
+                metrics = list(METRICS.values())
+        if options.subset_size is not None:
+            if not any(isinstance(metric, Kernel) for metric in metrics):
+                raise ValueError("--subset-size: is of the kernel distance; add --metrics kernel")
+            metrics = [
+                dataclasses.replace(metric, size=options.subset_size)
+                if isinstance(metric, Kernel)
+                else metric
+                for metric in metrics
+            ]
+        settings = dataclasses.replace(
+            own,
+            count=own.count if options.count is None else options.count,
+            batch_size=options.batch_size or own.batch_size,
+            seed=options.seed,
+            metrics=metrics,
+        )
+        return self.possible(settings, lambda metric: metric.check_count(settings.count))
+
+    def possible(
+        self, settings: Evaluation, look: Callable[[MetricSettings], object]
+    ) -> Evaluation:
+        """The settings with those metrics that pass a look; of "all" the others are left out.
+
+        Raises:
+            ValueError: one that was asked for by its name does not pass, or none is left.
+        """
+        kept = []
+        for metric in settings.metrics:
+            try:
+                look(metric)
+            except ValueError as error:
+                if not self.everything:
+                    raise
+                self.left_out[_name_of(metric)] = str(error)
+                print(f"left out {_name_of(metric)}: {error}", file=sys.stderr)
+            else:
+                kept.append(metric)
+        if not kept and settings.metrics:
+            raise ValueError("--metrics all: nothing of it can be measured, for the reasons above")
+        return dataclasses.replace(settings, metrics=kept)
+
+
+def _name_of(metric: MetricSettings) -> str:
+    """The command line's word for a metric, else its class."""
+    for name, known in METRICS.items():
+        if type(known) is type(metric) and getattr(known, "of", 0) == getattr(metric, "of", 0):
+            return name
+    return type(metric).__name__

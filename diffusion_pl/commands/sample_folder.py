@@ -1,0 +1,160 @@
+"""A folder of drawn images: sample.json says how they came about, and images/ holds them alone.
+
+Image i depends on (seed, i) and on how it is drawn, not on what was drawn with it, so a folder
+grows by later draws of the same settings, and goes on where one was interrupted. Other settings
+are another folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion_pl.commands.runs import Opened
+from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
+from diffusion_pl.evaluation.provenance import surroundings
+from diffusion_pl.images import save_png
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training.writing import write_atomically
+
+FORMAT = 1
+
+
+class OtherImages(ValueError):
+    """A folder holds images that those to be drawn do not belong to."""
+
+
+class SampleFolder:
+    """One folder of drawn images.
+
+    Args:
+        folder: made if absent.
+        opened: the run that draws them.
+    """
+
+    def __init__(self, folder: Path, opened: Opened) -> None:
+        self.folder = folder
+        self.images = folder / PICTURES
+        self.opened = opened
+        self.evaluations = 0  # of an image
+
+    def begin(self, wanted: range) -> range:
+        """Make room for images; which the folder will then hold.
+
+        Raises:
+            OtherImages: it holds images of other settings, or of nobody knows which, or those that
+                are wanted do not follow them.
+        """
+        whole, settings = wanted, settings_of(self.opened)
+        try:
+            before = read_sample(self.folder)
+        except ValueError as error:
+            raise OtherImages(str(error)) from error
+        if before is None:
+            self._refuse_strangers()
+        else:
+            self._refuse_others(before, settings)
+            there = range(before["first"], before["first"] + before["count"])
+            if wanted.start > there.stop or wanted.stop < there.start:
+                raise OtherImages(
+                    f"{self.folder}: holds images {there.start} to {there.stop - 1}; go on with "
+                    f"--first {there.stop}, or draw into another folder: --out"
+                )
+            whole = range(min(there.start, wanted.start), max(there.stop, wanted.stop))
+            self.evaluations = before.get("evaluations") or 0
+        self.images.mkdir(parents=True, exist_ok=True)
+        self._write(whole, settings, complete=False)
+        return whole
+
+    def missing(self, whole: range) -> list[int]:
+        """Images that are not there yet."""
+        return [index for index in whole if not self.path_of(index).exists()]
+
+    def path_of(self, index: int) -> Path:
+        """Where an image lies."""
+        return self.images / f"{index:06d}.png"
+
+    def add(self, indices: Sequence[int], images: Tensor) -> None:
+        """Write images, each whole or not at all."""
+        for index, image in zip(indices, images, strict=True):
+            write_atomically(self.path_of(index), lambda file, image=image: save_png(image, file))
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """uint8 (n, C, H, W), from the files."""
+        return torch.stack(list(self._pixels(indices)))
+
+    def finish(self, whole: range) -> None:
+        """Write the same images as one array, and that all are there."""
+        labels = self.opened.drawing.labels(whole)
+        arrays: dict[str, Any] = {
+            "images": self.read(whole).permute(0, 2, 3, 1).numpy(),
+            "labels": np.full(len(whole), -1) if labels is None else labels.numpy(),
+        }
+        write_atomically(self.folder / "images.npz", lambda file: np.savez(file, **arrays))
+        self._write(whole, settings_of(self.opened), complete=True)
+
+    def _pixels(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        for index in indices:
+            with Image.open(self.path_of(index)) as file:
+                pixels = np.array(file)
+            yield torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+
+    def _write(self, whole: range, settings: Mapping[str, Any], *, complete: bool) -> None:
+        labels = self.opened.drawing.labels(whole)
+        said = {
+            "format": FORMAT,
+            "complete": complete,
+            "first": whole.start,
+            "count": len(whole),
+            "labels": None if labels is None else labels.tolist(),
+            "run": str(self.opened.folder),
+            "checkpoint": str(self.opened.model.checkpoint),
+            "settings": dict(settings),
+            "evaluations": self.evaluations,
+            **surroundings(self.opened.drawing.device),
+        }
+        text = json.dumps(said, indent=2) + "\n"
+        write_atomically(self.folder / SAMPLE, lambda file: file.write(text.encode()))
+
+    def _refuse_strangers(self) -> None:
+        held = [*self.folder.glob("*.png"), *self.folder.glob("*.npz"), *self.images.glob("*")]
+        if held:
+            raise OtherImages(
+                f"{self.folder}: holds {held[0].name}, and no {SAMPLE} that says how it was drawn; "
+                "draw into another folder: --out"
+            )
+
+    def _refuse_others(self, before: Mapping[str, Any], settings: dict[str, Any]) -> None:
+        known = before.get("settings")
+        old: dict[str, Any] = known if isinstance(known, dict) else {}
+        other = [
+            f"{key} {old.get(key)} -> {settings.get(key)}"
+            for key in old | settings
+            if old.get(key) != settings.get(key)
+        ]
+        if other:
+            raise OtherImages(
+                f"{self.folder}: holds {before['count']:,} images drawn otherwise "
+                f"({'; '.join(other)}); draw into another folder: --out"
+            )
+
+
+def settings_of(opened: Opened) -> dict[str, Any]:
+    """What decides an image beside its index, as it is written down; wherever the run lies."""
+    drawing = opened.drawing
+    about = {key: value for key, value in drawing.about().items() if key != "checkpoint"}
+    guide = about.pop("guide")
+    return {
+        **about,
+        "steps": drawing.sampler.steps,  # type: ignore[attr-defined]
+        "shape": list(drawing.shape),
+        "digest": checkpoints.digest(opened.model.checkpoint),
+        "guide": None if guide is None else checkpoints.digest(Path(guide)),
+    }
