@@ -12,16 +12,18 @@ from collections.abc import Iterator
 from urllib.parse import unquote_plus
 
 MASK = "***"
-_MASKED = re.compile(r"(?<=://)\*\*\*@|[^=&;#?\s]+=\*\*\*")
+# More than any address has. The patterns are bounded too: a stranger's text must not take minutes.
+_LONGEST = 65_536
+_MASKED = re.compile(r"(?<=://)\*\*\*@|=\*\*\*")
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s'\"<>]*")
 # What stands before the host: with a colon, a password, which may hold slashes; never a port.
 _PASSWORD = re.compile(
-    r"(?<=://)[^/?#@\s:\[]*:(?!\d*(?:[/?#]|$))[^\s]*@|(?<=://)[^/?#\s]*:[^/?#\s]*@"
+    r"(?<=://)[^/?#@\s:\[]{0,300}:(?!\d{0,9}(?:[/?#]|$))[^\s]{0,300}@|(?<=://)[^/?#\s]{0,300}:[^/?#\s]{0,300}@"
 )
 # Of these a name before the host is a token; of others, such as abfs:// and sftp://, a name.
-_USER = re.compile(r"\b(https?|s3a?|gs|gcs|webdavs?|davs?)://[^/?#\s]*@", re.IGNORECASE)
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_USER = re.compile(r"\b(https?|s3a?|gs|gcs|webdavs?|davs?)://[^/?#\s]{0,300}@", re.IGNORECASE)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://")
 _PARAMETER = re.compile(r"(?<=[?&;#])([^=&;#?]+)=[^&;#]*")
 _SECRET_WORD = re.compile(
     r"token|secret|passw|pwd|signature|credential|api[_-]?key|auth|private|session|jwt|access[_-]?key"
@@ -32,7 +34,7 @@ _SECRET_WORD = re.compile(
 _TOKEN = re.compile(
     r"\b(?:gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|hf_[A-Za-z0-9]{20,}"
     r"|A(?:KI|SI)A[A-Z0-9]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}|sk-[A-Za-z0-9]{20,}"
-    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})"
+    r"|eyJ[\w-]{8,500}\.[\w-]{8,500}\.[\w-]{8,})"
 )
 _HEADER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}")
 
@@ -50,7 +52,7 @@ _LIKE = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az", "ht
 
 def credential_in(text: str) -> str | None:
     """What in a text is a credential, in words that do not show it; None for nothing."""
-    text = _MASKED.sub("", text)
+    text = _MASKED.sub("", text[:_LONGEST])
     whole = [text] if _ADDRESS.match(text) else []  # a password may hold any sign
     for address in [*whole, *_ADDRESS.findall(text)]:
         if _PASSWORD.search(address):
@@ -94,9 +96,10 @@ def instead(text: str) -> str:
 def masked(text: str) -> str:
     """A text with the credentials of every address in it, and all known tokens, as ***."""
 
+    text, rest = text[:_LONGEST], text[_LONGEST:]
     text = _USER.sub(rf"\1://{MASK}@", _PASSWORD.sub(f"{MASK}@", text))
     text = _ADDRESS.sub(lambda address: _PARAMETER.sub(_hidden, address[0]), text)
-    return _HEADER.sub(rf"\1 {MASK}", _TOKEN.sub(MASK, text))
+    return _HEADER.sub(rf"\1 {MASK}", _TOKEN.sub(MASK, text)) + rest
 
 
 def _hidden(match: re.Match[str]) -> str:

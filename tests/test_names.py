@@ -209,6 +209,13 @@ def test_a_table_of_a_sweep_shows_a_name_as_it_is(capsys):
     assert "\x1b" not in text
 
 
+def test_a_plot_of_a_sweep_reads_no_formula_in_a_name(tmp_path):
+    row = {"checkpoint": "a.ckpt", "weights": "ema", "sampler": "$\\nope{$", "steps": 1}
+    row |= {"guidance": None, "evaluations": 1, "seconds": 1.0, "value": 2.0, "name": "$\\x{$/$_$"}
+    sweep.plot([row, {**row, "sampler": None, "steps": 2}], tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 0
+
+
 def test_a_finished_run_of_a_stranger_tells_its_numbers_without_steering(home, place, capsys):
     shutil.copytree(home / "runs/tiny", "runs/tiny")
     rows = Path("runs/tiny/metrics.jsonl")

@@ -5,6 +5,7 @@ The planted parts are harmless: they would make the folder `ran`.
 
 from __future__ import annotations
 
+import argparse
 import http.server
 import json
 import shutil
@@ -213,11 +214,27 @@ def test_verify_and_convert_read_and_build_nothing(place, capsys):
     assert not Path("ran").exists()
 
 
-def test_the_data_of_an_imported_model_come_from_a_strangers_file(place, capsys):
+def imported(nodes, like=None):
+    """The experiment of an imported model."""
+    options = argparse.Namespace(dest=Path("runs/x"), like=like, allow=[], source=Path("model.pkl"))
+    own = {name: config.load("tiny").tree[name] for name in ("network", "objective", "sampler")}
+    return import_.experiment_of({**own, **nodes}, options, [])
+
+
+def test_the_data_of_an_imported_model_come_from_a_strangers_file(place):
     handed_on(lambda tree: tree.__setitem__("data", PLANTED["the command line"]))
-    nodes = {name: config.load("tiny").tree[name] for name in ("network", "objective")}
     with pytest.raises(ConfigError, match=r"data\._target_: is outside"):
-        import_.experiment_of(nodes, Path("runs/x"), "stranger/config.yaml")
+        imported({}, "stranger/config.yaml")
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_what_an_imported_file_says_of_its_network_is_a_strangers(planted, place):
+    """The settings of a published checkpoint are values of any kind, among them such nodes."""
+    network = config.load("tiny").tree["network"] | {"channel_mult": PLANTED[planted]}
+    for like in (None, "tiny"):
+        with pytest.raises(ConfigError, match=r"network\.channel_mult\._target_: is outside"):
+            imported({"network": network}, like)
     assert not Path("ran").exists()
 
 
@@ -456,6 +473,14 @@ def test_weights_that_run_when_they_are_read_are_not_read(place, capsys):
     handed_on(lambda tree: tree["features"].update(change))
     for command in ("evaluate", "train --from"):
         assert "features.weights: is TorchScript" in refused(OPENING[command], capsys)
+
+
+def test_code_that_an_extractor_would_fetch_is_not_fetched(place, capsys):
+    handed_on(lambda tree: tree["features"].update(name="dinov2-vit-s-14"))
+    for command in ("evaluate", "train --from", "launch"):
+        assert "features.name: runs what it fetches" in refused(OPENING[command], capsys)
+    assert main(["sample", "stranger", "--count", "1"]) == 0
+    assert main([*OPENING["evaluate"], "--features", "pixels"]) == 0
 
 
 def test_a_stranger_logs_to_no_account(place, capsys):

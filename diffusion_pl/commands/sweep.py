@@ -160,19 +160,24 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for name, line in lines.items():
             ordered = sorted(line, key=lambda row: row[cost])
             costs = [row[cost] for row in ordered]
-            axes.plot(costs, [row["value"] for row in ordered], "o-", label=name or None)
+            axes.plot(costs, [row["value"] for row in ordered], "o-", label=_written(name) or None)
         axes.set(
             xlabel=f"{cost}{' an image' * (cost == 'evaluations')}",
             xscale=scale(row[cost] for row in rows),
             yscale=scale(row["value"] for row in rows),
         )
         axes.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel(rows[0]["name"].partition("/")[0])
-    figure.suptitle(rows[0]["name"], fontsize="small")
+    panels[0].set_ylabel(_written(rows[0]["name"].partition("/")[0]))
+    figure.suptitle(_written(rows[0]["name"]), fontsize="small")
     if len(lines) > 1:
         panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _written(name: str) -> str:
+    """A name for a plot, which would read formulas between two $."""
+    return shown(name).replace("$", r"\$")
 
 
 def scale(values: Iterable[float]) -> str:

@@ -80,8 +80,11 @@ def check_features(experiment: Config) -> None:
     """
     node = experiment.get("features")
     weights = node.get("weights")
-    if weights is not None and str(node.get("name")).startswith("clip-"):
+    name = str(node.get("name"))
+    if weights is not None and name.startswith("clip-"):
         _require(experiment, "features.weights", weights, "is TorchScript, which runs when read,")
+    if name.startswith("dinov2-"):
+        _require(experiment, "features.name", name, "runs what it fetches, and nothing is fetched")
 
 
 def check_guide(experiment: Config) -> None:
