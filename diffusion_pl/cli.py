@@ -252,6 +252,9 @@ def _add_prepare(part: argparse.ArgumentParser) -> None:
     part.add_argument("--filter", default="lanczos", help="lanczos, box-bicubic or area (lanczos)")
     part.add_argument("--fit", default="crop", help="crop, pad (white) or exact (crop)")
     part.add_argument("--encoding", default="png", help="png, webp, raw or jpeg (png)")
+    part.add_argument(
+        "--channels", type=int, default=3, help="1 (grey), 3 (RGB) or 4 (RGB and a fourth) (3)"
+    )
     part.add_argument("--shard-images", type=int, default=1000, help="originals a shard (1000)")
     part.add_argument(
         "--labels", action=argparse.BooleanOptionalAction, help="of folders: the first of a path"

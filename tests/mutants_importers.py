@@ -106,6 +106,21 @@ MUTANTS = [
         ("if len(data) != length * dtype.itemsize:", "if False:"),
         ('raise ValueError("attributes of a function")', "pass"),
     ),
+    *at(
+        "data/decode.py",
+        "channels",
+        ("return arrays[0][:1]", "return arrays[0][2:] * 0"),
+        ("[arrays[0], arrays[1][:1]]", "[arrays[0], 255 - arrays[1][:1]]"),
+        ("if channels == 4 and image.has_transparency_data:", "if False:"),
+        ("bands = image.split()[:3]", 'bands = image.convert("RGB").split()[::-1]'),
+    ),
+    *at("data/write_shards.py", "channels", ("channels=recipe.channels", "channels=3")),
+    *at(
+        "data/prepare.py",
+        "channels",
+        ('            "channels": self.recipe.channels,\n', ""),
+    ),
+    *at("metrics/features.py", "channels", ("255 * (255 - alpha)", "0 * (255 - alpha)")),
     *at("data/pickle_program.py", "hostile_corpus", ("if number > MOST:", "if False:")),
     *at("data/container.py", "hostile_corpus", ('if b"bytearray" in program:', "if False:")),
     *at(

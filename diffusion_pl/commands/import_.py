@@ -138,9 +138,7 @@ def experiment_of(
             "batch_size": 128,
         }
         if network.get("channels", 3) != 3:
-            tree["data"]["_target_"] = "diffusion_pl.data.shards.Shards"
             tree["data"]["channels"] = network["channels"]
-            del tree["data"]["labels"]
         tree.setdefault("ema", {"_target_": "diffusion_pl.training.ema.EMA", "half_life": 500_000})
     experiment = config.load_resolved(tree, str(options.source), options.allow, overrides)
     experiment = dataclasses.replace(experiment, name=options.dest.name)

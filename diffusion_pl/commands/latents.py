@@ -29,18 +29,17 @@ def pictures(paths: Sequence[Path], drawing: Drawing) -> Tensor:
         float32 (n, 3, H, W) in [-1, 1].
 
     Raises:
-        ValueError: a file that is unreadable or of another size, or a model of one channel.
+        ValueError: a file that is unreadable or of another size.
     """
     channels, side, _ = drawing.shape
-    if channels != 3:
-        raise ValueError(f"image files are read as RGB, the model has {channels} channels")
     read = []
     for path in paths:
         try:
             data = path.read_bytes()
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-        read.append(torch.from_numpy(read_square(data, side, "exact", where=str(path)).copy()))
+        square = read_square(data, side, "exact", where=str(path), channels=channels)
+        read.append(torch.from_numpy(square.copy()))
     return from_bytes(torch.stack(read)).to(device(drawing))
 
 

@@ -74,6 +74,7 @@ def recipe(options: argparse.Namespace) -> Recipe:
         fit=options.fit,
         encoding=options.encoding,
         shard_images=options.shard_images,
+        channels=options.channels,
     )
 
 

@@ -298,6 +298,8 @@ def _fitting(batch_size: int, count: int) -> int:
 
 
 def _data(manifest: Manifest, folder: Path, side: int, batch_size: int) -> list[str]:
+    channels = manifest.channels
+    also = [f"data.channels={channels}", f"network.channels={channels}"] if channels != 3 else []
     return [
         "data._target_=diffusion_pl.data.shards.Shards",
         f"data.path={folder}",
@@ -305,6 +307,7 @@ def _data(manifest: Manifest, folder: Path, side: int, batch_size: int) -> list[
         f"data.batch_size={batch_size}",
         f"network.resolution={side}",
         f"network.classes={manifest.classes}",
+        *also,
     ]
 
 

@@ -1,11 +1,13 @@
-"""From the bytes of an image file to a square RGB image, by stated rules; the rest is refused.
+"""From the bytes of an image file to a square image, RGB but where one or four channels are wanted,
+by stated rules; the rest is refused.
 
 file                              becomes
 PNG, JPEG, WebP by content        read; any other format is refused, whatever its name
 grey, 1 bit, palette              RGB by repetition or by the palette
 16-bit grey                       v / 257, rounded (Pillow alone would clip to white)
 16-bit colour                     its high byte, at most one level from v / 257
-alpha, transparent colour         laid over white
+alpha, transparent colour         laid over white; of four channels, the fourth
+colour, where one is wanted       its luma (ITU-R 601), as Pillow's "L"
 CMYK                              RGB as Pillow converts it; colour profiles are ignored
 EXIF orientation                  applied; all other metadata is passed over, whole or broken
 a JPEG with further pictures      its first, which is the photograph
@@ -49,11 +51,70 @@ def decode(data: bytes, *, where: str, depths: Depths | None = None) -> Image.Im
     Raises:
         ValueError: broken, or refused by the rules above.
     """
+    return to_rgb(_upright(data, where, depths), where=where)
+
+
+def planes(
+    data: bytes, channels: int, *, where: str, depths: Depths | None = None
+) -> list[Image.Image]:
+    """Decode one image file of any number of channels, as RGB images that carry them.
+
+    What is done to an image is then done to RGB images alone; `joined` puts them together.
+
+    Args:
+        data: the file's bytes.
+        channels: 1, 3 or 4.
+        where: names the file in a complaint.
+        depths: takes note of an image of 16 bits.
+
+    Raises:
+        ValueError: as `decode`.
+    """
+    image = _upright(data, where, depths)
+    if channels == 4 and image.has_transparency_data:
+        return planes_of(image.convert("RGBA"), channels)
+    return planes_of(to_rgb(image, where=where), channels)
+
+
+def planes_of(image: Image.Image, channels: int) -> list[Image.Image]:
+    """The same of an RGB or RGBA image; one without alpha is opaque."""
+    if channels == 1:
+        return [image.convert("L").convert("RGB")]
+    if channels == 3:
+        return [image]
+    alpha = image.convert("RGBA").getchannel("A")
+    # The bands as they are: the fourth may be no alpha, and nothing is premultiplied.
+    bands = image.split()[:3]
+    return [Image.merge("RGB", bands), Image.merge("RGB", (alpha, alpha, alpha))]
+
+
+def joined(found: list[Image.Image], channels: int) -> npt.NDArray[np.uint8]:
+    """The pixels that the RGB images of `planes` carry, uint8 (C, H, W)."""
+    arrays = [np.array(image).transpose(2, 0, 1) for image in found]
+    if channels == 1:
+        return arrays[0][:1]
+    return arrays[0] if channels == 3 else np.concatenate([arrays[0], arrays[1][:1]])
+
+
+def check_channels(channels: int, where: str) -> None:
+    """Refuse a number of channels that no image has.
+
+    Raises:
+        ValueError: it is not 1, 3 or 4.
+    """
+    if channels not in (1, 3, 4):
+        raise ValueError(
+            f"{where}: channels must be 1 (grey), 3 (RGB) or 4 (RGB and a fourth, such as alpha; "
+            f"got {channels})"
+        )
+
+
+def _upright(data: bytes, where: str, depths: Depths | None) -> Image.Image:
     parts = bare(data)
     image = _loaded(parts.data, where)
     if depths is not None:
         depths.note(image, data)
-    return to_rgb(upright(image, parts), where=where)
+    return upright(image, parts)
 
 
 def _loaded(data: bytes, where: str) -> Image.Image:
@@ -163,16 +224,21 @@ def _central(image: Image.Image, side: int) -> Image.Image:
 
 
 def read_square(
-    data: bytes, resolution: int, fit: Fit, *, where: str, depths: Depths | None = None
+    data: bytes,
+    resolution: int,
+    fit: Fit,
+    *,
+    where: str,
+    depths: Depths | None = None,
+    channels: int = 3,
 ) -> npt.NDArray[np.uint8]:
     """Decode and fit one file; `depths` takes note of 16 bits.
 
     Returns:
-        uint8 (3, resolution, resolution).
+        uint8 (channels, resolution, resolution).
 
     Raises:
         ValueError: as `decode` and `fit_square`.
     """
-    decoded = decode(data, where=where, depths=depths)
-    image = fit_square(decoded, resolution, fit, where=where)
-    return np.array(image).transpose(2, 0, 1)
+    found = planes(data, channels, where=where, depths=depths)
+    return joined([fit_square(image, resolution, fit, where=where) for image in found], channels)

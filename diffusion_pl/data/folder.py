@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_pl import ranks
 from diffusion_pl.data.crops import Crop
-from diffusion_pl.data.decode import Fit, read_square
+from diffusion_pl.data.decode import Fit, check_channels, read_square
 from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.files import Files
 from diffusion_pl.data.layout import Listing, list_images
@@ -28,11 +28,12 @@ class _Decoded:
     where: str
     resolution: int
     fit: Fit
+    channels: int
     depths: Depths = field(default_factory=Depths)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.names), 3, self.resolution, self.resolution)
+        return (len(self.names), self.channels, self.resolution, self.resolution)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         images = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
@@ -41,7 +42,12 @@ class _Decoded:
             data = self.files.read(name)
             where = f"{self.where}/{name}"
             images[row] = read_square(
-                data, self.resolution, self.fit, where=where, depths=self.depths
+                data,
+                self.resolution,
+                self.fit,
+                where=where,
+                depths=self.depths,
+                channels=self.channels,
             )
         return torch.from_numpy(images)
 
@@ -63,6 +69,7 @@ class ImageFolder:
             name, and by number where all names are numbers.
         split: which of the folders train, val, test (and the like) to take, where there are such;
             `all` takes every one.
+        channels: 3 for RGB, 1 for grey, 4 for RGB and a fourth, such as alpha.
         batch_size: images per optimizer step, over all devices.
         workers: loader workers per device, and threads that decode while opening.
         hflip: mirror images at random.
@@ -77,16 +84,12 @@ class ImageFolder:
     labels: bool = False
     split: str | None = None
     _: KW_ONLY
+    channels: int = 3
     batch_size: int
     workers: int = 0
     hflip: bool = False
     shares: Mapping[int, float] | None = None
     crop: Crop | None = None
-
-    @property
-    def channels(self) -> int:
-        """RGB."""
-        return 3
 
     def prepare(self) -> None:
         """Look through the names; nothing is written or decoded.
@@ -109,6 +112,7 @@ class ImageFolder:
             raise ValueError(f"{self.path}: resolution must be positive (got {self.resolution})")
         if self.fit not in ("crop", "pad", "exact"):
             raise ValueError(f"{self.path}: fit is crop, pad or exact (got {self.fit!r})")
+        check_channels(self.channels, self.path)
         return list_images(self.path, labels=self.labels, split=self.split)
 
     def open(self, resolution: int | None = None) -> Images:
@@ -123,9 +127,12 @@ class ImageFolder:
         listing = self.listing()
         path = Path(self.path)
         stem = path.stem if path.is_file() else path.resolve().name
-        decoded = _Decoded(listing.files, listing.names, self.path, self.resolution, self.fit)
+        decoded = _Decoded(
+            listing.files, listing.names, self.path, self.resolution, self.fit, self.channels
+        )
+        kind = {1: "-grey", 4: "-rgba"}.get(self.channels, "")
         whole = load(
-            f"folder-{plain(stem)}-{self.resolution}",
+            f"folder-{plain(stem)}-{self.resolution}{kind}",
             decoded,
             None if listing.labels is None else torch.tensor(listing.labels),
             classes=listing.classes,

@@ -16,7 +16,8 @@ from PIL import Image
 RAW_HEADER = 128
 
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-_PNG_COLOURS = {"L": 0, "RGB": 2}
+_PNG_COLOURS = {"L": 0, "RGB": 2, "RGBA": 6}
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def raw_header(shape: tuple[int, ...]) -> bytes:
@@ -30,7 +31,7 @@ def decode_into(image: npt.NDArray[np.uint8], data: bytes | bytearray, encoding:
     """Decode a compressed image of known size.
 
     Args:
-        image: uint8 (C, R, R), C of 1 or 3, to be filled.
+        image: uint8 (C, R, R), C of 1, 3 or 4, to be filled.
         data: the file.
         encoding: png, webp or jpeg.
 
@@ -38,7 +39,7 @@ def decode_into(image: npt.NDArray[np.uint8], data: bytes | bytearray, encoding:
         ValueError: not such an image; one of another size is not decoded.
     """
     channels, height, width = image.shape
-    mode = "L" if channels == 1 else "RGB"
+    mode = _MODES[channels]
     decode = {"png": _png, "webp": _webp, "jpeg": _jpeg}[encoding]
     try:
         decoded = decode(data, mode, (width, height))

@@ -67,6 +67,7 @@ class Request:
             "filter": "drawn" if drawn else self.recipe.filter,
             "fit": "drawn" if drawn else self.recipe.fit,
             "shard_images": self.recipe.shard_images,
+            "channels": self.recipe.channels,
             "source": source,
         }
 
@@ -118,9 +119,10 @@ def prepare(
     )
     settings = request.settings() | {"name": request.name or originals.name}
     settings["source"] |= {"kind": kind} | listed(originals)
-    begun = settings
+    # As folders that were begun before there was a choice have it.
+    begun = {k: v for k, v in settings.items() if (k, v) != ("channels", 3)}
     if request.recipe.filter in CHANGED:
-        begun = settings | {"recipe": STEPS}
+        begun |= {"recipe": STEPS}
     with _claimed(folder, begun):
         job = Job(folder, originals, request.recipe, request.source.path)
         before = [(number, written(job, number)) for number in range(job.shards)]

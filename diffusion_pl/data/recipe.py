@@ -11,7 +11,14 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
-from diffusion_pl.data.decode import Fit, decode, fit_square
+from diffusion_pl.data.decode import (
+    Fit,
+    check_channels,
+    fit_square,
+    joined,
+    planes,
+    planes_of,
+)
 from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.originals import Original, Pixels
 from diffusion_pl.data.reduce import FILTERS
@@ -27,7 +34,7 @@ FITS = ("crop", "pad", "exact")
 # smaller than PNG at twice the time. JPEG: as many colours as grey levels, 4:4:4.
 _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "png": ("PNG", {"compress_level": 1}),
-    "webp": ("WEBP", {"lossless": True, "quality": 50, "method": 2}),
+    "webp": ("WEBP", {"lossless": True, "quality": 50, "method": 2, "exact": True}),
     "jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
 }
 _RAW_HEADER = 128
@@ -43,6 +50,7 @@ class Recipe:
         fit: crop to the central square, pad with white, or exact: squares of the largest side.
         encoding: png, webp, raw, or jpeg, which alone loses something.
         shard_images: originals a shard.
+        channels: 3 for RGB, 1 for grey, 4 for RGB and a fourth, such as alpha.
 
     Raises:
         ValueError: a name that is not known, or a number out of range.
@@ -53,6 +61,7 @@ class Recipe:
     fit: str = "crop"
     encoding: str = "png"
     shard_images: int = 1000
+    channels: int = 3
 
     def __post_init__(self) -> None:
         sides = self.resolutions
@@ -69,6 +78,9 @@ class Recipe:
         ):
             if value not in known:
                 raise ValueError(f"--{name} is {', '.join(known)} (got {value!r})")
+        check_channels(self.channels, "--channels")
+        if self.channels == 4 and self.encoding == "jpeg":
+            raise ValueError("--encoding: jpeg has no four channels; take png, webp or raw")
 
     @property
     def descending(self) -> list[int]:
@@ -86,35 +98,42 @@ class Recipe:
             depths: takes note of an image of 16 bits.
 
         Returns:
-            Pixels uint8 (3, R, R) by R, descending, and [width, height] of the original.
+            Pixels uint8 (channels, R, R) by R, descending, and [width, height] of the original.
 
         Raises:
             ValueError: an image that is broken, refused or far too small.
         """
         if isinstance(original.picture, Mapping):
-            drawn = {side: original.picture[side] for side in self.descending}
-            return drawn, [self.descending[0]] * 2
+            drawn = {side: self._of_pixels(original.picture[side]) for side in self.descending}
+            return {side: joined(each, self.channels) for side, each in drawn.items()}, [
+                self.descending[0]
+            ] * 2
         if isinstance(original.picture, bytes):
-            image = decode(original.picture, where=where, depths=depths)
+            images = planes(original.picture, self.channels, where=where, depths=depths)
         else:
-            image = Image.fromarray(np.ascontiguousarray(original.picture.transpose(1, 2, 0)))
-        size = list(image.size)
+            images = self._of_pixels(original.picture)
+        size = list(images[0].size)
         fit = cast(Fit, self.fit)
         if fit == "exact":
-            image = fit_square(image, self.descending[0], fit, where=where)
+            images = [fit_square(each, self.descending[0], fit, where=where) for each in images]
             fit = "crop"  # of a square: the whole
         resize = FILTERS[self.filter]
         found = {}
         for side in self.descending:
-            square = fit_square(image, side, fit, where=where, resize=resize)
-            found[side] = np.array(square).transpose(2, 0, 1)
+            squares = [fit_square(each, side, fit, where=where, resize=resize) for each in images]
+            found[side] = joined(squares, self.channels)
         return found, size
+
+    def _of_pixels(self, pixels: Pixels) -> list[Image.Image]:
+        """RGB pixels (3, H, W) as the images that carry our channels."""
+        image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        return planes_of(image, self.channels)
 
     def encoded(self, pixels: Pixels) -> tuple[bytes, Pixels]:
         """A square's bytes as a member of the shard, and the pixels that come back out of them.
 
         Args:
-            pixels: uint8 (3, R, R).
+            pixels: uint8 (channels, R, R).
         """
         buffer = io.BytesIO()
         if self.encoding == "raw":
@@ -122,11 +141,15 @@ class Recipe:
             assert len(buffer.getvalue()) == _RAW_HEADER + pixels.size
             return buffer.getvalue(), pixels
         name, options = _OPTIONS[self.encoding]
-        image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        grey = len(pixels) == 1
+        image = Image.fromarray(
+            pixels[0] if grey else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        )
         image.save(buffer, name, **options)
         if self.encoding == "jpeg":
             with Image.open(buffer) as lossy:
-                pixels = np.array(lossy).transpose(2, 0, 1)
+                array = np.array(lossy)
+                pixels = array[None] if grey else array.transpose(2, 0, 1)
         return buffer.getvalue(), pixels
 
 

@@ -196,6 +196,8 @@ class Manifest:
                 return f"{what} must be a whole number (got {number!r})"
         if not isinstance(self.name, str) or type(self.channels) is not int:
             return f"name and channels must be a word and a number (got {self.name!r})"
+        if self.channels not in (1, 3, 4):
+            return f"channels must be 1, 3 or 4 (got {self.channels})"
         sides = self.resolutions
         if not sides or sides != sorted(set(sides), reverse=True):
             return f"resolutions must descend (got {sides})"

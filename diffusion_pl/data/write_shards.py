@@ -269,7 +269,7 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
         count=len(rows),
         classes=originals.classes,
         class_names=originals.class_names,
-        channels=3,
+        channels=recipe.channels,
         resolutions=recipe.descending,
         encoding=recipe.encoding,
         filter=settings["filter"],
@@ -278,7 +278,9 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
         source=settings["source"],
         shards=[part.shard for part in shards],
         fingerprints={
-            side: fingerprint(digests[:, place].tobytes(), (len(rows), 3, side, side), labels)
+            side: fingerprint(
+                digests[:, place].tobytes(), (len(rows), recipe.channels, side, side), labels
+            )
             for place, side in enumerate(recipe.descending)
         },
         index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),

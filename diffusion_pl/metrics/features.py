@@ -69,10 +69,11 @@ def require_rgb(images: Tensor) -> Tensor:
     A float image has been neither clipped nor rounded: what is measured must be what is saved.
 
     Args:
-        images: uint8 (B, 3, H, W) or (B, 1, H, W).
+        images: uint8 (B, 3, H, W), (B, 1, H, W) or (B, 4, H, W), whose fourth channel is taken for
+            alpha: they are seen laid over white, as pictures are read as RGB.
 
     Returns:
-        uint8 (B, 3, H, W), a view.
+        uint8 (B, 3, H, W), a view but for four channels.
 
     Raises:
         ValueError: another dtype or shape.
@@ -81,10 +82,14 @@ def require_rgb(images: Tensor) -> Tensor:
         raise ValueError(
             f"extractor: images must be uint8 (got {images.dtype}); quantise with images.to_bytes"
         )
-    if images.dim() != 4 or images.shape[1] not in (1, 3):
+    if images.dim() != 4 or images.shape[1] not in (1, 3, 4):
         raise ValueError(
-            f"extractor: images must be (B, 3, H, W) or (B, 1, H, W) (got {tuple(images.shape)})"
+            f"extractor: images must be (B, C, H, W) with C of 1, 3 or 4 (got "
+            f"{tuple(images.shape)})"
         )
+    if images.shape[1] == 4:
+        colours, alpha = images.to(torch.int32).tensor_split([3], dim=1)
+        return ((colours * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
     return images.expand(-1, 3, -1, -1)
 
 
