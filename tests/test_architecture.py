@@ -130,3 +130,25 @@ def test_checkpoints_are_never_unpickled_freely():
         text = file.read_text()
         assert "weights_only=False" not in text, file
         assert "pickle.load" not in text.replace("pickle.loads_restricted", ""), file
+
+
+def _is_written_out(node: ast.expr) -> bool:
+    """Whether a terminal can take what is printed: text of ours, numbers, JSON, or `shown`."""
+    if isinstance(node, ast.JoinedStr):
+        return all(_is_written_out(part) for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        spec = ast.unparse(node.format_spec)[2:-1] if node.format_spec else ""
+        return spec[-1:] in tuple(",fg%d") or _is_written_out(node.value)
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func) in ("shown", "json.dumps") or "map(shown," in ast.unparse(
+            node
+        )
+    return isinstance(node, ast.Constant)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_names_are_written_out_where_they_are_printed(file):
+    """A name can hold what a terminal acts on: print(f"{shown(name)}: ..."), of `names`."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and node.args:
+            assert all(map(_is_written_out, node.args)), f"line {node.lineno}: use names.shown"

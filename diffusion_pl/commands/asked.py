@@ -14,6 +14,7 @@ from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.inception_score import InceptionScore
 from diffusion_pl.metrics.kernel import Kernel
 from diffusion_pl.metrics.precision_recall import PrecisionRecall
+from diffusion_pl.names import shown
 
 METRICS: Mapping[str, MetricSettings] = {
     "frechet": Frechet(),
@@ -88,7 +89,7 @@ class Asked:
                 if not self.everything:
                     raise
                 self.left_out[_name_of(metric)] = str(error)
-                print(f"left out {_name_of(metric)}: {error}", file=sys.stderr)
+                print(shown(f"left out {_name_of(metric)}: {error}"), file=sys.stderr)
             else:
                 kept.append(metric)
         if not kept and settings.metrics:

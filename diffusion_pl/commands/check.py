@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"{shown(str(name))}:")
         try:
             for title, text in meaning(name, options.overrides, options.allow):
-                print(f"{title:8} {shown(text)}")
+                print(shown(f"{title:8} {text}"))
         except ValueError as error:
             wrong.append(str(error))
     if wrong:

@@ -21,6 +21,7 @@ from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import published, real_images
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
+from diffusion_pl.names import shown
 
 STATISTICS = (".safetensors", ".npz", ".pkl")
 
@@ -119,7 +120,7 @@ def _compare_sizes(folder: ImageFolder, resize: bool) -> None:
             "--resize"
         )
     if any((side or wanted) > wanted for side in sides.values()):
-        print(f"{folder.path}: its images are made smaller, to {wanted} px", file=sys.stderr)
+        print(shown(f"{folder.path}: its images are made smaller, to {wanted} px"), file=sys.stderr)
 
 
 def _shorter(content: bytes) -> int | None:

@@ -149,7 +149,7 @@ class Kept:
             OSError,
             ValueError,
         ) as error:  # somebody else's run: the numbers are shown all the same
-            print(f"{self.history.path}: not kept ({error})", file=sys.stderr)
+            print(shown(f"{self.history.path}: not kept ({error})"), file=sys.stderr)
             return None
         return str(self.history.path)
 

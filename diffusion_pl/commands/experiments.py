@@ -20,5 +20,5 @@ def run(options: argparse.Namespace) -> int:
     for name, line in found.items():
         print(f"{shown(name):{width}}  {shown(line)}")
     if more := len(everything) - len(found):
-        print(f"and {more} that come with the package: experiments --all", file=sys.stderr)
+        print(shown(f"and {more} that come with the package: experiments --all"), file=sys.stderr)
     return 0

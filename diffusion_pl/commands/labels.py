@@ -7,6 +7,8 @@ import re
 import sys
 from collections.abc import Sequence
 
+from diffusion_pl.names import shown
+
 _NEAREST = 5
 
 
@@ -32,8 +34,10 @@ def class_of(word: str | int | None, names: Sequence[str], classes: int) -> int 
         index = int(text)
         if same and same != [index] and 0 <= index < len(names):
             print(
-                f"--label {text}: taken as the index, of class {names[index]!r}; the class called "
-                f"{text!r} is index {same[0]}",
+                shown(
+                    f"--label {text}: taken as the index, of class {names[index]!r}; the class "
+                    f"called {text!r} is index {same[0]}"
+                ),
                 file=sys.stderr,
             )
         return index

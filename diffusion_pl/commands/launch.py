@@ -164,4 +164,4 @@ def _tell(found: preflight.Found, where: str, notes: bool) -> None:
 
 
 def _line(title: str, text: str) -> None:
-    print(f"{title:8} {shown(text)}", flush=True)
+    print(shown(f"{title:8} {text}"), flush=True)

@@ -26,6 +26,7 @@ from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.timesteps import Timesteps
 from diffusion_pl.evaluation import batches
 from diffusion_pl.images import from_bytes
+from diffusion_pl.names import shown
 from diffusion_pl.objectives.likelihood import chain_of, variational_bound
 from diffusion_pl.samplers.flow_likelihood import (
     Refined,
@@ -173,8 +174,10 @@ def _flow(options: argparse.Namespace, opened: runs.Opened, images: Images) -> R
         flow = Refined(value, options.steps, float((value - coarse).mean().abs()))
     if flow.change >= _allowed(flow.value):
         print(
-            f"likelihood: {flow.steps} steps moved it by {flow.change:.2g} from half as many, more "
-            f"than {_allowed(flow.value):.2g}; take --steps {2 * flow.steps}",
+            shown(
+                f"likelihood: {flow.steps} steps moved it by {flow.change:.2g} from half as many, "
+                f"more than {_allowed(flow.value):.2g}; take --steps {2 * flow.steps}"
+            ),
             file=sys.stderr,
         )
     return flow

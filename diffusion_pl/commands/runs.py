@@ -21,6 +21,7 @@ from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.evaluation import Drawing, Evaluation
 from diffusion_pl.evaluation.provenance import described
+from diffusion_pl.names import shown
 from diffusion_pl.samplers.sampler import Visiting, check_range
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
@@ -152,7 +153,7 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
     model = open_model(options.run, options.weights, options.allow, options.set)
     drawn = drawing_of(options, model, **drawing)
     if drawn.changed:
-        print(drawn.changed, file=sys.stderr)
+        print(shown(drawn.changed), file=sys.stderr)
     return Opened(model.checkpoint.parent.parent, model, drawn.drawing)
 
 

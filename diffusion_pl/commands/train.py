@@ -82,9 +82,7 @@ def run(options: argparse.Namespace) -> int:
         raise failed from error
     if leads and result["stopped"]:
         images = f"{result['images']:,} of {budget:,} images"
-        print(
-            f"{shown(str(folder))}: stopped at {images}; the same command goes on", file=sys.stderr
-        )
+        print(shown(f"{folder}: stopped at {images}; the same command goes on"), file=sys.stderr)
     elif leads:
         report(folder, result["images"], result["rows"])
     # Lightning would kill the others if one that it started ended with any other code.

@@ -9,6 +9,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from diffusion_pl.names import shown
+
 _BLOCK = 1024**2
 _MIB = 1024**2
 _SECONDS_BETWEEN_REPORTS = 5.0
@@ -155,7 +157,7 @@ def _receive(answer: http.client.HTTPResponse, part: Path, start: int, *, progre
             if progress and time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
                 reported = time.monotonic()
                 of = "" if total is None else f" of {total / _MIB:.0f}"
-                print(f"{part.stem}: {done / _MIB:.0f}{of} MiB", file=sys.stderr)
+                print(shown(f"{part.stem}: {done / _MIB:.0f}{of} MiB"), file=sys.stderr)
         # On the disk before it gets its final name: a crash must not leave a hole behind the name.
         file.flush()
         os.fsync(file.fileno())

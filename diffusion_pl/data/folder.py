@@ -100,7 +100,7 @@ class ImageFolder:
         listing = self.listing()
         if ranks.leads_machine():
             for note in listing.notes:
-                print(f"{self.path}: {note}", file=sys.stderr)
+                print(shown(f"{self.path}: {note}"), file=sys.stderr)
 
     def listing(self) -> Listing:
         """The images by name and class; nothing is decoded.
@@ -141,5 +141,5 @@ class ImageFolder:
         )
         line = decoded.depths.line()
         if line and ranks.leads_machine():
-            print(f"{shown(self.path)}: {line}", file=sys.stderr)
+            print(shown(f"{self.path}: {line}"), file=sys.stderr)
         return reduced(whole, resolution, threads=max(1, self.workers))
