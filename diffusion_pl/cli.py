@@ -298,6 +298,12 @@ def _add_latents(parts: Mapping[str, argparse.ArgumentParser]) -> None:
         "--by", choices=("noise", "flow"), default="noise", help="how images get there (noise)"
     )
     interpolate.add_argument("--spherical", action="store_true", help="along the great circle")
+    for name in ("progressive", "interpolate", "invert", "likelihood"):
+        parts[name].add_argument(
+            "--base-alone",
+            action="store_true",
+            help="of a pyramid: its base at full size, which is not how it draws",
+        )
     likelihood = parts["likelihood"]
     likelihood.add_argument("--count", type=int, default=100, help="images of the data (100)")
     likelihood.add_argument("--probes", type=int, help="of the trace, an image; 0: exactly (1)")

@@ -164,6 +164,26 @@ def test_progressive_images_end_in_what_sample_draws(run):
         assert last == Path(f"drawn/images/{row:06d}.png").read_bytes()
 
 
+def test_images_go_along_the_flow_both_ways_by_what_can(run, pair):
+    words = ("invert", "runs/tiny", *pair, "--label", 3)
+    plain, ddim = (run(*words, *more)[1] for more in ((), ("--sampler", "ddim")))
+    assert (plain["integrate"], ddim["integrate"]) == ("heun", "euler")
+    assert plain["rms_error_of_255"] != ddim["rms_error_of_255"]
+    for command in (words, ("interpolate", *words[1:], "--by", "flow")):
+        code, result, err = run(*command, "--sampler", "ancestral")
+        assert (code, result) == (2, None)
+        assert "--sampler: ancestral does not go along the flow both ways; heun, midp" in err
+    code, _, err = run(*words, "--base-alone")
+    assert code == 2 and "--base-alone: the run draws at one size" in err
+
+
+def test_branches_of_a_sampler_without_noise_are_refused(run):
+    words = ("progressive", "runs/tiny", "--count", 2, "--share", 1.0, "--sampler", "euler")
+    code, result, err = run(*words)
+    assert (code, result) == (2, None)
+    assert "--share 1: the sampler adds no noise below it" in err
+
+
 def test_branches_share_their_beginning(run):
     words = ("progressive", "runs/tiny", "--count", 2)
     _, late, _ = run(*words, "--share", 0.1, "--out", "late")

@@ -176,17 +176,42 @@ def test_a_drawn_image_depends_on_seed_and_index_alone(run, tmp_path):
     [
         ("invert", "runs/tiny", "large.png"),
         ("interpolate", "runs/tiny", "large.png", "large.png", "--count", 3),
-        ("progressive", "runs/tiny", "--count", 2, "--frames", 3),
         ("progressive", "runs/tiny", "--count", 2, "--share", 1.0),
-        ("likelihood", "runs/tiny", "--count", 2),
+        ("likelihood", "runs/tiny", "--count", 2, "--steps", 2),
         ("likelihood", "runs/tiny", "--count", 2, "--by", "bound"),
-        ("evaluate", "runs/tiny", "--count", 4),
     ],
 )
-def test_other_commands_take_a_pyramids_base(run, words, tmp_path):
-    out = () if words[0] in ("likelihood", "evaluate") else ("--out", tmp_path)
-    code, _, err = run(*words, *out)
+def test_what_is_of_one_size_takes_a_pyramids_base_only_if_told(run, words, tmp_path):
+    out = () if words[0] == "likelihood" else ("--out", tmp_path / "out")
+    code, result, err = run(*words, *out)
+    assert code == 2 and not result
+    assert err.startswith(f"error: {words[0]}: the run draws over 3 sizes, and this is of one")
+    assert "--base-alone" in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+    code, _, err = run(*words, *out, "--base-alone")
     assert code == 0, err
+
+
+def test_a_pyramid_is_evaluated_as_it_draws(run):
+    assert run("evaluate", "runs/tiny", "--count", 4)[0] == 0
+
+
+def test_progressive_images_of_a_pyramid_go_over_its_sizes_to_what_it_draws(run, tmp_path):
+    words = ("--count", 2, "--out", tmp_path / "shown")
+    code, result, err = run("progressive", "runs/tiny", *words, "--frames", 6)
+    assert code == 0, err
+    sizes, sigmas = result["sizes"], result["sigmas"]
+    assert len(sizes) == 7 and sizes == sorted(sizes) and set(sizes) == {4, 8, 16}
+    assert (sizes[-1], sigmas[-1]) == (16, 0)
+    for side in (4, 8, 16):  # within a size the noise falls
+        falling = [sigma for size, sigma in zip(sizes, sigmas, strict=True) if size == side]
+        assert falling == sorted(falling, reverse=True)
+    run("sample", "runs/tiny", "--count", 2, "--out", tmp_path / "drawn")
+    for row in range(2):
+        shown = pixels(tmp_path / "shown" / f"{row:06d}_006.png")
+        assert np.array_equal(shown, pixels(tmp_path / "drawn" / f"{row:06d}.png"))
+        first = pixels(tmp_path / "shown" / f"{row:06d}_000.png")
+        blocks = first.reshape(4, 4, 4, 4, 3)
+        assert (blocks == blocks[:, :1, :, :1]).all()  # 4 pixels, repeated
 
 
 def test_export_says_what_the_base_is(run, tmp_path):

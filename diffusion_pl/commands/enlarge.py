@@ -183,7 +183,7 @@ def climb(
         between = [level for level in sides if side < level < to and fits(level)]
     else:
         between = []
-    base = latents.at_one_size(drawing)
+    base = latents.base_of(drawing)
     levels = [side, *between, to]
     restarts = [
         own.get(level, level / smaller / 2) if restart is None else restart

@@ -10,8 +10,8 @@ import torch
 
 from diffusion_pl.commands import latents, runs
 from diffusion_pl.diffusion.random import ImageNoise
+from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.images import grid, save_png, to_bytes
-from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.inversion import below, interpolate, invert, linear, spherical
 
 FAILURES: tuple[type[Exception], ...] = ()
@@ -26,16 +26,17 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--count: both ends are included, so at least 2 (got {options.count})")
     opened = runs.open_run(options, label=options.label)
     drawing = opened.drawing
-    sampler = latents.at_one_size(drawing)
+    sampler = latents.at_one_size(drawing, options)
     images = latents.pictures(options.image, drawing)
     by_flow = options.by == "flow"
+    integrate = latents.along_the_flow(options) if by_flow else sampler.integrate
     highest = float(sampler.sigmas()[0])
     level = options.sigma or (highest if by_flow else min(PUBLISHED, highest))
     sigmas = below(sampler.sigmas(), level)
     with latents.drawn(drawing):
         if by_flow:
             denoise = latents.denoise_of(drawing, latents.one_label(drawing, 2))
-            ends = invert(denoise, images, sigmas)
+            ends = invert(denoise, images, sigmas, integrate)
         else:
             ends = images + level * ImageNoise(options.seed, [0, 1], "ends")(images)
         labels = latents.one_label(drawing, options.count)
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
             sigmas,
             # One stream for all, so that the images differ by their weight alone.
             ImageNoise(options.seed, [0] * options.count, "sampler", latents.device(drawing)),
-            integrate=heun if by_flow else sampler.integrate,
+            integrate=integrate,
             mix=spherical if options.spherical else linear,
         )
     folder: Path = options.out or opened.folder / "interpolate"
@@ -63,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
         "count": options.count,
         "sigma": level,
         "by": options.by,
+        "integrate": described(integrate),
         "mix": "spherical" if options.spherical else "linear",
     }
     print(json.dumps(result))

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from diffusion_pl.commands import latents, runs
+from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.images import grid, save_png, to_bytes
-from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.inversion import invert
 
 FAILURES: tuple[type[Exception], ...] = ()
@@ -21,13 +21,14 @@ def run(options: argparse.Namespace) -> int:
     """Write the latents in units of the highest level, what they give back, and its error."""
     opened = runs.open_run(options, label=options.label)
     drawing = opened.drawing
-    sampler = latents.at_one_size(drawing)
+    sampler = latents.at_one_size(drawing, options)
+    integrate = latents.along_the_flow(options)
     images = latents.pictures(options.image, drawing)
     sigmas = sampler.sigmas()
     with latents.drawn(drawing):
         denoise = latents.denoise_of(drawing, latents.one_label(drawing, len(images)))
-        state = invert(denoise, images, sigmas)
-        again = heun(denoise, state, sigmas, torch.zeros_like)
+        state = invert(denoise, images, sigmas, integrate)
+        again = integrate(denoise, state, sigmas, torch.zeros_like)
     error = (again - images).square().flatten(1).mean(dim=1).sqrt() * 127.5
     folder: Path = options.out or opened.folder / "invert"
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
         "grid": str(folder / "grid.png"),
         **opened.about(),
         "images": [str(path) for path in options.image],
+        "integrate": described(integrate),
         "steps": len(sigmas) - 1,
         "latent_std": [round(float(row.std()), 4) for row in latent],
         "rms_error_of_255": [round(value, 4) for value in error.tolist()],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from diffusion_pl.diffusion.guidance import Clip, clipped, guided
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.evaluation import Drawing
 from diffusion_pl.images import from_bytes
+from diffusion_pl.samplers.named import integrator
 from diffusion_pl.samplers.pyramid import PyramidSampler
-from diffusion_pl.samplers.sampler import Sampler
+from diffusion_pl.samplers.sampler import Integrator, Sampler
 
 
 def pictures(paths: Sequence[Path], drawing: Drawing) -> Tensor:
@@ -78,13 +80,50 @@ def one_label(drawing: Drawing, count: int) -> Tensor | None:
     return drawing.labels(range(count))
 
 
-def at_one_size(drawing: Drawing) -> Sampler:
-    """The run's sampler at the images' own size: of a pyramid that is its base."""
+def at_one_size(drawing: Drawing, options: argparse.Namespace) -> Sampler:
+    """The run's sampler; a pyramid's base, from noise at full size, where that is asked for.
+
+    Args:
+        drawing: of the model.
+        options: `command`, and `base_alone`, which consents to it.
+
+    Raises:
+        ValueError: a pyramid, whose images are not its base's; or no pyramid, and its base.
+    """
     sampler = drawing.sampler
     if isinstance(sampler, PyramidSampler):
-        return sampler.base
-    assert isinstance(sampler, Sampler)
-    return sampler
+        if not options.base_alone:
+            raise ValueError(
+                f"{options.command}: the run draws over {len(sampler.levels)} sizes, and this is "
+                f"of one; --base-alone takes its base from noise at {drawing.shape[1]} pixels, as "
+                "no image of the run is drawn"
+            )
+    elif options.base_alone:
+        raise ValueError("--base-alone: the run draws at one size; leave it out")
+    return base_of(drawing)
+
+
+def base_of(drawing: Drawing) -> Sampler:
+    """The run's sampler of one size: of a pyramid its base."""
+    sampler = drawing.sampler
+    base = sampler.base if isinstance(sampler, PyramidSampler) else sampler
+    assert isinstance(base, Sampler)
+    return base
+
+
+def along_the_flow(options: argparse.Namespace) -> Integrator:
+    """What goes from images to noise and back: Heun's method, or what `--sampler` names.
+
+    Raises:
+        ValueError: an integrator that adds noise, or that looks back over several steps.
+    """
+    both_ways = ("heun", "midpoint", "euler", "ddim")
+    name = options.sampler or "heun"
+    if name not in both_ways:
+        raise ValueError(
+            f"--sampler: {name} does not go along the flow both ways; {', '.join(both_ways)} do"
+        )
+    return integrator(name)
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ CLIP = True  # of the bound's denoised images, as published
 def run(options: argparse.Namespace) -> int:
     """Measure the first images of the data; print the mean, and how sure it is."""
     opened = _opened(options)
+    latents.at_one_size(opened.drawing, options)  # of a pyramid there is no such number
     source: Source = trust.data_of(opened.model.config)
     source.prepare()
     images = source.open()
@@ -160,10 +161,11 @@ def _batch(opened: runs.Opened, images: Images, piece: Sequence[int]) -> tuple[T
 
 def _flow(options: argparse.Namespace, opened: runs.Opened, images: Images) -> Refined:
     """Bits per dimension by the ODE, (count, probes), on a grid that is fine enough."""
+    prior_std = _prior_std(options, opened)
 
     def measure(steps: int) -> Tensor:
         def of(image: Tensor, denoise: Denoise, piece: Sequence[int]) -> Tensor:
-            return _flow_bits(opened, image, denoise, piece, options.probes, steps)
+            return _flow_bits(opened, image, denoise, piece, options.probes, steps, prior_std)
 
         return _over(options, opened, images, f"likelihood, {steps} steps", of)
 
@@ -190,6 +192,7 @@ def _flow_bits(
     piece: Sequence[int],
     probes: int | None,
     steps: int,
+    prior_std: float,
 ) -> Tensor:
     """Of one batch, (B, probes); the bins' noise is the same for every probe and every grid."""
     seed = opened.drawing.seed
@@ -204,17 +207,17 @@ def _flow_bits(
             spread,
             grid(trained_range(opened.model.objective), steps),
             rademacher(draw(image)) if count else None,
-            prior_std=_prior_std(opened),
+            prior_std=prior_std,
         )
         for _ in range(max(count, 1))
     ]
     return bits_per_dim(torch.stack(values, dim=1), image[0].numel())
 
 
-def _prior_std(opened: runs.Opened) -> float:
+def _prior_std(options: argparse.Namespace, opened: runs.Opened) -> float:
     """Of the state at the highest level: what the run's sampler begins from there."""
     highest = trained_range(opened.model.objective)[1]
-    unit = latents.at_one_size(opened.drawing).unit_start
+    unit = latents.at_one_size(opened.drawing, options).unit_start
     return math.sqrt(1 + highest**2) if unit else highest
 
 
@@ -275,7 +278,7 @@ def _flow_about(options: argparse.Namespace, opened: runs.Opened, flow: Refined)
     return {
         "probes": 1 if options.probes is None else options.probes,
         "sigma": [low, high],
-        "prior_std": _prior_std(opened),
+        "prior_std": _prior_std(options, opened),
         "steps": flow.steps,
         "steps_error": flow.change,
         "evaluations": 2 * flow.steps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +13,16 @@ from torch import Tensor
 from diffusion_pl.commands import latents, runs
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Recorded
+from diffusion_pl.diffusion.resizing import resized
 from diffusion_pl.evaluation import Drawing
 from diffusion_pl.images import grid, save_png, to_bytes
 from diffusion_pl.samplers.inversion import branch
+from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Sampler
 
 FAILURES: tuple[type[Exception], ...] = ()
+
+SAME = 1e-6  # far below a grey level: rounding alone
 
 
 def run(options: argparse.Namespace) -> int:
@@ -28,27 +33,28 @@ def run(options: argparse.Namespace) -> int:
         )
     opened = runs.open_run(options, label=options.label)
     drawing = opened.drawing
-    sampler = latents.at_one_size(drawing)
     with latents.drawn(drawing):
         if options.share is None:
-            frames, sigmas = _frames(drawing, sampler, options.count, options.frames)
+            frames, shown = _frames(options, drawing)
         else:
+            sampler = latents.at_one_size(drawing, options)
             frames = _branches(drawing, sampler, options.count, options.share)[:, None]
-            sigmas = [0.0]
+            shown = [(drawing.shape[1], 0.0)]
     folder: Path = options.out or opened.folder / "progressive"
     folder.mkdir(parents=True, exist_ok=True)
     pixels = to_bytes(frames).cpu()
     for row, images in enumerate(pixels):
         for column, image in enumerate(images):
             save_png(image, folder / f"{row:06d}_{column:03d}.png")
-    columns = None if options.share is not None else len(sigmas)
+    columns = None if options.share is not None else len(shown)
     save_png(grid(pixels.flatten(0, 1), columns=columns), folder / "grid.png")
     result = {
         "folder": str(folder),
         "grid": str(folder / "grid.png"),
         **opened.about(),
         "count": options.count,
-        "sigmas": sigmas,
+        "sigmas": [sigma for _, sigma in shown],
+        "sizes": [side for side, _ in shown],
         "shared_above": options.share,
     }
     print(json.dumps(result))
@@ -56,19 +62,39 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _frames(
-    drawing: Drawing, sampler: Sampler, count: int, frames: int
-) -> tuple[Tensor, list[float]]:
-    """What is denoised at evenly spaced steps, then the image: (count, frames + 1, C, H, W)."""
-    visited = sampler.sigmas()[:-1]
-    steps = torch.linspace(0, len(visited) - 1, min(frames, len(visited))).round().long()
-    wanted = visited[steps].tolist()
-    indices = range(count)
+    options: argparse.Namespace, drawing: Drawing
+) -> tuple[Tensor, list[tuple[int, float]]]:
+    """What is denoised at evenly spaced steps over all sizes, then the image.
+
+    Returns:
+        (count, frames + 1, C, H, W), smaller ones by repeated pixels, and side and sigma of each.
+    """
+    side = drawing.shape[1]
+    sampler: Sampler | PyramidSampler
+    if isinstance(drawing.sampler, PyramidSampler) and not options.base_alone:
+        sampler = drawing.sampler
+        stages = [(height, levels) for (height, _), levels in sampler.drawn(side, side)]
+    else:
+        sampler = latents.at_one_size(drawing, options)
+        stages = [(side, sampler.sigmas())]
+    visited = [(size, sigma) for size, levels in stages for sigma in levels[:-1].tolist()]
+    steps = torch.linspace(0, len(visited) - 1, min(options.frames, len(visited))).round().long()
+    wanted = [visited[step] for step in steps.tolist()]
+    indices = range(options.count)
     where = latents.device(drawing)
-    noise = ImageNoise(drawing.seed, indices, "latent")(torch.empty(count, *drawing.shape))
-    recorded = Recorded(latents.denoise_of(drawing, drawing.labels(indices)), wanted)
-    end = sampler(recorded, noise.to(where), ImageNoise(drawing.seed, indices, "sampler", where))
-    shown = torch.stack([image.to(torch.float32) for image in [*recorded.images, end]], dim=1)
-    return shown, [*wanted, 0.0]
+    noise = ImageNoise(drawing.seed, indices, "latent")(torch.empty(options.count, *drawing.shape))
+    denoise = latents.denoise_of(drawing, drawing.labels(indices))
+    recorded = {
+        size: Recorded(denoise, [sigma for at, sigma in wanted if at == size]) for size, _ in stages
+    }
+
+    def by_size(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+        return recorded[x.shape[-1]](x, sigma, **more)
+
+    end = sampler(by_size, noise.to(where), ImageNoise(drawing.seed, indices, "sampler", where))
+    small = [image for size, _ in stages for image in recorded[size].images]
+    images = [resized(image.to(torch.float32), (side, side), "area") for image in small]
+    return torch.stack([*images, end.to(torch.float32)], dim=1), [*wanted, (side, 0.0)]
 
 
 def _branches(drawing: Drawing, sampler: Sampler, count: int, level: float) -> Tensor:
@@ -83,7 +109,7 @@ def _branches(drawing: Drawing, sampler: Sampler, count: int, level: float) -> T
         labels = None if label is None else label.expand(len(x))
         return latents.denoise_of(drawing, labels, clip=sampler.clip)(x, sigma, **more)
 
-    return branch(
+    ends = branch(
         denoise,
         noise.to(torch.float64) * sampler.start_std,
         sampler.sigmas(),
@@ -93,3 +119,9 @@ def _branches(drawing: Drawing, sampler: Sampler, count: int, level: float) -> T
         integrate=sampler.integrate,
         count=count,
     )
+    if count > 1 and float((ends - ends[:1]).abs().max()) < SAME:
+        raise ValueError(
+            f"--share {level:g}: the sampler adds no noise below it, so that all {count} ends are "
+            "one image; take one that does, such as --sampler ancestral"
+        )
+    return ends

@@ -126,6 +126,15 @@ class PyramidSampler:
             )
         return sizes
 
+    def drawn(self, height: int, width: int) -> list[tuple[tuple[int, int], Tensor]]:
+        """Height and width of every size that is drawn, and the levels visited there, to 0.
+
+        Raises:
+            ValueError: as `sizes` and `stages`.
+        """
+        stages = self.stages()
+        return list(zip(self.sizes(height, width), stages, strict=True))[self._first(stages) :]
+
     @property
     def steps(self) -> int:
         """Steps of all sizes that are drawn."""
