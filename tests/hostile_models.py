@@ -683,6 +683,24 @@ def converted_weights_of_an_old_format_cut_off(place):
     return ["import", "guided", "model.ckpt", "runs/x"]
 
 
+@case("model-7.pt", "milestone of denoising_diffusion_pytorch", "ema, model, opt")
+def weights_within_a_training_of_others(place):
+    content = {"step": 1, "model": {"w": torch.ones(1)}, "opt": {}, "ema": {}, "scaler": None}
+    torch.save(content, place / "model-7.pt")
+    return ["import", "guided", "model-7.pt", "runs/x"]
+
+
+@case("T must be at most 1,000,000")
+def checkpoint_whose_table_takes_all_memory(place):
+    objective = {"_target_": "diffusion_pl.objectives.ddpm.DDPM", "T": 10**10}
+    return run(place, lambda tree: section(tree)["config"].update(objective=objective))
+
+
+@case("at most 1,000,000 steps")
+def checkpoint_whose_sampler_takes_all_memory(place):
+    return run(place, lambda tree: section(tree)["config"]["sampler"].update(steps=10**10))
+
+
 @case("model.ckpt", "it is no regular file")
 def converted_weights_that_are_a_pipe(place):
     os.mkfifo(place / "model.ckpt")

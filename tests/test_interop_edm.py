@@ -313,6 +313,18 @@ def stepped():
     return optimizer.state_dict()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"num_blocks": 10**9}, {"channel_mult": [1] * 10**5}, {"model_channels": 10**9},
+     {"resample_filter": [1] * 10**5}, {"label_dim": 10**12}, {"img_resolution": "32"}],
+)  # fmt: skip
+def test_a_config_without_bounds_is_refused_by_its_key(change):
+    name = "ncsn++" if "resample_filter" in change else "adm"
+    with pytest.raises(ValueError, match=next(iter(change))) as caught:
+        edm.denoiser_from(LAYOUTS[name] | change, made(LAYOUTS[name])[1])
+    assert len(str(caught.value)) < 600
+
+
 @pytest.mark.parametrize("name", ["Precond", "EDM2Precond", "VPPrecond2"])
 def test_a_network_of_another_class_is_refused_by_its_name(tmp_path, packages, name):
     network_pickle(tmp_path / "n.pkl", LAYOUTS["adm"] | {"precond": name}, {})

@@ -90,6 +90,7 @@ class LogUniform:
 
 
 Spacing = Callable[[int], Tensor]
+MOST_STEPS = 1_000_000  # a config of others may ask for any number
 
 
 def uniform(steps: int) -> Tensor:
@@ -106,6 +107,8 @@ def uniform(steps: int) -> Tensor:
     """
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step (got {steps})")
+    if steps > MOST_STEPS:
+        raise ValueError(f"a sampler takes at most {MOST_STEPS:,} steps (got {steps:,})")
     return torch.linspace(1.0, 0.0, steps, dtype=torch.float64)
 
 

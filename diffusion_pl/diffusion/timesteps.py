@@ -11,6 +11,9 @@ from torch import Tensor
 
 from diffusion_pl.diffusion.levels import sigma_from_alpha_bar
 
+# Of a table whose length a file of others may say; any that was published has 4,000 at most.
+MOST = 1_000_000
+
 
 @dataclass(frozen=True, eq=False)
 class Timesteps:
@@ -73,6 +76,11 @@ class Timesteps:
         return (lower + fraction).clamp(0, self.T - 1)
 
 
+def _check_length(T: int) -> None:
+    if T > MOST:
+        raise ValueError(f"T must be at most {MOST:,} timesteps (got {T:,})")
+
+
 def LinearBetas(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Timesteps:
     """DDPM's table: betas linear from the first to the last, both included (Ho 2020, App. B).
 
@@ -81,6 +89,7 @@ def LinearBetas(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Ti
         beta_1: variance added by the first step.
         beta_T: variance added by the last step.
     """
+    _check_length(T)
     if T < 2 or not 0 < beta_1 <= beta_T < 1:
         raise ValueError(
             "T must be at least 2 and 0 < beta_1 <= beta_T < 1 "
@@ -100,6 +109,7 @@ def CosineBetas(T: int = 1000, offset: float = 0.008, largest: float = 0.999) ->
         offset: s of the paper, keeps the first betas from vanishing.
         largest: bound of beta at the noise end.
     """
+    _check_length(T)
     if T < 2 or offset <= 0 or not 0 < largest < 1:
         raise ValueError(
             "T must be at least 2, offset positive and largest between 0 and 1 "
@@ -130,6 +140,7 @@ def SigmoidBetas(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> T
         beta_1: lower limit.
         beta_T: upper limit.
     """
+    _check_length(T)
     share = torch.sigmoid(torch.linspace(-6.0, 6.0, T, dtype=torch.float64))
     return Timesteps(beta_1 + share * (beta_T - beta_1))
 
@@ -144,6 +155,7 @@ def LaplaceBetas(T: int = 1000, largest: float = 0.999) -> Timesteps:
         T: number of timesteps, at least 2.
         largest: bound of beta at the noise end.
     """
+    _check_length(T)
     u = torch.linspace(0.0, 1.0, T + 1, dtype=torch.float64)
     middle = 0.5 - u
     side = torch.where(middle < 0, -1.0, 1.0)

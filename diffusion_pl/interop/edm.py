@@ -22,6 +22,7 @@ from diffusion_pl.config import Config
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.interop.edm_layout import names, told
 from diffusion_pl.interop.pickles import Persistent, read_pickle, state_dict, tensors
+from diffusion_pl.interop.values import LEVELS, got, whole
 from diffusion_pl.networks.counting import at_most, spare
 from diffusion_pl.networks.song_layers import kernel
 
@@ -222,6 +223,13 @@ def _check(config: Mapping[str, Any]) -> None:
     for key, (_, usual) in arguments.items():
         if usual is None and key not in config:
             raise ValueError(f"{key}: is missing in the config of a published network")
+        value = config.get(key, usual)
+        if isinstance(usual, list) or key in ("channel_mult", "attn_resolutions"):
+            if not isinstance(value, list | tuple) or len(value) > LEVELS:
+                raise ValueError(f"{key}: must be a list of at most {LEVELS} values {got(value)}")
+        elif key != "dropout" and not isinstance(usual, str):
+            whole(config, key, usual, 0)
+    whole(config, "M", 1000, 2, 100_000)
 
 
 def _sampler(config: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, Any]:

@@ -332,7 +332,7 @@ def state_dict(found: Any, where: str) -> dict[str, Tensor]:
         raise ValueError(f"{where}: must be a state dict, names to tensors")
     for key, value in found.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{where}: must be a state dict, names to tensors")
+            raise ValueError(f"{where}: must be a state dict, names to tensors{_others(found)}")
     _bounded(found.values(), where)
     state = {}
     for key, value in found.items():
@@ -343,6 +343,24 @@ def state_dict(found: Any, where: str) -> dict[str, Tensor]:
         if not bool(torch.isfinite(state[key]).all()):
             raise ValueError(f"{where}: {key} holds values that are not finite")
     return state
+
+
+def _others(found: Mapping[Any, Any]) -> str:
+    """What a file is that holds no state dict at its top, as the end of a line."""
+    keys = {key for key in found if isinstance(key, str)}
+    held = ", ".join(sorted(key[:40] for key in keys)[:8])
+    if {"step", "model", "opt"} <= keys:
+        kind = (
+            "a milestone of denoising_diffusion_pytorch, whose Unet of linear attention has no "
+            "equal here"
+        )
+    elif "pytorch-lightning_version" in keys:
+        kind = "a checkpoint of Lightning; save its state_dict alone"
+    elif "state_dict" in keys or "model" in keys:
+        kind = "a training checkpoint; save the weights in it alone"
+    else:
+        return f" (it holds {held})" if held else ""
+    return f" (it holds {held}: {kind})"
 
 
 def _bounded(values: Any, where: str) -> None:
