@@ -104,7 +104,7 @@ MUTANTS = [
         ("RuntimeError, TypeError)", "TypeError)"),
     ),
     *at(
-        "data/folder.py",
+        "data/files.py",
         "hostile_corpus",
         ("    if CONTROL.search(name):", "    if False:"),
     ),

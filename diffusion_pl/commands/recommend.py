@@ -46,6 +46,7 @@ PASSES = 400
 LEAST = 20_000
 SECONDS = {"cpu": 3600.0, "gpu": 12 * 3600.0}
 SHARE = {"cpu": 0.55, "gpu": 1 / 7}
+STEP = 0.025  # seconds that a step takes beside its products
 _MATRIX, _PRODUCTS = 64, 40
 
 BATCH_SIZE = 256  # of an experiment that is not at hand
@@ -201,8 +202,8 @@ def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
             f"{lowest} px: prepare the images at {whole} px first"
         )
         return Plan(SMALL, [], 0, None, _again(manifest, folder, whole), [line])
-    rate = on.speed * SHARE[on.kind] / (3 * operations(side, channels, widths))
     batch_size = _fitting(_SMALL_BATCH, count)
+    rate = _rate(on, side, channels, batch_size)
     images = max(LEAST, min(PASSES * count, int(rate * SECONDS[on.kind])))
     images -= images % 1000
     seconds = images / rate
@@ -233,12 +234,18 @@ def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
     ]
     if on.kind == "cpu" and side > _EASY and seconds > _PATIENCE:
         low = next((s for s in sorted(manifest.resolutions) if s <= _EASY), _EASY)
-        fewer = LEAST * 3 * operations(low, channels, _widths(low)) / (on.speed * SHARE["cpu"])
+        fewer = LEAST / _rate(on, low, channels, batch_size)
         lines.append(
             f"that is long without a GPU: at {low} px as many images take about {spoken(fewer)}; "
             f"prepare them by: {_again(manifest, folder, low)}"
         )
     return Plan(SMALL, told, images, seconds, _command(SMALL, folder, told), lines)
+
+
+def _rate(on: Machine, side: int, channels: int, batch_size: int) -> float:
+    """Images a second in training."""
+    image = 3 * operations(side, channels, _widths(side)) / (on.speed * SHARE[on.kind])
+    return 1 / (image + STEP / batch_size)
 
 
 def _side(manifest: Manifest, on: Machine) -> int:

@@ -187,7 +187,10 @@ def _admit(member: tarfile.TarInfo, path: Path) -> str:
     parts = PurePosixPath(member.name).parts
     inside = parts[:1] == (_FOLDER,) and ".." not in parts and len(parts) <= 2
     if not inside or not (member.isreg() or member.isdir()):
-        raise ValueError(f"{path}: odd member {member.name!r}; expected files in {_FOLDER}/")
+        raise ValueError(
+            f"{path}: odd member {member.name!r}; expected files in {_FOLDER}/; "
+            f"a .tar.gz of anything else is read when it is unpacked, or a .tar"
+        )
     if member.size > _LARGEST_BATCH:
         raise ValueError(f"{path}: {member.name} is too large for a batch of CIFAR-10")
     return parts[-1]
