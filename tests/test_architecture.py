@@ -33,6 +33,7 @@ LIGHTNING = {
     "bounded.py",
     "callbacks.py",
     "evaluating.py",
+    "loggers.py",
     "module.py",
     "replay.py",
     "run.py",

@@ -19,12 +19,15 @@ FREE = {
     "trainer.device_batch_size",
     "trainer.devices",
     "trainer.keep",
+    "trainer.keep_best",
     "trainer.loggers",
     "trainer.nodes",
     "trainer.read_timeout",
     "trainer.start_timeout",
     "trainer.strategy",
     "trainer.timeout",
+    "trainer.wandb_entity",
+    "trainer.wandb_project",
     "trainer.watchdog",
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion_pl import ranks
 from diffusion_pl.evaluation.drawing import batches
-from diffusion_pl.evaluation.provenance import surroundings
+from diffusion_pl.evaluation.provenance import now, surroundings
 from diffusion_pl.evaluation.settings import Evaluation, Metric
 from diffusion_pl.metrics import published
 from diffusion_pl.metrics.features import TILE, Extractor, tile
@@ -183,6 +183,7 @@ def evaluate(
     ]
     for row in rows:
         row["seconds"] = round(time.monotonic() - started, 2)
+        row["time"] = now()
     return rows, ranks.gathered(torch.cat(shown)).cpu()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import importlib.metadata
 import platform
@@ -14,6 +15,11 @@ from typing import Any
 import torch
 
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "torch-fidelity", "lightning", "numpy")
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601 writes it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 @functools.cache

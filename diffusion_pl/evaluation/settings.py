@@ -34,6 +34,9 @@ class MetricSettings(Protocol):
     def wants_features(self) -> bool:
         """Whether the reference must keep the features of single images."""
 
+    def numbers(self, extractor: Extractor) -> Sequence[str]:
+        """What it measures, by name, beside spreads."""
+
     def check_count(self, generated: int, real: int | None = None) -> None:
         """Refuse counts that cannot be measured, before any work; `real` is None if not known."""
 

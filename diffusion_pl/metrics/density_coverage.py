@@ -61,6 +61,10 @@ class DensityCoverage:
 
     wants_features = True
 
+    def numbers(self, extractor: Extractor) -> tuple[str, ...]:
+        """What it measures, by name."""
+        return ("density", "coverage")
+
     def check_count(self, generated: int, real: int | None = None) -> None:
         """Refuse too few real images; one generated image is enough.
 

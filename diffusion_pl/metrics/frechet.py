@@ -127,6 +127,10 @@ class Frechet:
 
     wants_features = False
 
+    def numbers(self, extractor: Extractor) -> tuple[str, ...]:
+        """What it measures, by name."""
+        return ("s" * (self.of == "spatial") + ("fid" if extractor.name == "inception" else "fd"),)
+
     def check_count(self, generated: int, real: int | None = None) -> None:
         """Refuse fewer images than have a covariance.
 
@@ -154,5 +158,5 @@ class Frechet:
         self.check_count(count)
         from diffusion_pl.metrics.accumulated import Summed  # torchmetrics: 5 s of CPU
 
-        key = "s" * (self.of == "spatial") + ("fid" if extractor.name == "inception" else "fd")
+        [key] = self.numbers(extractor)
         return Summed(self.of, known.mean, partial(_measure, key, known), keep=count < ENOUGH)

@@ -67,6 +67,10 @@ class InceptionScore:
 
     wants_features = False
 
+    def numbers(self, extractor: Extractor) -> tuple[str, ...]:
+        """What it measures, by name, beside its spread."""
+        return ("is" if extractor.name == "inception" else "cs",)
+
     def check_count(self, generated: int, real: int | None = None) -> None:
         """Refuse fewer images than splits.
 
@@ -92,7 +96,7 @@ class InceptionScore:
         self.check_count(count)
         if not extractor.classes:
             raise ValueError(f"classifier score: {extractor.name} knows no classes")
-        key = "is" if extractor.name == "inception" else "cs"
+        [key] = self.numbers(extractor)
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
 
         formula = partial(_measure, key, self.splits, self.seed)

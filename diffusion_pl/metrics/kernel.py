@@ -95,6 +95,10 @@ class Kernel:
         """Images of a subset of so many."""
         return self.size or min(LITERATURE, min(generated, real) // 2)
 
+    def numbers(self, extractor: Extractor) -> tuple[str, ...]:
+        """What it measures, by name, beside its spread."""
+        return ("kid" if extractor.name == "inception" else "kd",)
+
     def check_count(self, generated: int, real: int | None = None) -> None:
         """Refuse too few images.
 
@@ -125,7 +129,7 @@ class Kernel:
         self.check_count(count, len(real))
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
 
-        key = "kid" if extractor.name == "inception" else "kd"
+        [key] = self.numbers(extractor)
         size = self.size_for(count, len(real))
         metric = Kept("pooled", extractor.dimension, partial(_measure, key, real, self, size))
         metric.notes = {"subsets": self.subsets, "subset_size": size}

@@ -53,6 +53,10 @@ class PrecisionRecall:
 
     wants_features = True
 
+    def numbers(self, extractor: Extractor) -> tuple[str, ...]:
+        """What it measures, by name."""
+        return ("precision", "recall")
+
     def check_count(self, generated: int, real: int | None = None) -> None:
         """Refuse too few images on either side.
 

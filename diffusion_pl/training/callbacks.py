@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from diffusion_pl.evaluation.provenance import now
 from diffusion_pl.signals import Wish
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import sharding
@@ -96,6 +97,7 @@ class Log(Callback):
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "images_per_second": round((images - self.images) / seconds, 2),
             **self._scale(trainer, images),
+            "time": now(),
         }
         self.images, self.since = images, time.monotonic()
         if trainer.is_global_zero:

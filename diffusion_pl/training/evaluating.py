@@ -18,8 +18,10 @@ from diffusion_pl.images import grid, save_png
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.training import sharding
+from diffusion_pl.training.best import Best
 from diffusion_pl.training.callbacks import Interval, Log, Stop, log
 from diffusion_pl.training.history import History
+from diffusion_pl.training.loggers import show
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.sanity import NonFinite
 
@@ -42,6 +44,7 @@ class Evaluate(Callback):
         run: the run's folder; grids go to run/samples.
         history: the run's metrics.jsonl.
         training_log: told how long it took, so that the training speed stays true.
+        best: told of every evaluation, to keep the best checkpoint.
         stop: asked on the way whether to give it up, to be made up for when the run goes on.
     """
 
@@ -58,6 +61,7 @@ class Evaluate(Callback):
         history: History,
         training_log: Log,
         stop: Stop,
+        best: Best | None = None,
     ) -> None:
         self.settings = settings
         self.sampler = sampler
@@ -70,10 +74,18 @@ class Evaluate(Callback):
         self.history = history
         self.training_log = training_log
         self.stop = stop
+        self.best = best
         self.interval = Interval(settings.every)
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Have the statistics of the real images before the first step; all ranks compute them."""
+        if self.best is not None:
+            known = [n for m in self.settings.metrics for n in m.numbers(self.extractor)]
+            if self.best.number not in known:
+                raise ValueError(
+                    f"trainer.keep_best: {self.best.number} is not measured (measured: "
+                    f"{', '.join(known) or 'nothing'}); add its metric to evaluation.metrics"
+                )
         images = trainer.datamodule.opened()  # type: ignore[attr-defined]
         device = trainer.strategy.root_device
         self.reference = reference_of(
@@ -139,14 +151,35 @@ class Evaluate(Callback):
         except ValueError as error:  # what was asked for was seen to be possible before
             problem = f"the evaluation after {images:,} images: {error}"
             raise NonFinite(trainer.global_step, problem) from error
+        self._keep_best(trainer, images, rows)  # before the rows, which say that all is done
         if trainer.is_global_zero:
             path = grid_of(self.run, images)
             path.parent.mkdir(exist_ok=True)
-            save_png(grid(shown), path)
+            sheet = grid(shown)
+            save_png(sheet, path)
+            show(trainer, sheet, images)
             self.history.append(*({"images": images, **row} for row in rows))
             progress.measured(images, rows)
         log(trainer, {row["name"]: row["value"] for row in rows}, images)
         self.training_log.pause(time.monotonic() - started)
+
+    def _keep_best(
+        self, trainer: lightning.Trainer, images: int, rows: list[dict[str, Any]]
+    ) -> None:
+        """Keep the checkpoint of an evaluation better than all before; on all ranks at once."""
+        if self.best is None:
+            return
+        # The first rank looks for all: the others might look while it writes.
+        if not trainer.strategy.broadcast(self.best.is_better(rows)):
+            return
+        saved = self.run / "checkpoints" / f"{images:012d}.ckpt"
+        if trainer.strategy.broadcast(saved.exists()):
+            if trainer.is_global_zero:
+                self.best.take(saved)
+        else:
+            trainer.save_checkpoint(self.best.path)
+        if trainer.is_global_zero:
+            self.best.write(rows, images)
 
     def _drawing(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> Drawing:
         return Drawing(

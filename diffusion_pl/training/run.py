@@ -14,7 +14,6 @@ import lightning
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.plugins.io import CheckpointIO
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import nn
@@ -32,6 +31,7 @@ from diffusion_pl.training.callbacks import Checkpoints, ClassNames, Log, Snapsh
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.evaluating import Evaluate, grid_of
 from diffusion_pl.training.history import History
+from diffusion_pl.training.loggers import Described, make_loggers
 from diffusion_pl.training.module import Augment, DiffusionModule, MakeOptimizer
 from diffusion_pl.training.opening import Network
 from diffusion_pl.training.progress import Progress
@@ -135,7 +135,9 @@ def fit(experiment: Experiment, run: Path, references: Path, wish: Wish) -> dict
             history=history,
             training_log=log,
             stop=stop,
+            best=settings.best(run),
         )
+        trainer.callbacks.append(Described(experiment.config))  # type: ignore[attr-defined]
         trainer.callbacks.extend(  # type: ignore[attr-defined]
             [stop, bounded, log, Checkpoints(folder, settings, experiment.config), evaluation]
         )
@@ -179,7 +181,7 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=2**31,  # rows are ours, by images
-        logger=make_loggers(experiment, run),
+        logger=make_loggers(settings, experiment.config, run),
         profiler=Unprofiled(),
         plugins=[CheckpointFiles(), precision_plugin(precision, settings), *cluster()],
         default_root_dir=run,
@@ -237,22 +239,6 @@ def make_module(experiment: Experiment) -> DiffusionModule:
         module.denoiser.network.compile()
         module.ema.network.compile()
     return module
-
-
-def make_loggers(experiment: Experiment, run: Path) -> list[Logger]:
-    """The loggers that the experiment names; each run has one folder, resumed in place."""
-    loggers: list[Logger] = []
-    if "tensorboard" in experiment.settings.loggers:
-        loggers.append(TensorBoardLogger(run, name="", version="tensorboard"))
-    if "wandb" in experiment.settings.loggers:
-        try:
-            wandb = WandbLogger(project="diffusion_pl", name=run.name, id=run.name, save_dir=run)
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                "trainer.loggers: wandb is not installed; pip install 'diffusion_pl[wandb]'"
-            ) from error
-        loggers.append(wandb)
-    return loggers
 
 
 def is_evaluated(run: Path, evaluation: Evaluation, images: int) -> bool:

@@ -11,7 +11,15 @@ from typing import Literal
 import torch
 from torch import nn
 
+from diffusion_pl.training.best import Best
+
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+# Numbers by which a checkpoint may be the best, and whether more is better.
+HIGHER = dict.fromkeys(("fid", "fd", "sfid", "sfd", "kid", "kd"), False) | dict.fromkeys(
+    ("is", "cs", "precision", "recall", "density", "coverage"), True
+)
+
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,6 +33,8 @@ class Settings:
         keep: newest checkpoints that stay, at least 1.
         keep_every: images between checkpoints that stay for good, a multiple of checkpoint_every;
             None for none.
+        keep_best: a number of the evaluation, such as `fid`; the checkpoint with its best value so
+            far stays as RUN/best/fid.ckpt.
         log_every: images between rows of the log.
         warmup: images over which the learning rate rises from 0.
         cooldown: images at the end of the budget over which it falls to 0, 0 for none; short runs
@@ -41,6 +51,8 @@ class Settings:
             so many at any other; more is accumulated. None: no limit.
         compile: run the network through torch.compile; pays on GPUs.
         loggers: of "tensorboard" and "wandb", beside metrics.jsonl, which is always written.
+        wandb_project: where W&B shows the run.
+        wandb_entity: whose project it is, a user or a team; None for the user's own.
         start_timeout: seconds that a rank waits for the others until the first step is made, and
             without a pass of the network once the data is read in.
         timeout: the same from then on.
@@ -55,6 +67,7 @@ class Settings:
     log_every: int = 5_000
     keep: int = 2
     keep_every: int | None = None
+    keep_best: str | None = None
     warmup: int = 0
     cooldown: int = 0
     clip: float | None = None
@@ -67,6 +80,8 @@ class Settings:
     device_batch_size: int | None = None
     compile: bool = False
     loggers: Sequence[Literal["tensorboard", "wandb"]] = ("tensorboard",)
+    wandb_project: str = "diffusion_pl"
+    wandb_entity: str | None = None
     start_timeout: float = 600.0
     timeout: float = 120.0
     read_timeout: float = 300.0
@@ -90,6 +105,10 @@ class Settings:
                 f"keep_every must be a multiple of checkpoint_every, {self.checkpoint_every} "
                 f"(got {self.keep_every})"
             )
+        if self.keep_best is not None and self.keep_best not in HIGHER:
+            raise ValueError(
+                f"keep_best must be one of {', '.join(HIGHER)} (got {self.keep_best!r})"
+            )
         for key in ("start_timeout", "timeout", "read_timeout", "watchdog"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key} must be positive seconds (got {getattr(self, key)})")
@@ -102,6 +121,11 @@ class Settings:
             raise ValueError(f"label_dropout must be in [0, 1] (got {self.label_dropout})")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip must be positive or null (got {self.clip})")
+
+    def best(self, run: Path) -> Best | None:
+        """Keeps the best checkpoint in a run's folder, where that is asked for."""
+        name = self.keep_best
+        return None if name is None else Best(run, name, higher=HIGHER[name])
 
     def steps(self, batch_size: int) -> int:
         """Optimizer steps that the budget takes, the last one whole."""

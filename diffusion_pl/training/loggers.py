@@ -1,0 +1,122 @@
+"""TensorBoard and W&B: the same numbers, the sample grids and the config, for those who look there.
+
+The run's own files are its record; a logger that fails is told of in a line and costs nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from diffusion_pl import ranks
+from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.writing import write_atomically
+
+WANDB_ID = "wandb_id"  # the file in a run's folder that holds its W&B run's
+
+logger = logging.getLogger(__name__)
+
+
+def make_loggers(settings: Settings, config: Mapping[str, Any], run: Path) -> list[Logger]:
+    """The loggers that an experiment names; each run has one folder, resumed in place.
+
+    Args:
+        settings: of the trainer.
+        config: resolved; W&B gets it at its start.
+        run: the run's folder.
+
+    Raises:
+        ValueError: W&B is asked for and not installed.
+    """
+    loggers: list[Logger] = []
+    if "tensorboard" in settings.loggers:
+        loggers.append(TensorBoardLogger(run, name="", version="tensorboard"))
+    if "wandb" in settings.loggers:
+        above = run.resolve().parent.name
+        try:
+            wandb = WandbLogger(
+                project=settings.wandb_project,
+                entity=settings.wandb_entity,
+                # A sweep's runs are called seed=0, seed=1, ... under the experiment's name.
+                name=run.name if above in ("", "runs") else f"{above}/{run.name}",
+                id=wandb_id(run) if ranks.leads_run() else None,
+                resume="allow",
+                save_dir=run,
+                config=dict(config),
+            )
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "trainer.loggers: wandb is not installed; pip install 'diffusion_pl[wandb]'"
+            ) from error
+        loggers.append(wandb)
+    return loggers
+
+
+def wandb_id(run: Path) -> str:
+    """The id of a run at W&B: its own, made once and kept in its folder.
+
+    Runs of earlier versions were known there by the folder's name, and stay so.
+    """
+    path = run / WANDB_ID
+    if not path.exists():
+        known = run.name if (run / "wandb").is_dir() else uuid.uuid4().hex[:8]
+        write_atomically(path, lambda file: file.write(f"{known}\n".encode()))
+    return path.read_text().strip()
+
+
+class Described(Callback):
+    """Shows TensorBoard the config that a run is started with; W&B has its own place for it.
+
+    Args:
+        config: resolved.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
+
+        def tell(each: Logger) -> None:
+            if isinstance(each, TensorBoardLogger):
+                each.experiment.add_text("config", f"```yaml\n{text}```", pl_module.images_seen)
+
+        _to_all(trainer, tell)
+
+
+def show(trainer: lightning.Trainer, sheet: Tensor, images: int) -> None:
+    """Hand a grid of samples to TensorBoard and W&B.
+
+    Args:
+        trainer: its loggers are told; on the first rank.
+        sheet: uint8 (3, H, W).
+        images: seen in training.
+    """
+
+    def tell(each: Logger) -> None:
+        if isinstance(each, TensorBoardLogger):
+            each.experiment.add_image("samples", sheet, images)
+        elif isinstance(each, WandbLogger):
+            each.log_image("samples", [sheet.permute(1, 2, 0).numpy()], step=images)
+
+    _to_all(trainer, tell)
+
+
+def _to_all(trainer: lightning.Trainer, tell: Callable[[Logger], None]) -> None:
+    if not trainer.is_global_zero:
+        return
+    for each in trainer.loggers:
+        try:
+            tell(each)
+        except Exception as error:  # a full disk, a lost network: anything
+            reason = " ".join(str(error).split())
+            logger.warning("%s: not told (%s); the run goes on", type(each).__name__, reason)
