@@ -279,7 +279,8 @@ MEASURED = OURS.replace("checkpoint_every: 16", "checkpoint_every: 8")
 
 def test_the_best_checkpoint_by_a_number_stays(tmp_path, monkeypatch, capsys):
     words = (
-        "trainer.keep_best=fd", "trainer.images=48", "trainer.keep=1", "evaluation.every=8",
+        "trainer.loggers=[tensorboard]", "trainer.keep_best=fd",
+        "trainer.images=48", "trainer.keep=1", "evaluation.every=8",
         "evaluation.count=12", "evaluation.metrics=[{_target_: "
         "diffusion_pl.metrics.frechet.Frechet}]", "--run", "runs/best",
     )  # fmt: skip
