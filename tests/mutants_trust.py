@@ -172,7 +172,7 @@ MUTANTS = [
     *at(
         "commands/settling.py",
         "names",
-        ("        refuse_name(folder.name,", "        abs(1) and refuse_name('a',"),
+        ("        refuse_name(folder.resolve().name,", "        abs(1) and refuse_name('a',"),
     ),
     *at(
         "commands/train.py",

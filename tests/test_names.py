@@ -20,8 +20,9 @@ from test_launch_script import job  # noqa: F401 - a fixture
 from test_trust import TINY
 
 from diffusion_pl.cli import main
-from diffusion_pl.commands import sbatch, sweep, train
+from diffusion_pl.commands import sbatch, settling, sweep, train
 from diffusion_pl.commands.sbatch import Job, Task
+from diffusion_pl.config import Config
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.originals import Asked
 from diffusion_pl.data.prepare import Request
@@ -43,7 +44,17 @@ BAD = [
     "a%jb", "-a", "--a", ".", "..", "", " a", "a ", "a/b", "a" * 201,
 ]  # fmt: skip
 GOOD = ["a", "cifar10_edm", "2026-01-02", "a b", "v1.2,lr=1e-3+x@y:z", "été", "лица", "顔", ".a"]
-CONTROLS = [name for name in BAD if any(ord(sign) < 32 for sign in name) and "\x00" not in name]
+CONTROLS = [
+    "a\nb",
+    "a\rb",
+    "a\tb",
+    "a\x1b[31mb",
+    "a\x7fb",
+    "a\x9bb",
+    "a\u202eb",
+    "a\u2066b",
+    "a\u2028b",
+]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -111,6 +122,17 @@ def test_a_run_is_not_called_after_an_experiment_called_so(name, place, capsys):
     assert "name another folder with --run" in refused(["train", name], capsys)
     shutil.copytree("experiments", "elsewhere")
     assert "--run" in refused(["train", f"elsewhere/{name}.yaml"], capsys)
+
+
+def test_a_run_may_lie_in_the_present_folder(place, monkeypatch):
+    """Which has a name, though "." has none."""
+    Path("x").mkdir()
+    monkeypatch.chdir("x")
+    settling.compare(Config("x", "x", {"a": 1}), Path("."))
+    Path("$x").mkdir()
+    monkeypatch.chdir("$x")
+    with pytest.raises(ValueError, match=r"^\.: holds \$"):
+        settling.compare(Config("x", "x", {"a": 1}), Path("."))
 
 
 def test_a_run_of_before_goes_on_whatever_its_name(home, place, capsys):

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     dest: Path = options.dest
     if dest.exists() and any(dest.iterdir()):
         raise ValueError(f"{dest}: is not empty; name another folder")
-    refuse_name(dest.name, shown(str(dest)), "name another folder")
+    refuse_name(dest.resolve().name, shown(str(dest)), "name another folder")
     images, about = 0, {"kind": options.kind, "from": str(options.source)}
     notes: list[str] = []
     weighed = options.source

@@ -79,7 +79,7 @@ def _job(options: argparse.Namespace) -> Job:
     experiment = parts.read(options.experiment, options.overrides, allow=options.allow)
     base = options.run or parts.RUNS / experiment.name
     if not base.exists():
-        refuse_name(base.name, shown(str(base)), "name another folder with --run")
+        refuse_name(base.resolve().name, shown(str(base)), "name another folder with --run")
     words = (options.experiment, *options.overrides)
     place = Path.cwd()
     return Job(
