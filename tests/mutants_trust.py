@@ -172,7 +172,8 @@ MUTANTS = [
     *at(
         "commands/settling.py",
         "names",
-        ("        refuse_name(folder.resolve().name,", "        abs(1) and refuse_name('a',"),
+        ("        refuse_name(name, shown", "        refuse_name('a', shown"),
+        ("        name = folder.resolve().name", "        name = folder.name"),
     ),
     *at(
         "commands/train.py",

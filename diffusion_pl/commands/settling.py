@@ -69,7 +69,8 @@ def compare(experiment: Config, folder: Path, start: Path | None = None) -> None
     """
     kept, begun = folder / "config.yaml", folder / "from"
     if not kept.exists():
-        refuse_name(folder.resolve().name, shown(str(folder)), "name another folder with --run (RUN=...)")
+        name = folder.resolve().name
+        refuse_name(name, shown(str(folder)), "name another folder with --run (RUN=...)")
         if (folder / "checkpoints").exists():
             raise ValueError(
                 f"{folder} holds checkpoints but no config.yaml; restore it or remove them"
