@@ -310,6 +310,18 @@ def test_a_source_that_has_changed_is_not_mixed_with_what_it_was(photographs, tm
     assert prepare(photographs, tmp_path / "y", "--filter", "area") == 0
 
 
+def test_a_set_that_an_earlier_version_began_is_finished(photographs, tmp_path):
+    """Its notes know no sizes of the source's files."""
+    (photographs / "z.png").write_bytes(b"no image")
+    dest = tmp_path / "x"
+    assert prepare(photographs, dest, "--shard-images", 2, "--workers", 1) == 2
+    noted = dest / ".progress" / "settings.json"
+    said = json.loads(noted.read_bytes())
+    assert said["source"].pop("states")
+    noted.write_text(json.dumps(said))
+    assert prepare(photographs, dest, "--shard-images", 2, "--skip-broken", 1) == 0
+
+
 def test_shards_of_an_earlier_box_bicubic_are_not_mixed_with_adms(photographs, tmp_path, capsys):
     """Begun when it was computed in another way, with a first shard whole."""
     (photographs / "z.png").write_bytes(b"no image")

@@ -175,6 +175,7 @@ def test_splits_are_never_classes(folders, kind, tmp_path, capsys):
         dest = _prepared(source, "--labels", "--split", split)
         assert _levels(dest) == {"0": {100 * number}, "1": {100 * number + 10}}
         assert manifest(dest)["class_names"] == ["cat", "dog"]
+        assert f"split {split}: 4 of 8 images" in manifest(dest)["notes"]
         folder = ImageFolder(str(source), 4, labels=True, split=split, batch_size=1).open()
         assert (len(folder), folder.class_names) == (4, ("cat", "dog"))
     assert _levels(_prepared(source, "--labels", "--split", "all")) == {

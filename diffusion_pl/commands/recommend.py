@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import numpy as np
 
@@ -181,11 +182,38 @@ def _published(
     if budget < images:
         images = budget
         told += [f"trainer.images={images}"]
+    work = _counted(name, told, side)
+    seconds = work and images * 3 * work / (on.speed * SHARE[on.kind])
+    how_long = (
+        f"about {spoken(seconds)} (computed from a product timed just now and an assumed share of "
+        f"it; three times or a third is possible)"
+        if seconds
+        else "how long is told by the run itself"
+    )
     lines = [
-        f"for {manifest.count:,} images and {on.name}: {name}, {images:,} images; how long is told "
-        f"within minutes by the run itself (published runs of its kind: days)"
+        f"for {manifest.count:,} images of {side} px and {on.name}: {name}, {images:,} images "
+        f"seen, {how_long}"
     ]
-    return Plan(name, told, images, None, _command(name, folder, told), lines)
+    return Plan(name, told, images, seconds, _command(name, folder, told), lines)
+
+
+def _counted(name: str, told: Sequence[str], side: int) -> float | None:
+    """Operations of a forward pass of an experiment's network; None where it cannot be had."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from diffusion_pl.commands import parts
+
+    try:
+        network: Any = parts.meta_network(parts.read(name, told))
+    except ValueError:
+        return None
+    image = torch.zeros(1, network.channels, side, side, device="meta")
+    zero = torch.zeros(1, device="meta")
+    more = {"label": zero.long()} if network.classes else {}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image, zero, **more)
+    return float(counter.get_total_flops())
 
 
 def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
