@@ -99,10 +99,10 @@ MUTANTS = [
         ("        check_range(sampler,", "        (lambda *_: None)(sampler,"),
     ),
     *at(
-        "commands/runs.py",
+        "commands/sampling.py",
         "enlarge",
-        ("dataclasses.replace(own, steps=options.steps)", "own"),
-        (".preconditioning.sigma_range, options.steps)", ".preconditioning.sigma_range)"),
+        ("dataclasses.replace(new, steps=options.steps)", "new"),
+        ("sampler_of(experiment, objective, changed)", "sampler_of(experiment, objective)"),
     ),
     *at(
         "commands/export.py",

@@ -49,6 +49,8 @@ MUTANTS = [
         ('or "nearest" not in inspect.signature(given).parameters', ""),
         ("dataclasses.replace(new, steps=options.steps)", "new"),
         ("if value is not None and re.fullmatch(pattern, key):", "if False:"),
+        ("if first <= high * SLACK and", "if"),
+        ("and last * SLACK >= low:", ":"),
         ('inspect.signature(function).bind("denoise", "x", "sigmas", "randn_like")', "pass"),
     ),
     *at(
@@ -98,6 +100,7 @@ MUTANTS = [
         ("    if not label_dropout:", "    if False:"),
         ("if weight == 1 or guide is not None:", "if weight == 1:"),
         ("    if not classes:", "    if False:"),
+        ("    if label_dropout >= 1:", "    if False:"),
     ),
     *at(
         "commands/runs.py",
@@ -105,6 +108,7 @@ MUTANTS = [
         ("own = config.load_resolved(tree, str(path), allow)", "own = experiment"),
         ("label_dropout=model.label_dropout,", "label_dropout=0.1,"),
         ("_check_interval(interval, weight, sampler.sigmas())", "pass"),
+        ("    _check_images(model, data.channels, data.resolution)", "    abs(0)"),
     ),
     *at(
         "commands/parts.py",
@@ -121,6 +125,11 @@ MUTANTS = [
         "interop/edm.py",
         "commands_sampling",
         ('float(config.get("label_dropout") or 0.0)', "0.0"),
+    ),
+    *at(
+        "commands/evaluate.py",
+        "commands_sampling",
+        ("        refuse_drawing(options)", "        abs(0)"),
     ),
     *at(
         "evaluation/provenance.py",

@@ -16,9 +16,12 @@ from diffusion_pl import cli
 from diffusion_pl.cli import main
 from diffusion_pl.commands import runs, sampling, sweep
 from diffusion_pl.commands.import_ import experiment_of
+from diffusion_pl.diffusion.guidance import check_guidance
+from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.evaluation import Drawing
 from diffusion_pl.interop import edm
+from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.objectives.edm_iddpm import nearest
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.dpmpp_2m import dpmpp_2m
@@ -254,3 +257,42 @@ def test_a_sweep_guides_only_where_there_is_guidance():
     points = [sweep.Point("a.ckpt", "ema", None, None, weight) for weight in (1.0, 2.0)]
     plain, guided = (sweep._at(options, point) for point in points)
     assert plain.guidance_interval is None and guided.guidance_interval == (1.0, 2.0)
+
+
+def test_a_model_that_never_saw_its_labels_guides_nothing():
+    with pytest.raises(ValueError, match="needs the model with its label, which was never trained"):
+        check_guidance(2.0, classes=8, label_dropout=1.0)
+    check_guidance(2.0, classes=8, label_dropout=0.1)
+    check_guidance(1.0, classes=0, label_dropout=0.0)
+
+
+# --- what is drawn, held against what was trained -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("sample", "runs/tiny", "--set", "data.resolution=9"), "data.resolution: "),
+        (("evaluate", "pictures", "--reference", "tiny", "--sampler", "heun"),
+         "--sampler is of a run that draws; pictures holds images"),
+        (("evaluate", "pictures", "--reference", "tiny", "--guidance", 2),
+         "--guidance is of a run"),
+    ],
+)  # fmt: skip
+def test_what_the_network_or_the_images_are_not_of_is_refused(run, home, words, message):
+    (home / "pictures").mkdir(exist_ok=True)
+    assert message in refused(run, *words)
+
+
+def test_levels_that_training_never_drew_are_told(capsys):
+    def said(low, high):
+        return sampling.beyond(Sampler(heun, Rho(low, high), 4), EDM())
+
+    assert said(0.002, 80.0) is None
+    assert "visits noise 800 to 0.002, of which training drew 90.39 to 0.001" in said(0.002, 800.0)
+    assert "visits noise 80 to 0.0002, of which" in said(0.0002, 80.0)
+    assert main(["check", "cifar10_edm", "sampler.schedule.sigma_max=800"]) == 0
+    assert "the network does not know the rest" in capsys.readouterr().out
+    for name in ("cifar10_edm", "cifar10_rectified_flow", "cifar10_edm_a_ve", "quickstart"):
+        assert main(["check", name]) == 0
+        assert "does not know" not in capsys.readouterr().out

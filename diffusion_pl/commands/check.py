@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffusion_pl import config
-from diffusion_pl.commands import parts
+from diffusion_pl.commands import parts, sampling
 from diffusion_pl.config import Config
 from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.objective import TrainingObjective
@@ -147,9 +147,11 @@ def _noise(experiment: Config, objective: TrainingObjective) -> str:
     quantiles = torch.tensor([0.001, 0.5, 0.999], dtype=torch.float64)
     low, middle, high = objective.schedule(quantiles).tolist()
     visited = sampler.sigmas()
+    unknown = sampling.beyond(sampler, objective)
     return (
         f"training sigma {low:.4g} to {high:.4g} (99.8 %), median {middle:.4g}; sampling "
         f"{float(visited[0]):.4g} to {float(visited[-2]):.4g} in {sampler.steps} steps"
+        f"{'' if unknown is None else f'; {unknown}'}"
     )
 
 

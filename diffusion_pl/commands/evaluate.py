@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
         reference = run_reference(options, opened, settings, extractor, asked)
         kept = Kept(opened, settings, extractor, reference)
     else:
+        refuse_drawing(options)
         given = open_given(target, options.device)
         drawn, about = given, {"source": given.source}
         extractor = extractor_of(options, None)
@@ -234,6 +235,20 @@ def named_reference(
         device=str(drawn.device),
         resize=options.resize,
     )
+
+
+def refuse_drawing(options: argparse.Namespace) -> None:
+    """See that nothing is said of how images are drawn that are there already.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for name in ("sampler", "steps", "guidance", "guidance_interval", "guide", "set"):
+        if getattr(options, name) not in (None, []):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is of a run that draws; {options.run} holds images, "
+                "which are measured as they are"
+            )
 
 
 def open_given(path: Path, device: str) -> Given:

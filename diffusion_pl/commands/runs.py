@@ -154,6 +154,9 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
     drawn = drawing_of(options, model, **drawing)
     if drawn.changed:
         print(shown(drawn.changed), file=sys.stderr)
+    unknown = sampling.beyond(drawn.drawing.sampler, model.objective)  # type: ignore[arg-type]
+    if unknown:
+        print(unknown, file=sys.stderr)
     return Opened(model.checkpoint.parent.parent, model, drawn.drawing)
 
 
@@ -176,6 +179,7 @@ def drawing_of(options: argparse.Namespace, model: Model, **drawing: Any) -> Cho
     if "label" in drawing:
         drawing["label"] = class_of(drawing["label"], model.class_names, classes)
     data = config.build(model.config, "data")
+    _check_images(model, data.channels, data.resolution)
     settings: Settings = config.build(model.config, "trainer")
     precision = resolve_precision(settings.precision, torch.device(device).type)
     chosen = Drawing(
@@ -191,6 +195,22 @@ def drawing_of(options: argparse.Namespace, model: Model, **drawing: Any) -> Cho
         **drawing,
     )
     return Chosen(chosen, changed)
+
+
+def _check_images(model: Model, channels: int, side: int) -> None:
+    """See that the network is of the images that the config says; an override may say others.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    network: Any = model.denoiser.network
+    if network.channels != channels:
+        problem = f"the network is of {network.channels} channels (got {channels})"
+        raise model.config.error("data", problem)
+    try:
+        network.check_resolution(side, side)
+    except ValueError as error:
+        raise model.config.error("data.resolution", str(error)) from error
 
 
 def _origin(model: Model, weights: str) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from functools import partial
 from diffusion_pl.commands import parts
 from diffusion_pl.config import Config
 from diffusion_pl.config.targets import locate
-from diffusion_pl.diffusion.objective import TrainingObjective
+from diffusion_pl.diffusion.objective import TrainingObjective, trained_range
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.samplers.named import integrator
 from diffusion_pl.samplers.pyramid import PyramidSampler
-from diffusion_pl.samplers.sampler import Integrator, Sampler
+from diffusion_pl.samplers.sampler import Integrator, Sampler, Visiting
 
 # What an option says that `--set` could say too.
 SAID: dict[str, str] = {
@@ -25,6 +25,9 @@ SAID: dict[str, str] = {
     "guidance_interval": r"evaluation\.guidance_interval(\..*)?",
     "guide": r"evaluation\.guide(\..*)?",
 }
+
+# A level so much beyond those of the training is still one of them.
+SLACK = 1.1
 
 
 def refuse_twice(options: argparse.Namespace) -> None:
@@ -75,6 +78,19 @@ def sampler_of(
 
     sampler = parts.sampler_of(experiment, objective, changed)
     return sampler, None if given is None else said[0]
+
+
+def beyond(sampler: Visiting, objective: TrainingObjective) -> str | None:
+    """Say that a sampler visits levels which training hardly ever drew; None where it does not."""
+    low, high = trained_range(objective)
+    visited = sampler.sigmas()[:-1]
+    first, last = float(visited[0]), float(visited[-1])
+    if first <= high * SLACK and last * SLACK >= low:
+        return None
+    return (
+        f"the sampler visits noise {first:.4g} to {last:.4g}, of which training drew {high:.4g} to "
+        f"{low:.4g}, but for one image in a million: the network does not know the rest"
+    )
 
 
 def integrator_of(name: str) -> Integrator:

@@ -92,6 +92,11 @@ def check_guidance(
             "(trainer.label_dropout is 0); train or fine-tune with trainer.label_dropout=0.1, or "
             "let a weaker run guide: --guide RUN"
         )
+    if label_dropout >= 1:
+        raise ValueError(
+            f"guidance {weight:g} needs the model with its label, which was never trained "
+            "(trainer.label_dropout is 1); train with trainer.label_dropout=0.1"
+        )
 
 
 def guided(

@@ -133,7 +133,8 @@ class PyramidSampler:
             ValueError: as `sizes` and `stages`.
         """
         stages = self.stages()
-        return list(zip(self.sizes(height, width), stages, strict=True))[self._first(stages) :]
+        both = zip(self.sizes(height, width), stages, strict=True)
+        return list(both)[self._first(stages) :]
 
     @property
     def steps(self) -> int:
