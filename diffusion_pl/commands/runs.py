@@ -156,7 +156,7 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
         print(shown(drawn.changed), file=sys.stderr)
     unknown = sampling.beyond(drawn.drawing.sampler, model.objective)  # type: ignore[arg-type]
     if unknown:
-        print(unknown, file=sys.stderr)
+        print(shown(unknown), file=sys.stderr)
     return Opened(model.checkpoint.parent.parent, model, drawn.drawing)
 
 
