@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import IO
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from diffusion_pl.files import write_atomically
 
 
 def from_bytes(images: Tensor) -> Tensor:
@@ -74,12 +75,16 @@ def grid(
     return sheet
 
 
-def save_png(image: Tensor, path: Path | IO[bytes]) -> None:
-    """Write one image without loss.
+def save_png(image: Tensor, path: Path) -> None:
+    """Write one image without loss, whole or not at all.
 
     Args:
         image: uint8 (C, H, W), C = 1, 3 or 4 (with alpha).
-        path: the file, whose folder must exist; or one that is open.
+        path: the file; its folder is made.
+
+    Raises:
+        ValueError: it cannot be written.
     """
     array = image.cpu().permute(1, 2, 0).numpy()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path, format="PNG")
+    picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    write_atomically(path, lambda file: picture.save(file, format="PNG"))

@@ -25,6 +25,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.asked: list[str] = []
         self.flaws: dict[str, int | str] = {}
         self.ranges = ranges
+        self.ranges_asked: list[str | None] = []
         super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
 
     @property
@@ -53,6 +54,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         flaw = None
         if not head:
             self.server.asked.append(path.name)
+            self.server.ranges_asked.append(self.headers.get("Range"))
             flaw = self.server.flaws.pop(path.name, None)
         if isinstance(flaw, int) and flaw < 0:
             self.send_error(-flaw)

@@ -12,7 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part may import the parts on lower floors; parts of one floor do not know each other.
 FLOORS = [
-    {"addresses", "names"},
+    {"addresses", "files", "names"},
+    {"download"},
     {"images", "positions", "ranks", "seeds", "signals", "config"},
     {"diffusion", "networks", "metrics", "data"},
     {"objectives", "samplers"},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from servers import served
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -299,9 +300,10 @@ def test_a_download_is_kept_whole_and_only_with_its_digest(tmp_path: Path) -> No
     source, target = tmp_path / "source", tmp_path / "folder" / "target"
     source.write_bytes(b"weights" * 400_000)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    with pytest.raises(ValueError, match="nothing was kept"):
-        inception.download(source.as_uri(), target, "0" * 64)
-    assert list(target.parent.iterdir()) == []
-    inception.download(source.as_uri(), target, digest)
+    with served(tmp_path) as server:
+        with pytest.raises(ValueError, match="damaged or has changed; try again"):
+            inception.download(f"{server.url}/source", target, "0" * 64)
+        assert list(target.parent.iterdir()) == []
+        inception.download(f"{server.url}/source", target, digest)
     assert target.read_bytes() == source.read_bytes()
     assert list(target.parent.iterdir()) == [target]

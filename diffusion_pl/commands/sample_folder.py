@@ -84,7 +84,7 @@ class SampleFolder:
     def add(self, indices: Sequence[int], images: Tensor) -> None:
         """Write images, each whole or not at all."""
         for index, image in zip(indices, images, strict=True):
-            write_atomically(self.path_of(index), lambda file, image=image: save_png(image, file))
+            save_png(image, self.path_of(index))
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """uint8 (n, C, H, W), from the files."""

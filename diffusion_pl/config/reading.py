@@ -28,6 +28,7 @@ from diffusion_pl.config.tree import (
     step,
 )
 from diffusion_pl.config.words import meant, refuse_misread
+from diffusion_pl.files import regular
 
 BASE = "base"
 EXPERIMENTS = Path("experiments")
@@ -164,7 +165,7 @@ def _text(file: Path) -> str:
     try:
         if file.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{file.as_posix()}: larger than {_MAX_BYTES:,} bytes; keep data out")
-        return file.read_text(encoding="utf-8-sig")
+        return regular(file).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{file.as_posix()}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 
 from diffusion_pl.data.crops import Crop
-from diffusion_pl.data.download import fetch
 from diffusion_pl.data.pickled import read_pickle
 from diffusion_pl.data.source import Images, load, reduced
+from diffusion_pl.download import fetch
+from diffusion_pl.files import regular
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
@@ -146,7 +147,7 @@ def _from_folder(folder: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
         if path.is_file():
             if path.stat().st_size > _LARGEST_BATCH:
                 raise ValueError(f"{path}: too large for a batch of CIFAR-10")
-            members[name] = path.read_bytes()
+            members[name] = regular(path).read_bytes()
     return members
 
 
@@ -159,7 +160,7 @@ def _from_archive(path: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     try:
         # A stream, read once from front to back: that is how far a compressed file can be trusted.
-        with gzip.open(path) as plain, tarfile.open(fileobj=plain, mode="r|") as archive:
+        with gzip.open(regular(path)) as plain, tarfile.open(fileobj=plain, mode="r|") as archive:
             for member in archive:
                 name = _admit(member, path)
                 file = archive.extractfile(member) if name in wanted else None

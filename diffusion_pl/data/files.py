@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from diffusion_pl.files import regular
+
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp"})
 
 # Images by name that are not read: left out in silence they would be missed only by their count.
@@ -171,7 +173,7 @@ class FolderFiles:
         try:
             if path.stat().st_size > LARGEST_FILE:
                 raise ValueError(f"{path}: too large for an image")
-            return path.read_bytes()
+            return regular(path).read_bytes()
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -181,7 +183,7 @@ class FolderFiles:
         try:
             if not path.is_file():
                 return b""
-            with path.open("rb") as file:
+            with regular(path).open("rb") as file:
                 return file.read(HEAD)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
@@ -210,7 +212,7 @@ class ZipFiles:
     def _archive(self) -> zipfile.ZipFile:
         if self._opened is None or self._opened[0] != os.getpid():
             try:
-                self._opened = (os.getpid(), zipfile.ZipFile(self.path))
+                self._opened = (os.getpid(), zipfile.ZipFile(regular(self.path)))
             except Exception as error:
                 # A directory that is no directory raises nearly anything.
                 raise ValueError(f"{self.path}: not a readable zip file ({error})") from error

@@ -82,7 +82,7 @@ class Members:
         images = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
         rows = self.index[indices.numpy()]
         self.tars.fetch(np.unique(rows["shard"]).tolist())
-        read = self._reader()
+        read = self._again_if_damaged
         # In the order of the disk.
         places = np.lexsort((rows[f"offset_{self.resolution}"], rows["shard"]))
         columns = zip(places.tolist(), *self._columns(rows[places]), strict=True)
@@ -96,6 +96,18 @@ class Members:
     def _columns(self, rows: npt.NDArray[np.void]) -> list[list[int]]:
         names = ["shard", *(f"{name}_{self.resolution}" for name in ("offset", "length", "crc"))]
         return [rows[name].tolist() for name in names]
+
+    def _again_if_damaged(
+        self, image: npt.NDArray[np.uint8], number: int, offset: int, length: int, crc: int
+    ) -> None:
+        """Read an image; a second time where its shard in the cache was not what had come."""
+        read = self._reader()
+        try:
+            read(image, number, offset, length, crc)
+        except ValueError:  # broken, or the disk cannot read it any more
+            if not self.tars.renew(number):
+                raise
+            read(image, number, offset, length, crc)
 
     def _reader(self) -> Callable[[npt.NDArray[np.uint8], int, int, int, int], None]:
         return self._raw if self.tars.manifest.encoding == "raw" else self._encoded

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ import numpy.typing as npt
 from diffusion_pl.data.files import LARGEST_FILE
 from diffusion_pl.data.labels import LIKE_LABELS, Numbered, numbered
 from diffusion_pl.data.layout import columns_named, same_split
+from diffusion_pl.data.lmdb_reading import Child
 from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
+from diffusion_pl.files import regular
+
+_LABELS = 1024  # rows read at a time
+_LONGEST_LABEL = 1000  # bytes
 
 
 def _absent(package: str, path: Path) -> str:
@@ -29,46 +35,22 @@ def _absent(package: str, path: Path) -> str:
 class _LmdbReader:
     path: Path
     keys: list[bytes]
-    # Environment and the process that opened it: lmdb forbids to take one through a fork.
-    _opened: tuple[int, Any] | None = field(default=None, repr=False)
+    # The process that reads for this one, and this one's number: a fork would share its answers.
+    _opened: tuple[int, Child] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "keys": self.keys, "_opened": None}
 
     def read(self, index: int) -> Original:
         key = self.keys[index]
-        name = key.decode("ascii", "backslashreplace")
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), _lmdb(self.path))
-        with self._opened[1].begin(buffers=False) as transaction:
-            data = transaction.get(key)
-        if data is None or len(data) > LARGEST_FILE:
-            raise ValueError(f"{self.path}: {name} is gone or too large for an image")
-        return Original(name, data)
-
-
-def _lmdb(path: Path) -> Any:
-    """Open a database for reading.
-
-    Raises:
-        ValueError: lmdb is not installed, or the file is no database or is cut off.
-    """
-    try:
-        import lmdb
-    except ImportError as error:
-        raise ValueError(_absent("lmdb", path)) from error
-    try:
-        # Without a lock nothing is written beside the data, which may be read-only.
-        database = lmdb.open(
-            str(path), subdir=False, readonly=True, lock=False, create=False, readahead=False
-        )
-    except lmdb.Error as error:
-        raise ValueError(f"{path}: not a readable lmdb ({error})") from error
-    # The file is mapped into memory: reading where it has been cut off would kill the process.
-    size = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
-    if path.stat().st_size < size:
-        raise ValueError(f"{path}: ends too soon, {size:,} bytes are expected; fetch it again")
-    return database
+            self._opened = (os.getpid(), Child(self.path, LARGEST_FILE))
+        try:
+            data = self._opened[1].value(key)
+        except ValueError:
+            self._opened = None  # the next image may be sound
+            raise
+        return Original(key.decode("ascii", "backslashreplace"), data)
 
 
 def open_lmdb(path: Path, name: str) -> Originals:
@@ -79,23 +61,24 @@ def open_lmdb(path: Path, name: str) -> Originals:
         name: of the set.
 
     Raises:
-        ValueError: as above, or no images.
+        ValueError: lmdb is not installed, the file is no database or damaged, or no images.
     """
-    opened = _lmdb(path)
-    import lmdb
-
-    with opened as database, database.begin() as transaction:
-        try:
-            keys = list(transaction.cursor().iternext(keys=True, values=False))
-        except lmdb.Error as error:
-            raise ValueError(f"{path}: damaged ({error}); fetch it again") from error
+    try:
+        import lmdb  # noqa: F401 - for the process that reads
+    except ImportError as error:
+        raise ValueError(_absent("lmdb", path)) from error
+    child = Child(path, LARGEST_FILE)
+    try:
+        keys = child.keys()
+    finally:
+        child.end()
     name = name.removesuffix("_lmdb").removesuffix("-data")
     return Originals(name, _LmdbReader(path, keys), len(keys), digest_of(keys))
 
 
 @dataclass
 class _ParquetReader:
-    """Reads a row group at a time and keeps it for the rows that follow."""
+    """Reads a row at a time, so that no more than one page of a file is in memory."""
 
     paths: list[Path]
     # First row of each row group over all files, and one past the last; its file and number there.
@@ -104,7 +87,8 @@ class _ParquetReader:
     # First row of each file.
     firsts: list[int]
     column: str
-    _kept: tuple[int, list[Any]] | None = field(default=None, repr=False)
+    # The row group, the next row of it, and the rows from there on.
+    _kept: tuple[int, int, Iterator[Any]] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_kept": None}
@@ -113,17 +97,8 @@ class _ParquetReader:
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
         file, number = self.groups[group]
         row = index - int(self.starts[group])
-        if self._kept is None or self._kept[0] != group:
-            # Without threads of its own, whose locks a fork might have taken along.
-            table = _parquet(
-                self.paths[file],
-                lambda opened: opened.read_row_group(
-                    number, columns=[self.column], use_threads=False
-                ),
-            )
-            self._kept = (group, table.column(0).to_pylist())
-        value = self._kept[1][row]
         name = f"{self.paths[file].name}:{index - self.firsts[file]}"
+        value = self._value(group, self.paths[file], number, row, name)
         data = value.get("bytes") if isinstance(value, dict) else value
         if isinstance(value, dict) and value.get("path"):
             name = f"{name}:{value['path']}"
@@ -131,9 +106,65 @@ class _ParquetReader:
             raise ValueError(f"{self.paths[file]}: {name} is a path or nothing; embed the images")
         return Original(name, data)
 
+    def _value(self, group: int, path: Path, number: int, row: int, name: str) -> Any:
+        """A row of a row group; those before it are passed over."""
+        if self._kept is None or self._kept[0] != group or row < self._kept[1]:
+            self._kept = (group, 0, _rows(path, number, self.column))
+        _, there, rows = self._kept
+        self._kept = None
+        for _ in range(row - there):
+            next(rows)
+        cell = next(rows)
+        self._kept = (group, row + 1, rows)
+        if _bytes_of(cell) > LARGEST_FILE:
+            raise ValueError(f"{path}: {name} is too large for an image")
+        return cell[0].as_py()
 
-def _parquet(path: Path, use: Any) -> Any:
-    """What `use` makes of an opened file.
+
+def _rows(path: Path, group: int, column: str) -> Iterator[Any]:
+    """The cells of a row group's column, as arrays of one each.
+
+    Raises:
+        ValueError: as `_opened`, or the column has more bytes than so many images have.
+    """
+    # Without threads of its own, whose locks a fork might have taken along.
+    with _opened(path) as opened:
+        metadata = opened.metadata.row_group(group)
+        parts = (metadata.column(number) for number in range(metadata.num_columns))
+        size = sum(
+            part.total_uncompressed_size
+            for part in parts
+            if part.path_in_schema.partition(".")[0] == column
+        )
+        if size > LARGEST_FILE * max(1, metadata.num_rows):
+            raise ValueError(
+                f"{path}: {metadata.num_rows:,} rows of column {column!r} have {size:,} bytes, "
+                "more than images have"
+            )
+        batches = opened.iter_batches(1, row_groups=[group], columns=[column], use_threads=False)
+        for batch in batches:
+            yield batch.column(0)
+    raise ValueError(f"{path}: has fewer rows than it says; fetch it again")
+
+
+def _bytes_of(cell: Any) -> int:
+    """Bytes of the largest value in an array of binaries, strings, or structures of them."""
+    from pyarrow import compute, types
+
+    kind = cell.type
+    if types.is_struct(kind):
+        return max((_bytes_of(cell.field(number)) for number in range(kind.num_fields)), default=0)
+    if types.is_dictionary(kind):
+        return _bytes_of(cell.dictionary)
+    tests = (types.is_binary, types.is_large_binary, types.is_string, types.is_large_string)
+    if any(test(kind) for test in tests):
+        return compute.max(compute.binary_length(cell)).as_py() or 0
+    return 0
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A parquet file.
 
     Raises:
         ValueError: pyarrow is not installed, or the file is damaged.
@@ -144,11 +175,17 @@ def _parquet(path: Path, use: Any) -> Any:
     except ImportError as error:
         raise ValueError(_absent("pyarrow", path)) from error
     try:
-        with parquet.ParquetFile(path) as opened:
-            return use(opened)
+        with parquet.ParquetFile(regular(path)) as opened:
+            yield opened
     except (pyarrow.ArrowException, OSError) as error:
         line = str(error).splitlines()[0]
         raise ValueError(f"{path}: damaged or not a parquet file ({line})") from error
+
+
+def _parquet(path: Path, use: Any) -> Any:
+    """What `use` makes of an opened file; raises as `_opened`."""
+    with _opened(path) as opened:
+        return use(opened)
 
 
 def open_parquet(files: Sequence[Path], name: str, asked: Asked) -> Originals:
@@ -277,11 +314,14 @@ def _table_labels(files: Sequence[Path], label: str, schema: Any) -> Numbered:
     """Labels of all rows, with the classes' names where the tables know them."""
     values: list[Any] = []
     for file in files:
-        values += (
-            _parquet(file, lambda opened: opened.read([label], use_threads=False))
-            .column(0)
-            .to_pylist()
-        )
+        with _opened(file) as opened:
+            for batch in opened.iter_batches(_LABELS, columns=[label], use_threads=False):
+                if _bytes_of(batch.column(0)) > _LONGEST_LABEL:
+                    raise ValueError(
+                        f"{file}: column {label!r} has a label of more than {_LONGEST_LABEL:,} "
+                        "bytes; --no-labels leaves it out"
+                    )
+                values += batch.column(0).to_pylist()
     found = numbered(values, f"{files[0].parent}: column {label!r}")
     found.source = f"column {label!r}"
     known = _known_names(schema, label)

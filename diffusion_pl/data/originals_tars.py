@@ -29,6 +29,7 @@ from diffusion_pl.data.files import (
 )
 from diffusion_pl.data.labels import LIKE_LABELS, Numbered, numbered
 from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
+from diffusion_pl.files import regular
 
 _BLOCK = 512
 
@@ -261,7 +262,7 @@ def _samples(file: Path) -> list[_Sample]:
     samples: dict[str, _Sample] = {}
     end = 0
     try:
-        with tarfile.open(file, "r:") as archive:
+        with tarfile.open(regular(file), "r:") as archive:
             while (member := archive.next()) is not None:
                 # tarfile keeps every header that it has seen; a tar may have a million.
                 archive.members = []  # type: ignore[attr-defined]

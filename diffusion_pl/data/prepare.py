@@ -26,6 +26,7 @@ from diffusion_pl.data.shard_format import (
     write_atomically,
 )
 from diffusion_pl.data.shard_workers import too_many, write_all
+from diffusion_pl.files import regular
 from diffusion_pl.names import refuse_class_names, refuse_name, shown
 
 _SETTINGS = "settings.json"
@@ -233,7 +234,7 @@ def _sweep(folder: Path) -> None:
 
 def _begun(noted: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(noted.read_bytes())
+        settings = json.loads(regular(noted).read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{noted}: damaged ({error}); remove {noted.parents[1]} and begin again"

@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusion_pl.data.originals import Asked, Originals, digest_of, open_originals
 from diffusion_pl.data.shard_format import Manifest
+from diffusion_pl.files import regular
 
 # Names are read out of the shards, a header an image: seconds for so many.
 _MOST_NAMED = 100_000
@@ -74,7 +75,7 @@ def _names(folder: Path, manifest: Manifest) -> set[str]:
     for shard in manifest.shards:
         path = folder / shard.file
         try:
-            with tarfile.open(path, "r:") as archive:
+            with tarfile.open(regular(path), "r:") as archive:
                 for member in archive:
                     if member.name.endswith(".json"):
                         stream = archive.extractfile(member)

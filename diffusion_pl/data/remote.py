@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import netrc
 import os
+import re
+import stat
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from diffusion_pl.addresses import MASK, instead, masked, refuse_credentials
+from diffusion_pl.download import PATIENCE, Patience, Unreachable, opened, within
+from diffusion_pl.files import open_lock, regular
 
-_BLOCK = 8 * 1024**2
+_BLOCK = 1024**2
 _SECONDS_BETWEEN_LOOKS = 0.05
+_LARGEST = 128 * 1024**2  # bytes of what is read into memory
+
+# Files of a cache, which alone make room: a folder that a user names may hold others.
+_OURS = re.compile(r"([0-9a-f]{64}\.tar|index\.npy)(\.part)?")
 
 T = TypeVar("T")
 
@@ -38,42 +49,91 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def read(url: str, *, attempts: int = 5, backoff: float = 1.0) -> bytes | None:
+def read(
+    url: str,
+    largest: int = _LARGEST,
+    *,
+    attempts: int = 5,
+    backoff: float = 1.0,
+    patience: Patience | None = None,
+) -> bytes | None:
     """A small file at an address; None where the server says there is none.
 
+    Args:
+        url: of the file.
+        largest: bytes; a file of more is refused.
+        attempts: connections before the server is given up.
+        backoff: seconds before the second of them, doubled each time.
+        patience: with the server.
+
     Raises:
-        ValueError: an address of an unknown kind, or a server that does not give the file.
+        ValueError: an address of an unknown kind, a server that does not give the file, or gives
+            more.
     """
+    given = patience or PATIENCE
 
     def ask() -> bytes | None:
-        system, path = _opened(url)
+        found = bytearray()
         try:
-            return bytes(system.cat_file(path))
+            with _blocks(url, 0, given) as answer:
+                for block in () if answer is None else answer[1]:
+                    found += block
+                    if len(found) > largest:
+                        raise Unreachable(f"it has more than {largest:,} bytes", final=True)
         except FileNotFoundError:
             return None
+        return bytes(found)
 
-    return _persist(url, ask, attempts, backoff)
+    return _persist(url, ask, attempts, backoff, given)
 
 
 @dataclass(frozen=True)
 class Cache:
     """A folder of fetched files that together take no more than so many bytes.
 
+    Names are a digest and `.tar`, or `index.npy`; nothing else in the folder is touched.
+
     Args:
         folder: where; made when it is needed.
         limit: bytes; the files that were not opened for longest make room.
         attempts: connections before a server is given up.
         backoff: seconds before the second of them, doubled each time.
+        patience: with the server; the usual one when not given.
     """
 
     folder: Path
     limit: int
     attempts: int = 5
     backoff: float = 1.0
+    patience: Patience | None = None
 
-    def has(self, name: str) -> bool:
-        """Whether a file is there now."""
-        return (self.folder / name).exists()
+    def has(self, name: str, size: int) -> bool:
+        """Whether a file of that size is there now; what a link leads to is not."""
+        try:
+            state = os.lstat(self.folder / name)
+        except OSError:
+            return False
+        return stat.S_ISREG(state.st_mode) and state.st_size == size
+
+    def drop_damaged(self, name: str, sha256: str) -> bool:
+        """Remove a file whose content is another by now; whether it was.
+
+        Args:
+            name: in the cache.
+            sha256: hex digest the file must have.
+        """
+        path = self.folder / name
+        try:
+            with regular(path).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+                    return False
+        except FileNotFoundError:
+            return True
+        except OSError:  # the disk cannot read it any more
+            pass
+        with self._alone():
+            path.unlink(missing_ok=True)
+        return True
 
     def fetch(self, url: str, name: str, size: int, sha256: str) -> Path:
         """The file of an address on the disk, fetched unless it is there.
@@ -88,7 +148,7 @@ class Cache:
             ValueError: a server that does not give that file, or a disk that does not take it.
         """
         final = self.folder / name
-        if final.exists():
+        if self.has(name, size):
             with suppress(OSError):
                 os.utime(final)
             return final
@@ -97,7 +157,7 @@ class Cache:
                 f"{url}: {size:,} bytes, and data.cache_bytes is {self.limit:,}; raise it"
             )
         try:
-            with self._claimed(final) as part:
+            with self._claimed(final, size) as part:
                 if part is not None:
                     self._fill(part, final, url, size, sha256)
         except (OSError, _Unwritable) as error:
@@ -109,15 +169,15 @@ class Cache:
         return final
 
     @contextmanager
-    def _claimed(self, final: Path) -> Iterator[int | None]:
+    def _claimed(self, final: Path, size: int) -> Iterator[int | None]:
         """The `.part` of a file, locked and open; None when another process has finished it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = _part_of(final)
         while True:
-            part = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            part = open_lock(path)
             try:
                 fcntl.flock(part, fcntl.LOCK_EX)
-                if final.exists():
+                if self.has(final.name, size):
                     with self._alone():
                         if _is_at(part, path):
                             path.unlink()
@@ -133,7 +193,9 @@ class Cache:
     def _fill(self, part: int, final: Path, url: str, size: int, sha256: str) -> None:
         try:
             self._reserve(part, final, size)
-            _persist(url, _Copy(part, url, size, sha256), self.attempts, self.backoff)
+            patience = self.patience or PATIENCE
+            copy = _Copy(part, url, size, sha256, patience)
+            _persist(url, copy, self.attempts, self.backoff, patience)
             os.fsync(part)
             with self._alone():
                 os.replace(_part_of(final), final)
@@ -145,9 +207,12 @@ class Cache:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Nobody else takes room, gives it back or renames a file: sizes can be added up."""
-        with (self.folder / ".lock").open("w") as lock:
+        lock = open_lock(self.folder / ".lock")
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(lock)
 
     def _reserve(self, part: int, final: Path, size: int) -> None:
         """Give a `.part` its size once there is room for it."""
@@ -164,8 +229,8 @@ class Cache:
         """Remove what was not used for longest until `size` bytes more are within the limit."""
         found = []
         for entry in os.scandir(self.folder):
-            if entry.name != ".lock" and entry.is_file():
-                state = entry.stat()
+            if _OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                state = entry.stat(follow_symlinks=False)
                 found.append((state.st_mtime_ns, state.st_size, Path(entry.path)))
         total = sum(bytes for _, bytes, _ in found)
         for _, bytes, path in sorted(found):
@@ -192,18 +257,19 @@ def _is_at(opened: int, path: Path) -> bool:
 def _abandoned(part: Path) -> bool:
     """Whether the process that fetched a file is gone."""
     try:
-        with part.open("rb") as file:
+        with regular(part).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
 class _Copy:
     """Copies a file at an address; called again, it goes on where it broke off."""
 
-    def __init__(self, part: int, url: str, size: int, sha256: str) -> None:
+    def __init__(self, part: int, url: str, size: int, sha256: str, patience: Patience) -> None:
         self.part, self.url, self.size, self.sha256 = part, url, size, sha256
+        self.patience = patience
         self.done = 0
         self.digest = hashlib.sha256()
 
@@ -213,29 +279,26 @@ class _Copy:
         Raises:
             Exception: what the server's library raises, or for what arrived.
         """
-        system, path = _opened(self.url)
-        with system.open(path, "rb", block_size=_BLOCK, cache_type="none") as file:
-            if self.done:
-                self._go_on(file)
-            while block := file.read(_BLOCK):
-                self._write(block)
+        with _blocks(self.url, self.done, self.patience) as answer:
+            if answer is not None:
+                start, blocks = answer
+                if start != self.done:  # a server that only sends whole files
+                    self._restart()
+                for block in blocks:
+                    self._write(block)
         if self.done < self.size:
             raise ConnectionError(f"{self.done:,} of {self.size:,} bytes came")
-        if self.done > self.size or self.digest.hexdigest() != self.sha256:
+        if self.digest.hexdigest() != self.sha256:
             self._restart()
             raise ConnectionError("what comes has another sha256 than dataset.json says")
-
-    def _go_on(self, file: Any) -> None:
-        try:
-            file.seek(self.done)
-        except (ValueError, OSError):
-            # A server that only sends whole files.
-            self._restart()
 
     def _restart(self) -> None:
         self.done, self.digest = 0, hashlib.sha256()
 
     def _write(self, block: bytes) -> None:
+        if self.done + len(block) > self.size:
+            self._restart()
+            raise ConnectionError(f"more than the {self.size:,} bytes of dataset.json come")
         try:
             if os.pwrite(self.part, block, self.done) < len(block):
                 raise _Unwritable("the disk is full")
@@ -243,6 +306,50 @@ class _Copy:
             raise _Unwritable(error.strerror) from error
         self.digest.update(block)
         self.done += len(block)
+
+
+@contextmanager
+def _blocks(
+    url: str, start: int, patience: Patience
+) -> Iterator[tuple[int, Iterator[bytes]] | None]:
+    """Where in the file the bytes begin that a server sends, and they; None if there are no more.
+
+    Raises:
+        Exception: what the server's library raises.
+    """
+    if url.startswith(("http://", "https://")):
+        with opened(url, start, patience, _headers(url)) as answer:
+            yield None if answer is None else (answer.start, answer.blocks())
+        return
+    # Libraries of other kinds of servers wait as long as they like, so each call is timed. A block
+    # may come as slowly as a connection may be.
+    limit = patience.silence + patience.window
+    system, path = _opened(url)
+    file = within(limit, lambda: system.open(path, "rb", block_size=_BLOCK, cache_type="none"))
+    with file:
+        if start:
+            try:
+                file.seek(start)
+            except (ValueError, OSError):
+                start = 0
+        yield start, iter(lambda: within(limit, lambda: bytes(file.read(_BLOCK))), b"")
+
+
+def _headers(url: str) -> dict[str, str]:
+    """What a user has set for fsspec to send to web servers: headers, or the password of netrc."""
+    from fsspec.config import conf
+
+    parts = urlsplit(url)
+    set_ = {**conf.get("http", {}), **conf.get("https", {})}  # fsspec does not tell them apart
+    client = set_.get("client_kwargs", {})
+    headers = {**client.get("headers", {}), **set_.get("headers", {})}
+    if client.get("trust_env") and "Authorization" not in headers and parts.hostname:
+        with suppress(OSError, netrc.NetrcParseError):
+            known = netrc.netrc().authenticators(parts.hostname)
+            if known is not None:
+                pair = b64encode(f"{known[0]}:{known[2]}".encode()).decode()
+                headers["Authorization"] = f"Basic {pair}"
+    return {str(name): str(value) for name, value in headers.items()}
 
 
 def _opened(url: str) -> tuple[Any, str]:
@@ -261,8 +368,10 @@ def _opened(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def _persist(url: str, ask: Callable[[], T], attempts: int, backoff: float) -> T:
-    """Ask a server until it answers.
+def _persist(
+    url: str, ask: Callable[[], T], attempts: int, backoff: float, patience: Patience
+) -> T:
+    """Ask a server until it answers, as often as it may be asked and as long as one has patience.
 
     Raises:
         _Unwritable: as `ask`.
@@ -274,9 +383,12 @@ def _persist(url: str, ask: Callable[[], T], attempts: int, backoff: float) -> T
             f"{url}: its credentials are not kept; name it anew, and set {instead(url)}"
         )
     problem: Exception | None = None
-    for attempt in range(attempts):
-        if attempt:
-            time.sleep(backoff * 2 ** (attempt - 1))
+    asked, waited = 0, 0.0
+    while asked < attempts and waited <= patience.total:
+        if asked:
+            time.sleep(backoff * 2 ** (asked - 1))
+        asked += 1
+        before, begun = getattr(ask, "done", 0), time.monotonic()
         try:
             return ask()
         except _Unwritable:
@@ -288,8 +400,13 @@ def _persist(url: str, ask: Callable[[], T], attempts: int, backoff: float) -> T
         except Exception as error:
             # Every kind of server has a library with errors of its own.
             problem = error
+            if isinstance(error, Unreachable) and error.final:
+                break
+        seconds = time.monotonic() - begun
+        came = getattr(ask, "done", 0) - before
+        waited = waited + seconds if came < patience.slowest * seconds else 0.0
     # Libraries quote addresses, also those that they were sent on to, which are signed.
     lines = masked(str(problem)).splitlines() or [""]
     raise ValueError(
-        f"{url}: cannot be fetched in {attempts} attempts ({type(problem).__name__}: {lines[0]})"
+        f"{url}: cannot be fetched in {asked} attempts ({type(problem).__name__}: {lines[0]})"
     ) from problem

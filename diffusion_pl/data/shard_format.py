@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffusion_pl.files import regular, sync_folder
+
 FORMAT = 1
 MANIFEST = "dataset.json"
 INDEX = "index.npy"
@@ -42,7 +44,7 @@ LARGEST_RESOLUTION = 8192
 OPTIONAL = frozenset({"notes", "class_counts", "labels_from", "unread"})
 
 _HEX = re.compile(r"[0-9a-f]{64}")
-_LARGEST_MANIFEST = 512 * 1024**2
+LARGEST_MANIFEST = 128 * 1024**2  # of some 800,000 shards
 
 
 def key_of(original: int) -> str:
@@ -228,7 +230,7 @@ def open_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
     path = folder / INDEX
     try:
         # An array file and nothing else: np.load would also open an archive of such files.
-        index: npt.NDArray[np.void] = np.lib.format.open_memmap(path, mode="r")
+        index: npt.NDArray[np.void] = np.lib.format.open_memmap(regular(path), mode="r")
     except Exception as error:
         # A damaged header is parsed as Python and raises nearly anything.
         reason = " ".join(str(error).split())
@@ -260,23 +262,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Make renames in a folder last."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _digest_of(content: Mapping[str, Any]) -> str:
     kept = {key: value for key, value in content.items() if key != "versions"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    regular(path)
     try:
-        if path.stat().st_size > _LARGEST_MANIFEST:
+        if path.stat().st_size > LARGEST_MANIFEST:
             raise ValueError(f"{path}: too large")
         content = json.loads(path.read_bytes())
     except OSError as error:

@@ -20,6 +20,7 @@ from diffusion_pl.data.prepare import Request, prepare
 from diffusion_pl.data.prepare_progress import reported
 from diffusion_pl.data.shard_format import (
     INDEX,
+    LARGEST_MANIFEST,
     MANIFEST,
     PROGRESS,
     SHARDS,
@@ -28,6 +29,7 @@ from diffusion_pl.data.shard_format import (
 )
 from diffusion_pl.data.source import Images, load
 from diffusion_pl.data.tars import Tars
+from diffusion_pl.files import regular
 from diffusion_pl.names import plain
 
 _SETS = "sets"
@@ -159,7 +161,7 @@ class Shards:
     def _remote(self) -> tuple[Path, Manifest]:
         """Fetch `dataset.json` and the index; the first anew each time, since it may change."""
         address = self.path.rstrip("/")
-        text = remote.read(f"{address}/{MANIFEST}")
+        text = remote.read(f"{address}/{MANIFEST}", LARGEST_MANIFEST)
         if text is None:
             raise ValueError(_not_prepared(self.path))
         sets = Path(self.cache_folder) / _SETS
@@ -172,7 +174,10 @@ class Shards:
                 raise ValueError(str(error).replace(name, address)) from error
         folder = sets / manifest.index_sha256
         size = index_bytes(manifest)
-        remote.Cache(folder, size).fetch(f"{address}/{INDEX}", INDEX, size, manifest.index_sha256)
+        cache = remote.Cache(folder, size)
+        if cache.has(INDEX, size):
+            cache.drop_damaged(INDEX, manifest.index_sha256)
+        cache.fetch(f"{address}/{INDEX}", INDEX, size, manifest.index_sha256)
         self._check_room(manifest)
         return folder, manifest
 
@@ -197,7 +202,7 @@ class Shards:
         """Whether the index and local shards are those described; the labels."""
         index = members.folder / INDEX
         members.index  # noqa: B018 - an absent or foreign index is told first
-        with index.open("rb") as file:
+        with regular(index).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != manifest.index_sha256:
                 raise ValueError(f"{index}: changed since the data was prepared; prepare it again")
         if members.tars.cache is None:
@@ -247,7 +252,7 @@ def _not_prepared(path: str) -> str:
 
 def _check_size(path: str, size: int) -> None:
     try:
-        found = os.stat(path).st_size
+        found = regular(Path(path)).stat().st_size
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); prepare it again") from error
     if found != size:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,9 +13,13 @@ from typing import Any
 
 from diffusion_pl.data.remote import Cache
 from diffusion_pl.data.shard_format import Manifest
+from diffusion_pl.files import regular
 
-# Files a process keeps open for one resolution; a thousand is a common limit for all of it.
+# Files a process keeps open for one resolution at least; a thousand is a common limit for all of
+# it, which is raised, as far as the system lets it be, where there are more shards.
 OPEN_FILES = 128
+
+_PARTS = 8  # of the limit, one for a resolution
 
 # Shards fetched at a time where a batch wants several.
 _CONNECTIONS = 8
@@ -45,9 +51,10 @@ class Tars:
     manifest: Manifest
     cache: Cache | None = None
     _open: OrderedDict[int, _Descriptor] = field(default_factory=OrderedDict, repr=False)
+    _most: int | None = field(default=None, repr=False)  # files open at a time
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}
+        return self.__dict__ | {"_open": OrderedDict(), "_most": None}
 
     def name(self, number: int) -> str:
         """A shard as a complaint names it."""
@@ -58,7 +65,7 @@ class Tars:
         cache = self.cache
         if cache is None:
             return
-        missing = [number for number in numbers if not cache.has(self._cached(number))]
+        missing = [n for n in numbers if not cache.has(*self._cached(n))]
         if len(missing) < 2:
             return
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
@@ -80,7 +87,7 @@ class Tars:
     def _descriptor(self, number: int) -> _Descriptor:
         # Every operation on the table is a single one, so threads need no lock.
         found = self._open.pop(number, None)
-        if found is None:
+        if found is None and self.cache is not None:
             self._drop_removed()
         while found is None:
             try:
@@ -89,10 +96,40 @@ class Tars:
                 # Another process made room between fetching and opening.
                 if self.cache is None:
                     raise
+            except OSError as error:
+                # Others of this process have opened more than was thought.
+                if error.errno != errno.EMFILE or not self._open:
+                    raise
+                self._most = max(1, len(self._open) // 2)
+                self._close_beyond(self._most)
         self._open[number] = found
-        while len(self._open) > OPEN_FILES:
-            self._open.popitem(last=False)
+        if self._most is None:
+            self._most = OPEN_FILES + _allowed(len(self.manifest.shards) - OPEN_FILES)
+        self._close_beyond(self._most)
         return found
+
+    def _close_beyond(self, most: int) -> None:
+        """Keep the files open that were read last."""
+        while len(self._open) > most:
+            self._open.popitem(last=False)
+
+    def renew(self, number: int) -> bool:
+        """Have a shard of the cache that is damaged, or was fetched anew, read from anew.
+
+        Returns:
+            Whether what is read next may be other than what was.
+        """
+        if self.cache is None:
+            return False
+        name, _ = self._cached(number)
+        found = self._open.pop(number, None)
+        if self.cache.drop_damaged(name, self.manifest.shards[number].sha256):
+            return True
+        try:
+            there = os.stat(self.cache.folder / name)
+            return found is not None and not os.path.samestat(os.fstat(found.number), there)
+        except OSError:
+            return True
 
     def _drop_removed(self) -> None:
         """Close what was removed from the cache, which takes its room until then."""
@@ -100,11 +137,28 @@ class Tars:
             if os.fstat(descriptor.number).st_nlink == 0:
                 self._open.pop(number, None)
 
-    def _cached(self, number: int) -> str:
-        return f"{self.manifest.shards[number].sha256}.tar"
+    def _cached(self, number: int) -> tuple[str, int]:
+        shard = self.manifest.shards[number]
+        return f"{shard.sha256}.tar", shard.bytes
 
     def _path(self, number: int) -> Path:
         shard = self.manifest.shards[number]
         if self.cache is None:
-            return Path(self.where) / shard.file
-        return self.cache.fetch(self.name(number), self._cached(number), shard.bytes, shard.sha256)
+            return regular(Path(self.where) / shard.file)
+        return self.cache.fetch(self.name(number), *self._cached(number), shard.sha256)
+
+
+def _allowed(more: int) -> int:
+    """How many files more this process may have open, of so many that it could use."""
+    if more <= 0:
+        return 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return more
+    wanted = soft + more if hard == resource.RLIM_INFINITY else min(hard, soft + more)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):
+        wanted = soft
+    # Where it cannot be raised, a part of it: there are several resolutions, and other files.
+    return min(more, wanted - soft + soft // _PARTS)

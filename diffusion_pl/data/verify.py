@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion_pl.data.shard_format import INDEX, SHARDS, Manifest, open_index
+from diffusion_pl.files import regular
 
 _AGAIN = "fetch or prepare the data again"
 
@@ -56,7 +57,7 @@ def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 def _digest(path: Path) -> str:
     """sha256 (hex) of a file; what is wrong with it where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return f"cannot be read ({error.strerror})"

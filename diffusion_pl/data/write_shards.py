@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,9 +40,9 @@ from diffusion_pl.data.shard_format import (
     index_dtype,
     key_of,
     shard_name,
-    sync_folder,
     write_atomically,
 )
+from diffusion_pl.files import sync_folder
 
 # By default the library runs what pickled members and `pipe:` addresses ask for; ours reads nothing
 # through it, and whoever does so beside us shall not either.
@@ -227,8 +228,8 @@ def written(job: Job, number: int) -> Written | None:
         with np.load(_sidecar(job.folder, number), allow_pickle=False) as noted:
             about: dict[str, Any] = json.loads(noted["about"].tobytes())
             rows, digests = noted["rows"], noted["digests"]
-    except FileNotFoundError:
-        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None  # absent, or cut off by a power cut: made again
     shard = Shard(**about["shard"])
     path = job.folder / shard.file
     if not path.is_file() or path.stat().st_size != shard.bytes:

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffusion_pl.files import regular
+
 # A config of 1,000 betas takes 30,000 bytes, a header of 10,000 tensors 2,000,000.
 MOST_JSON, MOST_HEADER = 2**20, 2**23
 
@@ -24,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is no regular file")
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             text = file.read(MOST_JSON + 1)
         if len(text) > MOST_JSON:
             raise ValueError(f"larger than {MOST_JSON:,} bytes, which no config is")
@@ -45,12 +47,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is no regular file")
-        with path.open("rb") as opened:
+        with regular(path).open("rb") as opened:
             length = opened.read(8)
         # The library reads up to 100 MB of it, and a byte becomes an object of sixty.
         if len(length) == 8 and struct.unpack("<Q", length)[0] > MOST_HEADER:
             raise ValueError(f"its header is larger than {MOST_HEADER:,} bytes")
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular(path), framework="pt") as file:
             words = file.metadata() or {}
         return words, load_file(path)
     except (OSError, SafetensorError, ValueError, TypeError) as error:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from diffusion_pl.data.container import unfit_entries
 from diffusion_pl.data.pickle_program import look_through, reason_of
+from diffusion_pl.files import regular
 
 # Modules within modules, and modules in all: far more than any network has.
 DEEPEST, MOST = 100, 100_000
@@ -377,7 +378,7 @@ def _bounded(values: Any, where: str) -> None:
 def _content(path: Path) -> Any:
     if path.exists() and not path.is_file():
         raise ValueError("it is no regular file")
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         first = file.read(len(LEGACY))
         if not first.startswith(ZIP):
             whole = first + file.read()
@@ -391,7 +392,7 @@ def _content(path: Path) -> Any:
 
 def _zipped(path: Path) -> Any:
     """A file of torch.save: a zip archive of a pickle and the storages that it names."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(regular(path)) as archive:
         if problem := unfit_entries(archive, path.stat().st_size, digested=False):
             raise ValueError(problem)
         names = {entry.filename: entry for entry in archive.infolist()}

@@ -7,11 +7,9 @@ The batch norms, constants here, are folded into the convolutions, which is the 
 """
 
 import hashlib
-import http.client
 import io
 import os
 import pickle
-import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     FeatureExtractorInceptionV3,
 )
 
+from diffusion_pl.download import fetch
+from diffusion_pl.files import regular
 from diffusion_pl.metrics.features import Features, require_rgb
 
 # sha256 of the published file, whose name ends in its first digits.
@@ -128,7 +128,7 @@ def load(weights: str | None = None, precision: str = "fp32") -> Inception:
     """
     path = Path(weights) if weights is not None else published()
     try:
-        content = path.read_bytes()
+        content = regular(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot read Inception's weights ({error.strerror})") from error
     sha256 = hashlib.sha256(content).hexdigest()
@@ -156,28 +156,19 @@ def download(url: str, path: Path, sha256: str) -> None:
     Raises:
         ValueError: the file cannot be fetched or has another digest.
     """
-    digest = hashlib.sha256()
     # A name of its own for each process: ranks may fetch at the same time into a shared folder.
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    part = aside.with_name(f"{aside.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        request = urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)
-        with request as response, aside.open("wb") as file:
-            while block := response.read(2**20):
-                digest.update(block)
-                file.write(block)
-        if digest.hexdigest() != sha256:
-            raise ValueError(
-                f"{url}: sha256 is {digest.hexdigest()[:8]}, not {sha256[:8]}; nothing was kept"
-            )
+        fetch(url, aside, sha256, attempts=2, timeout=TIMEOUT_SECONDS)
         os.replace(aside, path)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError) as error:
+        reason = str(error).replace(str(aside), str(path))
         raise ValueError(
-            f"Inception's weights cannot be fetched from {url} ({error}); "
-            f"put the file at {path} or name it as weights"
+            f"Inception's weights cannot be fetched: {reason}; or name the file as weights"
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def _network(content: bytes, path: Path) -> FeatureExtractorInceptionV3:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_pl.files import regular
 from diffusion_pl.names import plain
 
 # An archive of images unpacks to a few times its size; to more than this only one made for it does.
@@ -60,7 +61,7 @@ def entries(path: Path) -> Mapping[str, Entry]:
         Exception: whatever zipfile and numpy make of what is no archive of arrays.
     """
     found = {}
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(regular(path)) as archive:
         for info in archive.infolist():
             if not info.filename.endswith(".npy"):
                 continue
@@ -174,7 +175,7 @@ def unfit(entry: Entry) -> str | None:
 
 def fingerprint(path: Path) -> str:
     """sha256 (hex) of a file of any size."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -192,7 +193,7 @@ def _images(path: Path, entry: Entry) -> np.ndarray:
             factor = info.file_size // path.stat().st_size
             raise ValueError(f"unpacks to {info.file_size:,} bytes, {factor:,} times its size")
         return numbers(path, entry)
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         file.seek(info.header_offset)
         header = file.read(30)
     if len(header) < 30 or info.flag_bits & 1:

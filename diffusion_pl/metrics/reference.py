@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffusion_pl.files import regular
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.moments import Moments
 from diffusion_pl.names import plain
@@ -128,7 +129,7 @@ def load(path: Path) -> Reference:
         ValueError: the file is absent, damaged or no reference.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular(path), framework="pt") as file:
             metadata = file.metadata() or {}
             count = int(metadata["count"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -13,6 +13,7 @@ from safetensors.torch import load as parse
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffusion_pl.files import regular
 from diffusion_pl.images import from_bytes
 from diffusion_pl.metrics.features import Features, require_rgb
 
@@ -112,7 +113,7 @@ def load(path: Path = WEIGHTS) -> Shapes:
         ValueError: the file is absent or not such weights.
     """
     try:
-        content = path.read_bytes()
+        content = regular(path).read_bytes()
         state = parse(content)
         network = ShapesNetwork(classes=len(state["head.bias"]))
         network.load_state_dict(state)

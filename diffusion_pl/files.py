@@ -1,0 +1,132 @@
+"""Files: written whole or not at all, opened only where they are files, locked through no link."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+# What the disk or the process is short of, or cannot do: nothing that the program did wrong.
+_OF_THE_MACHINE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE}
+)
+
+_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write beside the target, flush to the disk, then rename: the target is whole or as before.
+
+    Args:
+        path: the file to make or replace; its folder is made.
+        write: called with the open binary file.
+
+    Raises:
+        ValueError: the folder cannot be written or is full; the target is as before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb", opener=_no_link) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: Exception) -> ValueError:
+    """The one line for a file that could not be written."""
+    reason = " ".join(str(error).split())
+    return ValueError(
+        f"{path}: cannot be written ({reason}); free space or permissions, then run again"
+    )
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a power cut; nothing where the file system cannot."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a network's or a FUSE folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def regular(path: Path) -> Path:
+    """A path that someone has named, seen to be a file before it is opened.
+
+    To open a pipe waits for ever for who writes it, a device may be without end.
+
+    Returns:
+        `path`; also where nothing is there, which opening it tells.
+
+    Raises:
+        ValueError: a folder, pipe, socket or device is there.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # a name with a null byte
+        return path
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "no regular file")
+        raise ValueError(f"{path}: is {kind}, not a file; name a regular file")
+    return path
+
+
+def open_lock(path: Path) -> int:
+    """The descriptor of a file to lock, made if absent, to be closed by the caller.
+
+    Raises:
+        ValueError: a link or something else than a file is there, which is not touched.
+        OSError: the folder cannot be written.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _no_lock(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_lock(path)
+    return descriptor
+
+
+def _no_lock(path: Path) -> ValueError:
+    return ValueError(f"{path}: is a link or no file, and a lock follows none; remove it")
+
+
+def _no_link(path: str, flags: int) -> int:
+    """An opener that refuses to write through a link that somebody has put there."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def of_the_machine(error: OSError) -> str | None:
+    """What the disk or permissions did to a command, in one line; None for any other error."""
+    if error.filename is None and error.errno not in _OF_THE_MACHINE:
+        return None
+    where = os.fspath(error.filename) if error.filename is not None else "a file"
+    if isinstance(where, bytes):
+        where = os.fsdecode(where)
+    return (
+        f"{where}: cannot be read or written ({error.strerror}); free space or permissions, then "
+        "run again"
+    )
