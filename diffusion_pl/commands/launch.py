@@ -25,6 +25,7 @@ def run(options: argparse.Namespace) -> int:
     if options.inside:
         return _inside(options)
     job = _job(options)
+    job.see_options()
     checked: set[str] = set()
     found = [preflight.look(task, checked=checked) for task in job.tasks]
     for number, each in enumerate(found):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion_pl.commands import sbatch_options
 from diffusion_pl.names import shown
 from diffusion_pl.training.writing import write_atomically
 
@@ -82,6 +83,24 @@ class Job:
         """Where the script lies."""
         return self.folder / SCRIPT
 
+    def see_options(self) -> None:
+        """See that the further options agree with the job.
+
+        Raises:
+            ValueError: names one that does not.
+        """
+        own = {
+            "--nodes": str(self.nodes),
+            "--ntasks": str(self.nodes * self.ranks),
+            "--ntasks-per-node": str(self.ranks),
+            "--tasks-per-node": str(self.ranks),
+            "--cpus-per-task": str(self.cpus),
+            "--time": self.time,
+        }
+        if self.on_gpu:
+            own |= {"--gpus-per-node": str(self.ranks), "--gpus": str(self.nodes * self.ranks)}
+        sbatch_options.see_options(self.options, own, len(self.tasks))
+
     def directives(self) -> list[str]:
         """The options in the script's head, each as sbatch takes it."""
         array = len(self.tasks) > 1
@@ -150,7 +169,11 @@ def submit(job: Job) -> str:
     write(job)
     try:
         done = subprocess.run(
-            ["sbatch", "--parsable", str(job.script)], capture_output=True, text=True, check=False
+            ["sbatch", "--parsable", str(job.script)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=sbatch_options.environment(),
         )
     except FileNotFoundError as error:
         raise ValueError(

@@ -1,0 +1,112 @@
+"""Options for sbatch that a user adds: none that says otherwise than the job itself.
+
+The last of two equal options counts for SLURM, while the job's script, srun and the trainer go by
+the first: cores are reserved that no process gets, or nodes that fail in the job.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+# What `launch` sets, by each name that sbatch knows it by, and the option of `launch` for it.
+_OURS = {
+    "--nodes": "--nodes N",
+    "--ntasks": "--gpus N or --tasks N, a node",
+    "--ntasks-per-node": "--gpus N or --tasks N",
+    "--tasks-per-node": "--gpus N or --tasks N",
+    "--ntasks-per-gpu": "--gpus N",
+    "--ntasks-per-core": "--cpus N",
+    "--ntasks-per-socket": "--cpus N",
+    "--cpus-per-task": "--cpus N",
+    "--cpus-per-gpu": "--cpus N",
+    "--gpus": "--gpus N, a node",
+    "--gpus-per-node": "--gpus N",
+    "--gpus-per-task": "--gpus N",
+    "--gpus-per-socket": "--gpus N",
+    "--gres": "--gpus N",
+    "--time": "--time",
+    "--signal": "--margin SECONDS",
+    "--array": "--sweep",
+    "--requeue": "",
+    "--no-requeue": "",
+    "--open-mode": "",
+    "--wrap": "",
+}
+_SHORT = {
+    "-N": "--nodes", "-n": "--ntasks", "-c": "--cpus-per-task", "-G": "--gpus", "-t": "--time",
+    "-a": "--array", "-p": "--partition", "-A": "--account", "-J": "--job-name", "-o": "--output",
+    "-e": "--error", "-q": "--qos", "-C": "--constraint", "-w": "--nodelist", "-x": "--exclude",
+    "-d": "--dependency", "-D": "--chdir", "-L": "--licenses", "-M": "--clusters",
+}  # fmt: skip
+
+# Variables of whoever submits that sbatch takes before the options in a script.
+_VARIABLES = (
+    "SBATCH_ARRAY_INX", "SBATCH_CPUS_PER_GPU", "SBATCH_GPUS", "SBATCH_GPUS_PER_NODE",
+    "SBATCH_GPUS_PER_TASK", "SBATCH_GRES", "SBATCH_NO_REQUEUE", "SBATCH_OPEN_MODE",
+    "SBATCH_REQUEUE", "SBATCH_SIGNAL", "SBATCH_TIMELIMIT",
+)  # fmt: skip
+
+
+def see_options(options: Sequence[str], own: Mapping[str, str], tasks: int) -> None:
+    """See that further options agree with the job and with one another.
+
+    Args:
+        options: as typed after `--sbatch`.
+        own: the job's, by their long names, such as {"--nodes": "2"}.
+        tasks: of the job's array, 1 for none.
+
+    Raises:
+        ValueError: names the first that does not, and what to say in its place.
+    """
+    seen: dict[str, str] = {}
+    for option in options:
+        name, value = _parsed(option)
+        if value != seen.setdefault(name, value):
+            raise ValueError(f"--sbatch: {name} is given twice ({seen[name]} and {value}); say one")
+        if name not in _OURS or _agrees(name, value, own, tasks):
+            continue
+        instead = f"; say {_OURS[name]}" if _OURS[name] else "; leave it out"
+        job = f" (the job has {own[name]})" if own.get(name) else ""
+        raise ValueError(f"--sbatch: {option!r} contradicts the job that is written{job}{instead}")
+
+
+def _parsed(option: str) -> tuple[str, str]:
+    """An option's long name and its value."""
+    long = re.fullmatch(r"(--[a-z][a-z-]*)(?:[= ]\s*(.*))?", option)
+    if long:
+        return long[1], long[2] or ""
+    short = re.fullmatch(r"(-[A-Za-z])[= ]?\s*(.*)", option)
+    if not short:
+        raise ValueError(
+            f"--sbatch: {option!r} is no option of sbatch; write it as --sbatch=--partition=NAME"
+        )
+    return _SHORT.get(short[1], short[1]), short[2]
+
+
+def _agrees(name: str, value: str, own: Mapping[str, str], tasks: int) -> bool:
+    """Whether one of the job's own options says what the job says."""
+    if name == "--requeue":
+        return True
+    if name == "--gres":
+        gpus = [each for each in value.split(",") if each.split(":")[0] == "gpu"]
+        return all(_count(each) == own.get("--gpus-per-node") for each in gpus)
+    if name == "--gpus-per-node":
+        return _count(value) == own.get(name)
+    if name == "--array":  # which may say how many run at a time
+        return re.sub(r"%[0-9]+$", "", value) == f"0-{tasks - 1}" and tasks > 1
+    if name == "--open-mode":
+        return value == "append"
+    return bool(value) and value == own.get(name)
+
+
+def _count(value: str) -> str:
+    """The number of GPUs of `4`, `gpu:4` or `gpu:a100:4`; 1 where none is said."""
+    last = value.rpartition(":")[2]
+    return last if last.isdecimal() else "1"
+
+
+def environment() -> dict[str, str]:
+    """The environment to submit a job in, without what would overrule its options."""
+    return {name: value for name, value in os.environ.items() if name not in _VARIABLES}
