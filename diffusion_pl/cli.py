@@ -21,6 +21,7 @@ from typing import NoReturn
 from diffusion_pl.addresses import masked, refuse_credentials
 from diffusion_pl.commands import arguments as measuring
 from diffusion_pl.commands.safety import refuse_unsafe
+from diffusion_pl.files import of_the_machine
 from diffusion_pl.names import refuse_controls, shown
 from diffusion_pl.signals import RESUMABLE, Stopped, Wish
 
@@ -78,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(options)
         except Stopped:
             run = options.run or Path("runs") / Path(options.experiment).stem
-            wish.mark(run)
+            try:
+                wish.mark(run)
+            except ValueError as error:
+                return _bad(error)
             print(
                 f"{shown(str(run))}: stopped before a step; the same command goes on",
                 file=sys.stderr,
@@ -102,6 +106,11 @@ def _run(options: argparse.Namespace) -> int:
     except BrokenPipeError:  # the reader of stdout left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written, a file that is gone
+        problem = of_the_machine(error)
+        if problem is None:
+            raise
+        return _bad(ValueError(problem))
     return code
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from diffusion_pl.files import write_atomically
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 # What a run that was stopped and can go on ends with (sysexits.h: a temporary failure).
@@ -88,6 +90,9 @@ class Wish:
         )
 
     def mark(self, run: Path) -> None:
-        """Write that a run waits to go on."""
-        run.mkdir(parents=True, exist_ok=True)
-        (run / MARKER).write_text(f"{self.name}\n")
+        """Write that a run waits to go on.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        write_atomically(run / MARKER, lambda file: file.write(f"{self.name}\n".encode()))

@@ -275,9 +275,13 @@ MUTANTS = [
         ("            point_to(candidate)", "            abs(1)"),
     ),
     *at(
+        "files.py",
+        "training",
+        ("os.replace(temporary, path)", "temporary.unlink()"),
+    ),
+    *at(
         "training/writing.py",
         "training faults",
-        ("os.replace(temporary, path)", "temporary.unlink()"),
         ("path.unlink(missing_ok=True)", "str(path)"),
     ),
 ]  # fmt: skip

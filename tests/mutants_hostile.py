@@ -49,7 +49,7 @@ MUTANTS = [
         ("type(number) is not int or ", ""),
         ("or images < 0:", "or False:"),
         ("if not _NAME.fullmatch(path.name):", "if False:"),
-        ('pointer.read_text(errors="replace")', "pointer.read_text()"),
+        ('regular(pointer).read_text(errors="replace")', "pointer.read_text()"),
         ("path.parent != folder or ", ""),
         ('if not isinstance(checkpoint.get("state_dict"), Mapping):', "if False:"),
         (
@@ -60,7 +60,7 @@ MUTANTS = [
     *at(
         "training/history.py",
         "hostile_corpus upkeep",
-        ("elif number < len(lines):", "elif number <= len(lines):"),
+        ("if self._row(content[end:]) is None else", "if False else"),
         ("                raise ValueError(", "                ValueError("),
     ),
     *at(
@@ -116,7 +116,7 @@ MUTANTS = [
     *at(
         "data/shard_format.py",
         "hostile_corpus",
-        ('np.lib.format.open_memmap(path, mode="r")', 'np.load(path, mmap_mode="r")'),
+        ('np.lib.format.open_memmap(regular(path), mode="r")', 'np.load(path, mmap_mode="r")'),
         ("if type(number) is not int or not", "if not"),
     ),
     *at(

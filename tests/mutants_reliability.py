@@ -40,7 +40,7 @@ MUTANTS = [
         "stopping exact",
         ("trainer.max_steps:  # not when", "0:  # not when"),
         ("            self.stop.end(trainer)", "            pass"),
-        ("if due and not self.history.measured(images):", "if False:"),
+        ("if not trainer.strategy.broadcast(done):", "if False:"),
         ("except ValueError as error:  # what", "except KeyError as error:  # what"),
     ),
     *at(

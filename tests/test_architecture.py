@@ -40,6 +40,7 @@ LIGHTNING = {
     "run.py",
     "run_data.py",
     "strategy.py",
+    "unfailing.py",
 }  # the only files that may import it
 
 

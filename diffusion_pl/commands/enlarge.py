@@ -24,6 +24,7 @@ from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Counted
 from diffusion_pl.diffusion.resizing import resized
 from diffusion_pl.evaluation import Drawing, batches
+from diffusion_pl.files import regular
 from diffusion_pl.images import from_bytes, grid, save_png, to_bytes
 from diffusion_pl.samplers.pyramid import PyramidSampler
 
@@ -130,7 +131,7 @@ def task(path: Path, drawing: Drawing, to: int, restart: float | None, agree: bo
     if drawing.shape[0] != 3:
         raise ValueError(f"image files are read as RGB, the model has {drawing.shape[0]} channels")
     try:
-        data = path.read_bytes()
+        data = regular(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     image = np.array(decode(data, where=str(path)))

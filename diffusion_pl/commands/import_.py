@@ -18,6 +18,7 @@ from diffusion_pl import config
 from diffusion_pl.commands import parts
 from diffusion_pl.config import Config, ConfigError
 from diffusion_pl.diffusion.objective import TrainingObjective
+from diffusion_pl.files import regular
 from diffusion_pl.interop import weights as ours
 from diffusion_pl.names import refuse_name, shown
 from diffusion_pl.training import checkpoint as checkpoints
@@ -195,7 +196,7 @@ def digest(source: Path) -> str:
     files = [source] if source.is_file() else sorted(source.rglob("diffusion_pytorch_model*"))
     whole = hashlib.sha256()
     for file in files:
-        with file.open("rb") as opened:
+        with regular(file).open("rb") as opened:
             while piece := opened.read(1 << 20):
                 whole.update(piece)
     return whole.hexdigest()

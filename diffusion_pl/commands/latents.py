@@ -14,6 +14,7 @@ from diffusion_pl.data.decode import read_square
 from diffusion_pl.diffusion.guidance import Clip, clipped, guided
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.evaluation import Drawing
+from diffusion_pl.files import regular
 from diffusion_pl.images import from_bytes
 from diffusion_pl.samplers.named import integrator
 from diffusion_pl.samplers.pyramid import PyramidSampler
@@ -37,7 +38,7 @@ def pictures(paths: Sequence[Path], drawing: Drawing) -> Tensor:
     read = []
     for path in paths:
         try:
-            data = path.read_bytes()
+            data = regular(path).read_bytes()
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
         square = read_square(data, side, "exact", where=str(path), channels=channels)

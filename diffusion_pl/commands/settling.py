@@ -7,6 +7,7 @@ from pathlib import Path
 from diffusion_pl import config, ranks
 from diffusion_pl.commands import runs
 from diffusion_pl.config import Config
+from diffusion_pl.files import regular
 from diffusion_pl.names import refuse_name, shown
 from diffusion_pl.training.writing import write_atomically
 
@@ -78,7 +79,7 @@ def compare(experiment: Config, folder: Path, start: Path | None = None) -> None
         return
     if start is not None:
         wanted = f"{runs.checkpoint_of(start)}\n"
-        before = begun.read_text() if begun.exists() else "weights of its own\n"
+        before = regular(begun).read_text() if begun.exists() else "weights of its own\n"
         if wanted != before:
             raise ValueError(f"{folder}: started from {before.strip()}, not from {wanted.strip()}")
     changes = [line for line in _changes(kept, experiment) if not _is_free(line)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -21,12 +22,15 @@ from diffusion_pl.names import shown
 from diffusion_pl.signals import MARKER, RESUMABLE, Wish
 from diffusion_pl.training import bounds
 from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training.evaluating import is_evaluated
 from diffusion_pl.training.history import History
-from diffusion_pl.training.run import Experiment, fit, is_evaluated, last_measurements
+from diffusion_pl.training.meeting import NotMet, see_place, starter
+from diffusion_pl.training.run import Experiment, fit, last_measurements
 from diffusion_pl.training.sanity import NonFinite
+from diffusion_pl.training.settings import Settings
 from diffusion_pl.training.writing import sweep, write_atomically
 
-FAILURES: tuple[type[Exception], ...] = (NonFinite, WorkerLost, ReaderLost)
+FAILURES: tuple[type[Exception], ...] = (NonFinite, WorkerLost, ReaderLost, NotMet)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -38,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     )
     trust.check_training(experiment)
     folder: Path = options.run or parts.RUNS / experiment.name
+    see_ranks(config.build(experiment, "trainer"))
     leads = ranks.leads_run()
     start = None
     if not options.start and (options.fresh_labels or options.accept_differences):
@@ -47,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     settle(experiment, folder, options.start)
     if leads:
         sweep(folder)
+        History(folder / "metrics.jsonl").mend()
     latest = checkpoints.newest_sound(folder / "checkpoints")
     batch_size = experiment.get("data.batch_size")
     budget = config.build(experiment, "trainer").steps(batch_size) * batch_size
@@ -87,6 +93,18 @@ def run(options: argparse.Namespace) -> int:
         report(folder, result["images"], result["rows"])
     # Lightning would kill the others if one that it started ended with any other code.
     return RESUMABLE if result["stopped"] and not ranks.is_helper() else 0
+
+
+def see_ranks(settings: Settings) -> None:
+    """See who started this process, and that its run's ranks can meet.
+
+    Raises:
+        ValueError: they cannot, or the environment speaks of other ranks.
+    """
+    devices = settings.devices_a_node()
+    by = starter(os.environ, settings.nodes, devices)
+    if settings.nodes * devices > 1:
+        see_place(os.environ, by, ranks.leads_run(), settings.nodes)
 
 
 def build(experiment: Config) -> Experiment:

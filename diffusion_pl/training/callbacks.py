@@ -14,10 +14,9 @@ from lightning.pytorch.callbacks import Callback
 from diffusion_pl.evaluation.provenance import now
 from diffusion_pl.signals import Wish
 from diffusion_pl.training import checkpoint as checkpoints
-from diffusion_pl.training import sharding
+from diffusion_pl.training import power_ema, sharding
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
-from diffusion_pl.training.power_ema import save_snapshot
 from diffusion_pl.training.progress import Progress
 from diffusion_pl.training.sanity import Spikes
 from diffusion_pl.training.settings import Settings
@@ -201,6 +200,9 @@ class ClassNames(Callback):
 class Snapshots(Callback):
     """Writes the averages that others are made of afterwards, every so many images and at the end.
 
+    One that is damaged, or was lost, at the moment of the checkpoint that a run goes on from is
+    written again, from the averages in the checkpoint.
+
     Args:
         folder: where they lie.
         every: images between two.
@@ -211,17 +213,26 @@ class Snapshots(Callback):
         self.interval = Interval(every)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self.interval.start(pl_module.images_seen)
+        images = pl_module.images_seen
+        self.interval.start(images)
+        if trainer.is_global_zero:
+            power_ema.set_damaged_aside(self.folder)
+        due = images and images % self.interval.every < pl_module.batch_size
+        there = power_ema.snapshot_of(self.folder, images).exists()
+        if due and not trainer.strategy.broadcast(there):
+            self._save(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        images = pl_module.images_seen
         last = trainer.global_step >= trainer.max_steps
-        if self.interval.passed(images) or last:
-            averages = [sharding.saved(average.state_dict()) for average in pl_module.profiles]
-            if trainer.is_global_zero:
-                save_snapshot(self.folder, images, averages)
+        if self.interval.passed(pl_module.images_seen) or last:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> None:
+        averages = [sharding.saved(average.state_dict()) for average in pl_module.profiles]
+        if trainer.is_global_zero:
+            power_ema.save_snapshot(self.folder, pl_module.images_seen, averages)
 
 
 class Stop(Callback):

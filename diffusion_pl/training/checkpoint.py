@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from diffusion_pl.data.container import unfit_content, unfit_entries
 from diffusion_pl.data.pickle_program import reason_of
+from diffusion_pl.files import regular
 from diffusion_pl.names import shown
 from diffusion_pl.training.writing import write_atomically
 
@@ -74,7 +75,7 @@ def verify(path: Path) -> None:
         OSError: it cannot be read.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         file.seek(max(0, size - _END_BYTES - _COMMENT_BYTES))
         end = file.read()
     comment = end[_END_BYTES:]
@@ -124,7 +125,7 @@ def found(folder: Path) -> list[Path]:
 def _pointed(folder: Path) -> str | None:
     """What the `latest` pointer says, None where there is none."""
     pointer = folder / LATEST
-    return pointer.read_text(errors="replace").strip() if pointer.exists() else None
+    return regular(pointer).read_text(errors="replace").strip() if pointer.exists() else None
 
 
 def latest(folder: Path) -> Path | None:

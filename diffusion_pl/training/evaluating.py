@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from diffusion_pl.evaluation import Drawing, Evaluation, Sampler, evaluate, reference_of
 from diffusion_pl.evaluation.cost import estimate
 from diffusion_pl.evaluation.measuring import Interrupted, build
+from diffusion_pl.files import regular
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
@@ -29,6 +30,23 @@ from diffusion_pl.training.sanity import NonFinite
 def grid_of(run: Path, images: int) -> Path:
     """Where a run keeps the grid of its model of so many images."""
     return run / "samples" / f"{images:012d}.png"
+
+
+_PNG_END = b"IEND\xaeB\x60\x82"  # the last chunk of every PNG
+
+
+def is_evaluated(run: Path, settings: Evaluation, images: int) -> bool:
+    """Whether a run's model of so many images was drawn from and measured.
+
+    A grid that was cut off, as a power cut may leave it, is drawn again; one that was taken away is
+    missed only where nothing else would tell.
+    """
+    grid = grid_of(run, images)
+    if grid.exists() and not regular(grid).read_bytes().endswith(_PNG_END):
+        return False
+    if settings.metrics:
+        return History(run / "metrics.jsonl").measured(images)
+    return grid.exists()
 
 
 class Evaluate(Callback):
@@ -107,7 +125,8 @@ class Evaluate(Callback):
             )
         # A run that was stopped between the checkpoint and the end of the evaluation makes it up.
         due = images and images % self.settings.every < pl_module.batch_size
-        if due and not self.history.measured(images):
+        done = not due or is_evaluated(self.run, self.settings, images)
+        if not trainer.strategy.broadcast(done):
             self._evaluate(trainer, pl_module)
 
     def on_train_batch_end(
@@ -154,11 +173,10 @@ class Evaluate(Callback):
         self._keep_best(trainer, images, rows)  # before the rows, which say that all is done
         if trainer.is_global_zero:
             path = grid_of(self.run, images)
-            path.parent.mkdir(exist_ok=True)
             sheet = grid(shown)
             save_png(sheet, path)
             show(trainer, sheet, images)
-            self.history.append(*({"images": images, **row} for row in rows))
+            self.history.measure(images, rows)
             progress.measured(images, rows)
         log(trainer, {row["name"]: row["value"] for row in rows}, images)
         self.training_log.pause(time.monotonic() - started)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_pl.training.writing import write_atomically
+from diffusion_pl.files import regular, unwritable, write_atomically
+
+logger = logging.getLogger(__name__)
+
+DAMAGED = ".damaged"  # what the name of a history with lines that are none ends in from then on
 
 
 class History:
@@ -23,9 +29,91 @@ class History:
         self.every = every or {"images": int}
 
     def append(self, *rows: Mapping[str, Any]) -> None:
-        """Write rows, all or, if the process is killed, none of them."""
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        """Write rows, all or none of them, behind the last whole one; they are on the disk then.
+
+        Raises:
+            ValueError: the file cannot be written; it is as before.
+        """
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        if len(rows) > 1:  # of rows that belong together none is lost alone
+            before = regular(self.path).read_bytes() if self.path.exists() else b""
+            text = self._ended(before) + lines
+            write_atomically(self.path, lambda file: file.write(text))
+            return
+        try:
+            self._append(lines)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+    def measure(self, images: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write an evaluation's rows, in the place of those that the same model may have already.
+
+        Raises:
+            ValueError: the file cannot be written; it is as before.
+        """
+        names = {row["name"] for row in rows}
+        kept = [
+            row for row in self.rows() if row["images"] != images or row.get("name") not in names
+        ]
+        rows = [{"images": images, **row} for row in rows]
+        text = "".join(json.dumps(row) + "\n" for row in [*kept, *rows]).encode()
+        write_atomically(self.path, lambda file: file.write(text))
+
+    def _append(self, line: bytes) -> None:
+        """Write a line at the end of the file, or leave the file as it was."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(regular(self.path), "ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if size and file.read(1) != b"\n":  # what a crash has cut off must not be joined
+                file.seek(0)
+                ended = self._ended(file.read())
+                size = min(size, len(ended))
+                line = ended[size:] + line
+                file.truncate(size)
+            try:
+                if file.write(line) < len(line):
+                    raise OSError("the disk is full")
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+
+    def _ended(self, content: bytes) -> bytes:
+        """A file's content without a last line that was cut off, each of its lines with an end."""
+        end = content.rfind(b"\n") + 1
+        return content[:end] if self._row(content[end:]) is None else content + b"\n"
+
+    def mend(self) -> None:
+        """Make the file whole again after a crash or a power cut, before a run goes on.
+
+        A last line that was cut off goes without a word, since the run measures it again. Any other
+        line that is no row (such as the zeros that a power cut leaves) is dropped with a warning,
+        and the file as it was stays beside the mended one.
+
+        Raises:
+            ValueError: the file cannot be read or written.
+        """
+        if not self.path.exists():
+            return
+        content = regular(self.path).read_bytes()
+        lines = self._ended(content).split(b"\n")[:-1]
+        kept = [line for line in lines if self._row(line) is not None]
+        lost = sum(bool(line) for line in lines) - len(kept)
+        mended = b"".join(line + b"\n" for line in kept)
+        if mended == content:
+            return
+        if lost:
+            aside = self.path.with_name(self.path.name + DAMAGED)
+            write_atomically(aside, lambda file: file.write(content))
+            logger.warning(
+                "%s: %d lines are no rows of measurements; going on without them, the file as it "
+                "was is kept as %s",
+                self.path,
+                lost,
+                aside.name,
+            )
+        write_atomically(self.path, lambda file: file.write(mended))
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, oldest first; a last line that a crash cut off is not one.
@@ -35,15 +123,15 @@ class History:
         """
         if not self.path.exists():
             return []
-        lines = self.path.read_bytes().split(b"\n")
+        content = regular(self.path).read_bytes()
         rows = []
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(self._ended(content).split(b"\n"), start=1):
             if not line:
                 continue
             row = self._row(line)
             if row is not None:
                 rows.append(row)
-            elif number < len(lines):  # the last one has no end where it was cut off
+            else:
                 raise ValueError(
                     f"{self.path}: line {number} is no row of measurements "
                     f"(got {line[:40]!r}); restore the file or remove the line"

@@ -5,7 +5,6 @@ The run's own files are its record; a logger that fails is told of in a line and
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,11 +18,10 @@ from torch import Tensor
 
 from diffusion_pl import ranks
 from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.unfailing import Unfailing
 from diffusion_pl.training.writing import write_atomically
 
 WANDB_ID = "wandb_id"  # the file in a run's folder that holds its W&B run's
-
-logger = logging.getLogger(__name__)
 
 
 def make_loggers(settings: Settings, config: Mapping[str, Any], run: Path) -> list[Logger]:
@@ -58,7 +56,7 @@ def make_loggers(settings: Settings, config: Mapping[str, Any], run: Path) -> li
                 "trainer.loggers: wandb is not installed; pip install 'diffusion_pl[wandb]'"
             ) from error
         loggers.append(wandb)
-    return loggers
+    return [Unfailing(each) for each in loggers]
 
 
 def wandb_id(run: Path) -> str:
@@ -115,8 +113,4 @@ def _to_all(trainer: lightning.Trainer, tell: Callable[[Logger], None]) -> None:
     if not trainer.is_global_zero:
         return
     for each in trainer.loggers:
-        try:
-            tell(each)
-        except Exception as error:  # a full disk, a lost network: anything
-            reason = " ".join(str(error).split())
-            logger.warning("%s: not told (%s); the run goes on", type(each).__name__, reason)
+        (each if isinstance(each, Unfailing) else Unfailing(each)).attempt(tell)

@@ -23,7 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from diffusion_pl.training.writing import write_atomically
+from diffusion_pl.files import regular, write_atomically
+from diffusion_pl.training.history import DAMAGED
+
+logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +140,28 @@ def save_snapshot(folder: Path, images: int, averages: Sequence[Mapping[str, Ten
         for number, average in enumerate(averages)
         for key, value in average.items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
     content = save(tensors)
-    write_atomically(folder / f"{images:012d}.safetensors", lambda file: file.write(content))
+    write_atomically(snapshot_of(folder, images), lambda file: file.write(content))
+
+
+def snapshot_of(folder: Path, images: int) -> Path:
+    """Where the snapshot after so many images lies."""
+    return folder / f"{images:012d}.safetensors"
+
+
+def set_damaged_aside(folder: Path) -> None:
+    """Rename snapshots that are cut off or no snapshots, with a warning each.
+
+    The others still make averages; the more there are, the nearer to what is wanted.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(regular(path), framework="pt"):  # which compares its length, too
+                continue
+        except (OSError, SafetensorError, ValueError) as error:
+            reason = " ".join(str(error).split())
+        path.rename(path.with_name(path.name + DAMAGED))
+        logger.warning("%s: is damaged (%s) and set aside", path, reason)
 
 
 @dataclass(frozen=True)
@@ -212,7 +234,7 @@ def reconstruct(folder: Path, images: int, length: float) -> dict[str, Tensor]:
 def _add(path: Path, shares: Sequence[float], total: dict[str, Tensor]) -> None:
     """Add a snapshot's averages to a sum; whole numbers are those of the last."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 number, _, key = name.partition(".")
                 value = file.get_tensor(name)

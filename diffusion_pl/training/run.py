@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import lightning
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
@@ -29,7 +28,7 @@ from diffusion_pl.training import power_ema
 from diffusion_pl.training.bounded import Bounded
 from diffusion_pl.training.callbacks import Checkpoints, ClassNames, Log, Snapshots, Stop
 from diffusion_pl.training.ema import EMA
-from diffusion_pl.training.evaluating import Evaluate, grid_of
+from diffusion_pl.training.evaluating import Evaluate, is_evaluated
 from diffusion_pl.training.history import History
 from diffusion_pl.training.loggers import Described, make_loggers
 from diffusion_pl.training.module import Augment, DiffusionModule, MakeOptimizer
@@ -41,7 +40,7 @@ from diffusion_pl.training.settings import (
     Settings,
     resolve_precision,
 )
-from diffusion_pl.training.strategy import make_strategy
+from diffusion_pl.training.strategy import cluster, make_strategy
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
         log_every_n_steps=2**31,  # rows are ours, by images
         logger=make_loggers(settings, experiment.config, run),
         profiler=Unprofiled(),
-        plugins=[CheckpointFiles(), precision_plugin(precision, settings), *cluster()],
+        plugins=[CheckpointFiles(), precision_plugin(precision, settings), *cluster(settings)],
         default_root_dir=run,
         benchmark=True,
     )
@@ -210,14 +209,6 @@ def precision_plugin(precision: str, settings: Settings) -> Precision:
     return MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))
 
 
-def cluster() -> list[SLURMEnvironment]:
-    """Where srun started this process, Lightning's way to find the others, without its requeue.
-
-    Told by a signal, that saves in the middle of a step; stops are `Stop`'s, jobs their script's.
-    """
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-
-
 def make_module(experiment: Experiment) -> DiffusionModule:
     """The LightningModule of an experiment, compiled if so set."""
     settings = experiment.settings
@@ -239,13 +230,6 @@ def make_module(experiment: Experiment) -> DiffusionModule:
         module.denoiser.network.compile()
         module.ema.network.compile()
     return module
-
-
-def is_evaluated(run: Path, evaluation: Evaluation, images: int) -> bool:
-    """Whether a run's model of so many images was drawn from and measured."""
-    if evaluation.metrics:
-        return History(run / "metrics.jsonl").measured(images)
-    return grid_of(run, images).exists()
 
 
 def last_measurements(history: History) -> list[dict[str, Any]]:

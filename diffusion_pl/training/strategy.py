@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, cast
 
 import torch
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
-from diffusion_pl.training import sharding
+from diffusion_pl.training import meeting, sharding
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.settings import Settings
+
+
+class Slurm(SLURMEnvironment):
+    """Lightning's way to find the tasks of a job step, at a port that jobs do not share."""
+
+    @property
+    def main_port(self) -> int:
+        """Where the ranks meet."""
+        port = meeting.port_of(os.environ)
+        assert port is not None
+        os.environ["MASTER_PORT"] = str(port)
+        return port
+
+
+class Copied(DDPStrategy):
+    """A copy of the model on every device, as Lightning has it; the ranks meet in time or end."""
+
+    def setup_distributed(self) -> None:
+        """Meet the other ranks."""
+        with _in_time(self):
+            super().setup_distributed()
 
 
 class Sharded(DDPStrategy):
@@ -23,6 +52,11 @@ class Sharded(DDPStrategy):
     A checkpoint is the one that DDP writes: it is read before the model is spread, and written by
     the first rank from tensors that are gathered one at a time.
     """
+
+    def setup_distributed(self) -> None:
+        """Meet the other ranks."""
+        with _in_time(self):
+            super().setup_distributed()
 
     def model_to_device(self) -> None:
         """Spread the model; nothing lies whole on a device but one block at a time."""
@@ -68,5 +102,28 @@ def make_strategy(settings: Settings) -> Strategy | str:
     """What a run's devices do together; one alone has nothing to share."""
     if settings.nodes * settings.devices_a_node() == 1:
         return "auto"
-    kind = Sharded if settings.strategy == "fsdp" else DDPStrategy
+    kind = Sharded if settings.strategy == "fsdp" else Copied
     return kind(timeout=timedelta(seconds=settings.start_timeout))
+
+
+def cluster(settings: Settings) -> list[ClusterEnvironment]:
+    """How the ranks find one another, by who started this one; without Lightning's requeue.
+
+    Told by a signal, that saves in the middle of a step; stops are `Stop`'s, jobs their script's.
+
+    Raises:
+        ValueError: as `meeting.starter`.
+    """
+    by = meeting.starter(os.environ, settings.nodes, settings.devices_a_node())
+    if by == "srun":
+        return [Slurm(auto_requeue=False)]
+    if by == "another":  # that Lightning knows
+        return []
+    return [TorchElasticEnvironment() if by == "torchrun" else LightningEnvironment()]
+
+
+def _in_time(strategy: DDPStrategy) -> AbstractContextManager[None]:
+    """Bound how long the ranks may take to meet."""
+    cluster, limit = strategy.cluster_environment, strategy._timeout
+    assert cluster is not None and limit is not None
+    return meeting.bounded(limit.total_seconds(), f"{cluster.main_address}:{cluster.main_port}")

@@ -1,37 +1,12 @@
-"""Files of a run: written whole or not at all, and nothing left of what was not."""
+"""What a run's folder is cleared of when the run starts."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
-from typing import Any
 
+from diffusion_pl.files import write_atomically
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Write beside the target, flush to the disk, then rename: the target is whole or as before.
-
-    Args:
-        path: the file to make or replace.
-        write: called with the open binary file.
-
-    Raises:
-        ValueError: the folder cannot be written or is full; the target is as before.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ValueError(
-            f"{path}: cannot be written ({error}); free space or permissions, then run again"
-        ) from error
+__all__ = ["sweep", "write_atomically"]
 
 
 def sweep(run: Path) -> None:

@@ -1,0 +1,242 @@
+"""Who started this process as a rank of its run, and where the ranks meet; no lightning.
+
+What a terminal inside an allocation, a batch script without srun or an earlier torchrun leave in
+the environment looks like a rank's own variables. Each is told in one line before any work, since
+ranks that were never started would be waited for.
+"""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+Starter = Literal["itself", "torchrun", "srun", "another"]
+
+# What srun gives to each task, and a batch script or the shell of an allocation does not have.
+_OF_A_TASK = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS", "SLURM_SRUN_COMM_HOST")
+# Jobs of these names are for people: processes in them are started as on any other machine.
+_FOR_PEOPLE = ("bash", "interactive")
+# Other launchers that Lightning knows, which number the ranks by the same variables.
+_OTHERS = ("KUBERNETES_PORT", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+_LOWEST, _PORTS = 15_000, 17_000  # below those that systems give to outgoing connections
+_SPREAD = 7919  # a prime: neighbouring jobs, and steps of one, have other ports
+
+
+class NotMet(RuntimeError):
+    """The ranks of a run did not find together."""
+
+
+def starter(environment: Mapping[str, str], nodes: int, devices: int) -> Starter:
+    """Who started this process, and that there are as many as the run wants.
+
+    Args:
+        environment: the process's.
+        nodes: machines of the run.
+        devices: of each, and so processes.
+
+    Returns:
+        "itself": nobody started it as a rank, so it starts those of its machine.
+
+    Raises:
+        ValueError: what the environment says of ranks is left over, or of another number of them.
+    """
+    world = nodes * devices
+    wanted = f"trainer.nodes x trainer.devices is {world}"
+    if "TORCHELASTIC_RUN_ID" in environment:
+        if _number(environment, "WORLD_SIZE", world) != world:
+            raise ValueError(
+                f"WORLD_SIZE: torchrun started {environment['WORLD_SIZE']} processes, and "
+                f"{wanted}; make them the same"
+            )
+        return "torchrun"
+    if any(name in environment for name in _OTHERS):
+        return "another"
+    by_slurm = _by_slurm(environment, nodes, devices, wanted)
+    if by_slurm is not None:
+        return by_slurm
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        most = {"LOCAL_RANK": devices - 1, "RANK": world - 1, "WORLD_SIZE": world}[name]
+        number = _number(environment, name, most)
+        if number > most or (name == "WORLD_SIZE" and number != world):
+            raise ValueError(
+                f"{name}: is {number}, and {wanted}; where torchrun or another program has left it "
+                f"over: unset RANK LOCAL_RANK WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT"
+            )
+    if "RANK" in environment and "LOCAL_RANK" not in environment and world > 1:
+        raise ValueError(
+            "RANK: is set and LOCAL_RANK is not, so that this process is no whole rank; unset "
+            "RANK, or set both"
+        )
+    return "itself"
+
+
+def _by_slurm(
+    environment: Mapping[str, str], nodes: int, devices: int, wanted: str
+) -> Starter | None:
+    """Whether srun started this process; None outside SLURM and in jobs for people."""
+    if "SLURM_NTASKS" not in environment:
+        return None
+    world = nodes * devices
+    task = _number(environment, "SLURM_PROCID", 0) > 0
+    if task or any(environment.get(name) for name in _OF_A_TASK):
+        tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]
+        if tasks == str(world):
+            if world > 1 and "SLURM_NTASKS_PER_NODE" not in environment:
+                raise ValueError(
+                    f"SLURM_NTASKS_PER_NODE: is not set; start with srun --nodes={nodes} "
+                    f"--ntasks-per-node={devices}, not with --ntasks"
+                )
+            return "srun"
+        if environment.get("SLURM_JOB_NAME") not in _FOR_PEOPLE:
+            raise ValueError(
+                f"SLURM_NTASKS: srun started {tasks} tasks, and {wanted}; start it with srun "
+                f"--nodes={nodes} --ntasks-per-node={devices}, or train with trainer.devices="
+                f"{tasks}"
+            )
+        return None
+    if world == 1 or (environment.get("SLURM_JOB_NAME") in _FOR_PEOPLE and nodes == 1):
+        return None
+    here = (
+        f", or have {devices} processes start here: SLURM_JOB_NAME=interactive make train ..."
+        if nodes == 1
+        else ""
+    )
+    raise ValueError(
+        f"SLURM_JOB_ID: this is inside a job, {wanted}, and srun has not started this process; "
+        f"start it with srun --nodes={nodes} --ntasks-per-node={devices}{here}"
+    )
+
+
+def _number(environment: Mapping[str, str], name: str, absent: int) -> int:
+    """A variable's number; `absent` where it is not set.
+
+    Raises:
+        ValueError: it is none.
+    """
+    value = environment.get(name)
+    if value is None:
+        return absent
+    if not value.isdecimal():
+        raise ValueError(f"{name}: must be a whole number (got {value!r}); unset it")
+    return int(value)
+
+
+def port_of(environment: Mapping[str, str]) -> int | None:
+    """Where ranks that srun started meet: MASTER_PORT, or one that follows from job and step.
+
+    Not from the last digits of the job's number alone, which two jobs of a node may share. None
+    where neither is known.
+
+    Raises:
+        ValueError: MASTER_PORT is no port.
+    """
+    given = environment.get("MASTER_PORT")
+    if given is not None:
+        port = _number(environment, "MASTER_PORT", 0)
+        if not 0 < port < 65_536:
+            raise ValueError(f"MASTER_PORT: must be 1 to 65535 (got {given}); unset it")
+        return port
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    job, step = (_number(environment, name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return _LOWEST + (job + 31 * step) * _SPREAD % _PORTS
+
+
+def see_place(environment: Mapping[str, str], by: Starter, leads: bool, nodes: int) -> None:
+    """See that the ranks can meet where they are told to; called where there are several.
+
+    Args:
+        environment: the process's.
+        by: who started it.
+        leads: whether it is the first rank, which the others come to.
+        nodes: machines of the run.
+
+    Raises:
+        ValueError: a port that is none or in use, a machine that is not known or is another.
+    """
+    address = environment.get("MASTER_ADDR")
+    if address:
+        try:
+            socket.getaddrinfo(address, None)
+        except (OSError, UnicodeError) as error:
+            raise ValueError(
+                f"MASTER_ADDR: {address!r} is no machine that is known here; set or unset it"
+            ) from error
+    port = port_of(environment) if by == "srun" or "MASTER_PORT" in environment else None
+    if not leads or by == "another" or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    if port:
+        _see_free("", port)
+    if address and by == "itself" and nodes == 1:
+        _see_free(address, 0)
+
+
+def _see_free(address: str, port: int) -> None:
+    """See that this machine's `address` and `port` can be listened at."""
+    if address:
+        kind, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    else:
+        kind, place = socket.AF_INET, ("", port)
+    with socket.socket(kind, socket.SOCK_STREAM) as probe:
+        # As torch's own: a port whose last connection has just ended is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(place)
+            if port:
+                probe.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(
+                    f"MASTER_ADDR: {address} is not this machine, and the run is on one; unset it"
+                ) from error
+            raise ValueError(
+                f"MASTER_PORT: the ranks cannot meet at port {port} ({error.strerror}); unset "
+                "MASTER_PORT or set one that is free"
+            ) from error
+
+
+@contextmanager
+def bounded(seconds: float, place: str) -> Iterator[None]:
+    """End the process when the ranks have not met in time.
+
+    torch bounds each of its waits, of which there are several, and some not at all: a rank that
+    finds something else at the port waits for its answer.
+
+    Args:
+        seconds: that it may take.
+        place: names where they meet.
+
+    Raises:
+        NotMet: torch gave up by itself.
+    """
+    text = (
+        f"{place}: the ranks have not met in {seconds:g} s (trainer.start_timeout); see that all "
+        "of them run, and that nothing else is at this port"
+    )
+
+    def end() -> None:
+        os.write(2, f"failed: {text}\n".encode())
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    # Should a library hold the interpreter while it waits.
+    faulthandler.dump_traceback_later(seconds + 10, exit=True, file=2)
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise NotMet(f"{place}: the ranks do not meet ({reason}); see that all of them run") from (
+            error
+        )
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
