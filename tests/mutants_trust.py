@@ -65,6 +65,7 @@ MUTANTS = [
         ("os.path.isabs(plain) or", "False or"),
         ("dataclasses.replace(source, made_of=None)", "source"),
         ('if "wandb" in', "if 0 in"),
+        ('(entity := trainer.get("wandb_entity")) is not None', "(entity := None)"),
         ('.startswith("clip-")', '.startswith("inception")'),
         ('.startswith("dinov2-")', '.startswith("inception")'),
         ('for package in node.get("allow") or ():', "for package in ():"),

@@ -490,6 +490,13 @@ def test_a_stranger_logs_to_no_account(place, capsys):
     assert main(["sample", "stranger", "--count", "1"]) == 0
 
 
+def test_a_users_own_logger_sends_nothing_to_a_strangers_account(place, capsys):
+    handed_on(lambda tree: tree["trainer"].__setitem__("wandb_entity", "stranger"))
+    for words in (["trainer.loggers=[wandb]"], ["trainer.loggers=[wandb]", "--allow", "wandb"]):
+        said = refused([*OPENING["train --from"], *words], capsys)
+        assert "trainer.wandb_entity: is whom the log is sent to" in said
+
+
 def test_a_guide_is_trusted_no_further_than_its_run(place, capsys):
     guide = {"_target_": "diffusion_pl.commands.runs.guide", "run": "runs/own", "allow": ["mine"]}
     handed_on(lambda tree: tree["evaluation"].update(guide=guide, guidance=2.0))

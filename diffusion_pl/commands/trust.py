@@ -55,8 +55,11 @@ def check_training(experiment: Config) -> None:
     """
     check_data(experiment)
     check_features(experiment)
-    if "wandb" in (experiment.get("trainer").get("loggers") or ()):
+    trainer = experiment.get("trainer")
+    if "wandb" in (trainer.get("loggers") or ()):
         _require(experiment, "trainer.loggers", "wandb", "sends what is logged to others")
+        if (entity := trainer.get("wandb_entity")) is not None:
+            _require(experiment, "trainer.wandb_entity", entity, "is whom the log is sent to")
 
 
 def check_data(experiment: Config) -> None:
