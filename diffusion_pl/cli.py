@@ -329,7 +329,7 @@ def _add_latents(parts: Mapping[str, argparse.ArgumentParser]) -> None:
 def _add_exchange(parts: Mapping[str, argparse.ArgumentParser]) -> None:
     """What `import` and `export` take."""
     bring, give = parts["import"], parts["export"]
-    kinds = ("edm", "diffusers", "guided", "pesser", "safetensors")
+    kinds = ("edm", "diffusers", "guided", "lucidrains", "pesser", "safetensors")
     bring.add_argument("kind", choices=kinds, help="whose layout it has")
     bring.add_argument("source", type=Path, help="the file, or diffusers' folder")
     bring.add_argument("dest", type=Path, help="the run's folder to make")

@@ -99,6 +99,23 @@ MUTANTS = [
         ('beside, within = 1 + (side_pixels in node["attention"])', "beside, within = 1 + 1"),
     ),
     *at(
+        "networks/linear_unet.py",
+        "import_lucidrains",
+        ("attended = attended * q.shape[2] ** -0.5", "attended = attended"),
+        ("q.softmax(dim=2)", "q.softmax(dim=3)"),
+        ("self.norm0(self.conv0(x)) * (1 + scale) + shift", "self.norm0(self.conv0(x)) + shift"),
+        ("* self.gain * x.shape[1] ** 0.5", "* self.gain"),
+    ),
+    *at(
+        "interop/lucidrains.py",
+        "import_lucidrains",
+        ('"image": float(snr[at])', '"image": 1 / float(snr[at])'),
+        ('"velocity": "PredictVelocity"', '"velocity": "PredictNoise"'),
+        ('if weights == "ema" else (None, "")', 'if weights == "raw" else (None, "")'),
+        ("if out.shape[0] != channels:", "if False:"),
+        ("if len(same) != 1:", "if False:"),
+    ),
+    *at(
         "interop/pickles.py",
         "hostile_corpus interop_edm",
         ("if arguments:\n            raise", "if False:\n            raise"),

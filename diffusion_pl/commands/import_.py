@@ -21,6 +21,7 @@ from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.files import regular
 from diffusion_pl.interop import weights as ours
 from diffusion_pl.names import refuse_name, shown
+from diffusion_pl.networks.counting import spare
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.writing import write_atomically
 
@@ -166,7 +167,7 @@ def check(experiment: Config, state: dict[str, Tensor], source: Path) -> None:
         ValueError: names the first key that does not fit.
     """
     objective: TrainingObjective = config.build(experiment, "objective")
-    denoiser = objective.denoiser(parts.meta_network(experiment, len(state)))
+    denoiser = objective.denoiser(parts.meta_network(experiment, spare(len(state))))
     named = {"state_dict": {f"ema.{key}": value for key, value in state.items()}}
     checkpoints.match_weights(denoiser, named, "ema", source)
 

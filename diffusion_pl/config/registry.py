@@ -57,6 +57,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
     "network": (
         *_of("networks.adm", "ADM"),
         *_of("networks.ddpm_unet", "DDPMUNet"),
+        *_of("networks.linear_unet", "LinearUNet"),
         *_of("networks.simple_unet", "SimpleUNet"),
         *_of("networks.song_unet", "SongUNet"),
         *_of("networks.uvit", "UViT"),

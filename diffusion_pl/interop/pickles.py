@@ -351,10 +351,7 @@ def _others(found: Mapping[Any, Any]) -> str:
     keys = {key for key in found if isinstance(key, str)}
     held = ", ".join(sorted(key[:40] for key in keys)[:8])
     if {"step", "model", "opt"} <= keys:
-        kind = (
-            "a milestone of denoising_diffusion_pytorch, whose Unet of linear attention has no "
-            "equal here"
-        )
+        kind = "a milestone of denoising_diffusion_pytorch; import it as lucidrains"
     elif "pytorch-lightning_version" in keys:
         kind = "a checkpoint of Lightning; save its state_dict alone"
     elif "state_dict" in keys or "model" in keys:
