@@ -247,7 +247,6 @@ MUTANTS = [
         ("resolution**2", "resolution"),
         ("nn.utils.clip_grads_with_norm_(trained, self.settings.clip, norm)", "pass"),
         ("if not torch.isfinite(value):", "if False:"),
-        ('seed_of(self.seed, "dropout", positions[part.start])', "self.seed"),
         ("            update(decay)", "            abs(decay)"),
     ),
     *at(

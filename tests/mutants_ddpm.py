@@ -90,7 +90,7 @@ MUTANTS = [
         ("torch.lerp(share, even, self.uniform)", "share"),
         ("self.history.shape[1]).all()", "self.history.shape[1]).any()"),
         ("weight = 1 / (T * self.probabilities()[t])", "weight = 1 / self.probabilities()[t]"),
-        ("noise, **condition)\n        if self.training:", "noise, **condition)\n        if True:"),
+        ("elif self.training:", "else:"),
         ("self.remember(t, loss.detach())", "self.remember(t, loss.detach() * weight)"),
         ("(t + 0.5) / T", "t / T - 0.01"),
         ("slot = (self.seen[t] + earlier) % keep", "slot = self.seen[t] % keep"),

@@ -21,6 +21,7 @@ from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.networks.song_unet import SongUNet
 from diffusion_pl.objectives.ddpm import DDPM
 from diffusion_pl.objectives.edm import EDM
+from diffusion_pl.objectives.improved_ddpm import ImportanceSampled
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Sampler
@@ -146,22 +147,35 @@ def test_a_stopped_run_goes_on_to_the_same_bits(go, stop):
 
 @pytest.mark.parametrize("limit", [2, 3])
 def test_accumulation_takes_the_same_images_and_the_same_steps(go, limit):
-    _, whole = go(experiment(network=network(dropout=0.0, classes=8)), "whole")
+    # With dropout, whose masks belong to the images.
+    _, whole = go(experiment(network=network(classes=8)), "whole")
     settings = {"device_batch_size": limit}
-    _, parts = go(experiment(network=network(dropout=0.0, classes=8), settings=settings), "parts")
+    _, parts = go(experiment(network=network(classes=8), settings=settings), "parts")
     assert parts["global_step"] == whole["global_step"] == 6
     for key, value in whole["state_dict"].items():
         # Sums in another order: a few roundings of float32, magnified by Adam's normalisation.
         torch.testing.assert_close(parts["state_dict"][key], value, rtol=1e-3, atol=2e-4)
 
 
+def test_an_objective_with_a_memory_draws_the_same_timesteps_however_a_step_is_cut(go):
+    def made(**settings):
+        objective = ImportanceSampled(DDPM(T=4, beta_T=0.4), LinearBetas(4, beta_T=0.4), keep=2)
+        sampler = Sampler(ancestral, LinearBetas(4, beta_T=0.4), 2, unit_start=True)
+        return experiment(objective=objective, sampler=sampler, settings=settings)
+
+    _, whole = go(made(), "whole")
+    _, parts = go(made(device_batch_size=1), "parts")
+    assert whole["state_dict"]["objective.seen"].sum() == 48
+    for key in ("objective.seen", "objective.history"):
+        torch.testing.assert_close(
+            parts["state_dict"][key], whole["state_dict"][key], rtol=1e-3, atol=0
+        )
+
+
 def test_passes_of_unlike_sizes_add_up_to_the_mean_loss():
     images = torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8)
     batch = {"image": images, "index": torch.arange(7)}
-    # Dropout restarts with every pass, so it is left out.
     whole, parts = (module(7, device_batch_size=limit) for limit in (None, 3))
-    for made in (whole, parts):
-        made.denoiser.eval()
     losses = [loss.item() for loss in parts.losses(batch)]
     assert len(losses) == 3
     assert sum(losses) == pytest.approx(next(whole.losses(batch)).item(), rel=1e-5)

@@ -12,7 +12,8 @@ from diffusion_pl.names import refuse_name, shown
 from diffusion_pl.training.writing import write_atomically
 
 # Where and how fast a run computes, which changes no more of it than rounding: it may go on under
-# others than it began with.
+# others than it began with. (On another kind of accelerator the noise of an image is another draw,
+# by the generator that is there.)
 FREE = {
     "data.workers",
     "trainer.accelerator",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,21 @@ def trained_range(objective: TrainingObjective) -> tuple[float, float]:
     ends = torch.tensor([TAIL, 1 - TAIL], dtype=torch.float64)
     lowest, highest = objective.schedule(ends).tolist()
     return (low if low > 0 else lowest), (high if math.isfinite(high) else highest)
+
+
+@runtime_checkable
+class RemembersSteps(Protocol):
+    """A module in an objective whose memory changes what is drawn next: told of every step.
+
+    What it sees within a step may take effect only at the step's end; otherwise the number of
+    passes that a step is cut into would change the run.
+    """
+
+    def begin_step(self) -> None:
+        """An optimizer step begins."""
+
+    def end_step(self) -> None:
+        """All its passes are done."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
     SelfAttention,
@@ -72,6 +73,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = dropout
+        self.drop = Dropout(dropout)
         self.resample = resample
         self.norm0 = group_norm(channels_in, EPS)
         self.conv0 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
@@ -92,7 +94,7 @@ class Block(nn.Module):
         hidden = self.conv0(self._resampled(F.silu(self.norm0(x))))
         scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, dim=1)
         hidden = torch.addcmul(shift, self.norm1(hidden), 1 + scale)
-        hidden = F.dropout(F.silu(hidden), self.dropout, self.training)
+        hidden = self.drop(F.silu(hidden))
         x = self._resampled(x)
         x = self.conv1(hidden) + (x if self.skip is None else self.skip(x))
         return x if self.attention is None else self.attention(x)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
     SelfAttention,
@@ -78,6 +79,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = dropout
+        self.drop = Dropout(dropout)
         self.activate = ACTIVATIONS[activation]
         self.adaptive_scale = adaptive_scale
         self.resample = resample
@@ -114,7 +116,7 @@ class Block(nn.Module):
             hidden = torch.addcmul(shift, self.norm1(hidden), 1 + scale)
         else:
             hidden = self.norm1(hidden + told)
-        hidden = F.dropout(self.activate(hidden), self.dropout, self.training)
+        hidden = self.drop(self.activate(hidden))
         x = self._resampled(x)
         x = self.conv1(hidden) + (x if self.skip is None else self.skip(x))
         return x if self.attention is None else self.attention(x)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
     SelfAttention,
@@ -132,6 +133,7 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = dropout
+        self.drop = Dropout(dropout)
         self.norm0 = group_norm(channels_in)
         self.conv0 = xavier(nn.Conv2d(channels_in, channels_out, 3, padding=1))
         self.affine = xavier(nn.Linear(length, 2 * channels_out))
@@ -146,6 +148,6 @@ class ResBlock(nn.Module):
         hidden = self.conv0(F.silu(self.norm0(x)))
         scale, shift = self.affine(condition)[:, :, None, None].chunk(2, dim=1)
         hidden = self.norm1(hidden) * (1 + scale) + shift
-        hidden = F.dropout(F.silu(hidden), self.dropout, self.training)
+        hidden = self.drop(F.silu(hidden))
         x = self.conv1(hidden) + (x if self.skip is None else self.skip(x))
         return x if self.attention is None else self.attention(x)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import SelfAttention, double, group_norm, halve, xavier
 
 SKIP_SCALE = math.sqrt(0.5)  # the sum of two unit-variance branches keeps unit variance
@@ -86,6 +87,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = dropout
+        self.drop = Dropout(dropout)
         self.resample = None if resample is None else Resample(resample, taps)
         self.norm0 = group_norm(channels_in)
         self.conv0 = xavier(nn.Conv2d(channels_in, channels_out, 3, padding=1))
@@ -107,7 +109,7 @@ class Block(nn.Module):
         if self.resample is not None:
             hidden, x = self.resample(hidden), self.resample(x)
         hidden = self.conv0(hidden) + self.affine(embedding)[:, :, None, None]
-        hidden = F.dropout(F.silu(self.norm1(hidden)), self.dropout, self.training)
+        hidden = self.drop(F.silu(self.norm1(hidden)))
         hidden = self.conv1(hidden)
         x = (hidden + (x if self.skip is None else self.skip(x))) * SKIP_SCALE
         return x if self.attention is None else self.attention(x)

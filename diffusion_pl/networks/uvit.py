@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import double, halve, refuse_resolution, run, xavier
 from diffusion_pl.networks.position import PositionEncoding
 from diffusion_pl.networks.simple_layers import ZERO, Condition, Head, Reduction, ResBlock, Stem
@@ -30,6 +31,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
+        self.drop = Dropout(dropout)
         self.norm0 = nn.LayerNorm(width)
         self.affine = xavier(nn.Linear(length, 2 * width))
         self.dense0 = xavier(nn.Linear(width, expansion * width))
@@ -42,7 +44,7 @@ class Transformer(nn.Module):
         """(B, tokens, width), (B, length) -> (B, tokens, width)."""
         scale, shift = self.affine(condition)[:, None].chunk(2, dim=2)
         hidden = F.gelu(self.dense0(self.norm0(x) * (1 + scale) + shift))
-        x = x + self.dense1(F.dropout(hidden, self.dropout, self.training))
+        x = x + self.dense1(self.drop(hidden))
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v)  # softmax in float32 inside

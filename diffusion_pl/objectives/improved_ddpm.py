@@ -78,7 +78,9 @@ class ImportanceSampled(nn.Module):
 
     It keeps the last losses of every timestep, of all devices; until each has enough of them
     timesteps are uniform. A quantile u falls on the timestep where the cumulative p_t passes it, so
-    a stratified batch stays stratified. In evaluation mode it remembers nothing.
+    a stratified batch stays stratified. In evaluation mode it remembers nothing. Between
+    `begin_step` and `end_step` the probabilities stay as they are, so that a step's passes, however
+    many, draw by the same ones.
 
     Args:
         objective: what is trained; draws u uniformly over its timesteps.
@@ -106,6 +108,7 @@ class ImportanceSampled(nn.Module):
         self.objective = objective
         self.timesteps = timesteps
         self.uniform = uniform
+        self.waiting: list[tuple[Tensor, Tensor]] | None = None  # of the passes of a step
         # Buffers, so that a checkpoint holds them and a resumed run draws the same timesteps.
         self.register_buffer("history", torch.zeros(timesteps.T, keep, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(timesteps.T, dtype=torch.int64))
@@ -150,9 +153,21 @@ class ImportanceSampled(nn.Module):
         t, T = self.index(u), self.timesteps.T
         weight = 1 / (T * self.probabilities()[t])
         loss = self.objective.loss(denoise, image, (t + 0.5) / T, noise, **condition)
-        if self.training:
+        if self.training and self.waiting is not None:
+            self.waiting.append((t, loss.detach()))
+        elif self.training:
             self.remember(t, loss.detach())
         return loss * weight.to(loss.dtype)
+
+    def begin_step(self) -> None:
+        """Keep what is to be remembered until the step ends."""
+        self.waiting = []
+
+    def end_step(self) -> None:
+        """Remember the losses of the step, of all its passes in their order."""
+        waiting, self.waiting = self.waiting, None
+        if waiting:
+            self.remember(torch.cat([t for t, _ in waiting]), torch.cat([x for _, x in waiting]))
 
     def remember(self, t: Tensor, loss: Tensor) -> None:
         """Put the losses of all devices in the place of the oldest.

@@ -10,13 +10,14 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from diffusion_pl.diffusion.objective import TrainingObjective
+from diffusion_pl.diffusion.objective import RemembersSteps, TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.diffusion.random import ImageNoise, generator, own_generator
 from diffusion_pl.images import from_bytes
 from diffusion_pl.seeds import seed_of
 from diffusion_pl.training import ema as averaging
 from diffusion_pl.training import power_ema, sharding
+from diffusion_pl.training.masks import DropoutMasks
 from diffusion_pl.training.sanity import Place
 from diffusion_pl.training.settings import Settings
 from diffusion_pl.training.totals import Totals
@@ -91,6 +92,9 @@ class DiffusionModule(lightning.LightningModule):
         self.seed = seed
         self.totals = Totals()
         self.place: Place | None = None  # of the step that is being made
+        self.masks = DropoutMasks(self.denoiser.network, seed)
+        parts = objective.modules() if isinstance(objective, nn.Module) else ()
+        self.memories = [part for part in parts if isinstance(part, RemembersSteps)]
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the name of the hook it calls some forty times a step; torch would each
@@ -130,11 +134,15 @@ class DiffusionModule(lightning.LightningModule):
         optimizer.zero_grad()
         passes = self.passes(batch["image"])
         total: Tensor | None = None
+        for memory in self.memories:
+            memory.begin_step()
         for number, loss in enumerate(self.losses(batch)):
             # Devices exchange the gradient once, with the last pass.
             with self.unsynchronised() if number < passes - 1 else contextlib.nullcontext():
                 self.manual_backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
+        for memory in self.memories:
+            memory.end_step()
         images = self.images_seen
         self.set_rate(optimizer, images)
         optimizer.step()
@@ -195,8 +203,10 @@ class DiffusionModule(lightning.LightningModule):
         self.place = Place(self.global_step, self.images_seen, image.shape[-1], positions, u)
         for number in range(passes):
             part = slice(len(image) * number // passes, len(image) * (number + 1) // passes)
-            # Dropout inside the network draws from the device's own generator; it restarts with
-            # every pass. (torch.manual_seed would seed every device there could be: milliseconds.)
+            self.masks.begin(batch["index"][part], image.device)
+            # What else a network may draw comes from the device's own generator, which restarts
+            # with every pass. (torch.manual_seed would seed every device that there could be:
+            # milliseconds.)
             dropout = seed_of(self.seed, "dropout", positions[part.start])
             own_generator(image.device).manual_seed(dropout)
             conditions = {key: value[part] for key, value in condition.items()}
