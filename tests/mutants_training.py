@@ -39,7 +39,7 @@ MUTANTS = [
         ("x.permute(0, 2, 3, 1).shape if images", "x.shape if images"),
         ("(PLACES, window), (1, 1)", "(PLACES, window), (0, 1)"),
         ("[:, :count]", "[:, -count:]"),
-        ("index_select(0, self.places)", "index_select(0, self.places[:1].expand(len(x)))"),
+        ("index_select(0, places)", "index_select(0, places[:1].expand(len(x)))"),
     ),
     *at(
         "training/masks.py",

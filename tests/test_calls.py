@@ -57,8 +57,8 @@ def drawing(sampler, *, classes=0, more=3, guided_by=None, **options):
     [
         {},
         {"classes": 4},
-        {"classes": 4, "guidance": 2.0},
-        {"classes": 4, "guidance": 2.0, "guidance_interval": (0.5, 10.0)},
+        {"classes": 4, "label_dropout": 0.1, "guidance": 2.0},
+        {"classes": 4, "label_dropout": 0.1, "guidance": 2.0, "guidance_interval": (0.5, 10.0)},
         {"guided_by": 0},  # a guide that says nothing of the variance
         {"classes": 4, "guided_by": 3, "guidance_interval": (0.5, 10.0)},
         {"precision": torch.bfloat16},

@@ -137,6 +137,15 @@ def test_a_mask_is_the_images_and_the_seeds_own_wherever_it_stands_in_the_batch(
     assert torch.equal(layer(x), layer(x.contiguous(memory_format=torch.channels_last)))
 
 
+def test_a_batch_seen_twice_has_its_masks_twice_and_another_one_is_refused():
+    layer = Dropout(0.5)
+    layer.begin(torch.rand(2 * PLACES) > 0.5, torch.tensor([0, 9]))
+    once = layer(torch.ones(2, 3, 4, 4))
+    assert torch.equal(layer(torch.ones(4, 3, 4, 4)), torch.cat([once, once]))
+    with pytest.raises(ValueError, match="told of 2 images and sees 3"):
+        layer(torch.ones(3, 3, 4, 4))
+
+
 def test_more_units_than_places_are_dropped_too():
     layer = Dropout(0.25)
     row = torch.rand(PLACES, generator=torch.Generator().manual_seed(0)) >= 0.25

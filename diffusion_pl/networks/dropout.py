@@ -21,7 +21,7 @@ class Dropout(nn.Module):
     """Dropout (Srivastava 2014): in training each number is 0 with probability p, or over 1 - p.
 
     Until `begin` says where the windows of a batch begin it draws from torch's own generator, as
-    torch's dropout does.
+    torch's dropout does. Images that a batch holds several times in a row of batches have one mask.
 
     Args:
         p: probability, in [0, 1).
@@ -46,7 +46,11 @@ class Dropout(nn.Module):
         self.kept, self.places = kept, places
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) or (B, tokens, C) -> the same."""
+        """(B, C, H, W) or (B, tokens, C) -> the same.
+
+        Raises:
+            ValueError: another number of images than `begin` was told of, or a multiple of it.
+        """
         if not self.training or not self.p:
             return x
         if self.kept is None or self.places is None:
@@ -65,7 +69,12 @@ class Dropout(nn.Module):
         window = min(count, PLACES)
         # Every window there is, without memory of its own.
         windows = self.kept.as_strided((PLACES, window), (1, 1))
-        mask = windows.index_select(0, self.places)
+        places = self.places
+        if len(x) != len(places):  # a batch seen several times over, as guidance sees one
+            if len(x) % len(places):
+                raise ValueError(f"dropout was told of {len(places)} images and sees {len(x)}")
+            places = places.repeat(len(x) // len(places))
+        mask = windows.index_select(0, places)
         if count > window:  # more units than places: the row is gone round again
             mask = mask.repeat(1, -(-count // window))[:, :count]
         mask = mask.reshape(shape)

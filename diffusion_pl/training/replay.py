@@ -110,6 +110,7 @@ def _look(module: DiffusionModule, data: RunData, step: int) -> Replayed:
         condition.pop("label", None)
     image, u, noise, condition = module.draw(from_bytes(batch["image"]), batch["index"], condition)
     sigma = module.objective.schedule(u)
+    module.masks.begin(batch["index"], image.device)  # of all passes together
     noisy = image + sigma.to(image)[:, None, None, None] * noise
     with torch.no_grad():
         denoised = module.denoiser(noisy, sigma.to(image), **condition)
