@@ -32,6 +32,7 @@ class Dropout(nn.Module):
         if not 0 <= p < 1:
             raise ValueError(f"dropout must be in [0, 1) (got {p})")
         self.p = p
+        self.row = PLACES
         # Neither buffers nor in the state dict: they are made again from the seed.
         self.kept: Tensor | None = None
         self.places: Tensor | None = None

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import logging
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from diffusion_pl.data.draws import uniforms
 from diffusion_pl.diffusion.random import generator
-from diffusion_pl.networks.dropout import PLACES, Dropout
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class CountedDropout(Protocol):
+    """A layer of dropout that is told whose masks to use; see networks/dropout.py."""
+
+    p: float
+    row: int  # choices that it looks masks up in
+
+    def begin(self, kept: Tensor, places: Tensor) -> None:
+        """Say what the masks of the next batch are."""
 
 
 class DropoutMasks:
     """The dropout layers of a network in training, told before each pass which images they see.
 
     Args:
-        network: the raw F; dropout that is not `networks.dropout.Dropout` is named in a line, since
+        network: the raw F; dropout that is torch's own is named in a line, since
             its masks depend on how the batch is cut.
         seed: the run's.
     """
@@ -26,9 +37,9 @@ class DropoutMasks:
     def __init__(self, network: nn.Module, seed: int) -> None:
         self.seed = seed
         self.layers = [
-            layer for layer in network.modules() if isinstance(layer, Dropout) and layer.p
+            layer for layer in network.modules() if isinstance(layer, CountedDropout) and layer.p
         ]
-        self.kept: dict[float, Tensor] = {}
+        self.kept: dict[tuple[float, int], Tensor] = {}
         others = [
             name
             for name, layer in network.named_modules()
@@ -54,13 +65,13 @@ class DropoutMasks:
         count = len(self.layers)
         counters = positions[None, :] * count + torch.arange(count)[:, None]
         drawn = uniforms(self.seed, "dropout", counters.flatten()).view(counters.shape)
-        places = (drawn * PLACES).long().to(device, non_blocking=True)
-        for layer, own in zip(self.layers, places.unbind(), strict=True):
-            layer.begin(self._kept(layer.p, device), own)
+        drawn = drawn.to(device, non_blocking=True)
+        for layer, own in zip(self.layers, drawn.unbind(), strict=True):
+            layer.begin(self._kept(layer.p, layer.row, device), (own * layer.row).long())
 
-    def _kept(self, p: float, device: torch.device) -> Tensor:
+    def _kept(self, p: float, row: int, device: torch.device) -> Tensor:
         """The choices of a probability, made once, on the CPU: all devices have the same."""
-        if p not in self.kept or self.kept[p].device != device:
-            drawn = torch.rand(PLACES, generator=generator(self.seed, "dropout row", 0))
-            self.kept[p] = (drawn >= p).repeat(2).to(device)
-        return self.kept[p]
+        if (p, row) not in self.kept or self.kept[p, row].device != device:
+            drawn = torch.rand(row, generator=generator(self.seed, "dropout row", 0))
+            self.kept[p, row] = (drawn >= p).repeat(2).to(device)
+        return self.kept[p, row]
