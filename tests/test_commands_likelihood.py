@@ -157,6 +157,13 @@ def test_no_sampler_changes_the_likelihood(run, words):
     assert first["bits_per_dim"] == again["bits_per_dim"]
 
 
+def test_the_grid_is_no_table_of_timesteps(run):
+    """24 steps where the run's sampler has 20 levels in all."""
+    code, row, err = run("likelihood", "runs/tiny", "--count", 1, "--steps", 24)
+    assert (code, row["steps"]) == (0, 24), err
+    assert row["sigma"] == pytest.approx(list(LinearBetas(20, 1e-3, 0.4).sigma_range))
+
+
 def test_the_prior_is_the_runs_start_at_the_networks_highest_level(run):
     narrow = ("--set", "objective.P_mean=-3.0", "--set", "objective.P_std=0.6")
     low, high = trained_range(EDM(-3.0, 0.6))

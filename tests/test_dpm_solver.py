@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from analytic import Mixture
-from problems import pictures, relative_error, start
+from problems import relative_error, spectrum, start
 
 from diffusion_pl import config
 from diffusion_pl.diffusion.schedules import Rho, levels
@@ -79,15 +79,18 @@ def test_the_released_rule_takes_half_of_the_second_difference(eta):
 
 
 def test_of_few_steps_the_released_rule_has_the_smaller_error():
-    """What docs/samplers.md says of both, on a problem of pictures."""
-    problem = pictures(8, 0.1, 4, seed=3)
+    """What docs/samplers.md says of both, on a problem whose flow is known."""
+    problem = spectrum(0.5, 8, 11)
     x = start(problem, 8, seed=0)
     exact = problem.end(x, 80.0)
-    errors = [
-        relative_error(integrate(problem.denoise, x, levels(Rho(), 9), torch.zeros_like), exact)
-        for integrate in (dpmpp_3m, exponential_adams)
-    ]
-    assert errors[0] < errors[1]
+    for steps, least in ((9, 1.05), (18, 2.0)):
+        errors = [
+            relative_error(
+                integrate(problem.denoise, x, levels(Rho(), steps), torch.zeros_like), exact
+            )
+            for integrate in (exponential_adams, dpmpp_3m)
+        ]
+        assert errors[0] > least * errors[1]
 
 
 def test_each_rule_has_its_name():
