@@ -258,4 +258,8 @@ def test_the_published_networks_have_their_published_sizes(name):
     }
     state["label_emb.weight"] = state["label_emb.weight"].T
     assert guided.told(state) == told
+    if name == "128x128_diffusion":
+        # Three blocks a level: what doubles stands behind the attention at 32, and alone at 64.
+        assert "output_blocks.8.2.in_layers.2.weight" in state
+        assert "output_blocks.11.1.in_layers.2.weight" in state
     assert not any(re.search(r"conv0|norm0|affine", key) for key in state)

@@ -203,7 +203,7 @@ def asked(config: Mapping[str, Any]) -> str | None:
     missing = [key for key in ("image_size", "noise_schedule", "diffusion_steps")
                if key not in config]  # fmt: skip
     heads = config.get("num_heads", 0), config.get("num_head_channels", -1)
-    if "num_heads" not in config and "num_head_channels" not in config:
+    if "num_heads" not in config and config.get("num_head_channels", -1) == -1:
         missing.append("num_heads (or num_head_channels)")
     if heads != (1, -1) and "use_new_attention_order" not in config:
         missing.append("use_new_attention_order")
