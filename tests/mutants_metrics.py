@@ -250,7 +250,7 @@ MUTANTS = [
     *at(
         "metrics/real_images.py",
         "metrics_reference",
-        ("if generated < 2:", "if generated < 1:"),
+        ("if count < 2:", "if count < 1:"),
         ("range(share.start, share.stop, TILE)", "range(share.start, share.stop, 2 * TILE)"),
         ("min(start + TILE, share.stop)", "min(start + TILE - 1, share.stop)"),
         ("kept.append(seen.pooled[spread(indices, count)])", "kept.append(seen.pooled)"),
@@ -264,7 +264,7 @@ MUTANTS = [
         ("bool(extractor.spatial), keep]", "keep]"),
         ("extractor.digest, extractor.resize]", "extractor.digest]"),
         ("dataclasses.replace(load(path), name=images.name)", "load(path)"),
-        ("        keep=keep,\n    )\n    if", "    )\n    if"),
+        ("path_of(folder, images, extractor, keep=keep)", "path_of(folder, images, extractor, keep=False)"),
     ),
     *at(
         "metrics/real_images.py",

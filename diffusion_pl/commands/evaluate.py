@@ -146,10 +146,8 @@ class Kept:
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> str | None:
         try:
             self.history.append(*rows)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # somebody else's run: the numbers are shown all the same
+        # Somebody else's run, or a full disk: the numbers are shown all the same.
+        except (OSError, ValueError) as error:
             print(shown(f"{self.history.path}: not kept ({error})"), file=sys.stderr)
             return None
         return str(self.history.path)
