@@ -264,7 +264,7 @@ MUTANTS = [
         ("bool(extractor.spatial), keep]", "keep]"),
         ("extractor.digest, extractor.resize]", "extractor.digest]"),
         ("dataclasses.replace(load(path), name=images.name)", "load(path)"),
-        ("path_of(folder, images, extractor, keep=keep)", "path_of(folder, images, extractor, keep=False)"),
+        ("images, extractor, keep=keep)\n    if", "images, extractor, keep=False)\n    if"),
     ),
     *at(
         "metrics/real_images.py",
