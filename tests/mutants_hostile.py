@@ -127,6 +127,6 @@ MUTANTS = [
     *at(
         "metrics/npz.py",
         "hostile_corpus metrics_published",
-        ("if info.file_size > max(LARGEST_FACTOR * path.stat().st_size, SMALL):", "if False:"),
+        ("if unpacked > max(LARGEST_FACTOR * size, SMALL):", "if False:"),
     ),
 ]  # fmt: skip

@@ -58,14 +58,24 @@ def entries(path: Path) -> Mapping[str, Entry]:
     """What lies in an archive, by name; no array is read.
 
     Raises:
+        ValueError: it unpacks to far more than its size.
         Exception: whatever zipfile and numpy make of what is no archive of arrays.
     """
     found = {}
     with zipfile.ZipFile(regular(path)) as archive:
+        size, unpacked = path.stat().st_size, sum(each.file_size for each in archive.infolist())
+        if unpacked > max(LARGEST_FACTOR * size, SMALL):
+            raise ValueError(f"unpacks to {unpacked:,} bytes, {unpacked // size:,} times its size")
         for info in archive.infolist():
             if not info.filename.endswith(".npy"):
                 continue
+            name = info.filename.removesuffix(".npy")
             with archive.open(info) as file:
+                if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+                    # As numpy takes it: some bytes.
+                    found[name] = Entry((), np.dtype(f"S{max(1, info.file_size)}"), 0, info)
+                    continue
+                file.seek(0)
                 version = np.lib.format.read_magic(file)
                 read = (
                     np.lib.format.read_array_header_1_0
@@ -74,7 +84,6 @@ def entries(path: Path) -> Mapping[str, Entry]:
                 )
                 shape, by_columns, dtype = read(file)
                 start = file.tell()
-            name = info.filename.removesuffix(".npy")
             if by_columns and len(shape) > 1:
                 raise ValueError(f"{name} is stored by columns; save it anew")
             found[name] = Entry(shape, dtype, start, info)
@@ -92,8 +101,7 @@ def numbers(path: Path, entry: Entry) -> np.ndarray:
     """
     if entry.dtype.hasobject:
         raise ValueError("an array of objects, which are not unpickled")
-    if entry.info.file_size != entry.start + entry.bytes:
-        raise ValueError(f"an array {entry.shape} in {entry.info.file_size:,} bytes")
+    _check_size(entry)
     with zipfile.ZipFile(path) as archive, archive.open(entry.info) as file:
         file.read(entry.start)
         content = file.read(entry.bytes + 1)
@@ -143,15 +151,27 @@ def arrays(path: Path) -> Arrays:
         entry = found[names[0]]
         if entry.dtype.hasobject:
             raise ValueError(f"{names[0]} holds objects, which are not unpickled")
-        if problem := unfit(entry):
-            raise ValueError(f"{names[0]}: {problem}")
-        content = _images(path, entry)
+        _check_size(entry)
+        problem = unfit(entry)
+        content = None if problem else _images(path, entry)
         digest = fingerprint(path)
     except Exception as error:
         # zipfile and numpy pass on whatever a damaged entry or header makes them raise.
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not an archive of images ({reason})") from error
+    if content is None:
+        raise ValueError(f"{path}: images {problem}")
     return Arrays(plain(path.stem), digest, content)
+
+
+def _check_size(entry: Entry) -> None:
+    """Refuse an array that has not the bytes that its header announces.
+
+    Raises:
+        ValueError: as said.
+    """
+    if entry.info.file_size != entry.start + entry.bytes:
+        raise ValueError(f"an array {entry.shape} in {entry.info.file_size:,} bytes")
 
 
 def unfit(entry: Entry) -> str | None:
@@ -183,15 +203,10 @@ def _images(path: Path, entry: Entry) -> np.ndarray:
     """The array, left on the disk where it lies there as it is.
 
     Raises:
-        ValueError: it unpacks to far more than its size, or has not the bytes it announces.
+        ValueError: it cannot be read, or is cut.
     """
     info = entry.info
-    if info.file_size != entry.start + entry.bytes:
-        raise ValueError(f"an array {entry.shape} in {info.file_size:,} bytes")
     if info.compress_type != zipfile.ZIP_STORED or entry.bytes <= SMALL:
-        if info.file_size > max(LARGEST_FACTOR * path.stat().st_size, SMALL):
-            factor = info.file_size // path.stat().st_size
-            raise ValueError(f"unpacks to {info.file_size:,} bytes, {factor:,} times its size")
         return numbers(path, entry)
     with regular(path).open("rb") as file:
         file.seek(info.header_offset)
