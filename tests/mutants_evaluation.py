@@ -124,7 +124,6 @@ MUTANTS = [
             'found = [row for row in history.rows() if row["point"] == key]',
             "found = history.rows()",
         ),
-        ('"count": settings.count,', ""),
         ("options.guidance_list or [None]", "[None]"),
         ("if options.checkpoints:", "if False:"),
     ),

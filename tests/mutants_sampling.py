@@ -92,6 +92,7 @@ MUTANTS = [
         "commands/sweep.py",
         "commands_sampling",
         ("**{key: drawn[key] for key in chosen},", ""),
+        ('"count": settings.count,', ""),
         ("if point.guidance == 1 else {}", "if False else {}"),
     ),
     *at(

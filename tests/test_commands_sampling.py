@@ -174,6 +174,11 @@ def test_a_sweep_compares_on_the_runs_own_levels(run):
         assert "integrate=euler, schedule=Timesteps(" in row["sampler"]
         assert f"steps=4{clip}, unit_start=True)" in row["sampler"]
     assert again["points"][0]["value"] == rows[1]["value"] != rows[0]["value"]
+    # Nor is it the same number of more images.
+    more = ("sweep", "runs/tiny", "--count", 24, *words[4:])
+    code, again, _ = run(*more, "--samplers", "euler", "--steps", "4")
+    assert code == 0 and len(Path(result["rows"]).read_text().splitlines()) == 3
+    assert "@24/" in again["points"][0]["name"]
 
 
 def test_a_sweep_with_an_impossible_point_measures_none(run, tmp_path):
