@@ -66,4 +66,25 @@ MUTANTS = [
     *at("networks/adm.py", "dropout", ("self.drop(F.silu(", "(F.silu(")),
     *at("networks/simple_layers.py", "dropout", ("self.drop(F.silu(", "(F.silu(")),
     *at("networks/uvit.py", "dropout", ("self.dense1(self.drop(hidden))", "self.dense1(hidden)")),
+    *at(
+        "diffusion/preconditioning.py",
+        "joints",
+        ("in self.preconditioning(sigma)]", "in self.preconditioning(sigma.float())]"),
+    ),
+    *at(
+        "training/module.py",
+        "joints",
+        ("self.augment(image, uniform[:, 2:])", "self.augment(image, uniform[:, 1:-1])"),
+        ("self.augment(image, uniform[:, 2:])",
+         "self.augment(image, uniform[:, [0, *range(2, uniform.shape[1] - 1)]])"),
+        ("dropped = uniform[:, 1] <", "dropped = uniform[:, 0] <"),
+        ("dropped = uniform[:, 1] <", "dropped = uniform[:, -1] <"),
+    ),
+    *at("networks/simple_layers.py", "joints", ("* math.sqrt(self.classes)", "")),
+    *at(
+        "networks/uvit.py",
+        "joints",
+        ("+ skips[-1] if self.residual", "if self.residual"),
+        ("double(up(x - halved)) + skips[-1]", "double(up(x - halved)) + double(halved[:, :8])"),
+    ),
 ]  # fmt: skip

@@ -65,9 +65,10 @@ class DropoutMasks:
         count = len(self.layers)
         counters = positions[None, :] * count + torch.arange(count)[:, None]
         drawn = uniforms(self.seed, "dropout", counters.flatten()).view(counters.shape)
-        drawn = drawn.to(device, non_blocking=True)
-        for layer, own in zip(self.layers, drawn.unbind(), strict=True):
-            layer.begin(self._kept(layer.p, layer.row, device), (own * layer.row).long())
+        rows = torch.tensor([layer.row for layer in self.layers])
+        places = (drawn * rows[:, None]).long().to(device, non_blocking=True)
+        for layer, own in zip(self.layers, places.unbind(), strict=True):
+            layer.begin(self._kept(layer.p, layer.row, device), own)
 
     def _kept(self, p: float, row: int, device: torch.device) -> Tensor:
         """The choices of a probability, made once, on the CPU: all devices have the same."""
