@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LIMIT = 60  # seconds of a run before it hangs
+LIMIT = 120  # seconds of a run before it hangs
 
 # By name: the error of the call, what becomes of it and later ones (failing.c), whether of reads.
 WAYS = {
@@ -48,8 +48,8 @@ objective: {_target_: diffusion_pl.objectives.edm.EDM}
 ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20, posthoc_every: 16}
 sampler: {steps: 1}
 features: {name: shapes}
-evaluation: {every: 24, count: 12, batch_size: 12, grid: 1}
-trainer: {images: 48, checkpoint_every: 16, log_every: 8, keep: 1, accelerator: cpu, precision: fp32}
+evaluation: {every: 16, count: 12, batch_size: 12, grid: 1}
+trainer: {images: 32, checkpoint_every: 16, log_every: 16, keep: 1, accelerator: cpu, precision: fp32}
 """  # noqa: E501 - YAML
 
 

@@ -123,7 +123,7 @@ MUTANTS = [
         "sbatch_options",
         ("if value != seen.setdefault(name, value):", "if False:"),
         ("if name not in _OURS or _agrees(", "if True or _agrees("),
-        ("and tasks > 1", ""),
+        ('f"0-{tasks - 1}"', 'f"0-{tasks}"'),
         ("all(_count(each) == own", "any(_count(each) == own"),
         ("if name not in _VARIABLES}", "}"),
     ),

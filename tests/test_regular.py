@@ -135,6 +135,9 @@ def test_a_lock_is_a_file_and_follows_no_link(tmp_path, kind):
         open_lock(path)
     os.close(open_lock(tmp_path / "other"))
     os.close(open_lock(tmp_path / "other"))
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    with pytest.raises(ValueError, match="link: is a link or no file"):
+        open_lock(tmp_path / "link")
 
 
 def test_nothing_is_written_through_a_link_that_lies_in_wait(tmp_path):

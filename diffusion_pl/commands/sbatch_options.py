@@ -95,7 +95,7 @@ def _agrees(name: str, value: str, own: Mapping[str, str], tasks: int) -> bool:
     if name == "--gpus-per-node":
         return _count(value) == own.get(name)
     if name == "--array":  # which may say how many run at a time
-        return re.sub(r"%[0-9]+$", "", value) == f"0-{tasks - 1}" and tasks > 1
+        return re.sub(r"%[0-9]+$", "", value) == f"0-{tasks - 1}"
     if name == "--open-mode":
         return value == "append"
     return bool(value) and value == own.get(name)
