@@ -358,12 +358,17 @@ def work(mutants: Sequence[Mutant], results: Path) -> None:
                     print(f"{mutant.file}: {mutant.right!r} -> {mutant.wrong!r}: {result}")
 
 
+def everything() -> list[Mutant]:
+    """The mutants of every list."""
+    found = list(MUTANTS)
+    for file in sorted(Path(__file__).parent.glob("mutants_*.py")):
+        found += importlib.import_module(file.stem).MUTANTS
+    return found
+
+
 def main() -> int:
     """Try every mutant, or those whose file has a word of the command line in its path."""
-    everything = list(MUTANTS)
-    for file in sorted(Path(__file__).parent.glob("mutants_*.py")):
-        everything += importlib.import_module(file.stem).MUTANTS
-    wanted = [m for m in everything if not sys.argv[1:] or any(w in m.file for w in sys.argv[1:])]
+    wanted = [m for m in everything() if not sys.argv[1:] or any(w in m.file for w in sys.argv[1:])]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         workers = []

@@ -39,7 +39,9 @@ MUTANTS = [
         ('uniforms(self.order.seed, "hflip", positions)', "torch.rand(len(positions))"),
         ('uniforms(self.seed, "resolution", torch.tensor([step]))', "torch.rand(1)"),
         ("for step in range(self.start, self.stop))", "for step in range(self.stop))"),
-        ("sampler=range(self.start, self.stop),", "sampler=range(self.stop),"),
-        ("sampler=range(self.start, self.stop),", "sampler=range(self.start, self.stop - 1),"),
+        ("range(self.start, self.stop))", "range(self.start + 1, self.stop))"),
+        ("for step in range(self.start, self.stop):", "for step in range(self.stop):"),
+        ("range(self.start, self.stop):", "range(self.start + 1, self.stop):"),
+        ("range(first, self.stop, self.workers)", "range(first, self.stop)"),
     ),
 ]  # fmt: skip

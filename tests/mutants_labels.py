@@ -99,7 +99,7 @@ MUTANTS = [
         "commands/runs.py",
         "class_names",
         ('        drawing["label"] = class_of(', "        class_of("),
-        ("objective, denoiser, names)", "objective, denoiser)"),
+        ("dropped, names)", "dropped)"),
     ),
     *at(
         "training/callbacks.py",

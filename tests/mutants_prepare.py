@@ -75,14 +75,17 @@ MUTANTS = [
         "prepare",
         ('{"lossless": True, "quality": 50', '{"lossless": False, "quality": 50'),
         (
-            "fit_square(image, side, fit, where=where, resize=resize)",
-            "fit_square(image, side, fit, where=where)",
+            "fit_square(each, side, fit, where=where, resize=resize)",
+            "fit_square(each, side, fit, where=where)",
         ),
-        ("image = fit_square(image, self.descending[0], fit, where=where)", "pass"),
-        ("pixels = np.array(lossy).transpose(2, 0, 1)", "pass"),
+        ("[fit_square(each, self.descending[0], fit, where=where) for each in images]", "images"),
+        ("pixels = array[None] if grey else array.transpose(2, 0, 1)", "pass"),
         ("sorted(self.resolutions, reverse=True)", "sorted(self.resolutions)"),
-        ("size = list(image.size)", "size = list(image.size)[::-1]"),
-        ("original.picture.transpose(1, 2, 0)", "original.picture.transpose(2, 1, 0)"),
+        ("size = list(images[0].size)", "size = list(images[0].size)[::-1]"),
+        (
+            "Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))",
+            "Image.fromarray(np.ascontiguousarray(pixels.transpose(2, 1, 0)))",
+        ),
         ("len(set(sides)) < len(sides)", "False"),
     ),
     *at(
@@ -175,7 +178,6 @@ MUTANTS = [
     *at(
         "data/originals_tables.py",
         "prepare_sources",
-        ("path.stat().st_size < size", "False"),
         ('side="right")) - 1', 'side="left")) - 1'),
         ("row = index - int(self.starts[group])", "row = index"),
         ("self._kept[0] != group", "False"),

@@ -56,7 +56,8 @@ MUTANTS = [
         ("height, width = struct", "width, height = struct"),
         ("place += 2 + length", "place += length"),
         ("RAW_HEADER - 10", "RAW_HEADER - 11"),
-        ('"L" if channels == 1 else "RGB"', '"RGB"'),
+        ('1: "L"', '1: "RGB"'),
+        ('4: "RGBA"', '4: "RGB"'),
         ("except Exception as error:", "except KeyError as error:"),
     ),
     *at(

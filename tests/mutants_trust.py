@@ -120,7 +120,7 @@ MUTANTS = [
     *at(
         "commands/sbatch.py",
         "trust",
-        ("(*self.words, *(f", "(*self.words, *() and (f"),
+        ("for name in self.allow)", "for name in ())"),
         ("tuple(allow))]", "())]"),
     ),
     *at(
