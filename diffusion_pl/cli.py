@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from diffusion_pl import locks
 from diffusion_pl.addresses import masked, refuse_credentials
 from diffusion_pl.commands import arguments as measuring
 from diffusion_pl.commands.safety import refuse_unsafe
@@ -79,15 +80,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(options)
         except Stopped:
             run = options.run or Path("runs") / Path(options.experiment).stem
-            try:
-                wish.mark(run)
-            except ValueError as error:
-                return _bad(error)
+            # A second start leaves no mark on a run that goes on; a rank of its own may.
+            if _is_later_rank() or locks.living(run / locks.NAME) is None:
+                try:
+                    wish.mark(run)
+                except ValueError as error:
+                    return _bad(error)
             print(
                 f"{shown(str(run))}: stopped before a step; the same command goes on",
                 file=sys.stderr,
             )
             return RESUMABLE
+
+
+def _is_later_rank() -> bool:
+    """Whether another process leads this one's run, as `ranks` says once torch is there."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return any(os.environ.get(name, "0") != "0" for name in names)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -190,6 +199,9 @@ def parser() -> Parser:
     parts["train"].add_argument("--run", type=Path, help="the run's folder (runs/EXPERIMENT)")
     parts["train"].add_argument(
         "--from", type=Path, dest="start", metavar="RUN", help="start from its weights: fine-tune"
+    )
+    parts["train"].add_argument(
+        "--data-changed", action="store_true", help="go on with other data than until now"
     )
     parts["train"].add_argument(
         "--fresh-labels", action="store_true", help="with --from: all but what knows its classes"

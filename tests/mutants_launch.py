@@ -85,7 +85,8 @@ MUTANTS = [
         ("reference.check(extractor, source.resolution)", "abs(1)"),
         ("    if path.exists():", "    if not path.exists():"),
         ("keep=settings.wants_features", "keep=True"),
-        ("    settling.compare(experiment, run)", "    abs(1)"),
+        ("    settling.compare(experiment, run, None, newest)", "    abs(1)"),
+        ('found.note("lock", lambda: _lock(task.run))', "abs(1)"),
         ("if got != str(wanted):", "if False:"),
         ("seen < int(settings.devices)", "False"),
         ('"SLURM_NTASKS_PER_NODE", "trainer.devices"', '"SLURM_NNODES", "trainer.devices"'),
@@ -106,7 +107,7 @@ MUTANTS = [
         ('[*overrides, f"trainer.accelerator={kind}"]', "overrides"),
         ("if limit <= margin + sbatch.CLOCK:", "if limit <= margin:"),
         ("margin = margin or", "margin ="),
-        ("settling.settle(_read", "settling.compare(_read"),
+        ("settling.announce(_read", "str(_read"),
         ('for word in ("--sweep", sweep)]', 'for word in ("--run", sweep)]'),
         ("preflight.look(task, checked=checked)", "preflight.look(task)"),
         ("    if options.dry_run:", "    if not options.dry_run:"),
@@ -123,8 +124,7 @@ MUTANTS = [
     *at(
         "commands/settling.py",
         "cli launch",
-        ("if not _is_free(line)]", "if line]"),
         ('key.startswith(f"{free}.")', "False"),
-        ("if not kept.exists() or _changes(kept, experiment):", "if not kept.exists():"),
+        ("    if not is_claimed(folder):\n        name", "    if False:\n        name"),
     ),
 ]  # fmt: skip

@@ -136,7 +136,7 @@ MUTANTS = [
         ("if differ:", "if False:"),
         ('if any(progress.glob("*.npz")):', "if False:"),
         ("        finally:\n            _sweep(folder)", "        finally:\n            pass"),
-        ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+        ("with locks.hold(progress / _LOCK,", "with locks.hold(progress / str(os.getpid()),"),
         ('"drawn" if drawn else self.recipe.filter', "self.recipe.filter"),
         ("in (inside, *inside.parents)", "in (inside,)"),
         ("    if others:\n", "    if False:\n"),

@@ -157,8 +157,8 @@ MUTANTS = [
     *at(
         "training/callbacks.py",
         "training",
-        ("if passed >= pl_module.batch_size:", "if passed > pl_module.batch_size:"),
-        ("[: -self.keep]", "[: -self.keep - 1]"),
+        ("images % self.keep_every < batch_size", "images % self.keep_every <= batch_size"),
+        ("self.folder, images, self.keep, lambda", "self.folder, images, self.keep + 1, lambda"),
     ),
     *at(
         "training/callbacks.py",

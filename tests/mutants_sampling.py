@@ -84,9 +84,9 @@ MUTANTS = [
     *at(
         "commands/train.py",
         "starting",
-        ("start = starting.weights(options, experiment, leads)  #",
-         "settle(experiment, folder)  #"),
-        ("if start is not None and not latest:", "if False:"),
+        ("weights = starting.weights(options, experiment, leads)  #",
+         "settling.announce(experiment, folder)  #"),
+        ("if weights is not None and not latest:", "if False:"),
     ),
     *at(
         "commands/sweep.py",

@@ -12,8 +12,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part may import the parts on lower floors; parts of one floor do not know each other.
 FLOORS = [
-    {"addresses", "files", "names"},
-    {"download"},
+    {"addresses", "names", "processes"},
+    {"files"},
+    {"download", "locks"},
     {"images", "positions", "ranks", "seeds", "signals", "config"},
     {"diffusion", "networks", "metrics", "data"},
     {"objectives", "samplers"},
@@ -31,6 +32,7 @@ STANDARD = {
 }  # fmt: skip
 
 LIGHTNING = {
+    "beginning.py",
     "bounded.py",
     "callbacks.py",
     "evaluating.py",

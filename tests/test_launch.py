@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_cli import ROOT, TINY
 
+from diffusion_pl import locks
 from diffusion_pl.cli import main
 from diffusion_pl.commands import parts, preflight, sbatch
 from diffusion_pl.training import checkpoint as checkpoints
@@ -335,6 +336,9 @@ def test_three_checkpoints_must_fit(launch, monkeypatch):
 
 def test_another_run_in_the_folder_is_told(launch):
     assert launch("tiny", "--tasks", "2")[0] == 0
+    assert launch("tiny", "--tasks", "2", "optimizer.lr=1e-2")[0] == 0  # nothing was trained yet
+    assert launch("tiny", "--tasks", "2")[0] == 0
+    Path("runs/tiny/metrics.jsonl").write_text('{"images": 4, "loss": 1.0}\n')
     code, _, err = launch("tiny", "--tasks", "2", "optimizer.lr=1e-4")
     assert code == 2
     assert "runs/tiny was begun with another config" in err
@@ -371,6 +375,14 @@ def test_inside_a_job_the_tasks_are_held_against_the_trainer(inside):
         "make it: #SBATCH --ntasks-per-node=4",
     ]
     assert "differ (got none)" in inside(2, None)[2]  # --ntasks, which Lightning refuses
+
+
+def test_a_second_job_of_a_run_ends_before_it_starts_tasks(inside):
+    with locks.hold(Path("r") / locks.NAME, "training") as lock:
+        code, _, err = inside(2, 4)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert err.startswith(f"error: r: {lock.holder} holds it (training); wait for it")
+    assert inside(2, 4)[0] == 0
 
 
 def test_inside_a_job_missing_gpus_are_told(inside):

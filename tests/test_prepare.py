@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -22,7 +21,7 @@ import webdataset
 from PIL import Image
 from prepared import cifar10, digests, file, files, fill, manifest, members, noise, pixels, prepare
 
-from diffusion_pl import cli
+from diffusion_pl import cli, locks
 from diffusion_pl.data.cifar10 import CIFAR10
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.reduce import FILTERS
@@ -237,36 +236,30 @@ def test_a_shard_that_was_cut_off_since_is_written_again(photographs, tmp_path):
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):
-    """Orphans would hold the folder; the next command takes it within seconds."""
+    """Orphans would write on in a folder that the next command takes at once."""
     dest = tmp_path / "x"
     child = _started(dest, "--count", 50_000)  # minutes of work
     while not list(dest.glob("shards/*.part")):
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    deadline = time.monotonic() + 5
     try:
-        with (dest / ".progress" / "lock").open("wb") as lock:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.01)
+        with locks.hold(dest / ".progress" / "lock", "preparing"):  # at once
+            before = {path: path.stat().st_mtime_ns for path in dest.glob("shards/*")}
+            time.sleep(0.3)
+            assert {path: path.stat().st_mtime_ns for path in dest.glob("shards/*")} == before
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
 
 
-def test_two_commands_do_not_write_one_folder(photographs, tmp_path, monkeypatch, capsys):
+def test_two_commands_do_not_write_one_folder(photographs, tmp_path, capsys):
     dest = tmp_path / "x"
     (dest / ".progress").mkdir(parents=True)
-    monkeypatch.setattr("diffusion_pl.data.prepare._SECONDS_TO_WAIT_FOR_LOCK", 0.1)
-    with (dest / ".progress" / "lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)  # even this much is in the way
+    with locks.hold(dest / ".progress" / "lock", "preparing") as lock:
         assert prepare(photographs, dest) == 2
-    assert "x: another process is preparing it" in capsys.readouterr().err
+    told = f"x: process {lock.holder.process} on {lock.holder.host} holds it (preparing); wait"
+    assert told in capsys.readouterr().err
     assert prepare(photographs, dest) == 0
 
 

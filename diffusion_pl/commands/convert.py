@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from diffusion_pl import locks
 from diffusion_pl.training import checkpoint as checkpoints
 
 FAILURES: tuple[type[Exception], ...] = ()
@@ -14,10 +15,11 @@ FAILURES: tuple[type[Exception], ...] = ()
 def run(options: argparse.Namespace) -> int:
     """Convert in place, and say as one JSON object which were written anew."""
     place: Path = options.run
-    files = [place] if place.is_file() else checkpoints.found(place / "checkpoints")
+    files = [place] if place.is_file() else sorted((place / "checkpoints").glob("*.ckpt"))
     if not files:
         raise ValueError(f"{place}: neither a run with checkpoints nor one of them")
-    converted = [str(file) for file in files if convert(file)]
+    with locks.hold(files[0].parent.parent / locks.NAME, "converting"):
+        converted = [str(file) for file in files if convert(file)]
     print(json.dumps({"format": checkpoints.FORMAT, "files": len(files), "converted": converted}))
     return 0
 

@@ -179,7 +179,7 @@ def write(
     header = f"# Imported from {about['from']} ({about['kind']}), sha256 {about['sha256']}\n"
     text = header + config.dump(experiment)
     write_atomically(dest / "config.yaml", lambda file: file.write(text.encode()))
-    path = dest / "checkpoints" / f"{images:012d}.ckpt"
+    path = dest / "checkpoints" / checkpoints.name_of(images)
     section = {
         "format": checkpoints.FORMAT,
         "config": experiment.tree,

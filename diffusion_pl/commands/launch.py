@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     job = _timed(job, options.margin, max(each.checkpoint_bytes for each in found))
     for task in job.tasks:
-        settling.settle(_read(task), task.run)
+        settling.announce(_read(task), task.run)
     if len(job.tasks) > 1:
         for number, task in enumerate(job.tasks):
             _line(f"task {number}", str(task.run))

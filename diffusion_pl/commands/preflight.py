@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from diffusion_pl import config
+from diffusion_pl import config, locks
 from diffusion_pl.commands import parts, settling, trust
 from diffusion_pl.commands.sbatch import Task
 from diffusion_pl.config import Config
@@ -97,6 +97,8 @@ def look(
     if checked is not None:
         checked.add(same)
     found.note("disk", lambda: _disk(task.run, found.checkpoint_bytes))
+    if job is not None:
+        found.note("lock", lambda: _lock(task.run))
     found.note("run", lambda: _run(found, experiment, settings, source, task.run))
     return found
 
@@ -161,10 +163,16 @@ def _disk(run: Path, size: int) -> str:
     return f"{_words(free)} free, a checkpoint takes {_words(size)}"
 
 
+def _lock(run: Path) -> str:
+    """See that nobody else trains here, or wait until that is known."""
+    with locks.hold(run / locks.NAME, "looking"):
+        return "nobody else writes to the run"
+
+
 def _run(found: Found, experiment: Config, settings: Settings, source: Source, run: Path) -> str:
     """See that the folder is free for this experiment."""
-    settling.compare(experiment, run)
     newest = checkpoints.latest(run / "checkpoints")
+    settling.compare(experiment, run, None, newest)
     done = int(newest.stem) if newest else 0
     budget = settings.steps(source.batch_size) * source.batch_size
     if newest and not done:

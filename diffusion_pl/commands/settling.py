@@ -1,27 +1,44 @@
-"""The folder of a run before it starts: made with its config, or seen to be the experiment's."""
+"""The folder of a run before it starts: free, or this experiment's; and what may have changed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from diffusion_pl import config, ranks
+from diffusion_pl import config
 from diffusion_pl.commands import runs
 from diffusion_pl.config import Config
-from diffusion_pl.files import regular
 from diffusion_pl.names import refuse_name, shown
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training.history import History
+from diffusion_pl.training.sameness import note
+from diffusion_pl.training.settings import Settings
 from diffusion_pl.training.writing import write_atomically
 
-# Where and how fast a run computes, which changes no more of it than rounding: it may go on under
-# others than it began with. (On another kind of accelerator the noise of an image is another draw,
-# by the generator that is there.)
+# What a run may go on under otherwise than it began: where and how fast it computes, which changes
+# no more of it than rounding; where its data lies, which is known by its content; how often it
+# speaks, is kept and is measured. (On another kind of accelerator the noise of
+# an image is another draw, by the generator that is there.)
 FREE = {
+    "data.cache",
+    "data.cache_bytes",
+    "data.cache_folder",
+    "data.made_of",
+    "data.path",
     "data.workers",
+    "evaluation",
+    "features",
+    "sampler",
     "trainer.accelerator",
+    "trainer.checkpoint_every",
     "trainer.compile",
     "trainer.device_batch_size",
     "trainer.devices",
     "trainer.keep",
     "trainer.keep_best",
+    "trainer.keep_every",
+    "trainer.log_every",
     "trainer.loggers",
     "trainer.nodes",
     "trainer.read_timeout",
@@ -33,70 +50,166 @@ FREE = {
     "trainer.watchdog",
 }
 
+# Free until the learning rate has begun to fall towards the end of the budget.
+END = {"trainer.images", "trainer.cooldown"}
+# Free where it is on before and after: averages that were never taken cannot be made up.
+ON = {"ema.posthoc_every"}
+
 # A file of the run's folder that says why the run would fail in the same way again.
 FAILED = "FAILED"
 
+_CONFIG, _FROM, _METRICS = "config.yaml", "from", "metrics.jsonl"
 
-def settle(experiment: Config, folder: Path, start: Path | None = None) -> None:
-    """Make the run's folder with its config, or see that it is this experiment's.
 
-    The first process of a run writes; the others see what is there.
+def is_claimed(folder: Path) -> bool:
+    """Whether a folder holds a run: a checkpoint, or what was measured of its steps."""
+    kept = folder / "checkpoints"
+    if (kept / checkpoints.LATEST).exists() or checkpoints.found(kept):
+        return True
+    return any(kept.glob(f"*{checkpoints.DAMAGED}")) or bool(History(folder / _METRICS).rows())
+
+
+def compare(experiment: Config, folder: Path, start: Path | None, done: Path | None) -> list[str]:
+    """See that a folder holds no run, or this experiment's; nothing is written.
 
     Args:
         experiment: what is to be trained.
         folder: the run's.
-        start: the run or checkpoint whose weights it starts from, kept in `from`.
+        start: the run or checkpoint whose weights it starts from, None for its own.
+        done: the checkpoint that it goes on from, None for none.
+
+    Returns:
+        What the run goes on under otherwise than until now, a line `key: before -> now` each.
 
     Raises:
         ConfigError: the folder holds a run of another config; names the differing keys.
-        ValueError: the folder cannot be written, or its run started elsewhere.
+        ValueError: its run started elsewhere, or its config or its checkpoints are gone.
     """
-    compare(experiment, folder, start)
-    if not ranks.leads_run():
-        return
-    if start is not None:
-        begun = f"{runs.checkpoint_of(start)}\n"
-        write_atomically(folder / "from", lambda file: file.write(begun.encode()))
-    kept = folder / "config.yaml"
-    if not kept.exists() or _changes(kept, experiment):
-        write_atomically(kept, lambda file: file.write(config.dump(experiment).encode()))
-
-
-def compare(experiment: Config, folder: Path, start: Path | None = None) -> None:
-    """See that a folder holds no run, or this experiment's; nothing is written.
-
-    Raises:
-        ConfigError: as `settle`.
-        ValueError: as `settle`.
-    """
-    kept, begun = folder / "config.yaml", folder / "from"
-    if not kept.exists():
+    if not is_claimed(folder):
         name = folder.resolve().name
         refuse_name(name, shown(str(folder)), "name another folder with --run (RUN=...)")
-        if (folder / "checkpoints").exists():
-            raise ValueError(
-                f"{folder} holds checkpoints but no config.yaml; restore it or remove them"
-            )
-        return
-    if start is not None:
-        wanted = f"{runs.checkpoint_of(start)}\n"
-        before = regular(begun).read_text() if begun.exists() else "weights of its own\n"
-        if wanted != before:
-            raise ValueError(f"{folder}: started from {before.strip()}, not from {wanted.strip()}")
-    changes = [line for line in _changes(kept, experiment) if not _is_free(line)]
-    if changes:
+        return []
+    kept = folder / _CONFIG
+    if not kept.exists():
+        raise ValueError(
+            f"{folder}: holds checkpoints or {_METRICS} but no {_CONFIG}; restore it or remove them"
+        )
+    before = config.load(kept).tree
+    if done is None:
+        _refuse_lost(folder, before)
+    _compare_start(folder, start, done)
+    images = 0 if done is None else int(done.stem)
+    changes = config.differences(before, experiment.tree)
+    refused = [line for line in changes if not _is_free(line, before, experiment.tree, images)]
+    if refused:
         raise config.ConfigError(
             f"{folder} was begun with another config; name another folder (RUN=...) or undo:\n"
-            + "\n".join(f"  {line}" for line in changes)
+            + "\n".join(f"  {line}" for line in refused)
+        )
+    budget = _end_of(experiment.tree)
+    if images > (most := budget.steps(batch := _batch(experiment.tree)) * batch):
+        raise ValueError(
+            f"{folder}: has seen {images:,} images, more than trainer.images={most}; name a budget "
+            f"of at least {images}, or another folder (RUN=...)"
+        )
+    return changes
+
+
+def _compare_start(folder: Path, start: Path | None, done: Path | None) -> None:
+    """See that a run begins, or once began, with the weights that are named.
+
+    Raises:
+        ValueError: it does not.
+    """
+    begun = folder / _FROM
+    origin = begun.read_text().strip() if begun.exists() else None
+    if start is None:
+        if origin is not None and done is None:
+            raise ValueError(f"{folder}: started from {origin}; say so again: --from {origin}")
+        return
+    wanted = str(runs.checkpoint_of(start))
+    if wanted != origin:
+        raise ValueError(
+            f"{folder}: started from {origin or 'weights of its own'}, not from {wanted}"
         )
 
 
-def _changes(kept: Path, experiment: Config) -> list[str]:
-    """Where an experiment differs from the config that a run was begun with, a line a key."""
-    return config.differences(config.load(kept).tree, experiment.tree)
+def _refuse_lost(folder: Path, before: Mapping[str, Any]) -> None:
+    """Refuse to begin anew over a run that has had a checkpoint.
+
+    One that ended before its first begins anew: it has no row beyond the step of that checkpoint,
+    and no evaluation of that step, which comes after it.
+
+    Raises:
+        ValueError: it has had one.
+    """
+    settings, batch = _end_of(before), _batch(before)
+    first = min(-(-settings.checkpoint_every // batch), settings.steps(batch)) * batch
+    rows = History(folder / _METRICS).rows()
+    if any(row["images"] >= first + ("name" not in row) for row in rows):
+        raise ValueError(
+            f"{folder}: {_METRICS} tells of {rows[-1]['images']:,} images, but no checkpoint is "
+            f"there; restore {folder / 'checkpoints'}, or remove {_METRICS} to begin anew"
+        )
 
 
-def _is_free(line: str) -> bool:
-    """Whether such a line is about where or how fast a run computes."""
-    key = line.partition(":")[0]
+def _end_of(tree: Mapping[str, Any]) -> Settings:
+    """What a config says of the budget, the learning rate and the checkpoints."""
+    keys = ("images", "checkpoint_every", "warmup", "cooldown")
+    return Settings(**{key: tree["trainer"][key] for key in keys if key in tree["trainer"]})
+
+
+def _batch(tree: Mapping[str, Any]) -> int:
+    size: int = tree["data"]["batch_size"]
+    return size
+
+
+def _is_free(line: str, before: Mapping[str, Any], now: Mapping[str, Any], images: int) -> bool:
+    """Whether a run of so many images may go on under such a change."""
+    key, _, values = line.partition(": ")
+    if key in END:
+        return not any(_has_fallen(_end_of(tree), _batch(tree), images) for tree in (before, now))
+    if key in ON:
+        return not {"null", "absent"} & set(values.split(" -> "))
     return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _has_fallen(settings: Settings, batch: int, images: int) -> bool:
+    """Whether the end of the budget has lowered the learning rate of a step so far."""
+    if not images or not settings.cooldown:
+        return False
+    left = settings.steps(batch) * batch - (images - batch)  # of the newest step
+    return left < settings.cooldown
+
+
+def announce(experiment: Config, folder: Path) -> None:
+    """Write into a folder that holds no run yet what is to be trained there."""
+    if not is_claimed(folder):
+        _write(experiment, folder)
+
+
+def keep(
+    experiment: Config, folder: Path, start: Path | None, images: int, changes: list[str]
+) -> None:
+    """Keep in a run's folder what it is trained by from now on.
+
+    Args:
+        experiment: what is trained.
+        folder: the run's.
+        start: the run or checkpoint whose weights it started from, None for its own.
+        images: that it has seen.
+        changes: as `compare` gives them.
+    """
+    begun = folder / _FROM
+    if start is not None:
+        origin = f"{runs.checkpoint_of(start)}\n"
+        write_atomically(begun, lambda file: file.write(origin.encode()))
+    elif not is_claimed(folder):
+        begun.unlink(missing_ok=True)  # of a start that failed
+    note(folder, images, changes)
+    _write(experiment, folder)
+
+
+def _write(experiment: Config, folder: Path) -> None:
+    text = config.dump(experiment).encode()
+    write_atomically(folder / _CONFIG, lambda file: file.write(text))

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from diffusion_pl import config, ranks
-from diffusion_pl.commands import parts, starting, trust
-from diffusion_pl.commands.settling import FAILED, settle
+from diffusion_pl import config, locks, ranks
+from diffusion_pl.commands import parts, settling, starting, trust
+from diffusion_pl.commands.settling import FAILED
 from diffusion_pl.config import Config
 from diffusion_pl.data.readers import ReaderLost
 from diffusion_pl.data.shard_workers import WorkerLost
@@ -22,6 +22,7 @@ from diffusion_pl.names import shown
 from diffusion_pl.signals import MARKER, RESUMABLE, Wish
 from diffusion_pl.training import bounds
 from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training.beginning import Start
 from diffusion_pl.training.evaluating import is_evaluated
 from diffusion_pl.training.history import History
 from diffusion_pl.training.meeting import NotMet, see_place, starter
@@ -30,36 +31,65 @@ from diffusion_pl.training.sanity import NonFinite
 from diffusion_pl.training.settings import Settings
 from diffusion_pl.training.writing import sweep, write_atomically
 
-FAILURES: tuple[type[Exception], ...] = (NonFinite, WorkerLost, ReaderLost, NotMet)
+FAILURES: tuple[type[Exception], ...] = (
+    NonFinite,
+    WorkerLost,
+    ReaderLost,
+    NotMet,
+    locks.LostLock,
+)
 
 
 def run(options: argparse.Namespace) -> int:
     """Train, then say where the run lies, what was measured and how to draw more."""
     bounds.end_with_parent()
-    wish: Wish = options.wish
     experiment = parts.read(
         options.experiment, options.overrides, allow=options.allow, beside=options.start
     )
     trust.check_training(experiment)
     folder: Path = options.run or parts.RUNS / experiment.name
     see_ranks(config.build(experiment, "trainer"))
-    leads = ranks.leads_run()
-    start = None
+    weights = None
     if not options.start and (options.fresh_labels or options.accept_differences):
         raise ValueError("--fresh-labels, --accept-differences: each belongs to --from RUN")
+    leads = ranks.leads_run()
     if options.start and not checkpoints.found(folder / "checkpoints"):
-        start = starting.weights(options, experiment, leads)  # refused before the folder is made
-    settle(experiment, folder, options.start)
-    if leads:
+        weights = starting.weights(options, experiment, leads)  # refused before the folder is made
+    if not leads:  # the first rank writes for all of them
+        return _train(options, experiment, folder, weights, None)
+    with locks.hold(folder / locks.NAME, "training") as lock:
         sweep(folder)
         History(folder / "metrics.jsonl").mend()
-    latest = checkpoints.newest_sound(folder / "checkpoints")
+        return _train(options, experiment, folder, weights, lock)
+
+
+def _train(
+    options: argparse.Namespace,
+    experiment: Config,
+    folder: Path,
+    weights: starting.Start | None,
+    lock: locks.Lock | None,
+) -> int:
+    """Go on with a run, or begin it.
+
+    Args:
+        options: of the command.
+        experiment: what is trained.
+        folder: the run's.
+        weights: that a new run starts from, None for its own.
+        lock: on it, where this process is the run's first; None on the others, which the first one
+            tells when they meet whether all is alike.
+    """
+    leads = lock is not None
+    latest = checkpoints.newest_sound(folder / "checkpoints", mend=leads)
+    changes = settling.compare(experiment, folder, options.start, latest) if leads else []
     batch_size = experiment.get("data.batch_size")
     budget = config.build(experiment, "trainer").steps(batch_size) * batch_size
     done = int(latest.stem) if latest else 0
-    evaluation = config.build(experiment, "evaluation")
-    if done >= budget and is_evaluated(folder, evaluation, done):
+    if done >= budget and is_evaluated(folder, config.build(experiment, "evaluation"), done):
         if leads:
+            (folder / MARKER).unlink(missing_ok=True)
+            settling.keep(experiment, folder, options.start, done, changes)
             print(f"{shown(str(folder))} is finished: {done:,} images", file=sys.stderr)
             report(folder, done, last_measurements(History(folder / "metrics.jsonl")))
         return 0
@@ -69,14 +99,36 @@ def run(options: argparse.Namespace) -> int:
             f"folder: train {options.experiment} --from {folder} --run OTHER"
         )
     if latest and leads:
-        print(f"{shown(str(folder))}: going on from {done:,} of {budget:,} images", file=sys.stderr)
+        for line in (*changes, f"going on from {done:,} of {budget:,} images"):
+            print(shown(f"{folder}: {line}"), file=sys.stderr)
     built = build(experiment)
-    if start is not None and not latest:
-        start.fill(built.objective.denoiser(built.network))
+    if weights is not None and not latest:
+        weights.fill(built.objective.denoiser(built.network))
+    start = Start(
+        checkpoint=latest,
+        origin=None if weights is None else weights.path,
+        data_changed=options.data_changed,
+        lock=lock,
+        keep=lambda images: settling.keep(experiment, folder, options.start, images, changes),
+    )
+    result = _fit(built, folder, options.wish, start)
+    if leads and result["stopped"]:
+        images = f"{result['images']:,} of {budget:,} images"
+        print(shown(f"{folder}: stopped at {images}; the same command goes on"), file=sys.stderr)
+    elif leads:
+        (folder / MARKER).unlink(missing_ok=True)  # whoever left it
+        report(folder, result["images"], result["rows"])
+    # Lightning would kill the others if one that it started ended with any other code.
+    return RESUMABLE if result["stopped"] and not ranks.is_helper() else 0
+
+
+def _fit(built: Experiment, folder: Path, wish: Wish, start: Start) -> dict[str, Any]:
+    """Train, and leave word of a failure that would come again."""
     try:
-        for name in (MARKER, FAILED):
-            (folder / name).unlink(missing_ok=True)
-        result = fit(built, folder, parts.REFERENCES, wish)
+        if start.lock is not None:
+            for name in (MARKER, FAILED):
+                (folder / name).unlink(missing_ok=True)
+        return fit(built, folder, parts.REFERENCES, wish, start)
     except NonFinite as error:
         kept = checkpoints.latest(folder / "checkpoints")
         failed = NonFinite(
@@ -86,13 +138,6 @@ def run(options: argparse.Namespace) -> int:
         )
         write_atomically(folder / FAILED, lambda file: file.write(f"{failed}\n".encode()))
         raise failed from error
-    if leads and result["stopped"]:
-        images = f"{result['images']:,} of {budget:,} images"
-        print(shown(f"{folder}: stopped at {images}; the same command goes on"), file=sys.stderr)
-    elif leads:
-        report(folder, result["images"], result["rows"])
-    # Lightning would kill the others if one that it started ended with any other code.
-    return RESUMABLE if result["stopped"] and not ranks.is_helper() else 0
 
 
 def see_ranks(settings: Settings) -> None:

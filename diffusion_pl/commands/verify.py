@@ -44,7 +44,7 @@ def kept(run: Path) -> dict[str, Any]:
     """
     from diffusion_pl.training import checkpoint as checkpoints
 
-    files = [run] if run.is_file() else checkpoints.found(run / "checkpoints")
+    files = [run] if run.is_file() else sorted((run / "checkpoints").glob("*.ckpt"))
     if not files:
         raise ValueError(
             f"{run}: neither prepared data ({MANIFEST}) nor a run with checkpoints, nor one of them"

@@ -10,7 +10,7 @@ from diffusion_pl.config.reading import (
     load,
     load_resolved,
 )
-from diffusion_pl.config.tree import Config, ConfigError, differences, dump
+from diffusion_pl.config.tree import Config, ConfigError, differences, dump, leaves
 
 __all__ = [
     "EXPERIMENTS",
@@ -23,6 +23,7 @@ __all__ = [
     "differences",
     "dump",
     "experiments",
+    "leaves",
     "load",
     "load_resolved",
 ]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_pl import locks
 from diffusion_pl.data.files import is_leftover
 from diffusion_pl.data.originals import Asked, open_originals
 from diffusion_pl.data.recipe import CHANGED, STEPS, Recipe
@@ -31,9 +30,6 @@ from diffusion_pl.names import refuse_class_names, refuse_name, shown
 
 _SETTINGS = "settings.json"
 _LOCK = "lock"
-
-# A run that was killed leaves workers that end at their next image.
-_SECONDS_TO_WAIT_FOR_LOCK = 5.0
 
 # Told of the images done before, in this run so far, and in all.
 Report = Callable[[int, int, int], None]
@@ -209,11 +205,9 @@ def _claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     try:
         (folder / SHARDS).mkdir(parents=True, exist_ok=True)
         progress.mkdir(exist_ok=True)
-        lock = (progress / _LOCK).open("wb")
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error.strerror})") from error
-    with lock:
-        _lock(lock.fileno(), folder)
+    with locks.hold(progress / _LOCK, "preparing", folder):
         if any(progress.glob("*.npz")):
             _same(_begun(noted), settings, folder)
         else:
@@ -240,20 +234,3 @@ def _begun(noted: Path) -> dict[str, Any]:
             f"{noted}: damaged ({error}); remove {noted.parents[1]} and begin again"
         ) from error
     return settings if isinstance(settings, dict) else {}
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    """Take the lock, which ends with the last process that holds it, however that ends."""
-    deadline = time.monotonic() + _SECONDS_TO_WAIT_FOR_LOCK
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"{folder}: another process is preparing it; wait for it"
-                ) from error
-            time.sleep(0.05)
-        except OSError:  # a file system without locks
-            return

@@ -11,6 +11,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from diffusion_pl.signals import end_with
+
 # Writes the shard of a number; told whom to tell of an original left out, and of each done.
 Write = Callable[[int, Callable[[str], None], Callable[[], None]], None]
 
@@ -146,6 +148,7 @@ def _work(write: Write, numbers: Sequence[int], tally: Tally, words: Connection)
     """Write shards until none is left, in a process of its own."""
     # The parent ends its workers; an interrupt from the keyboard reaches all of them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with(tally.parent)  # whose lock on the folder is taken over as soon as it has ended
     try:
         while (place := tally.take()) < len(numbers):
             write(numbers[place], tally.skip, tally.advance)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion_pl import processes
 from diffusion_pl.training.writing import write_atomically
 
 FOLDER = "best"
@@ -51,7 +52,7 @@ class Best:
     def take(self, checkpoint: Path) -> None:
         """Keep a checkpoint that was saved already: the same file under another name, or a copy."""
         self.path.parent.mkdir(exist_ok=True)
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        aside = processes.temporary(self.path)
         aside.unlink(missing_ok=True)
         try:
             os.link(checkpoint, aside)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from diffusion_pl.evaluation.provenance import now
 from diffusion_pl.signals import Wish
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema, sharding
+from diffusion_pl.training.beginning import Begin
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.progress import Progress
@@ -52,12 +52,20 @@ class Log(Callback):
         history: the run's metrics.jsonl.
         every: images between rows.
         progress: the bar; shown on rank 0.
+        check: sees that the run is still this process's to write to.
     """
 
-    def __init__(self, history: History, every: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        history: History,
+        every: int,
+        progress: Progress,
+        check: Callable[[], None],
+    ) -> None:
         self.history = history
         self.interval = Interval(every)
         self.progress = progress
+        self.check = check
         self.images = 0
         self.since = 0.0
         self.spikes = Spikes()
@@ -100,6 +108,7 @@ class Log(Callback):
         }
         self.images, self.since = images, time.monotonic()
         if trainer.is_global_zero:
+            self.check()
             self.history.append(row)
             self.progress.measure(loss=means["loss"])
             if spike := self.spikes.note(means["loss"]):
@@ -137,14 +146,18 @@ class Checkpoints(Callback):
         folder: where the checkpoints lie.
         settings: how often, and which stay.
         config: the resolved config, written into each.
+        begin: knows the data and the code, which are written into each as well.
     """
 
-    def __init__(self, folder: Path, settings: Settings, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, settings: Settings, config: Mapping[str, Any], begin: Begin
+    ) -> None:
         self.folder = folder
         self.interval = Interval(settings.checkpoint_every)
         self.keep = settings.keep
         self.keep_every = settings.keep_every
         self.config = config
+        self.begin = begin
         self.saved = -1
 
     def on_save_checkpoint(
@@ -154,6 +167,7 @@ class Checkpoints(Callback):
             "format": checkpoints.FORMAT,
             "config": dict(self.config),
             "images": pl_module.images_seen,
+            **self.begin.about(),
         }
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
@@ -174,16 +188,19 @@ class Checkpoints(Callback):
 
     def _save(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> None:
         images = pl_module.images_seen
-        path = self.folder / f"{images:012d}.ckpt"
+        path = self.folder / checkpoints.name_of(images)
+        self.begin.start.check()
         trainer.save_checkpoint(path)
         self.saved = images
         if trainer.is_global_zero:
             checkpoints.point_to(path)
-            for old in checkpoints.found(self.folder)[: -self.keep]:
-                # The first one past each multiple stays for good.
-                passed = int(old.stem) % self.keep_every if self.keep_every else math.inf
-                if passed >= pl_module.batch_size:
-                    old.unlink()
+            checkpoints.prune(
+                self.folder, images, self.keep, lambda old: self._stays(old, pl_module.batch_size)
+            )
+
+    def _stays(self, images: int, batch_size: int) -> bool:
+        """Whether the checkpoint of so many images is the first one past a multiple that stays."""
+        return self.keep_every is not None and images % self.keep_every < batch_size
 
 
 class ClassNames(Callback):

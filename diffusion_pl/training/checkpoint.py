@@ -16,7 +16,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,9 @@ _END, _END_BYTES = b"PK\x05\x06", 22
 _MARK = b"sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
 
-_NAME = re.compile(r"[0-9]+\.ckpt")  # the images seen
+# The images seen, as `name_of` writes them. Files of other names are the user's: `best.ckpt` is
+# neither gone on with nor counted nor removed.
+_NAME = re.compile(r"[0-9]{12,}\.ckpt")
 
 logger = logging.getLogger(__name__)
 
@@ -117,28 +119,105 @@ def point_to(path: Path) -> None:
     write_atomically(path.parent / LATEST, lambda file: file.write(path.name.encode()))
 
 
+def name_of(images: int) -> str:
+    """The file of a run's checkpoint after so many images."""
+    return f"{images:012d}.ckpt"
+
+
 def found(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(folder.glob("*.ckpt"))
+    """The checkpoints that a run has written, oldest first."""
+    own = (path for path in folder.glob("*.ckpt") if _NAME.fullmatch(path.name))
+    return sorted(own, key=lambda path: int(path.stem))
+
+
+def prune(folder: Path, images: int, keep: int, stays: Callable[[int], bool]) -> None:
+    """Remove a run's checkpoints but the newest few.
+
+    Files of other names stay, and what `latest` names, and what is newer than the run itself: it
+    was put back, or another has been here.
+
+    Args:
+        folder: the run's checkpoints.
+        images: that the run has seen.
+        keep: newest ones, up to there, that stay.
+        stays: whether the one of so many images stays for good.
+    """
+    past = [path for path in found(folder) if int(path.stem) <= images]
+    pointed = _pointed(folder)
+    for old in past[:-keep]:
+        if old.name != pointed and not stays(int(old.stem)):
+            old.unlink(missing_ok=True)
 
 
 def _pointed(folder: Path) -> str | None:
     """What the `latest` pointer says, None where there is none."""
     pointer = folder / LATEST
-    return regular(pointer).read_text(errors="replace").strip() if pointer.exists() else None
+    try:
+        return regular(pointer).read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None
 
 
 def latest(folder: Path) -> Path | None:
     """The checkpoint that the `latest` pointer names, None when nothing was saved yet.
 
+    Where the pointer or its file is gone, the newest that is there.
+
     Raises:
-        ValueError: the pointer names a file that is not there.
+        ValueError: the pointer names what is no checkpoint, or one of which nothing is left.
+    """
+    return next(iter(_candidates(folder)), None)
+
+
+def newest_sound(folder: Path, *, mend: bool = True) -> Path | None:
+    """The newest checkpoint that is as it was written; None when nothing was saved yet.
+
+    One that is damaged is named in one line and set aside, so that it is neither gone on with nor
+    counted among those that stay.
+
+    Args:
+        folder: the run's checkpoints.
+        mend: set damaged ones aside and have `latest` name the one that is found; of ranks that
+            look at once, one does.
+
+    Raises:
+        ValueError: checkpoints are there, and all are damaged; or as `latest`.
+    """
+    candidates = _candidates(folder)
+    for candidate in candidates:
+        try:
+            verify(candidate)
+        except FileNotFoundError:
+            continue
+        except Damaged as error:
+            if mend:
+                with contextlib.suppress(OSError):
+                    candidate.rename(candidate.with_name(candidate.name + DAMAGED))
+            logger.warning("%s; going on with the one before", shown(str(error)))
+            continue
+        if mend and candidate.name != _pointed(folder):
+            point_to(candidate)
+        return candidate
+    if candidates or any(folder.glob(f"*{DAMAGED}")):
+        raise ValueError(f"{folder}: every checkpoint is damaged; start in another folder")
+    return None
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The checkpoints that a run may go on with, the first choice first.
+
+    Raises:
+        ValueError: the pointer names what is no checkpoint, or one of which nothing is left.
     """
     pointer, name = folder / LATEST, _pointed(folder)
+    newest_first = found(folder)[::-1]
     if name is None:
-        return None
+        if newest_first:
+            logger.warning("%s: is not there; taking the newest checkpoint", pointer)
+        return newest_first
     path = folder / name
-    if path.parent != folder or not path.is_file():
+    there, damaged = path.is_file(), path.with_name(f"{path.name}{DAMAGED}").exists()
+    if path.parent != folder or not (there or damaged or newest_first):
         raise ValueError(
             f"{pointer}: names {path.name!r}, which is not there; restore it or remove the pointer"
         )
@@ -147,42 +226,12 @@ def latest(folder: Path) -> Path | None:
             f"{pointer}: names {path.name!r}; a checkpoint here is named by its images, such as "
             f"000000040000.ckpt"
         )
-    return path
-
-
-def newest_sound(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; None when nothing was saved yet.
-
-    One that is damaged is named in one line and set aside, so that it is neither gone on with nor
-    counted among those that stay. All ranks look at once: any may find that another was faster.
-
-    Raises:
-        ValueError: checkpoints are there, and all are damaged.
-    """
-    name = _pointed(folder)
-    if name is None:
-        return None
-    try:
-        latest(folder)
-    except ValueError:
-        if not (folder / f"{name}{DAMAGED}").exists():
-            raise
-    for candidate in reversed(found(folder)):
-        if candidate.name > name:
-            continue
-        try:
-            verify(candidate)
-        except FileNotFoundError:
-            continue
-        except Damaged as error:
-            with contextlib.suppress(OSError):
-                candidate.rename(candidate.with_name(candidate.name + DAMAGED))
-            logger.warning("%s; going on with the one before", shown(str(error)))
-            continue
-        if candidate.name != name:
-            point_to(candidate)
-        return candidate
-    raise ValueError(f"{folder}: every checkpoint is damaged; start in another folder")
+    if not there and not damaged:
+        logger.warning(
+            "%s: names %s, which is not there; taking the newest checkpoint", pointer, path.name
+        )
+        return newest_first
+    return [each for each in newest_first if int(each.stem) <= int(path.stem)]
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -172,6 +172,7 @@ class Evaluate(Callback):
             raise NonFinite(trainer.global_step, problem) from error
         self._keep_best(trainer, images, rows)  # before the rows, which say that all is done
         if trainer.is_global_zero:
+            self.training_log.check()
             path = grid_of(self.run, images)
             sheet = grid(shown)
             save_png(sheet, path)

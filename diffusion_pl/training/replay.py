@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_pl.images import from_bytes, to_bytes
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training import sameness
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.run import (
     CheckpointFiles,
@@ -60,6 +62,7 @@ def replay(experiment: Experiment, checkpoint: Path | None, step: int) -> Replay
 
     Raises:
         NonFinite: a number of a step before is not finite.
+        ValueError: the data is no longer the checkpoint's.
     """
     settings, source = experiment.settings, experiment.data
     share = settings.share_size(source.batch_size, settings.nodes * settings.devices_a_node())
@@ -68,6 +71,8 @@ def replay(experiment: Experiment, checkpoint: Path | None, step: int) -> Replay
     )
     experiment = dataclasses.replace(experiment, settings=settings)
     data = RunData(source, settings, experiment.network, experiment.seed)
+    if checkpoint is not None:
+        _check_data(data, checkpoint)
     with quiet_lightning():
         precision = resolve_precision(settings.precision, settings.device_type())
         trainer = lightning.Trainer(
@@ -88,6 +93,23 @@ def replay(experiment: Experiment, checkpoint: Path | None, step: int) -> Replay
         module.to(trainer.strategy.root_device).train()
         with trainer.precision_plugin.forward_context():
             return _look(module, data, step)
+
+
+def _check_data(data: RunData, checkpoint: Path) -> None:
+    """See that the data is what the run was trained on; others' images would be looked at.
+
+    Raises:
+        ValueError: it is not.
+    """
+    before = checkpoints.load(checkpoint)[checkpoints.SECTION].get("data")
+    data.prepare_data()
+    data.setup("fit")
+    now = sameness.data_of(data.images)
+    if isinstance(before, dict) and (difference := sameness.data_changed(before, now)):
+        raise ValueError(
+            f"{checkpoint}: the training data has changed since ({difference}); restore it to look "
+            "at a step again"
+        )
 
 
 def _look(module: DiffusionModule, data: RunData, step: int) -> Replayed:

@@ -25,6 +25,7 @@ from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.signals import Wish
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
+from diffusion_pl.training.beginning import Begin, Start
 from diffusion_pl.training.bounded import Bounded
 from diffusion_pl.training.callbacks import Checkpoints, ClassNames, Log, Snapshots, Stop
 from diffusion_pl.training.ema import EMA
@@ -85,7 +86,9 @@ class CheckpointFiles(CheckpointIO):
         Path(path).unlink()
 
 
-def fit(experiment: Experiment, run: Path, references: Path, wish: Wish) -> dict[str, Any]:
+def fit(
+    experiment: Experiment, run: Path, references: Path, wish: Wish, start: Start | None = None
+) -> dict[str, Any]:
     """Train to the end of the budget, from the run's last checkpoint if there is one.
 
     Args:
@@ -94,12 +97,15 @@ def fit(experiment: Experiment, run: Path, references: Path, wish: Wish) -> dict
         references: where statistics of real images are kept.
         wish: whether this process was told to stop; the run then ends between two steps, with a
             checkpoint and after it the marker that it waits to go on.
+        start: how the run begins or goes on; from its last checkpoint when not given.
 
     Returns:
         {"images": images seen, "rows": the last measurements, "stopped": whether it was}.
 
     Raises:
-        ValueError: parts that do not fit one another, or a folder that cannot be written.
+        ValueError: parts that do not fit one another, ranks that differ, data that is not the
+            run's, or a folder that cannot be written.
+        LostLock: another process has taken the run over.
         NonFinite: names the step, its images and their noise levels.
         Stopped: told so before the first step.
     """
@@ -115,8 +121,11 @@ def fit(experiment: Experiment, run: Path, references: Path, wish: Wish) -> dict
         module = make_module(experiment)
         history = History(run / "metrics.jsonl")
         progress = Progress(trainer.max_steps * source.batch_size)
-        log = Log(history, settings.log_every, progress)
         folder = run / "checkpoints"
+        start = start or Start(checkpoints.latest(folder))
+        log = Log(history, settings.log_every, progress, start.check)
+        begin = Begin(run, start, experiment.config, progress)
+        trainer.callbacks.append(begin)  # type: ignore[attr-defined]
         if experiment.ema.posthoc_every:
             # Before the checkpoint of the same moment, which then never lacks its snapshot.
             snapshots = Snapshots(run / power_ema.FOLDER, experiment.ema.posthoc_every)
@@ -136,12 +145,11 @@ def fit(experiment: Experiment, run: Path, references: Path, wish: Wish) -> dict
             stop=stop,
             best=settings.best(run),
         )
-        trainer.callbacks.append(Described(experiment.config))  # type: ignore[attr-defined]
-        trainer.callbacks.extend(  # type: ignore[attr-defined]
-            [stop, bounded, log, Checkpoints(folder, settings, experiment.config), evaluation]
-        )
+        saving = Checkpoints(folder, settings, experiment.config, begin)
+        last = [Described(experiment.config), stop, bounded, log, saving, evaluation]
+        trainer.callbacks.extend(last)  # type: ignore[attr-defined]
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoints.latest(folder))
+            trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
             if not stop.stopped:
                 done = is_evaluated(run, experiment.evaluation, module.images_seen)
                 # The first rank wrote it: the others may look too early.

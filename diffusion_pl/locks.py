@@ -1,0 +1,296 @@
+"""One writer at a time: a lock file that says who holds it; the dead one's is taken over.
+
+The file holds one line of JSON: the holder's host, process, when that began, its SLURM job. Its
+time of change is the holder's heartbeat. Whether a holder is alive is judged
+
+- on the same machine by its process, at once;
+- by SLURM, at once: a job that was started again has ended where it was before;
+- elsewhere by its heartbeat: one that does not come for `DEAD_AFTER` seconds never will.
+
+A holder that comes back after its lock was taken over (a lost machine) finds another's name in the
+file and must write no more: see `Lock.check`. No clock of one machine is held against another's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from diffusion_pl.files import open_lock
+from diffusion_pl.names import shown
+from diffusion_pl.processes import began_at, is_running, place
+
+NAME = ".lock"  # of a run's folder
+BEAT = 10.0  # seconds between two heartbeats
+DEAD_AFTER = 60.0  # seconds without one, from when it is first looked at
+
+_GUARD_SECONDS = 5.0  # how long the file is waited for while another looks at it
+_SETTLE_SECONDS = 1.0  # where the file system has no locks: of two takers one sees the other
+_MOST_BYTES = 4096
+
+
+class LostLock(Exception):
+    """Another process has taken over what this one held."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock.
+
+    Args:
+        host: name of the machine, for people.
+        process: its number there.
+        began: when the process began, in the machine's ticks; 0 where that is not known.
+        place: the running system and the space of its process numbers, which no two machines and
+            no two containers share.
+        job: SLURM's number, "" outside.
+        restart: how often SLURM has started the job again.
+        doing: what for, in words.
+        token: of this lock alone.
+    """
+
+    host: str
+    process: int
+    began: int
+    place: str
+    job: str
+    restart: int
+    doing: str
+    token: str
+
+    def __str__(self) -> str:
+        job = f", job {shown(self.job)}" if self.job else ""
+        return f"process {self.process} on {shown(self.host)}{job}"
+
+    def is_dead(self, mine: Holder) -> bool | None:
+        """Whether this holder has ended; None where only its heartbeat can tell.
+
+        Args:
+            mine: who asks.
+        """
+        if self.job and self.job == mine.job and self.restart < mine.restart:
+            return True
+        if self.place == mine.place:
+            return not is_running(self.process, self.began)
+        return None
+
+
+def myself(doing: str) -> Holder:
+    """This process as the holder of a new lock."""
+    restart = os.environ.get("SLURM_RESTART_COUNT", "")
+    return Holder(
+        host=socket.gethostname(),
+        process=os.getpid(),
+        began=began_at(os.getpid()) or 0,
+        place=place(),
+        job=os.environ.get("SLURM_JOB_ID", ""),
+        restart=int(restart) if restart.isdecimal() else 0,
+        doing=doing,
+        token=uuid.uuid4().hex,
+    )
+
+
+class Lock:
+    """A lock that this process holds.
+
+    Args:
+        path: the lock file.
+        holder: this process.
+        where: what is locked, for error messages.
+    """
+
+    def __init__(self, path: Path, holder: Holder, where: Path) -> None:
+        self.path, self.holder, self.where = path, holder, where
+        self._ended = threading.Event()
+
+    def check(self) -> None:
+        """See that this process may still write; a lock file that somebody removed is made again.
+
+        Raises:
+            LostLock: another has taken the lock over.
+        """
+        other = read(self.path)
+        if other is None:
+            with contextlib.suppress(OSError, ValueError):
+                _take(self.path, self.holder, self.where)
+            other = read(self.path)
+        if other is not None and other.token != self.holder.token:
+            raise LostLock(
+                f"{self.where}: {other} has taken it over from this process ({self.holder}), which "
+                "writes no more"
+            )
+
+    def beat(self) -> None:
+        """Give signs of life until the lock is released; in a thread of its own."""
+        while not self._ended.wait(BEAT):
+            with contextlib.suppress(OSError):
+                other = read(self.path)
+                if other is not None and other.token == self.holder.token:
+                    os.utime(self.path)
+
+    def release(self) -> None:
+        """Give the lock back; what another has taken over is left alone."""
+        self._ended.set()
+        if os.getpid() != self.holder.process or read(self.path) is None:  # a fork, or gone
+            return
+        with contextlib.suppress(OSError, ValueError), _guarded(self.path) as file:
+            other = _read(file)
+            if other is not None and other.token == self.holder.token:
+                self.path.unlink()
+
+
+@contextlib.contextmanager
+def hold(path: Path, doing: str, where: Path | None = None) -> Iterator[Lock]:
+    """Hold a lock while the `with` lasts.
+
+    Args:
+        path: the lock file; folders above it are made.
+        doing: what for, such as "training".
+        where: what is locked, for error messages; the file's folder when not given.
+
+    Raises:
+        ValueError: a living process holds it, in one line with its host and number; or the file
+            cannot be written.
+    """
+    where, made = where or path.parent, not path.parent.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(path, _take(path, myself(doing), where), where)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be written ({error.strerror}); free space or permissions, then run "
+            "again"
+        ) from error
+    threading.Thread(target=lock.beat, name="lock", daemon=True).start()
+    try:
+        yield lock
+    finally:
+        lock.release()
+        if made:  # and nothing came of it
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+
+
+def _take(path: Path, mine: Holder, where: Path) -> Holder:
+    """Put one's own name into a lock file, once whoever is in it has ended."""
+    seen: tuple[str, int] | None = None  # a holder elsewhere, and its last heartbeat
+    since = time.monotonic()
+    while True:
+        with _guarded(path) as file:
+            other = _read(file)
+            dead = other is None or other.token == mine.token or other.is_dead(mine)
+            if dead is None:
+                assert other is not None
+                now = (other.token, os.fstat(file).st_mtime_ns)
+                if seen is None:
+                    said = f"{where}: {other} holds it ({other.doing}); waiting up to "
+                    said += f"{DEAD_AFTER:.0f} s for a sign of life"
+                    print(shown(said), file=sys.stderr)
+                    seen, since = now, time.monotonic()
+                elif now != seen:
+                    dead = False
+                elif time.monotonic() - since > DEAD_AFTER:
+                    dead = True
+            if dead:
+                _write(file, mine)
+        if dead and _is_kept(path, mine):
+            return mine
+        if dead is False:
+            raise ValueError(
+                f"{where}: {other} holds it ({shown(other.doing) if other else ''}); wait for it, "
+                "or end it, then run again"
+            )
+        time.sleep(min(1.0, DEAD_AFTER / 20))
+
+
+@contextlib.contextmanager
+def _guarded(path: Path) -> Iterator[int]:
+    """The lock file opened, and no other process looking at it meanwhile, where that is possible.
+
+    Yields:
+        Its descriptor.
+
+    Raises:
+        ValueError: a link, or no file.
+    """
+    until = time.monotonic() + _GUARD_SECONDS
+    while True:
+        file = open_lock(path)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.01)
+                    continue
+            except OSError:  # a file system without locks
+                pass
+            try:
+                there = os.stat(path).st_ino == os.fstat(file).st_ino
+            except FileNotFoundError:
+                there = False
+            if there:  # not what its holder has just removed
+                yield file
+                return
+        finally:
+            os.close(file)
+
+
+def read(path: Path) -> Holder | None:
+    """Who holds a lock, alive or not; None for nobody."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        return _read(file)
+    finally:
+        os.close(file)
+
+
+def living(path: Path, doing: str = "") -> Holder | None:
+    """Who holds a lock and may be alive; None for nobody. Looks, and waits for nothing."""
+    other = read(path)
+    return None if other is None or other.is_dead(myself(doing)) else other
+
+
+def _read(file: int) -> Holder | None:
+    """What a lock file says; None where a holder died before it had written its name."""
+    try:
+        tree = json.loads(os.pread(file, _MOST_BYTES, 0))
+        values = {field.name: tree[field.name] for field in fields(Holder)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    numbers = ("process", "began", "restart")
+    if any(type(values[name]) is not (int if name in numbers else str) for name in values):
+        return None
+    return Holder(**values)
+
+
+def _write(file: int, mine: Holder) -> None:
+    os.ftruncate(file, 0)
+    os.pwrite(file, (json.dumps(asdict(mine)) + "\n").encode(), 0)
+    os.fsync(file)
+
+
+def _is_kept(path: Path, mine: Holder) -> bool:
+    """Whether a lock that was just taken is this process's, and not one's who took it as well."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass
+    except OSError:  # a file system without locks, or a file that is gone
+        time.sleep(_SETTLE_SECONDS)
+    other = read(path)
+    return other is not None and other.token == mine.token

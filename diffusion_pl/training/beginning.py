@@ -1,0 +1,145 @@
+"""Before the first step of a run: what must be alike is held against each other, then kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from diffusion_pl.locks import Lock
+from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training import sameness
+from diffusion_pl.training.progress import Progress
+from diffusion_pl.training.writing import write_atomically
+
+RECORD = "run.json"  # of a run's folder: what it is trained with now
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a process begins or goes on with a run.
+
+    Args:
+        checkpoint: to go on from; None: from the beginning.
+        origin: the checkpoint whose weights a new run begins with; None: with its own.
+        data_changed: whether the user lets the run go on with other data.
+        lock: on the run's folder, held by rank 0; None on the others.
+        keep: called on rank 0 before the first step, with the images seen; keeps the config.
+    """
+
+    checkpoint: Path | None = None
+    origin: Path | None = None
+    data_changed: bool = False
+    lock: Lock | None = None
+    keep: Callable[[int], None] | None = None
+
+    def check(self) -> None:
+        """See that this process may still write to the run.
+
+        Raises:
+            LostLock: another has taken it over.
+        """
+        if self.lock is not None:
+            self.lock.check()
+
+
+class Begin(Callback):
+    """Refuses ranks, and data, that are not those of the run; the first of a run's callbacks.
+
+    Args:
+        run: the run's folder.
+        start: how it begins.
+        tree: the resolved config.
+        progress: where to say what changed.
+    """
+
+    def __init__(
+        self, run: Path, start: Start, tree: Mapping[str, Any], progress: Progress
+    ) -> None:
+        self.run, self.start, self.tree, self.progress = run, start, tree, progress
+        self.data: dict[str, Any] = {}
+        self.code = ""
+        self.known = False  # whether the run's own record says what it was trained on
+        self.changes: list[str] = []  # for rank 0 to keep
+
+    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        """Compare the ranks, then the data with the run's record.
+
+        Raises:
+            ValueError: on every rank, what differs.
+        """
+        device, start = trainer.strategy.root_device, self.start
+        self.data = sameness.data_of(trainer.datamodule.images)  # type: ignore[attr-defined]
+        self.code = sameness.code_of(self.tree)
+        files = {"checkpoint": start.checkpoint, "from": start.origin}
+        state = {
+            name: None if path is None else f"{path.name} {checkpoints.digest(path)}"
+            for name, path in files.items()
+        }
+        token = None if start.lock is None else start.lock.holder.token
+        sameness.share_folder(self.run, token, device)
+        facts = sameness.facts_of(self.tree, training_data=self.data, code=self.code, start=state)
+        sameness.agree(facts, device)
+        before = self._record() if trainer.is_global_zero and start.checkpoint else {}
+        said = json.loads(sameness.from_first(json.dumps(before), device))
+        if isinstance(said.get("data"), dict):
+            self.known = True
+            self._compare_data(said["data"])
+        if said.get("code", self.code) != self.code:
+            self.changes.append(f"code: {said['code']} -> {self.code}")
+
+    def _record(self) -> dict[str, Any]:
+        """What the run was trained with until now; empty where it does not say."""
+        try:
+            record = json.loads((self.run / RECORD).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Compare the data with the checkpoint's, where the run has no record of its own."""
+        before = checkpoint[checkpoints.SECTION].get("data")
+        if not self.known and isinstance(before, dict):
+            self._compare_data(before)
+
+    def _compare_data(self, before: Mapping[str, Any]) -> None:
+        """Refuse data that is not the run's, or note that it goes on with other data.
+
+        Raises:
+            ValueError: it is not, and the user has not said that it may be another.
+        """
+        difference = sameness.data_changed(before, self.data)
+        if difference is None:
+            return
+        if not self.start.data_changed:
+            raise ValueError(
+                f"{self.run}: the training data has changed since the run was begun "
+                f"({difference}); restore it, name another folder (RUN=...), or go on with it: "
+                "--data-changed"
+            )
+        self.changes.append(f"training data: {difference}")
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Keep what the run is trained with, before its first step."""
+        if not trainer.is_global_zero:
+            return
+        images = pl_module.images_seen
+        self.start.check()
+        if self.start.keep is not None:
+            self.start.keep(images)
+        for change in self.changes:
+            self.progress.say(f"{self.run}: {change}; going on")
+        sameness.note(self.run, images, self.changes)
+        record = json.dumps(self.about(), indent=1) + "\n"
+        write_atomically(self.run / RECORD, lambda file: file.write(record.encode()))
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of the training beside its config."""
+        return {"data": self.data, "code": self.code}

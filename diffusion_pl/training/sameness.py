@@ -1,0 +1,203 @@
+"""What the ranks of a run, and its starts one after the other, must have in common; no lightning.
+
+The numbers of a training follow from its config, its code, its data and where it stands. Ranks
+that differ in one of these, or a run that goes on with other data, drift without a word; so each
+is named by a digest, and the digests are compared before the first step.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_pl import __version__, config, locks, ranks
+from diffusion_pl.data.source import Images
+from diffusion_pl.training.history import History
+
+# Where a machine keeps what is compared by its content, or what no number depends on.
+LOCAL = {"data.path", "data.cache_folder", "features.weights"}
+
+CHANGES = "changes.jsonl"  # of a run's folder: what was changed on the way, a line a change
+
+_SHOWN = 3  # differences that an error names
+_SHARED_WAIT = 30.0  # seconds for a network's file system to show what another machine wrote
+
+
+def data_of(opened: Mapping[int, Images]) -> dict[str, Any]:
+    """What a run trains on, as plain containers for its checkpoints.
+
+    Args:
+        opened: the images at each resolution of the run.
+
+    Returns:
+        count of images; sha256 (hex) of the images at each resolution, labels included; and, where
+        shards are shuffled a window at a time, sha256 of the images in each, which the order of the
+        images then depends on.
+    """
+    whole = opened[max(opened)]
+    cut = json.dumps(whole.shards).encode() if whole.window and whole.shards else None
+    return {
+        "count": len(whole),
+        "fingerprints": {str(side): opened[side].fingerprint for side in sorted(opened)},
+        "shards": None if cut is None else hashlib.sha256(cut).hexdigest(),
+    }
+
+
+def data_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What two of what `data_of` gives differ in, in words; None for nothing."""
+    if before == now:
+        return None
+
+    def named(data: Mapping[str, Any]) -> str:
+        prints = data.get("fingerprints")
+        digests = prints.values() if isinstance(prints, Mapping) else ()
+        return f"{data.get('count')} images of {' '.join(str(each)[:12] for each in digests)}"
+
+    was, is_ = named(before), named(now)
+    if was == is_:
+        return f"{was}, in other shards"
+    return f"{was} -> {is_}"
+
+
+def code_of(tree: Mapping[str, Any]) -> str:
+    """The code that trains: this package's version and sources, torch's, and the user's own parts.
+
+    Of the user's parts the files that the config names are looked at, not what these import.
+
+    Args:
+        tree: the resolved config.
+    """
+    own = {
+        node.rpartition(".")[0]
+        for key, node in config.leaves(dict(tree))
+        if key.rpartition(".")[2] == "_target_" and isinstance(node, str)
+    }
+    parts = [f"diffusion_pl {__version__} {_sources()[:12]}"]
+    parts.append(f"torch {torch.__version__}")
+    for name in sorted(own):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if name.split(".")[0] not in ("diffusion_pl", "torch") and file:
+            parts.append(f"{name} {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]}")
+    return ", ".join(parts)
+
+
+@functools.cache
+def _sources() -> str:
+    """sha256 (hex) of this package's sources."""
+    whole, root = hashlib.sha256(), Path(__file__).parents[1]
+    for file in sorted(root.rglob("*.py")):
+        content = file.read_bytes()
+        whole.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return whole.hexdigest()
+
+
+def facts_of(tree: Mapping[str, Any], **more: Any) -> dict[str, str]:
+    """What all ranks must have alike: the config, key by key, and more, all as text."""
+    facts = {
+        key: json.dumps(value)
+        for key, value in config.leaves(dict(tree))
+        if key not in LOCAL and not key.startswith("data.made_of.source.")
+    }
+    for name, value in more.items():
+        facts |= {key: json.dumps(leaf) for key, leaf in config.leaves(value, name)}
+    return facts
+
+
+def agree(facts: Mapping[str, str], device: torch.device) -> None:
+    """See that all ranks have the same facts; every rank calls it.
+
+    Args:
+        facts: this rank's.
+        device: one that the process group can talk on.
+
+    Raises:
+        ValueError: on every rank; names the first rank that differs from rank 0, and in what.
+    """
+    if ranks.world_size() == 1:
+        return
+    text = json.dumps(facts, sort_keys=True).encode()
+    digests = _gathered(hashlib.sha256(text).digest(), device)
+    if len(set(digests)) == 1:
+        return
+    whole = json.dumps({"host": socket.gethostname(), "facts": facts}).encode()
+    told = [json.loads(each) for each in _gathered(whole, device)]
+    number = next(at for at, each in enumerate(digests) if each != digests[0])
+    ours, theirs = told[0]["facts"], told[number]["facts"]
+    differ = [
+        f"{key} is {theirs.get(key, 'absent')} there and {ours.get(key, 'absent')} on rank 0"
+        for key in ours | theirs
+        if ours.get(key) != theirs.get(key)
+    ]
+    more = f"; and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
+    raise ValueError(
+        f"rank {number} on {told[number]['host']} would train another run than rank 0 on "
+        f"{told[0]['host']}: {'; '.join(differ[:_SHOWN])}{more}; start all ranks by one command on "
+        "the same files"
+    )
+
+
+def share_folder(run: Path, token: str | None, device: torch.device) -> None:
+    """See that all ranks see the folder that rank 0 has locked; every rank calls it.
+
+    Args:
+        run: the run's folder, as this rank names it.
+        token: of rank 0's lock, there; None on others, or where nothing is locked.
+        device: one that the process group can talk on.
+
+    Raises:
+        ValueError: on every rank; names the first rank that does not see it.
+    """
+    if ranks.world_size() == 1:
+        return
+    wanted = _gathered((token or "").encode(), device)[0].decode()
+    seen = not wanted or ranks.rank() == 0 or any(_looks(run, wanted))
+    told = json.dumps([seen, socket.gethostname(), str(run.absolute())]).encode()
+    answers = [json.loads(each) for each in _gathered(told, device)]
+    for number, (sees, host, folder) in enumerate(answers):
+        if not sees:
+            raise ValueError(
+                f"{folder}: rank {number} on {host} does not see what rank 0 on {answers[0][1]} "
+                f"writes to {answers[0][2]}; name a folder that all of them share with --run"
+            )
+
+
+def _looks(run: Path, wanted: str) -> Iterator[bool]:
+    """Look for a lock until it is there, or as long as a file system may take to show it."""
+    until = time.monotonic() + _SHARED_WAIT
+    while True:
+        holder = locks.read(run / locks.NAME)
+        yield holder is not None and holder.token == wanted
+        if time.monotonic() > until:
+            return
+        time.sleep(0.5)
+
+
+def from_first(text: str, device: torch.device) -> str:
+    """What rank 0 says, on every rank; every rank calls it."""
+    return _gathered(text.encode(), device)[0].decode()
+
+
+def _gathered(content: bytes, device: torch.device) -> list[bytes]:
+    """Each rank's bytes, on every rank."""
+    if ranks.world_size() == 1:
+        return [content]
+    rows = torch.tensor([*content, 0], dtype=torch.uint8, device=device)  # none is empty
+    ends = ranks.gathered(torch.tensor([len(rows)], device=device)).cumsum(0).tolist()
+    whole = bytes(ranks.gathered(rows).tolist())
+    return [whole[first : end - 1] for first, end in zip([0, *ends], ends, strict=False)]
+
+
+def note(run: Path, images: int, changes: Sequence[str]) -> None:
+    """Write down what was changed of a run, and after how many images."""
+    if changes:
+        rows = [{"images": images, "change": change} for change in changes]
+        History(run / CHANGES, images=int, change=str).append(*rows)
