@@ -355,7 +355,9 @@ def work(mutants: Sequence[Mutant], results: Path) -> None:
                 lines.write(json.dumps([mutant.file, mutant.right, mutant.wrong, result]) + "\n")
                 lines.flush()
                 if result != "noticed":
-                    print(f"{mutant.file}: {mutant.right!r} -> {mutant.wrong!r}: {result}")
+                    # Said at once: a worker ends by os._exit, which drops what a buffer holds.
+                    told = f"{mutant.file}: {mutant.right!r} -> {mutant.wrong!r}: {result}"
+                    print(told, flush=True)
 
 
 def everything() -> list[Mutant]:

@@ -9,7 +9,11 @@ import ast
 from pathlib import Path
 
 import pytest
+from mutant import PACKAGE
 from mutants import ROOT, everything
+
+# Folders whose files decide something each; of the others `make mutants` has what is a formula.
+COVERED = ("networks", "data", "commands", "config", "interop")
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +51,15 @@ def test_a_planted_bug_leaves_a_file_that_python_can_read(texts):
 def test_the_tests_of_a_planted_bug_are_there():
     named = {Path(test) for mutant in everything() for test in mutant.tests}
     assert not [str(path) for path in sorted(named) if not (ROOT / path).is_file()]
+
+
+def test_every_file_that_decides_something_has_a_planted_bug():
+    # An __init__.py holds a line about its folder and names of others: nothing to be wrong.
+    files = {
+        file.relative_to(ROOT).as_posix()
+        for folder in COVERED
+        for file in (ROOT / PACKAGE / folder).rglob("*.py")
+        if file.name != "__init__.py"
+    }
+    assert files > {f"{PACKAGE}/data/order.py", f"{PACKAGE}/commands/sample.py"}
+    assert not files - {mutant.file for mutant in everything()}
