@@ -18,6 +18,13 @@ MUTANTS = [
         ("isinstance(value, float) and math.isnan(value)", "False"),
     ),
     *at(
+        "data/splits.py",
+        "prepare_labels",
+        ("(?:set|data|images?|imgs?))?(?:", "(?:set|data|images?|imgs?)){9}(?:"),
+        ("for word in splits}) > 1:", "for word in splits}) > 9:"),
+        ("(stem, *re.split", "(stem, *() and re.split"),
+    ),
+    *at(
         "data/layout.py",
         "prepare_labels",
         ('if content["labels"] is None:', "if False:"),
@@ -28,7 +35,7 @@ MUTANTS = [
         ("place == depth or known == words", "place == depth"),
         (") > 1 and (", ") > 0 and ("),
         ("depth + 1 if at == depth else depth)", "depth)"),
-        ("if _split_of(name, layers) in wanted]", "if True]"),
+        ("if is_split(_split_of(name, layers), split)]", "if True]"),
         ("    if packed:", "    if False:"),
         ("len(words) > 1 and not packed", "len(words) > 1"),
         ("        if empty:", "        if False:"),

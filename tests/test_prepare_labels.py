@@ -153,6 +153,7 @@ def test_metadata_of_a_folder_is_read(tmp_path, capsys):
     [
         ("train", "test"), ("Train", "VAL"), ("training", "validation"), ("valid", "testing"),
         ("data/train", "data/val"), ("images/train", "images/test"),
+        ("training_set", "test_set"), ("train2017", "val2017"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -406,6 +407,54 @@ def test_splits_of_tables_are_chosen(tmp_path, capsys):
         folder, capsys
     )
     assert manifest(_prepared(folder, "--split", "val"))["class_counts"] == [0, 5, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "test"), ("train-0", "val-0"), ("set_train_00", "set_valid_00")]
+)
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_splits_in_the_names_of_files_are_not_joined(names, kind, tmp_path, capsys):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for number, name in enumerate(names):
+        if kind == "tar":
+            tarred(folder / f"{name}.tar", {"0.png": grey(number), "0.cls": b"%d" % number})
+        else:
+            _table(folder / f"{name}.parquet", {"label": [number] * 5 + [1]})
+    error = _refused(folder, capsys)
+    assert "holds several splits (" in error and "--split train" in error
+    count = 1 if kind == "tar" else 6
+    assert manifest(_prepared(folder, "--split", "train"))["count"] == count
+    assert manifest(_prepared(folder, "--split", "all"))["count"] == 2 * count
+    assert "no split 'extra'" in _refused(folder, capsys, "--split", "extra")
+
+
+def test_files_of_one_split_or_of_none_are_one_set(tmp_path):
+    for name in ("train-0", "train-1", "part_2"):
+        tarred(tmp_path / f"{name}.tar", {f"{name}.png": grey(1)})
+    assert manifest(_prepared(tmp_path / "*.tar"))["count"] == 3
+
+
+def test_tables_that_number_their_classes_otherwise_are_not_joined(tmp_path, capsys):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        _table(folder / f"{number}.parquet", {"label": [0, 1] * 3}, features)
+    error = _refused(folder, capsys)
+    assert "1.parquet: its column 'label' names other classes than that of 0.parquet" in error
+
+
+def test_folders_in_tars_are_taken_or_named(tmp_path, capsys):
+    contents = {f"pets/{n}/{i}.png": grey(10 * n + i) for n in (10, 2) for i in range(2)}
+    source = tarred(tmp_path / "x.tar", contents)
+    assert manifest(_prepared(source))["classes"] == 0
+    assert "in 2 folders (2, 10), which are not taken as classes" in capsys.readouterr().err
+    dest = _prepared(source, "--labels")
+    assert manifest(dest)["class_names"] == ["2", "10"]
+    assert _levels(dest) == {"0": {20, 21}, "1": {100, 101}}
+    source = tarred(tmp_path / "y.tar", contents | {"pets/9.png": grey(1)})
+    assert "pets/9.png has no label beside it" in _refused(source, capsys, "--labels")
 
 
 # What lies about

@@ -32,16 +32,7 @@ from diffusion_pl.data.files import (
     says_nothing,
 )
 from diffusion_pl.data.labels import Numbered, in_order, numbered
-
-_SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing", "eval"),
-    "unlabeled": ("unlabeled", "unlabelled"),
-    "extra": ("extra",),
-}
-_SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
-ALL = "all"
+from diffusion_pl.data.splits import ALL, is_split, split_of
 
 _PACKED = "dataset.json"
 _METADATA = ("metadata.csv", "metadata.jsonl")
@@ -99,9 +90,13 @@ def list_images(
     prefix, layers = _place(path, images, split)
     notes: list[str] = []
     if split is not None and split.lower() != ALL:
-        wanted, total = set(same_split(split)), len(images)
-        images = [name for name in images if _split_of(name, layers) in wanted]
-        others = [name for name in others if _split_of(name, layers) in wanted | {""}]
+        total = len(images)
+        images = [name for name in images if is_split(_split_of(name, layers), split)]
+        others = [
+            name
+            for name in others
+            if (word := _split_of(name, layers)) == "" or is_split(word, split)
+        ]
         if len(images) < total:
             notes.append(f"split {split}: {len(images):,} of {total:,} images")
     layers = _unwrapped(images, layers)
@@ -188,11 +183,9 @@ def _place(path: str, images: Sequence[str], split: str | None) -> tuple[str, _L
     at: int | None = None
     for place in (depth, depth + 1):
         words = {each[place] for each in folders if len(each) > place}
-        known = {word for word in words if word.lower() in _SPLIT_OF}
+        known = {word for word in words if split_of(word)}
         # Below classes every folder must be a split; at the top some may be something else.
-        if len({_SPLIT_OF[word.lower()] for word in known}) > 1 and (
-            place == depth or known == words
-        ):
+        if len({split_of(word) for word in known}) > 1 and (place == depth or known == words):
             at = place
             break
     prefix = "/".join(folders[0][:depth])
@@ -200,11 +193,10 @@ def _place(path: str, images: Sequence[str], split: str | None) -> tuple[str, _L
         _check_split_absent(path, folders[0][: depth + 1], split)
         return prefix, _Layers(None, depth)
     words = {each[at] for each in folders if len(each) > at}
-    names = sorted(word for word in words if word.lower() in _SPLIT_OF)
-    choices = (ALL, *(each for word in names for each in same_split(word)))
-    if split is None or split.lower() not in choices:
+    names = sorted(word for word in words if split_of(word))
+    if split is None or not (split.lower() == ALL or any(is_split(each, split) for each in names)):
         problem = "" if split is None else f" and no {split!r}"
-        first = next((word for word in names if _matches(word, "train")), names[0])
+        first = next((word for word in names if is_split(word, "train")), names[0])
         raise ValueError(
             f"{path}: holds the splits {', '.join(names)}{problem}; take one by --split {first} "
             f"(in an experiment: data.split={first}), or all as one set by --split {ALL}"
@@ -224,27 +216,17 @@ def _unwrapped(images: Sequence[str], layers: _Layers) -> _Layers:
 
 
 def _check_split_absent(path: str, folders: Sequence[str], split: str | None) -> None:
-    if split is None or split.lower() == ALL or any(_matches(each, split) for each in folders):
+    if split is None or split.lower() == ALL or any(is_split(each, split) for each in folders):
         return
     raise ValueError(f"{path}: holds no splits such as train/ and test/; leave out split {split!r}")
-
-
-def _matches(word: str, split: str) -> bool:
-    return word.lower() in same_split(split)
-
-
-def same_split(split: str) -> tuple[str, ...]:
-    """The words for a split; the word itself for one that is not known."""
-    low = split.lower()
-    return _SPLITS.get(_SPLIT_OF.get(low, ""), (low,))
 
 
 def _split_of(name: str, layers: _Layers) -> str:
     parts = PurePosixPath(name).parts[:-1]
     if layers.split is None:
         # The one split that is there, or the folder around everything.
-        return next((part.lower() for part in parts if part.lower() in _SPLIT_OF), "")
-    return parts[layers.split].lower() if len(parts) > layers.split else ""
+        return next((part for part in parts if split_of(part)), "")
+    return parts[layers.split] if len(parts) > layers.split else ""
 
 
 # Labels.

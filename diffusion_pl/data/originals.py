@@ -30,7 +30,7 @@ SETTINGS: dict[Kind, frozenset[str]] = {
     "folder": frozenset({"split", "label"}),
     "zip": frozenset({"split", "label"}),
     "cifar10": frozenset({"split"}),
-    "tars": frozenset({"image", "label"}),
+    "tars": frozenset({"image", "label", "split"}),
     "lmdb": frozenset(),
     "parquet": frozenset({"image", "label", "split"}),
 }
@@ -109,7 +109,7 @@ class Asked:
             those that are written down.
         count: images of the synthetic set.
         seed: of the synthetic set.
-        split: train or test of CIFAR-10; one of a folder's or a table's splits.
+        split: train or test of CIFAR-10; one of a folder's, a table's or tars' splits.
         image: name of the images in a table or of their ending in a tar, where there are several.
         label: the same of the labels; beside a folder's images, a column of metadata.csv.
     """

@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from diffusion_pl.data.files import LARGEST_FILE
 from diffusion_pl.data.labels import LIKE_LABELS, Numbered, numbered
-from diffusion_pl.data.layout import columns_named, same_split
+from diffusion_pl.data.layout import columns_named
 from diffusion_pl.data.lmdb_reading import Child
 from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
+from diffusion_pl.data.splits import of_split
 from diffusion_pl.files import regular
 
 _LABELS = 1024  # rows read at a time
@@ -200,7 +201,7 @@ def open_parquet(files: Sequence[Path], name: str, asked: Asked) -> Originals:
     Raises:
         ValueError: as above, columns that are not there or differ, files of several splits.
     """
-    files = _of_split(files, asked.split)
+    files = of_split(files, asked.split)
     schemas = [_parquet(file, lambda opened: opened.schema_arrow) for file in files]
     column = asked.image or _image_column(schemas[0], files[0])
     label = None if asked.labels is False else asked.label or _label_column(schemas[0], files[0])
@@ -208,6 +209,11 @@ def open_parquet(files: Sequence[Path], name: str, asked: Asked) -> Originals:
         for wanted in (column, *([label] if label else [])):
             if wanted not in schema.names:
                 raise ValueError(f"{file}: no column {wanted!r} ({', '.join(schema.names)})")
+        if label and _known_names(schema, label) != _known_names(schemas[0], label):
+            raise ValueError(
+                f"{file}: its column {label!r} names other classes than that of {files[0].name}, "
+                f"so their numbers mean other things; prepare them apart, or --no-labels"
+            )
     groups: list[tuple[int, int]] = []
     firsts: list[int] = []
     counts: list[int] = []
@@ -234,29 +240,6 @@ def open_parquet(files: Sequence[Path], name: str, asked: Asked) -> Originals:
             *([f"not read: {columns_named(rest)}"] if rest else []),
         ],
     )
-
-
-def _of_split(files: Sequence[Path], split: str | None) -> list[Path]:
-    """The files of one split, where their names begin with several.
-
-    Raises:
-        ValueError: several splits of which none is chosen, or one that is not there.
-    """
-    splits = sorted({file.name.split("-")[0] for file in files if "-" in file.name})
-    if split is not None:
-        words = same_split(split)
-        kept = [file for file in files if file.name.split("-")[0].lower() in words]
-        if not kept:
-            there = ", ".join(splits) or "none"
-            raise ValueError(f"{files[0].parent}: no split {split!r} (there: {there})")
-        return kept
-    if len(splits) > 1:
-        raise ValueError(
-            f"{files[0].parent}: holds several splits ({', '.join(splits)}); choose one by --split "
-            f"{splits[-1]}, or name files by a pattern, such as "
-            f"'{files[0].parent}/{splits[-1]}-*.parquet'"
-        )
-    return list(files)
 
 
 def _label_column(schema: Any, file: Path) -> str | None:

@@ -27,8 +27,9 @@ from diffusion_pl.data.files import (
     is_leftover,
     says_nothing,
 )
-from diffusion_pl.data.labels import LIKE_LABELS, Numbered, numbered
+from diffusion_pl.data.labels import LIKE_LABELS, Numbered, in_order, numbered
 from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
+from diffusion_pl.data.splits import ALL, of_split
 from diffusion_pl.files import regular
 
 _BLOCK = 512
@@ -38,8 +39,6 @@ _LARGEST_TAIL = 1024**2
 
 _LARGEST_LABEL = 256
 _LARGEST_JSON = 1024**2
-
-ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,9 @@ def open_tars(files: Sequence[Path], name: str, asked: Asked) -> Originals:
 
     Raises:
         ValueError: a tar that is damaged or has odd members, a sample without an image or with
-            several, labels that are none or only sometimes there.
+            several, labels that are none or only sometimes there, tars of several splits.
     """
+    files = of_split(files, asked.split)
     samples = [(number, each) for number, file in enumerate(files) for each in _samples(file)]
     label = (asked.label or "cls").lower()
     picked = _pick(files, samples, asked.image, label)
@@ -101,6 +101,8 @@ def open_tars(files: Sequence[Path], name: str, asked: Asked) -> Originals:
     read: set[tuple[int, str, str]] = set()
     if asked.labels is not False:
         found, read = _labels(files, picked, asked.label)
+        if found is None and asked.labels:
+            found = _folders(files, picked)
     places = [
         (number, _name(sample, ending), *sample.members[ending].place)
         for number, sample, ending in picked
@@ -206,6 +208,33 @@ def _labels(
     return found, read
 
 
+def _tops(picked: Sequence[_Picked]) -> list[str]:
+    """The first folder of each image below those that hold all of them, "" for none."""
+    folders = [PurePosixPath(sample.key).parts[:-1] for _, sample, _ in picked]
+    depth = 0
+    while min(map(len, folders)) > depth and len({each[depth] for each in folders}) == 1:
+        depth += 1
+    return [each[depth] if len(each) > depth else "" for each in folders]
+
+
+def _folders(files: Sequence[Path], picked: Sequence[_Picked]) -> Numbered | None:
+    """Classes by the folders in the tars, which the user has asked for; None where there are none.
+
+    Raises:
+        ValueError: an image in none of them.
+    """
+    tops = _tops(picked)
+    if not any(tops):
+        return None
+    if "" in tops:
+        number, sample, ending = picked[tops.index("")]
+        raise ValueError(
+            f"{files[number]}: {_name(sample, ending)} has no label beside it and lies in no "
+            f"folder of a class; leave out --labels"
+        )
+    return numbered(tops, "folders", in_order(tops))
+
+
 def _member(sample: _Sample, image: str, ending: str) -> str | None:
     """The member of an ending that belongs to an image: its own, or the sample's."""
     return next((e for e in (_beside(image, ending), ending) if e in sample.members), None)
@@ -240,6 +269,14 @@ def _hints(
 ) -> list[str]:
     """What the user should know of the members that nobody reads."""
     notes = []
+    tops = _tops(picked) if bare else []
+    if bare and "" not in tops:
+        words = in_order(tops)
+        notes.append(
+            f"the images lie in {len(words):,} folders ({', '.join(words[:3])}"
+            f"{', ...' if len(words) > 3 else ''}), which are not taken as classes; --labels "
+            f"takes them, in a new folder"
+        )
     if bare and ".json" in unread:
         fields = _fields(files, picked[0])
         like = [n for n, v in fields.items() if LIKE_LABELS.fullmatch(n) and type(v) in (int, str)]
