@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import unquote_plus
 
 MASK = "***"
@@ -27,7 +28,8 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://")
 _PARAMETER = re.compile(r"(?<=[?&;#])([^=&;#?]+)=[^&;#]*")
 _SECRET_WORD = re.compile(
     r"token|secret|passw|pwd|signature|credential|api[_-]?key|auth|private|session|jwt|access[_-]?key"
-    r"|^(?:sig|key|code|sas|hmac|pass|access|googleaccessid|key-pair-id)$",
+    r"|bearer|delegation|sessid"
+    r"|^(?:sig|key|code|sas|hmac|pass|tok|access|googleaccessid|key-pair-id|policy)$",
     re.IGNORECASE,
 )
 # Tokens that are known by their form, wherever they stand.
@@ -100,6 +102,15 @@ def masked(text: str) -> str:
     text = _USER.sub(rf"\1://{MASK}@", _PASSWORD.sub(f"{MASK}@", text))
     text = _ADDRESS.sub(lambda address: _PARAMETER.sub(_hidden, address[0]), text)
     return _HEADER.sub(rf"\1 {MASK}", _TOKEN.sub(MASK, text)) + rest
+
+
+def without_credentials(node: Any) -> Any:
+    """A config's tree with the credentials that earlier versions kept as ***."""
+    if isinstance(node, dict):
+        return {name: without_credentials(child) for name, child in node.items()}
+    if isinstance(node, list):
+        return [without_credentials(child) for child in node]
+    return masked(node) if isinstance(node, str) else node
 
 
 def _hidden(match: re.Match[str]) -> str:

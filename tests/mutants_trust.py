@@ -25,6 +25,7 @@ MUTANTS = [
         ),
         ('"._" not in target', "True"),
         ("        return None\n    fitting", "        pass\n    fitting"),
+        ('        return f"{target} may not stand here', '        return None and f"'),
         ('remove `_partial_: true`" if partial else None', 'remove" if False else None'),
     ),
     *at(
@@ -224,5 +225,11 @@ MUTANTS = [
         "names",
         ("            refuse_controls(word, named(before, word))", "            abs(1)"),
         ("super().error(shown(masked(message)))", "super().error(masked(message))"),
+    ),
+    *at(
+        "commands/convert.py",
+        "credentials",
+        ("kept = without_credentials(section)", "kept = section"),
+        ("after = [masked(line) for line in before]", "after = before"),
     ),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -41,6 +42,10 @@ SECRET = {
     "https://host/set?Private-Token=hunter2": "netrc",
     "https://host/set?%74oken=hunter2": "netrc",
     "https://host/set?api_key=hunter2": "netrc",
+    "webhdfs://host:50070/set?user.name=me&delegation=hunter2": "FSSPEC_WEBHDFS",
+    "https://host/set?bearer=hunter2": "netrc",
+    "https://host/set?PHPSESSID=hunter2": "netrc",
+    "https://host/set?Policy=hunter2": "netrc",
     "https://host/set#access_token=hunter2": "netrc",
     "https://host/set;jsessionid=1;token=hunter2": "netrc",
     "https://bucket.s3.amazonaws.com/set?X-Amz-Expires=9&X-Amz-Signature=hunter2": "netrc",
@@ -274,6 +279,27 @@ def test_a_run_of_before_opens_without_its_credential_and_hands_none_on(
     for path in Path().rglob("*"):
         if path.is_file() and path.name != "old.ckpt":
             assert b"hunter2" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_is_converted_holds_none(number, home, place, capsys):
+    """A run of before, of either format, in its checkpoints and beside them."""
+    shutil.copytree(home / "runs/tiny", "runs/old")
+    for path in Path("runs/old/checkpoints").glob("*.ckpt"):
+        loaded = torch.load(path, weights_only=True)
+        loaded["diffusion_pl"] |= {"format": number}
+        loaded["diffusion_pl"]["config"]["data"]["path"] = A
+        torch.save(loaded, path) if number == 1 else checkpoints.save(loaded, path)
+    settings = Path("runs/old/config.yaml")
+    settings.write_text(f"# from {A}\n{settings.read_text()}")
+    assert main(["convert", "runs/old"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["converted"]) == 3
+    for path in Path("runs/old").rglob("*"):
+        assert path.is_dir() or b"hunter2" not in path.read_bytes(), path
+    assert main(["verify", "runs/old"]) == 0
+    capsys.readouterr()
+    assert main(["convert", "runs/old"]) == 0
+    assert json.loads(capsys.readouterr().out)["converted"] == []
 
 
 def test_a_config_of_ones_own_masks_nothing():

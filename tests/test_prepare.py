@@ -263,6 +263,21 @@ def test_two_commands_do_not_write_one_folder(photographs, tmp_path, capsys):
     assert prepare(photographs, dest) == 0
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_lock_that_is_no_file_is_refused_and_what_it_leads_to_stays(kind, tmp_path, capsys):
+    begun = tmp_path / "x" / ".progress"
+    begun.mkdir(parents=True)
+    (tmp_path / "mine").write_text("kept")
+    if kind == "link":
+        (begun / "lock").symlink_to(tmp_path / "mine")
+    else:
+        os.mkfifo(begun / "lock")
+    words = ["prepare", "synthetic", str(tmp_path / "x"), "--resolutions", "8", "--count", "4"]
+    assert cli.main(words) == 2
+    assert "lock: is a link or no file" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

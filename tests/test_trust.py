@@ -207,6 +207,23 @@ def test_nothing_starts_from_within_a_part(where, place, capsys):
     assert "_target_" in refused(OPENING["train --from"], capsys)
 
 
+@pytest.mark.parametrize(
+    "reaching",
+    [
+        # TorchScript runs when it is read.
+        {"_target_": "diffusion_pl.metrics.features.load", "name": "clip-vit-b-32",
+         "weights": "weights.pt"},
+        {"_target_": "diffusion_pl.commands.runs.guide", "run": "runs/own", "allow": ["mine"]},
+    ],
+)  # fmt: skip
+def test_a_part_that_reaches_out_stands_in_no_argument_of_torchs(reaching, place, capsys):
+    """What its own place is asked for is asked for nowhere else, and torch says no types."""
+    node = {"_target_": "torch.optim.LBFGS", "_partial_": True, "line_search_fn": reaching}
+    handed_on(lambda tree: tree.__setitem__("optimizer", node))
+    for command in ("check", "train --from"):
+        assert "optimizer.line_search_fn" in refused(OPENING[command], capsys)
+
+
 def test_verify_and_convert_read_and_build_nothing(place, capsys):
     handed_on(lambda tree: tree.__setitem__("objective", PLANTED["the command line"]))
     for command in ("verify", "convert"):

@@ -1,4 +1,7 @@
-"""`convert`: a run's checkpoints of earlier formats, written again in today's."""
+"""`convert`: a run's checkpoints of earlier formats, written again in today's.
+
+Earlier versions kept the credentials of addresses; what is written again has *** for them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ import json
 from pathlib import Path
 
 from diffusion_pl import locks
+from diffusion_pl.addresses import masked, without_credentials
+from diffusion_pl.config.strangers import RESOLVED
+from diffusion_pl.files import write_atomically
 from diffusion_pl.training import checkpoint as checkpoints
 
 FAILURES: tuple[type[Exception], ...] = ()
@@ -20,6 +26,9 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{place}: neither a run with checkpoints nor one of them")
     with locks.hold(files[0].parent.parent / locks.NAME, "converting"):
         converted = [str(file) for file in files if convert(file)]
+        settings = place / RESOLVED
+        if settings.is_file() and _mask(settings):
+            converted.append(str(settings))
     print(json.dumps({"format": checkpoints.FORMAT, "files": len(files), "converted": converted}))
     return 0
 
@@ -28,16 +37,33 @@ def convert(file: Path) -> bool:
     """Write a checkpoint again in today's format, whole or not at all.
 
     Returns:
-        Whether it was of an earlier one.
+        Whether it was of an earlier one, or held credentials.
 
     Raises:
         ValueError: it cannot be read or written; it is then as before.
     """
     loaded = checkpoints.load(file)
     section = loaded[checkpoints.SECTION]
-    if section["format"] == checkpoints.FORMAT:
+    kept = without_credentials(section)
+    if section["format"] == checkpoints.FORMAT and kept == section:
         return False
     # Format 1 held the same and had no digest, which `save` puts behind.
-    now = {**loaded, checkpoints.SECTION: {**section, "format": checkpoints.FORMAT}}
+    now = {**loaded, checkpoints.SECTION: {**kept, "format": checkpoints.FORMAT}}
     checkpoints.save(now, file)
     return True
+
+
+def _mask(settings: Path) -> bool:
+    """Write a run's settings again without the credentials in it; whether there were some.
+
+    Raises:
+        ValueError: they cannot be read or written; they are then as before.
+    """
+    try:
+        before = settings.read_bytes().decode().splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{settings}: is not UTF-8 text; restore it") from error
+    after = [masked(line) for line in before]
+    if after != before:
+        write_atomically(settings, lambda file: file.write("".join(after).encode()))
+    return after != before

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusion_pl.config.annotations import described, fits, is_node, signature
-from diffusion_pl.config.registry import is_part, misplaced
+from diffusion_pl.config.registry import PLACES, is_part, misplaced
 from diffusion_pl.config.targets import locate
 from diffusion_pl.config.tree import Config, ConfigError, join, names, nearest
 
@@ -49,7 +49,8 @@ def check(
         if isinstance(known, Mapping) and not fits(value, known[name], config.packages):
             problems.append((str(name), _wrong_type(value, known[name], "")))
         if sections is None or name in sections:
-            problems.extend(_problems(config, value, str(name), given or {}, str(name)))
+            place = str(name) if name in PLACES else None
+            problems.extend(_problems(config, value, str(name), given or {}, place))
     for name in required:
         if config.tree.get(name) is None:
             null = " (got null)" if name in config.tree else ""
@@ -63,7 +64,7 @@ def check_node(config: Config, key: str, given: Collection[str]) -> None:
     Raises:
         ConfigError: one line for each problem.
     """
-    place = None if "." in key else key
+    place = key if key in PLACES else None
     report(config, list(_problems(config, config.get(key), key, {key: given}, place)))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from diffusion_pl.addresses import masked, refuse_credentials
+from diffusion_pl.addresses import masked, refuse_credentials, without_credentials
 from diffusion_pl.config.interpolation import interpolated
 from diffusion_pl.config.strangers import is_strangers
 from diffusion_pl.config.targets import check_allowed, untrusted
@@ -133,7 +133,7 @@ def load_resolved(
     """
     check_allowed(allow)
     packages = (*allow, *_named(overrides))
-    kept = _without_credentials(plain(tree, source))
+    kept = without_credentials(plain(tree, source))  # none is written again
     config = finished(Config(Path(source).stem, source, kept, packages=packages))
     config = _overridden(config, overrides)
     for key, value in leaves(config.tree):
@@ -150,15 +150,6 @@ def assigned(text: str) -> tuple[str, Any]:
     """
     parts, value = _pair(text)
     return ".".join(parts), value
-
-
-def _without_credentials(node: Any) -> Any:
-    """A tree with the credentials that earlier versions kept as ***: none is written again."""
-    if isinstance(node, dict):
-        return {name: _without_credentials(child) for name, child in node.items()}
-    if isinstance(node, list):
-        return [_without_credentials(child) for child in node]
-    return masked(node) if isinstance(node, str) else node
 
 
 def _text(file: Path) -> str:

@@ -160,7 +160,8 @@ def misplaced(target: str, place: str, partial: bool) -> str | None:
         partial: whether the node hands it on.
     """
     if place not in PLACES:
-        return None
+        # Where no protocol says what is taken, such as an optimizer's own arguments.
+        return f"{target} may not stand here: {place} takes no part"
     made, handed_on = MADE.get(place, ()), HANDED_ON.get(place, ())
     if place == "optimizer" and is_optimizer(target):
         handed_on = (target,)
