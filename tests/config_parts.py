@@ -87,6 +87,13 @@ def make_plain() -> Plain:
     return Plain()
 
 
+class Scaled:
+    """A class that is no dataclass: its annotations stand at its constructor alone."""
+
+    def __init__(self, width: int, scale: float | int = 1.0) -> None:
+        self.width, self.scale = width, scale
+
+
 def make_nothing() -> None:
     return None
 

@@ -26,7 +26,7 @@ MUTANTS = [
     ),
     *at(
         "commands/experiments.py",
-        "config_building cli",
+        "experiments_listed",
         (" and not options.all", ""),
         ("if more := len(everything) - len(found):", "if more := 0:"),
         ("found = config.experiments() if own else everything", "found = everything"),

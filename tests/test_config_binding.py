@@ -151,6 +151,18 @@ def test_what_is_wanted_and_what_was_got_are_in_the_line() -> None:
     )
 
 
+def test_null_is_written_as_yaml_does() -> None:
+    assert typed("maybe", "3") == [f"node.maybe: must be int or null for {HERE}.Typed (got '3')"]
+
+
+def test_a_plain_class_is_held_against_its_constructor() -> None:
+    node = {"_target_": f"{HERE}.Scaled", "width": 3, "scale": 2}
+    assert checked({"node": node}) == []
+    assert checked({"node": {**node, "width": "3"}}) == [
+        f"node.width: must be int for {HERE}.Scaled (got '3')"
+    ]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_must_be_finite_wherever_they_stand(value: float) -> None:
     for tree in ({"a": value}, {"a": {"b": [value]}}, {"a": {**LINEAR, "stop": value}}):

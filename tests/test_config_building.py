@@ -74,6 +74,12 @@ def test_values_take_the_annotated_type() -> None:
     assert type(built.either) is int
 
 
+@pytest.mark.parametrize("scale", [2, 2.0])
+def test_of_several_types_a_value_keeps_its_own(scale: float) -> None:
+    node = {"_target_": f"{HERE}.Scaled", "width": 3, "scale": scale}
+    assert type(config.build(Config("x", "x.yaml", {"node": node}), "node").scale) is type(scale)
+
+
 def test_a_named_tuple_is_built_and_bound() -> None:
     tree = {"good": {"_target_": f"{HERE}.Named", "width": 3}, "bad": {"_target_": f"{HERE}.Named"}}
     assert config.build(Config("x", "x.yaml", tree), "good") == Named(width=3)

@@ -72,6 +72,16 @@ def test_a_bad_reference_is_one_line(tmp_path: Path, text: str, says: str) -> No
     assert line(error).startswith(f"{file.as_posix()}: ")
 
 
+def test_references_may_expand_to_ten_thousand_values_and_no_further(tmp_path: Path) -> None:
+    # The whole, eleven keys, and a list of 900 eleven times: 12 + 9,900 values.
+    copies = "".join(f"b{i}: ${{a}}\n" for i in range(10))
+    write(tmp_path, "x", f"a: {[1] * 900}\n{copies}")
+    assert len(config.load("x", folder=tmp_path).tree["b9"]) == 900
+    write(tmp_path, "x", f"a: {[1] * 910}\n{copies}")
+    with pytest.raises(ConfigError, match="references expand to more than 10000 values"):
+        config.load("x", folder=tmp_path)
+
+
 # Overrides
 
 
