@@ -409,3 +409,30 @@ def test_edm2s_pickles_are_read_without_running_them(tmp_path: Path) -> None:
             interop_statistics.open_reference(path, inception_like())
         assert "\n" not in str(error.value)
     assert not victim.exists()
+
+
+class _Short:
+    """Pickles as an array of WIDE numbers that holds a single one."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make, words, _ = np.zeros(1).__reduce__()
+        return make, words, (1, (WIDE,), np.dtype("<f8"), False, bytes(8))
+
+
+def test_edm2s_pickles_are_of_the_published_inception_and_as_large_as_they_say(
+    tmp_path: Path,
+) -> None:
+    mean, covariance = statistics(WIDE, 3)
+    path = tmp_path / "img64.pkl"
+    path.write_bytes(pickle.dumps({"fid": {"mu": mean, "sigma": covariance}}))
+    other = Seen("inception", "0123456789ab", WIDE, Inception.resize)
+    known = interop_statistics.open_reference(path, other)
+    with pytest.raises(ValueError, match=f"extractor digest is {PUBLISHED[:12]}, the evaluation"):
+        known.check(other, 64)
+    path.write_bytes(pickle.dumps({"fid": {"mu": _Short(), "sigma": covariance}}))
+    with pytest.raises(ValueError, match=r"img64.pkl: mu has 8 bytes for \(2048,\)"):
+        interop_statistics.open_reference(path, other)
+    with path.open("ab") as file:  # a hole: no byte of it is written
+        file.truncate(interop_statistics.LARGEST + 1)
+    with pytest.raises(ValueError, match=r"is no file of statistics \(134,217,729 bytes\)"):
+        interop_statistics.open_reference(path, other)
