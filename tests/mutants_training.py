@@ -46,7 +46,6 @@ MUTANTS = [
         "dropout",
         ("* count + torch.arange(count)[:, None]", "* count + 0 * torch.arange(count)[:, None]"),
         ("* count + torch.arange(count)[:, None]", "+ torch.arange(count)[:, None]"),
-        ('uniforms(self.seed, "dropout"', 'uniforms(0, "dropout"'),
         ("(drawn >= p)", "(drawn < p)"),
         ("and layer.p\n        ]\n        if", "\n        ]\n        if"),
         ("            layer.begin(", "            layer.begin and ("),
@@ -58,8 +57,6 @@ MUTANTS = [
          'self.masks.begin(torch.arange(part.stop - part.start)'),
         ('self.masks.begin(batch["index"][part]', 'self.masks.begin(batch["index"] % 8'),
         ('seed_of(self.seed, "dropout", positions[part.start])', "self.seed"),
-        ("            memory.begin_step()", "            pass"),
-        ("            memory.end_step()", "            pass"),
     ),
     *at("networks/song_layers.py", "dropout", ("self.drop(F.silu(", "(F.silu(")),
     *at("networks/ddpm_unet.py", "dropout", ("self.drop(self.activate(", "(self.activate(")),
@@ -86,5 +83,11 @@ MUTANTS = [
         "joints",
         ("+ skips[-1] if self.residual", "if self.residual"),
         ("double(up(x - halved)) + skips[-1]", "double(up(x - halved)) + double(halved[:, :8])"),
+    ),
+    *at(
+        "training/module.py",
+        "training",
+        ("            memory.begin_step()", "            pass"),
+        ("            memory.end_step()", "            pass"),
     ),
 ]  # fmt: skip

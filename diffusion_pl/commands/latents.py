@@ -92,7 +92,7 @@ def at_one_size(drawing: Drawing, options: argparse.Namespace) -> Sampler:
         ValueError: a pyramid, whose images are not its base's; or no pyramid, and its base.
     """
     sampler = drawing.sampler
-    if isinstance(sampler, PyramidSampler):
+    if isinstance(sampler, PyramidSampler) and len(sampler.levels) > 1:  # one level is its base
         if not options.base_alone:
             raise ValueError(
                 f"{options.command}: the run draws over {len(sampler.levels)} sizes, and this is "
