@@ -27,10 +27,9 @@ MUTANTS = [
     ),
     *at(
         "data/folder.py",
-        "data_folder channels class_names",
+        "data_folder channels",
         ("name = self.names[index]", "name = self.names[row]"),
         ("None if listing.labels is None else torch.tensor(listing.labels)", "None"),
-        ("class_names=listing.class_names,", "class_names=(),"),
         ("split=self.split)", "split=None)"),
         ("channels=self.channels,\n            )\n", "channels=3,\n            )\n"),
         ("depths=self.depths,", "depths=Depths(),"),
@@ -40,8 +39,13 @@ MUTANTS = [
         ("return reduced(whole, resolution,", "return reduced(whole, None,"),
     ),
     *at(
+        "data/folder.py",
+        "class_names",
+        ("class_names=listing.class_names,", "class_names=(),"),
+    ),
+    *at(
         "data/originals_folder.py",
-        "prepare prepare_labels",
+        "prepare_labels prepare",
         ("split=asked.split, ", ""),
         (", column=asked.label", ""),
         ("class_names=listing.class_names or None", "class_names=None"),
