@@ -270,7 +270,7 @@ MUTANTS = [
         ("length == len(comment) and ", ""),
         ("sound = end[-_END_BYTES:].startswith(_END)", "sound = True"),
         ('section["format"] >= 2 and not digested', "False"),
-        ("for candidate in reversed(found(folder)):", "for candidate in found(folder):"),
+        ("newest_first = found(folder)[::-1]", "newest_first = found(folder)"),
         ("            point_to(candidate)", "            abs(1)"),
     ),
     *at(

@@ -79,8 +79,9 @@ MUTANTS = [
     *at(
         "commands/convert.py",
         "upkeep",
-        ('if section["format"] == checkpoints.FORMAT:', "if False:"),
-        ('{**section, "format": checkpoints.FORMAT}', "section"),
+        ('if section["format"] == checkpoints.FORMAT and kept == section:', "if False:"),
+        (" and kept == section:", ":"),
+        ('{**kept, "format": checkpoints.FORMAT}', "kept"),
     ),
     *at(
         "commands/verify.py",

@@ -181,7 +181,6 @@ MUTANTS = [
         ('side="right")) - 1', 'side="left")) - 1'),
         ("row = index - int(self.starts[group])", "row = index"),
         ("self._kept[0] != group", "False"),
-        ("if len(splits) > 1:", "if False:"),
         ("if not isinstance(data, bytes):", "if False:"),
         ("label = None if asked.labels is False else", "label = "),
         ("index - self.firsts[file]", "index"),

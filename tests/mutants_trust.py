@@ -107,9 +107,13 @@ MUTANTS = [
         ("masked(str(problem)).splitlines()", "str(problem).splitlines()"),
     ),
     *at(
-        "config/reading.py",
+        "addresses.py",
         "credentials",
         ("return masked(node) if isinstance(node, str) else node", "return node"),
+    ),
+    *at(
+        "config/reading.py",
+        "credentials",
         ("{masked(key.strip())}", "{key.strip()}"),
     ),
     *at(
