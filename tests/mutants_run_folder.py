@@ -106,7 +106,7 @@ MUTANTS = [
         "run_folder",
         ("bool(History(folder / _METRICS).rows())", "False"),
         ("(kept / checkpoints.LATEST).exists() or checkpoints.found(kept)", "False"),
-        ("        _refuse_lost(folder, before)\n", ""),
+        ("        _refuse_lost(folder, before)\n", "        pass\n"),
         ("if origin is not None and done is None:", "if False:"),
         ('first + ("name" not in row)', "first"),
         ('first + ("name" not in row)', "first + 1"),
