@@ -92,6 +92,24 @@ def regular(path: Path) -> Path:
     return path
 
 
+def small(path: Path, most: int = 1_000_000) -> bytes:
+    """The content of a file of a few words, which others may have put there.
+
+    Args:
+        path: of the file.
+        most: bytes.
+
+    Raises:
+        ValueError: it is no file, or larger.
+        OSError: it is not there, or cannot be read.
+    """
+    with regular(path).open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path}: is larger than {most:,} bytes; restore or remove it")
+    return content
+
+
 def open_lock(path: Path) -> int:
     """The descriptor of a file to lock, made if absent, to be closed by the caller.
 

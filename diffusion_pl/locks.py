@@ -57,6 +57,7 @@ class Holder:
         restart: how often SLURM has started the job again.
         doing: what for, in words.
         token: of this lock alone.
+        path: of the lock file, from the root; "" where that is not known.
     """
 
     host: str
@@ -67,6 +68,7 @@ class Holder:
     restart: int
     doing: str
     token: str
+    path: str = ""
 
     def __str__(self) -> str:
         job = f", job {shown(self.job)}" if self.job else ""
@@ -81,12 +83,29 @@ class Holder:
         if self.job and self.job == mine.job and self.restart < mine.restart:
             return True
         if self.place == mine.place:
-            return not is_running(self.process, self.began)
+            return not is_running(self.process, self.began) or self._is_copied(mine)
         return None
 
+    def _is_copied(self, mine: Holder) -> bool:
+        """Whether this is a copy: the holder's own lock file lies elsewhere and is there."""
+        if not self.path or not mine.path or self.path == mine.path:
+            return False
+        try:
+            if os.path.samefile(self.path, mine.path):
+                return False
+        except (OSError, ValueError):  # moved, with its holder
+            return False
+        own = read(Path(self.path))
+        return own is not None and own.token == self.token
 
-def myself(doing: str) -> Holder:
-    """This process as the holder of a new lock."""
+
+def myself(doing: str, path: Path | None = None) -> Holder:
+    """This process as the holder of a new lock.
+
+    Args:
+        doing: what for.
+        path: the lock file.
+    """
     restart = os.environ.get("SLURM_RESTART_COUNT", "")
     return Holder(
         host=socket.gethostname(),
@@ -97,6 +116,7 @@ def myself(doing: str) -> Holder:
         restart=int(restart) if restart.isdecimal() else 0,
         doing=doing,
         token=uuid.uuid4().hex,
+        path="" if path is None else os.path.realpath(path),
     )
 
 
@@ -165,7 +185,7 @@ def hold(path: Path, doing: str, where: Path | None = None) -> Iterator[Lock]:
     where, made = where or path.parent, not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = Lock(path, _take(path, myself(doing), where), where)
+        lock = Lock(path, _take(path, myself(doing, path), where), where)
     except OSError as error:
         raise ValueError(
             f"{path}: cannot be written ({error.strerror}); free space or permissions, then run "
@@ -261,15 +281,15 @@ def read(path: Path) -> Holder | None:
 def living(path: Path, doing: str = "") -> Holder | None:
     """Who holds a lock and may be alive; None for nobody. Looks, and waits for nothing."""
     other = read(path)
-    return None if other is None or other.is_dead(myself(doing)) else other
+    return None if other is None or other.is_dead(myself(doing, path)) else other
 
 
 def _read(file: int) -> Holder | None:
     """What a lock file says; None where a holder died before it had written its name."""
     try:
         tree = json.loads(os.pread(file, _MOST_BYTES, 0))
-        values = {field.name: tree[field.name] for field in fields(Holder)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        values = {each.name: tree.get(each.name, each.default) for each in fields(Holder)}
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     numbers = ("process", "began", "restart")
     if any(type(values[name]) is not (int if name in numbers else str) for name in values):

@@ -31,7 +31,7 @@ def is_running(process: int, began: int) -> bool:
         return began in (0, since)
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # ended, or no number of a process
         return False
     except PermissionError:  # another user's, which /proc may hide
         return True

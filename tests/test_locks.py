@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,31 @@ def test_a_living_holder_is_named_and_a_killed_one_gives_way_at_once(path):
     assert locks.living(path) is None
     assert_free(path)
     holder.communicate()
+
+
+def test_a_folder_that_was_copied_while_it_was_held_is_nobodys(path):
+    """A run's folder copied aside while it trains is another run; one that was moved is not."""
+    holder = start(HOLD, path)
+    assert holder.stdout.readline() == "held\n"
+    copy, moved = (path.parent.with_name(name) / path.name for name in ("copy", "moved"))
+    shutil.copytree(path.parent, copy.parent)
+    assert locks.living(copy) is None
+    assert_free(copy)
+    assert_held(path, f"process {holder.pid} on ")
+    path.parent.rename(moved.parent)
+    with pytest.raises(ValueError, match="holds it"), locks.hold(moved, "training"):
+        pass
+    holder.kill()
+    holder.communicate()
+
+
+@pytest.mark.parametrize("number", [10**30, 2**63, -1, 0])
+def test_a_number_that_no_process_has_holds_nothing(number, path):
+    write(path, process=number)
+    assert_free(path)
+    ours = processes.temporary(path)
+    left = ours.with_name(ours.name.replace(f"-{os.getpid()}-", f"-{abs(number)}-"))
+    assert processes.is_leftover(left)
 
 
 def test_of_many_that_take_a_dead_ones_lock_one_wins(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -444,3 +445,33 @@ def test_a_run_that_another_has_taken_over_writes_no_more(place, train, monkeypa
     assert code == 1 and "failed: runs/a: process " in err and "has taken it over" in err
     assert (kept(), logged()) == ([*before[0][:2], "000000000024.ckpt", "latest"], [8, 16, 24])
     assert locks.read(place / "runs/a" / locks.NAME).token == "another"
+
+
+@pytest.mark.parametrize("name", ["0000000000000002.ckpt", "20.ckpt", "000000000002 (1).ckpt"])
+def test_pruning_leaves_names_that_it_does_not_write(name, tmp_path):
+    kept = [tmp_path / checkpoints.name_of(images) for images in (4, 8, 12)]
+    for path in (*kept, tmp_path / name):
+        path.write_bytes(b"")
+    (tmp_path / checkpoints.name_of(2)).mkdir()  # no file either
+    checkpoints.prune(tmp_path, 12, 2, lambda images: False)
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(
+        [name, checkpoints.name_of(2), *(each.name for each in kept[1:])]
+    )
+
+
+@pytest.mark.parametrize("said", ["", "\n\n", "x" * 5000, "0" * 2_000_000])
+def test_a_pointer_that_names_nothing_is_one_line(said, tmp_path):
+    (tmp_path / "latest").write_text(said)
+    with pytest.raises(ValueError, match="latest: (names no checkpoint|is larger)") as error:
+        checkpoints.latest(tmp_path)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", "from", "config.yaml", "metrics.jsonl", "changes.jsonl"]
+)
+def test_a_pipe_in_a_runs_folder_is_not_waited_for(name, place, train):
+    (place / "runs/a" / name).unlink(missing_ok=True)
+    os.mkfifo(place / "runs/a" / name)
+    code, said = train("trainer.images=24")
+    assert (code, name in said) == ((0, False) if name == "run.json" else (2, True)), said

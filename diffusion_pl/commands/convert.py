@@ -12,7 +12,7 @@ from pathlib import Path
 from diffusion_pl import locks
 from diffusion_pl.addresses import masked, without_credentials
 from diffusion_pl.config.strangers import RESOLVED
-from diffusion_pl.files import write_atomically
+from diffusion_pl.files import small, write_atomically
 from diffusion_pl.training import checkpoint as checkpoints
 
 FAILURES: tuple[type[Exception], ...] = ()
@@ -60,7 +60,7 @@ def _mask(settings: Path) -> bool:
         ValueError: they cannot be read or written; they are then as before.
     """
     try:
-        before = settings.read_bytes().decode().splitlines(keepends=True)
+        before = small(settings).decode().splitlines(keepends=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"{settings}: is not UTF-8 text; restore it") from error
     after = [masked(line) for line in before]

@@ -20,6 +20,7 @@ from torch import Tensor
 from diffusion_pl.commands.runs import Opened
 from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
 from diffusion_pl.evaluation.provenance import surroundings
+from diffusion_pl.files import regular
 from diffusion_pl.images import save_png
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.writing import write_atomically
@@ -102,7 +103,7 @@ class SampleFolder:
 
     def _pixels(self, indices: Sequence[int]) -> Iterator[Tensor]:
         for index in indices:
-            with Image.open(self.path_of(index)) as file:
+            with Image.open(regular(self.path_of(index))) as file:
                 pixels = np.array(file)
             yield torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 

@@ -9,6 +9,7 @@ from typing import Any
 from diffusion_pl import config
 from diffusion_pl.commands import runs
 from diffusion_pl.config import Config
+from diffusion_pl.files import small
 from diffusion_pl.names import refuse_name, shown
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
@@ -122,7 +123,7 @@ def _compare_start(folder: Path, start: Path | None, done: Path | None) -> None:
         ValueError: it does not.
     """
     begun = folder / _FROM
-    origin = begun.read_text().strip() if begun.exists() else None
+    origin = small(begun).decode(errors="replace").strip() if begun.exists() else None
     if start is None:
         if origin is not None and done is None:
             raise ValueError(f"{folder}: started from {origin}; say so again: --from {origin}")

@@ -42,7 +42,7 @@ from diffusion_pl.data.shard_format import (
     shard_name,
     write_atomically,
 )
-from diffusion_pl.files import sync_folder
+from diffusion_pl.files import regular, sync_folder
 
 # By default the library runs what pickled members and `pipe:` addresses ask for; ours reads nothing
 # through it, and whoever does so beside us shall not either.
@@ -225,7 +225,7 @@ def _note(
 def written(job: Job, number: int) -> Written | None:
     """A shard that an earlier run finished; None where there is none, or no whole one."""
     try:
-        with np.load(_sidecar(job.folder, number), allow_pickle=False) as noted:
+        with np.load(regular(_sidecar(job.folder, number)), allow_pickle=False) as noted:
             about: dict[str, Any] = json.loads(noted["about"].tobytes())
             rows, digests = noted["rows"], noted["digests"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):

@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from diffusion_pl.files import small
 from diffusion_pl.locks import Lock
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import sameness
@@ -96,7 +97,7 @@ class Begin(Callback):
     def _record(self) -> dict[str, Any]:
         """What the run was trained with until now; empty where it does not say."""
         try:
-            record = json.loads((self.run / RECORD).read_bytes())
+            record = json.loads(small(self.run / RECORD))
         except (OSError, ValueError, RecursionError):
             return {}
         return record if isinstance(record, dict) else {}

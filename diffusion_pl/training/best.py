@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_pl import processes
+from diffusion_pl.files import small
 from diffusion_pl.training.writing import write_atomically
 
 FOLDER = "best"
@@ -43,7 +44,7 @@ class Best:
         if not (self.note.exists() and self.path.exists()):
             return True
         try:
-            before = float(json.loads(self.note.read_text())["value"])
+            before = float(json.loads(small(self.note))["value"])
         except (ValueError, KeyError, TypeError):
             return True  # of a note that was cut off the checkpoint says nothing
         value = self.value(rows)

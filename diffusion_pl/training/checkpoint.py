@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from diffusion_pl.data.container import unfit_content, unfit_entries
 from diffusion_pl.data.pickle_program import reason_of
-from diffusion_pl.files import regular
+from diffusion_pl.files import regular, small
 from diffusion_pl.names import shown
 from diffusion_pl.training.writing import write_atomically
 
@@ -36,6 +36,8 @@ SECTION = "diffusion_pl"
 LATEST = "latest"
 DAMAGED = ".damaged"  # what a damaged checkpoint's name ends in from then on
 
+_LONGEST_NAME = 240  # of a file, and of it with what is added
+
 # The end of a zip archive: a signature, 16 bytes, and the length of the comment that follows.
 _END, _END_BYTES = b"PK\x05\x06", 22
 _MARK = b"sha256:"
@@ -43,7 +45,7 @@ _COMMENT_BYTES = len(_MARK) + 64
 
 # The images seen, as `name_of` writes them. Files of other names are the user's: `best.ckpt` is
 # neither gone on with nor counted nor removed.
-_NAME = re.compile(r"[0-9]{12,}\.ckpt")
+_NAME = re.compile(r"([0-9]{12}|[1-9][0-9]{12,})\.ckpt")
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +128,7 @@ def name_of(images: int) -> str:
 
 def found(folder: Path) -> list[Path]:
     """The checkpoints that a run has written, oldest first."""
-    own = (path for path in folder.glob("*.ckpt") if _NAME.fullmatch(path.name))
+    own = (each for each in folder.glob("*.ckpt") if _NAME.fullmatch(each.name) and each.is_file())
     return sorted(own, key=lambda path: int(path.stem))
 
 
@@ -153,7 +155,7 @@ def _pointed(folder: Path) -> str | None:
     """What the `latest` pointer says, None where there is none."""
     pointer = folder / LATEST
     try:
-        return regular(pointer).read_text(errors="replace").strip()
+        return small(pointer).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
 
@@ -215,6 +217,11 @@ def _candidates(folder: Path) -> list[Path]:
         if newest_first:
             logger.warning("%s: is not there; taking the newest checkpoint", pointer)
         return newest_first
+    if not name or len(name) > _LONGEST_NAME:
+        raise ValueError(
+            f"{pointer}: names no checkpoint (got {name[:40]!r}); write the name of one into it, "
+            f"or remove it"
+        )
     path = folder / name
     there, damaged = path.is_file(), path.with_name(f"{path.name}{DAMAGED}").exists()
     if path.parent != folder or not (there or damaged or newest_first):

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from diffusion_pl import ranks
+from diffusion_pl.files import small
 from diffusion_pl.training.settings import Settings
 from diffusion_pl.training.unfailing import Unfailing
 from diffusion_pl.training.writing import write_atomically
@@ -68,7 +69,7 @@ def wandb_id(run: Path) -> str:
     if not path.exists():
         known = run.name if (run / "wandb").is_dir() else uuid.uuid4().hex[:8]
         write_atomically(path, lambda file: file.write(f"{known}\n".encode()))
-    return path.read_text().strip()
+    return small(path).decode(errors="replace").strip()
 
 
 class Described(Callback):
