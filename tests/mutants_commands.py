@@ -172,7 +172,6 @@ MUTANTS = [
         "counting",
         ("next(made) > tensors", "next(made) > tensors + 1"),
         ("        counting.remove()", "        pass"),
-        ("parameter is not None and ", ""),
         ("return 4 * tensors + 1000", "return tensors"),
         ("tensors is not None and", "tensors and"),
     ),

@@ -235,6 +235,18 @@ def test_more_images_than_cifar10_has_are_refused(tmp_path: Path) -> None:
         _open(_write(tmp_path / "x.tar.gz", {"test_batch": pickle.dumps(many, 2)}), "test")
 
 
+def test_a_batch_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar.gz"
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for seed in (1, 2):
+            data = pickle.dumps(_batch(seed), 2)
+            info = tarfile.TarInfo(f"{FOLDER}/test_batch")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    with pytest.raises(ValueError, match="test_batch is there twice"):
+        _open(path, "test")
+
+
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
 def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
     path = tmp_path / "x.tar.gz"
