@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import homes
@@ -135,6 +136,14 @@ def test_statistics_of_any_data_are_made_once_and_compared_with(run, home, tmp_p
         (["sample", "runs/tiny", "--weights", "ema:0.1"], "train with ema.posthoc_every"),
         (["sweep", "runs/tiny", "--samplers", "heun", "--steps", "0"], "at least 1 step (got 0)"),
         (["sweep", "runs/tiny", "--count", "20", "--metrics", "score"], "pixels knows no classes"),
+        (
+            ["train", "tiny", "--run", "runs/other", "evaluation.reference=edm2.pkl"],
+            "edm2.pkl: has statistics for fid, none for the extractor pixels",
+        ),
+        (
+            ["train", "tiny", "--run", "runs/other", "evaluation.reference=gone.npz"],
+            "gone.npz: no such file of reference statistics",
+        ),
         (["losses", "runs/tiny", "--levels", "1"], "must be at least 2 (got 256, 1)"),
         (["losses", "runs/tiny", "--data", "pictures"], "has no labels, and the run is of 8"),
     ],
@@ -149,6 +158,7 @@ def test_what_cannot_be_measured_is_one_line(run, home, words, message, capsys):
         (home / "notes").mkdir()
         (home / "notes" / "a.txt").write_text("no picture")
         (home / "broken.safetensors").write_bytes(b"nothing")
+        (home / "edm2.pkl").write_bytes(pickle.dumps({"fid": {"mu": np.zeros(8)}}))
         from diffusion_pl.metrics.pixels import Pixels
 
         other = real_images.compute(Synthetic(8, 16, batch_size=8).open(), Pixels())

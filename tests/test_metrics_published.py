@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_pl.evaluation import Evaluation, reference_of
 from diffusion_pl.interop import statistics as interop_statistics
 from diffusion_pl.metrics import npz, published
 from diffusion_pl.metrics.features import Features
+from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.inception import PUBLISHED, Inception
 from diffusion_pl.metrics.reference import Reference
 
@@ -388,6 +390,16 @@ def test_edm2s_pickles_are_read_without_running_them(tmp_path: Path) -> None:
     known.check(inception_like(), 512)
     np.testing.assert_array_equal(known.mean, mean)
     np.testing.assert_array_equal(known.covariance, covariance)
+    # As an experiment's evaluation.reference names it.
+    named = Evaluation(every=1, count=9, metrics=[Frechet()], reference=str(path))
+    opened = reference_of(
+        None, named, inception_like(), tmp_path, torch.device("cpu"),
+        open_file=interop_statistics.open_any,
+    )  # fmt: skip
+    np.testing.assert_array_equal(opened.mean, mean)
+    measuring = published.Measuring(inception_like(), tmp_path)
+    with pytest.raises(ValueError, match=r"none\.npz: no such file of reference statistics"):
+        interop_statistics.open_any(tmp_path / "none.npz", measuring)
     dino = Seen("dinov2-vit-l-14", "2", 8, "TensorFlow 1 bilinear to 224 px")
     known = interop_statistics.open_reference(path, dino)
     np.testing.assert_array_equal(known.mean, small)

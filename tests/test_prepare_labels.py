@@ -457,6 +457,27 @@ def test_folders_in_tars_are_taken_or_named(tmp_path, capsys):
     assert "pets/9.png has no label beside it" in _refused(source, capsys, "--labels")
 
 
+@pytest.mark.parametrize("inside", ["", "sub/"])
+def test_the_overview_beside_drawn_images_is_no_image(inside, tmp_path, capsys):
+    """As `sample` of earlier versions left it; it may even have the images' size."""
+    contents = {f"{inside}{i:06d}.png": grey(i) for i in range(3)} | {f"{inside}grid.png": grey(9)}
+    source = fill(tmp_path / "x", contents)
+    assert manifest(_prepared(source))["count"] == 3
+    assert "not read: 1 .png" in capsys.readouterr().err
+    assert len(ImageFolder(str(source), 4, fit="exact", batch_size=1).open()) == 3
+
+
+def test_the_overview_in_a_zip_of_todays_samples_is_no_image(tmp_path):
+    contents = {f"images/{i:06d}.png": grey(i) for i in range(3)}
+    source = zipped(tmp_path / "x.zip", contents | {"sample.json": b"{}", "grid.png": grey(9)})
+    assert manifest(_prepared(source))["count"] == 3
+
+
+def test_a_picture_of_the_users_called_grid_is_one(tmp_path):
+    source = fill(tmp_path / "x", {"grid.png": grey(1), "lattice.png": grey(2)})
+    assert manifest(_prepared(source))["count"] == 2
+
+
 # What lies about
 
 

@@ -28,6 +28,7 @@ from diffusion_pl.evaluation.blocks import evaluate_blocks
 from diffusion_pl.evaluation.given import Given, arrays
 from diffusion_pl.evaluation.measuring import Drawn, Progress
 from diffusion_pl.evaluation.provenance import described, surroundings
+from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import features
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.frechet import Frechet
@@ -217,7 +218,13 @@ def run_reference(
         settings = asked.possible(settings, lambda m: m.check_count(settings.count, real))
     with progress_bar("reference") as progress:
         return reference_of(
-            images, settings, extractor, parts.REFERENCES, opened.drawing.device, progress
+            images,
+            settings,
+            extractor,
+            parts.REFERENCES,
+            opened.drawing.device,
+            progress,
+            open_file=statistics.open_any,
         )
 
 

@@ -26,6 +26,7 @@ from diffusion_pl.data.shard_format import MANIFEST
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Images, Source
 from diffusion_pl.evaluation import Evaluation
+from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import published, real_images
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
@@ -136,7 +137,11 @@ def _reference(experiment: Config, source: Source, opened: dict[int, Images]) ->
     if settings.reference is not None:
         if published.only_images(Path(settings.reference)):
             return f"{settings.reference}: its images are measured when the job starts"
-        reference = published.open_reference(Path(settings.reference))
+        file = Path(settings.reference)
+        if file.suffix == ".pkl":
+            reference = statistics.open_reference(file, extractor)
+        else:
+            reference = published.open_reference(file)
         if settings.metrics:
             reference.check(extractor, source.resolution)
         return f"{settings.reference}, seen by {extractor.name}"

@@ -24,6 +24,8 @@ from typing import Any
 from diffusion_pl.data.files import (
     EXTENSIONS,
     FOREIGN,
+    PICTURES,
+    SAMPLE,
     Files,
     begins_as_image,
     ending_of,
@@ -40,6 +42,10 @@ _LARGEST_CELL = 1024**2
 
 # The packing tools' folders of 1,000 images, numbered through.
 _INDEX_FOLDER = re.compile(r"(\d{5})/img(\d{8})\.\w+")
+
+# What `sample` calls its images, and the picture of many of them.
+_NUMBERED = re.compile(r"\d{6,}\.png")
+_OVERVIEW = "grid.png"
 
 _SHOWN = 3
 _KINDS = 8
@@ -132,10 +138,13 @@ def list_images(
 def _sorted_out(path: str, files: Files, every: Sequence[str]) -> tuple[list[str], list[str]]:
     """The images and the other files, by name."""
     images, others = [], []
+    overviews = _overviews(every)
     for name in every:
         refuse_control(name, path)
         ending = ending_of(name)
-        if ending in EXTENSIONS or (says_nothing(ending) and begins_as_image(files.head(name))):
+        if name in overviews:
+            others.append(name)
+        elif ending in EXTENSIONS or (says_nothing(ending) and begins_as_image(files.head(name))):
             images.append(name)
         else:
             others.append(name)
@@ -150,6 +159,25 @@ def _sorted_out(path: str, files: Files, every: Sequence[str]) -> tuple[list[str
             + (f"; there are {there}: unpack archives, or name one)" if there else ")")
         )
     return images, others
+
+
+def _overviews(every: Sequence[str]) -> set[str]:
+    """What `sample` has laid beside its images, or above them, to show many of them in one.
+
+    Earlier versions wrote it beside 000000.png and so on; a zip of today's folder has it above.
+    """
+    siblings: dict[PurePosixPath, list[PurePosixPath]] = {}
+    for name in every:
+        place = PurePosixPath(name)
+        siblings.setdefault(place.parent, []).append(place)
+    found = set()
+    for folder, files in siblings.items():
+        own = folder / PICTURES in siblings and folder / SAMPLE in files
+        drawn = [file for file in files if _NUMBERED.fullmatch(file.name)]
+        rest = [file for file in files if file not in drawn and file.suffix == ".png"]
+        if (own or drawn) and [file.name for file in rest] == [_OVERVIEW]:
+            found.add(str(folder / _OVERVIEW))
+    return found
 
 
 # Splits and folders around everything.

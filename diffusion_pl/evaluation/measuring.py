@@ -55,6 +55,8 @@ def reference_of(
     folder: Path,
     device: torch.device,
     progress: Progress | None = None,
+    *,
+    open_file: Callable[[Path, published.Measuring], Reference] = published.open_reference,
 ) -> Reference:
     """What to compare with: the file that the settings name, else statistics of all real images.
 
@@ -65,6 +67,7 @@ def reference_of(
         folder: where statistics are kept, by content.
         device: where to compute.
         progress: called with (images done, images to do) on this rank.
+        open_file: reads the file that the settings name.
 
     Raises:
         ValueError: a file that is absent, no reference, or of another extractor.
@@ -72,7 +75,7 @@ def reference_of(
     measuring = published.Measuring(extractor, folder, settings.wants_features, device, progress)
     if settings.reference is not None:
         check_counts(settings, None)
-        return published.open_reference(Path(settings.reference), measuring)
+        return open_file(Path(settings.reference), measuring)
     check_counts(settings, len(images))
     return measuring.of(images)
 

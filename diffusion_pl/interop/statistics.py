@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.interop import pickles
+from diffusion_pl.metrics import published
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.names import plain
@@ -29,6 +30,23 @@ DTYPES = {"f": torch.float32, "d": torch.float64}
 
 # Means and covariances of 2,048 and 1,024 features in float64 are 40 MiB.
 LARGEST = 128 * 1024**2
+
+
+def open_any(path: Path, measuring: published.Measuring) -> Reference:
+    """Read statistics of any kind: a pickle of EDM2's, or what `published` reads.
+
+    Args:
+        path: the file.
+        measuring: the extractor, and what images in an .npz are measured with.
+
+    Raises:
+        ValueError: the file is absent, damaged or holds no statistics.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: no such file of reference statistics")
+    if path.suffix == ".pkl":
+        return open_reference(path, measuring.extractor)
+    return published.open_reference(path, measuring)
 
 
 def open_reference(path: Path, extractor: Extractor) -> Reference:

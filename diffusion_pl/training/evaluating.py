@@ -16,6 +16,7 @@ from diffusion_pl.evaluation.cost import estimate
 from diffusion_pl.evaluation.measuring import Interrupted, build
 from diffusion_pl.files import regular
 from diffusion_pl.images import grid, save_png
+from diffusion_pl.interop import statistics
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.training import sharding
@@ -107,7 +108,12 @@ class Evaluate(Callback):
         images = trainer.datamodule.opened()  # type: ignore[attr-defined]
         device = trainer.strategy.root_device
         self.reference = reference_of(
-            images, self.settings, self.extractor, self.references, device
+            images,
+            self.settings,
+            self.extractor,
+            self.references,
+            device,
+            open_file=statistics.open_any,
         )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
