@@ -100,6 +100,7 @@ MUTANTS = [
         "sameness run_folder",
         ("if whole.window and whole.shards else None", "if whole.shards else None"),
         ("    if before == now:", '    if before.get("count") == now.get("count"):'),
+        ('    if "classes" not in before:', "    if True:"),
         ("    if len(set(digests)) == 1:", "    if True:"),
         ("if each != digests[0])", "if True)"),
         ("        if key not in LOCAL and", "        if"),

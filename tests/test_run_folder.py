@@ -375,6 +375,19 @@ def test_other_data_is_refused_until_the_user_says_so(place, train):
     assert len([row for row in changes() if "training data" in row[1]]) == 1
 
 
+def test_classes_of_other_names_are_other_data():
+    """What `sample --label cat` draws is not what it drew, though no image changed."""
+    images = np.zeros((4, 3, 8, 8), np.uint8)
+    cats, dogs = (
+        sameness.data_of({8: Images("x", images, "0", np.arange(4) % 2, 2, class_names=names)})
+        for names in (("cat", "dog"), ("dog", "cat"))
+    )
+    assert sameness.data_changed(cats, cats) is None
+    assert "classes have other names" in sameness.data_changed(cats, dogs)
+    noted_before = {key: value for key, value in cats.items() if key != "classes"}
+    assert sameness.data_changed(noted_before, dogs) is None
+
+
 def test_the_checkpoint_knows_its_data_where_the_run_does_not(place, train):
     (place / "runs/a/run.json").unlink()
     # As many images of the same names; one pixel of one is another.

@@ -39,21 +39,24 @@ def data_of(opened: Mapping[int, Images]) -> dict[str, Any]:
         opened: the images at each resolution of the run.
 
     Returns:
-        count of images; sha256 (hex) of the images at each resolution, labels included; and, where
-        shards are shuffled a window at a time, sha256 of the images in each, which the order of the
-        images then depends on.
+        count of images; sha256 (hex) of the images at each resolution, labels included, and of the
+        classes' names; and, where shards are shuffled a window at a time, sha256 of the images in
+        each, which the order of the images then depends on.
     """
     whole = opened[max(opened)]
     cut = json.dumps(whole.shards).encode() if whole.window and whole.shards else None
     return {
         "count": len(whole),
         "fingerprints": {str(side): opened[side].fingerprint for side in sorted(opened)},
+        "classes": hashlib.sha256(json.dumps(list(whole.class_names)).encode()).hexdigest(),
         "shards": None if cut is None else hashlib.sha256(cut).hexdigest(),
     }
 
 
 def data_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """What two of what `data_of` gives differ in, in words; None for nothing."""
+    if "classes" not in before:  # as it was noted before their names were
+        now = {key: value for key, value in now.items() if key != "classes"}
     if before == now:
         return None
 
@@ -63,6 +66,8 @@ def data_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | Non
         return f"{data.get('count')} images of {' '.join(str(each)[:12] for each in digests)}"
 
     was, is_ = named(before), named(now)
+    if was == is_ and before.get("classes") != now.get("classes"):
+        return f"{was}, whose classes have other names"
     if was == is_:
         return f"{was}, in other shards"
     return f"{was} -> {is_}"
