@@ -88,6 +88,13 @@ def test_images_come_by_file_then_as_in_the_file(archive: Path) -> None:
     assert other.fingerprint == images.fingerprint
 
 
+def test_classes_are_named_as_krizhevsky_numbers_them(archive: Path) -> None:
+    # Of batches.meta in the archive: label_names.
+    assert _open(archive).class_names == tuple(
+        "airplane automobile bird cat deer dog frog horse ship truck".split()
+    )
+
+
 def test_a_complete_split_has_no_subset_in_its_name(tmp_path: Path) -> None:
     whole = _batch(5)
     whole[b"data"] = np.zeros((10_000, 3072), dtype=np.uint8)
