@@ -80,6 +80,33 @@ def test_folder_and_zip_are_the_same_set_in_order_of_their_paths(tmp_path: Path)
     assert np.array_equal(found, np.stack(expected))
 
 
+def test_the_fit_and_the_split_that_are_asked_for_are_taken(tmp_path: Path) -> None:
+    wide = _fill(tmp_path / "wide", {"a.png": _file(Image.new("RGB", (8, 4)))})
+    padded = _open(wide, fit="pad").read(torch.tensor([0]))[0]
+    assert (padded[:, :2] == 255).all() and (padded[:, 6:] == 255).all()
+    assert (padded[:, 2:6] == 0).all()
+    assert (_open(wide).read(torch.tensor([0])) == 0).all()
+    with pytest.raises(ValueError, match="a.png"):
+        _open(wide, fit="exact")
+    parts = {"train/a/0.png": _file(_noise(0)), "test/a/1.png": _file(_noise(1))}
+    images = _open(_fill(tmp_path / "parts", parts), split="test")
+    found = images.read(torch.arange(len(images))).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(found, np.asarray(_noise(1))[None])
+
+
+def test_a_set_says_of_what_kind_its_images_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep = Image.fromarray(np.full((8, 8), 4095, np.uint16))
+    folder = _fill(tmp_path / "scans", {"a.png": _file(deep)})
+    assert [_open(folder, channels=n).name for n in (1, 3, 4)] == [
+        "folder-scans-8-grey", "folder-scans-8", "folder-scans-8-rgba",
+    ]  # fmt: skip
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith(f"{folder}: ") and "4,095" in line for line in lines)
+
+
 def test_without_labels_there_are_no_classes(tmp_path: Path) -> None:
     images = _open(_fill(tmp_path, _four()))
     assert (images.labels, images.classes, len(images)) == (None, 0, 4)
