@@ -101,11 +101,14 @@ def _is_later_rank() -> bool:
 
 def _run(options: argparse.Namespace) -> int:
     """Import the command's module and run it; its errors become a line and an exit code."""
+    try:
+        refuse_unsafe(os.environ)
+    except ValueError as error:
+        return _bad(error)
     # `import` is a word of the language, so its module is import_.
     name = options.command + "_" * keyword.iskeyword(options.command)
     command = importlib.import_module(f"diffusion_pl.commands.{name}")
     try:
-        refuse_unsafe(os.environ)
         code: int = command.run(options)
     except ValueError as error:  # a user's mistake, and every ConfigError
         return _bad(error)

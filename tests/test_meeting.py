@@ -170,3 +170,14 @@ def test_a_rank_that_the_others_do_not_come_to_ends_in_time(place, rank, taken):
     assert time.monotonic() - begun < 60
     assert f"failed: 127.0.0.1:{port}: the ranks " in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+@pytest.mark.parametrize("value", ["x", "", "-1", "\u0663"])
+def test_a_rank_that_is_no_number_is_one_line_before_anything_is_imported(name, value):
+    """Lightning reads it while it is imported."""
+    from diffusion_pl.commands.safety import refuse_unsafe
+
+    with pytest.raises(ValueError, match=f"^{name}: must be a whole number"):
+        refuse_unsafe({name: value})
+    refuse_unsafe({name: "3"})
