@@ -127,6 +127,18 @@ def test_colours_are_rounded_to_the_nearest_level() -> None:
     assert render(scene, 16)[0, :, 0, 0].tolist() == [100, 101, 255]
 
 
+def test_a_shape_lies_within_the_image_turned_and_mirrored_as_often_as_not() -> None:
+    scenes = latents(0, 0, 20_000)
+    assert (scenes.centre - scenes.radius[:, None]).min() > 0
+    assert (scenes.centre + scenes.radius[:, None]).max() < 1
+    assert scenes.radius.min() > 0.25 and scenes.radius.max() < 0.4
+    for unit in (scenes.turn, scenes.heading):
+        np.testing.assert_allclose((unit**2).sum(axis=1), 1, atol=1e-6)
+        assert abs(unit[:, 1].mean()) < 0.05
+    assert set(scenes.side.tolist()) == {-1.0, 1.0}
+    assert abs(scenes.side.mean()) < 5 / math.sqrt(20_000)
+
+
 def test_labels_and_grounds_are_uniform() -> None:
     """Each count is binomial: 5 standard deviations is one false alarm in millions."""
     scenes = latents(0, 0, 20_000)
