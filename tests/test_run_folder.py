@@ -488,3 +488,13 @@ def test_a_pipe_in_a_runs_folder_is_not_waited_for(name, place, train):
     os.mkfifo(place / "runs/a" / name)
     code, said = train("trainer.images=24")
     assert (code, name in said) == ((0, False) if name == "run.json" else (2, True)), said
+
+
+def test_a_later_task_of_srun_is_no_rank_of_a_run_of_one_and_takes_the_lock(
+    place, train, monkeypatch
+):
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with locks.hold(place / "runs/a" / locks.NAME, "training"):
+        code, said = train("trainer.images=24")
+    assert code == 2 and "holds it" in said
+    assert not file_of(24).exists()

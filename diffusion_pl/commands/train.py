@@ -48,11 +48,13 @@ def run(options: argparse.Namespace) -> int:
     )
     trust.check_training(experiment)
     folder: Path = options.run or parts.RUNS / experiment.name
-    see_ranks(config.build(experiment, "trainer"))
+    settings: Settings = config.build(experiment, "trainer")
+    see_ranks(settings)
     weights = None
     if not options.start and (options.fresh_labels or options.accept_differences):
         raise ValueError("--fresh-labels, --accept-differences: each belongs to --from RUN")
-    leads = ranks.leads_run()
+    # A run of one process has no later rank, whatever an allocation has left in the environment.
+    leads = settings.nodes * settings.devices_a_node() == 1 or ranks.leads_run()
     if options.start and not checkpoints.found(folder / "checkpoints"):
         weights = starting.weights(options, experiment, leads)  # refused before the folder is made
     if not leads:  # the first rank writes for all of them
