@@ -86,7 +86,6 @@ MUTANTS = [
         "data_synthetic",
         ("_length(x, y) - 0.88", "_length(x, y) - 0.8"),
         ("- 0.7) - 0.22", "- 0.7) - 0.32"),
-        ("0.94, 0.77, 0.44", "0.94, 0.77, 0.34"),
         ("y = 0.62 - y / scale", "y = 0.62 + y / scale"),
         ("_HALF_SQRT_3 * np.abs(x)", "0.5 * np.abs(x)"),
         ("np.abs(y)) - 0.7", "np.abs(y)) - 0.6"),

@@ -139,6 +139,17 @@ def test_a_shape_lies_within_the_image_turned_and_mirrored_as_often_as_not() -> 
     assert abs(scenes.side.mean()) < 5 / math.sqrt(20_000)
 
 
+def test_a_heart_stands_on_its_point() -> None:
+    x, y = np.array([0.5, 0.5, 0.0]), np.array([-0.5, 0.7, 0.9])  # y goes down
+    assert (SHAPES["heart"](x, y) < 0).tolist() == [True, False, True]
+
+
+def test_what_is_asked_for_in_opening_is_what_comes() -> None:
+    images = Synthetic(4, 32, shapes=("star", "disc"), batch_size=2).open(16)
+    assert images.shape == (3, 16, 16)
+    assert list(images.class_names) == ["star", "disc"]
+
+
 def test_labels_and_grounds_are_uniform() -> None:
     """Each count is binomial: 5 standard deviations is one false alarm in millions."""
     scenes = latents(0, 0, 20_000)
