@@ -86,6 +86,7 @@ def test_the_fit_and_the_split_that_are_asked_for_are_taken(tmp_path: Path) -> N
     assert (padded[:, :2] == 255).all() and (padded[:, 6:] == 255).all()
     assert (padded[:, 2:6] == 0).all()
     assert (_open(wide).read(torch.tensor([0])) == 0).all()
+    assert ImageFolder(str(wide), 8, batch_size=4).open(4).shape == (3, 4, 4)
     with pytest.raises(ValueError, match="a.png"):
         _open(wide, fit="exact")
     parts = {"train/a/0.png": _file(_noise(0)), "test/a/1.png": _file(_noise(1))}
