@@ -116,7 +116,7 @@ MUTANTS = [
     *at(
         "commands/train.py",
         "meeting",
-        ('    see_ranks(config.build(experiment, "trainer"))', "    pass"),
+        ("    see_ranks(settings)", "    abs(1)"),
     ),
     *at(
         "commands/sbatch_options.py",
