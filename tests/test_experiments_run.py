@@ -188,7 +188,8 @@ def measure_likelihood(answer, run, experiment):
     objective = config.build(experiment, "objective")
     table = isinstance(getattr(objective.preconditioning, "timesteps", None), Timesteps)
     for by in ("flow", "bound"):
-        code, result, err = answer("likelihood", run, "--count", 1, "--by", by)
+        few = ("--steps", STEPS) if by == "flow" else ()
+        code, result, err = answer("likelihood", run, "--count", 1, "--by", by, *few)
         if several:  # no size of a pyramid is drawn as its likelihood would take it
             assert (code, result) == (2, None)
             assert "--base-alone" in err and err.count("\n") == 1
