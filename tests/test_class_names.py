@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 
 import numpy as np
@@ -66,6 +67,44 @@ def test_a_checkpoint_that_was_moved_knows_its_classes(run, home, tmp_path):
     shutil.copy(newest, alone)
     code, said, _ = run("sample", alone, "--label", "poodle", "--count", 1, "--out", tmp_path / "x")
     assert code == 0 and said["label"] == 2
+
+
+def _next(err):
+    """The words of the command that a command's last lines give."""
+    [line] = [line for line in err.splitlines() if line.startswith("next ")]
+    words = shlex.split(line.removeprefix("next").strip())
+    assert words[1:3] == ["-m", "diffusion_pl"]
+    return words[3:]
+
+
+def test_each_command_gives_the_next_from_a_run_to_another_users(run, home, tmp_path, monkeypatch):
+    """Drawn, measured, exported, and drawn by name again where only the file went."""
+    _, _, err = run(
+        "sample", "runs/tiny", "--label", "beagle", "--count", 2, "--out", tmp_path / "x"
+    )
+    evaluate = _next(err)
+    assert evaluate == ["evaluate", "runs/tiny"]
+    code, _, err = run(*evaluate, "--count", 20, "--metrics", "frechet")
+    assert code == 0 and err.splitlines()[-3].startswith("measured"), err
+    export = _next(err)
+    assert export == ["export", "runs/tiny", "runs/tiny.safetensors"]
+    code, said, err = run(*export)
+    assert code == 0
+    shared = home / said["written"]
+    assert shared.stat().st_mode & 0o777 == (home / "runs/tiny/config.yaml").stat().st_mode & 0o777
+    bring = _next(err)
+    assert bring == ["import", "safetensors", "runs/tiny.safetensors", "runs/tiny"]
+
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "runs").mkdir(parents=True)
+    shutil.move(shared, elsewhere / "runs")
+    monkeypatch.chdir(elsewhere)
+    code, _, err = run("sample", "runs/tiny.safetensors")
+    assert code == 2 and "make a run of it: " in err
+    code, _, err = run(*bring)
+    assert code == 0
+    code, said, _ = run(*_next(err), "--label", "beagle", "--count", 2)
+    assert code == 0 and (said["label"], said["class_name"]) == (1, "beagle")
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(run):

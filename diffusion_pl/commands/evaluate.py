@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from diffusion_pl import config
-from diffusion_pl.commands import data_sets, parts, runs, trust
+from diffusion_pl.commands import data_sets, following, parts, runs, trust
 from diffusion_pl.commands.asked import Asked
 from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
 from diffusion_pl.evaluation import Evaluation, reference_of
@@ -97,6 +97,8 @@ def run(options: argparse.Namespace) -> int:
     if kept and rows:
         result["rows"] = kept.keep(rows)
     print(json.dumps(result, indent=2), flush=True)
+    if kept:
+        following.tell("export", target, following.beside(target))
     for line in what_matters(target, rows, result):
         print(shown(line), file=sys.stderr)
     return 0

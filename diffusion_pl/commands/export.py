@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 
-from diffusion_pl.commands import parts, runs
+from diffusion_pl.commands import following, parts, runs
 from diffusion_pl.config import build
 from diffusion_pl.interop import diffusers_export, weights
+from diffusion_pl.names import plain
 from diffusion_pl.samplers.pyramid import PyramidSampler
 
 FAILURES: tuple[type[Exception], ...] = ()
@@ -24,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
         "weights": options.weights,
     }
     if options.format == "safetensors":
-        known = {**about, "config": model.config.tree}
+        known = {**about, "config": model.config.tree, "class_names": list(model.class_names)}
         weights.write(options.dest, model.denoiser.state_dict(), known)
     else:
         sampler = parts.sampler_of(model.config, model.objective)
@@ -42,5 +43,7 @@ def run(options: argparse.Namespace) -> int:
             clip=sampler.clip or clip or False,
             variance=variance or "small",
         )
-    print(json.dumps({"written": str(options.dest), "format": options.format, **about}))
+    print(json.dumps({"written": str(options.dest), "format": options.format, **about}), flush=True)
+    # Whoever gets it makes a run of it.
+    following.tell("import", options.format, options.dest, f"runs/{plain(options.dest.stem)}")
     return 0

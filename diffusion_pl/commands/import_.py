@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_pl import config
-from diffusion_pl.commands import parts
+from diffusion_pl.commands import following, parts
 from diffusion_pl.config import Config, ConfigError
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.files import regular
 from diffusion_pl.interop import weights as ours
-from diffusion_pl.names import refuse_name, shown
+from diffusion_pl.names import refuse_class_names, refuse_name, shown
 from diffusion_pl.networks.counting import spare
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.writing import write_atomically
@@ -35,11 +34,14 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{dest}: is not empty; name another folder")
     refuse_name(dest.resolve().name, shown(str(dest)), "name another folder")
     images, about = 0, {"kind": options.kind, "from": str(options.source)}
+    names: tuple[str, ...] = ()
     notes: list[str] = []
     weighed = options.source
     if options.kind == "safetensors":
         known, state = ours.read(options.source)
         images = known["images"]
+        names = checkpoints.class_names(known)
+        refuse_class_names(names, str(options.source), written=True)
         experiment = config.load_resolved(
             known["config"], str(options.source), options.allow, options.set
         )
@@ -48,17 +50,18 @@ def run(options: argparse.Namespace) -> int:
     parts.bind(experiment)
     check(experiment, state, options.source)
     about["sha256"] = digest(weighed)
-    path = write(dest, experiment, state, images, about)
+    path = write(dest, experiment, state, images, about, names)
     starting = ["--from", str(dest), "--run", f"runs/{dest.name}-tuned"]
     result = {
         "run": str(dest),
         "checkpoint": str(path),
         **about,
         "notes": notes,
-        "sample": shlex.join(["sample", str(dest)]),
-        "fine-tune": shlex.join(["train", f"{dest}/config.yaml", *starting]),
+        "sample": following.command("sample", dest),
+        "fine-tune": following.command("train", f"{dest}/config.yaml", *starting),
     }
-    print(json.dumps(result, indent=2))
+    print(json.dumps(result, indent=2), flush=True)
+    following.tell("sample", dest)
     return 0
 
 
@@ -173,9 +176,14 @@ def check(experiment: Config, state: dict[str, Tensor], source: Path) -> None:
 
 
 def write(
-    dest: Path, experiment: Config, state: dict[str, Tensor], images: int, about: dict[str, Any]
+    dest: Path,
+    experiment: Config,
+    state: dict[str, Tensor],
+    images: int,
+    about: dict[str, Any],
+    names: Sequence[str] = (),
 ) -> Path:
-    """Write the run's folder, the checkpoint last; returns the checkpoint."""
+    """Write the run's folder, the checkpoint with the classes' names last; returns it."""
     header = f"# Imported from {about['from']} ({about['kind']}), sha256 {about['sha256']}\n"
     text = header + config.dump(experiment)
     write_atomically(dest / "config.yaml", lambda file: file.write(text.encode()))
@@ -187,7 +195,10 @@ def write(
         "imported": about,
     }
     both = {f"{name}.{key}": value for name in ("denoiser", "ema") for key, value in state.items()}
-    checkpoints.save({"state_dict": both, checkpoints.SECTION: section}, path)
+    whole: dict[str, Any] = {"state_dict": both, checkpoints.SECTION: section}
+    if names:
+        whole[checkpoints.CLASS_NAMES] = list(names)
+    checkpoints.save(whole, path)
     checkpoints.point_to(path)
     return path
 

@@ -15,7 +15,6 @@ The rules, in numbers that are conventions and stated as such:
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_pl import config
+from diffusion_pl.commands.following import interpreter
 from diffusion_pl.data.shard_format import Manifest
 
 SMALL = "cifar10_small"
@@ -344,14 +344,6 @@ def _data(manifest: Manifest, folder: Path, side: int, batch_size: int) -> list[
         f"network.classes={manifest.classes}",
         *also,
     ]
-
-
-def interpreter() -> str:
-    """This Python as it is typed from here."""
-    program = Path(sys.executable or "python")
-    if program.is_relative_to(Path.cwd()):
-        program = program.relative_to(Path.cwd())
-    return quote(str(program))
 
 
 def _command(experiment: str, folder: Path, told: Sequence[str]) -> str:

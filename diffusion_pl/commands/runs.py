@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl import config
-from diffusion_pl.commands import parts, sampling
+from diffusion_pl.commands import following, parts, sampling
 from diffusion_pl.commands.labels import class_of
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.guidance import Guide
@@ -21,7 +21,7 @@ from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.evaluation import Drawing, Evaluation
 from diffusion_pl.evaluation.provenance import described
-from diffusion_pl.names import shown
+from diffusion_pl.names import plain, shown
 from diffusion_pl.samplers.sampler import Visiting, check_range
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
@@ -294,6 +294,11 @@ def checkpoint_of(run: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
+    if run.suffix == ".safetensors" and run.exists():
+        raise ValueError(
+            f"{run}: holds weights for others; make a run of it: "
+            f"{following.command('import', 'safetensors', run, parts.RUNS / plain(run.stem))}"
+        )
     if run.is_file():
         return run
     if not run.is_dir():

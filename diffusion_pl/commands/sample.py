@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from diffusion_pl.commands import runs
+from diffusion_pl.commands import following, runs
 from diffusion_pl.commands.sample_folder import OtherImages, SampleFolder
 from diffusion_pl.evaluation import batches
 from diffusion_pl.images import grid, save_png
@@ -52,8 +52,10 @@ def run(options: argparse.Namespace) -> int:
                 "total": len(whole),
                 "evaluations": folder.evaluations,
             }
-        )
+        ),
+        flush=True,
     )
+    following.tell("evaluate", options.run)
     return 0
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from diffusion_pl.diffusion.guidance import Clip, thresholded
 from diffusion_pl.diffusion.preconditioning import Denoiser, Preconditioning
 from diffusion_pl.diffusion.timesteps import CosineBetas, LinearBetas, Timesteps
+from diffusion_pl.files import write_atomically
 from diffusion_pl.interop.diffusers import CONFIG, INDEX, NETWORK, SCHEDULER_CONFIG, STEM
 from diffusion_pl.interop.layouts import DIFFUSERS, size
 from diffusion_pl.networks.ddpm_unet import ACTIVATIONS, Block, DDPMUNet
@@ -75,7 +76,8 @@ def write(
     # safetensors keeps no views.
     state = {key: value.contiguous().clone() for key, value in DIFFUSERS.write(network)}
     file = folder / f"{STEM}.safetensors"
-    save_file(state, file, metadata={"format": "pt"})
+    content = save(state, metadata={"format": "pt"})
+    write_atomically(file, lambda opened: opened.write(content))
 
 
 def _config(network: DDPMUNet, resolution: int) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from diffusion_pl.files import write_atomically
 from diffusion_pl.interop.files import MOST_JSON, read_safetensors
 
 KEY = "diffusion_pl"
@@ -19,13 +20,17 @@ def write(path: Path, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> 
     """Write a denoiser's weights.
 
     Args:
-        path: the file; its folder is made if absent.
+        path: the file, written whole or not at all; its folder is made if absent.
         state: the denoiser's state dict.
         about: `config`, the resolved one, and what else is to be known of the weights.
+
+    Raises:
+        ValueError: the folder cannot be written or is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole = {key: value.contiguous() for key, value in state.items()}
-    save_file(whole, path, metadata={"format": "pt", KEY: json.dumps(about)})
+    # save_file makes a file that its owner alone may read, and this one is to be handed on.
+    content = save(whole, metadata={"format": "pt", KEY: json.dumps(about)})
+    write_atomically(path, lambda file: file.write(content))
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
