@@ -146,6 +146,28 @@ MUTANTS = [
         ("text if len(text) <= 80 else text[:80] + ' ...'", "text"),
     ),
     *at(
+        "commands/following.py",
+        "class_names recommend",
+        ("if program.is_relative_to(Path.cwd()):", "if False:"),
+        ("run.parent.parent if run.is_file() else run", "run.parent"),
+        ('print(f"next     {shown(command(*words))}", file=sys.stderr)', "pass"),
+    ),
+    *at(
+        "commands/export.py",
+        "class_names",
+        ('"class_names": list(model.class_names)', '"class_names": []'),
+    ),
+    *at(
+        "commands/import_.py",
+        "class_names",
+        ("    if names:\n", "    if not names:\n"),
+    ),
+    *at(
+        "interop/weights.py",
+        "class_names",
+        ("write_atomically(path, lambda file: file.write(content))", "path.write_bytes(content), path.chmod(0o600)"),
+    ),
+    *at(
         "interop/weights.py",
         "interop_weights",
         ("or images < 0", ""),
@@ -153,7 +175,6 @@ MUTANTS = [
         ('return {**about, "images": images}, state', "return about, state"),
         ("value.contiguous() for", "value for"),
         ("    except KeyError as error:", "    except AttributeError as error:"),
-        ("path.parent.mkdir(parents=True, exist_ok=True)", "pass"),
         ("not isinstance(config, dict) or", ""),
     ),
     *at(
