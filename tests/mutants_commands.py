@@ -165,7 +165,10 @@ MUTANTS = [
     *at(
         "interop/weights.py",
         "class_names",
-        ("write_atomically(path, lambda file: file.write(content))", "path.write_bytes(content), path.chmod(0o600)"),
+        (
+            "write_atomically(path, lambda file: file.write(content))",
+            "path.write_bytes(content), path.chmod(0o600)",
+        ),
     ),
     *at(
         "interop/weights.py",
