@@ -76,8 +76,8 @@ def write(
     # safetensors keeps no views.
     state = {key: value.contiguous().clone() for key, value in DIFFUSERS.write(network)}
     file = folder / f"{STEM}.safetensors"
-    content = save(state, metadata={"format": "pt"})
-    write_atomically(file, lambda opened: opened.write(content))
+    packed = save(state, metadata={"format": "pt"})
+    write_atomically(file, lambda opened: opened.write(packed))
 
 
 def _config(network: DDPMUNet, resolution: int) -> dict[str, Any]:
