@@ -110,7 +110,7 @@ def test_each_command_gives_the_next_from_a_run_to_another_users(run, home, tmp_
 def test_an_unknown_name_is_answered_with_the_nearest(run):
     code, _, err = run("sample", "runs/tiny", "--label", "basset")
     assert code == 2 and err.count("\n") == 1
-    assert "--label basset: no class of that name among 3; nearest: Basset" in err
+    assert "--label basset: no class of that name among 3; nearest: Basset, beagle, poodle" in err
     code, _, err = run("sample", "runs/tiny", "--label", "3")
     assert code == 2 and "label 3 is not one of the model's classes" in err
 

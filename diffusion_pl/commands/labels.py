@@ -54,7 +54,11 @@ def class_of(word: str | int | None, names: Sequence[str], classes: int) -> int 
         )
     by_case = {name.casefold(): name for name in names}
     near = difflib.get_close_matches(text.casefold(), by_case, _NEAREST, cutoff=0.4)
-    known = ", ".join(by_case[each] for each in near) or ", ".join(names[:_NEAREST]) + ", ..."
+    known = ", ".join(by_case[each] for each in near) or ", ".join(names[:_NEAREST])
+    if len(names) > _NEAREST and not near:
+        known += ", ..."
+    elif len(names) <= _NEAREST:  # all of them are soon said
+        known = ", ".join(dict.fromkeys([*(by_case[each] for each in near), *names]))
     raise ValueError(
         f"--label {text}: no class of that name among {len(names):,}; nearest: {known}; an index, "
         f"0 to {classes - 1}, is taken too"

@@ -110,8 +110,9 @@ def tell(manifest: Manifest, folder: Path, already: bool, seconds: float) -> Non
             f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB, {seconds:,.1f} s"
         )
     lines += [*class_table(manifest), *plan.lines, "next:", f"  {plan.command}"]
+    print(json.dumps(result), flush=True)
+    # What to type next stands last, where it is seen.
     print("\n".join(map(shown, lines)), file=sys.stderr)
-    print(json.dumps(result))
 
 
 def class_table(manifest: Manifest) -> Iterator[str]:
