@@ -392,7 +392,7 @@ def pointer_to_a_checkpoint_that_does_not_say_its_images(place):
     return words
 
 
-@case("latest", "which is not there")
+@case("latest", "names no checkpoint")
 def pointer_that_is_no_text(place):
     words = run(place)
     Path("runs/tiny/checkpoints/latest").write_bytes(bytes(range(256)))

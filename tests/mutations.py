@@ -266,11 +266,11 @@ def config(folder: Path) -> Kind:
     text = """# A run
 seed: 1
 network:
-  _target_: diffusion_pl.config.tree.Config
-  name: ${data.name}
-  file: "x"
-  tree: {a: [1, 2.5e-3, null], b: {8: 1}}
-data: {name: shapes, rate: 1e-4, many: &many [1, 2], more: *many}
+  _target_: diffusion_pl.networks.song_unet.SongUNet
+  resolution: ${data.side}
+  channel_mult: [1, 2]
+  dropout: 1.3e-1
+data: {name: shapes, rate: 1e-4, side: 16, many: &many [1, 2], more: *many, b: {8: null}}
 """
     (folder / "base.yaml").write_text("seed: 0\ntrainer: {images: 10}\n")
     seeds = {"experiment": text.encode(), "child": b"defaults: base\n" + text.encode()}

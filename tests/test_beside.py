@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from PIL import Image
 from test_cli import TINY
 
+from diffusion_pl import processes
 from diffusion_pl.cli import main
 from diffusion_pl.files import of_the_machine
 from diffusion_pl.images import save_png
@@ -229,7 +230,9 @@ def test_a_start_mends_what_lies_beside_and_ends_as_before(run, home, tmp_path, 
     torn.write_bytes(torn.read_bytes()[:1000])
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b"\0" * 100)
-    (run / "samples" / ".000000000016.png.1.tmp").write_bytes(b"half")
+    # Of a process that has ended: their numbers are below 2^22.
+    half = processes.temporary(run / "samples" / "000000000016.png")
+    half.with_name(half.name.replace(f"-{os.getpid()}-", f"-{2**22}-")).write_bytes(b"half")
     (run / "tensorboard").exists() and shutil.rmtree(run / "tensorboard")
     (run / "tensorboard").write_text("in the way")
     assert main(["train", "tiny"]) == 0

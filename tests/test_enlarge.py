@@ -167,7 +167,7 @@ def test_a_run_draws_its_pyramid_over_any_base(run, words, evaluations):
 def test_a_drawn_image_depends_on_seed_and_index_alone(run, tmp_path):
     run("sample", "runs/tiny", "--count", 4, "--batch-size", 3, "--out", tmp_path / "four")
     run("sample", "runs/tiny", "--count", 1, "--first", 2, "--out", tmp_path / "one")
-    first, again = (pixels(tmp_path / name / "000002.png") for name in ("four", "one"))
+    first, again = (pixels(tmp_path / name / "images" / "000002.png") for name in ("four", "one"))
     assert np.abs(first - again).max() <= 1  # rounding differs with the batch
 
 
@@ -208,7 +208,7 @@ def test_progressive_images_of_a_pyramid_go_over_its_sizes_to_what_it_draws(run,
     run("sample", "runs/tiny", "--count", 2, "--out", tmp_path / "drawn")
     for row in range(2):
         shown = pixels(tmp_path / "shown" / f"{row:06d}_006.png")
-        assert np.array_equal(shown, pixels(tmp_path / "drawn" / f"{row:06d}.png"))
+        assert np.array_equal(shown, pixels(tmp_path / "drawn" / "images" / f"{row:06d}.png"))
         first = pixels(tmp_path / "shown" / f"{row:06d}_000.png")
         blocks = first.reshape(4, 4, 4, 4, 3)
         assert (blocks == blocks[:, :1, :, :1]).all()  # 4 pixels, repeated

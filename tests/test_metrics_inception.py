@@ -112,7 +112,8 @@ def test_spatial_features_are_seven_channels_at_each_place_in_turn(
         [places[:, channel, y, x] for y in range(17) for x in range(17) for channel in range(7)],
         dim=1,
     )
-    assert error(seen.spatial, expected) < 1e-6
+    # Float32 through some ninety layers whose norms are folded: 1.2e-6 on some processors.
+    assert error(seen.spatial, expected) < 3e-6
     assert expected.shape == (12, Inception.spatial)
     assert expected.std(dim=0).mean() > 1e-3, "the weights do not tell images apart"
 
@@ -279,7 +280,7 @@ def test_inception_by_name_without_weights_is_an_error_that_says_where_to_put_th
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offline(monkeypatch, tmp_path)
-    with pytest.raises(ValueError, match="put the file at") as error:
+    with pytest.raises(ValueError, match="put it at") as error:
         features.load("inception")
     assert "\n" not in str(error.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -164,7 +164,7 @@ def test_the_extractor_never_trains_nor_leaves_float32(
 def test_what_is_not_bytes_is_refused(extractor: Shapes) -> None:
     with pytest.raises(ValueError, match="must be uint8"):
         extractor(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match=r"or \(B, 1, H, W\)"):
+    with pytest.raises(ValueError, match=r"\(B, C, H, W\) with C of 1, 3 or 4"):
         extractor(torch.zeros(3, 32, 32, dtype=torch.uint8))
 
 

@@ -12,6 +12,7 @@ import pytest
 from homes import trained
 from test_cli import TINY
 
+from diffusion_pl import processes
 from diffusion_pl.cli import main
 from diffusion_pl.files import open_lock, regular, write_atomically
 
@@ -143,7 +144,7 @@ def test_a_lock_is_a_file_and_follows_no_link(tmp_path, kind):
 def test_nothing_is_written_through_a_link_that_lies_in_wait(tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("mine")
-    (tmp_path / f".x.{os.getpid()}.tmp").symlink_to(precious)
+    processes.temporary(tmp_path / "x").symlink_to(precious)
     with pytest.raises(ValueError, match="x: cannot be written"):
         write_atomically(tmp_path / "x", lambda file: file.write(b"theirs"))
     assert precious.read_text() == "mine"

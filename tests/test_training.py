@@ -112,11 +112,15 @@ def measurements(folder):
 
 def test_a_run_leaves_rows_grids_and_checkpoints(go):
     folder, checkpoint = go(experiment())
-    assert checkpoint["diffusion_pl"] == {
+    said = checkpoint["diffusion_pl"]
+    assert {key: said[key] for key in ("format", "config", "images")} == {
         "format": 2,
         "config": {"experiment": "tiny"},
         "images": 48,
     }
+    # Whether it goes on with the same images by the same code is seen from these.
+    assert said["data"]["count"] == 40 and list(said["data"]["fingerprints"]) == ["16"]
+    assert said["code"].startswith("diffusion_pl ") and torch.__version__ in said["code"]
     rows = History(folder / "metrics.jsonl").rows()
     assert [row["images"] for row in rows if "loss" in row] == [16, 32, 48]
     measured = [row for row in rows if "name" in row]

@@ -177,6 +177,7 @@ def _lock(run: Path) -> str:
 def _run(found: Found, experiment: Config, settings: Settings, source: Source, run: Path) -> str:
     """See that the folder is free for this experiment."""
     newest = checkpoints.latest(run / "checkpoints")
+    settling.check_name(run)
     settling.compare(experiment, run, None, newest)
     done = int(newest.stem) if newest else 0
     budget = settings.steps(source.batch_size) * source.batch_size

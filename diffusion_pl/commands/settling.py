@@ -70,6 +70,17 @@ def is_claimed(folder: Path) -> bool:
     return any(kept.glob(f"*{checkpoints.DAMAGED}")) or bool(History(folder / _METRICS).rows())
 
 
+def check_name(folder: Path) -> None:
+    """See that a run that is to begin has a plain name, before anything of it is made.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not is_claimed(folder):
+        name = folder.resolve().name
+        refuse_name(name, shown(str(folder)), "name another folder with --run (RUN=...)")
+
+
 def compare(experiment: Config, folder: Path, start: Path | None, done: Path | None) -> list[str]:
     """See that a folder holds no run, or this experiment's; nothing is written.
 
@@ -87,8 +98,6 @@ def compare(experiment: Config, folder: Path, start: Path | None, done: Path | N
         ValueError: its run started elsewhere, or its config or its checkpoints are gone.
     """
     if not is_claimed(folder):
-        name = folder.resolve().name
-        refuse_name(name, shown(str(folder)), "name another folder with --run (RUN=...)")
         return []
     kept = folder / _CONFIG
     if not kept.exists():

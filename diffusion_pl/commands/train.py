@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
     trust.check_training(experiment)
     folder: Path = options.run or parts.RUNS / experiment.name
     settings: Settings = config.build(experiment, "trainer")
+    settling.check_name(folder)
     see_ranks(settings)
     weights = None
     if not options.start and (options.fresh_labels or options.accept_differences):

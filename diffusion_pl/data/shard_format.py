@@ -211,6 +211,10 @@ class Manifest:
             return f"{self.count} images in all, other numbers in the shards"
         if set(self.fingerprints) != set(sides):
             return "fingerprints of other resolutions"
+        if not _is_list_of(self.class_names, str) or not _is_list_of(self.notes, str):
+            return "class_names and notes must be lists of words"
+        if not _is_list_of(self.class_counts, int):
+            return "class_counts must be a list of numbers"
         digests = [self.index_sha256, *self.fingerprints.values(), *(s.sha256 for s in self.shards)]
         if not all(_HEX.fullmatch(digest) for digest in digests):
             return "a digest that is none"
@@ -219,6 +223,13 @@ class Manifest:
             if parts[:1] != (SHARDS,) or len(parts) != 2 or ".." in parts or "\\" in shard.file:
                 return f"shard {shard.file!r} is not in {SHARDS}/"
         return None
+
+
+def _is_list_of(values: object, kind: type) -> bool:
+    """Whether these are values of a kind, or None for none."""
+    return values is None or (
+        isinstance(values, list) and all(type(value) is kind for value in values)
+    )
 
 
 def open_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
