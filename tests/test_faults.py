@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 
 import pytest
@@ -49,7 +50,7 @@ ALIKE = {f"{name} to all ranks" for name in ("USR1", "INT", "HUP")}
 )
 def test_a_run_survives(name, place, straight):
     kind, source = KINDS[name], random.Random(name)
-    run = name.replace(" ", "-")
+    run = re.sub(r"[^a-zA-Z0-9]+", "-", name)
     faults = {rank: f"{kind.fault}:{at(kind, 2, source)}" for rank in befallen(kind, 2, source)}
     ended = train(place, run, *kind.words, ranks=2, faults=faults)
     assert set(ended.codes) <= set(kind.codes), (faults, ended)
