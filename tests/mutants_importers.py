@@ -6,6 +6,12 @@ from mutant import at
 
 MUTANTS = [
     *at(
+        "interop/denoisers.py",
+        "interop_edm",
+        ("network.load_state_dict(state)", "dict(state)"),
+        ("denoiser.eval()", "denoiser.train()"),
+    ),
+    *at(
         "networks/ddpm_unet.py",
         "import_diffusers",
         ("vector.roll(vector.shape[1] // 2, dims=1)", "vector"),

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffusion_pl import config as configs
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.interop.denoisers import denoiser_of
 from diffusion_pl.interop.diffusers_schedulers import KEYS, SCHEDULER, Process, class_of, process
 from diffusion_pl.interop.files import read_json, read_safetensors
 from diffusion_pl.interop.layouts import DIFFUSERS, multiple
@@ -444,10 +445,7 @@ def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Den
     """
     tree = _config(nodes(config))
     fitting = weights(config, state)  # before memory is taken for what the config says
-    network = configs.build(tree, "network")
-    network.load_state_dict(fitting)
-    denoiser: Denoiser = configs.build(tree, "objective").denoiser(network)
-    return denoiser.eval().requires_grad_(False)
+    return denoiser_of(tree, fitting)
 
 
 def _config(tree: dict[str, Any]) -> Config:

@@ -20,6 +20,7 @@ from torch import Tensor
 from diffusion_pl import config as configs
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.interop.denoisers import denoiser_of
 from diffusion_pl.interop.edm_layout import names, told
 from diffusion_pl.interop.pickles import Persistent, read_pickle, state_dict, tensors
 from diffusion_pl.interop.values import LEVELS, got, whole
@@ -163,10 +164,7 @@ def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Den
     """
     tree = Config("edm", "checkpoint", nodes(config))
     fitting = weights(config, state)  # before memory is taken for what the config says
-    network = configs.build(tree, "network")
-    network.load_state_dict(fitting)
-    denoiser: Denoiser = configs.build(tree, "objective").denoiser(network)
-    return denoiser.eval().requires_grad_(False)
+    return denoiser_of(tree, fitting)
 
 
 def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
