@@ -7,9 +7,11 @@ More lists stand in mutants_*.py, a file an area.
 
 from __future__ import annotations
 
+import compileall
 import importlib
 import json
 import os
+import py_compile
 import shutil
 import signal
 import sys
@@ -18,13 +20,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import lightning  # noqa: F401 - imported once, here, and not by every child
 import pytest
 import torch
+import torch_fidelity  # noqa: F401
+import torchmetrics  # noqa: F401
+import torchvision  # noqa: F401
 from mutant import PACKAGE, Mutant, at
 
 ROOT = Path(__file__).parents[1]
 WORKERS = 2
 LIMIT = 180  # seconds for the tests of one mutant
+UNUSABLE = 70  # the code of a child in which pytest itself raised
+# The test that noticed the last bug of a file is the likeliest to notice the next: it goes first.
+ARGUMENTS = ["-x", "--failed-first", "-o", "addopts=-q --strict-markers", "-m", "not slow"]
 
 MUTANTS = [
     *at(
@@ -293,6 +302,10 @@ def copy_of_the_project(folder: Path) -> Path:
     for part in (PACKAGE, "tests", "experiments", "benchmarks"):
         shutil.copytree(ROOT / part, copy / part, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", copy)
+    # Compiled once; by its hash a planted file is told from what was compiled, at any time stamp.
+    compileall.compile_dir(
+        copy, quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH
+    )
     shared = ROOT.parent / "shared"
     if shared.exists():
         (copy.parent / "shared").symlink_to(shared)
@@ -311,21 +324,34 @@ def outcome(mutant: Mutant, copy: Path, output: Path) -> str:
         return f"stale: {mutant.right!r} stands {text.count(mutant.right)} times"
     file.write_text(text.replace(mutant.right, mutant.wrong))
     try:
-        # A child has torch in memory already; the package it imports afresh.
-        child = os.fork()
-        if not child:
+        code = tested(mutant, output)
+    finally:
+        file.write_text(text)
+    # 1: tests ran and some failed. Below 0: a crash.
+    if code == 1 or (code is not None and code < 0):
+        return "noticed"
+    if code is None:
+        # A loop without end is noticed, unless the tests are as slow without the bug.
+        clean = tested(mutant, output)
+        return "noticed" if clean == 0 else f"broken: in {LIMIT} s the tests ended with {clean}"
+    return "survived" if code == 0 else f"broken: pytest ended with {code}"
+
+
+def tested(mutant: Mutant, output: Path) -> int | None:
+    """The exit code of a mutant's tests in a child of this process, None at the time limit."""
+    # A child has the libraries in memory already; the package it imports afresh.
+    child = os.fork()
+    if not child:
+        code = UNUSABLE
+        try:
             os.setsid()
             with output.open("w") as stream:
                 os.dup2(stream.fileno(), 1)
                 os.dup2(stream.fileno(), 2)
-                os._exit(pytest.main(["-x", "-m", "not slow", *mutant.tests]))
-        code = ended(child)
-    finally:
-        file.write_text(text)
-    # 1: tests ran and some failed. None: a loop without end. Below 0: a crash.
-    if code is None or code == 1 or code < 0:
-        return "noticed"
-    return "survived" if code == 0 else f"broken: pytest ended with {code}"
+                code = pytest.main([*ARGUMENTS, *mutant.tests])
+        finally:
+            os._exit(code)
+    return ended(child)
 
 
 def ended(child: int) -> int | None:
@@ -347,8 +373,7 @@ def work(mutants: Sequence[Mutant], results: Path) -> None:
         copy = copy_of_the_project(Path(folder))
         os.chdir(copy)
         sys.path.insert(0, str(copy))
-        os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1")
-        sys.dont_write_bytecode = True
+        os.environ.update(PYTHONPATH=str(copy))
         with results.open("w") as lines:
             for mutant in mutants:
                 result = outcome(mutant, copy, Path(folder) / "output")
