@@ -92,6 +92,13 @@ MUTANTS = [
         ("short - 0.3)", "short - 0.5)"),
         ("0.48 * _SIN_36, ", "0.58 * _SIN_36, "),
         ('"disc": _disc', '"disc": _ring'),
+        ("0.94, 0.77, 0.44", "0.94, 0.77, 0.54"),
+        ("0.94, 0.77, 0.44", "0.94, 0.67, 0.44"),
+        ("inner * inner + bite * bite", "inner * inner - bite * bite"),
+        ("tip_y), arcs) - 0.02", "tip_y), arcs)"),
+        ("_length(x - bite, y))", "_length(x + bite, y))"),
+        ("np.where(near_tip,", "np.where(~near_tip,"),
+        ("x * tip_y - y * tip_x >", "x * tip_y + y * tip_x >"),
     ),
     *at(
         "data/synthetic.py",

@@ -57,10 +57,21 @@ def test_a_scene_is_the_same_picture_at_every_resolution(resolution: int, worst:
     assert difference.mean() <= 0.2
 
 
+def _grown_crescent(outer: float, inner: float, apart: float, by: float) -> float:
+    """Area of a disc without a second one's, then grown: Steiner's A + L t + pi t^2."""
+    # Half the angles that the circles' common chord takes, seen from either centre.
+    far = math.acos((apart**2 + outer**2 - inner**2) / (2 * apart * outer))
+    near = math.acos((apart**2 + inner**2 - outer**2) / (2 * apart * inner))
+    bitten = outer**2 * far + inner**2 * near - apart * outer * math.sin(far)
+    outline = 2 * outer * (math.pi - far) + 2 * inner * near
+    return math.pi * outer**2 - bitten + outline * by + math.pi * by**2
+
+
 @pytest.mark.parametrize(
     ("shape", "area"),
     [
         ("disc", math.pi * 0.88**2),
+        ("crescent", _grown_crescent(0.94, 0.77, 0.44, 0.02)),
         ("ring", math.pi * (0.92**2 - 0.48**2)),
         ("square", 1.4**2),
         ("triangle", 3 * math.sqrt(3) * 0.5**2),
