@@ -16,13 +16,13 @@ of order 3, is exponential_adams.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.samplers.multistep import multistep
 
 
 def dpmpp_3m(
@@ -49,34 +49,13 @@ def dpmpp_3m(
     Raises:
         ValueError: eta negative.
     """
-    if eta < 0:
-        raise ValueError(f"eta must not be negative (got {eta})")
-    x, on_device = x.clone(), sigmas.to(x)
-    images = [torch.empty_like(x) for _ in range(3)]  # D, the newest first
-    lengths: list[float] = []  # of the steps before, the newest first
-    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
-        images.insert(0, images.pop().copy_(denoise(x, on_device[step])))
-        if following == 0:
-            return images[0]
-        length = math.log(sigma / following)
-        x.mul_(math.exp(-(1 + eta) * length))
-        shares = _shares([before / length for before in lengths], (1 + eta) * length)
-        for image, share in zip(images, shares, strict=False):
-            x.add_(image, alpha=share)
-        if eta > 0:
-            x.add_(randn_like(x), alpha=following * math.sqrt(-math.expm1(-2 * eta * length)))
-        lengths = [length, *lengths[:1]]
-    return x
+    return multistep(denoise, x, sigmas, randn_like, weights=_weights, eta=eta)
 
 
-def _shares(before: list[float], g: float) -> list[float]:
-    """The weights of D_0, D_1 and D_2, as many as there are values.
-
-    Args:
-        before: r_0 and r_1, as far as there are such steps.
-        g: the step's length in the exponent.
-    """
+def _weights(levels: Sequence[float], length: float, g: float) -> list[float]:
+    """The weights of D_0, D_1 and D_2, as many as there are values."""
     whole = -math.expm1(-g)
+    before = [math.log(sigma / following) / length for following, sigma in pairwise(levels)]
     if not before:
         return [whole]
     phi_2 = math.expm1(-g) / g + 1

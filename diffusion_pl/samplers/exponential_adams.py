@@ -14,13 +14,12 @@ coefficient; see dpm_solver.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.samplers.multistep import multistep
 from diffusion_pl.samplers.quadrature import exponential_weights
 
 
@@ -48,22 +47,9 @@ def exponential_adams(
     Raises:
         ValueError: eta negative.
     """
-    if eta < 0:
-        raise ValueError(f"eta must not be negative (got {eta})")
-    x, on_device = x.clone(), sigmas.to(x)
-    images = [torch.empty_like(x) for _ in range(3)]  # D, the newest first
-    levels: list[float] = []  # ln sigma
-    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
-        images.insert(0, images.pop().copy_(denoise(x, on_device[step])))
-        if following == 0:
-            return images[0]
-        length = math.log(sigma / following)
-        levels = [math.log(sigma), *levels[:2]]
-        nodes = [(levels[0] - level) / length for level in levels]
-        x.mul_(math.exp(-(1 + eta) * length))
-        shares = exponential_weights(nodes, (1 + eta) * length)
-        for image, share in zip(images, shares, strict=False):
-            x.add_(image, alpha=share)
-        if eta > 0:
-            x.add_(randn_like(x), alpha=following * math.sqrt(-math.expm1(-2 * eta * length)))
-    return x
+    return multistep(denoise, x, sigmas, randn_like, weights=_weights, eta=eta)
+
+
+def _weights(levels: Sequence[float], length: float, g: float) -> list[float]:
+    newest, *_ = logs = [math.log(level) for level in levels]
+    return exponential_weights([(newest - log) / length for log in logs], g)
