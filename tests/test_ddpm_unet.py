@@ -80,3 +80,10 @@ def test_recomputing_changes_no_gradient_and_keeps_less():
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
     assert kept[1] < kept[0] / 2
+
+
+def test_a_multiplier_that_is_not_whole_gives_the_nearest_width():
+    assert 100 * 0.29 < 29  # in float64, by 4e-15
+    with torch.device("meta"):
+        network = unet(model_channels=100, channel_mult=(1, 0.29), groups=1, attention=())
+    assert network.middle[0].conv1.out_channels == 29

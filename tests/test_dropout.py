@@ -11,6 +11,7 @@ from torch import nn
 from diffusion_pl.networks.adm import ADM
 from diffusion_pl.networks.ddpm_unet import DDPMUNet
 from diffusion_pl.networks.dropout import PLACES, Dropout
+from diffusion_pl.networks.linear_unet import LinearUNet
 from diffusion_pl.networks.simple_unet import SimpleUNet
 from diffusion_pl.networks.song_unet import SongUNet
 from diffusion_pl.networks.uvit import UViT
@@ -29,6 +30,9 @@ NETWORKS = {
     "simple": partial(
         SimpleUNet, model_channels=8, channel_mult=(1, 2), blocks=(1, 1), attention=(8,), heads=1,
         embedding_channels=16,
+    ),
+    "linear": partial(
+        LinearUNet, model_channels=8, channel_mult=(1, 2), heads=1, head_channels=4, memories=1
     ),
     "uvit": partial(
         UViT, model_channels=8, channel_mult=(1, 2), blocks=(1,), transformers=2, heads=2,

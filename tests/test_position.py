@@ -32,6 +32,10 @@ def test_a_crop_of_the_encoding_is_the_encoding_of_the_crop():
     torch.testing.assert_close(whole[:, :, *window], cropped)
     batch = position[:, *window].expand(2, -1, -1, -1)
     torch.testing.assert_close(encode(x[:, :, *window], batch), cropped)
+    # Wide images too, and in the image's own precision.
+    wide = x[:, :, :8]
+    assert torch.equal(encode(wide, None), encode(wide, coordinates(8, 16, 32)))
+    assert encode(x.bfloat16(), None).dtype == torch.bfloat16
 
 
 def test_octaves_are_sines_and_cosines_of_doubling_frequency():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diffusion_pl.networks.position import coordinates
-from diffusion_pl.networks.simple_layers import ResBlock
+from diffusion_pl.networks.simple_layers import Head, ResBlock
 from diffusion_pl.networks.simple_unet import SimpleUNet
 from diffusion_pl.networks.uvit import Transformer, UViT
 from diffusion_pl.networks.wavelet import analyse, synthesise
@@ -74,6 +76,65 @@ def test_a_scale_of_minus_one_silences_what_a_layer_makes_of_x():
                 x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
                 added.append(layer(x, torch.ones(2, 4)) - x)
             assert torch.allclose(*added, atol=1e-5) is silent
+
+
+def normalised(x):
+    """Group normalisation of 8 channels in two groups."""
+    groups = x.reshape(len(x), 2, -1)
+    centred = groups - groups.mean(2, keepdim=True)
+    return (centred / (centred.square().mean(2, keepdim=True) + 1e-6).sqrt()).reshape(x.shape)
+
+
+def attended(q, k, v):
+    """Softmax attention of one head, (B, tokens, channels)."""
+    return (q @ k.transpose(1, 2) / q.shape[2] ** 0.5).softmax(2) @ v
+
+
+@torch.no_grad()
+def test_a_residual_block_is_what_its_parts_say():
+    """Norm, silu, conv; norm scaled and shifted, silu, conv; plus x; then attention, plus x."""
+    torch.manual_seed(0)
+    block = awake(ResBlock(8, 8, 4, 0.0, heads=2))
+    for norm in (block.norm0, block.norm1, block.attention.norm):
+        norm.reset_parameters()
+    x, vector = torch.randn(2, 8, 4, 4), torch.randn(2, 4)
+    scale, shift = F.linear(vector, block.affine.weight, block.affine.bias)[..., None, None].split(
+        8, dim=1
+    )
+    hidden = F.silu(normalised(block.conv0(F.silu(normalised(x)))) * (1 + scale) + shift)
+    between = x + block.conv1(hidden)
+    heads = block.attention.qkv(normalised(between)).flatten(2).unflatten(1, (2, 4, 3))
+    heads = [attended(*head.permute(2, 0, 3, 1)) for head in heads.unbind(1)]  # (q, k, v)
+    out = torch.cat(heads, dim=2).transpose(1, 2).unflatten(2, (4, 4))
+    torch.testing.assert_close(block(x, vector), between + block.attention.proj(out))
+
+
+@torch.no_grad()
+def test_a_transformer_is_what_its_parts_say():
+    """An MLP of four times the width under the condition, plus x; then attention, plus x."""
+    torch.manual_seed(0)
+    layer = awake(Transformer(8, 2, 4, 0.0))
+    layer.norm0.reset_parameters(), layer.norm1.reset_parameters()
+    x, vector = torch.randn(2, 5, 8), torch.randn(2, 4)
+    scale, shift = layer.affine(vector)[:, None].split(8, dim=2)
+    hidden = F.layer_norm(x, (8,)) * (1 + scale) + shift
+    assert layer.dense0.out_features == 32
+    between = x + layer.dense1(F.gelu(layer.dense0(hidden)))
+    q, k, v = layer.qkv(F.layer_norm(between, (8,))).split(8, dim=2)
+    heads = [attended(*(part[..., 4 * n : 4 * n + 4] for part in (q, k, v))) for n in (0, 1)]
+    expected = between + layer.proj(torch.cat(heads, dim=2))
+    torch.testing.assert_close(layer(x, vector), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reduction", ["wavelet", "patch"])
+def test_the_head_is_a_norm_a_silu_and_a_convolution(reduction):
+    torch.manual_seed(0)
+    head = awake(Head(8, 3, 1, reduction))
+    head.norm.reset_parameters()
+    x = torch.randn(2, 8, 4, 4)
+    bands = head.conv(F.silu(normalised(x)))
+    torch.testing.assert_close(head(x), synthesise(bands) if reduction == "wavelet" else bands)
 
 
 def test_halvings_at_the_input_count_for_the_resolution():
@@ -217,6 +278,10 @@ def test_the_u_net_attends_at_16_and_8_and_drops_out_from_16_down():
     assert [{b.dropout for b in layers} for layers in network.decoder] == drops[::-1]
     assert [b.attention is not None for b in network.middle] == [True, False]
     assert [b.dropout for b in network.middle] == [0.1, 0.1]
+    with torch.device("meta"):
+        networks = UNET(heads=2), UVIT(heads=2)
+    for network in networks:
+        assert {m.heads for m in network.modules() if hasattr(m, "heads")} == {2}
 
 
 def test_dropout_acts_in_training_only_and_not_at_high_resolution():
@@ -317,8 +382,9 @@ def test_the_noise_level_changes_the_output_and_images_do_not_see_one_another(na
 def test_other_resolutions_that_the_levels_divide_are_taken(name):
     network = awake(NETWORKS[name]()).eval()
     assert network(torch.randn(1, 3, 24, 40), torch.zeros(1)).shape == (1, 3, 24, 40)
-    with pytest.raises(ValueError, match=r"multiples of \d \(got 15 x 16\)"):
-        network(torch.randn(1, 3, 15, 16), torch.zeros(1))
+    for height, width in ((15, 16), (16, 15)):
+        with pytest.raises(ValueError, match=rf"multiples of \d \(got {height} x {width}\)"):
+            network(torch.randn(1, 3, height, width), torch.zeros(1))
     with pytest.raises(ValueError, match="must be multiples of"):
         type(network)(15)
 
@@ -391,7 +457,12 @@ def test_recomputing_changes_no_gradient_and_keeps_less(name):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = network(image(), LEVELS).square().sum()
         kept.append(sum(sizes))
+        runs = Counter()
+        levels = [layer for level in (*network.encoder, *network.decoder) for layer in level]
+        for layer in (*levels, *network.middle):
+            layer.register_forward_pre_hook(lambda module, inputs, runs=runs: runs.update([module]))
         loss.backward()
+        assert len(runs) == (len(levels) + len(network.middle) if recompute else 0)
         gradients.append([parameter.grad for parameter in network.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)

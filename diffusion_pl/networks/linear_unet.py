@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
     double,
@@ -47,6 +48,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = dropout
+        self.drop = Dropout(dropout)
         self.affine = nn.Linear(embedding, 2 * channels_out)
         self.conv0 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm0 = Norm(channels_out)
@@ -59,8 +61,7 @@ class Block(nn.Module):
         """(B, channels_in, H, W), (B, embedding) -> (B, channels_out, H, W)."""
         scale, shift = self.affine(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
         hidden = F.silu(self.norm0(self.conv0(x)) * (1 + scale) + shift)
-        hidden = F.dropout(hidden, self.dropout, self.training)
-        hidden = F.silu(self.norm1(self.conv1(hidden)))
+        hidden = F.silu(self.norm1(self.conv1(self.drop(hidden))))
         return hidden + (x if self.skip is None else self.skip(x))
 
 
