@@ -15,16 +15,21 @@ from urllib.parse import unquote_plus
 MASK = "***"
 # More than any address has. The patterns are bounded too: a stranger's text must not take minutes.
 _LONGEST = 65_536
-_MASKED = re.compile(r"(?<=://)\*\*\*@|=\*\*\*")
+_MASKED = re.compile(r"(?<=[:/])\*\*\*@|=\*\*\*")
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s'\"<>]*")
+# A slash too few or too many is a slip, and a folder's path turns two into one; C:/ is a disk.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}(?:://|(?<=\w\w):/)[^\s'\"<>]*")
+_BEGUN = r"(?:(?<=://)|(?<=\w\w:/)(?!/)|(?<=:///))"
 # What stands before the host: with a colon, a password, which may hold slashes; never a port.
 _PASSWORD = re.compile(
-    r"(?<=://)[^/?#@\s:\[]{0,300}:(?!\d{0,9}(?:[/?#]|$))[^\s]{0,300}@|(?<=://)[^/?#\s]{0,300}:[^/?#\s]{0,300}@"
+    _BEGUN + r"[^/?#@\s:\[]{0,300}:(?!\d{0,9}(?:[/?#]|$))[^\s]{0,300}@"
+    rf"|{_BEGUN}[^/?#\s]{{0,300}}:[^/?#\s]{{0,300}}@"
 )
 # Of these a name before the host is a token; of others, such as abfs:// and sftp://, a name.
-_USER = re.compile(r"\b(https?|s3a?|gs|gcs|webdavs?|davs?)://[^/?#\s]{0,300}@", re.IGNORECASE)
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://")
+_USER = re.compile(
+    r"\b((?:https?|s3a?|gs|gcs|webdavs?|davs?)(?::/{0,3}|//))[^/?#\s]{0,300}@", re.IGNORECASE
+)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})(?::/|//)")
 _PARAMETER = re.compile(r"(?<=[?&;#])([^=&;#?]+)=[^&;#]*")
 _SECRET_WORD = re.compile(
     r"token|secret|passw|pwd|signature|credential|api[_-]?key|auth|private|session|jwt|access[_-]?key"
@@ -55,7 +60,8 @@ _LIKE = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az", "ht
 def credential_in(text: str) -> str | None:
     """What in a text is a credential, in words that do not show it; None for nothing."""
     text = _MASKED.sub("", text[:_LONGEST])
-    whole = [text] if _ADDRESS.match(text) else []  # a password may hold any sign
+    # A password may hold any sign.
+    whole = [text] if _ADDRESS.match(text) or _USER.match(text) else []
     for address in [*whole, *_ADDRESS.findall(text)]:
         if _PASSWORD.search(address):
             return "a password before the host"
@@ -86,7 +92,7 @@ def refuse_credentials(text: str, where: str) -> None:
 
 def instead(text: str) -> str:
     """What to set in the environment in place of the credentials of an address."""
-    schemes = _SCHEME.findall(text) or ["s3"]
+    schemes = _SCHEME.findall(text) or re.findall(r"^[A-Za-z0-9]+(?=:)", text) or ["s3"]
     # Addresses are chained by ::, and the last is the server's.
     scheme = schemes[-1].lower()
     scheme = _LIKE.get(scheme, scheme)
@@ -99,7 +105,7 @@ def masked(text: str) -> str:
     """A text with the credentials of every address in it, and all known tokens, as ***."""
 
     text, rest = text[:_LONGEST], text[_LONGEST:]
-    text = _USER.sub(rf"\1://{MASK}@", _PASSWORD.sub(f"{MASK}@", text))
+    text = _USER.sub(rf"\1{MASK}@", _PASSWORD.sub(f"{MASK}@", text))
     text = _ADDRESS.sub(lambda address: _PARAMETER.sub(_hidden, address[0]), text)
     return _HEADER.sub(rf"\1 {MASK}", _TOKEN.sub(MASK, text)) + rest
 

@@ -13,6 +13,7 @@ import importlib
 import itertools
 import keyword
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,9 @@ COMMANDS = {
     "experiments": "list the experiments with their published numbers",
 }
 
+
+# A path joins the two slashes of an address; one letter before them is a disk.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 # What stays of an error's text: every problem is a line.
 LINES = "\n\t"
@@ -135,7 +139,7 @@ def _bad(error: ValueError) -> int:
 def named(before: str, word: str) -> str:
     """What a word of the command line is, for messages that must not show it."""
     key, equals, _ = word.partition("=")
-    if equals and "://" not in key:
+    if equals and "/" not in key:
         return key if key.startswith("--") else f"SET: {key}"
     return before.partition("=")[0] if before.startswith("--") else "command line"
 
@@ -172,9 +176,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _at_home(value: object, name: str) -> object:
-    """A path, or a list of them, with the home folder for ~: a shell leaves that of --run=~/x."""
+    """A path, or a list of them, with the home folder for ~: a shell leaves that of --run=~/x.
+
+    Raises:
+        ValueError: no such home, or an address, in whose stead a folder `s3:` would be made.
+    """
     if isinstance(value, list):
         return [_at_home(each, name) for each in value]
+    if isinstance(value, Path) and _ADDRESS.match(str(value)) and not value.exists():
+        raise ValueError(
+            f"{name}: {value} is an address, and this is a file or folder of this machine; fetch "
+            "it first, or copy what is written there"
+        )
     if not isinstance(value, str | Path) or not str(value).startswith("~"):
         return value
     from diffusion_pl.config.words import at_home  # help answers without it

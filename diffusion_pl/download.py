@@ -158,21 +158,25 @@ class Answer:
     patience: Patience
 
     def blocks(self) -> Iterator[bytes]:
-        """The bytes as they come; a connection that breaks off ends like one that is complete.
+        """The bytes as they come.
 
         Raises:
-            Unreachable: they come too slowly.
+            Unreachable: they come too slowly, or fewer than the server said.
         """
-        pace = Pace(self.patience)
+        pace, came = Pace(self.patience), self.start
         while True:
             try:
                 block = self.response.read1(_BLOCK)
-            except (OSError, http.client.HTTPException):
-                return
+            except (OSError, http.client.HTTPException) as error:
+                raise Unreachable("the connection broke off") from error
             if not block:
-                return
+                break
             pace.note(len(block))
+            came += len(block)
             yield block
+        # http.client ends a body that breaks off like one that is complete.
+        if self.total is not None and came < self.total:
+            raise Unreachable(f"the connection broke off: {came:,} of {self.total:,} bytes came")
 
 
 @contextlib.contextmanager
@@ -320,9 +324,8 @@ def _complete(copy: _Copy, attempts: int, backoff: float) -> None:
     while True:
         begun = time.monotonic()
         try:
-            if _transfer(copy):
-                return
-            problem = "the connection broke off"
+            _transfer(copy)
+            return
         except FileNotFoundError as error:
             raise Unreachable(str(error), final=True) from error
         except Unreachable as error:
@@ -340,16 +343,17 @@ def _complete(copy: _Copy, attempts: int, backoff: float) -> None:
         time.sleep(backoff * 2 ** max(0, idle - 1))
 
 
-def _transfer(copy: _Copy) -> bool:
-    """One connection: whether the part is whole after it.
+def _transfer(copy: _Copy) -> None:
+    """One connection, after which the part is whole.
 
     Raises:
-        Unreachable: no answer, a refusal, one that drips, or more than such a file can have.
+        Unreachable: no answer, a refusal, one that drips or breaks off, or more than such a file
+            can have.
         OSError: the part cannot be written.
     """
     with opened(copy.url, copy.bytes(), copy.patience) as answer:
         if answer is None:
-            return True
+            return
         done, reported = answer.start, time.monotonic()
         with copy.part.open("ab" if answer.start else "wb") as file:
             for block in answer.blocks():
@@ -364,5 +368,3 @@ def _transfer(copy: _Copy) -> bool:
             # On the disk before it gets its final name: a crash must leave no hole behind the name.
             file.flush()
             os.fsync(file.fileno())
-        # http.client ends a body that breaks off like one that is complete.
-        return answer.total is None or done >= answer.total

@@ -83,7 +83,7 @@ MUTANTS = [
         ("plain = unquote_plus(name)", "plain = name"),
         ('_MASKED.sub("", text[:_LONGEST])', "text"),
         ("schemes[-1].lower()", "schemes[0].lower()"),
-        ("[text] if _ADDRESS.match(text) else []", "[]"),
+        ("[text] if _ADDRESS.match(text) or _USER.match(text) else []", "[]"),
         ('_HEADER.sub(rf"\\1 {MASK}", _TOKEN.sub(MASK, text))', "_TOKEN.sub(MASK, text)"),
         ("_TOKEN.sub(MASK, text))", "text)"),
         ('f"{match[1]}={MASK}" if secret', "match[0] if secret"),

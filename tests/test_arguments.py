@@ -37,6 +37,37 @@ def test_features_are_the_runs_own_for_a_run_and_chosen_by_the_data_for_a_refere
         assert cli.parse(words).feature_precision == "fp32"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "x", "--run", "s3://bucket/run"],
+        ["train", "x", "--run=gs://bucket/run"],
+        ["train", "x", "--from", "hf://a/b"],
+        ["sample", "https://host/run"],
+        ["sample", "r", "--out", "s3a://bucket/out"],
+        ["import", "edm", "https://host/a.pkl", "r"],
+        ["export", "r", "s3://bucket/x.safetensors"],
+        ["prepare", "a", "s3://bucket/set", "--resolutions", "8"],
+        ["enlarge", "r", "a.png", "https://host/b.png"],
+    ],
+)
+def test_an_address_where_only_a_file_can_be_makes_no_folder(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    assert left.value.code == 2
+    assert "is an address, and this is a file or folder of this machine" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_with_a_colon_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:" / "b").mkdir(parents=True)
+    (tmp_path / "run:" / "b").mkdir(parents=True)
+    for word in ("a:/b", "run:/b", "C:/new", "run:1", "x/a:/b"):
+        assert str(cli.parse(["sample", word]).run) == word
+
+
 def test_lists_of_a_sweep_are_read_whole():
     words = ["sweep", "runs/a", "--steps", "4,8,16", "--guidance", "1,1.5", "--samplers", "ddim,,"]
     found = cli.parse([*words, "--weights", "ema,denoiser,ema:0.05"])

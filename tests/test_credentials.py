@@ -54,6 +54,14 @@ SECRET = {
     "az://container/set?sig=hunter2": "AZURE_STORAGE_SAS_TOKEN",
     "gs://bucket/set?key=hunter2": "GOOGLE_APPLICATION_CREDENTIALS",
     "HTTPS://me:hunter2@host/set": "netrc",
+    "https:/me:hunter2@host/set": "netrc",
+    "https:///me:hunter2@host/set": "netrc",
+    "https:me:hunter2@host/set": "netrc",
+    "https//hunter2@host/set": "netrc",
+    "https:/hunter2@host/set": "netrc",
+    "s3:/me:hun/ter2+hunter2@bucket/set": "AWS_PROFILE",
+    "ftp:/me:hunter2@host/set": "FSSPEC_FTP_PASSWORD",
+    "https:/host/set?token=hunter2": "netrc",
     "https://host/hf_hunter2abcdefghijklmnopqrst/set": "netrc",
 }
 PLAIN = [
@@ -66,6 +74,10 @@ PLAIN = [
     "memory://token/secret/password",
     "data/password=x/token",
     "C:/me@home",
+    "C:/me:too@home",
+    "runs/a:/b",
+    "https:/host:8080/set@v1",
+    "docker:/image:80/tag@sha256",
 ]
 
 

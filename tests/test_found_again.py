@@ -84,6 +84,11 @@ def test_what_reads_folders_reads_the_images_of_a_sample_folder_alone(run, tmp_p
     code, result, err = run("prepare", out, tmp_path / "made", "--resolutions", 8)
     assert code == 0, err
     assert json.loads((tmp_path / "made" / "dataset.json").read_text())["count"] == 6
+    # Whoever removes or damages sample.json does not turn the overview into an image.
+    for damage in (lambda path: path.write_text("{"), Path.unlink):
+        damage(out / "sample.json")
+        code, result, err = run("evaluate", out, *words)
+        assert (code, result["measures"][0]["n"]) == (0, 6), err
     # A file of that name that is somebody else's changes nothing.
     shutil.copytree("real8", tmp_path / "other")
     (tmp_path / "other" / "sample.json").write_text('{"a": 1}')

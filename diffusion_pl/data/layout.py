@@ -172,7 +172,9 @@ def _overviews(every: Sequence[str]) -> set[str]:
         siblings.setdefault(place.parent, []).append(place)
     found = set()
     for folder, files in siblings.items():
-        own = folder / PICTURES in siblings and folder / SAMPLE in files
+        below = siblings.get(folder / PICTURES, [])
+        numbered_below = any(_NUMBERED.fullmatch(file.name) for file in below)
+        own = bool(below) and (folder / SAMPLE in files or numbered_below)
         drawn = [file for file in files if _NUMBERED.fullmatch(file.name)]
         rest = [file for file in files if file not in drawn and file.suffix == ".png"]
         if (own or drawn) and [file.name for file in rest] == [_OVERVIEW]:

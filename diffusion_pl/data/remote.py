@@ -385,10 +385,10 @@ def _persist(
     problem: Exception | None = None
     asked, waited = 0, 0.0
     while asked < attempts and waited <= patience.total:
+        before, begun = getattr(ask, "done", 0), time.monotonic()
         if asked:
             time.sleep(backoff * 2 ** (asked - 1))
         asked += 1
-        before, begun = getattr(ask, "done", 0), time.monotonic()
         try:
             return ask()
         except _Unwritable:
