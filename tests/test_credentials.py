@@ -149,6 +149,13 @@ def test_no_training_begins_with_one(address, place, capsys):
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("slashes", ["//", "/", "///"])
+def test_an_address_with_an_equals_sign_is_no_key(slashes, place, capsys):
+    word = f"https:{slashes}me:hunter2@host/set?page=1"
+    for words in (["train", word], ["train", "tiny", word], ["check", word]):
+        assert "command line: holds a password" in refused(words, capsys)
+
+
 A = "https://me:hunter2@host/set"
 
 
