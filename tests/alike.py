@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 
+import started
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from diffusion_pl import locks
 from diffusion_pl.training import sameness
 
 WORLD = 3
-LIMIT = 90.0  # seconds
 
 
 def found(folder):
@@ -21,35 +20,10 @@ def found(folder):
     Args:
         folder: an empty one.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["started", "faults", "diffusion_pl.commands.train"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    answers = context.Queue()
-    processes = [
-        context.Process(target=_rank, args=(rank, port, folder, answers)) for rank in range(WORLD)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        return [answer for _, answer in sorted(answers.get(timeout=LIMIT) for _ in processes)]
-    finally:
-        for process in processes:
-            process.join(timeout=10)
-            process.kill()
-            process.join()
+    return started.answers(_find, WORLD, folder)
 
 
-def _rank(rank, port, folder, answers):
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD)
-    answers.put((rank, _find(folder, rank)))
-    distributed.barrier()
-
-
-def _find(folder, rank):
+def _find(rank, ranks, folder):
     """What each comparison says on a rank, "" for nothing."""
     device = torch.device("cpu")
 

@@ -13,6 +13,26 @@ from diffusion_pl.cli import main
 ROOT = Path(__file__).parents[1]
 
 
+# A network that trains in milliseconds, on images of 8 pixels; what else a run has its test says.
+SMALLEST = """defaults: base
+network:
+  _target_: diffusion_pl.networks.song_unet.SongUNet
+  resolution: 8
+  model_channels: 8
+  channel_mult: [1]
+  blocks: 1
+  attention: []
+objective: {_target_: diffusion_pl.objectives.edm.EDM}
+"""
+
+
+def experiments(folder, text, name="tiny"):
+    """Make a folder's experiments/, with base.yaml and one more of this text."""
+    (folder / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments" / "base.yaml", folder / "experiments")
+    (folder / "experiments" / f"{name}.yaml").write_text(text)
+
+
 def trained(folder, experiment, *more):
     """A folder with experiments/tiny.yaml, trained to runs/tiny.
 
@@ -21,9 +41,7 @@ def trained(folder, experiment, *more):
         experiment: the YAML's text.
         more: words of further runs, after `train tiny`.
     """
-    (folder / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments" / "base.yaml", folder / "experiments")
-    (folder / "experiments" / "tiny.yaml").write_text(experiment)
+    experiments(folder, experiment)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for words in ((), *more):

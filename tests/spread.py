@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import socket
 
+import started
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -16,29 +16,10 @@ from diffusion_pl.networks.uvit import UViT
 from diffusion_pl.training import sharding
 from diffusion_pl.training.ema import Updates, averaged_copy
 
-LIMIT = 90.0  # seconds
-
 
 def found(ranks):
     """What every rank finds, in the order of the ranks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["started", "faults", "diffusion_pl.commands.train"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    answers = context.Queue()
-    processes = [
-        context.Process(target=_rank, args=(rank, ranks, port, answers)) for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        return [answer for _, answer in sorted(answers.get(timeout=LIMIT) for _ in processes)]
-    finally:
-        for process in processes:
-            process.join(timeout=10)
-            process.kill()
-            process.join()
+    return started.answers(_find, ranks)
 
 
 def network():
@@ -49,14 +30,6 @@ def network():
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.3)  # none starts at zero
     return made.to(memory_format=torch.channels_last)
-
-
-def _rank(rank, ranks, port, answers):
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
-    answers.put((rank, _find(rank, ranks)))
-    distributed.barrier()
 
 
 def _find(rank, ranks):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 import torch
-from torch import multiprocessing
+from torch import distributed, multiprocessing
 
 from diffusion_pl.cli import main
 
@@ -47,11 +47,7 @@ def train(place, run, *words, ranks=1, faults=None, limit=LIMIT):
         faults: by rank, what FAULT is in its environment; see faults.py.
         limit: seconds after which what is left is killed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "faults", "diffusion_pl.commands.train"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    context, port = _server(), _free_port()
     words = ["--run", f"runs/{run}", f"trainer.devices={ranks}", *words]
     processes = [
         context.Process(
@@ -75,6 +71,52 @@ def train(place, run, *words, ranks=1, faults=None, limit=LIMIT):
         process.kill()
         process.join()
     return Ended(codes, (last or until) - (first or until))
+
+
+def answers(ask, ranks, *more):
+    """What each of several processes that have met answers, in the order of the ranks.
+
+    Args:
+        ask: called with the rank, their number and what follows, all of which pickle takes.
+        ranks: processes.
+        more: arguments.
+    """
+    context, port = _server(), _free_port()
+    queue = context.Queue()
+    processes = [
+        context.Process(target=_answer, args=(queue, port, ask, rank, ranks, *more))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return [answer for _, answer in sorted(queue.get(timeout=LIMIT) for _ in processes)]
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+            process.join()
+
+
+def _answer(queue, port, ask, rank, ranks, *more):
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
+    queue.put((rank, ask(rank, ranks, *more)))
+    distributed.barrier()  # none leaves while another still asks it
+
+
+def _server():
+    """What forks processes that have everything imported: seconds less than a start of each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "faults", "diffusion_pl.commands.train"])
+    return context
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _rank(rank, world_size, port, place, words, fault):

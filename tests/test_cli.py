@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from homes import experiments
 from PIL import Image
 
 from diffusion_pl.cli import main
@@ -43,9 +43,7 @@ trainer: {images: 32, checkpoint_every: 8, log_every: 8, accelerator: cpu, preci
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with experiments/, where commands run."""
-    (tmp_path / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments" / "base.yaml", tmp_path / "experiments")
-    (tmp_path / "experiments" / "tiny.yaml").write_text(TINY)
+    experiments(tmp_path, TINY)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

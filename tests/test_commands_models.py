@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from homes import experiments
 from PIL import Image
 from published import Fixture
 from safetensors.torch import save_file
@@ -58,9 +58,7 @@ trainer: {images: 16, checkpoint_every: 16, log_every: 16, accelerator: cpu, pre
 def home(tmp_path_factory):
     """A folder with experiments/ and a trained run of each of two seeds."""
     folder = tmp_path_factory.mktemp("home")
-    (folder / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments" / "base.yaml", folder / "experiments")
-    (folder / "experiments" / "tiny.yaml").write_text(TINY)
+    experiments(folder, TINY)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(["train", "tiny"]) == 0

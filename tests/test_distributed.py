@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_cli import ROOT, TINY
+from homes import experiments
+from test_cli import TINY
 
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
@@ -19,9 +19,7 @@ from diffusion_pl.training.history import History
 def runs(tmp_path_factory):
     """The tiny experiment by one process, and by two that each take half of every batch."""
     place = tmp_path_factory.mktemp("distributed")
-    (place / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments" / "base.yaml", place / "experiments")
-    (place / "experiments" / "tiny.yaml").write_text(TINY)
+    experiments(place, TINY)
     for devices in (1, 2):
         command = [sys.executable, "-m", "diffusion_pl", "train", "tiny", "network.dropout=0.0"]
         command += [f"trainer.devices={devices}", "--run", f"runs/{devices}"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from homes import experiments
 from PIL import Image
 
 from diffusion_pl.cli import main
@@ -60,9 +61,7 @@ EVALUATIONS = 20 + 11 + 6
 def home(tmp_path_factory):
     """A folder with experiments/, a trained run and pictures."""
     folder = tmp_path_factory.mktemp("home")
-    (folder / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments" / "base.yaml", folder / "experiments")
-    (folder / "experiments" / "tiny.yaml").write_text(TINY)
+    experiments(folder, TINY)
     (folder / "pictures").mkdir()
     source = np.random.default_rng(0)
     for name, shape in {

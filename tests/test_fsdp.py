@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 from faults import RUN, assert_equal, left, marked, newest, write
+from homes import experiments
 from omegaconf import OmegaConf
 from started import train
-from test_cli import ROOT
 
 from diffusion_pl.signals import RESUMABLE
 from diffusion_pl.training import checkpoint as checkpoints
@@ -38,9 +38,7 @@ GENTLE = ["trainer.images=800", "optimizer.lr=1e-4", "optimizer.eps=1e-3", "trai
 
 def folder_for(tmp_path_factory, text):
     place = tmp_path_factory.mktemp("fsdp")
-    (place / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments" / "base.yaml", place / "experiments")
-    (place / "experiments" / "tried.yaml").write_text(text)
+    experiments(place, text, "tried")
     return place
 
 

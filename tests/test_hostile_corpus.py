@@ -5,7 +5,6 @@ The cases stand in hostile_*.py. Some hold a program that would write the file `
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import hostile_models  # noqa: F401
 import hostile_shards  # noqa: F401
 import hostile_sources  # noqa: F401
 import pytest
+from homes import experiments
 from hostile import CASES
 
 from diffusion_pl.cli import main
@@ -40,9 +40,7 @@ trainer: {images: 32, checkpoint_every: 8, accelerator: cpu, precision: fp32}
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with experiments/ and a secret in the environment."""
-    (tmp_path / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments" / "base.yaml", tmp_path / "experiments")
-    (tmp_path / "experiments" / "tiny.yaml").write_text(TINY)
+    experiments(tmp_path, TINY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SECRET", "hunter2")
     return tmp_path

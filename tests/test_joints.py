@@ -79,7 +79,9 @@ def test_a_label_weighs_as_if_its_row_of_the_unit_matrix_had_unit_variance():
     condition = Condition(8, 16, classes=9)
     label = torch.tensor([3, 8, -1])
     noise = torch.tensor([0.1, -0.5, 2.0])
-    vector = condition.dense1(F.silu(condition.dense0(condition.noise(noise))))
+    phase = noise[:, None] * 10000 ** (-torch.arange(4) / 3)  # the last frequency is 1 / 10000
+    waves = torch.cat([phase.sin(), phase.cos()], dim=1)
+    vector = condition.dense1(F.silu(condition.dense0(waves)))
     rows = torch.zeros(3, 9)
     rows[0, 3] = rows[1, 8] = math.sqrt(9)
     expected = F.silu(vector + rows @ condition.label.weight.T)

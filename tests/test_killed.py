@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import time
 
 import pytest
 import torch
-from test_cli import ROOT
+from homes import experiments
 
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
@@ -58,9 +57,7 @@ trainer: {images: 960, checkpoint_every: 80, log_every: 800, accelerator: cpu, p
 
 @pytest.fixture
 def place(tmp_path):
-    (tmp_path / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments" / "base.yaml", tmp_path / "experiments")
-    (tmp_path / "experiments" / "pyramid.yaml").write_text(PYRAMID)
+    experiments(tmp_path, PYRAMID, "pyramid")
     return tmp_path
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import collections
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_cli import ROOT, TINY
+from homes import experiments
+from test_cli import TINY
 
 from diffusion_pl import locks
 from diffusion_pl.cli import main
@@ -30,9 +30,7 @@ SCRIPT = Path("runs/tiny/job.sbatch")
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with experiments/, where commands run; no job's variables."""
-    (tmp_path / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments" / "base.yaml", tmp_path / "experiments")
-    (tmp_path / "experiments" / "tiny.yaml").write_text(TINY)
+    experiments(tmp_path, TINY)
     (tmp_path / "experiments" / "shards.yaml").write_text(SHARDS)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from homes import SMALLEST, experiments
 from PIL import Image
-from test_cli import ROOT
 
 from diffusion_pl import locks, processes
 from diffusion_pl.cli import main
@@ -23,21 +23,15 @@ from diffusion_pl.training import sameness
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
 
-RUN = """# Photographs of one colour each (no published number)
-defaults: base
+RUN = (
+    "# Photographs of one colour each (no published number)\n"
+    + SMALLEST
+    + """\
 data:
   _target_: diffusion_pl.data.folder.ImageFolder
   path: photographs
   resolution: 8
   batch_size: 8
-network:
-  _target_: diffusion_pl.networks.song_unet.SongUNet
-  resolution: 8
-  model_channels: 8
-  channel_mult: [1]
-  blocks: 1
-  attention: []
-objective: {_target_: diffusion_pl.objectives.edm.EDM}
 ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20}
 sampler: {steps: 2}
 features: {name: pixels}
@@ -52,6 +46,7 @@ trainer:
   precision: fp32
   loggers: []
 """
+)
 
 
 def photograph(path, grey):
@@ -63,9 +58,7 @@ def photograph(path, grey):
 def begun(tmp_path_factory):
     """A folder with photographs, the experiment, a run of 16 images and one of 32."""
     folder = tmp_path_factory.mktemp("begun")
-    (folder / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments" / "base.yaml", folder / "experiments")
-    (folder / "experiments" / "tiny.yaml").write_text(RUN)
+    experiments(folder, RUN)
     for number in range(12):
         photograph(folder / "photographs" / f"{number:02}.png", 20 * number)
     with pytest.MonkeyPatch.context() as patch:

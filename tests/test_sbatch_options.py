@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
-from test_cli import ROOT, TINY
+from homes import experiments
+from test_cli import TINY
 
 from diffusion_pl.cli import main
 from diffusion_pl.commands.sbatch_options import see_options
@@ -64,9 +63,7 @@ def test_two_of_one_and_what_is_no_option_are_told():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    (tmp_path / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments" / "base.yaml", tmp_path / "experiments")
-    (tmp_path / "experiments" / "tiny.yaml").write_text(TINY)
+    experiments(tmp_path, TINY)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion_pl.networks.position import coordinates
-from diffusion_pl.networks.simple_layers import Head, ResBlock
+from diffusion_pl.networks.simple_layers import Head, ResBlock, Stem
 from diffusion_pl.networks.simple_unet import SimpleUNet
 from diffusion_pl.networks.uvit import Transformer, UViT
 from diffusion_pl.networks.wavelet import analyse, synthesise
@@ -127,6 +127,17 @@ def test_a_transformer_is_what_its_parts_say():
 
 
 @torch.no_grad()
+def test_the_stem_makes_images_small_by_wavelets_or_by_patches_that_do_not_overlap():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    by_bands, by_patches = Stem(3, 8, 2, "wavelet"), Stem(3, 8, 2, "patch")
+    torch.testing.assert_close(by_bands(x), by_bands.conv(analyse(analyse(x))))
+    patches = F.pixel_unshuffle(x, 4)  # (B, C 4 4, H / 4, W / 4)
+    weight = by_patches.conv.weight.flatten(1)
+    torch.testing.assert_close(by_patches(x), torch.einsum("oi,bihw->bohw", weight, patches))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("reduction", ["wavelet", "patch"])
 def test_the_head_is_a_norm_a_silu_and_a_convolution(reduction):
     torch.manual_seed(0)
@@ -138,10 +149,11 @@ def test_the_head_is_a_norm_a_silu_and_a_convolution(reduction):
 
 
 def test_halvings_at_the_input_count_for_the_resolution():
-    network = partial(UNET, halvings=1)()
-    network.check_resolution(20, 20)
-    with pytest.raises(ValueError, match="multiples of 4"):
-        network.check_resolution(18, 18)
+    for make in (UNET, UVIT):
+        network = make(halvings=1)
+        network.check_resolution(20, 20)
+        with pytest.raises(ValueError, match="multiples of 4"):
+            network.check_resolution(18, 18)
 
 
 @torch.no_grad()
@@ -315,6 +327,16 @@ def test_the_residual_u_vit_passes_around_its_inner_levels():
     with_levels = network(image(), LEVELS)
     torch.nn.init.normal_(network.up[0].weight)
     assert relative(network(image(), LEVELS), with_levels) > 1e-3
+
+
+@torch.no_grad()
+def test_without_residual_skips_the_inner_levels_come_back_as_they_are():
+    network, seen = awake(UVIT(residual=False)).eval(), []
+    network.middle[-1].register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    network.up[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    network(image(), LEVELS)
+    tokens, back = seen
+    assert torch.equal(back.flatten(2).transpose(1, 2), tokens)
 
 
 @torch.no_grad()

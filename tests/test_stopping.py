@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +10,8 @@ import time
 
 import pytest
 import torch
-from test_cli import ROOT, TINY
+from homes import experiments
+from test_cli import TINY
 
 from diffusion_pl import signals
 from diffusion_pl.training import checkpoint as checkpoints
@@ -28,9 +28,7 @@ LONG = LONG.replace("every: 16, count: 20", "every: 800, count: 20")
 def place(tmp_path_factory):
     """A folder with the experiment and a run of it that nobody stopped."""
     folder = tmp_path_factory.mktemp("place")
-    (folder / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments" / "base.yaml", folder / "experiments")
-    (folder / "experiments" / "tiny.yaml").write_text(LONG)
+    experiments(folder, LONG)
     assert finish(folder, "straight") == 0
     return folder
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from homes import trained
+from homes import SMALLEST, trained
 from safetensors.torch import save_file
 
 from diffusion_pl import config
@@ -25,17 +25,11 @@ from diffusion_pl.config import Config, ConfigError
 from diffusion_pl.config.strangers import is_strangers
 from diffusion_pl.training import checkpoint as checkpoints
 
-TINY = """# A tiny run for tests (no published number)
-defaults: base
+TINY = (
+    "# A tiny run for tests (no published number)\n"
+    + SMALLEST
+    + """\
 data: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 20, resolution: 8, batch_size: 4}
-network:
-  _target_: diffusion_pl.networks.song_unet.SongUNet
-  resolution: 8
-  model_channels: 8
-  channel_mult: [1]
-  blocks: 1
-  attention: []
-objective: {_target_: diffusion_pl.objectives.edm.EDM}
 ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20}
 sampler: {steps: 2}
 features: {name: pixels}
@@ -47,6 +41,7 @@ evaluation:
   metrics: [{_target_: diffusion_pl.metrics.frechet.Frechet}]
 trainer: {images: 8, checkpoint_every: 4, accelerator: cpu, precision: fp32, loggers: []}
 """
+)
 MINE = '''"""A package of the user's own; that it was imported shows."""
 from pathlib import Path
 
