@@ -92,6 +92,15 @@ def regular(path: Path) -> Path:
     return path
 
 
+def last_change(path: Path) -> int:
+    """When a file was last written, or another was put in its place; ns, 0 where it is gone."""
+    try:
+        state = path.stat()
+    except OSError:
+        return 0
+    return max(state.st_mtime_ns, state.st_ctime_ns)
+
+
 def small(path: Path, most: int = 1_000_000) -> bytes:
     """The content of a file of a few words, which others may have put there.
 

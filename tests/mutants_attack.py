@@ -33,4 +33,35 @@ MUTANTS = [
         ('r"[A-Za-z][A-Za-z0-9+.-]+:/"', 'r"[A-Za-z][A-Za-z0-9+.-]*:/"'),
         ('if equals and "/" not in key:', 'if equals and "://" not in key:'),
     ),
+    *at(
+        "data/relisting.py",
+        "prepare_labels",
+        ("if manifest.labels_from and originals.labels is not None:", "if False:"),
+        ("if other or (originals.class_names or None) !=", "if None !="),
+        ("if changed[i] > time]", "if changed[i] > time + 10**18]"),
+        ("if not is_as_made(originals, recipe, i, rows[places[i]])]", "]"),
+        (") == (len(data), zlib.crc32(data))", ")[:1] == (len(data),)"),
+    ),
+    *at(
+        "data/prepare.py",
+        "prepare_labels",
+        ("        _check_written(job, before)", "        abs(1)"),
+    ),
+    *at(
+        "data/originals_folder.py",
+        "prepare_labels",
+        ("changed=[listing.files.changed(each) for each in listing.names],", ""),
+    ),
+    *at("data/originals_tars.py", "prepare_labels", ("changed=_changes(files, places),", "")),
+    *at(
+        "data/originals_tables.py",
+        "prepare_labels",
+        ("changed=np.full(len(keys), last_change(path)),", ""),
+        ("np.diff([*firsts, starts[-1]])", "np.diff([*firsts, starts[-1]]) * 0"),
+    ),
+    *at(
+        "files.py",
+        "prepare_labels",
+        ("max(state.st_mtime_ns, state.st_ctime_ns)", "state.st_mtime_ns"),
+    ),
 ]

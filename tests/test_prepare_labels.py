@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import sys
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pyarrow
 import pytest
@@ -578,6 +581,83 @@ def test_a_source_that_has_grown_is_told(tmp_path, capsys):
         path.unlink()
     assert prepare(source, dest, resolutions="4") == 2
     assert "files of the same names are others now" in capsys.readouterr().err
+
+
+def shade(value: int, side: int = 8) -> bytes:
+    """A PNG that is not packed: images of other shades, files of one size."""
+    stored = io.BytesIO()
+    Image.new("L", (side, side), value).save(stored, "PNG", compress_level=0)
+    return stored.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet", "lmdb"])
+def test_an_image_that_another_of_the_same_size_has_replaced_is_told(kind, tmp_path, capsys):
+    def write(values: tuple[int, ...]) -> Path:
+        contents = {f"{i}.png": shade(value) for i, value in enumerate(values)}
+        if kind == "folder":
+            return fill(tmp_path / "src", contents)
+        if kind == "tar":
+            return tarred(tmp_path / "x.tar", contents)
+        if kind == "lmdb":
+            with (
+                lmdb.open(str(tmp_path / "x"), map_size=1 << 20) as base,
+                base.begin(write=True) as writing,
+            ):
+                for name, data in contents.items():
+                    writing.put(name.encode(), data)
+            return tmp_path / "x"
+        images = [{"bytes": data, "path": name} for name, data in contents.items()]
+        table = pyarrow.table({"image": images})
+        parquet.write_table(table, tmp_path / "x.parquet", compression="none")
+        return tmp_path / "x.parquet"
+
+    dest = tmp_path / "dest"
+    assert prepare(write((1, 2, 3)), dest, resolutions="4") == 0
+    capsys.readouterr()
+    # The same images in a file that was written anew are the same.
+    assert prepare(write((1, 2, 3)), dest, resolutions="4") == 0
+    assert "nothing to do" in capsys.readouterr().err
+    before = os.stat(write((1, 2, 3)))
+    source = write((1, 9, 3))
+    if kind == "folder":  # whoever copies keeps the time of the original, not that of the change
+        os.utime(source / "1.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert prepare(source, dest, resolutions="4") == 2
+    error = capsys.readouterr().err
+    assert "1 of the same name and size are other images" in error and error.count("\n") == 1
+
+
+def test_other_labels_of_the_same_images_are_told(tmp_path, capsys):
+    def write(labels: str) -> Path:
+        text = "file_name,label\n" + "".join(f"{i}.png,{c}\n" for i, c in enumerate(labels))
+        contents = {f"{i}.png": shade(i) for i in range(3)}
+        return fill(tmp_path / "src", contents | {"metadata.csv": text.encode()})
+
+    dest = tmp_path / "dest"
+    assert prepare(write("aba"), dest, resolutions="4") == 0
+    assert prepare(write("aba"), dest, resolutions="4") == 0
+    for labels, count in (("abb", 1), ("aca", 0)):
+        capsys.readouterr()
+        assert prepare(write(labels), dest, resolutions="4") == 2
+        assert f"labels of {count} images, or the classes' names" in capsys.readouterr().err
+
+
+def test_a_set_that_is_gone_on_with_holds_no_image_of_before(tmp_path, capsys, monkeypatch):
+    source = fill(tmp_path / "src", {f"{i}.png": shade(i) for i in range(4)})
+    dest, words = tmp_path / "dest", ("--shard-images", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusion_pl.data.write_shards.finish", lambda *_: sys.exit(1))
+        with pytest.raises(SystemExit):
+            prepare(source, dest, *words, resolutions="4")
+    (dest / "shards" / "000001.tar").unlink()
+    fill(source, {"3.png": shade(9), "1.png": shade(1)})  # of what is not made yet, and no other
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusion_pl.data.write_shards.finish", lambda *_: sys.exit(1))
+        with pytest.raises(SystemExit):
+            prepare(source, dest, *words, resolutions="4")
+    fill(source, {"1.png": shade(9)})
+    capsys.readouterr()
+    assert prepare(source, dest, *words, resolutions="4") == 2
+    assert "number 1, is another now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "parquet"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from diffusion_pl.files import regular
+from diffusion_pl.files import last_change, regular
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp"})
 
@@ -87,6 +87,9 @@ class Files(Protocol):
 
     def state(self, name: str) -> str:
         """What a change of the file changes, found without reading it."""
+
+    def changed(self, name: str) -> int:
+        """When it may last have changed in what `state` does not tell, ns; 0 for never."""
 
 
 def read_sample(folder: Path) -> dict[str, Any] | None:
@@ -195,6 +198,10 @@ class FolderFiles:
         except OSError:
             return ""
 
+    def changed(self, name: str) -> int:
+        """When it was last written or replaced."""
+        return last_change(self.path / name)
+
 
 @dataclass
 class ZipFiles:
@@ -297,6 +304,10 @@ class ZipFiles:
         """Its size and check sum."""
         entry = self._found()[name]
         return f"{entry.file_size} {entry.CRC}"
+
+    def changed(self, name: str) -> int:
+        """Never: its check sum tells."""
+        return 0
 
 
 def _path_of(entry: zipfile.ZipInfo) -> str:

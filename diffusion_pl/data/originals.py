@@ -83,6 +83,7 @@ class Originals:
         notes: what the user should know.
         names: of the images in order, None where they have none but their place.
         states: of each image, what a change of its file changes; None where `listing` tells.
+        changed: when the file of each was last written or replaced, ns; None where the others tell.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Originals:
     notes: list[str] = field(default_factory=list)
     names: list[str] | None = None
     states: list[str] | None = None
+    changed: Sequence[int] | npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)

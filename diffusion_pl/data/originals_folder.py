@@ -45,4 +45,5 @@ def open_folder(asked: Asked, name: str) -> Originals:
         notes=listing.notes,
         names=listing.names,
         states=[listing.files.state(each) for each in listing.names],
+        changed=[listing.files.changed(each) for each in listing.names],
     )

@@ -22,7 +22,7 @@ from diffusion_pl.data.layout import columns_named
 from diffusion_pl.data.lmdb_reading import Child
 from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
 from diffusion_pl.data.splits import of_split
-from diffusion_pl.files import regular
+from diffusion_pl.files import last_change, regular
 
 _LABELS = 1024  # rows read at a time
 _LONGEST_LABEL = 1000  # bytes
@@ -74,7 +74,13 @@ def open_lmdb(path: Path, name: str) -> Originals:
     finally:
         child.end()
     name = name.removesuffix("_lmdb").removesuffix("-data")
-    return Originals(name, _LmdbReader(path, keys), len(keys), digest_of(keys))
+    return Originals(
+        name,
+        _LmdbReader(path, keys),
+        len(keys),
+        digest_of(keys),
+        changed=np.full(len(keys), last_change(path)),
+    )
 
 
 @dataclass
@@ -230,6 +236,7 @@ def open_parquet(files: Sequence[Path], name: str, asked: Asked) -> Originals:
         reader=_ParquetReader(list(files), starts, groups, firsts, column),
         count=int(starts[-1]),
         listing=digest_of([*((f.name, f.stat().st_size) for f in files), column, label]),
+        changed=np.repeat([last_change(f) for f in files], np.diff([*firsts, starts[-1]])),
         labels=None if found is None else np.array(found.labels, dtype=np.int32),
         classes=0 if found is None else found.classes,
         class_names=None if found is None else found.names,

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from diffusion_pl.data.files import (
     CONTROL,
@@ -30,7 +31,7 @@ from diffusion_pl.data.files import (
 from diffusion_pl.data.labels import LIKE_LABELS, Numbered, in_order, numbered
 from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
 from diffusion_pl.data.splits import ALL, of_split
-from diffusion_pl.files import regular
+from diffusion_pl.files import last_change, regular
 
 _BLOCK = 512
 
@@ -77,6 +78,14 @@ class _TarReader:
         )
 
 
+def _changes(
+    files: Sequence[Path], places: Sequence[tuple[int, str, int, int]]
+) -> npt.NDArray[np.int64]:
+    """When the tar of each image last changed, ns."""
+    times = np.array([last_change(file) for file in files], dtype=np.int64)
+    return times[[number for number, *_ in places]]
+
+
 def open_tars(files: Sequence[Path], name: str, asked: Asked) -> Originals:
     """Samples in the order of the tars' names, then of the tar.
 
@@ -119,6 +128,7 @@ def open_tars(files: Sequence[Path], name: str, asked: Asked) -> Originals:
         reader=_TarReader([str(file) for file in files], places),
         count=len(places),
         listing=digest_of(places),
+        changed=_changes(files, places),
         labels=None if found is None else np.array(found.labels, dtype=np.int32),
         classes=0 if found is None else found.classes,
         class_names=None if found is None else found.names,

@@ -6,27 +6,31 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_pl import locks
 from diffusion_pl.data.files import is_leftover
 from diffusion_pl.data.originals import Asked, open_originals
 from diffusion_pl.data.recipe import CHANGED, STEPS, Recipe
-from diffusion_pl.data.relisting import check_unchanged, listed
+from diffusion_pl.data.relisting import check_unchanged, is_as_made, listed, written_since
 from diffusion_pl.data.shard_format import (
     MANIFEST,
     PROGRESS,
     SHARDS,
     Manifest,
+    key_of,
     write_atomically,
 )
 from diffusion_pl.data.shard_workers import too_many, write_all
-from diffusion_pl.files import regular
+from diffusion_pl.files import last_change, regular
 from diffusion_pl.names import refuse_class_names, refuse_name, shown
+
+if TYPE_CHECKING:
+    from diffusion_pl.data.write_shards import Job, Written
 
 _SETTINGS = "settings.json"
 _LOCK = "lock"
@@ -98,7 +102,7 @@ def prepare(
     if (folder / MANIFEST).exists():
         manifest = Manifest.read(folder)
         _same(asdict(manifest), request.settings(), folder)
-        note = check_unchanged(manifest, request.source, folder) if relist else None
+        note = check_unchanged(manifest, request.source, request.recipe, folder) if relist else None
         shutil.rmtree(folder / PROGRESS, ignore_errors=True)
         if note:
             manifest = replace(manifest, notes=[*(manifest.notes or []), note])
@@ -123,6 +127,7 @@ def prepare(
     with _claimed(folder, begun):
         job = Job(folder, originals, request.recipe, request.source.path)
         before = [(number, written(job, number)) for number in range(job.shards)]
+        _check_written(job, before)
         missing = [number for number, shard in before if shard is None]
         skipped = [text for _, shard in before if shard for text in shard.skipped.values()]
         if len(skipped) > skip_broken:
@@ -137,6 +142,26 @@ def prepare(
             report=lambda done: report(earlier, done, originals.count),
         )
         return finish(job, settings), False
+
+
+def _check_written(job: Job, before: Sequence[tuple[int, Written | None]]) -> None:
+    """See that finished shards are of what the source holds now.
+
+    Raises:
+        ValueError: an image was replaced since.
+    """
+    for number, shard in before:
+        if shard is None:
+            continue
+        kept = [index for index in job.images(number) if key_of(index) not in shard.skipped]
+        made = last_change(job.folder / shard.shard.file)
+        for index in written_since(job.originals, dict.fromkeys(kept, made)):
+            row = shard.rows[kept.index(index)]
+            if not is_as_made(job.originals, job.recipe, index, row):
+                raise ValueError(
+                    f"{job.folder}: holds another data set: of the source's images that are made "
+                    f"already one at least, number {index}, is another now; name another folder"
+                )
 
 
 def _check_place(folder: Path, source: str) -> None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import glob
 import json
 import tarfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from diffusion_pl.data.originals import Asked, Originals, digest_of, open_originals
-from diffusion_pl.data.shard_format import Manifest
-from diffusion_pl.files import regular
+from diffusion_pl.data.recipe import Recipe, versions
+from diffusion_pl.data.shard_format import Manifest, key_of, open_index
+from diffusion_pl.files import last_change, regular
 
 # Names are read out of the shards, a header an image: seconds for so many.
 _MOST_NAMED = 100_000
+# Images that are made again to be held against what was made of them: half a minute of large ones.
+_MOST_MADE = 2_000
 _SHOWN = 3
 
 
@@ -24,16 +32,17 @@ def listed(originals: Originals) -> dict[str, Any]:
     return kept | ({} if states is None else {"states": digest_of(states)})
 
 
-def check_unchanged(manifest: Manifest, asked: Asked, folder: Path) -> str | None:
+def check_unchanged(manifest: Manifest, asked: Asked, recipe: Recipe, folder: Path) -> str | None:
     """List the source again and hold it against what was prepared.
 
     Args:
         manifest: of the data set.
         asked: its source.
+        recipe: what was made of each image.
         folder: the data set's.
 
     Returns:
-        A note where the source is not there to be compared; None where it is the same.
+        A note where not all of the source could be compared; None where it is the same.
 
     Raises:
         ValueError: the source holds other images now; which, in one line.
@@ -44,13 +53,74 @@ def check_unchanged(manifest: Manifest, asked: Asked, folder: Path) -> str | Non
         return f"{asked.path} is not there any more, so it was not compared"
     _, originals = open_originals(asked, manifest.resolutions)
     then, now = manifest.source, listed(originals)
+    note = None
     if all(then.get(key, value) == value for key, value in now.items()):
-        return None
-    difference = _difference(manifest, originals, folder)
+        difference, note = _contents(manifest, originals, recipe, folder)
+        if not difference:
+            return note
+    else:
+        difference = _difference(manifest, originals, folder)
     raise ValueError(
         f"{folder}: prepared from {then.get('originals'):,} images of {asked.path}, which holds "
         f"{originals.count:,} now: {difference}; prepare into a new folder, or remove {folder} "
         f"and prepare it again"
+    )
+
+
+def _contents(
+    manifest: Manifest, originals: Originals, recipe: Recipe, folder: Path
+) -> tuple[str, str | None]:
+    """What differs though the names are the same, "" for nothing; and a note."""
+    rows = open_index(folder, manifest)
+    kept = [i for i in range(originals.count) if key_of(i) not in manifest.skipped]
+    if len(kept) != len(rows):  # not of this source, whatever its listing says
+        return "the source's images are others now", None
+    if manifest.labels_from and originals.labels is not None:
+        other = [
+            i for i, now in zip(kept, rows["label"], strict=True) if originals.labels[i] != now
+        ]
+        if other or (originals.class_names or None) != (manifest.class_names or None):
+            return f"the labels of {len(other):,} images, or the classes' names, are others", None
+    made = [last_change(folder / shard.file) for shard in manifest.shards]
+    places = {index: place for place, index in enumerate(kept)}
+    since = {index: made[rows["shard"][place]] for index, place in places.items()}
+    newer = written_since(originals, since)
+    if newer and manifest.versions != versions():
+        return "", (
+            f"{len(newer):,} images were written anew since; whether they are others can't be "
+            "told, for other versions of libraries made the set"
+        )
+    step = -(-len(newer) // _MOST_MADE) or 1
+    looked = newer[::step]
+    others = [i for i in looked if not is_as_made(originals, recipe, i, rows[places[i]])]
+    if others:
+        which = f" ({_some([originals.names[i] for i in others])})" if originals.names else ""
+        return f"{len(others):,} of the same name and size are other images{which}", None
+    if step > 1:
+        return "", (
+            f"{len(newer):,} images were written anew since; of {len(looked):,} that were compared "
+            "none is another"
+        )
+    return "", None
+
+
+def written_since(originals: Originals, since: Mapping[int, int]) -> list[int]:
+    """Images whose file was written or replaced after a time, ns, that is given for each."""
+    changed = originals.changed
+    return [] if changed is None else [i for i, time in since.items() if changed[i] > time]
+
+
+def is_as_made(originals: Originals, recipe: Recipe, index: int, row: npt.NDArray[np.void]) -> bool:
+    """Whether an image makes again what a row of the index was noted for."""
+    try:
+        original = originals.reader.read(index)
+        squares, _ = recipe.squares(original, where=original.name)
+    except ValueError:
+        return False
+    made = {side: recipe.encoded(pixels)[0] for side, pixels in squares.items()}
+    return all(
+        (row[f"length_{side}"], row[f"crc_{side}"]) == (len(data), zlib.crc32(data))
+        for side, data in made.items()
     )
 
 
