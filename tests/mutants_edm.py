@@ -68,8 +68,8 @@ MUTANTS = [
         "interop/edm_layout.py",
         "interop_edm parity_edm",
         ("_up\"", "_down\""),
-        ("config[\"num_blocks\"] + 1", "config[\"num_blocks\"]"),
-        ("\"dec.{at[0]}_aux\"", "\"enc.{at[0]}_aux\""),
+        ("blocks + 1", "blocks"),
+        ("\"dec.{sizes[0]}x{sizes[0]}_aux\"", "\"enc.{sizes[0]}x{sizes[0]}_aux\""),
     ),
     *at(
         "interop/edm.py",

@@ -25,6 +25,7 @@ _OBJECTIVES = (
     *_of("diffusion.uncertainty", "LearnedUncertainty"),
     *_of("objectives.ddpm", "DDPM", "DDPMBound", "VariationalBound"),
     *_of("objectives.edm", "EDM"),
+    *_of("objectives.edm2", "EDM2"),
     *_of("objectives.edm_iddpm", "IDDPM"),
     *_of("objectives.improved_ddpm", "Hybrid", "ImportanceSampled"),
     *_of("objectives.improved_ddpm", "ImprovedDDPM", "ImprovedDDPMBound", "ImprovedDDPMSimple"),
@@ -57,6 +58,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
     "network": (
         *_of("networks.adm", "ADM"),
         *_of("networks.ddpm_unet", "DDPMUNet"),
+        *_of("networks.edm2_unet", "EDM2UNet"),
         *_of("networks.linear_unet", "LinearUNet"),
         *_of("networks.simple_unet", "SimpleUNet"),
         *_of("networks.song_unet", "SongUNet"),

@@ -73,10 +73,10 @@ def trained_range(objective: TrainingObjective) -> tuple[float, float]:
 
 @runtime_checkable
 class RemembersSteps(Protocol):
-    """A module in an objective whose memory changes what is drawn next: told of every step.
+    """A module of an objective or a network that is told of every optimizer step.
 
     What it sees within a step may take effect only at the step's end; otherwise the number of
-    passes that a step is cut into would change the run.
+    passes that a step is cut into would change the run. The averages are moved after that.
     """
 
     def begin_step(self) -> None:

@@ -5,7 +5,7 @@
 | precond: EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond | objectives edm, vp, ve, edm_iddpm |
 | model_type: SongUNet, DhariwalUNet | networks song_unet.SongUNet, adm.ADM |
 
-The key names are in `edm_layout`.
+The key names are in `edm_layout`; files of EDM2, whose class is `Precond`, are read by `edm2`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from diffusion_pl import config as configs
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.interop import edm2
 from diffusion_pl.interop.denoisers import denoiser_of
 from diffusion_pl.interop.edm_layout import names, told
 from diffusion_pl.interop.pickles import Persistent, read_pickle, state_dict, tensors
@@ -71,7 +72,8 @@ def read(
     Args:
         path: such as edm-cifar10-32x32-uncond-vp.pkl or training-state-002500.pt.
         said: keys of the config that the user says, over the file's.
-        weights: of no use, a file holds one: the average, or in a training state the raw weights.
+        weights: "raw" for the raw weights of EDM2's training states; other files hold one: the
+            average, or in a training state the raw weights.
 
     Returns:
         The config, what the file says over what the weights' shapes tell, and the weights in
@@ -82,14 +84,15 @@ def read(
     """
     content = read_pickle(path)
     content = content if isinstance(content, dict) else {}
+    if edm2.holds(content):
+        return edm2.read(content, path, said or {}, weights)
     which = "net" if "ema" not in content and "net" in content else "ema"
     found = content.get(which)
     if not isinstance(found, Persistent) or found.name not in OBJECTIVES:
         name = found.name if isinstance(found, Persistent) else type(found).__name__
         raise ValueError(
-            f"{path}: {which!r} must be one of {', '.join(OBJECTIVES)} (got {name[:80]}); only "
-            "EDM's own network pickles and training states are read (EDM2's Precond and its "
-            "magnitude-preserving network have no equal here)"
+            f"{path}: {which!r} must be one of {', '.join(OBJECTIVES)} (got {name[:80]}) or "
+            f"{edm2.PRECOND}; only EDM's and EDM2's network pickles and training states are read"
         )
     state = state_dict(tensors(found), str(path))
     model = found.state["_modules"].get("model")
@@ -114,8 +117,12 @@ def _kwargs(module: Persistent) -> dict[str, Any]:
 
 
 def asked(config: Mapping[str, Any]) -> str | None:
-    """Nothing: the pickles say all."""
-    return None
+    """What is to be said of a file of EDM2, as an error line; EDM's pickles say all."""
+    return edm2.asked(config) if _of_edm2(config) else None
+
+
+def _of_edm2(config: Mapping[str, Any]) -> bool:
+    return config.get("precond") == edm2.PRECOND
 
 
 def notes(config: Mapping[str, Any]) -> list[str]:
@@ -131,6 +138,8 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a config without a published layout, by its first such key.
     """
+    if _of_edm2(config):
+        return edm2.nodes(config)
     _check(config)
     target, symbols = OBJECTIVES[config["precond"]]
     objective = {key: config[key] for key in symbols if key in config}
@@ -173,6 +182,8 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     Raises:
         ValueError: names the first key that is missing, surplus or of another shape.
     """
+    if _of_edm2(config):
+        return edm2.weights(config, state)
     with at_most(spare(len(state))), torch.device("meta"):
         network = configs.build(Config("edm", "checkpoint", nodes(config)), "network")
     found, used = {}, {"u"}  # iDDPM's table is made from C_1, C_2 and M

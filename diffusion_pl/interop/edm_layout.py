@@ -6,7 +6,7 @@ Their layers are named by resolution, `enc.16x16_block0`; ours are numbered as t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -90,27 +90,39 @@ def told(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def places(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Our modules and the published ones, in the order that they run."""
+    """Our modules and the published ones."""
     sizes = [config["img_resolution"] >> level for level in range(len(config["channel_mult"]))]
-    at = [f"{size}x{size}" for size in sizes]
     for name in ("map_noise", "map_label", "map_augment", "map_layer0", "map_layer1"):
         yield name, f"model.{name}"
-    yield "stem", f"model.enc.{at[0]}_conv"
+    yield from sides(sizes, config["num_blocks"], "model")
+    for level, size in enumerate(sizes[1:]):
+        yield f"auxiliary.{level}", f"model.enc.{size}x{size}_aux_residual"
+    last = f"dec.{sizes[0]}x{sizes[0]}_aux" if config["model_type"] == "SongUNet" else "out"
+    yield "out_norm", f"model.{last}_norm"
+    yield "out_conv", f"model.{last}_conv"
+
+
+def sides(sizes: Sequence[int], blocks: int, prefix: str) -> Iterator[tuple[str, str]]:
+    """The stem and the blocks of a U-Net, EDM's or EDM2's, ours and theirs as they run.
+
+    Args:
+        sizes: resolutions of the levels, from the full one down.
+        blocks: a level of the encoder.
+        prefix: of the network in the file.
+    """
+    at = [f"{size}x{size}" for size in sizes]
+    yield "stem", f"{prefix}.enc.{at[0]}_conv"
     number = count()
     for level, size in enumerate(at):
         if level:
-            yield f"encoder.{next(number)}", f"model.enc.{size}_down"
-            yield f"auxiliary.{level - 1}", f"model.enc.{size}_aux_residual"
-        for block in range(config["num_blocks"]):
-            yield f"encoder.{next(number)}", f"model.enc.{size}_block{block}"
-    yield "middle.0", f"model.dec.{at[-1]}_in0"
-    yield "middle.1", f"model.dec.{at[-1]}_in1"
+            yield f"encoder.{next(number)}", f"{prefix}.enc.{size}_down"
+        for block in range(blocks):
+            yield f"encoder.{next(number)}", f"{prefix}.enc.{size}_block{block}"
+    yield "middle.0", f"{prefix}.dec.{at[-1]}_in0"
+    yield "middle.1", f"{prefix}.dec.{at[-1]}_in1"
     number = count()
     for level in reversed(range(len(at))):
-        for block in range(config["num_blocks"] + 1):
-            yield f"decoder.{next(number)}", f"model.dec.{at[level]}_block{block}"
+        for block in range(blocks + 1):
+            yield f"decoder.{next(number)}", f"{prefix}.dec.{at[level]}_block{block}"
         if level:
-            yield f"decoder.{next(number)}", f"model.dec.{at[level - 1]}_up"
-    last = f"dec.{at[0]}_aux" if config["model_type"] == "SongUNet" else "out"
-    yield "out_norm", f"model.{last}_norm"
-    yield "out_conv", f"model.{last}_conv"
+            yield f"decoder.{next(number)}", f"{prefix}.dec.{at[level - 1]}_up"

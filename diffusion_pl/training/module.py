@@ -93,7 +93,8 @@ class DiffusionModule(lightning.LightningModule):
         self.totals = Totals()
         self.place: Place | None = None  # of the step that is being made
         self.masks = DropoutMasks(self.denoiser.network, seed)
-        parts = objective.modules() if isinstance(objective, nn.Module) else ()
+        parts = [*self.denoiser.modules()]
+        parts += objective.modules() if isinstance(objective, nn.Module) else ()
         self.memories = [part for part in parts if isinstance(part, RemembersSteps)]
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -37,6 +37,8 @@ class Settings:
             far stays as RUN/best/fid.ckpt.
         log_every: images between rows of the log.
         warmup: images over which the learning rate rises from 0.
+        decay_from: images from which on the rate falls as the root of this number over theirs, 0
+            for never (Karras 2024, section 2.3, the inverse square root).
         cooldown: images at the end of the budget over which it falls to 0, 0 for none; short runs
             end nearer to their best, and two seeds end alike.
         clip: largest global norm of the gradient, None for no clipping.
@@ -69,6 +71,7 @@ class Settings:
     keep_every: int | None = None
     keep_best: str | None = None
     warmup: int = 0
+    decay_from: int = 0
     cooldown: int = 0
     clip: float | None = None
     label_dropout: float = 0.0
@@ -95,7 +98,7 @@ class Settings:
             raise ValueError(f"devices must be at least 1, or auto (got {self.devices})")
         if self.device_batch_size is not None and self.device_batch_size < 1:
             raise ValueError(f"device_batch_size must be at least 1 (got {self.device_batch_size})")
-        for key in ("warmup", "cooldown"):
+        for key in ("warmup", "decay_from", "cooldown"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative (got {getattr(self, key)})")
         if self.keep_every is not None and (
@@ -135,12 +138,13 @@ class Settings:
         """Factor of the learning rate in the step that follows `images` images, in [0, 1].
 
         Linear up from 0, so the first step has rate 0 (Karras 2022, released code), and linear down
-        to reach 0 with the budget's end.
+        to reach 0 with the budget's end; between them 1, or falling from `decay_from` on.
         """
         rise = images / self.warmup if self.warmup else 1.0
         left = self.steps(batch_size) * batch_size - images
         fall = left / self.cooldown if self.cooldown else 1.0
-        return min(rise, fall, 1.0)
+        slow = math.sqrt(self.decay_from / max(images, self.decay_from)) if self.decay_from else 1.0
+        return min(rise, fall, 1.0) * slow
 
     def share_size(self, batch_size: int, world_size: int) -> int:
         """Images of a step on one device.

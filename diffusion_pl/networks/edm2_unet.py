@@ -1,0 +1,295 @@
+"""EDM2's U-Net: Karras, Aittala, Lehtinen, Hellsten, Aila & Laine, Analyzing and Improving the
+Training Dynamics of Diffusion Models, 2024, arXiv:2312.02696; its config G.
+
+| part | formula | where |
+|---|---|---|
+| layers | magnitude-preserving, see edm2_layers.py | App. B |
+| embedding | mp_silu(mp_sum(noise, label, 0.5)), the label one-hot times sqrt(classes) | Fig. 21 |
+| encoder's block | x to its width, pixel norm, then the residual branch | Fig. 21 |
+| residual branch | conv(drop(mp_silu(conv(mp_silu x) (1 + gain linear(embedding))))) | Fig. 21 |
+| sums | 0.3 of what a branch adds, for residuals and attention | section 2.5 |
+| skips | mp_cat at 0.5 | section 2.5 |
+| input | a channel of ones beside the image, for there are no biases | section 2.3 |
+| output | gain conv(x), the gain 0 at first | section 2.3 |
+| clip | activations within +-256, so that fp16 does not overflow | released code |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_pl.networks.dropout import Dropout
+from diffusion_pl.networks.edm2_layers import (
+    CosineAttention,
+    UnitFourier,
+    UnitLayer,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    normalize,
+)
+from diffusion_pl.networks.layers import float32_region, one_hot, refuse_resolution, run
+from diffusion_pl.networks.position import PositionEncoding
+from diffusion_pl.networks.song_layers import Resample
+
+
+class Block(nn.Module):
+    """A residual block of either side, with attention if asked.
+
+    Args:
+        channels_in: channels of x.
+        channels_out: channels of the result.
+        embedding: length of the embedding vector.
+        decoder: whether x goes to the residual branch as it comes; else it is first brought to
+            its width and normalised.
+        dropout: probability, before the second convolution.
+        attention: whether self-attention follows; under `head_channels` channels it has no head
+            and is left out.
+        resample: to change the resolution before all else, or None.
+        taps: of the resampling filter.
+        balance: share of the residual branch in the sum.
+        attention_balance: share of the attention in its sum.
+        head_channels: channels of a head.
+        clip: largest magnitude of an activation, None for no limit.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        embedding: int,
+        decoder: bool,
+        dropout: float,
+        attention: bool = False,
+        resample: Literal["halve", "double"] | None = None,
+        taps: Sequence[int] = (1, 1),
+        balance: float = 0.3,
+        attention_balance: float = 0.3,
+        head_channels: int = 64,
+        clip: float | None = 256.0,
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.balance = balance
+        self.clip = clip
+        self.dropout = dropout
+        self.drop = Dropout(dropout)
+        self.resample = None if resample is None else Resample(resample, taps)
+        self.conv0 = UnitLayer(channels_in if decoder else channels_out, channels_out, 3)
+        self.affine = UnitLayer(embedding, channels_out)
+        self.affine_gain = nn.Parameter(torch.zeros(1))
+        self.conv1 = UnitLayer(channels_out, channels_out, 3)
+        differ = channels_in != channels_out
+        self.skip = UnitLayer(channels_in, channels_out, 1) if differ else None
+        self.attention = None
+        heads = channels_out // head_channels
+        if attention and heads:
+            self.attention = CosineAttention(channels_out, heads, attention_balance)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, channels_in, H, W), (B, embedding) -> (B, channels_out, H', W')."""
+        if self.resample is not None:
+            x = self.resample(x)
+        if not self.decoder:
+            x = normalize(x if self.skip is None else self.skip(x), (1,))
+        hidden = self.conv0(mp_silu(x))
+        scale = 1 + self.affine(embedding, self.affine_gain)[:, :, None, None]
+        hidden = self.drop(mp_silu(hidden * scale.to(hidden.dtype)))
+        hidden = self.conv1(hidden)
+        if self.decoder and self.skip is not None:
+            x = self.skip(x)
+        x = mp_sum(x, hidden, self.balance)
+        if self.attention is not None:
+            x = self.attention(x)
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
+
+
+class EDM2UNet(nn.Module):
+    """EDM2's network; with 1,000 classes and 64 pixels EDM2-S, 280,209,253 parameters.
+
+    Who trains it calls `begin_step` before every optimizer step; `DiffusionModule` does.
+
+    Args:
+        resolution: H = W of the images it is built for; decides which levels have attention.
+        channels: image channels.
+        classes: number of labels, 0 for none.
+        model_channels: channels at multiplier 1: 128, 192, 256, 320, 384 are XS, S, M, L, XL.
+        channel_mult: multiplier of each level, from the full resolution down.
+        blocks: residual blocks a level in the encoder; the decoder has one more.
+        attention: resolutions whose blocks are each followed by self-attention.
+        dropout: probability in every block.
+        noise_mult: Fourier features of the noise level, in model_channels; the first level's
+            width if None.
+        embedding_mult: length of the embedding, in model_channels; the widest level's if None.
+        label_balance: share of the label in the embedding.
+        concat_balance: share of the skip connections.
+        residual_balance: share of the residual branch in a block.
+        attention_balance: share of the attention in a block.
+        head_channels: channels of an attention head.
+        clip: largest magnitude of a block's output, None for no limit.
+        resample_filter: taps of the filter between levels.
+        octaves: L of the position encoding that joins the image at the input, 0 for none.
+        frame: side of the full-resolution grid that positions refer to; the resolution if None.
+        variance: put out C channels more, what the network says of the reverse variance.
+        recompute: keep only what passes between blocks in training; the backward pass runs every
+            block again. Less memory for a third more time, the same numbers.
+
+    Raises:
+        ValueError: a resolution that the levels do not divide, a filter of odd length, or channels
+            that do not divide over the heads.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        channels: int = 3,
+        classes: int = 0,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        blocks: int = 3,
+        attention: Sequence[int] = (16, 8),
+        dropout: float = 0.0,
+        noise_mult: int | None = None,
+        embedding_mult: int | None = None,
+        label_balance: float = 0.5,
+        concat_balance: float = 0.5,
+        residual_balance: float = 0.3,
+        attention_balance: float = 0.3,
+        head_channels: int = 64,
+        clip: float | None = 256.0,
+        resample_filter: Sequence[int] = (1, 1),
+        octaves: int = 0,
+        frame: int | None = None,
+        variance: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.classes = classes
+        self.channels = channels
+        self.recompute = recompute
+        self.label_balance = label_balance
+        self.concat_balance = concat_balance
+        self.divisor = 2 ** (len(channel_mult) - 1)
+        self.check_resolution(resolution, resolution)
+        widths = [model_channels * multiplier for multiplier in channel_mult]
+        sizes = [resolution // 2**level for level in range(len(widths))]
+        features = widths[0] if noise_mult is None else model_channels * noise_mult
+        length = max(widths) if embedding_mult is None else model_channels * embedding_mult
+        self.fourier = UnitFourier(features)
+        self.map_noise = UnitLayer(features, length)
+        self.map_label = UnitLayer(classes, length) if classes else None
+
+        make = partial(
+            Block, embedding=length, dropout=dropout, taps=tuple(resample_filter),
+            balance=residual_balance, attention_balance=attention_balance,
+            head_channels=head_channels, clip=clip,
+        )  # fmt: skip
+        self.position = PositionEncoding(octaves, frame or resolution)
+        width = widths[0]
+        self.stem = UnitLayer(channels + self.position.channels + 1, width, 3)
+        skips = [width]
+        self.encoder = nn.ModuleList()
+        for level, (wanted, size) in enumerate(zip(widths, sizes, strict=True)):
+            if level:
+                self.encoder.append(make(width, width, decoder=False, resample="halve"))
+                skips.append(width)
+            for _ in range(blocks):
+                attends = size in attention
+                self.encoder.append(make(width, wanted, decoder=False, attention=attends))
+                width = wanted
+                skips.append(width)
+        self.middle = nn.ModuleList(
+            [make(width, width, decoder=True, attention=attends) for attends in (True, False)]
+        )
+        # Blocks that take a skip, and between levels one that doubles the resolution.
+        self.decoder = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            for _ in range(blocks + 1):
+                joined, attends = width + skips.pop(), sizes[level] in attention
+                self.decoder.append(make(joined, widths[level], decoder=True, attention=attends))
+                width = widths[level]
+            if level:
+                self.decoder.append(make(width, width, decoder=True, resample="double"))
+        self.out_conv = UnitLayer(width, 2 * channels if variance else channels, 3)
+        self.out_gain = nn.Parameter(torch.zeros(1))
+
+    def check_resolution(self, height: int, width: int) -> None:
+        """Raise ValueError unless the images can be halved between all levels."""
+        refuse_resolution(height, width, self.divisor)
+
+    def begin_step(self) -> None:
+        """Normalise the stored weights, before an optimizer step's first pass (Eq. 66).
+
+        The function is the same; without it weights grow under steps that are at right angles to
+        them, and the learning rate shrinks with that.
+        """
+        for layer in self.modules():
+            if isinstance(layer, UnitLayer):
+                layer.force()
+
+    def end_step(self) -> None:
+        """Nothing: the averages take the weights as the optimizer leaves them."""
+
+    def embed(self, c_noise: Tensor, label: Tensor | None) -> Tensor:
+        """Embed the condition in float32, whatever autocast says, (B, length).
+
+        Raises:
+            ValueError: labels given to a network without them.
+        """
+        with float32_region(c_noise.device):
+            vector = self.map_noise(self.fourier(c_noise))
+            if self.map_label is not None:
+                if label is None:
+                    label = torch.full(c_noise.shape, -1, device=c_noise.device)
+                # No label is a row of zeros, which still takes its share of the sum.
+                hot = one_hot(label, self.classes).to(vector.dtype) * math.sqrt(self.classes)
+                vector = mp_sum(vector, self.map_label(hot), self.label_balance)
+            elif label is not None:
+                raise ValueError("labels were given to a network without classes (classes: 0)")
+            return mp_silu(vector)
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        *,
+        label: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the raw network F.
+
+        Args:
+            x: preconditioned noisy images (B, C, H, W), sides divisible by 2^(levels - 1).
+            c_noise: (B,), the noise level in the preconditioning's own coordinate.
+            label: int64 (B,), 0 .. classes - 1, -1 for no label.
+            position: where the pixels lie in the full frame, in [0, 1], (B, 2, H, W) or
+                (2, H, W); None where x is the whole image.
+
+        Returns:
+            (B, C, H, W), or (B, 2 C, H, W) with `variance`.
+
+        Raises:
+            ValueError: a resolution that the levels do not divide, or a condition it does not take.
+        """
+        self.check_resolution(*x.shape[2:])
+        embedding = self.embed(c_noise, label)
+        x = self.position(x, position)
+        x = self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
+        skips = [x]
+        for block in self.encoder:
+            x = run(block, x, embedding, recompute=self.recompute)
+            skips.append(x)
+        for block in self.middle:
+            x = run(block, x, embedding, recompute=self.recompute)
+        for block in self.decoder:
+            if block.resample is None:
+                x = mp_cat(x, skips.pop(), self.concat_balance)
+            x = run(block, x, embedding, recompute=self.recompute)
+        return self.out_conv(x, self.out_gain)
