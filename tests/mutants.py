@@ -265,6 +265,8 @@ MUTANTS = [
         ("* batch_size - images", "* batch_size - 2 * images"),
         ("left / self.cooldown", "left / self.images"),
         ("min(rise, fall, 1.0)", "min(rise, 1.0)"),
+        ("math.sqrt(self.decay_from / max", "(self.decay_from / max"),
+        ("max(images, self.decay_from)", "(images + self.decay_from)"),
     ),
     *at(
         "training/history.py",

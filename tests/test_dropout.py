@@ -11,6 +11,7 @@ from torch import nn
 from diffusion_pl.networks.adm import ADM
 from diffusion_pl.networks.ddpm_unet import DDPMUNet
 from diffusion_pl.networks.dropout import PLACES, Dropout
+from diffusion_pl.networks.edm2_unet import EDM2UNet
 from diffusion_pl.networks.linear_unet import LinearUNet
 from diffusion_pl.networks.simple_unet import SimpleUNet
 from diffusion_pl.networks.song_unet import SongUNet
@@ -27,6 +28,7 @@ NETWORKS = {
         DDPMUNet, model_channels=8, channel_mult=(1, 2), blocks=1, attention=(8,), groups=4
     ),
     "adm": partial(ADM, model_channels=8, channel_mult=(1, 2), blocks=1, attention=(8,)),
+    "edm2": partial(EDM2UNet, model_channels=8, channel_mult=(1, 2), blocks=1, attention=()),
     "simple": partial(
         SimpleUNet, model_channels=8, channel_mult=(1, 2), blocks=(1, 1), attention=(8,), heads=1,
         embedding_channels=16,

@@ -33,6 +33,7 @@ def named(letter, kind):
         ("ffhq64_edm", 61_805_571),
         ("afhqv2_64_edm_ve", 62_761_091),
         ("imagenet64_edm", 295_899_267),
+        ("imagenet64_edm2", 280_209_253),
     ],
 )
 def test_networks_have_the_published_number_of_parameters(name, parameters):
@@ -101,6 +102,11 @@ def test_the_64_pixel_runs_have_the_published_settings():
                            "ema.half_life": 50_000_000, "sampler.integrate.S_churn": 40.0,
                            "sampler.integrate.S_tmin": 0.05, "sampler.integrate.S_tmax": 50.0,
                            "sampler.integrate.S_noise": 1.003, "network.dropout": 0.1},
+        # Karras 2024, Table 6, and the released preset edm2-img64-s.
+        "imagenet64_edm2": {"data.batch_size": 2048, "optimizer.lr": 1e-2, "network.dropout": 0.0,
+                            "optimizer.betas": [0.9, 0.99], "trainer.images": 1024 << 20,
+                            "trainer.decay_from": 35_000 * 2048, "trainer.warmup": 10_000_000,
+                            "objective.P_mean": -0.8, "objective.P_std": 1.6, "sampler.steps": 32},
     }  # fmt: skip
     for name, settings in published.items():
         experiment = read(name)

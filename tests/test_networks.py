@@ -12,6 +12,7 @@ from published import Fixture, ddpm_unet, song_unet
 from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.networks.adm import ADM
 from diffusion_pl.networks.ddpm_unet import DDPMUNet
+from diffusion_pl.networks.edm2_unet import EDM2UNet
 from diffusion_pl.networks.position import coordinates
 from diffusion_pl.networks.song_layers import FourierEmbedding, Resample
 from diffusion_pl.networks.song_unet import SongUNet
@@ -31,6 +32,7 @@ NETWORKS = {
     "ncsn++": partial(SongUNet, 16, classes=5, dropout=0.0, **SMALL, **NCSNPP),
     "adm": partial(ADM, 16, classes=5, dropout=0.0, **WIDE),
     "ddpm": partial(DDPMUNet, 16, classes=5, dropout=0.0, groups=8, **SMALL),
+    "edm2": partial(EDM2UNet, 16, classes=5, dropout=0.0, **WIDE),
 }
 
 
@@ -194,7 +196,7 @@ def test_bf16_stays_near_float32(name):
     exact = network(x, c_noise)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = network(x, c_noise)
-        embedding = network.embed(c_noise, *[None] * (1 if name == "ddpm" else 2))
+        embedding = network.embed(c_noise, *[None] * (1 if name in ("ddpm", "edm2") else 2))
     assert relative(rounded, exact) < 2e-2  # bf16 has 8 bits: 4e-3 a rounding
     assert embedding.dtype == torch.float32
 

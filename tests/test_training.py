@@ -282,6 +282,17 @@ def test_the_rate_falls_to_zero_over_the_cooldown():
         Settings(images=100, checkpoint_every=100, cooldown=-1)
 
 
+def test_the_rate_falls_with_the_root_of_the_images_from_where_it_is_told():
+    settings = Settings(images=1000, checkpoint_every=100, warmup=20, decay_from=40)
+    # Karras 2024: 1 / sqrt(max(t / t_ref, 1)), times the warm-up.
+    rates = [settings.rate(images, 10) for images in (0, 10, 20, 40, 90, 160, 640)]
+    assert rates == pytest.approx([0, 0.5, 1, 1, 2 / 3, 0.5, 0.25])
+    both = Settings(images=1000, checkpoint_every=100, decay_from=40, cooldown=500)
+    assert both.rate(750, 10) == pytest.approx(0.5 * math.sqrt(40 / 750))
+    with pytest.raises(ValueError, match="decay_from must not be negative"):
+        Settings(images=100, checkpoint_every=100, decay_from=-1)
+
+
 def test_the_rate_rises_from_zero_over_the_warm_up(go):
     go_settings = {"warmup": 32, "log_every": 8}
     folder, _ = go(experiment(settings=go_settings))

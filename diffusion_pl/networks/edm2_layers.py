@@ -33,8 +33,8 @@ def normalize(x: Tensor, dims: Sequence[int]) -> Tensor:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=wide)
-    root = norm / math.sqrt(math.prod(x.shape[dim] for dim in dims))
-    return x / (root + EPS).to(x.dtype)
+    count = math.prod([x.shape[dim] for dim in dims])
+    return x / (norm / math.sqrt(count) + EPS).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:
