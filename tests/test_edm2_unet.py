@@ -12,7 +12,10 @@ from functools import partial
 import pytest
 import torch
 from test_training import experiment
-from torch import nn
+from torch import distributed, nn
+from torch.distributed import HashStore
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from diffusion_pl import config as configs
 from diffusion_pl.config import Config
@@ -32,6 +35,7 @@ from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.objectives.edm2 import EDM2
 from diffusion_pl.signals import Wish
 from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training import sharding
 from diffusion_pl.training.run import fit
 
 F64 = torch.float64
@@ -141,6 +145,20 @@ def test_a_layers_rows_have_norm_one_at_any_stored_scale(side):
     torch.testing.assert_close(layer(x), before, rtol=5e-4, atol=1e-6)
     length = magnitude(layer.weight.detach(), tuple(range(1, layer.weight.ndim)))
     torch.testing.assert_close(length, torch.ones_like(length), rtol=1e-3, atol=0)
+
+
+def test_a_weight_that_is_spread_over_devices_is_normalised_in_its_parts():
+    layer = UnitLayer(6, 9, 3)
+    expected = layer.normalized().detach()
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        spread = sharding.spread(layer.weight, DeviceMesh("cpu", [0]))
+        layer.weight = nn.Parameter(spread)
+        layer.force()
+        assert isinstance(layer.weight.data, DTensor)
+        torch.testing.assert_close(sharding.part(layer.weight), expected)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_layers_gradient_is_at_right_angles_to_its_rows():

@@ -325,10 +325,10 @@ def test_a_config_without_bounds_is_refused_by_its_key(change):
     assert len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("name", ["Precond", "EDM2Precond", "VPPrecond2"])
+@pytest.mark.parametrize("name", ["EDM2Precond", "VPPrecond2"])
 def test_a_network_of_another_class_is_refused_by_its_name(tmp_path, packages, name):
     network_pickle(tmp_path / "n.pkl", LAYOUTS["adm"] | {"precond": name}, {})
-    with pytest.raises(ValueError, match=rf"got {name}\)"):
+    with pytest.raises(ValueError, match=rf"got {name}\) or Precond"):
         edm.read(tmp_path / "n.pkl")
 
 

@@ -85,10 +85,11 @@ def read(
     if isinstance(found, Persistent):
         if weights == "raw":
             raise ValueError(f"{path}: holds an average alone; leave out --weights raw")
-        state = state_dict(tensors(found), str(path))
-        unet = found.state["_modules"].get("unet")
+        modules = found.state.get("_modules")
+        unet = modules.get("unet") if isinstance(modules, dict) else None
         if not isinstance(unet, Persistent) or unet.name != "UNet":
             raise ValueError(f"{path}: the network must be a UNet {got(getattr(unet, 'name', 0))}")
+        state = state_dict(tensors(found), str(path))
         config = _kwargs(unet) | _kwargs(found)
         encoder = content.get("encoder")
         if isinstance(encoder, Persistent):
