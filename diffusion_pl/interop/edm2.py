@@ -95,8 +95,8 @@ def read(
         if isinstance(encoder, Persistent):
             config["encoder"] = encoder.name
         loss = content.get("loss_fn")
-        numbers = loss.state if isinstance(loss, Persistent) and loss.name == LOSS else {}
-        about = []
+        numbers: Any = loss.state if isinstance(loss, Persistent) and loss.name == LOSS else {}
+        about: list[str] = []
     else:
         chosen, about = _chosen(content, said, weights)
         state = state_dict(chosen, str(path))
@@ -116,7 +116,9 @@ def _kwargs(module: Persistent) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {}
 
 
-def _chosen(content: Mapping[str, Any], said: Mapping[str, Any], weights: str) -> tuple[Any, list]:
+def _chosen(
+    content: Mapping[str, Any], said: Mapping[str, Any], weights: str
+) -> tuple[Any, list[str]]:
     """The weights of a training state that are asked for, and what is to be said of them."""
     if weights == "raw":
         return content["net"], ["raw weights of a training state"]
