@@ -1,4 +1,5 @@
 # Everything that is done with this project; `make` alone lists it.
+# Folders stand as "$$RUN", from the environment that make gives, so that they may hold spaces.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -6,8 +7,8 @@ RUN_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check data train slurm preempt sample enlarge evaluate reference sweep \
-	experiments test test-slow test-faults test-slurm mutants soak ci-fid bench clean
+.PHONY: help setup check data train slurm preempt sample enlarge evaluate export import \
+	reference sweep experiments test test-slow test-faults test-slurm mutants soak ci-fid bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -20,33 +21,39 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 data: $(STAMP)  ## make shards: SOURCE=photographs DEST=data/cats RES=256,128,64 [ARGS="--fit pad ..."]
-	@$(RUN_PYTHON) -m diffusion_pl prepare $(SOURCE) $(DEST) --resolutions $(RES) $(ARGS)
+	@$(RUN_PYTHON) -m diffusion_pl prepare $(if $(SOURCE),"$$SOURCE") $(if $(DEST),"$$DEST") --resolutions $(RES) $(ARGS)
 
 train: $(STAMP)  ## train EXP=quickstart [SET="optimizer.lr=1e-4 ..."] [RUN=runs/name]; again: goes on
-	@$(RUN_PYTHON) -m diffusion_pl train $(EXP) $(SET) $(if $(RUN),--run $(RUN))
+	@$(RUN_PYTHON) -m diffusion_pl train $(EXP) $(SET) $(if $(RUN),--run "$$RUN")
 
 sample: $(STAMP)  ## draw images: RUN=runs/quickstart [COUNT=64] [ARGS="--sampler heun --steps 9 ..."]
-	@$(RUN_PYTHON) -m diffusion_pl sample $(RUN) --count $(or $(COUNT),64) $(ARGS)
+	@$(RUN_PYTHON) -m diffusion_pl sample $(if $(RUN),"$$RUN") --count $(or $(COUNT),64) $(ARGS)
 
 slurm: $(STAMP)  ## train on a cluster: EXP=... NODES=4 GPUS=8 TIME=24:00:00 [TASKS=8] [ARGS="--sweep ..."]
 	@$(RUN_PYTHON) -m diffusion_pl launch $(EXP) $(SET) --nodes $(or $(NODES),1) \
 		$(if $(TASKS),--tasks $(TASKS),--gpus $(or $(GPUS),1)) --time $(or $(TIME),24:00:00) \
-		$(if $(RUN),--run $(RUN)) $(ARGS)
+		$(if $(RUN),--run "$$RUN") $(ARGS)
 
 preempt:  ## have a job stop as before its limit, requeued where it stood: JOB=1234
 	scancel --signal=USR1 $(JOB)
 
 enlarge: $(STAMP)  ## super-resolution: RUN=runs/... IMAGES="a.png folder" [TO=256] [ARGS="--restart 2 ..."]
-	@$(RUN_PYTHON) -m diffusion_pl enlarge $(RUN) $(IMAGES) $(if $(TO),--to $(TO)) $(ARGS)
+	@$(RUN_PYTHON) -m diffusion_pl enlarge $(if $(RUN),"$$RUN") $(IMAGES) $(if $(TO),--to $(TO)) $(ARGS)
 
 evaluate: $(STAMP)  ## measure a run: RUN=runs/quickstart [ARGS="--count 1000 ..."]
-	@$(RUN_PYTHON) -m diffusion_pl evaluate $(RUN) $(ARGS)
+	@$(RUN_PYTHON) -m diffusion_pl evaluate $(if $(RUN),"$$RUN") $(ARGS)
+
+export: $(STAMP)  ## weights for others: RUN=runs/quickstart [DEST=quickstart.safetensors] [ARGS=...]
+	@$(RUN_PYTHON) -m diffusion_pl export $(if $(RUN),"$$RUN") $(if $(DEST),"$$DEST","$${RUN%/}.safetensors") $(ARGS)
+
+import: $(STAMP)  ## a run of others' weights: SOURCE=... RUN=runs/name [KIND=safetensors] [ARGS=...]
+	@$(RUN_PYTHON) -m diffusion_pl import $(or $(KIND),safetensors) $(if $(SOURCE),"$$SOURCE") $(if $(RUN),"$$RUN") $(ARGS)
 
 reference: $(STAMP)  ## statistics of real images: DATA=photographs [ARGS="--resolution 64 ..."]
 	@$(RUN_PYTHON) -m diffusion_pl reference $(DATA) $(ARGS)
 
 sweep: $(STAMP)  ## measure many samplers: RUN=runs/... ARGS="--steps 5,9,18 --samplers heun,deis"
-	@$(RUN_PYTHON) -m diffusion_pl sweep $(RUN) $(ARGS)
+	@$(RUN_PYTHON) -m diffusion_pl sweep $(if $(RUN),"$$RUN") $(ARGS)
 
 experiments: $(STAMP)  ## list the experiments with their published numbers
 	@$(RUN_PYTHON) -m diffusion_pl experiments
@@ -84,7 +91,7 @@ ci-fid: $(STAMP)  ## train a small recipe on CIFAR-10 and compare its distance w
 
 bench: $(STAMP)  ## measure BENCH=networks, samplers, loop, commands, data, metrics, memory, scaling; pyramid RUN=...
 	@for name in $(or $(BENCH),networks samplers loop commands data metrics); do \
-		$(RUN_PYTHON) -m benchmarks.$$name $(RUN) $(OTHER) || exit 1; done
+		$(RUN_PYTHON) -m benchmarks.$$name $(if $(RUN),"$$RUN") $(OTHER) || exit 1; done
 
 clean:  ## remove the environment and caches; runs and data stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
