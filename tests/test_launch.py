@@ -454,3 +454,13 @@ def test_what_slurm_refuses_is_told_in_its_words(launch, place, monkeypatch, cap
     assert main(["launch", "tiny", "--tasks", "1"]) == 2
     err = capsys.readouterr().err
     assert "error: runs/tiny/job.sbatch: SLURM refuses it (invalid partition specified: x)" in err
+
+
+def test_other_data_is_consented_to_in_the_jobs_own_command(launch):
+    words = ("tiny", "--tasks", "1")
+    assert launch(*words)[0] == 0
+    assert "--data-changed" not in SCRIPT.read_text()
+    assert launch(*words, "--data-changed")[0] == 0
+    lines = [line for line in SCRIPT.read_text().splitlines() if "--data-changed" in line]
+    assert len(lines) == 2  # what was typed, and what the job hands to `train`
+    assert lines[0].startswith("#") and "WORDS=(tiny " in lines[1]

@@ -61,6 +61,9 @@ def add_launch(part: argparse.ArgumentParser) -> None:
         metavar="OPTION",
         help="as --sbatch=--partition=gpu",
     )
+    part.add_argument(
+        "--data-changed", action="store_true", help="go on with other data than until now"
+    )
     part.add_argument("--dry-run", action="store_true", help="write the script, do not submit it")
     part.add_argument("--inside", action="store_true", help="the check that the script begins with")
 

@@ -83,11 +83,12 @@ def _job(options: argparse.Namespace) -> Job:
         refuse_name(base.resolve().name, shown(str(base)), "name another folder with --run")
     words = (options.experiment, *options.overrides)
     place = Path.cwd()
+    tasks = sbatch.tasks_of(
+        base, words, options.sweep, _devices(options, experiment, ranks), options.allow
+    )
     return Job(
         folder=base,
-        tasks=sbatch.tasks_of(
-            base, words, options.sweep, _devices(options, experiment, ranks), options.allow
-        ),
+        tasks=[dataclasses.replace(task, data_changed=options.data_changed) for task in tasks],
         nodes=options.nodes,
         ranks=ranks,
         on_gpu=on_gpu,
@@ -151,6 +152,7 @@ def _command(options: argparse.Namespace) -> str:
         if getattr(options, name) is not None:
             words += [f"--{name}", getattr(options, name)]
     words += [word for sweep in options.sweep for word in ("--sweep", sweep)]
+    words += ["--data-changed"] if options.data_changed else []
     words += [f"--allow={name}" for name in options.allow]
     words += [f"--sbatch={option}" for option in options.sbatch]
     return shlex.join(["python", "-m", "diffusion_pl", *map(str, words)])

@@ -35,15 +35,18 @@ class Task:
         run: the run's folder.
         words: what follows `train`: the experiment and its overrides.
         allow: what the experiment's file is trusted with, by name.
+        data_changed: whether it goes on with other data than until now.
     """
 
     run: Path
     words: tuple[str, ...]
     allow: tuple[str, ...] = ()
+    data_changed: bool = False
 
     def line(self) -> tuple[str, ...]:
         """The words after `train` on a command line."""
-        return (*self.words, *(f"--allow={name}" for name in self.allow))
+        changed = ["--data-changed"] if self.data_changed else []
+        return (*self.words, *(f"--allow={name}" for name in self.allow), *changed)
 
 
 @dataclass(frozen=True)
