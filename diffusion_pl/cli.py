@@ -22,6 +22,7 @@ from typing import NoReturn
 from diffusion_pl import locks
 from diffusion_pl.addresses import masked, refuse_credentials
 from diffusion_pl.commands import arguments as measuring
+from diffusion_pl.commands import results
 from diffusion_pl.commands.safety import refuse_unsafe
 from diffusion_pl.files import of_the_machine
 from diffusion_pl.names import refuse_controls, shown
@@ -109,6 +110,8 @@ def _run(options: argparse.Namespace) -> int:
         refuse_unsafe(os.environ)
     except ValueError as error:
         return _bad(error)
+    if sys.stderr.isatty() and not _is_later_rank():  # libraries take seconds to be read
+        print(f"{options.command}: starting ...", file=sys.stderr, flush=True)
     # `import` is a word of the language, so its module is import_.
     name = options.command + "_" * keyword.iskeyword(options.command)
     command = importlib.import_module(f"diffusion_pl.commands.{name}")
@@ -252,6 +255,8 @@ def parser() -> Parser:
     _add_enlarge(parts["enlarge"])
     _add_latents(parts)
     _add_exchange(parts)
+    for name in ("prepare", "sample", "evaluate", "import", "export"):
+        results.add(parts[name])
     return top
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 import stat
@@ -99,6 +100,22 @@ def last_change(path: Path) -> int:
     except OSError:
         return 0
     return max(state.st_mtime_ns, state.st_ctime_ns)
+
+
+def nearest(path: Path) -> Path | None:
+    """What lies where a path was looked for and is called nearly so; None where the path is there.
+
+    Args:
+        path: as it was typed.
+    """
+    if path.exists():
+        return None
+    try:
+        names = [each.name for each in path.parent.iterdir() if not each.name.startswith(".")]
+    except OSError:
+        return None
+    found = difflib.get_close_matches(path.name, names, 1)
+    return path.parent / found[0] if found else None
 
 
 def small(path: Path, most: int = 1_000_000) -> bytes:

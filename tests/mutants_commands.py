@@ -160,7 +160,7 @@ MUTANTS = [
     *at(
         "commands/import_.py",
         "class_names",
-        ("    if names:\n", "    if not names:\n"),
+        ("    if names:\n        whole", "    if not names:\n        whole"),
     ),
     *at(
         "interop/weights.py",

@@ -107,7 +107,7 @@ MUTANTS = [
     *at(
         "commands/evaluate.py",
         "commands_measure",
-        ("if options.reference is None:", "if False:"),
+        ("if options.reference is None and origin is None:", "if False:"),
         ("len(given.real) // options.blocks)", "len(given.real))"),
     ),
     *at(

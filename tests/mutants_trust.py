@@ -131,16 +131,10 @@ MUTANTS = [
     *at(
         "commands/evaluate.py",
         "trust",
-        ("trust.data_of(opened.model.config)", 'config.build(opened.model.config, "data")'),
         ("trust.extractor_of(experiment)", 'config.build(experiment, "features")'),
     ),
     *at(
-        "commands/likelihood.py",
-        "trust",
-        ("trust.data_of(opened.model.config)", 'trust.config.build(opened.model.config, "data")'),
-    ),
-    *at(
-        "commands/losses.py",
+        "commands/runs.py",
         "trust",
         ("trust.data_of(experiment)", 'config.build(experiment, "data")'),
     ),
@@ -184,9 +178,13 @@ MUTANTS = [
     *at(
         "commands/train.py",
         "names",
-        ("re.fullmatch(r", "re.match(r"),
-        ("sample {shlex.quote(name)}", "sample {name}"),
         ("shown(str(row['name']))", "row['name']"),
+    ),
+    *at(
+        "commands/following.py",
+        "names",
+        ("re.fullmatch(r", "re.match(r"),
+        ("{shlex.join(map(str, words))}", "{' '.join(map(str, words))}"),
     ),
     *at(
         "commands/sbatch.py",

@@ -20,7 +20,7 @@ from test_launch_script import job  # noqa: F401 - a fixture
 from test_trust import TINY
 
 from diffusion_pl.cli import main
-from diffusion_pl.commands import sbatch, settling, sweep, train
+from diffusion_pl.commands import following, sbatch, settling, sweep
 from diffusion_pl.commands.sbatch import Job, Task
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.originals import Asked
@@ -277,11 +277,12 @@ def test_statistics_of_others_are_named_plainly(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["runs/a b", "runs/$(touch ran)", "runs/it's", "runs/[x]", "a;b"])
-def test_what_is_printed_to_be_typed_names_the_folder_and_runs_nothing(name, tmp_path):
-    command = train.sample_command(Path(name))
+def test_what_is_printed_to_be_typed_names_the_folder_and_runs_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = following.sample(Path(name))  # with our Makefile at hand, as the tests run
     assert "make" not in command  # which would split it or run it, however it is quoted
     done = subprocess.run(
-        ["bash", "-c", command.replace("python -m diffusion_pl", "printf '%s\\n'")],
+        ["bash", "-c", command.replace(following.command(), "printf '%s\\n' ")],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -291,8 +292,9 @@ def test_what_is_printed_to_be_typed_names_the_folder_and_runs_nothing(name, tmp
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_plain_folder_is_named_to_make(tmp_path):
-    assert train.sample_command(Path("runs/a,b=1e-3")) == "make sample RUN=runs/a,b=1e-3 COUNT=64"
+def test_a_plain_folder_is_named_to_make(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert following.sample(Path("runs/a,b=1e-3")) == "make sample RUN=runs/a,b=1e-3 COUNT=64"
 
 
 # The job's script.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,8 +12,13 @@ from torch import nn
 from diffusion_pl import config
 from diffusion_pl.commands import parts, sampling
 from diffusion_pl.config import Config
+from diffusion_pl.data.folder import ImageFolder
+from diffusion_pl.data.remote import is_remote
+from diffusion_pl.data.shard_format import MANIFEST, Manifest
+from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.objective import TrainingObjective
+from diffusion_pl.files import nearest
 from diffusion_pl.names import shown
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.training.ema import EMA
@@ -53,6 +59,7 @@ def meaning(
     network = parts.meta_network(experiment)
     for title, text in [
         ("network", _network(experiment, network)),
+        ("data", _data(experiment)),
         ("batch", _batch(experiment)),
         ("strategy", _strategy(experiment, objective)),
         ("sizes", _sizes(experiment, network)),
@@ -73,6 +80,36 @@ def _network(experiment: Config, network: nn.Module) -> str:
         raise experiment.error("network", str(error)) from error
     size = f"{data.channels} x {data.resolution} x {data.resolution}"
     return f"{type(network).__name__}, {count:,} parameters, for images of {size}"
+
+
+def _data(experiment: Config) -> str:
+    """What lies at the data's path; nothing where only the start of a run can tell."""
+    source = config.build(experiment, "data")
+    if not isinstance(source, Shards | ImageFolder) or is_remote(source.path):
+        return ""
+    path = Path(source.path)
+    made = isinstance(source, Shards) and source.made_of is not None
+    if not path.exists():
+        near = nearest(path)
+        beside = "" if near is None else f"; {near} is"
+        return f"{path} is made at the first start" if made else f"{path} is not there{beside}"
+    if isinstance(source, ImageFolder):
+        return f"{path} is there"
+    if made and not (path / MANIFEST).exists():
+        return f"{path} is made at the first start"
+    try:
+        source.prepare()  # what is made already is only looked at
+        manifest = Manifest.read(path)
+        classes = experiment.get("network").get("classes", 0)
+        if classes not in (0, manifest.classes):
+            raise ValueError(
+                f"{path}: has {manifest.classes} classes, network.classes is {classes}; "
+                f"set network.classes={manifest.classes}"
+            )
+    except ValueError as error:
+        raise experiment.error("data", str(error)) from error
+    of = f", {manifest.classes:,} classes" if manifest.classes else ""
+    return f"{path}: {manifest.count:,} images at {manifest.resolutions} px{of}"
 
 
 def _share_size(experiment: Config, settings: Settings) -> int:

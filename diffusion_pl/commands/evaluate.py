@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import sys
@@ -20,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from diffusion_pl import config
-from diffusion_pl.commands import data_sets, following, parts, runs, trust
+from diffusion_pl.commands import data_sets, following, parts, results, runs, trust
 from diffusion_pl.commands.asked import Asked
 from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
 from diffusion_pl.evaluation import Evaluation, reference_of
@@ -68,14 +69,19 @@ def run(options: argparse.Namespace) -> int:
         refuse_drawing(options)
         given = open_given(target, options.device)
         drawn, about = given, {"source": given.source}
-        extractor = extractor_of(options, None)
-        if options.reference is None:
+        origin = drawn_by(options, given.drawn)
+        if options.reference is None and origin is None:
             raise ValueError(f"{target}: images are compared with something: --reference DATA")
+        extractor = extractor_of(options, origin)
         count = max(1, len(given.real) // options.blocks)
-        settings = asked.settings(Evaluation(every=1, count=count, metrics=[Frechet()]))
+        usual = Evaluation(every=1, count=count, metrics=[Frechet()])
+        if origin is not None:
+            own: Evaluation = config.build(origin, "evaluation")
+            usual = dataclasses.replace(own, count=count, metrics=own.metrics or usual.metrics)
+        settings = asked.settings(usual)
         if (wanted := settings.count * options.blocks) > len(given.real):
             raise ValueError(f"{target}: has {len(given.real):,} images, {wanted:,} are asked for")
-        reference = named_reference(options, drawn, settings, extractor)
+        reference = reference_for(options, origin, drawn, settings, extractor, asked)
     reference.check(extractor, drawn.shape[1])
     settings = asked.possible(settings, lambda m: m.build(extractor, reference, settings.count))
     with progress_bar("evaluation") as progress:
@@ -96,10 +102,10 @@ def run(options: argparse.Namespace) -> int:
         result["left_out"] = asked.left_out
     if kept and rows:
         result["rows"] = kept.keep(rows)
-    print(json.dumps(result, indent=2), flush=True)
+    results.tell(options, result, [], indent=2)  # the lines for people are the last
     if kept:
         following.tell("export", target, following.beside(target))
-    for line in what_matters(target, rows, result):
+    for line in what_matters(target, rows, result, results.for_people(options)):
         print(shown(line), file=sys.stderr)
     return 0
 
@@ -181,7 +187,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def what_matters(
-    target: Path, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
+    target: Path, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], people: bool
 ) -> list[str]:
     """The last three lines: the number, what it is of, and where it is kept or what comes next."""
     if not rows:
@@ -190,7 +196,8 @@ def what_matters(
     model = [str(first[key]) for key in ("weights", "sampler") if first.get(key)]
     words = ", ".join([*model, f"{first['n']:,} images"])
     of = f"{result.get('checkpoint', target)}  {words}"
-    where = f"kept     {result['rows']}" if result.get("rows") else "kept     on stdout alone"
+    alone = "nowhere; all that the number depends on: --json" if people else "on stdout alone"
+    where = f"kept     {result.get('rows') or alone}"
     return [f"measured {in_words(first)}", f"of       {of}", where]
 
 
@@ -210,11 +217,21 @@ def run_reference(
     asked: Asked,
 ) -> Reference:
     """What a run is compared with: what is named, else its evaluation's file, else its data."""
-    if options.reference is not None:
-        return named_reference(options, opened.drawing, settings, extractor)
-    source = trust.data_of(opened.model.config)
-    source.prepare()
-    images = source.open()
+    return reference_for(options, opened.model.config, opened.drawing, settings, extractor, asked)
+
+
+def reference_for(
+    options: argparse.Namespace,
+    experiment: config.Config | None,
+    drawn: Drawn,
+    settings: Evaluation,
+    extractor: Extractor,
+    asked: Asked,
+) -> Reference:
+    """The same of images of any origin; `experiment` is that of the run that drew them."""
+    if options.reference is not None or experiment is None:
+        return named_reference(options, drawn, settings, extractor)
+    images = runs.images_of(experiment)
     if settings.reference is None:
         real = min(len(images), KEPT)
         settings = asked.possible(settings, lambda m: m.check_count(settings.count, real))
@@ -224,7 +241,7 @@ def run_reference(
             settings,
             extractor,
             parts.REFERENCES,
-            opened.drawing.device,
+            drawn.device,
             progress,
             open_file=statistics.open_any,
         )
@@ -273,6 +290,18 @@ def open_given(path: Path, device: str) -> Given:
         return Given(found, found.array.shape[3], str(path), torch.device(device), drawn)
     images = data_sets.images_of(str(path))
     return Given(images, images.channels, str(path), torch.device(device), drawn)
+
+
+def drawn_by(options: argparse.Namespace, drawn: Mapping[str, Any] | None) -> config.Config | None:
+    """The config of the run that drew images, as `sample` noted it: they are measured as it is.
+
+    None where something else is named to compare with, or the images are of no run that is here.
+    """
+    named = None if drawn is None else drawn.get("run")
+    if options.reference is not None or type(named) is not str or not runs.is_run(Path(named)):
+        return None
+    print(shown(f"as {named}, which drew them, is measured: its data, metrics"), file=sys.stderr)
+    return runs.open_model(Path(named), allow=options.allow).config
 
 
 def drawn_as(path: Path) -> dict[str, Any] | None:

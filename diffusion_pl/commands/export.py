@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 
-from diffusion_pl.commands import following, parts, runs
+from diffusion_pl.commands import following, parts, results, runs
 from diffusion_pl.config import build
 from diffusion_pl.interop import diffusers_export, weights
 from diffusion_pl.names import plain
@@ -43,7 +42,9 @@ def run(options: argparse.Namespace) -> int:
             clip=sampler.clip or clip or False,
             variance=variance or "small",
         )
-    print(json.dumps({"written": str(options.dest), "format": options.format, **about}), flush=True)
+    result = {"written": str(options.dest), "format": options.format, **about}
+    of = f"{model.checkpoint}, {options.weights}, {model.images:,} images seen"
+    results.tell(options, result, [("written", str(options.dest)), ("of", of)])
     # Whoever gets it makes a run of it.
     following.tell("import", options.format, options.dest, f"runs/{plain(options.dest.stem)}")
     return 0

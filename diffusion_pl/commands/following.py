@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion_pl.names import shown
+
+_CLASSES = 8  # named
 
 
 def interpreter() -> str:
@@ -25,6 +29,32 @@ def command(*words: object) -> str:
 def tell(*words: object) -> None:
     """Say on stderr what to type next; results stay alone on stdout."""
     print(f"next     {shown(command(*words))}", file=sys.stderr)
+
+
+def sample(run: Path) -> str:
+    """What to type for images of a run: by make in a checkout, where a folder's name lets it.
+
+    Make would read a $ in it and split it at a space, however it is quoted.
+    """
+    name = str(run)
+    if not re.fullmatch(r"[\w./+,@:=-]+", name) or not _in_checkout():
+        return command("sample", name, "--count", 64)
+    return f"make sample RUN={name} COUNT=64"
+
+
+def _in_checkout() -> bool:
+    """Whether make knows this package's commands here."""
+    try:
+        return " -m diffusion_pl sample " in Path("Makefile").read_text()
+    except (OSError, ValueError):
+        return False
+
+
+def classes(names: Sequence[str]) -> str:
+    """The classes of a model by name, the first of many, and how one alone is drawn."""
+    more = ", ..." if len(names) > _CLASSES else ""
+    one = shlex.quote(names[0])
+    return f"{', '.join(names[:_CLASSES])}{more} ({len(names):,}; of one alone: --label {one})"
 
 
 def beside(run: Path) -> Path:

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import hashlib
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_pl import config
-from diffusion_pl.commands import following, parts
+from diffusion_pl.commands import following, parts, results
 from diffusion_pl.config import Config, ConfigError
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.files import regular
@@ -60,7 +59,10 @@ def run(options: argparse.Namespace) -> int:
         "sample": following.command("sample", dest),
         "fine-tune": following.command("train", f"{dest}/config.yaml", *starting),
     }
-    print(json.dumps(result, indent=2), flush=True)
+    lines = [("run", str(dest)), *(("note", text) for text in notes)]
+    if names:
+        lines.append(("classes", following.classes(names)))
+    results.tell(options, result, lines, indent=2)
     following.tell("sample", dest)
     return 0
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from diffusion_pl.commands import latents, runs, trust
-from diffusion_pl.data.source import Images, Source
+from diffusion_pl.commands import latents, runs
+from diffusion_pl.data.source import Images
 from diffusion_pl.diffusion.guidance import conditioned
 from diffusion_pl.diffusion.objective import Denoise, trained_range
 from diffusion_pl.diffusion.random import ImageNoise
@@ -50,9 +50,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure the first images of the data; print the mean, and how sure it is."""
     opened = _opened(options)
     latents.at_one_size(opened.drawing, options)  # of a pyramid there is no such number
-    source: Source = trust.data_of(opened.model.config)
-    source.prepare()
-    images = source.open()
+    images = runs.images_of(opened.model.config)
     _check_data(options, opened, images)
     if options.by == "bound":
         bits, about = _bound(options, opened, images)

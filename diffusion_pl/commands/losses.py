@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffusion_pl import config
-from diffusion_pl.commands import data_sets, runs, trust
+from diffusion_pl.commands import data_sets, runs
 from diffusion_pl.data.source import Images
 from diffusion_pl.evaluation.levels import LevelError, errors_by_level
 from diffusion_pl.images import from_bytes
+from diffusion_pl.names import shown
 
 FAILURES: tuple[type[Exception], ...] = ()
 
@@ -34,6 +36,9 @@ def run(options: argparse.Namespace) -> int:
         opened = runs.open_run(options)
         images = _images(options, opened.model.config)
         if not about:
+            if options.count > len(images):
+                text = f"{images.name}: has {len(images):,} images; losses of these"
+                print(shown(f"{text}, not of {options.count:,}"), file=sys.stderr)
             about = {
                 **opened.about(),
                 "data": images.name,
@@ -63,10 +68,7 @@ def _images(options: argparse.Namespace, experiment: config.Config) -> Images:
     if options.data is not None:
         side = config.build(experiment, "data").resolution
         return data_sets.images_of(options.data, side)
-    source = trust.data_of(experiment)
-    source.prepare()
-    images: Images = source.open()
-    return images
+    return runs.images_of(experiment)
 
 
 def _curve(options: argparse.Namespace, opened: runs.Opened, images: Images) -> list[LevelError]:

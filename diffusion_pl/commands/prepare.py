@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffusion_pl.commands import recommend
+from diffusion_pl.commands import recommend, results
 from diffusion_pl.data.originals import Asked
 from diffusion_pl.data.prepare import Request, prepare
 from diffusion_pl.data.prepare_progress import reported
@@ -49,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    tell(manifest, options.dest, already, time.monotonic() - began)
+    tell(options, manifest, already, time.monotonic() - began)
     return 0
 
 
@@ -78,8 +77,9 @@ def recipe(options: argparse.Namespace) -> Recipe:
     )
 
 
-def tell(manifest: Manifest, folder: Path, already: bool, seconds: float) -> None:
+def tell(options: argparse.Namespace, manifest: Manifest, already: bool, seconds: float) -> None:
     """Print the result as JSON on stdout, and for people on stderr what was skipped and is next."""
+    folder: Path = options.dest
     on = recommend.machine()
     plan = recommend.plan(manifest, folder, on)
     size = sum(shard.bytes for shard in manifest.shards)
@@ -109,8 +109,10 @@ def tell(manifest: Manifest, folder: Path, already: bool, seconds: float) -> Non
             f"{folder}: {manifest.count:,} images at {manifest.resolutions} px in "
             f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB, {seconds:,.1f} s"
         )
+    if any("--labels takes" in text for text in manifest.notes or []):
+        lines.append(f"with classes: {recommend.with_labels(manifest, folder)}")
     lines += [*class_table(manifest), *plan.lines, "next:", f"  {plan.command}"]
-    print(json.dumps(result), flush=True)
+    results.tell(options, result, [])
     # What to type next stands last, where it is seen.
     print("\n".join(map(shown, lines)), file=sys.stderr)
 

@@ -352,11 +352,20 @@ def _command(experiment: str, folder: Path, told: Sequence[str]) -> str:
     return f"{interpreter()} -m diffusion_pl train {experiment} --run {run} {words}"
 
 
+def with_labels(manifest: Manifest, folder: Path) -> str:
+    """The command that prepares the same images with their folders as classes."""
+    sides = ",".join(map(str, manifest.resolutions))
+    return _prepare(manifest, f"{folder}-labelled", sides, labels=True)
+
+
 def _again(manifest: Manifest, folder: Path, side: int) -> str:
     """The command that prepares the same images at another size."""
+    return _prepare(manifest, f"{folder}-{side}", str(side), manifest.source.get("labels"))
+
+
+def _prepare(manifest: Manifest, folder: str, sides: str, labels: bool | None) -> str:
     source = manifest.source
-    words = [str(source["path"]), f"{folder}-{side}", "--resolutions", str(side)]
-    labels = source.get("labels")
+    words = [str(source["path"]), folder, "--resolutions", sides]
     words += [] if labels is None else ["--labels" if labels else "--no-labels"]
     for name in ("count", "seed", "split", "image", "label"):
         if source.get(name) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from diffusion_pl import config
-from diffusion_pl.commands import following, parts, sampling
+from diffusion_pl.commands import following, parts, sampling, trust
 from diffusion_pl.commands.labels import class_of
 from diffusion_pl.config import Config
+from diffusion_pl.data.source import Images
 from diffusion_pl.diffusion.guidance import Guide
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
@@ -281,6 +283,28 @@ def device_named(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def images_of(experiment: Config) -> Images:
+    """The images that a run was trained on.
+
+    Raises:
+        ValueError: they are not there, or unfit.
+    """
+    source = trust.data_of(experiment)
+    path = getattr(source, "path", None)
+    try:
+        source.prepare()
+    except ValueError as error:
+        if type(path) is not str or os.path.isabs(path) or Path(path).exists() or "://" in path:
+            raise
+        # A run that was copied or moved, or a command typed elsewhere than the run's.
+        raise ValueError(
+            f"{error}. Of the run's data, {path} is looked for in the present folder; go where it "
+            "lies, or say where: --set data.path=PATH"
+        ) from error
+    images: Images = source.open()
+    return images
 
 
 def is_run(path: Path) -> bool:

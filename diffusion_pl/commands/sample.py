@@ -6,16 +6,19 @@ The same command with more images goes on; see `sample_folder`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
-import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress as Bar
+from torch import nn
 
-from diffusion_pl.commands import following, runs
+from diffusion_pl.commands import following, results, runs
 from diffusion_pl.commands.sample_folder import OtherImages, SampleFolder
-from diffusion_pl.evaluation import batches
+from diffusion_pl.evaluation import Drawing, batches
 from diffusion_pl.images import grid, save_png
 
 FAILURES: tuple[type[Exception], ...] = ()
@@ -34,27 +37,31 @@ def run(options: argparse.Namespace) -> int:
     folder, whole = folder_for(options.out, opened, wanted)
     missing = folder.missing(whole)
     pieces = list(batches(missing, options.batch_size or BATCH))
-    for piece in track(pieces, "drawing", console=Console(stderr=True), transient=True):
-        images, folder.evaluations = drawing.images(piece)
-        folder.add(piece, images.cpu())
+    with watched(drawing, len(missing)):
+        for piece in pieces:
+            images, folder.evaluations = drawing.images(piece)
+            folder.add(piece, images.cpu())
     folder.finish(whole)
     sheet = folder.folder / "grid.png"
     save_png(grid(folder.read(whole[:GRID])), sheet)
-    print(
-        json.dumps(
-            {
-                "folder": str(folder.folder),
-                "images": str(folder.images),
-                "grid": str(sheet),
-                **opened.about(),
-                "count": options.count,
-                "drawn": len(missing),
-                "total": len(whole),
-                "evaluations": folder.evaluations,
-            }
-        ),
-        flush=True,
-    )
+    result = {
+        "folder": str(folder.folder),
+        "images": str(folder.images),
+        "grid": str(sheet),
+        **opened.about(),
+        "count": options.count,
+        "drawn": len(missing),
+        "total": len(whole),
+        "evaluations": folder.evaluations,
+    }
+    lines = [
+        ("of", f"{opened.model.checkpoint}, {opened.model.images:,} images seen"),
+        ("images", f"{folder.images}  ({len(whole):,}, of which {len(missing):,} drawn now)"),
+        ("grid", str(sheet)),
+    ]
+    if options.label is None and opened.model.class_names:
+        lines.append(("classes", following.classes(opened.model.class_names)))
+    results.tell(options, result, lines)
     following.tell("evaluate", options.run)
     return 0
 
@@ -78,3 +85,30 @@ def folder_for(out: Path | None, opened: runs.Opened, wanted: range) -> tuple[Sa
         except OtherImages:
             continue
     raise AssertionError
+
+
+@contextlib.contextmanager
+def watched(drawing: Drawing, count: int) -> Iterator[None]:
+    """A bar on a terminal that moves with every pass of a network: one batch may take minutes.
+
+    Args:
+        drawing: how images are drawn.
+        count: of images.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal or not count:
+        yield
+        return
+    with Bar(console=console, transient=True) as bar:
+        task = bar.add_task("drawing", total=count * sum(drawing.calls().values()))
+
+        def passed(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            bar.advance(task, len(inputs[0]))
+
+        denoisers = [drawing.denoiser, *([] if drawing.guide is None else [drawing.guide.denoiser])]
+        hooks = [each.network.register_forward_hook(passed) for each in denoisers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()

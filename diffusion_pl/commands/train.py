@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,16 +12,20 @@ from typing import Any
 import torch
 
 from diffusion_pl import config, locks, ranks
-from diffusion_pl.commands import parts, settling, starting, trust
+from diffusion_pl.commands import following, parts, settling, starting, trust
 from diffusion_pl.commands.settling import FAILED
 from diffusion_pl.config import Config
+from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.readers import ReaderLost
+from diffusion_pl.data.remote import is_remote
 from diffusion_pl.data.shard_workers import WorkerLost
+from diffusion_pl.data.shards import Shards
+from diffusion_pl.data.source import Source
 from diffusion_pl.names import shown
 from diffusion_pl.signals import MARKER, RESUMABLE, Wish
 from diffusion_pl.training import bounds
 from diffusion_pl.training import checkpoint as checkpoints
-from diffusion_pl.training.beginning import Start
+from diffusion_pl.training.beginning import Start, class_names
 from diffusion_pl.training.evaluating import is_evaluated
 from diffusion_pl.training.history import History
 from diffusion_pl.training.meeting import NotMet, see_place, starter
@@ -104,6 +107,9 @@ def _train(
     if latest and leads:
         for line in (*changes, f"going on from {done:,} of {budget:,} images"):
             print(shown(f"{folder}: {line}"), file=sys.stderr)
+    settings: Settings = config.build(experiment, "trainer")
+    if starter(os.environ, settings.nodes, settings.devices_a_node()) == "itself":
+        see_data(trust.data_of(experiment))
     built = build(experiment)
     if weights is not None and not latest:
         weights.fill(built.objective.denoiser(built.network))
@@ -155,6 +161,19 @@ def see_ranks(settings: Settings) -> None:
         see_place(os.environ, by, ranks.leads_run(), settings.nodes)
 
 
+def see_data(source: Source) -> None:
+    """See that the data's folder is there, before its ranks are started and networks built.
+
+    Raises:
+        ValueError: it is not, or is no prepared set.
+    """
+    if isinstance(source, Shards):
+        if source.made_of is None and not is_remote(source.path):
+            source.prepare()  # its description alone is read
+    elif isinstance(source, ImageFolder) and not Path(source.path).exists():
+        source.listing()
+
+
 def build(experiment: Config) -> Experiment:
     """Build every part of an experiment.
 
@@ -179,14 +198,6 @@ def build(experiment: Config) -> Experiment:
     )
 
 
-def sample_command(folder: Path) -> str:
-    """What to type for more images; make would read a $ and split at a space, however quoted."""
-    name = str(folder)
-    if re.fullmatch(r"[\w./+,@:=-]+", name):
-        return f"make sample RUN={name} COUNT=64"
-    return f"python -m diffusion_pl sample {shlex.quote(name)} --count 64"
-
-
 def report(folder: Path, images: int, rows: list[dict[str, Any]]) -> None:
     """Say on stdout where the run lies, what was measured last and how to draw more."""
     print(f"run      {shown(str(folder))}  ({images:,} images)")
@@ -195,4 +206,6 @@ def report(folder: Path, images: int, rows: list[dict[str, Any]]) -> None:
     grids = sorted((folder / "samples").glob("*.png"))
     if grids:
         print(f"samples  {shown(str(grids[-1]))}")
-    print(f"more     {shown(sample_command(folder))}")
+    if names := class_names(folder):
+        print(f"classes  {shown(following.classes(names))}")
+    print(f"next     {shown(following.sample(folder))}")

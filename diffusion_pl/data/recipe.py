@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -86,6 +86,10 @@ class Recipe:
     def descending(self) -> list[int]:
         """The sides, largest first."""
         return sorted(self.resolutions, reverse=True)
+
+    def side_of(self, size: Sequence[int]) -> int:
+        """The side in pixels of an original that becomes the square's, of [width, height]."""
+        return max(size) if self.fit == "pad" else min(size)
 
     def squares(
         self, original: Original, *, where: str, depths: Depths | None = None

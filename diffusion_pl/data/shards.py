@@ -29,7 +29,7 @@ from diffusion_pl.data.shard_format import (
 )
 from diffusion_pl.data.source import Images, load
 from diffusion_pl.data.tars import Tars
-from diffusion_pl.files import regular
+from diffusion_pl.files import nearest, regular
 from diffusion_pl.names import plain
 
 _SETS = "sets"
@@ -244,9 +244,11 @@ class Shards:
 
 
 def _not_prepared(path: str) -> str:
+    near = nearest(Path(path)) if not remote.is_remote(path) else None
+    beside = "" if near is None else f", but {near} is there"
     return (
-        f"{path}: not prepared (no {MANIFEST} here); run python -m diffusion_pl prepare SOURCE "
-        f"{path} --resolutions ..."
+        f"{path}: not prepared (no {MANIFEST} here{beside}); run python -m diffusion_pl prepare "
+        f"SOURCE {path} --resolutions ..."
     )
 
 

@@ -15,7 +15,7 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,7 @@ class Written:
         digests: uint8 (images, resolutions, 32), of the pixels.
         skipped: complaints about the originals that were left out, by key.
         depths: of its 16-bit originals.
+        enlarged: sides in pixels of the originals that were smaller than the largest resolution.
     """
 
     shard: Shard
@@ -93,6 +94,7 @@ class Written:
     digests: npt.NDArray[np.uint8]
     skipped: dict[str, str]
     depths: Depths
+    enlarged: list[int]
 
 
 class _Hashed:
@@ -154,6 +156,7 @@ class _Contents:
         self.digests: list[bytes] = []
         self.skipped: dict[str, str] = {}
         self.depths = Depths()
+        self.enlarged: list[int] = []
 
     def samples(self, number: int) -> Iterator[dict[str, str | bytes]]:
         """The originals of a shard as webdataset's writer takes them."""
@@ -174,6 +177,8 @@ class _Contents:
             self.skip(str(error))
             self.skipped[key] = str(error)
             return None
+        if (side := recipe.side_of(size)) < recipe.descending[0]:
+            self.enlarged.append(side)
         label = -1 if originals.labels is None else int(originals.labels[index])
         row = [number, label]
         members: dict[str, str | bytes] = {"__key__": key}
@@ -211,6 +216,7 @@ def _note(
 ) -> None:
     depths = contents.depths.__getstate__()
     noted = {"shard": shard.__dict__, "skipped": contents.skipped, "depths": depths}
+    noted["enlarged"] = contents.enlarged
     about, digests = json.dumps(noted).encode(), b"".join(contents.digests)
     buffer = io.BytesIO()
     np.savez(
@@ -236,7 +242,8 @@ def written(job: Job, number: int) -> Written | None:
         return None
     sides = len(job.recipe.resolutions)
     depths = Depths(**about.get("depths", {}))
-    return Written(shard, rows, digests.reshape(len(rows), sides, 32), about["skipped"], depths)
+    digests, enlarged = digests.reshape(len(rows), sides, 32), about.get("enlarged", [])
+    return Written(shard, rows, digests, about["skipped"], depths, enlarged)
 
 
 def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
@@ -263,8 +270,8 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
     depths = Depths()
     for part in shards:
         depths.add(part.depths)
-    line = depths.line()
-    notes = [*originals.notes, *([line] if line else [])]
+    small = enlarged([side for part in shards for side in part.enlarged], recipe.descending[0])
+    notes = [*originals.notes, *(line for line in (depths.line(), small) if line)]
     manifest = Manifest(
         name=settings["name"],
         count=len(rows),
@@ -297,6 +304,22 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
         manifest.write(job.folder)
     shutil.rmtree(job.folder / PROGRESS)
     return manifest
+
+
+def enlarged(sides: Sequence[int], wanted: int) -> str | None:
+    """What to say of originals that were smaller than they were wanted; None where none was.
+
+    Args:
+        sides: theirs, in pixels.
+        wanted: the largest resolution.
+    """
+    if not sides:
+        return None
+    images = "1 image was" if len(sides) == 1 else f"{len(sides):,} images were"
+    return (
+        f"{images} smaller than {wanted} px (the smallest {min(sides)}) and enlarged, which makes "
+        f"them blurred; leave them out, or prepare at a lower resolution, unless that is meant"
+    )
 
 
 @contextmanager

@@ -148,6 +148,8 @@ def evaluate(
     extractor.to(drawn.device)
     share = ranks.share(settings.count, TILE)
     shown: list[Tensor] = [torch.empty(0, *drawn.shape, dtype=torch.uint8, device=drawn.device)]
+    if progress is not None:  # the first tile of a large network takes minutes
+        progress(0, len(share))
     pieces = Pieces(drawn, range(first + share.start, first + share.stop), settings.batch_size)
     for piece in pieces:
         position = piece.start - first

@@ -49,6 +49,15 @@ class Start:
             self.lock.check()
 
 
+def class_names(run: Path) -> list[str]:
+    """The classes of a run's data by name, as its record has them; none where it has none."""
+    try:
+        names = json.loads(small(run / RECORD))["class_names"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+    return names if isinstance(names, list) and all(type(name) is str for name in names) else []
+
+
 class Begin(Callback):
     """Refuses ranks, and data, that are not those of the run; the first of a run's callbacks.
 
@@ -138,7 +147,11 @@ class Begin(Callback):
         for change in self.changes:
             self.progress.say(f"{self.run}: {change}; going on")
         sameness.note(self.run, images, self.changes)
-        record = json.dumps(self.about(), indent=1) + "\n"
+        about = self.about()
+        names = trainer.datamodule.opened().class_names  # type: ignore[attr-defined]
+        if names and pl_module.classes:  # for people; a checkpoint has its own
+            about["class_names"] = list(names)
+        record = json.dumps(about, indent=1) + "\n"
         write_atomically(self.run / RECORD, lambda file: file.write(record.encode()))
 
     def about(self) -> dict[str, Any]:

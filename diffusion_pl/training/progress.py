@@ -75,7 +75,8 @@ class Progress:
                 auto_refresh=False,
             )
             self.bar.start()
-            self.task = self.bar.add_task("training", total=self.total, text="")
+            begins = "the first step is being made ..."
+            self.task = self.bar.add_task("training", total=self.total, text=begins)
             self.bar.update(self.task, completed=images, refresh=True)
 
     def advance(self, images: int) -> None:

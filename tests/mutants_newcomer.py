@@ -1,0 +1,101 @@
+"""Planted bugs in what somebody new meets on the way from photographs to a shared model."""
+
+from __future__ import annotations
+
+from mutant import at
+
+MUTANTS = [
+    *at(
+        "cli.py",
+        "newcomer",
+        ("if sys.stderr.isatty() and not _is_later_rank():", "if not _is_later_rank():"),
+        ("if sys.stderr.isatty() and not _is_later_rank():", "if False:"),
+    ),
+    *at(
+        "commands/results.py",
+        "newcomer",
+        ("sys.stdout.isatty() and not options.json", "not options.json"),
+        ("sys.stdout.isatty() and not options.json", "sys.stdout.isatty()"),
+    ),
+    *at(
+        "commands/following.py",
+        "newcomer",
+        ("or not _in_checkout()", ""),
+        ('" -m diffusion_pl sample " in', '"" in'),
+        ("one = shlex.quote(names[0])", "one = names[0]"),
+        ("if len(names) > _CLASSES", "if len(names) > _CLASSES + 1"),
+    ),
+    *at(
+        "commands/sample.py",
+        "newcomer",
+        ("count * sum(drawing.calls().values())", "count"),
+        ("[] if drawing.guide is None else [drawing.guide.denoiser]", "[]"),
+    ),
+    *at(
+        "commands/train.py",
+        "newcomer",
+        ("if source.made_of is None and not is_remote(source.path):", "if False:"),
+        ("elif isinstance(source, ImageFolder) and not", "elif False and not"),
+    ),
+    *at(
+        "training/beginning.py",
+        "newcomer",
+        ('about["class_names"] = list(names)', "pass"),
+        ("all(type(name) is str for name in names)", "True"),
+        ("isinstance(names, list) and all(", "all("),
+    ),
+    *at(
+        "commands/check.py",
+        "newcomer",
+        ("if classes not in (0, manifest.classes):", "if False:"),
+        ('beside = "" if near is None', 'beside = "" if True'),
+        ("source.prepare()  # what is made already is only looked at", "pass"),
+    ),
+    *at(
+        "commands/runs.py",
+        "newcomer",
+        ('Path(path).exists() or "://" in path', 'True or "://" in path'),
+    ),
+    *at(
+        "commands/evaluate.py",
+        "newcomer",
+        ("not runs.is_run(Path(named))", "False"),
+        ("type(named) is not str", "False"),
+        ("metrics=own.metrics or usual.metrics", "metrics=usual.metrics"),
+    ),
+    *at(
+        "commands/losses.py",
+        "newcomer",
+        ("if options.count > len(images):", "if options.count >= len(images):"),
+    ),
+    *at(
+        "data/write_shards.py",
+        "newcomer",
+        ("< recipe.descending[0]:", "<= recipe.descending[0]:"),
+        ("< recipe.descending[0]:", "< recipe.descending[-1]:"),
+        ("(the smallest {min(sides)})", "(the smallest {max(sides)})"),
+        ("[side for part in shards for side in part.enlarged]", "shards[0].enlarged"),
+    ),
+    *at(
+        "data/recipe.py",
+        "newcomer",
+        ('max(size) if self.fit == "pad" else min(size)', "min(size)"),
+    ),
+    *at(
+        "commands/recommend.py",
+        "newcomer",
+        ('",".join(map(str, manifest.resolutions))', "str(manifest.resolutions[0])"),
+        ("sides, labels=True)", "sides, labels=None)"),
+    ),
+    *at(
+        "commands/sbatch.py",
+        "launch",
+        ('["--data-changed"] if self.data_changed else []', "[]"),
+        ('["--data-changed"] if self.data_changed else []', '["--data-changed"]'),
+    ),
+    *at(
+        "files.py",
+        "newcomer",
+        ("    if path.exists():\n        return None\n", ""),
+    ),
+]
