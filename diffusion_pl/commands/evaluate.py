@@ -333,6 +333,7 @@ def progress_bar(what: str) -> Iterator[Progress]:
     )
     console = Console(stderr=True)
     options: dict[str, Any] = {"console": console, "disable": not console.is_terminal}
+    options["speed_estimate_period"] = 3600  # seconds; a tile may take minutes
     bar = Bar(*columns, TimeRemainingColumn(), transient=True, **options)
     with bar:
         task: Any = bar.add_task(shown(what), total=None, text="")

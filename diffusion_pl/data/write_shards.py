@@ -215,8 +215,8 @@ def _note(
     folder: Path, number: int, shard: Shard, rows: npt.NDArray[np.void], contents: _Contents
 ) -> None:
     depths = contents.depths.__getstate__()
-    noted = {"shard": shard.__dict__, "skipped": contents.skipped, "depths": depths}
-    noted["enlarged"] = contents.enlarged
+    noted: dict[str, Any] = {"shard": shard.__dict__, "skipped": contents.skipped}
+    noted |= {"depths": depths, "enlarged": contents.enlarged}
     about, digests = json.dumps(noted).encode(), b"".join(contents.digests)
     buffer = io.BytesIO()
     np.savez(
