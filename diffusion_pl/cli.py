@@ -111,7 +111,7 @@ def _run(options: argparse.Namespace) -> int:
     except ValueError as error:
         return _bad(error)
     if sys.stderr.isatty() and not _is_later_rank():  # libraries take seconds to be read
-        print(f"{options.command}: starting ...", file=sys.stderr, flush=True)
+        print(f"{shown(options.command)}: starting ...", file=sys.stderr, flush=True)
     # `import` is a word of the language, so its module is import_.
     name = options.command + "_" * keyword.iskeyword(options.command)
     command = importlib.import_module(f"diffusion_pl.commands.{name}")

@@ -74,11 +74,7 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"{target}: images are compared with something: --reference DATA")
         extractor = extractor_of(options, origin)
         count = max(1, len(given.real) // options.blocks)
-        usual = Evaluation(every=1, count=count, metrics=[Frechet()])
-        if origin is not None:
-            own: Evaluation = config.build(origin, "evaluation")
-            usual = dataclasses.replace(own, count=count, metrics=own.metrics or usual.metrics)
-        settings = asked.settings(usual)
+        settings = asked.settings(of_images(origin, count))
         if (wanted := settings.count * options.blocks) > len(given.real):
             raise ValueError(f"{target}: has {len(given.real):,} images, {wanted:,} are asked for")
         reference = reference_for(options, origin, drawn, settings, extractor, asked)
@@ -108,6 +104,15 @@ def run(options: argparse.Namespace) -> int:
     for line in what_matters(target, rows, result, results.for_people(options)):
         print(shown(line), file=sys.stderr)
     return 0
+
+
+def of_images(origin: config.Config | None, count: int) -> Evaluation:
+    """What is measured of so many images: what their run measures, else the Frechet distance."""
+    usual = Evaluation(every=1, count=count, metrics=[Frechet()])
+    if origin is None:
+        return usual
+    own: Evaluation = config.build(origin, "evaluation")
+    return dataclasses.replace(own, count=count, metrics=own.metrics or usual.metrics)
 
 
 class Kept:
