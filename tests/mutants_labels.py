@@ -127,7 +127,12 @@ MUTANTS = [
         ("skips.pop(), wide[level])", "0 * skips.pop(), wide[level])"),
         ("        batch_size //= 2", "        break"),
         ("    if lowest > _LOWEST:", "    if False:"),
-        ('" ".join(map(quote, told))', '" ".join(told)'),
+        ('"--run", f"runs/{folder.resolve().name}"', '"--run", f"runs/{folder.name}"'),
         ("while batch_size % processes:", "while False:"),
+    ),
+    *at(
+        "commands/following.py",
+        "recommend",
+        ("{shlex.join(map(str, words))}", "{' '.join(map(str, words))}"),
     ),
 ]

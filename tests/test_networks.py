@@ -71,6 +71,16 @@ def test_networks_have_the_published_number_of_parameters(make, parameters):
         assert sum(parameter.numel() for parameter in make().parameters()) == parameters
 
 
+def test_adm_begins_with_the_channels_of_its_first_level():
+    """As its released code does; the U-Nets before it begin with those of multiplier 1."""
+    with torch.device("meta"):
+        wide = {"model_channels": 64, "channel_mult": (2, 3), "blocks": 1}
+        stems = [make(16, **wide).stem.out_channels for make in (ADM, SongUNet, DDPMUNet)]
+        guided = DDPMUNet(16, resample="block", **wide).stem.out_channels
+    assert stems == [128, 64, 64]
+    assert guided == 128  # guided-diffusion's
+
+
 @pytest.mark.parametrize("name", ["vp_ddpmpp_cond", "edm_adm_cond"])
 @torch.no_grad()
 def test_no_label_is_the_published_networks_empty_one(parity, name):

@@ -19,13 +19,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import numpy as np
 
 from diffusion_pl import config
-from diffusion_pl.commands.following import interpreter
+from diffusion_pl.commands.following import command
 from diffusion_pl.data.shard_format import Manifest
 
 SMALL = "cifar10_small"
@@ -347,9 +346,7 @@ def _data(manifest: Manifest, folder: Path, side: int, batch_size: int) -> list[
 
 
 def _command(experiment: str, folder: Path, told: Sequence[str]) -> str:
-    run = quote(f"runs/{folder.resolve().name}")
-    words = " ".join(map(quote, told))
-    return f"{interpreter()} -m diffusion_pl train {experiment} --run {run} {words}"
+    return command("train", experiment, "--run", f"runs/{folder.resolve().name}", *told)
 
 
 def with_labels(manifest: Manifest, folder: Path) -> str:
@@ -373,7 +370,7 @@ def _prepare(manifest: Manifest, folder: str, sides: str, labels: bool | None) -
     for name in ("filter", "fit"):
         if getattr(manifest, name) != "drawn":
             words += [f"--{name}", getattr(manifest, name)]
-    return f"{interpreter()} -m diffusion_pl prepare {' '.join(map(quote, words))}"
+    return command("prepare", *words)
 
 
 def spoken(seconds: float) -> str:
