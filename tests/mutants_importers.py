@@ -12,16 +12,6 @@ MUTANTS = [
         ("denoiser.eval()", "denoiser.train()"),
     ),
     *at(
-        "networks/ddpm_unet.py",
-        "import_diffusers",
-        ("vector.roll(vector.shape[1] // 2, dims=1)", "vector"),
-        ("torch.addcmul(shift, self.norm1(hidden), 1 + scale)",
-         "torch.addcmul(shift, self.norm1(hidden), scale)"),
-        ("heads = channels_out // head_channels if head_channels else heads", "heads = heads"),
-        ("padding=int(even))", "padding=1)"),
-        ("        x = self._resampled(x)\n", "        x = x\n"),
-    ),
-    *at(
         "diffusion/timesteps.py",
         "import_diffusers",
         ("Timesteps(roots.square())", "Timesteps(roots)"),
@@ -103,14 +93,6 @@ MUTANTS = [
         ('_ADM | {"image_size": 128, "num_head_channels": -1, "num_heads": 4}',
          '_ADM | {"image_size": 128, "num_head_channels": -1}'),
         ('beside, within = 1 + (side_pixels in node["attention"])', "beside, within = 1 + 1"),
-    ),
-    *at(
-        "networks/linear_unet.py",
-        "import_lucidrains",
-        ("attended = attended * q.shape[2] ** -0.5", "attended = attended"),
-        ("q.softmax(dim=2)", "q.softmax(dim=3)"),
-        ("self.norm0(self.conv0(x)) * (1 + scale) + shift", "self.norm0(self.conv0(x)) + shift"),
-        ("* self.gain * x.shape[1] ** 0.5", "* self.gain"),
     ),
     *at(
         "interop/lucidrains.py",

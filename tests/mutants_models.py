@@ -92,12 +92,6 @@ MUTANTS = [
         ("0.1 if resolution == 32 else 0.0", "0.0"),
     ),
     *at(
-        "networks/ddpm_unet.py",
-        "ddpm_unet",
-        ("told = 2 * channels if variance else channels", "told = channels"),
-        ("self.stem(self.position(x, position))", "self.stem(self.position(x, None))"),
-    ),
-    *at(
         "commands/train.py",
         "commands_models",
         ("if latest and not done:", "if False:"),

@@ -32,16 +32,6 @@ MUTANTS = [
         ('ema["ema_misfit"] = round(made.misfit, 4)', "pass"),
     ),
     *at(
-        "networks/dropout.py",
-        "dropout",
-        ("if not self.training or not self.p:", "if not self.p:"),
-        ("* (1 / (1 - self.p))", ""),
-        ("x.permute(0, 2, 3, 1).shape if images", "x.shape if images"),
-        ("(PLACES, window), (1, 1)", "(PLACES, window), (0, 1)"),
-        ("[:, :count]", "[:, -count:]"),
-        ("index_select(0, places)", "index_select(0, places[:1].expand(len(x)))"),
-    ),
-    *at(
         "training/masks.py",
         "dropout",
         ("* count + torch.arange(count)[:, None]", "* count + 0 * torch.arange(count)[:, None]"),
@@ -58,11 +48,6 @@ MUTANTS = [
         ('self.masks.begin(batch["index"][part]', 'self.masks.begin(batch["index"] % 8'),
         ('seed_of(self.seed, "dropout", positions[part.start])', "self.seed"),
     ),
-    *at("networks/song_layers.py", "dropout", ("self.drop(F.silu(", "(F.silu(")),
-    *at("networks/ddpm_unet.py", "dropout", ("self.drop(self.activate(", "(self.activate(")),
-    *at("networks/adm.py", "dropout", ("self.drop(F.silu(", "(F.silu(")),
-    *at("networks/simple_layers.py", "dropout", ("self.drop(F.silu(", "(F.silu(")),
-    *at("networks/uvit.py", "dropout", ("self.dense1(self.drop(hidden))", "self.dense1(hidden)")),
     *at(
         "diffusion/preconditioning.py",
         "joints",
@@ -76,13 +61,6 @@ MUTANTS = [
          "self.augment(image, uniform[:, [0, *range(2, uniform.shape[1] - 1)]])"),
         ("dropped = uniform[:, 1] <", "dropped = uniform[:, 0] <"),
         ("dropped = uniform[:, 1] <", "dropped = uniform[:, -1] <"),
-    ),
-    *at("networks/simple_layers.py", "joints", ("* math.sqrt(self.classes)", "")),
-    *at(
-        "networks/uvit.py",
-        "joints",
-        ("+ skips[-1] if self.residual", "if self.residual"),
-        ("double(up(x - halved)) + skips[-1]", "double(up(x - halved)) + double(halved[:, :8])"),
     ),
     *at(
         "training/module.py",
