@@ -64,4 +64,11 @@ MUTANTS = [
         "prepare_labels",
         ("max(state.st_mtime_ns, state.st_ctime_ns)", "state.st_mtime_ns"),
     ),
+    *at(
+        "training/checkpoint.py",
+        "run_folder",
+        ("for place in (folder, folder.parent) for", "for place in (folder,) for"),
+        ("kept = {_pointed(folder), *_linked(folder)}", "kept = {_pointed(folder)}"),
+        ("old.name in kept or old.is_symlink() or", "old.name in kept or"),
+    ),
 ]

@@ -55,7 +55,7 @@ MUTANTS = [
         (" and each.is_file())", ")"),
         ("if not name or len(name) > _LONGEST_NAME:", "if False:"),
         ("if int(path.stem) <= images]", "]"),
-        ("old.name != pointed and ", ""),
+        ("kept = {_pointed(folder), *", "kept = {*"),
         ("past[:-keep]", "past[:-keep-1]"),
         ("    if not there and not damaged:", "    if False:"),
         ("    if name is None:\n        if newest_first:",

@@ -283,6 +283,19 @@ def test_pruning_keeps_what_the_pointer_names(tmp_path):
     assert [int(path.stem) for path in checkpoints.found(tmp_path)] == [8, 24, 32]
 
 
+def test_pruning_keeps_what_a_link_leads_to_and_links(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for images in (8, 16, 24, 32, 40):
+        (folder / f"{images:012d}.ckpt").write_bytes(b"")
+    (folder / "best.ckpt").symlink_to("000000000008.ckpt")
+    (tmp_path / "paper").symlink_to("checkpoints/000000000016.ckpt")
+    (folder / "loop").symlink_to("loop")
+    (folder / "000000000004.ckpt").symlink_to(folder / "000000000040.ckpt")
+    checkpoints.prune(folder, 40, 1, lambda images: False)
+    assert [int(path.stem) for path in checkpoints.found(folder)] == [4, 8, 16, 40]
+
+
 @pytest.mark.parametrize("lost", ["pointer", "file", "both"])
 def test_a_run_whose_newest_checkpoint_or_pointer_is_gone_takes_the_newest_that_is_there(
     lost, place, train, caplog

@@ -135,8 +135,8 @@ def found(folder: Path) -> list[Path]:
 def prune(folder: Path, images: int, keep: int, stays: Callable[[int], bool]) -> None:
     """Remove a run's checkpoints but the newest few.
 
-    Files of other names stay, and what `latest` names, and what is newer than the run itself: it
-    was put back, or another has been here.
+    Files of other names stay, and what `latest` names or a link in the run's folder leads to, links
+    themselves, and what is newer than the run itself: it was put back, or another has been here.
 
     Args:
         folder: the run's checkpoints.
@@ -145,10 +145,17 @@ def prune(folder: Path, images: int, keep: int, stays: Callable[[int], bool]) ->
         stays: whether the one of so many images stays for good.
     """
     past = [path for path in found(folder) if int(path.stem) <= images]
-    pointed = _pointed(folder)
+    kept = {_pointed(folder), *_linked(folder)}
     for old in past[:-keep]:
-        if old.name != pointed and not stays(int(old.stem)):
+        if not (old.name in kept or old.is_symlink() or stays(int(old.stem))):
             old.unlink(missing_ok=True)
+
+
+def _linked(folder: Path) -> set[str]:
+    """The checkpoints that links beside them, or in the run's folder, lead to."""
+    links = [each for place in (folder, folder.parent) for each in place.iterdir()]
+    found = (Path(os.path.realpath(each)) for each in links if each.is_symlink())
+    return {each.name for each in found if each.parent == Path(os.path.realpath(folder))}
 
 
 def _pointed(folder: Path) -> str | None:
