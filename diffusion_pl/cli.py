@@ -2,7 +2,7 @@
 
 Only the module of the wanted command is imported: help and listing answer without torch.
 Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 1 failed, 2 bad input,
-75 stopped by a signal, and the same command goes on.
+75 stopped by a signal, and the same command goes on; 130 interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ COMMANDS = {
 # A path joins the two slashes of an address; one letter before them is a disk.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
+INTERRUPTED = 130  # as shells call it
+# What leaves of its work what the same command finds; `train` sees to itself.
+GO_ON = frozenset({"prepare", "sample", "sweep"})
+
 # What stays of an error's text: every problem is a line.
 LINES = "\n\t"
 
@@ -77,7 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _bad(error)
     options = parse(words)
     if options.command != "train":
-        return _run(options)
+        try:
+            return _run(options)
+        except KeyboardInterrupt:
+            more = "; the same command goes on" if options.command in GO_ON else ""
+            print(shown(f"{options.command}: interrupted{more}"), file=sys.stderr)
+            return INTERRUPTED
     faulthandler.enable(file=2)  # a crash below Python shows where it was
     with Wish() as wish:  # first of all: a signal while it starts must not lose the run's place
         options.wish = wish

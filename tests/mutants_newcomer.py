@@ -10,6 +10,8 @@ MUTANTS = [
         "newcomer",
         ("if sys.stderr.isatty() and not _is_later_rank():", "if not _is_later_rank():"),
         ("if sys.stderr.isatty() and not _is_later_rank():", "if False:"),
+        ("except KeyboardInterrupt:", "except BlockingIOError:"),
+        ('frozenset({"prepare", "sample", "sweep"})', 'frozenset({"prepare", "sweep"})'),
     ),
     *at(
         "commands/results.py",
@@ -54,7 +56,9 @@ MUTANTS = [
     *at(
         "commands/runs.py",
         "newcomer",
-        ('Path(path).exists() or "://" in path', 'True or "://" in path'),
+        ("return None if Path(path).exists() else path", "return None"),
+        ("return None if Path(path).exists() else path", "return path"),
+        ("if os.path.isabs(path) or", "if"),
     ),
     *at(
         "commands/evaluate.py",
@@ -66,7 +70,7 @@ MUTANTS = [
     *at(
         "commands/losses.py",
         "newcomer",
-        ("if options.count > len(images):", "if options.count >= len(images):"),
+        ('about["count"] < options.count', 'about["count"] <= options.count'),
     ),
     *at(
         "data/write_shards.py",

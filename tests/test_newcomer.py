@@ -98,6 +98,32 @@ def test_a_terminal_says_at_once_that_a_command_has_begun(run, tmp_path):
     assert run("check", "nothing")[2].startswith("error: ")
 
 
+STOPPER = """
+import signal
+calls = []
+def stop(denoise, x, sigmas, randn_like):
+    calls.append(len(x))
+    if len(calls) == 2:
+        signal.raise_signal(signal.SIGINT)
+    return x
+"""
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_an_interrupted_command_ends_in_a_line(command, run, home, tmp_path, monkeypatch):
+    """Ctrl-C while the second batch is drawn; what `sample` has drawn is not drawn again."""
+    (tmp_path / f"stopper_{command}.py").write_text(STOPPER)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [command, "runs/tiny", "--sampler", f"stopper_{command}.stop", "--count", 12]
+    out = ("--out", tmp_path / "x") if command == "sample" else METRICS
+    code, _, err = run(*words, "--batch-size", 6, *out)
+    assert code == 130 and "Traceback" not in err
+    said = f"{command}: interrupted"
+    assert err.splitlines()[-1] == said + "; the same command goes on" * (command == "sample")
+    if command == "sample":
+        assert run(*words, "--batch-size", 6, *out)[1]["drawn"] == 6
+
+
 # Results.
 
 
@@ -309,8 +335,13 @@ def test_a_run_that_was_copied_says_how_its_data_is_found(
     assert code == 2 and "--set data.path=PATH" in err and err.count("\n") == 1
     code, *_ = run(*words, "--set", f"data.path={home}/data/dogs")
     assert code == 0
+    away = ("--set", "data.path=/nowhere/at/all")
+    code, _, err = run(*words, *away)
+    assert code == 2 and "/nowhere/at/all: not prepared (no dataset.json here" in err
     shutil.move(tmp_path / "tiny", tmp_path / "moved")
-    assert run("sample", "moved", "--count", 1)[0] == 0  # which needs no data
+    code, _, err = run("sample", "moved", "--count", 1)  # which needs no data
+    assert code == 0 and "next " not in err
+    assert err.splitlines()[-1].startswith("measure ") and "(data/dogs, its data" in err
 
 
 # Measuring what was drawn.

@@ -36,15 +36,15 @@ def run(options: argparse.Namespace) -> int:
         opened = runs.open_run(options)
         images = _images(options, opened.model.config)
         if not about:
-            if options.count > len(images):
-                text = f"{images.name}: has {len(images):,} images; losses of these"
-                print(shown(f"{text}, not of {options.count:,}"), file=sys.stderr)
             about = {
                 **opened.about(),
                 "data": images.name,
                 "count": min(options.count, len(images)),
             }
         curves[weights] = _curve(options, opened, images)
+    if about["count"] < options.count:
+        text = f"{about['data']}: has {about['count']:,} images; losses of these"
+        print(shown(f"{text}, not of {options.count:,}"), file=sys.stderr)
     folder: Path = options.out or opened.folder / "losses"
     folder.mkdir(parents=True, exist_ok=True)
     plot(curves, folder / "losses.png")

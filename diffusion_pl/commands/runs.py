@@ -29,6 +29,9 @@ from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
 from diffusion_pl.training.settings import AUTOCAST, Settings, resolve_precision
 
+# Data that lies in a folder of the user's; other data is made or fetched where it is not there.
+FOLDERS = ("diffusion_pl.data.shards.Shards", "diffusion_pl.data.folder.ImageFolder")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -292,19 +295,32 @@ def images_of(experiment: Config) -> Images:
         ValueError: they are not there, or unfit.
     """
     source = trust.data_of(experiment)
-    path = getattr(source, "path", None)
     try:
         source.prepare()
     except ValueError as error:
-        if type(path) is not str or os.path.isabs(path) or Path(path).exists() or "://" in path:
+        path = data_elsewhere(experiment)
+        if path is None:
             raise
-        # A run that was copied or moved, or a command typed elsewhere than the run's.
         raise ValueError(
-            f"{error}. Of the run's data, {path} is looked for in the present folder; go where it "
-            "lies, or say where: --set data.path=PATH"
+            f"{path}: not prepared in the present folder, where the run's data is looked for; go "
+            "where it lies, or say where: --set data.path=PATH"
         ) from error
     images: Images = source.open()
     return images
+
+
+def data_elsewhere(experiment: Config) -> str | None:
+    """The path of a run's data, where it is none from the present folder; None where it is.
+
+    So it is of a run that was copied, moved or imported, or of a command typed elsewhere.
+    """
+    node = experiment.get("data")
+    path = node.get("path")
+    if node.get("_target_") not in FOLDERS or type(path) is not str:
+        return None
+    if os.path.isabs(path) or "://" in path or node.get("made_of"):
+        return None
+    return None if Path(path).exists() else path
 
 
 def is_run(path: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from diffusion_pl.commands import following, results, runs
 from diffusion_pl.commands.sample_folder import OtherImages, SampleFolder
 from diffusion_pl.evaluation import Drawing, batches
 from diffusion_pl.images import grid, save_png
+from diffusion_pl.names import shown
 
 FAILURES: tuple[type[Exception], ...] = ()
 
@@ -62,7 +64,11 @@ def run(options: argparse.Namespace) -> int:
     if options.label is None and opened.model.class_names:
         lines.append(("classes", following.classes(opened.model.class_names)))
     results.tell(options, result, lines)
-    following.tell("evaluate", options.run)
+    if (data := runs.data_elsewhere(opened.model.config)) is None:
+        following.tell("evaluate", options.run)
+    else:
+        words = following.command("evaluate", options.run, "--set", "data.path=PATH")
+        print(shown(f"measure  {words}  ({data}, its data, is not here)"), file=sys.stderr)
     return 0
 
 
