@@ -49,7 +49,7 @@ def dpmpp_3m(
     Raises:
         ValueError: eta negative.
     """
-    return multistep(denoise, x, sigmas, randn_like, weights=_weights, eta=eta)
+    return multistep(_weights, denoise, x, sigmas, randn_like, eta=eta)
 
 
 def _weights(levels: Sequence[float], length: float, g: float) -> list[float]:

@@ -47,7 +47,7 @@ def exponential_adams(
     Raises:
         ValueError: eta negative.
     """
-    return multistep(denoise, x, sigmas, randn_like, weights=_weights, eta=eta)
+    return multistep(_weights, denoise, x, sigmas, randn_like, eta=eta)
 
 
 def _weights(levels: Sequence[float], length: float, g: float) -> list[float]:

@@ -24,22 +24,22 @@ Weights = Callable[[Sequence[float], float, float], list[float]]
 
 
 def multistep(
+    weights: Weights,
     denoise: Denoise,
     x: Tensor,
     sigmas: Tensor,
     randn_like: Callable[[Tensor], Tensor],
     *,
-    weights: Weights,
     eta: float,
 ) -> Tensor:
     """Integrate from sigmas[0] to sigmas[-1] with one evaluation a step.
 
     Args:
+        weights: of the last values of D.
         denoise: D, called `denoise(x, sigma)`.
         x: the state at sigmas[0], float64 (B, C, H, W).
         sigmas: decreasing levels, float64 (N + 1,), all but the last > 0.
         randn_like: draws standard normal noise shaped as its argument; not used at eta = 0.
-        weights: of the last values of D.
         eta: how much noise is renewed: 0 is the ODE, 1 the reverse SDE.
 
     Returns:
