@@ -10,7 +10,7 @@ MUTANTS = [
         "newcomer",
         ("if sys.stderr.isatty() and not _is_later_rank():", "if not _is_later_rank():"),
         ("if sys.stderr.isatty() and not _is_later_rank():", "if False:"),
-        ("except KeyboardInterrupt:", "except BlockingIOError:"),
+        ("return INTERRUPTED", "return 1"),
         ('frozenset({"prepare", "sample", "sweep"})', 'frozenset({"prepare", "sweep"})'),
     ),
     *at(
@@ -90,12 +90,18 @@ MUTANTS = [
         "newcomer",
         ('",".join(map(str, manifest.resolutions))', "str(manifest.resolutions[0])"),
         ("sides, labels=True)", "sides, labels=None)"),
+        ('"filter", "fit", "encoding", "channels", "shard_images"', '"filter", "fit"'),
     ),
     *at(
         "commands/sbatch.py",
         "launch",
         ('["--data-changed"] if self.data_changed else []', "[]"),
         ('["--data-changed"] if self.data_changed else []', '["--data-changed"]'),
+    ),
+    *at(
+        "training/progress.py",
+        "newcomer",
+        ("            if done:\n", "            if not done:\n"),
     ),
     *at(
         "files.py",

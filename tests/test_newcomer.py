@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -19,6 +20,7 @@ from test_commands_models import TINY
 
 from diffusion_pl.cli import main
 from diffusion_pl.commands import following, sample
+from diffusion_pl.training.progress import Progress
 
 NAMES = ["Basset", "beagle", "night city"]
 EXPERIMENT = (
@@ -190,6 +192,20 @@ def test_prepared_data_is_told_once_on_a_terminal(on_terminal, home):
         "prepare", home / "dogs", "data/dogs", "--resolutions", 8, "--labels"
     )
     assert code == 0 and out == "" and err.count("diffusion_pl train") == 1
+
+
+def test_an_evaluation_that_has_begun_claims_no_time_left():
+    """Of the first tile nothing is known yet, and `0:00 left` would be a lie of minutes."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    progress = Progress(100, console)
+    progress.start(0)
+    said = []
+    for done in (0, 32):
+        progress.evaluating(done, 64)
+        said.append(progress.bar.tasks[-1].fields["text"])
+    progress.stop()
+    assert said[0] == "0/64 images measured"
+    assert said[1].startswith("32/64 images measured  ") and said[1].endswith(" left")
 
 
 # What comes next.
@@ -402,9 +418,14 @@ def test_pictures_that_are_enlarged_are_counted(fit, tmp_path, capsys):
 
 def test_folders_that_were_not_taken_as_classes_are_by_the_command_that_is_said(tmp_path, capsys):
     source = fill(tmp_path / "my dogs", {f"{n}/0.png": file(noise(0)) for n in ("a", "b")})
-    assert prepare(source, tmp_path / "data", resolutions="8,4") == 0
+    settings = ("--fit", "pad", "--channels", 1, "--shard-images", 1)
+    assert prepare(source, tmp_path / "data", *settings, resolutions="8,4") == 0
     [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("with classes: ")]
     words = shlex.split(line.removeprefix("with classes: "))
     assert main(words[3:]) == 0
     made = manifest(tmp_path / "data-labelled")
     assert (made["class_names"], made["resolutions"]) == (["a", "b"], [8, 4])
+    same = ("fit", "filter", "channels", "shard_images", "encoding")
+    before = manifest(tmp_path / "data")
+    assert {name: made[name] for name in same} == {name: before[name] for name in same}
+    assert "--filter" not in words  # what was not asked for is not said

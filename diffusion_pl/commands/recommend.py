@@ -25,6 +25,7 @@ import numpy as np
 
 from diffusion_pl import config
 from diffusion_pl.commands.following import command
+from diffusion_pl.data.recipe import Recipe
 from diffusion_pl.data.shard_format import Manifest
 
 SMALL = "cifar10_small"
@@ -367,9 +368,10 @@ def _prepare(manifest: Manifest, folder: str, sides: str, labels: bool | None) -
     for name in ("count", "seed", "split", "image", "label"):
         if source.get(name) is not None:
             words += [f"--{name}", str(source[name])]
-    for name in ("filter", "fit"):
-        if getattr(manifest, name) != "drawn":
-            words += [f"--{name}", getattr(manifest, name)]
+    for name in ("filter", "fit", "encoding", "channels", "shard_images"):
+        value = getattr(manifest, name)
+        if value not in ("drawn", getattr(Recipe, name)):
+            words += [f"--{name.replace('_', '-')}", str(value)]
     return command("prepare", *words)
 
 

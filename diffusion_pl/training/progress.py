@@ -120,8 +120,10 @@ class Progress:
             if self.evaluation is None:
                 self.evaluation = self.bar.add_task("evaluation", total=total, text="")
                 self.evaluated_since = time.monotonic()
-            left = (time.monotonic() - self.evaluated_since) * (total - done) / max(done, 1)
-            text = f"{done:,}/{total:,} images measured  {clock(left)} left"
+            text = f"{done:,}/{total:,} images measured"
+            if done:
+                left = (time.monotonic() - self.evaluated_since) * (total - done) / done
+                text += f"  {clock(left)} left"
             self.bar.update(self.evaluation, completed=done, text=text, refresh=True)
         self.last = time.monotonic()
 
