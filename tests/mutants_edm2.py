@@ -81,7 +81,7 @@ MUTANTS = [
     *at("training/module.py", "edm2_unet", ("[*self.denoiser.modules()]", "[]")),
     *at(
         "interop/edm2.py",
-        "interop_edm2",
+        "interop_edm2 edm2_unet",
         ('"conv0": "conv_res0", "conv1": "conv_res1"',
          '"conv0": "conv_res1", "conv1": "conv_res0"'),
         ("if config.get(\"encoder\", PIXELS) != PIXELS:\n        return",

@@ -84,6 +84,7 @@ def test_a_network_pickle_says_all_of_the_experiment(config):
     found, read = edm.read(pickled(config))
     assert edm.asked(found) is None
     assert {key: found[key] for key in config} == config
+    assert edm.read(Path("network.pkl"), {"dropout": 0.5})[0]["dropout"] == 0.5
     nodes = edm.nodes(found)
     objective = {"P_mean": -0.8, "P_std": 1.6, "sigma_data": config["sigma_data"], "channels": 128}
     assert nodes["objective"] == {"_target_": "diffusion_pl.objectives.edm2.EDM2", **objective}
@@ -150,9 +151,10 @@ def test_a_training_state_gives_the_average_that_is_said_or_the_raw_weights(caps
     assert error.count("\n") == 1
 
 
-def test_a_state_without_averages_is_named():
+@pytest.mark.parametrize("average", [None, {"stds": [], "emas": []}])
+def test_a_state_without_averages_is_named(average):
     content = torch.load(state(CONFIG), weights_only=False)
-    content["ema"] = None
+    content["ema"] = average
     torch.save(content, "none.pt")
     with pytest.raises(ValueError, match="keeps no average; take --weights raw"):
         edm.read(Path("none.pt"))
