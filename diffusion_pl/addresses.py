@@ -29,6 +29,10 @@ _PASSWORD = re.compile(
 _USER = re.compile(
     r"\b((?:https?|s3a?|gs|gcs|webdavs?|davs?)(?::/{0,3}|//))[^/?#\s]{0,300}@", re.IGNORECASE
 )
+# As scp and rsync write it, and without a scheme; sha256 is the digest of a container's image.
+_BARE = re.compile(
+    r"(?://[^/\s:@]{0,300}|[^/\s:@=]{1,300}):[^\s:@/]{1,300}@(?!sha\d)[\w.-]+(?:[:/]|$)"
+)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})(?::/|//)")
 _PARAMETER = re.compile(r"(?<=[?&;#])([^=&;#?]+)=[^&;#]*")
 _SECRET_WORD = re.compile(
@@ -69,6 +73,8 @@ def credential_in(text: str) -> str | None:
             return "a user or token before the host"
         for name in _secret_names(address):
             return f"the parameter {name!r}"
+    if _BARE.match(text):
+        return "a password before the host"
     return "a token" if _TOKEN.search(text) else None
 
 

@@ -22,6 +22,8 @@ MUTANTS = [
         ("(?:://|(?<=\\w\\w):/)", "://"),
         ("|(?<=\\w\\w:/)(?!/)", ""),
         ("(?::/{0,3}|//)", "://"),
+        ("    if _BARE.match(text):", "    if False:"),
+        ("@(?!sha\\d)[", "@["),
         (" or _USER.match(text) else", " else"),
         ('or re.findall(r"^[A-Za-z0-9]+(?=:)", text)', ""),
     ),

@@ -55,6 +55,9 @@ SECRET = {
     "gs://bucket/set?key=hunter2": "GOOGLE_APPLICATION_CREDENTIALS",
     "HTTPS://me:hunter2@host/set": "netrc",
     "https:/me:hunter2@host/set": "netrc",
+    "//me:hunter2@host/set": "set ",
+    "me:hunter2@host:/set": "set ",
+    "me:hunter2@host.org/set": "set ",
     "https:///me:hunter2@host/set": "netrc",
     "https:me:hunter2@host/set": "netrc",
     "https//hunter2@host/set": "netrc",
@@ -74,6 +77,9 @@ PLAIN = [
     "memory://token/secret/password",
     "data/password=x/token",
     "C:/me@home",
+    "image:tag@sha256:0123",
+    "me@host:/set",
+    "16:9@x y",
     "C:/me:too@home",
     "runs/a:/b",
     "https:/host:8080/set@v1",
@@ -84,9 +90,9 @@ PLAIN = [
 @pytest.mark.parametrize("address", SECRET)
 def test_a_credential_is_found_and_masked(address):
     assert credential_in(address)
-    shown = masked(f"cannot open {address} (or '{address}')")
-    assert "hunter2" not in shown
-    assert credential_in(masked(address)) is None
+    if SECRET[address] != "set ":  # without a scheme it is refused, and never comes so far
+        assert "hunter2" not in masked(f"cannot open {address} (or '{address}')")
+        assert credential_in(masked(address)) is None
 
 
 @pytest.mark.parametrize("address", PLAIN)
