@@ -81,6 +81,14 @@ def test_adm_begins_with_the_channels_of_its_first_level():
     assert guided == 128  # guided-diffusion's
 
 
+def test_adm_has_a_head_for_64_channels():
+    with torch.device("meta"):
+        network = ADM(16, model_channels=64, channel_mult=(1, 3), blocks=1, attention=(16, 8))
+    heads = [block.attention.heads for block in network.encoder if block.attention]
+    assert heads == [1, 3]
+    assert network.middle[0].attention.heads == 3
+
+
 @pytest.mark.parametrize("name", ["vp_ddpmpp_cond", "edm_adm_cond"])
 @torch.no_grad()
 def test_no_label_is_the_published_networks_empty_one(parity, name):
