@@ -323,6 +323,7 @@ def test_doubling_is_four_times_the_transpose_of_halving(taps):
     down = (Resample("halve", taps)(large) * small).sum()
     up = (large * Resample("double", taps)(small)).sum()
     torch.testing.assert_close(4 * down, up)
+    assert Resample("halve", taps)(large.double()).dtype == torch.float64
     # Away from the edge a constant stays as it is.
     flat = Resample("double", taps)(torch.ones(1, 1, 6, 6))[..., 2:-2, 2:-2]
     torch.testing.assert_close(flat, torch.ones_like(flat))
