@@ -136,6 +136,17 @@ def task(path: Path, drawing: Drawing, to: int, restart: float | None, agree: bo
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     image = np.array(decode(data, where=str(path)))
     picture = torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
+    return task_of(picture, path, drawing, to, restart, agree)
+
+
+def task_of(
+    picture: Tensor, path: Path, drawing: Drawing, to: int, restart: float | None, agree: bool
+) -> Task:
+    """Say over which sizes a picture is enlarged: uint8 (C, h, w), and its name for messages.
+
+    Raises:
+        ValueError: as `task`.
+    """
     height, width = picture.shape[1:]
     side = max(height, width)
     if side >= to:

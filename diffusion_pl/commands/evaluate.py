@@ -48,12 +48,38 @@ ROWS = "evaluations.jsonl"
 def run(options: argparse.Namespace) -> int:
     """Measure what is named, and say every number with all that it depends on."""
     target: Path = options.run
+    opened = runs.open_run(options) if runs.is_run(target) else None
+    result = measured(options, opened)
+    rows = result["measures"]
+    if rows:
+        table(rows)
+    results.tell(options, result, [], indent=2)  # the lines for people are the last
+    if opened is not None:
+        following.tell("export", target, following.beside(target))
+    for line in what_matters(target, rows, result, results.for_people(options)):
+        print(shown(line), file=sys.stderr)
+    return 0
+
+
+def measured(options: argparse.Namespace, opened: runs.Opened | None) -> dict[str, Any]:
+    """Measure a run, and keep the rows in its folder; or images that are there.
+
+    Args:
+        options: of the command.
+        opened: the run; None for images, at `options.run`.
+
+    Returns:
+        What was measured; "measures" are the rows.
+
+    Raises:
+        ValueError: settings that do not fit what is measured.
+    """
+    target: Path = options.run
     asked = Asked(options)
     if options.blocks < 1:
         raise ValueError(f"--blocks: must be at least 1 (got {options.blocks})")
     kept: Kept | None = None
-    if runs.is_run(target):
-        opened = runs.open_run(options)
+    if opened is not None:
         about = {
             "run": str(opened.folder),
             "checkpoint": str(opened.model.checkpoint),
@@ -91,19 +117,12 @@ def run(options: argparse.Namespace) -> int:
             known=kept.block if kept else None,
             keep=kept.keep_block if kept else show_block,
         )
-    if rows:
-        table(rows)
     result = {**about, "measures": rows}
     if asked.left_out:
         result["left_out"] = asked.left_out
     if kept and rows:
         result["rows"] = kept.keep(rows)
-    results.tell(options, result, [], indent=2)  # the lines for people are the last
-    if kept:
-        following.tell("export", target, following.beside(target))
-    for line in what_matters(target, rows, result, results.for_people(options)):
-        print(shown(line), file=sys.stderr)
-    return 0
+    return result
 
 
 def of_images(origin: config.Config | None, count: int) -> Evaluation:

@@ -39,8 +39,11 @@ SECTIONS: dict[str, Any] = {
     "features": Extractor,
     "evaluation": Evaluation,
     "trainer": Settings,
+    "callbacks": list[Any] | None,
+    "loggers": list[Any] | None,
 }
-REQUIRED = tuple(name for name in SECTIONS if name != "augment")
+OPTIONAL = ("augment", "callbacks", "loggers")
+REQUIRED = tuple(name for name in SECTIONS if name not in OPTIONAL)
 
 
 def read(
@@ -61,7 +64,15 @@ def read(
     Raises:
         ConfigError: everything that is wrong, a line each.
     """
-    experiment = config.load(name, overrides, allow=allow, beside=beside)
+    return checked(config.load(name, overrides, allow=allow, beside=beside))
+
+
+def checked(experiment: Config) -> Config:
+    """See that all of an experiment fits together, and hand it back.
+
+    Raises:
+        ConfigError: everything that is wrong, a line each.
+    """
     bind(experiment)
     try:  # a rate out of range would be told when all else is ready
         config.build(experiment, "optimizer")([nn.Parameter(torch.zeros(1))])

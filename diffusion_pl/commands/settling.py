@@ -22,6 +22,7 @@ from diffusion_pl.training.writing import write_atomically
 # speaks, is kept and is measured. (On another kind of accelerator the noise of
 # an image is another draw, by the generator that is there.)
 FREE = {
+    "callbacks",
     "data.cache",
     "data.cache_bytes",
     "data.cache_folder",
@@ -30,6 +31,7 @@ FREE = {
     "data.workers",
     "evaluation",
     "features",
+    "loggers",
     "sampler",
     "trainer.accelerator",
     "trainer.checkpoint_every",

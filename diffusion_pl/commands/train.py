@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,20 @@ def run(options: argparse.Namespace) -> int:
     experiment = parts.read(
         options.experiment, options.overrides, allow=options.allow, beside=options.start
     )
+    return train(options, experiment)
+
+
+def train(options: argparse.Namespace, experiment: Config, **further: Any) -> int:
+    """Train an experiment that is read, in its folder.
+
+    Args:
+        options: of the command.
+        experiment: bound.
+        further: callbacks and loggers of Lightning that its config does not name.
+
+    Returns:
+        The exit code.
+    """
     trust.check_training(experiment)
     folder: Path = options.run or parts.RUNS / experiment.name
     settings: Settings = config.build(experiment, "trainer")
@@ -62,11 +77,11 @@ def run(options: argparse.Namespace) -> int:
     if options.start and not checkpoints.found(folder / "checkpoints"):
         weights = starting.weights(options, experiment, leads)  # refused before the folder is made
     if not leads:  # the first rank writes for all of them
-        return _train(options, experiment, folder, weights, None)
+        return _train(options, experiment, folder, weights, None, further)
     with locks.hold(folder / locks.NAME, "training") as lock:
         sweep(folder)
         History(folder / "metrics.jsonl").mend()
-        return _train(options, experiment, folder, weights, lock)
+        return _train(options, experiment, folder, weights, lock, further)
 
 
 def _train(
@@ -75,6 +90,7 @@ def _train(
     folder: Path,
     weights: starting.Start | None,
     lock: locks.Lock | None,
+    further: Mapping[str, Any],
 ) -> int:
     """Go on with a run, or begin it.
 
@@ -85,6 +101,7 @@ def _train(
         weights: that a new run starts from, None for its own.
         lock: on it, where this process is the run's first; None on the others, which the first one
             tells when they meet whether all is alike.
+        further: as for `train`.
     """
     leads = lock is not None
     latest = checkpoints.newest_sound(folder / "checkpoints", mend=leads)
@@ -110,7 +127,7 @@ def _train(
     settings: Settings = config.build(experiment, "trainer")
     if starter(os.environ, settings.nodes, settings.devices_a_node()) == "itself":
         see_data(trust.data_of(experiment))
-    built = build(experiment)
+    built = build(experiment, **further)
     if weights is not None and not latest:
         weights.fill(built.objective.denoiser(built.network))
     start = Start(
@@ -174,10 +191,17 @@ def see_data(source: Source) -> None:
         source.listing()
 
 
-def build(experiment: Config) -> Experiment:
+def build(
+    experiment: Config, callbacks: Sequence[Any] = (), loggers: Sequence[Any] = ()
+) -> Experiment:
     """Build every part of an experiment.
 
     The weights are drawn from the experiment's seed, whatever was drawn before.
+
+    Args:
+        experiment: bound.
+        callbacks: of Lightning, after those that the config names.
+        loggers: of Lightning, the same.
     """
     objective = config.build(experiment, "objective")
     torch.manual_seed(experiment.get("seed"))
@@ -195,7 +219,14 @@ def build(experiment: Config) -> Experiment:
         extractor=trust.extractor_of(experiment),
         evaluation=config.build(experiment, "evaluation"),
         augment=config.build(experiment, "augment"),
+        callbacks=(*_listed(experiment, "callbacks"), *callbacks),
+        loggers=(*_listed(experiment, "loggers"), *loggers),
     )
+
+
+def _listed(experiment: Config, section: str) -> list[Any]:
+    """The objects of a section that an experiment may leave out."""
+    return config.build(experiment, section) if experiment.tree.get(section) else []
 
 
 def report(folder: Path, images: int, rows: list[dict[str, Any]]) -> None:

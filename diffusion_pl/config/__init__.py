@@ -9,6 +9,8 @@ from diffusion_pl.config.reading import (
     experiments,
     load,
     load_resolved,
+    load_text,
+    replaced,
 )
 from diffusion_pl.config.tree import Config, ConfigError, differences, dump, leaves
 
@@ -26,4 +28,6 @@ __all__ = [
     "leaves",
     "load",
     "load_resolved",
+    "load_text",
+    "replaced",
 ]

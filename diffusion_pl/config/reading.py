@@ -32,6 +32,8 @@ from diffusion_pl.files import regular
 
 BASE = "base"
 EXPERIMENTS = Path("experiments")
+# Sections of a run that only its training needs: who opens it has no use for them.
+OF_TRAINING = ("callbacks", "loggers")
 _PACKAGE = Path(__file__).parents[1]
 
 _MAX_BYTES = 1_000_000
@@ -106,15 +108,69 @@ def load(
         ConfigError: one line on what is wrong in which file.
     """
     file = _file(str(name_or_path), folder)
-    tree: dict[str, Any] = {}
-    origins: dict[str, str] = {}
     lineage = _lineage(file, (), folder)
-    for path, own in lineage.items():
-        _merge(tree, own, "", path, origins)
     check_allowed(allow)
     theirs = any(is_strangers(Path(path), folder, beside) for path in lineage)
     packages = (*allow, *_named(overrides)) if theirs else None
-    return _overridden(Config(file.stem, file.as_posix(), tree, origins, packages), overrides)
+    return _overridden(_merged(file.stem, file.as_posix(), lineage, packages), overrides)
+
+
+def load_text(
+    text: str,
+    name: str = "experiment",
+    overrides: Sequence[str] = (),
+    folder: Path = EXPERIMENTS,
+) -> Config:
+    """Read an experiment from YAML text of the user's own, as `load` does from a file.
+
+    Args:
+        text: the YAML; its `defaults` are looked for in the folder, then among ours.
+        name: of the experiment, for messages.
+        overrides: as for `load`.
+        folder: where experiments are looked up by name.
+
+    Raises:
+        ConfigError: one line on what is wrong.
+    """
+    own, listed = _own(text, name)
+    lineage: dict[str, dict[str, Any]] = {}
+    for each in listed:
+        for path, tree in _lineage(_file(str(each), folder), (), folder).items():
+            lineage.setdefault(path, tree)
+    return _overridden(_merged(name, name, {**lineage, name: own}, None), overrides)
+
+
+def replaced(config: Config, changes: Mapping[str, Any], source: str) -> Config:
+    """A configuration with other values, given as Python's and not as text.
+
+    Args:
+        config: of the user's own.
+        changes: dotted key to a plain value; a node with a `_target_` takes the place of what was
+            there, another mapping is merged into it.
+        source: what messages call the origin of these values.
+
+    Raises:
+        ConfigError: a key that is not there, or a value that YAML cannot hold.
+    """
+    copy = replace(config, tree=plain(config.tree, config.file), origins=dict(config.origins))
+    kept = plain(dict(enumerate(changes.values())), source)
+    pairs = [(key.split("."), value) for key, value in zip(changes, kept.values(), strict=True)]
+    for parts, value in sorted(pairs, key=lambda pair: len(pair[0])):
+        if isinstance(value, dict) and "_target_" in value:
+            _set(copy, parts, None, source)
+        _set(copy, parts, value, source)
+    return finished(copy)
+
+
+def _merged(
+    name: str, file: str, lineage: Mapping[str, dict[str, Any]], packages: tuple[str, ...] | None
+) -> Config:
+    """Merge trees, the lowest first."""
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for path, own in lineage.items():
+        _merge(tree, own, "", path, origins)
+    return Config(name, file, tree, origins, packages)
 
 
 def load_resolved(
@@ -123,7 +179,8 @@ def load_resolved(
     """Take a configuration read back from a run folder or a checkpoint, which others may have made.
 
     Args:
-        tree: the plain containers; nothing in them is interpolated.
+        tree: the plain containers; nothing in them is interpolated, and what is of training alone,
+            callbacks and loggers, is left out.
         source: the file they come from, for messages.
         allow: what the user trusts by name beside the parts of this package.
         overrides: as for `load`; they are the user's own and may name anything.
@@ -133,7 +190,8 @@ def load_resolved(
     """
     check_allowed(allow)
     packages = (*allow, *_named(overrides))
-    kept = without_credentials(plain(tree, source))  # none is written again
+    used = {name: node for name, node in tree.items() if name not in OF_TRAINING}
+    kept = without_credentials(plain(used, source))  # none is written again
     config = finished(Config(Path(source).stem, source, kept, packages=packages))
     config = _overridden(config, overrides)
     for key, value in leaves(config.tree):
@@ -201,7 +259,24 @@ def _lineage(file: Path, children: tuple[Path, ...], folder: Path) -> dict[str, 
     A file reached twice counts where it is reached first: merged again it would undo what the
     defaults named before it changed.
     """
-    where, text = file.as_posix(), _text(file)
+    where = file.as_posix()
+    own, listed = _own(_text(file), where)
+    lineage: dict[str, dict[str, Any]] = {}
+    for name in listed:
+        parent = _parent(name, file, folder)
+        if parent == file or parent in children:
+            raise ConfigError(f"{where}: defaults: {name!r} has this file among its own defaults")
+        for path, tree in _lineage(parent, (*children, file), folder).items():
+            lineage.setdefault(path, tree)
+    return {**lineage, where: own}
+
+
+def _own(text: str, where: str) -> tuple[dict[str, Any], list[Any]]:
+    """What one text of YAML says itself, and the names of its defaults.
+
+    Raises:
+        ConfigError: it is no mapping of sections.
+    """
     container = _parsed(text, OmegaConf.create, where)
     if isinstance(container, dict) and len(container) == 1 and list(container.values()) == [None]:
         # OmegaConf reads a lone word so.
@@ -210,14 +285,7 @@ def _lineage(file: Path, children: tuple[Path, ...], folder: Path) -> dict[str, 
     refuse_misread(text, where)
     own = meant(own, where)
     listed = own.pop("defaults", [])
-    lineage: dict[str, dict[str, Any]] = {}
-    for name in listed if isinstance(listed, list) else [listed]:
-        parent = _parent(name, file, folder)
-        if parent == file or parent in children:
-            raise ConfigError(f"{where}: defaults: {name!r} has this file among its own defaults")
-        for path, tree in _lineage(parent, (*children, file), folder).items():
-            lineage.setdefault(path, tree)
-    return {**lineage, where: own}
+    return own, listed if isinstance(listed, list) else [listed]
 
 
 def _parent(name: object, file: Path, folder: Path) -> Path:
@@ -342,13 +410,13 @@ def _outer_first(pair: tuple[list[str], Any, str]) -> tuple[int, bool]:
     return len(pair[0]), pair[0][-1] != "_target_"
 
 
-def _set(config: Config, parts: list[str], value: Any) -> None:
+def _set(config: Config, parts: list[str], value: Any, source: str = OVERRIDE) -> None:
     """Set one override in place.
 
     Raises:
         ConfigError: the node it goes into does not exist, or is no mapping or list.
     """
-    where = f"{OVERRIDE}: {'.'.join(parts)}"
+    where = f"{source}: {'.'.join(parts)}"
     node: Any = config.tree
     done = ""
     for index, part in enumerate(parts[:-1]):
@@ -366,14 +434,14 @@ def _set(config: Config, parts: list[str], value: Any) -> None:
     last: Any = step(node, parts[-1])
     if isinstance(node, list) and last is not None:
         node[last] = value
-        _mark(config.origins, join(done, last), OVERRIDE)
+        _mark(config.origins, join(done, last), source)
     elif isinstance(node, dict):
         if parts[-1] == "_target_" and _replaces(node, {"_target_": value}):
             node.clear()
-            _mark(config.origins, done, OVERRIDE)
+            _mark(config.origins, done, source)
         if last is None:  # as YAML reads a bare key
             last = int(parts[-1]) if parts[-1].isdecimal() else parts[-1]
-        _merge(node, {last: value}, done, OVERRIDE, config.origins)
+        _merge(node, {last: value}, done, source, config.origins)
     else:
         raise ConfigError(
             f"{where}: {done!r} in {config.file} has no {parts[-1]!r} (it is {node!r}); "

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from diffusion_pl.addresses import credential_in, instead
+from diffusion_pl.errors import UserError
 
 # Far above any experiment, far below what exhausts the stack or the memory.
 MAX_DEPTH = 32
@@ -22,7 +23,7 @@ MAX_VALUES = 10_000
 OVERRIDE = "SET"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A user's mistake: `<file>: <dotted key>: <what is wrong> (what was got); <what to do>`."""
 
 

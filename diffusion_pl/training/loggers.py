@@ -6,7 +6,7 @@ The run's own files are its record; a logger that fails is told of in a line and
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,16 @@ from diffusion_pl.training.writing import write_atomically
 WANDB_ID = "wandb_id"  # the file in a run's folder that holds its W&B run's
 
 
-def make_loggers(settings: Settings, config: Mapping[str, Any], run: Path) -> list[Logger]:
+def make_loggers(
+    settings: Settings, config: Mapping[str, Any], run: Path, further: Sequence[Logger] = ()
+) -> list[Logger]:
     """The loggers that an experiment names; each run has one folder, resumed in place.
 
     Args:
         settings: of the trainer.
         config: resolved; W&B gets it at its start.
         run: the run's folder.
+        further: of the user's own.
 
     Raises:
         ValueError: W&B is asked for and not installed.
@@ -57,7 +60,7 @@ def make_loggers(settings: Settings, config: Mapping[str, Any], run: Path) -> li
                 "trainer.loggers: wandb is not installed; pip install 'diffusion_pl[wandb]'"
             ) from error
         loggers.append(wandb)
-    return [Unfailing(each) for each in loggers]
+    return [Unfailing(each) for each in (*loggers, *further)]
 
 
 def wandb_id(run: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,8 @@ from typing import Any, cast
 import lightning
 import torch
 from lightning.fabric.plugins.io import CheckpointIO
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import nn
@@ -67,6 +69,8 @@ class Experiment:
     extractor: Extractor
     evaluation: Evaluation
     augment: Augment | None = None
+    callbacks: Sequence[Callback] = ()
+    loggers: Sequence[Logger] = ()
 
 
 class CheckpointFiles(CheckpointIO):
@@ -132,6 +136,7 @@ def fit(
             trainer.callbacks.append(snapshots)  # type: ignore[attr-defined]
         trainer.callbacks.append(ClassNames())  # type: ignore[attr-defined]
         stop, bounded = Stop(wish), Bounded(settings)
+        trainer.callbacks.extend(experiment.callbacks)  # type: ignore[attr-defined]
         evaluation = Evaluate(
             experiment.evaluation,
             experiment.sampler,
@@ -188,7 +193,7 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=2**31,  # rows are ours, by images
-        logger=make_loggers(settings, experiment.config, run),
+        logger=make_loggers(settings, experiment.config, run, experiment.loggers),
         profiler=Unprofiled(),
         plugins=[CheckpointFiles(), precision_plugin(precision, settings), *cluster(settings)],
         default_root_dir=run,

@@ -1,0 +1,251 @@
+"""The framework from Python: docs/python.md as it stands, what is refused, what importing costs."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+import diffusion_pl as dp
+from diffusion_pl import api
+from diffusion_pl.cli import main
+from diffusion_pl.data.folder import ImageFolder
+from diffusion_pl.samplers.heun import heun
+from diffusion_pl.training.ema import EMA
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```python ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+TINY = {
+    "trainer.images": 64,
+    "trainer.checkpoint_every": 32,
+    "trainer.log_every": 32,
+    "trainer.warmup": 0,
+    "trainer.cooldown": 0,
+    "trainer.devices": 1,
+    "data.count": 64,
+    "evaluation.every": 64,
+    "evaluation.count": 8,
+    "evaluation.grid": 4,
+    "evaluation.metrics": [],
+    "network.model_channels": 32,
+    "network.transformers": 1,
+    "network.heads": 2,
+    "network.embedding_channels": 32,
+    "sampler.steps": 3,
+}
+
+
+def own_module(folder, monkeypatch, name, text):
+    """A module of the user's own, beside the run."""
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = BLOCK.findall((ROOT / "docs" / "python.md").read_text())
+    names = {}
+    for name, code in blocks:
+        if name:
+            own_module(tmp_path, monkeypatch, name.removesuffix(".py"), code)
+        else:
+            exec(compile(code, "docs/python.md", "exec"), names)
+    images, larger = names["images"], names["larger"]
+    assert images.shape == (16, 3, 16, 16) and images.dtype == torch.uint8
+    assert larger.shape == (2, 3, 32, 32)
+    # Enlarged images agree with what they were made from: block means, rounded to bytes.
+    means = larger.double().unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean(dim=(3, 5))
+    assert (means - images[:2]).abs().max() <= 1
+    assert {row["name"].partition("@")[0] for row in names["rows"]} >= {"fd", "kd"}
+    assert {row["n"] for row in names["rows"]} == {50}
+    assert (tmp_path / "runs" / "mine" / "lightning_logs").is_dir()
+    measured = [row for row in names["run"].rows() if "name" in row]
+    assert [row["name"].partition("@")[0] for row in measured] == ["mean_feature"]
+    # The same from the shell, where the parts of others are asked for.
+    assert main(["sample", "runs/mine", "--count", "2", "--allow", "mine"]) == 0
+    assert main(["sample", "runs/mine", "--count", "2"]) == 2
+
+
+def test_the_readme_s_python_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, code in BLOCK.findall((ROOT / "README.md").read_text()):
+        assert not name
+        shorter = code.replace("SongUNet(32, augment=9)", "SongUNet(32, 8, augment=9)")
+        shorter = shorter.replace('dp.experiment("quickstart"', 'dp.experiment("quickstart", TINY')
+        names = {"TINY": TINY}
+        exec(compile(shorter, "README.md", "exec"), names)
+
+
+def test_a_run_by_name_is_the_command_s(tmp_path, monkeypatch, capsys):
+    """Same config, same bits: the function and the command are one."""
+    monkeypatch.chdir(tmp_path)
+    run = dp.train(dp.experiment("quickstart", TINY), "runs/a")
+    words = [f"{key}={api._word(value)}" for key, value in TINY.items()]
+    assert main(["train", "quickstart", *words, "--run", "runs/b"]) == 0
+    other = dp.Run("runs/b")
+    assert run.images_seen == other.images_seen == 64
+    ours, theirs = run.denoiser.state_dict(), other.denoiser.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert (tmp_path / "runs/a/config.yaml").read_text() == (
+        tmp_path / "runs/b/config.yaml"
+    ).read_text()
+    assert torch.equal(run.sample(3, seed=4), other.sample(5, seed=4, batch_size=2)[:3])
+    assert torch.equal(run.sample(2, first=1), run.sample(3)[1:])
+    assert not torch.equal(run.sample(2), run.sample(2, seed=1))
+    assert [path.stem for path in run.checkpoints()] == ["000000000032", "000000000064"]
+    # A finished run is opened, one with a larger budget goes on.
+    assert dp.train(dp.experiment("quickstart", TINY), "runs/a").images_seen == 64
+    longer = dp.train(dp.experiment("quickstart", {**TINY, "trainer.images": 96}), "runs/a")
+    assert longer.images_seen == 96
+
+
+def test_a_callback_that_raises_keeps_its_traceback_and_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Raises(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *rest):
+            if pl_module.images_seen == 48:
+                raise LookupError("of the user's own")
+
+    exp = dp.experiment("quickstart", TINY)
+    with pytest.raises(LookupError, match="of the user's own"):
+        dp.train(exp, "runs/a", callbacks=[Raises()])
+    assert dp.Run("runs/a").images_seen == 32
+    whole = dp.train(exp, "runs/a")
+    straight = dp.train(exp, "runs/b")
+    ours, theirs = whole.denoiser.state_dict(), straight.denoiser.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_callbacks_and_loggers_stand_in_yaml_and_are_not_needed_to_open(tmp_path, monkeypatch):
+    own_module(
+        tmp_path,
+        monkeypatch,
+        "mycallbacks",
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Notes(Callback):\n"
+        "    def __init__(self, path: str): self.path = path\n"
+        "    def on_train_start(self, trainer, pl_module):\n"
+        "        open(self.path, 'w').write(str(pl_module.images_seen))\n",
+    )
+    monkeypatch.chdir(tmp_path)
+    exp = dp.experiment("quickstart", TINY).replace(
+        callbacks=[dp.lazy("mycallbacks.Notes", path="noted")],
+        loggers=[dp.lazy("lightning.pytorch.loggers.CSVLogger", save_dir="csv")],
+    )
+    dp.train(exp, "runs/a")
+    assert (tmp_path / "noted").read_text() == "0"
+    assert list((tmp_path / "csv").rglob("metrics.csv"))
+    assert "mycallbacks.Notes" in (tmp_path / "runs/a/config.yaml").read_text()
+    assert dp.Run("runs/a").sample(1).shape == (1, 3, 16, 16)
+    # Who trains by it again is asked, as of any part of others.
+    with pytest.raises(dp.UserError, match="--allow mycallbacks"):
+        dp.experiment("runs/a/config.yaml")
+
+
+class Here(nn.Module):
+    """A network of this module."""
+
+
+class Same:
+    """Looks like a class of this module, and is not the one that its name finds."""
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        (nn.Conv2d(3, 3, 1), "dp.lazy(Conv2d"),
+        (type("Local", (nn.Module,), {"__qualname__": "f.<locals>.Local"}), "cannot be imported"),
+        (type("Main", (nn.Module,), {"__module__": "__main__"}), "module of its own"),
+        (type("Same", (nn.Module,), {}), "another object"),
+        (lambda: None, "cannot be imported"),
+        (functools.partial(heun, 1), "dp.lazy(partial"),
+    ],
+)
+def test_what_could_not_be_opened_again_is_refused_before_training(value, word):
+    with pytest.raises(dp.UserError) as caught:
+        dp.experiment("quickstart").replace(network=value)
+    assert word in str(caught.value)
+
+
+def test_objects_are_kept_by_what_they_are_made_from():
+    folder = ImageFolder("photographs", 64, labels=True, batch_size=8)
+    path = "diffusion_pl.data.folder.ImageFolder"
+    assert api.plain(folder, "data") == {
+        "_target_": path, "path": "photographs", "resolution": 64, "labels": True, "batch_size": 8,
+    }  # fmt: skip
+    assert api.plain(functools.partial(heun, S_churn=40), "x") == {
+        "_target_": "diffusion_pl.samplers.heun.heun", "_partial_": True, "S_churn": 40,
+    }  # fmt: skip
+    assert api.plain(heun, "x") == {
+        "_target_": "diffusion_pl.samplers.heun.heun", "_partial_": True,
+    }  # fmt: skip
+    nested = dp.lazy(Here, inner=dp.lazy(EMA, half_life=5), path=Path("a"), pair=(1, 2))
+    assert api.plain(nested, "x") == {
+        "_target_": "test_api.Here",
+        "inner": {"_target_": "diffusion_pl.training.ema.EMA", "half_life": 5},
+        "path": "a",
+        "pair": [1, 2],
+    }
+
+
+def test_replacing_takes_whole_sections_and_merges_dictionaries():
+    exp = dp.experiment("quickstart")
+    merged = exp.replace({"optimizer.lr": 1e-4}, trainer={"images": 5})
+    assert merged.config.get("optimizer.lr") == 1e-4
+    assert merged.config.get("optimizer.betas") == [0.9, 0.95]
+    assert merged.config.get("trainer.images") == 5
+    assert merged.config.get("trainer.warmup") == 2_000
+    assert exp.config.get("trainer.images") == 56_000  # the first one is as it was
+    whole = exp.replace(ema=EMA(half_life=9))
+    assert whole.config.get("ema") == {
+        "_target_": "diffusion_pl.training.ema.EMA", "half_life": 9,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: dp.experiment("quickstrat"), "quickstart"),
+        (lambda: dp.experiment("quickstart", {"optimizer.rl": 1}), "optimizer.rl"),
+        (lambda: dp.experiment("quickstart", {"optimiser.lr": 1}), "optimiser"),
+        (lambda: dp.experiment("quickstart").replace(sampelr={}), "did you mean 'sampler'"),
+        (lambda: dp.experiment("quickstart").replace(seed=object()), "seed"),
+        (lambda: dp.experiment("defaults: nothing\nseed: 1\n"), "no such experiment"),
+        (lambda: dp.Experiment(), "network: missing section"),
+        (lambda: dp.Run("runs/none"), "no such run"),
+        (lambda: dp.train("quickstart", stat="x"), "is no option of train"),
+    ],
+)
+def test_mistakes_are_user_errors_of_one_line(make, word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(dp.UserError) as caught:
+        make()
+    assert word in str(caught.value)
+
+
+def test_importing_costs_nothing_and_names_are_listed():
+    code = (
+        "import sys, diffusion_pl as dp\n"
+        "print('torch' in sys.modules, sorted(n for n in dir(dp) if n[0] != '_'))\n"
+        "dp.experiment\n"
+        "print('torch' in sys.modules, 'lightning' in sys.modules)\n"
+        "dp.experiment('quickstart')\n"
+        "print('lightning' in sys.modules, dp.experiment.__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second, third = done.stdout.splitlines()
+    assert first == f"False {sorted(dp.__all__)}"
+    assert second == "False False"
+    assert third == "False experiment"
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = dp.nothing
