@@ -119,6 +119,13 @@ def test_a_header_in_an_error_is_masked():
     assert "hunter2" not in masked("Basic bWU6hunter2aHVudGVyMg==")
 
 
+def test_a_complaint_of_the_parser_hides_a_header(capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "runs/tiny", "Authorization: Bearer hunter2hunter2"])
+    said = capsys.readouterr().err
+    assert "unrecognized arguments" in said and "hunter2" not in said
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("credentials"), TINY)

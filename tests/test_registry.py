@@ -200,6 +200,12 @@ def test_everything_else_of_the_package_is_refused():
                      "_partial_": True}},
             "ema._target_: diffusion_pl.training.ema.EMA is called here; remove `_partial_: true`",
         ),
+        (
+            {"optimizer": {"_target_": "torch.optim.Adam", "_partial_": True,
+                           "lr": {"_target_": "diffusion_pl.training.ema.EMA", "half_life": 1}}},
+            "optimizer.lr._target_: diffusion_pl.training.ema.EMA may not stand here: lr takes no "
+            "part",
+        ),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("packages", [None, ()])

@@ -326,6 +326,18 @@ def test_what_lies_with_the_weights_that_training_starts_from_is_of_others(
     assert not is_strangers(make("experiments/a.yaml"), Path("experiments"), Path(start))
 
 
+def test_a_yaml_that_lies_with_the_weights_is_of_others(place, capsys):
+    """Nothing but `--from` tells that this file came with them."""
+    handed_on(lambda tree: None)
+    Path("stranger/config.yaml").unlink()
+    tree = config.load("tiny").tree | {"objective": dict(PLANTED["the command line"])}
+    text = config.dump(Config("x", "x", tree))
+    file = make("stranger/experiments/x.yaml", text)
+    assert not is_strangers(file, Path("experiments"))
+    words = ["train", str(file), "--from", "stranger", "--run", "runs/new"]
+    assert "objective._target_: is outside" in refused(words, capsys)
+
+
 # What is the user's own goes on.
 
 
