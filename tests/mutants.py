@@ -32,8 +32,6 @@ ROOT = Path(__file__).parents[1]
 WORKERS = 2
 LIMIT = 180  # seconds for the tests of one mutant
 UNUSABLE = 70  # the code of a child in which pytest itself raised
-# The test that noticed the last bug of a file is the likeliest to notice the next: it goes first.
-ARGUMENTS = ["-x", "--failed-first", "-o", "addopts=-q --strict-markers", "-m", "not slow"]
 
 MUTANTS = [
     *at(
@@ -319,7 +317,7 @@ def tested(mutant: Mutant, output: Path) -> int | None:
             with output.open("w") as stream:
                 os.dup2(stream.fileno(), 1)
                 os.dup2(stream.fileno(), 2)
-                code = pytest.main([*ARGUMENTS, *mutant.tests])
+                code = pytest.main(["-x", "-m", "not slow", *mutant.tests])
         finally:
             os._exit(code)
     return ended(child)
