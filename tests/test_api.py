@@ -79,7 +79,9 @@ def test_the_readme_s_python_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name, code in BLOCK.findall((ROOT / "README.md").read_text()):
         assert not name
-        shorter = code.replace("SongUNet(32, augment=9)", "SongUNet(32, 8, augment=9)")
+        shorter = code.replace(
+            "SongUNet(32, augment=9)", "SongUNet(32, model_channels=16, augment=9)"
+        )
         shorter = shorter.replace('dp.experiment("quickstart"', 'dp.experiment("quickstart", TINY')
         names = {"TINY": TINY}
         exec(compile(shorter, "README.md", "exec"), names)
@@ -131,11 +133,12 @@ def test_callbacks_and_loggers_stand_in_yaml_and_are_not_needed_to_open(tmp_path
         tmp_path,
         monkeypatch,
         "mycallbacks",
+        "from pathlib import Path\n"
         "from lightning.pytorch.callbacks import Callback\n"
         "class Notes(Callback):\n"
         "    def __init__(self, path: str): self.path = path\n"
         "    def on_train_start(self, trainer, pl_module):\n"
-        "        open(self.path, 'w').write(str(pl_module.images_seen))\n",
+        "        Path(self.path).write_text(str(pl_module.images_seen))\n",
     )
     monkeypatch.chdir(tmp_path)
     exp = dp.experiment("quickstart", TINY).replace(

@@ -152,6 +152,8 @@ def replaced(config: Config, changes: Mapping[str, Any], source: str) -> Config:
     Raises:
         ConfigError: a key that is not there, or a value that YAML cannot hold.
     """
+    if not changes:
+        return config
     copy = replace(config, tree=plain(config.tree, config.file), origins=dict(config.origins))
     kept = plain(dict(enumerate(changes.values())), source)
     pairs = [(key.split("."), value) for key, value in zip(changes, kept.values(), strict=True)]
