@@ -209,6 +209,22 @@ def test_a_lock_follows_no_link_and_waits_for_no_pipe(path, tmp_path):
         pass
 
 
+def test_only_one_looks_at_a_lock_at_a_time(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entered = threading.Event()
+
+    def second():
+        with locks._guarded(path):
+            entered.set()
+
+    other = threading.Thread(target=second)
+    with locks._guarded(path):
+        other.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(30)
+    other.join()
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "run" / locks.NAME
@@ -225,9 +241,10 @@ def test_the_sweep_removes_what_the_dead_have_left_and_nothing_else(tmp_path):
     far = ".8.ckpt.0badcafe-7-7.tmp"
     stays = {mine, far, ".notes.tmp", "notes.tmp", ".8.ckpt.123.tmp", "000000000008.ckpt"}
     old = {".9.ckpt.0badcafe-7-7.tmp", ".9.ckpt.123.tmp"}
+    ancient = {"notes.tmp", "000000000008.ckpt"}  # nobody's who writes atomically
     for name in {dead, reused} | stays | old:
         (folder / name).write_text("")
-    for name in old:
+    for name in old | ancient:
         os.utime(folder / name, (time.time() - 2 * processes.LEFT_AFTER,) * 2)
     sweep(tmp_path)
     assert {path.name for path in folder.iterdir()} == stays
@@ -241,5 +258,5 @@ def test_a_file_that_is_being_written_is_seen_as_such(tmp_path):
         names.extend(path.name for path in tmp_path.iterdir())
 
     write_atomically(tmp_path / "rows.jsonl", look)
-    assert len(names) == 1 and names[0].startswith(".rows.jsonl.")
+    assert names == [processes.temporary(tmp_path / "rows.jsonl").name]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
