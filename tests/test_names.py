@@ -376,3 +376,10 @@ def test_what_a_run_left_for_the_log_steers_no_terminal(job):  # noqa: F811
     assert "would fail again: bad [31mloss" in said
     assert "\x1b" not in said
     assert (job.folder / "restarts").read_text() == "a__31m___x_ 0\n"
+
+
+def test_a_complaint_of_the_parser_writes_out_what_is_not_seen(capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "runs/tiny", "two\u200bwords"])
+    said = capsys.readouterr().err
+    assert "two\\u200bwords" in said and "\u200b" not in said
