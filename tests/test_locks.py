@@ -100,8 +100,14 @@ def test_a_folder_that_was_copied_while_it_was_held_is_nobodys(path):
     path.parent.rename(moved.parent)
     with pytest.raises(ValueError, match="holds it"), locks.hold(moved, "training"):
         pass
-    holder.kill()
-    holder.communicate()
+    # Another run begins where the moved one lay: its lock says nothing of the one that moved.
+    another = start(HOLD, path)
+    assert another.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="holds it"), locks.hold(moved, "training"):
+        pass
+    for each in (holder, another):
+        each.kill()
+        each.communicate()
 
 
 @pytest.mark.parametrize("number", [10**30, 2**63, -1, 0])
