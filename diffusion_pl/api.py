@@ -126,17 +126,8 @@ def plain(value: Any, where: str) -> Any:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """The arguments that a dataclass's object was made with, but for those left at a default."""
-    found = {}
-    for field in dataclasses.fields(value):
-        given = getattr(value, field.name)
-        usual = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            usual = field.default_factory()
-        same = given is usual or (usual is not dataclasses.MISSING and given == usual)
-        if field.init and not same:
-            found[field.name] = given
-    return found
+    """The arguments that a dataclass's object was made with: a run keeps its defaults, too."""
+    return {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
 
 
 class Experiment:

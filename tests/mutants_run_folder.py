@@ -63,7 +63,7 @@ MUTANTS = [
     ),
     *at(
         "training/checkpoint.py",
-        "training",
+        "training run_folder",
         ("if int(each.stem) <= int(path.stem)]", "]"),
         ('    if candidates or any(folder.glob(f"*{DAMAGED}")):', "    if False:"),
     ),

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 import diffusion_pl as dp
-from diffusion_pl import api
+from diffusion_pl import api, config
 from diffusion_pl.cli import main
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.samplers.heun import heun
@@ -180,20 +180,25 @@ def test_what_could_not_be_opened_again_is_refused_before_training(value, word):
 
 def test_objects_are_kept_by_what_they_are_made_from():
     folder = ImageFolder("photographs", 64, labels=True, batch_size=8)
-    path = "diffusion_pl.data.folder.ImageFolder"
-    assert api.plain(folder, "data") == {
-        "_target_": path, "path": "photographs", "resolution": 64, "labels": True, "batch_size": 8,
-    }  # fmt: skip
+    node = api.plain(folder, "data")
+    assert node["_target_"] == "diffusion_pl.data.folder.ImageFolder"
+    assert node["path"] == "photographs" and node["workers"] == 0  # a default is kept, too
+    assert config.build(config.Config("x", "x", {"data": node}), "data") == folder
     assert api.plain(functools.partial(heun, S_churn=40), "x") == {
         "_target_": "diffusion_pl.samplers.heun.heun", "_partial_": True, "S_churn": 40,
     }  # fmt: skip
     assert api.plain(heun, "x") == {
         "_target_": "diffusion_pl.samplers.heun.heun", "_partial_": True,
     }  # fmt: skip
-    nested = dp.lazy(Here, inner=dp.lazy(EMA, half_life=5), path=Path("a"), pair=(1, 2))
+    nested = dp.lazy(Here, inner=EMA(half_life=5), path=Path("a"), pair=(1, 2))
     assert api.plain(nested, "x") == {
         "_target_": "test_api.Here",
-        "inner": {"_target_": "diffusion_pl.training.ema.EMA", "half_life": 5},
+        "inner": {
+            "_target_": "diffusion_pl.training.ema.EMA",
+            "half_life": 5,
+            "ramp_up": EMA(5).ramp_up,
+            "posthoc_every": EMA(5).posthoc_every,
+        },
         "path": "a",
         "pair": [1, 2],
     }
@@ -208,9 +213,8 @@ def test_replacing_takes_whole_sections_and_merges_dictionaries():
     assert merged.config.get("trainer.warmup") == 2_000
     assert exp.config.get("trainer.images") == 56_000  # the first one is as it was
     whole = exp.replace(ema=EMA(half_life=9))
-    assert whole.config.get("ema") == {
-        "_target_": "diffusion_pl.training.ema.EMA", "half_life": 9,
-    }  # fmt: skip
+    assert whole.config.get("ema.half_life") == 9
+    assert whole.config.get("ema.ramp_up") == EMA(9).ramp_up != exp.config.get("ema.ramp_up")
 
 
 @pytest.mark.parametrize(

@@ -217,18 +217,21 @@ def test_a_lock_follows_no_link_and_waits_for_no_pipe(path, tmp_path):
 
 def test_only_one_looks_at_a_lock_at_a_time(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    entered = threading.Event()
+    entered, seen = threading.Event(), []
 
     def second():
-        with locks._guarded(path):
+        with locks._guarded(path) as file:
+            seen.append(os.fstat(file).st_ino == path.stat().st_ino)
             entered.set()
 
     other = threading.Thread(target=second)
     with locks._guarded(path):
         other.start()
         assert not entered.wait(0.3)
+        path.unlink()  # as a holder does that leaves
     assert entered.wait(30)
     other.join()
+    assert seen == [True]  # the file that is there, not the one that is gone
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):

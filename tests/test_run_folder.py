@@ -296,6 +296,17 @@ def test_pruning_keeps_what_a_link_leads_to_and_links(tmp_path):
     assert [int(path.stem) for path in checkpoints.found(folder)] == [4, 8, 16, 40]
 
 
+def test_a_run_goes_on_from_what_the_pointer_names_though_a_newer_one_lies_there(tmp_path):
+    """As one that was written whole by a start that ended before it could point to it."""
+    section = {"format": checkpoints.FORMAT}
+    for images in (8, 16, 24):
+        checkpoints.save({checkpoints.SECTION: section}, tmp_path / f"{images:012d}.ckpt")
+    checkpoints.point_to(tmp_path / "000000000016.ckpt")
+    assert checkpoints.newest_sound(tmp_path) == tmp_path / "000000000016.ckpt"
+    (tmp_path / "000000000016.ckpt").write_bytes(b"")
+    assert checkpoints.newest_sound(tmp_path) == tmp_path / "000000000008.ckpt"
+
+
 @pytest.mark.parametrize("lost", ["pointer", "file", "both"])
 def test_a_run_whose_newest_checkpoint_or_pointer_is_gone_takes_the_newest_that_is_there(
     lost, place, train, caplog
@@ -448,7 +459,8 @@ def test_a_run_that_is_held_is_left_alone(place, train, capsys):
     assert not (place / "runs/a" / locks.NAME).exists()
 
 
-def test_a_run_that_another_has_taken_over_writes_no_more(place, train, monkeypatch):
+@pytest.mark.parametrize(("every", "rows"), [(8, [8, 16, 24]), (1_000, [8, 16])])
+def test_a_run_that_another_has_taken_over_writes_no_more(every, rows, place, train, monkeypatch):
     step = DiffusionModule.training_step
 
     def taken_over(self, batch, number):
@@ -459,10 +471,10 @@ def test_a_run_that_another_has_taken_over_writes_no_more(place, train, monkeypa
         return step(self, batch, number)
 
     monkeypatch.setattr(DiffusionModule, "training_step", taken_over)
-    before = kept(), logged()
-    code, err = train("trainer.images=48")
+    before = kept()
+    code, err = train("trainer.images=48", f"trainer.log_every={every}")
     assert code == 1 and "failed: runs/a: process " in err and "has taken it over" in err
-    assert (kept(), logged()) == ([*before[0][:2], "000000000024.ckpt", "latest"], [8, 16, 24])
+    assert (kept(), logged()) == ([*before[:2], "000000000024.ckpt", "latest"], rows)
     assert locks.read(place / "runs/a" / locks.NAME).token == "another"
 
 
