@@ -478,7 +478,9 @@ def test_a_run_that_another_has_taken_over_writes_no_more(every, rows, place, tr
     assert locks.read(place / "runs/a" / locks.NAME).token == "another"
 
 
-@pytest.mark.parametrize("name", ["0000000000000002.ckpt", "20.ckpt", "000000000002 (1).ckpt"])
+@pytest.mark.parametrize(
+    "name", ["0000000000000002.ckpt", "2.ckpt", "20.ckpt", "000000000002 (1).ckpt"]
+)
 def test_pruning_leaves_names_that_it_does_not_write(name, tmp_path):
     kept = [tmp_path / checkpoints.name_of(images) for images in (4, 8, 12)]
     for path in (*kept, tmp_path / name):
