@@ -8,6 +8,7 @@ More lists stand in mutants_*.py, a file an area.
 from __future__ import annotations
 
 import compileall
+import ctypes
 import importlib
 import json
 import os
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 WORKERS = 2
 LIMIT = 180  # seconds for the tests of one mutant
 UNUSABLE = 70  # the code of a child in which pytest itself raised
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 MUTANTS = [
     *at(
@@ -320,7 +322,25 @@ def tested(mutant: Mutant, output: Path) -> int | None:
                 code = pytest.main(["-x", "-m", "not slow", *mutant.tests])
         finally:
             os._exit(code)
-    return ended(child)
+    try:
+        return ended(child)
+    finally:
+        end_what_is_left()
+
+
+def adopt() -> None:
+    """Become the parent of processes whose own has ended (Linux), in whatever session they are."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_what_is_left() -> None:
+    """Kill what a test that failed has left running, which would slow all that follow."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    while children.exists() and (left := children.read_text().split()):
+        for process in map(int, left):
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
 
 
 def ended(child: int) -> int | None:
@@ -338,6 +358,7 @@ def ended(child: int) -> int | None:
 
 def work(mutants: Sequence[Mutant], results: Path) -> None:
     """Try some mutants one after the other, a line of results each."""
+    adopt()
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_of_the_project(Path(folder))
         os.chdir(copy)
