@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote_plus
 
+from diffusion_pl.errors import UserError
+
 MASK = "***"
 # More than any address has. The patterns are bounded too: a stranger's text must not take minutes.
 _LONGEST = 65_536
@@ -86,11 +88,11 @@ def refuse_credentials(text: str, where: str) -> None:
         where: for the message.
 
     Raises:
-        ValueError: it does; the message names the variables to set instead, and shows none of it.
+        UserError: it does; the message names the variables to set instead, and shows none of it.
     """
     found = credential_in(text)
     if found is not None:
-        raise ValueError(
+        raise UserError(
             f"{where}: holds {found}, and addresses are kept with a run and shown; remove it, and "
             f"set {instead(text)}"
         )

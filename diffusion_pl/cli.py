@@ -15,6 +15,8 @@ import keyword
 import os
 import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +26,7 @@ from diffusion_pl.addresses import masked, refuse_credentials
 from diffusion_pl.commands import arguments as measuring
 from diffusion_pl.commands import results
 from diffusion_pl.commands.safety import refuse_unsafe
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import of_the_machine
 from diffusion_pl.names import refuse_controls, shown
 from diffusion_pl.signals import RESUMABLE, Stopped, Wish
@@ -126,7 +129,11 @@ def _run(options: argparse.Namespace) -> int:
     command = importlib.import_module(f"diffusion_pl.commands.{name}")
     try:
         code: int = command.run(options)
-    except ValueError as error:  # a user's mistake, and every ConfigError
+    except UserError as error:
+        return _bad(error)
+    except ValueError as error:  # a library's word on what it was given, or a bug of the user's
+        if _is_theirs(error):
+            raise
         return _bad(error)
     except command.FAILURES as error:
         print(f"failed: {shown(masked(str(error)), keep=LINES)}", file=sys.stderr)
@@ -140,6 +147,14 @@ def _run(options: argparse.Namespace) -> int:
             raise
         return _bad(ValueError(problem))
     return code
+
+
+def _is_theirs(error: BaseException) -> bool:
+    """Whether an error went through code of the user's own: neither ours nor installed."""
+    known = [Path(__file__).parent, *map(Path, set(sysconfig.get_paths().values()))]
+    frames = traceback.walk_tb(error.__traceback__)
+    files = (Path(frame.f_code.co_filename) for frame, _ in frames)
+    return any(file.is_file() and not any(map(file.is_relative_to, known)) for file in files)
 
 
 def _bad(error: ValueError) -> int:
@@ -191,12 +206,12 @@ def _at_home(value: object, name: str) -> object:
     """A path, or a list of them, with the home folder for ~: a shell leaves that of --run=~/x.
 
     Raises:
-        ValueError: no such home, or an address, in whose stead a folder `s3:` would be made.
+        UserError: no such home, or an address, in whose stead a folder `s3:` would be made.
     """
     if isinstance(value, list):
         return [_at_home(each, name) for each in value]
     if isinstance(value, Path) and _ADDRESS.match(str(value)) and not value.exists():
-        raise ValueError(
+        raise UserError(
             f"{name}: {value} is an address, and this is a file or folder of this machine; fetch "
             "it first, or copy what is written there"
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusion_pl.addresses import masked
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular
 from diffusion_pl.names import shown
 
@@ -268,10 +269,10 @@ def fetch(
         `path`.
 
     Raises:
-        ValueError: no connection, a refusal, a wrong digest, or a file that cannot be written.
+        UserError: no connection, a refusal, a wrong digest, or a file that cannot be written.
     """
     if not url.startswith(("https://", "http://")):
-        raise ValueError(f"{url}: not an http or https address")
+        raise UserError(f"{url}: not an http or https address")
     given = patience or PATIENCE
     given = Patience(timeout or given.silence, given.slowest, given.window, given.total)
     if path.exists():
@@ -288,11 +289,11 @@ def fetch(
             raise
         os.replace(part, path)
     except Unreachable as error:
-        raise ValueError(
+        raise UserError(
             f"{url}: cannot be fetched ({error}); fetch it by other means and put it at {path}"
         ) from error
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error})") from error
+        raise UserError(f"{path}: cannot be written ({error})") from error
     return path
 
 
@@ -300,7 +301,7 @@ def _check(path: Path, sha256: str, complaint: str) -> None:
     with regular(path).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        raise ValueError(f"{complaint} (sha256 {found}, expected {sha256})")
+        raise UserError(f"{complaint} (sha256 {found}, expected {sha256})")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from diffusion_pl import processes
+from diffusion_pl.errors import UserError
 
 # What the disk or the process is short of, or cannot do: nothing that the program did wrong.
 _OF_THE_MACHINE = frozenset(
@@ -35,7 +36,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         write: called with the open binary file.
 
     Raises:
-        ValueError: the folder cannot be written or is full; the target is as before.
+        UserError: the folder cannot be written or is full; the target is as before.
     """
     temporary = processes.temporary(path)
     try:
@@ -81,7 +82,7 @@ def regular(path: Path) -> Path:
         `path`; also where nothing is there, which opening it tells.
 
     Raises:
-        ValueError: a folder, pipe, socket or device is there.
+        UserError: a folder, pipe, socket or device is there.
     """
     try:
         mode = path.stat().st_mode
@@ -89,7 +90,7 @@ def regular(path: Path) -> Path:
         return path
     if not stat.S_ISREG(mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "no regular file")
-        raise ValueError(f"{path}: is {kind}, not a file; name a regular file")
+        raise UserError(f"{path}: is {kind}, not a file; name a regular file")
     return path
 
 
@@ -126,13 +127,13 @@ def small(path: Path, most: int = 1_000_000) -> bytes:
         most: bytes.
 
     Raises:
-        ValueError: it is no file, or larger.
+        UserError: it is no file, or larger.
         OSError: it is not there, or cannot be read.
     """
     with regular(path).open("rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise ValueError(f"{path}: is larger than {most:,} bytes; restore or remove it")
+        raise UserError(f"{path}: is larger than {most:,} bytes; restore or remove it")
     return content
 
 
@@ -140,7 +141,7 @@ def open_lock(path: Path) -> int:
     """The descriptor of a file to lock, made if absent, to be closed by the caller.
 
     Raises:
-        ValueError: a link or something else than a file is there, which is not touched.
+        UserError: a link or something else than a file is there, which is not touched.
         OSError: the folder cannot be written.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import write_atomically
 
 
@@ -22,10 +23,10 @@ def from_bytes(images: Tensor) -> Tensor:
         float32 of the same shape and memory format.
 
     Raises:
-        ValueError: the images are not uint8.
+        UserError: the images are not uint8.
     """
     if images.dtype != torch.uint8:
-        raise ValueError(f"images.from_bytes: images must be uint8 (got {images.dtype})")
+        raise UserError(f"images.from_bytes: images must be uint8 (got {images.dtype})")
     return images.to(torch.float32).div_(127.5).sub_(1.0)
 
 
@@ -83,7 +84,7 @@ def save_png(image: Tensor, path: Path) -> None:
         path: the file; its folder is made.
 
     Raises:
-        ValueError: it cannot be written.
+        UserError: it cannot be written.
     """
     array = image.cpu().permute(1, 2, 0).numpy()
     picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import open_lock
 from diffusion_pl.names import shown
 from diffusion_pl.processes import began_at, is_running, place
@@ -179,7 +180,7 @@ def hold(path: Path, doing: str, where: Path | None = None) -> Iterator[Lock]:
         where: what is locked, for error messages; the file's folder when not given.
 
     Raises:
-        ValueError: a living process holds it, in one line with its host and number; or the file
+        UserError: a living process holds it, in one line with its host and number; or the file
             cannot be written.
     """
     where, made = where or path.parent, not path.parent.exists()
@@ -187,7 +188,7 @@ def hold(path: Path, doing: str, where: Path | None = None) -> Iterator[Lock]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = Lock(path, _take(path, myself(doing, path), where), where)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be written ({error.strerror}); free space or permissions, then run "
             "again"
         ) from error
@@ -226,7 +227,7 @@ def _take(path: Path, mine: Holder, where: Path) -> Holder:
         if dead and _is_kept(path, mine):
             return mine
         if dead is False:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {other} holds it ({shown(other.doing) if other else ''}); wait for it, "
                 "or end it, then run again"
             )
@@ -241,7 +242,7 @@ def _guarded(path: Path) -> Iterator[int]:
         Its descriptor.
 
     Raises:
-        ValueError: a link, or no file.
+        UserError: a link, or no file.
     """
     until = time.monotonic() + _GUARD_SECONDS
     while True:

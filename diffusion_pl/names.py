@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from diffusion_pl.errors import UserError
+
 # What shells, make, SLURM's file names, globs and rich take for more than a sign.
 _SIGNS = frozenset("'\"`$&;|<>()*?!~#{}[]\\^%/")
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -47,11 +49,11 @@ def refuse_name(name: str, where: str, instead: str) -> None:
         instead: what to do, for the message.
 
     Raises:
-        ValueError: it is not.
+        UserError: it is not.
     """
     problem = unfit(name)
     if problem is not None:
-        raise ValueError(f"{where}: {problem}; {instead}")
+        raise UserError(f"{where}: {problem}; {instead}")
 
 
 def refuse_class_names(names: Iterable[str], where: str, *, written: bool) -> None:
@@ -63,12 +65,12 @@ def refuse_class_names(names: Iterable[str], where: str, *, written: bool) -> No
         written: in a table, in words that may have more signs, as jack-o'-lantern; not folders.
 
     Raises:
-        ValueError: names the first that is not.
+        UserError: names the first that is not.
     """
     for name in names:
         problem = unfit(_IN_WORDS.sub("", name) if written else name)
         if problem is not None:
-            raise ValueError(f"{where}: the name of a class {problem}; rename it, or --no-labels")
+            raise UserError(f"{where}: the name of a class {problem}; rename it, or --no-labels")
 
 
 def plain(name: str) -> str:
@@ -97,12 +99,12 @@ def refuse_controls(word: str, where: str) -> None:
     """See that a word of the command line holds nothing that steers a terminal or ends a line.
 
     Raises:
-        ValueError: it does.
+        UserError: it does.
     """
     bad = next((s for s in word if ord(s) < 32 or 127 <= ord(s) < 160 or s in _BIDI), None)
     bad = bad or next((sign for sign in word if sign in "\u2028\u2029"), None)
     if bad is not None:
-        raise ValueError(
+        raise UserError(
             f"{where}: holds {shown(bad)}, which is not seen and steers a terminal (got "
             f"{shown(word)}); leave it out"
         )

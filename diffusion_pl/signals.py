@@ -93,6 +93,6 @@ class Wish:
         """Write that a run waits to go on.
 
         Raises:
-            ValueError: it cannot be written.
+            UserError: it cannot be written.
         """
         write_atomically(run / MARKER, lambda file: file.write(f"{self.name}\n".encode()))

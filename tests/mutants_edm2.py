@@ -69,7 +69,7 @@ MUTANTS = [
         ("x = self.position(x, position)", "x = self.position(x, None)"),
         ("with float32_region(c_noise.device):",
          "with torch.set_grad_enabled(torch.is_grad_enabled()):"),
-        ('raise ValueError("labels were', 'print("labels were'),
+        ('raise UserError("labels were', 'print("labels were'),
     ),
     *at(
         "objectives/edm2.py",

@@ -30,7 +30,7 @@ MUTANTS = [
         ("found != shard.sha256", "False"),
         ("if found != manifest.index_sha256:", "if False:"),
         ('if f"{SHARDS}/{path.name}" not in known:', "if False:"),
-        ('raise ValueError("\\n".join(problems))', "raise ValueError(problems[0])"),
+        ('raise UserError("\\n".join(problems))', "raise UserError(problems[0])"),
     ),
     *at(
         "data/container.py",
@@ -61,7 +61,7 @@ MUTANTS = [
         "training/history.py",
         "hostile_corpus upkeep",
         ("if self._row(content[end:]) is None else", "if False else"),
-        ("                raise ValueError(", "                ValueError("),
+        ("                raise UserError(", "                ValueError("),
     ),
     *at(
         "commands/parts.py",

@@ -109,7 +109,7 @@ MUTANTS = [
         ("if arguments:\n            raise", "if False:\n            raise"),
         ("if taken > TIED * held:", "if False:"),
         ("if len(data) != length * dtype.itemsize:", "if False:"),
-        ('raise ValueError("attributes of a function")', "pass"),
+        ('raise UserError("attributes of a function")', "pass"),
     ),
     *at(
         "data/decode.py",

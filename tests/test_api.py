@@ -126,6 +126,34 @@ def test_a_callback_that_raises_keeps_its_traceback_and_the_checkpoint(tmp_path,
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_mistake_of_the_user_s_own_class_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+    """As any bug: a line would hide where it is. What the class refuses of its settings is told."""
+    own_module(
+        tmp_path,
+        monkeypatch,
+        "mynets",
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    channels, classes = 3, 4\n"
+        "    def __init__(self, width: int = 4):\n"
+        "        super().__init__()\n"
+        "        if width < 1: raise ValueError('width must be positive')\n"
+        "        self.weight = nn.Conv2d(3, 3, 1)\n"
+        "    def check_resolution(self, height, width): pass\n"
+        "    def forward(self, x, c_noise, **condition):\n"
+        "        raise ValueError('of the user')\n",
+    )
+    monkeypatch.chdir(tmp_path)
+    small = {key: value for key, value in TINY.items() if not key.startswith("network")}
+    words = [f"{key}={api._word(value)}" for key, value in small.items()]
+    net = ["network._target_=mynets.Net"]
+    with pytest.raises(ValueError, match="of the user") as caught:
+        main(["train", "quickstart", *words, *net])
+    assert not isinstance(caught.value, dp.UserError)
+    assert main(["train", "quickstart", *words, *net, "network.width=0"]) == 2
+    assert "network: width must be positive" in capsys.readouterr().err
+
+
 def test_callbacks_and_loggers_stand_in_yaml_and_are_not_needed_to_open(tmp_path, monkeypatch):
     own_module(
         tmp_path,

@@ -12,7 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part may import the parts on lower floors; parts of one floor do not know each other.
 FLOORS = [
-    {"addresses", "errors", "names", "processes"},
+    {"errors"},
+    {"addresses", "names", "processes"},
     {"files"},
     {"download", "locks"},
     {"images", "positions", "ranks", "seeds", "signals", "config"},
@@ -87,6 +88,8 @@ def test_training_imports_no_objective_network_or_sampler():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_lightning_is_imported_by_training_alone(file):
     uses = any(name.split(".")[0] == "lightning" for name in imports(file))
+    if part_of(file) == "api":  # its types, for editors; test_api sees that none is loaded
+        return
     assert not uses or (part_of(file) == "training" and file.name in LIGHTNING)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.evaluation.settings import MetricSettings
 from diffusion_pl.metrics.density_coverage import DensityCoverage
@@ -42,13 +43,13 @@ class Asked:
         """The experiment's evaluation, and over it what the command line says.
 
         Raises:
-            ValueError: a metric that is not known, or one that so many images cannot give.
+            UserError: a metric that is not known, or one that so many images cannot give.
         """
         options, metrics = self.options, list(own.metrics)
         if options.metrics:
             unknown = set(options.metrics) - set(METRICS) - {"all"}
             if unknown:
-                raise ValueError(
+                raise UserError(
                     f"--metrics: there is no {', '.join(sorted(unknown))}; "
                     f"choose of {', '.join(METRICS)} or all"
                 )
@@ -57,7 +58,7 @@ class Asked:
                 metrics = list(METRICS.values())
         if options.subset_size is not None:
             if not any(isinstance(metric, Kernel) for metric in metrics):
-                raise ValueError("--subset-size: is of the kernel distance; add --metrics kernel")
+                raise UserError("--subset-size: is of the kernel distance; add --metrics kernel")
             metrics = [
                 dataclasses.replace(metric, size=options.subset_size)
                 if isinstance(metric, Kernel)
@@ -79,7 +80,7 @@ class Asked:
         """The settings with those metrics that pass a look; of "all" the others are left out.
 
         Raises:
-            ValueError: one that was asked for by its name does not pass, or none is left.
+            UserError: one that was asked for by its name does not pass, or none is left.
         """
         kept = []
         for metric in settings.metrics:
@@ -93,7 +94,7 @@ class Asked:
             else:
                 kept.append(metric)
         if not kept and settings.metrics:
-            raise ValueError("--metrics all: nothing of it can be measured, for the reasons above")
+            raise UserError("--metrics all: nothing of it can be measured, for the reasons above")
         return dataclasses.replace(settings, metrics=kept)
 
 

@@ -18,6 +18,7 @@ from diffusion_pl.data.shard_format import MANIFEST, Manifest
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.objective import TrainingObjective
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import nearest
 from diffusion_pl.names import shown
 from diffusion_pl.samplers.pyramid import PyramidSampler
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         except ValueError as error:
             wrong.append(str(error))
     if wrong:
-        raise ValueError("\n".join(dict.fromkeys(wrong)))
+        raise UserError("\n".join(dict.fromkeys(wrong)))
     return 0
 
 
@@ -102,7 +103,7 @@ def _data(experiment: Config) -> str:
         manifest = Manifest.read(path)
         classes = experiment.get("network").get("classes", 0)
         if classes not in (0, manifest.classes):
-            raise ValueError(
+            raise UserError(
                 f"{path}: has {manifest.classes} classes, network.classes is {classes}; "
                 f"set network.classes={manifest.classes}"
             )

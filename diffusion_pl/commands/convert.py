@@ -12,6 +12,7 @@ from pathlib import Path
 from diffusion_pl import locks
 from diffusion_pl.addresses import masked, without_credentials
 from diffusion_pl.config.strangers import RESOLVED
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import small, write_atomically
 from diffusion_pl.training import checkpoint as checkpoints
 
@@ -23,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     place: Path = options.run
     files = [place] if place.is_file() else sorted((place / "checkpoints").glob("*.ckpt"))
     if not files:
-        raise ValueError(f"{place}: neither a run with checkpoints nor one of them")
+        raise UserError(f"{place}: neither a run with checkpoints nor one of them")
     with locks.hold(files[0].parent.parent / locks.NAME, "converting"):
         converted = [str(file) for file in files if convert(file)]
         settings = place / RESOLVED
@@ -40,7 +41,7 @@ def convert(file: Path) -> bool:
         Whether it was of an earlier one, or held credentials.
 
     Raises:
-        ValueError: it cannot be read or written; it is then as before.
+        UserError: it cannot be read or written; it is then as before.
     """
     loaded = checkpoints.load(file)
     section = loaded[checkpoints.SECTION]
@@ -57,12 +58,12 @@ def _mask(settings: Path) -> bool:
     """Write a run's settings again without the credentials in it; whether there were some.
 
     Raises:
-        ValueError: they cannot be read or written; they are then as before.
+        UserError: they cannot be read or written; they are then as before.
     """
     try:
         before = small(settings).decode().splitlines(keepends=True)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{settings}: is not UTF-8 text; restore it") from error
+        raise UserError(f"{settings}: is not UTF-8 text; restore it") from error
     after = [masked(line) for line in before]
     if after != before:
         write_atomically(settings, lambda file: file.write("".join(after).encode()))

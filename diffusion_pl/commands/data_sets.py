@@ -17,6 +17,7 @@ from diffusion_pl.data.originals import kind_of
 from diffusion_pl.data.shard_format import MANIFEST, Manifest
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Images, Source
+from diffusion_pl.errors import UserError
 from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import published, real_images
 from diffusion_pl.metrics.features import Extractor
@@ -36,7 +37,7 @@ def source_of(named: str, resolution: int | None = None) -> Source:
             that of the images, which then must all be equal.
 
     Raises:
-        ValueError: nothing there, or a kind that must be prepared first.
+        UserError: nothing there, or a kind that must be prepared first.
     """
     path = Path(named)
     if not path.exists():
@@ -50,7 +51,7 @@ def source_of(named: str, resolution: int | None = None) -> Source:
     if kind == "cifar10":
         return CIFAR10(named, batch_size=1)
     if kind not in ("folder", "zip"):
-        raise ValueError(f"{named}: prepare it first: python -m diffusion_pl prepare {named} DEST")
+        raise UserError(f"{named}: prepare it first: python -m diffusion_pl prepare {named} DEST")
     fit: Fit = "exact" if resolution is None else "crop"
     if resolution is None:
         resolution = _side(ImageFolder(named, 1, "exact", batch_size=1))
@@ -61,7 +62,7 @@ def images_of(named: str, resolution: int | None = None) -> Images:
     """The images of such a data set, at one resolution.
 
     Raises:
-        ValueError: as `source_of`, or as the data set's own.
+        UserError: as `source_of`, or as the data set's own.
     """
     source = source_of(named, resolution)
     source.prepare()
@@ -88,7 +89,7 @@ def reference_of(
         resize: make smaller pictures larger.
 
     Raises:
-        ValueError: nothing there, or unfit; pictures that are smaller than those compared.
+        UserError: nothing there, or unfit; pictures that are smaller than those compared.
     """
     path = Path(named)
     if path.is_file() and path.suffix == ".pkl":
@@ -108,13 +109,13 @@ def _compare_sizes(folder: ImageFolder, resize: bool) -> None:
     """See that no picture is enlarged unasked, and say where they are made smaller.
 
     Raises:
-        ValueError: one is smaller than it is wanted.
+        UserError: one is smaller than it is wanted.
     """
     listing, wanted = folder.listing(), folder.resolution
     sides = {name: _shorter(listing.files.read(name)) for name in listing.names}
     smallest = min(sides, key=lambda name: sides[name] or wanted)
     if (least := sides[smallest] or wanted) < wanted and not resize:
-        raise ValueError(
+        raise UserError(
             f"{folder.path}/{smallest}: is of {least} px, and the images to be measured of "
             f"{wanted}; it would be enlarged: compare with images of their size, or ask for it: "
             "--resize"

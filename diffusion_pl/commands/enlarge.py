@@ -23,6 +23,7 @@ from diffusion_pl.diffusion.consistency import consistent, factor, nearest
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Counted
 from diffusion_pl.diffusion.resizing import resized
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing, batches
 from diffusion_pl.files import regular
 from diffusion_pl.images import from_bytes, grid, save_png, to_bytes
@@ -56,7 +57,7 @@ class Task:
 def run(options: argparse.Namespace) -> int:
     """Write the enlarged images and a grid, and print how far they are from the pictures."""
     if not 1 <= options.count <= VARIATIONS:
-        raise ValueError(f"--count must be 1 to {VARIATIONS:,} (got {options.count})")
+        raise UserError(f"--count must be 1 to {VARIATIONS:,} (got {options.count})")
     paths = files(options.image)
     opened = runs.open_run(options, label=options.label)
     drawing = opened.drawing
@@ -97,7 +98,7 @@ def files(paths: Sequence[Path]) -> list[Path]:
     """The files that are named, and the pictures of the folders that are, by name.
 
     Raises:
-        ValueError: a folder without pictures.
+        UserError: a folder without pictures.
     """
     found: list[Path] = []
     for path in paths:
@@ -109,7 +110,7 @@ def files(paths: Sequence[Path]) -> list[Path]:
                 if ending_of(file.name) in EXTENSIONS and not is_leftover(file.name)
             )
             if not inside:
-                raise ValueError(f"{path}: holds no picture ({', '.join(sorted(EXTENSIONS))})")
+                raise UserError(f"{path}: holds no picture ({', '.join(sorted(EXTENSIONS))})")
         found += inside
     return found
 
@@ -125,15 +126,15 @@ def task(path: Path, drawing: Drawing, to: int, restart: float | None, agree: bo
         agree: whether the result is to be consistent with the picture.
 
     Raises:
-        ValueError: a file that cannot be read, one as large as the result, one that is no whole
+        UserError: a file that cannot be read, one as large as the result, one that is no whole
             part of it, or a size that the network does not take.
     """
     if drawing.shape[0] != 3:
-        raise ValueError(f"image files are read as RGB, the model has {drawing.shape[0]} channels")
+        raise UserError(f"image files are read as RGB, the model has {drawing.shape[0]} channels")
     try:
         data = regular(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     image = np.array(decode(data, where=str(path)))
     picture = torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
     return task_of(picture, path, drawing, to, restart, agree)
@@ -145,12 +146,12 @@ def task_of(
     """Say over which sizes a picture is enlarged: uint8 (C, h, w), and its name for messages.
 
     Raises:
-        ValueError: as `task`.
+        UserError: as `task`.
     """
     height, width = picture.shape[1:]
     side = max(height, width)
     if side >= to:
-        raise ValueError(
+        raise UserError(
             f"{path}: {width} x {height} pixels are not smaller than --to {to}; it only enlarges"
         )
     size = round(height * to / side), round(width * to / side)
@@ -163,7 +164,7 @@ def task_of(
             network.check_resolution(*level)
         pyramid.stages()
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     return Task(path, picture, size, pyramid)
 
 
@@ -224,7 +225,7 @@ def enlarged(
         # An integrator need not end in what is denoised.
         image = nearest(image, picture) if agree else image
     if not torch.isfinite(image).all():
-        raise ValueError(f"{task.path}: the image is not finite; the weights are unfit")
+        raise UserError(f"{task.path}: the image is not finite; the weights are unfit")
     return to_bytes(image).cpu(), counted.seen // len(indices)
 
 

@@ -24,6 +24,7 @@ from diffusion_pl import config
 from diffusion_pl.commands import data_sets, following, parts, results, runs, trust
 from diffusion_pl.commands.asked import Asked
 from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, reference_of
 from diffusion_pl.evaluation.blocks import evaluate_blocks
 from diffusion_pl.evaluation.given import Given, arrays
@@ -72,12 +73,12 @@ def measured(options: argparse.Namespace, opened: runs.Opened | None) -> dict[st
         What was measured; "measures" are the rows.
 
     Raises:
-        ValueError: settings that do not fit what is measured.
+        UserError: settings that do not fit what is measured.
     """
     target: Path = options.run
     asked = Asked(options)
     if options.blocks < 1:
-        raise ValueError(f"--blocks: must be at least 1 (got {options.blocks})")
+        raise UserError(f"--blocks: must be at least 1 (got {options.blocks})")
     kept: Kept | None = None
     if opened is not None:
         about = {
@@ -97,12 +98,12 @@ def measured(options: argparse.Namespace, opened: runs.Opened | None) -> dict[st
         drawn, about = given, {"source": given.source}
         origin = drawn_by(options, given.drawn)
         if options.reference is None and origin is None:
-            raise ValueError(f"{target}: images are compared with something: --reference DATA")
+            raise UserError(f"{target}: images are compared with something: --reference DATA")
         extractor = extractor_of(options, origin)
         count = max(1, len(given.real) // options.blocks)
         settings = asked.settings(of_images(origin, count))
         if (wanted := settings.count * options.blocks) > len(given.real):
-            raise ValueError(f"{target}: has {len(given.real):,} images, {wanted:,} are asked for")
+            raise UserError(f"{target}: has {len(given.real):,} images, {wanted:,} are asked for")
         reference = reference_for(options, origin, drawn, settings, extractor, asked)
     reference.check(extractor, drawn.shape[1])
     settings = asked.possible(settings, lambda m: m.build(extractor, reference, settings.count))
@@ -289,11 +290,11 @@ def refuse_drawing(options: argparse.Namespace) -> None:
     """See that nothing is said of how images are drawn that are there already.
 
     Raises:
-        ValueError: names the option.
+        UserError: names the option.
     """
     for name in ("sampler", "steps", "guidance", "guidance_interval", "guide", "set"):
         if getattr(options, name) not in (None, []):
-            raise ValueError(
+            raise UserError(
                 f"--{name.replace('_', '-')} is of a run that draws; {options.run} holds images, "
                 "which are measured as they are"
             )
@@ -303,11 +304,11 @@ def open_given(path: Path, device: str) -> Given:
     """Images in a folder, a .zip or an .npz, in the place of drawn ones.
 
     Raises:
-        ValueError: nothing there, or images that are broken or of different sizes.
+        UserError: nothing there, or images that are broken or of different sizes.
     """
     device = runs.device_named(device)
     if not path.exists():
-        raise ValueError(f"{path}: there is no such run, nor images; runs lie under {parts.RUNS}/")
+        raise UserError(f"{path}: there is no such run, nor images; runs lie under {parts.RUNS}/")
     drawn = drawn_as(path)
     if path.suffix == ".npz":
         found = arrays(path)
@@ -332,7 +333,7 @@ def drawn_as(path: Path) -> dict[str, Any] | None:
     """How images were drawn that `sample` wrote: its folder, that of the images, or its .npz.
 
     Raises:
-        ValueError: not all of them are there yet.
+        UserError: not all of them are there yet.
     """
     ours = path.name in (PICTURES, "images.npz") and (path.parent / SAMPLE).is_file()
     folder = path.parent if ours else path
@@ -340,7 +341,7 @@ def drawn_as(path: Path) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError):  # somebody else's file of that name
         said = read_sample(folder) if (folder / PICTURES).is_dir() else None
     if said is not None and not said.get("complete"):
-        raise ValueError(
+        raise UserError(
             f"{folder}: its images are not all drawn yet; the same `sample` command goes on"
         )
     about = ("run", "checkpoint", "first", "count", "settings")

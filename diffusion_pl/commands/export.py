@@ -6,6 +6,7 @@ import argparse
 
 from diffusion_pl.commands import following, parts, results, runs
 from diffusion_pl.config import build
+from diffusion_pl.errors import UserError
 from diffusion_pl.interop import diffusers_export, weights
 from diffusion_pl.names import plain
 from diffusion_pl.samplers.pyramid import PyramidSampler
@@ -16,7 +17,7 @@ FAILURES: tuple[type[Exception], ...] = ()
 def run(options: argparse.Namespace) -> int:
     """Write the averaged weights, or the raw ones, and print what was written."""
     if options.dest.exists():
-        raise ValueError(f"{options.dest}: is there already; name another place")
+        raise UserError(f"{options.dest}: is there already; name another place")
     model = runs.open_model(options.run, options.weights, options.allow)
     about = {
         "checkpoint": str(model.checkpoint),

@@ -16,6 +16,7 @@ from diffusion_pl import config
 from diffusion_pl.commands import following, parts, results
 from diffusion_pl.config import Config, ConfigError
 from diffusion_pl.diffusion.objective import TrainingObjective
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular
 from diffusion_pl.interop import weights as ours
 from diffusion_pl.names import refuse_class_names, refuse_name, shown
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     """Write DEST/config.yaml and DEST/checkpoints, and say how to go on, as one JSON object."""
     dest: Path = options.dest
     if dest.exists() and any(dest.iterdir()):
-        raise ValueError(f"{dest}: is not empty; name another folder")
+        raise UserError(f"{dest}: is not empty; name another folder")
     refuse_name(dest.resolve().name, shown(str(dest)), "name another folder")
     images, about = 0, {"kind": options.kind, "from": str(options.source)}
     names: tuple[str, ...] = ()
@@ -71,7 +72,7 @@ def published(options: argparse.Namespace) -> tuple[Config, dict[str, Tensor], l
     """The experiment, the weights, what to say and whose digest, of a layout of others.
 
     Raises:
-        ValueError: it does not hold what that layout has, or does not say what is needed.
+        UserError: it does not hold what that layout has, or does not say what is needed.
     """
     # One module a layout, each with the same functions.
     layout = importlib.import_module(f"diffusion_pl.interop.{options.kind}")
@@ -80,7 +81,7 @@ def published(options: argparse.Namespace) -> tuple[Config, dict[str, Tensor], l
     try:
         settings, given = layout.read(options.source, said, options.weights)
         if (missing := layout.asked(settings)) and not replaced:
-            raise ValueError(f"{options.source}: {missing}")
+            raise UserError(f"{options.source}: {missing}")
         nodes = layout.nodes(settings)
         if replaced and not any(key.startswith("sampler") for key, _ in own):
             del nodes["sampler"]
@@ -92,10 +93,10 @@ def published(options: argparse.Namespace) -> tuple[Config, dict[str, Tensor], l
     except ValueError as error:
         if isinstance(error, ConfigError) or str(error).startswith(str(options.source)):
             raise
-        raise ValueError(f"{options.source}: {error}") from error
+        raise UserError(f"{options.source}: {error}") from error
     except Exception as error:  # settings of any type and size
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(
+        raise UserError(
             f"{options.source}: does not hold what a checkpoint of {options.kind} does "
             f"({type(error).__name__}: {reason})"
         ) from error
@@ -169,7 +170,7 @@ def check(experiment: Config, state: dict[str, Tensor], source: Path) -> None:
     """See that what the run's config builds takes the weights.
 
     Raises:
-        ValueError: names the first key that does not fit.
+        UserError: names the first key that does not fit.
     """
     objective: TrainingObjective = config.build(experiment, "objective")
     denoiser = objective.denoiser(parts.meta_network(experiment, spare(len(state))))

@@ -10,6 +10,7 @@ import torch
 
 from diffusion_pl.commands import latents, runs
 from diffusion_pl.diffusion.random import ImageNoise
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.images import grid, save_png, to_bytes
 from diffusion_pl.samplers.inversion import below, interpolate, invert, linear, spherical
@@ -23,7 +24,7 @@ PUBLISHED = 3.42
 def run(options: argparse.Namespace) -> int:
     """Draw the images in a row, both ends included, and print where they lie."""
     if options.count < 2:
-        raise ValueError(f"--count: both ends are included, so at least 2 (got {options.count})")
+        raise UserError(f"--count: both ends are included, so at least 2 (got {options.count})")
     opened = runs.open_run(options, label=options.label)
     drawing = opened.drawing
     sampler = latents.at_one_size(drawing, options)

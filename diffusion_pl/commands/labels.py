@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.names import shown
 
 _NEAREST = 5
@@ -24,7 +25,7 @@ def class_of(word: str | int | None, names: Sequence[str], classes: int) -> int 
         The index, which may be out of range, or None.
 
     Raises:
-        ValueError: a name that no class or that several classes have.
+        UserError: a name that no class or that several classes have.
     """
     if word is None:
         return None
@@ -44,11 +45,11 @@ def class_of(word: str | int | None, names: Sequence[str], classes: int) -> int 
     if len(same) == 1:
         return same[0]
     if same:
-        raise ValueError(f"--label {text}: {len(same)} classes are called so; give the index")
+        raise UserError(f"--label {text}: {len(same)} classes are called so; give the index")
     if not classes:
-        raise ValueError(f"--label {text}: the model has no classes; leave it out")
+        raise UserError(f"--label {text}: the model has no classes; leave it out")
     if not names:
-        raise ValueError(
+        raise UserError(
             f"--label {text}: the run keeps no names of its classes; give the index, 0 to "
             f"{classes - 1}"
         )
@@ -59,7 +60,7 @@ def class_of(word: str | int | None, names: Sequence[str], classes: int) -> int 
         known += ", ..."
     elif len(names) <= _NEAREST:  # all of them are soon said
         known = ", ".join(dict.fromkeys([*(by_case[each] for each in near), *names]))
-    raise ValueError(
+    raise UserError(
         f"--label {text}: no class of that name among {len(names):,}; nearest: {known}; an index, "
         f"0 to {classes - 1}, is taken too"
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion_pl.data.decode import read_square
 from diffusion_pl.diffusion.guidance import Clip, clipped, guided
 from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing
 from diffusion_pl.files import regular
 from diffusion_pl.images import from_bytes
@@ -32,7 +33,7 @@ def pictures(paths: Sequence[Path], drawing: Drawing) -> Tensor:
         float32 (n, 3, H, W) in [-1, 1].
 
     Raises:
-        ValueError: a file that is unreadable or of another size.
+        UserError: a file that is unreadable or of another size.
     """
     channels, side, _ = drawing.shape
     read = []
@@ -40,7 +41,7 @@ def pictures(paths: Sequence[Path], drawing: Drawing) -> Tensor:
         try:
             data = regular(path).read_bytes()
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
         square = read_square(data, side, "exact", where=str(path), channels=channels)
         read.append(torch.from_numpy(square.copy()))
     return from_bytes(torch.stack(read)).to(device(drawing))
@@ -74,10 +75,10 @@ def one_label(drawing: Drawing, count: int) -> Tensor | None:
     """The class that the command line names, for each of some images.
 
     Raises:
-        ValueError: a model with classes, and no class named.
+        UserError: a model with classes, and no class named.
     """
     if drawing.classes and drawing.label is None:
-        raise ValueError(f"--label: name the images' class, 0 to {drawing.classes - 1}")
+        raise UserError(f"--label: name the images' class, 0 to {drawing.classes - 1}")
     return drawing.labels(range(count))
 
 
@@ -89,18 +90,18 @@ def at_one_size(drawing: Drawing, options: argparse.Namespace) -> Sampler:
         options: `command`, and `base_alone`, which consents to it.
 
     Raises:
-        ValueError: a pyramid, whose images are not its base's; or no pyramid, and its base.
+        UserError: a pyramid, whose images are not its base's; or no pyramid, and its base.
     """
     sampler = drawing.sampler
     if isinstance(sampler, PyramidSampler) and len(sampler.levels) > 1:  # one level is its base
         if not options.base_alone:
-            raise ValueError(
+            raise UserError(
                 f"{options.command}: the run draws over {len(sampler.levels)} sizes, and this is "
                 f"of one; --base-alone takes its base from noise at {drawing.shape[1]} pixels, as "
                 "no image of the run is drawn"
             )
     elif options.base_alone:
-        raise ValueError("--base-alone: the run draws at one size; leave it out")
+        raise UserError("--base-alone: the run draws at one size; leave it out")
     return base_of(drawing)
 
 
@@ -116,12 +117,12 @@ def along_the_flow(options: argparse.Namespace) -> Integrator:
     """What goes from images to noise and back: Heun's method, or what `--sampler` names.
 
     Raises:
-        ValueError: an integrator that adds noise, or that looks back over several steps.
+        UserError: an integrator that adds noise, or that looks back over several steps.
     """
     both_ways = ("heun", "midpoint", "euler", "ddim")
     name = options.sampler or "heun"
     if name not in both_ways:
-        raise ValueError(
+        raise UserError(
             f"--sampler: {name} does not go along the flow both ways; {', '.join(both_ways)} do"
         )
     return integrator(name)

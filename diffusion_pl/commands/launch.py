@@ -15,6 +15,7 @@ from diffusion_pl.addresses import masked
 from diffusion_pl.commands import parts, preflight, sbatch, settling, trust
 from diffusion_pl.commands.sbatch import Job, Task
 from diffusion_pl.config import Config
+from diffusion_pl.errors import UserError
 from diffusion_pl.names import refuse_name, shown
 
 FAILURES: tuple[type[Exception], ...] = ()
@@ -76,7 +77,7 @@ def _job(options: argparse.Namespace) -> Job:
     ranks = options.gpus if on_gpu else options.tasks
     for name, value in (("--nodes", options.nodes), ("--gpus or --tasks", ranks)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1 (got {value})")
+            raise UserError(f"{name} must be at least 1 (got {value})")
     experiment = parts.read(options.experiment, options.overrides, allow=options.allow)
     base = options.run or parts.RUNS / experiment.name
     if not base.exists():
@@ -106,13 +107,13 @@ def _devices(options: argparse.Namespace, experiment: Config, ranks: int) -> lis
     """The overrides that give the trainer what the job has.
 
     Raises:
-        ValueError: the command line or the experiment wants others.
+        UserError: the command line or the experiment wants others.
     """
     devices = {"trainer.nodes": str(options.nodes), "trainer.devices": str(ranks)}
     for word in options.overrides:
         key, _, value = word.partition("=")
         if value != devices.get(key, value):
-            raise ValueError(
+            raise UserError(
                 f"SET: {key}: the job has {devices[key]} (got {value}); remove it, or change "
                 "--nodes, --gpus or --tasks"
             )
@@ -135,7 +136,7 @@ def _timed(job: Job, margin: int | None, size: int) -> Job:
     margin = margin or sbatch.margin_of(save)
     limit = sbatch.seconds_of(job.time)
     if limit <= margin + sbatch.CLOCK:
-        raise ValueError(
+        raise UserError(
             f"--time: the last {margin} s are for stopping, and SLURM may be a minute early, so "
             f"nothing is trained (got {job.time}, {limit} s); ask for more"
         )

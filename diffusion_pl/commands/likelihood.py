@@ -24,6 +24,7 @@ from diffusion_pl.diffusion.guidance import conditioned
 from diffusion_pl.diffusion.objective import Denoise, trained_range
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.timesteps import Timesteps
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import batches
 from diffusion_pl.images import from_bytes
 from diffusion_pl.names import shown
@@ -65,17 +66,15 @@ def _opened(options: argparse.Namespace) -> runs.Opened:
     """The run, unguided and by its own sampler, of which only the start is needed.
 
     Raises:
-        ValueError: counts that cannot be, or an option that has no part in a likelihood.
+        UserError: counts that cannot be, or an option that has no part in a likelihood.
     """
     probes = 1 if options.probes is None else options.probes
     if options.count < 1 or probes < 0:
-        raise ValueError(
+        raise UserError(
             f"--count must be positive, --probes at least 0 (got {options.count}, {probes})"
         )
     if options.steps is not None and options.steps < 2:
-        raise ValueError(
-            f"--steps must be at least 2, a grid and one of half (got {options.steps})"
-        )
+        raise UserError(f"--steps must be at least 2, a grid and one of half (got {options.steps})")
     bound = options.by == "bound"
     for name, given, why in (
         ("guidance", options.guidance not in (None, 1.0), "a guided model has no likelihood"),
@@ -87,7 +86,7 @@ def _opened(options: argparse.Namespace) -> runs.Opened:
         ("variance", not bound and options.variance is not None, "the flow has none"),
     ):  # fmt: skip
         if given:
-            raise ValueError(f"--{name}: {why}; leave it out")
+            raise UserError(f"--{name}: {why}; leave it out")
     if options.sampler is not None:
         print("--sampler: the likelihood is the model's; no sampler changes it", file=sys.stderr)
     return runs.open_run(
@@ -99,28 +98,28 @@ def _check_data(options: argparse.Namespace, opened: runs.Opened, images: Images
     """See that the data are what the model is of.
 
     Raises:
-        ValueError: too few of them, of another shape, or without the model's labels.
+        UserError: too few of them, of another shape, or without the model's labels.
     """
     drawing = opened.drawing
     if options.count > len(images):
-        raise ValueError(f"--count: {images.name} has {len(images):,} images")
+        raise UserError(f"--count: {images.name} has {len(images):,} images")
     network: Any = opened.model.denoiser.network
     channels = images.shape[0]
     if channels != network.channels:
-        raise ValueError(f"{images.name} has {channels} channels, the model {network.channels}")
+        raise UserError(f"{images.name} has {channels} channels, the model {network.channels}")
     try:
         network.check_resolution(*images.shape[1:])
     except ValueError as error:
-        raise ValueError(f"{images.name}: the model is not of its size: {error}") from error
+        raise UserError(f"{images.name}: the model is not of its size: {error}") from error
     if drawing.classes and images.labels is None:
-        raise ValueError(f"{images.name} has no labels, and the model is one of classes")
+        raise UserError(f"{images.name} has no labels, and the model is one of classes")
     if drawing.classes and images.classes != drawing.classes:
-        raise ValueError(
+        raise UserError(
             f"{images.name} has {images.classes} classes, and the model is of {drawing.classes}"
         )
     table = getattr(opened.model.objective.preconditioning, "timesteps", None)
     if options.by == "bound" and not isinstance(table, Timesteps):
-        raise ValueError(
+        raise UserError(
             "--by bound: the run's objective has no table of timesteps; measure it by the flow"
         )
 
@@ -141,7 +140,7 @@ def _over(
     ]
     bits = torch.cat(found)
     if not bool(torch.isfinite(bits).all()):
-        raise ValueError(f"{what}: is not finite; the weights are unfit")
+        raise UserError(f"{what}: is not finite; the weights are unfit")
     return bits
 
 

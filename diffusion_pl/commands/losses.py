@@ -14,6 +14,7 @@ import torch
 from diffusion_pl import config
 from diffusion_pl.commands import data_sets, runs
 from diffusion_pl.data.source import Images
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.levels import LevelError, errors_by_level
 from diffusion_pl.images import from_bytes
 from diffusion_pl.names import shown
@@ -26,7 +27,7 @@ WEIGHTS = ("ema", "denoiser")
 def run(options: argparse.Namespace) -> int:
     """Measure both kinds of weights on the same images and noise."""
     if options.count < 2 or options.levels < 2:
-        raise ValueError(
+        raise UserError(
             f"--count and --levels must be at least 2 (got {options.count}, {options.levels})"
         )
     curves: dict[str, list[LevelError]] = {}
@@ -75,14 +76,14 @@ def _curve(options: argparse.Namespace, opened: runs.Opened, images: Images) -> 
     """The errors on images spread evenly over the set, at levels even in log sigma."""
     drawing = opened.drawing
     if images.shape != drawing.shape:
-        raise ValueError(f"{images.name}: images are {images.shape}, the run's {drawing.shape}")
+        raise UserError(f"{images.name}: images are {images.shape}, the run's {drawing.shape}")
     count = min(options.count, len(images))
     indices = torch.arange(count) * len(images) // count
     clean = from_bytes(images.read(indices)).to(drawing.device)
     labels = None
     if drawing.classes:
         if images.labels is None:
-            raise ValueError(f"{images.name}: has no labels, and the run is of {drawing.classes}")
+            raise UserError(f"{images.name}: has no labels, and the run is of {drawing.classes}")
         labels = images.labels[indices].to(drawing.device)
     low, high = opened.model.objective.preconditioning.sigma_range
     ends = torch.tensor([max(low, 0.002), min(high, 80.0)], dtype=torch.float64).log()

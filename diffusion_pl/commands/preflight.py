@@ -25,6 +25,7 @@ from diffusion_pl.config import Config
 from diffusion_pl.data.shard_format import MANIFEST
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Images, Source
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import published, real_images
@@ -161,7 +162,7 @@ def _disk(run: Path, size: int) -> str:
     """See that checkpoints fit; a quota below the disk's room is not seen."""
     free = shutil.disk_usage(_existing(run)).free
     if free < CHECKPOINTS * size:
-        raise ValueError(
+        raise UserError(
             f"{run}: {CHECKPOINTS} checkpoints of {_words(size)} must fit "
             f"(free: {_words(free)}); free some, or name a folder elsewhere with --run"
         )
@@ -182,7 +183,7 @@ def _run(found: Found, experiment: Config, settings: Settings, source: Source, r
     done = int(newest.stem) if newest else 0
     budget = settings.steps(source.batch_size) * source.batch_size
     if newest and not done:
-        raise ValueError(f"{run}: holds imported weights; name another folder with --run")
+        raise UserError(f"{run}: holds imported weights; name another folder with --run")
     found.finished = done >= budget
     if found.finished:
         return f"{run} is finished: {done:,} images"
@@ -209,7 +210,7 @@ def _job(settings: Settings, job: Mapping[str, str]) -> str:
             f"make it: #SBATCH --gpus-per-node={settings.devices}, or train on CPUs with --tasks"
         )
     if faults:
-        raise ValueError("\n".join(faults))
+        raise UserError("\n".join(faults))
     return f"{job.get('SLURM_JOB_NODELIST', '')}: {settings.nodes} nodes x {settings.devices} tasks"
 
 

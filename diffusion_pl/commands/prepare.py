@@ -19,6 +19,7 @@ from diffusion_pl.data.prepare_progress import reported
 from diffusion_pl.data.recipe import Recipe
 from diffusion_pl.data.shard_format import Manifest
 from diffusion_pl.data.shard_workers import WorkerLost
+from diffusion_pl.errors import UserError
 from diffusion_pl.names import shown
 
 FAILURES: tuple[type[Exception], ...] = (WorkerLost,)
@@ -30,11 +31,11 @@ _CLASSES_SHOWN = 20
 def run(options: argparse.Namespace) -> int:
     """Prepare, then say what there is and how to train on it."""
     if options.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
-        raise ValueError(f"--name: letters, digits and . _ - only (got {options.name!r})")
+        raise UserError(f"--name: letters, digits and . _ - only (got {options.name!r})")
     request = Request(asked(options), recipe(options), options.name)
     workers = options.workers or len(os.sched_getaffinity(0))
     if workers < 1 or options.skip_broken < 0:
-        raise ValueError("--workers must be positive, --skip-broken at least 0")
+        raise UserError("--workers must be positive, --skip-broken at least 0")
     began = time.monotonic()
     try:
         with reported() as report:
@@ -62,11 +63,11 @@ def recipe(options: argparse.Namespace) -> Recipe:
     """What the command line wants of every image.
 
     Raises:
-        ValueError: resolutions that are no numbers, or any setting out of range.
+        UserError: resolutions that are no numbers, or any setting out of range.
     """
     words = options.resolutions.split(",")
     if not all(word.strip().isdecimal() for word in words):
-        raise ValueError(f"--resolutions: sides in pixels, such as 256,128,64 (got {words})")
+        raise UserError(f"--resolutions: sides in pixels, such as 256,128,64 (got {words})")
     return Recipe(
         resolutions=tuple(map(int, words)),
         filter=options.filter,

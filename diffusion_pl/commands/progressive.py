@@ -14,6 +14,7 @@ from diffusion_pl.commands import latents, runs
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Recorded
 from diffusion_pl.diffusion.resizing import resized
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing
 from diffusion_pl.images import grid, save_png, to_bytes
 from diffusion_pl.samplers.inversion import branch
@@ -28,7 +29,7 @@ SAME = 1e-6  # far below a grey level: rounding alone
 def run(options: argparse.Namespace) -> int:
     """Draw a sheet, an image a row and a level a column, or several ends of one beginning."""
     if options.count < 1 or options.frames < 1:
-        raise ValueError(
+        raise UserError(
             f"--count and --frames must be positive (got {options.count}, {options.frames})"
         )
     opened = runs.open_run(options, label=options.label)
@@ -120,7 +121,7 @@ def _branches(drawing: Drawing, sampler: Sampler, count: int, level: float) -> T
         count=count,
     )
     if count > 1 and float((ends - ends[:1]).abs().max()) < SAME:
-        raise ValueError(
+        raise UserError(
             f"--share {level:g}: the sampler adds no noise below it, so that all {count} ends are "
             "one image; take one that does, such as --sampler ancestral"
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusion_pl import config
 from diffusion_pl.commands import parts, runs, train
+from diffusion_pl.errors import UserError
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.replay import replay
@@ -22,9 +23,9 @@ FAILURES: tuple[type[Exception], ...] = (NonFinite,)
 def run(options: argparse.Namespace) -> int:
     """Print what the step was about to do, and draw its images: clean, with noise, denoised."""
     if options.step < 0:
-        raise ValueError(f"--step must not be negative (got {options.step})")
+        raise UserError(f"--step must not be negative (got {options.step})")
     if not runs.is_run(options.run):
-        raise ValueError(f"{options.run}: no run is here (no config.yaml); name a run's folder")
+        raise UserError(f"{options.run}: no run is here (no config.yaml); name a run's folder")
     kept = options.run / "config.yaml"
     tree = config.load(kept).tree
     experiment = config.load_resolved(tree, str(kept), options.allow)
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     batch_size = built.data.batch_size
     before = checkpoint_before(options.run / "checkpoints", options.step * batch_size)
     if before is None and (options.run / "from").exists():
-        raise ValueError(
+        raise UserError(
             f"{options.run}: began with other weights, and has no checkpoint before step "
             f"{options.step}; replay a later one"
         )

@@ -21,6 +21,7 @@ from diffusion_pl.data.source import Images
 from diffusion_pl.diffusion.guidance import Guide
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing, Evaluation
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.names import plain, shown
@@ -118,7 +119,7 @@ def open_model(
         overrides: `key=value` over the run's config.
 
     Raises:
-        ValueError: no run there, or one that is unfit.
+        UserError: no run there, or one that is unfit.
     """
     path = checkpoint_of(run)
     loaded = checkpoints.load(path)
@@ -153,7 +154,7 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
         drawing: further settings of the Drawing.
 
     Raises:
-        ValueError: no run there, one that is unfit, or a setting that does not fit it.
+        UserError: no run there, one that is unfit, or a setting that does not fit it.
     """
     model = open_model(options.run, options.weights, options.allow, options.set)
     drawn = drawing_of(options, model, **drawing)
@@ -174,7 +175,7 @@ def drawing_of(options: argparse.Namespace, model: Model, **drawing: Any) -> Cho
         drawing: further settings of the Drawing.
 
     Raises:
-        ValueError: a setting that does not fit the model.
+        UserError: a setting that does not fit the model.
     """
     sampling.refuse_twice(options)
     sampler, changed = sampling.sampler_of(options, model.config, model.objective)
@@ -244,7 +245,7 @@ def guide(run: Path, weights: str = "ema", allow: Sequence[str] = ()) -> Guide:
         allow: packages to trust beside this one.
 
     Raises:
-        ValueError: no run there, or one that is unfit.
+        UserError: no run there, or one that is unfit.
     """
     model = open_model(run, weights, allow)
     return Guide(str(model.checkpoint), model.denoiser)
@@ -273,9 +274,9 @@ def _check_interval(interval: tuple[float, float], weight: float, sigmas: Tensor
     """Refuse an interval on the command line in which nothing is guided."""
     low, high = interval
     if weight == 1:
-        raise ValueError("--guidance-interval does nothing at guidance 1; give --guidance WEIGHT")
+        raise UserError("--guidance-interval does nothing at guidance 1; give --guidance WEIGHT")
     if low < high and not bool(((sigmas[:-1] > low) & (sigmas[:-1] <= high)).any()):
-        raise ValueError(
+        raise UserError(
             f"--guidance-interval: the sampler visits no level in ({low:g}, {high:g}], only "
             f"{float(sigmas[0]):g} to {float(sigmas[-2]):g}"
         )
@@ -292,7 +293,7 @@ def images_of(experiment: Config) -> Images:
     """The images that a run was trained on.
 
     Raises:
-        ValueError: they are not there, or unfit.
+        UserError: they are not there, or unfit.
     """
     source = trust.data_of(experiment)
     try:
@@ -301,7 +302,7 @@ def images_of(experiment: Config) -> Images:
         path = data_elsewhere(experiment)
         if path is None:
             raise
-        raise ValueError(
+        raise UserError(
             f"{path}: not prepared in the present folder, where the run's data is looked for; go "
             "where it lies, or say where: --set data.path=PATH"
         ) from error
@@ -332,18 +333,18 @@ def checkpoint_of(run: Path) -> Path:
     """The checkpoint that a run's folder or a file names.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     if run.suffix == ".safetensors" and run.exists():
-        raise ValueError(
+        raise UserError(
             f"{run}: holds weights for others; make a run of it: "
             f"{following.command('import', 'safetensors', run, parts.RUNS / plain(run.stem))}"
         )
     if run.is_file():
         return run
     if not run.is_dir():
-        raise ValueError(f"{run}: there is no such run; runs lie under {parts.RUNS}/")
+        raise UserError(f"{run}: there is no such run; runs lie under {parts.RUNS}/")
     latest = checkpoints.latest(run / "checkpoints")
     if latest is None:
-        raise ValueError(f"{run}: has no checkpoint yet; train it first")
+        raise UserError(f"{run}: has no checkpoint yet; train it first")
     return latest

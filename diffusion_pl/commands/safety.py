@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from diffusion_pl.errors import UserError
+
 # torch and Lightning run what a checkpoint asks for where this is set.
 UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 # Lightning reads a number from each while it is imported.
@@ -14,14 +16,14 @@ def refuse_unsafe(environment: Mapping[str, str]) -> None:
     """See that nothing is set that makes checkpoints run what they hold, or ends what is imported.
 
     Raises:
-        ValueError: it is.
+        UserError: it is.
     """
     for name in RANKS:
         rank = environment.get(name, "0")
         if not (rank.isascii() and rank.isdecimal()):
-            raise ValueError(f"{name}: must be a whole number (got {rank[:40]!r}); unset it")
+            raise UserError(f"{name}: must be a whole number (got {rank[:40]!r}); unset it")
     value = environment.get(UNSAFE, "")
     if value.lower() not in ("", "0", "false", "no", "n"):
-        raise ValueError(
+        raise UserError(
             f"{UNSAFE}: is set (got {value!r}), so any checkpoint could run what it holds; unset it"
         )

@@ -19,6 +19,7 @@ from torch import nn
 
 from diffusion_pl.commands import following, results, runs
 from diffusion_pl.commands.sample_folder import OtherImages, SampleFolder
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing, batches
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.names import shown
@@ -32,7 +33,7 @@ GRID = 64  # images on the grid at most
 def run(options: argparse.Namespace) -> int:
     """Draw the images and print what was drawn as one JSON object."""
     if options.count < 1 or options.first < 0:
-        raise ValueError(f"--count must be positive (got {options.count}), --first at least 0")
+        raise UserError(f"--count must be positive (got {options.count}), --first at least 0")
     opened = runs.open_run(options, label=options.label)
     drawing = opened.drawing
     wanted = range(options.first, options.first + options.count)
@@ -78,7 +79,7 @@ def folder_for(out: Path | None, opened: runs.Opened, wanted: range) -> tuple[Sa
     Those are RUN/drawn, and for images of other settings RUN/drawn-2, RUN/drawn-3, ...
 
     Raises:
-        ValueError: the folder that is named holds other images.
+        UserError: the folder that is named holds other images.
     """
     if out is not None:
         folder = SampleFolder(out, opened)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffusion_pl.commands.runs import Opened
 from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.provenance import surroundings
 from diffusion_pl.files import regular
 from diffusion_pl.images import save_png
@@ -28,7 +29,7 @@ from diffusion_pl.training.writing import write_atomically
 FORMAT = 1
 
 
-class OtherImages(ValueError):
+class OtherImages(UserError):
     """A folder holds images that those to be drawn do not belong to."""
 
 

@@ -12,6 +12,7 @@ from diffusion_pl.commands import parts
 from diffusion_pl.config import Config
 from diffusion_pl.config.targets import locate
 from diffusion_pl.diffusion.objective import TrainingObjective, trained_range
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.samplers.named import integrator
 from diffusion_pl.samplers.pyramid import PyramidSampler
@@ -34,7 +35,7 @@ def refuse_twice(options: argparse.Namespace) -> None:
     """See that no setting is given by an option and by `--set`: one of them would do nothing.
 
     Raises:
-        ValueError: names both.
+        UserError: names both.
     """
     for name, pattern in SAID.items():
         value = getattr(options, name, None)
@@ -42,7 +43,7 @@ def refuse_twice(options: argparse.Namespace) -> None:
             key = word.partition("=")[0].strip()
             if value is not None and re.fullmatch(pattern, key):
                 option = f"--{name.replace('_', '-')} {value}"
-                raise ValueError(f"--set {word}: {option} takes its place; leave one of them out")
+                raise UserError(f"--set {word}: {option} takes its place; leave one of them out")
 
 
 def sampler_of(
@@ -61,7 +62,7 @@ def sampler_of(
         The sampler, and what another integrator changed and what it left, in words.
 
     Raises:
-        ValueError: no such name, or no such function.
+        UserError: no such name, or no such function.
         ConfigError: as `parts.sampler_of`.
     """
     given = None if options.sampler is None else integrator_of(options.sampler)
@@ -97,7 +98,7 @@ def integrator_of(name: str) -> Integrator:
     """An integrator by its name, or by the dotted path of a function of the user's own.
 
     Raises:
-        ValueError: neither, or a function that is called otherwise.
+        UserError: neither, or a function that is called otherwise.
     """
     if "." not in name:
         return integrator(name)
@@ -105,9 +106,9 @@ def integrator_of(name: str) -> Integrator:
         function: Integrator = locate(name)
         inspect.signature(function).bind("denoise", "x", "sigmas", "randn_like")
     except ValueError as error:
-        raise ValueError(f"--sampler: {error}") from error
+        raise UserError(f"--sampler: {error}") from error
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"--sampler: {name} is not called as (denoise, x, sigmas, randn_like) ({error})"
         ) from error
     return function

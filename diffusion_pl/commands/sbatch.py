@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_pl.commands import sbatch_options
+from diffusion_pl.errors import UserError
 from diffusion_pl.names import shown
 from diffusion_pl.training.writing import write_atomically
 
@@ -90,7 +91,7 @@ class Job:
         """See that the further options agree with the job.
 
         Raises:
-            ValueError: names one that does not.
+            UserError: names one that does not.
         """
         own = {
             "--nodes": str(self.nodes),
@@ -150,10 +151,10 @@ def _quoted(option: str) -> str:
     """An option as sbatch reads it, which knows double quotes.
 
     Raises:
-        ValueError: it holds one, or what would end its line.
+        UserError: it holds one, or what would end its line.
     """
     if not option.isprintable() or '"' in option or "\\" in option:
-        raise ValueError(
+        raise UserError(
             f"#SBATCH {shown(option)}: a line of the job's script cannot hold this; leave it out, "
             "or work in another folder"
         )
@@ -167,7 +168,7 @@ def submit(job: Job) -> str:
         The job's number.
 
     Raises:
-        ValueError: there is no SLURM here, or it refuses the job; in its words.
+        UserError: there is no SLURM here, or it refuses the job; in its words.
     """
     write(job)
     try:
@@ -179,12 +180,12 @@ def submit(job: Job) -> str:
             env=sbatch_options.environment(),
         )
     except FileNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{job.script}: is written, but there is no sbatch here; submit it where there is one"
         ) from error
     if done.returncode:
         reason = " ".join(done.stderr.replace("sbatch: error: ", "").split())
-        raise ValueError(
+        raise UserError(
             f"{job.script}: SLURM refuses it ({reason}); change what it names, here or with "
             "--sbatch OPTION"
         )
@@ -230,14 +231,14 @@ def tasks_of(
         allow: of every run.
 
     Raises:
-        ValueError: names the sweep that is none.
+        UserError: names the sweep that is none.
     """
     choices = []
     for sweep in sweeps:
         key, _, values = sweep.partition("=")
         each = _split(values)
         if len(each) < 2 or not all(each) or not key:
-            raise ValueError(f"--sweep: must be key=value,value (got {sweep!r}); write two or more")
+            raise UserError(f"--sweep: must be key=value,value (got {sweep!r}); write two or more")
         choices.append([f"{key}={value}" for value in each])
     if not choices:
         return [Task(base, (*words, *last), tuple(allow))]
@@ -246,7 +247,7 @@ def tasks_of(
         name = re.sub(r"[^\w.=,+-]", "_", ",".join(chosen))
         tasks.append(Task(base / name, (*words, *chosen, *last), tuple(allow)))
     if len({task.run for task in tasks}) < len(tasks):
-        raise ValueError(
+        raise UserError(
             f"--sweep: two runs would have one folder (got {' '.join(sweeps)}); "
             "name each value once"
         )
@@ -269,13 +270,13 @@ def seconds_of(time: str) -> int:
     """A limit as SLURM writes it, in seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
 
     Raises:
-        ValueError: it is none.
+        UserError: it is none.
     """
     days, dash, rest = time.rpartition("-")
     parts = rest.split(":")
     numbers = [*([days] if dash else []), *parts]
     if len(parts) > 3 or not all(each.isdecimal() for each in numbers):
-        raise ValueError(f"--time: must be as SLURM writes it, such as 24:00:00 (got {time!r})")
+        raise UserError(f"--time: must be as SLURM writes it, such as 24:00:00 (got {time!r})")
     values = [int(each) for each in parts]
     if dash:  # hours first
         hours, minutes, seconds = [*values, 0, 0][:3]

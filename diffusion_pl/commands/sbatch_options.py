@@ -10,6 +10,8 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
+from diffusion_pl.errors import UserError
+
 # What `launch` sets, by each name that sbatch knows it by, and the option of `launch` for it.
 _OURS = {
     "--nodes": "--nodes N",
@@ -58,18 +60,18 @@ def see_options(options: Sequence[str], own: Mapping[str, str], tasks: int) -> N
         tasks: of the job's array, 1 for none.
 
     Raises:
-        ValueError: names the first that does not, and what to say in its place.
+        UserError: names the first that does not, and what to say in its place.
     """
     seen: dict[str, str] = {}
     for option in options:
         name, value = _parsed(option)
         if value != seen.setdefault(name, value):
-            raise ValueError(f"--sbatch: {name} is given twice ({seen[name]} and {value}); say one")
+            raise UserError(f"--sbatch: {name} is given twice ({seen[name]} and {value}); say one")
         if name not in _OURS or _agrees(name, value, own, tasks):
             continue
         instead = f"; say {_OURS[name]}" if _OURS[name] else "; leave it out"
         job = f" (the job has {own[name]})" if own.get(name) else ""
-        raise ValueError(f"--sbatch: {option!r} contradicts the job that is written{job}{instead}")
+        raise UserError(f"--sbatch: {option!r} contradicts the job that is written{job}{instead}")
 
 
 def _parsed(option: str) -> tuple[str, str]:
@@ -79,7 +81,7 @@ def _parsed(option: str) -> tuple[str, str]:
         return long[1], long[2] or ""
     short = re.fullmatch(r"(-[A-Za-z])[= ]?\s*(.*)", option)
     if not short:
-        raise ValueError(
+        raise UserError(
             f"--sbatch: {option!r} is no option of sbatch; write it as --sbatch=--partition=NAME"
         )
     return _SHORT.get(short[1], short[1]), short[2]

@@ -9,6 +9,7 @@ from typing import Any
 from diffusion_pl import config
 from diffusion_pl.commands import runs
 from diffusion_pl.config import Config
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import small
 from diffusion_pl.names import refuse_name, shown
 from diffusion_pl.training import checkpoint as checkpoints
@@ -76,7 +77,7 @@ def check_name(folder: Path) -> None:
     """See that a run that is to begin has a plain name, before anything of it is made.
 
     Raises:
-        ValueError: it has none.
+        UserError: it has none.
     """
     if not is_claimed(folder):
         name = folder.resolve().name
@@ -97,13 +98,13 @@ def compare(experiment: Config, folder: Path, start: Path | None, done: Path | N
 
     Raises:
         ConfigError: the folder holds a run of another config; names the differing keys.
-        ValueError: its run started elsewhere, or its config or its checkpoints are gone.
+        UserError: its run started elsewhere, or its config or its checkpoints are gone.
     """
     if not is_claimed(folder):
         return []
     kept = folder / _CONFIG
     if not kept.exists():
-        raise ValueError(
+        raise UserError(
             f"{folder}: holds checkpoints or {_METRICS} but no {_CONFIG}; restore it or remove them"
         )
     before = config.load(kept).tree
@@ -120,7 +121,7 @@ def compare(experiment: Config, folder: Path, start: Path | None, done: Path | N
         )
     budget = _end_of(experiment.tree)
     if images > (most := budget.steps(batch := _batch(experiment.tree)) * batch):
-        raise ValueError(
+        raise UserError(
             f"{folder}: has seen {images:,} images, more than trainer.images={most}; name a budget "
             f"of at least {images}, or another folder (RUN=...)"
         )
@@ -131,17 +132,17 @@ def _compare_start(folder: Path, start: Path | None, done: Path | None) -> None:
     """See that a run begins, or once began, with the weights that are named.
 
     Raises:
-        ValueError: it does not.
+        UserError: it does not.
     """
     begun = folder / _FROM
     origin = small(begun).decode(errors="replace").strip() if begun.exists() else None
     if start is None:
         if origin is not None and done is None:
-            raise ValueError(f"{folder}: started from {origin}; say so again: --from {origin}")
+            raise UserError(f"{folder}: started from {origin}; say so again: --from {origin}")
         return
     wanted = str(runs.checkpoint_of(start))
     if wanted != origin:
-        raise ValueError(
+        raise UserError(
             f"{folder}: started from {origin or 'weights of its own'}, not from {wanted}"
         )
 
@@ -153,13 +154,13 @@ def _refuse_lost(folder: Path, before: Mapping[str, Any]) -> None:
     and no evaluation of that step, which comes after it.
 
     Raises:
-        ValueError: it has had one.
+        UserError: it has had one.
     """
     settings, batch = _end_of(before), _batch(before)
     first = min(-(-settings.checkpoint_every // batch), settings.steps(batch)) * batch
     rows = History(folder / _METRICS).rows()
     if any(row["images"] >= first + ("name" not in row) for row in rows):
-        raise ValueError(
+        raise UserError(
             f"{folder}: {_METRICS} tells of {rows[-1]['images']:,} images, but no checkpoint is "
             f"there; restore {folder / 'checkpoints'}, or remove {_METRICS} to begin anew"
         )

@@ -27,6 +27,7 @@ from diffusion_pl.config.targets import locate
 from diffusion_pl.diffusion.objective import TrainingObjective, trained_range
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.diffusion.schedules import LogUniform
+from diffusion_pl.errors import UserError
 from diffusion_pl.names import shown
 from diffusion_pl.training import checkpoint as checkpoints
 
@@ -65,7 +66,7 @@ def weights(options: argparse.Namespace, experiment: Config, leads: bool) -> Sta
         leads: whether this process says what differs.
 
     Raises:
-        ValueError: names what differs, and what to do; or the first key that does not fit.
+        UserError: names what differs, and what to do; or the first key that does not fit.
     """
     path = runs.checkpoint_of(options.start)
     loaded = checkpoints.load(path)
@@ -73,7 +74,7 @@ def weights(options: argparse.Namespace, experiment: Config, leads: bool) -> Sta
     start = _fitting(options, experiment, loaded, tree, path)
     unfit = [*_network(tree, experiment), *_coefficients(options, tree, experiment, path)]
     if unfit and not options.accept_differences:
-        raise ValueError(
+        raise UserError(
             f"--from {path}: its weights were trained for something else ({'; '.join(unfit)}); "
             "train what they are of, or start from them all the same: --accept-differences"
         )
@@ -141,7 +142,7 @@ def _fitting(
     """The weights that the network takes; those of its labels begin anew where that is asked for.
 
     Raises:
-        ValueError: another number of classes without a word, or the first key that does not fit.
+        UserError: another number of classes without a word, or the first key that does not fit.
     """
     objective: TrainingObjective = config.build(experiment, "objective")
     wanted = objective.denoiser(parts.meta_network(experiment))
@@ -149,7 +150,7 @@ def _fitting(
     if then == now and not options.fresh_labels:
         return Start(path, checkpoints.match_weights(wanted, loaded, "ema", path), frozenset())
     if not options.fresh_labels:
-        raise ValueError(
+        raise UserError(
             f"--from {path}: it was trained on {then} classes, this network is of {now}; begin its "
             f"labels anew, and keep all else: --fresh-labels"
         )

@@ -22,6 +22,7 @@ from rich.text import Text
 from diffusion_pl import config
 from diffusion_pl.commands import evaluate, runs
 from diffusion_pl.commands.asked import Asked
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing, Evaluation
 from diffusion_pl.evaluation import evaluate as measure
 from diffusion_pl.evaluation.pareto import pareto
@@ -115,7 +116,7 @@ def points(options: argparse.Namespace) -> Iterator[Point]:
     if options.checkpoints:
         files = [str(path) for path in checkpoints.found(run_folder / "checkpoints")]
         if not files:
-            raise ValueError(f"{run_folder}: has no checkpoints")
+            raise UserError(f"{run_folder}: has no checkpoints")
     axes: tuple[Sequence[Any], ...] = (
         files,
         options.weights_kinds,

@@ -22,6 +22,7 @@ from diffusion_pl.data.remote import is_remote
 from diffusion_pl.data.shard_workers import WorkerLost
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Source
+from diffusion_pl.errors import UserError
 from diffusion_pl.names import shown
 from diffusion_pl.signals import MARKER, RESUMABLE, Wish
 from diffusion_pl.training import bounds
@@ -71,7 +72,7 @@ def train(options: argparse.Namespace, experiment: Config, **further: Any) -> in
     see_ranks(settings)
     weights = None
     if not options.start and (options.fresh_labels or options.accept_differences):
-        raise ValueError("--fresh-labels, --accept-differences: each belongs to --from RUN")
+        raise UserError("--fresh-labels, --accept-differences: each belongs to --from RUN")
     # A run of one process has no later rank, whatever an allocation has left in the environment.
     leads = settings.nodes * settings.devices_a_node() == 1 or ranks.leads_run()
     if options.start and not checkpoints.found(folder / "checkpoints"):
@@ -117,7 +118,7 @@ def _train(
             report(folder, done, last_measurements(History(folder / "metrics.jsonl")))
         return 0
     if latest and not done:
-        raise ValueError(
+        raise UserError(
             f"{folder}: holds imported weights, not a run to go on with; fine-tune them in another "
             f"folder: train {options.experiment} --from {folder} --run OTHER"
         )
@@ -170,7 +171,7 @@ def see_ranks(settings: Settings) -> None:
     """See who started this process, and that its run's ranks can meet.
 
     Raises:
-        ValueError: they cannot, or the environment speaks of other ranks.
+        UserError: they cannot, or the environment speaks of other ranks.
     """
     devices = settings.devices_a_node()
     by = starter(os.environ, settings.nodes, devices)
@@ -182,7 +183,7 @@ def see_data(source: Source) -> None:
     """See that the data's folder is there, before its ranks are started and networks built.
 
     Raises:
-        ValueError: it is not, or is no prepared set.
+        UserError: it is not, or is no prepared set.
     """
     if isinstance(source, Shards):
         if source.made_of is None and not is_remote(source.path):

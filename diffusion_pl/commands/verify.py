@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_pl.data.shard_format import MANIFEST
+from diffusion_pl.errors import UserError
 
 FAILURES: tuple[type[Exception], ...] = ()
 
@@ -23,7 +24,7 @@ def prepared(folder: Path) -> dict[str, Any]:
     """See that a prepared set is sound.
 
     Raises:
-        ValueError: a line for each file that is not.
+        UserError: a line for each file that is not.
     """
     from diffusion_pl.data.verify import verify
 
@@ -40,13 +41,13 @@ def kept(run: Path) -> dict[str, Any]:
     """See that the checkpoints of a run, or one, are sound.
 
     Raises:
-        ValueError: a line for each that is not, or there is nothing to look at.
+        UserError: a line for each that is not, or there is nothing to look at.
     """
     from diffusion_pl.training import checkpoint as checkpoints
 
     files = [run] if run.is_file() else sorted((run / "checkpoints").glob("*.ckpt"))
     if not files:
-        raise ValueError(
+        raise UserError(
             f"{run}: neither prepared data ({MANIFEST}) nor a run with checkpoints, nor one of them"
         )
     formats, problems = [], []
@@ -56,7 +57,7 @@ def kept(run: Path) -> dict[str, Any]:
         except ValueError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return {
         "checkpoints": [str(file) for file in files],
         "bytes": sum(file.stat().st_size for file in files),

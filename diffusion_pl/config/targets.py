@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusion_pl.config.registry import OPTIMIZERS, PACKAGE, PARTS, is_optimizer, is_part
 from diffusion_pl.config.tree import nearest
+from diffusion_pl.errors import UserError
 
 
 def locate(target: object, packages: Sequence[str] | None = None) -> Callable[..., Any]:
@@ -22,12 +23,12 @@ def locate(target: object, packages: Sequence[str] | None = None) -> Callable[..
             parts of this package's closed list, torch's optimizers and what lies in these packages.
 
     Raises:
-        ValueError: what is wrong with the path, as the end of an error line.
+        UserError: what is wrong with the path, as the end of an error line.
     """
     if not isinstance(target, str) or not all(target.split(".")) or "." not in target:
-        raise ValueError(f"must be the dotted path of a class or function (got {target!r})")
+        raise UserError(f"must be the dotted path of a class or function (got {target!r})")
     if packages is not None and (reason := untrusted(target, packages)):
-        raise ValueError(reason)
+        raise UserError(reason)
     found, rest = _module(target)
     for part in rest:
         try:
@@ -35,9 +36,9 @@ def locate(target: object, packages: Sequence[str] | None = None) -> Callable[..
         except AttributeError as error:
             where = getattr(found, "__name__", target)
             public = [name for name in dir(found) if not name.startswith("_")]
-            raise ValueError(f"{where} has no {part!r}{nearest(part, public)}") from error
+            raise UserError(f"{where} has no {part!r}{nearest(part, public)}") from error
     if not callable(found):
-        raise ValueError(f"{target} is not a class or function (it is a {type(found).__name__})")
+        raise UserError(f"{target} is not a class or function (it is a {type(found).__name__})")
     if packages is not None:
         _refuse_foreign(target, found, packages)
     return found
@@ -70,11 +71,11 @@ def check_allowed(packages: Sequence[str]) -> None:
     """See that what is allowed by name is not this package, whose parts are known.
 
     Raises:
-        ValueError: it is.
+        UserError: it is.
     """
     for package in packages:
         if _inside(package, [PACKAGE]):
-            raise ValueError(
+            raise UserError(
                 f"--allow: the parts of {PACKAGE} are known, the rest of it starts commands and "
                 f"writes files (got {package!r}); allow the package that the file needs"
             )
@@ -84,7 +85,7 @@ def _refuse_foreign(target: str, found: Any, packages: Sequence[str]) -> None:
     """Refuse what is reached through a trusted name and is something else.
 
     Raises:
-        ValueError: in torch.optim no optimizer, or defined in a package that is not allowed.
+        UserError: in torch.optim no optimizer, or defined in a package that is not allowed.
     """
     home = getattr(found, "__module__", None)
     if is_optimizer(target):
@@ -92,10 +93,10 @@ def _refuse_foreign(target: str, found: Any, packages: Sequence[str]) -> None:
 
         kind = inspect.isclass(found) and issubclass(found, Optimizer) and found is not Optimizer
         if not kind or not _inside(home, [OPTIMIZERS]):
-            raise ValueError(f"{target} is no optimizer, and nothing else of {OPTIMIZERS} is known")
+            raise UserError(f"{target} is no optimizer, and nothing else of {OPTIMIZERS} is known")
     # mypackage.os.system begins with an allowed name and ends outside.
     elif target not in PARTS and target not in packages and not _inside(home, packages):
-        raise ValueError(f"{target} is defined in {home}, outside {', '.join(packages)}")
+        raise UserError(f"{target} is defined in {home}, outside {', '.join(packages)}")
 
 
 def _inside(path: object, packages: Sequence[str]) -> bool:
@@ -106,7 +107,7 @@ def _module(target: str) -> tuple[Any, list[str]]:
     """Import the longest module that a dotted path begins with; the rest are attributes.
 
     Raises:
-        ValueError: there is no such module, or it fails while it is imported.
+        UserError: there is no such module, or it fails while it is imported.
     """
     parts = target.split(".")
     for length in range(len(parts) - 1, 0, -1):
@@ -117,18 +118,18 @@ def _module(target: str) -> tuple[Any, list[str]]:
             if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
                 continue
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{name} cannot be imported ({reason})") from error
+            raise UserError(f"{name} cannot be imported ({reason})") from error
         _refuse_missing_submodule(module, parts[length:])
         return module, parts[length:]
-    raise ValueError(f"there is no module {parts[0]!r} (got {target!r}); install it or correct it")
+    raise UserError(f"there is no module {parts[0]!r} (got {target!r}); install it or correct it")
 
 
 def _refuse_missing_submodule(module: types.ModuleType, rest: Sequence[str]) -> None:
     """Name the nearest module when a path leaves its package at a word that is no attribute.
 
     Raises:
-        ValueError: there is no such module.
+        UserError: there is no such module.
     """
     if len(rest) > 1 and rest[0] not in dir(module) and "__path__" in dir(module):
         inside = [each.name for each in pkgutil.iter_modules(module.__path__)]
-        raise ValueError(f"{module.__name__} has no module {rest[0]!r}{nearest(rest[0], inside)}")
+        raise UserError(f"{module.__name__} has no module {rest[0]!r}{nearest(rest[0], inside)}")

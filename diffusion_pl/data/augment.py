@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diffusion_pl.errors import UserError
+
 # The low-pass filter of Daubechies' least asymmetric wavelet with 6 vanishing moments (Ten Lectures
 # on Wavelets, 1992, chapter 6), by spectral factorisation in 60 digits; its sum is sqrt(2). Tables
 # in circulation agree to 1e-12.
@@ -66,7 +68,7 @@ class NonLeaky:
         translation: standard deviation of the translation relative to the side.
 
     Raises:
-        ValueError: the probability is outside [0, 1].
+        UserError: the probability is outside [0, 1].
     """
 
     probability: float = 0.12
@@ -80,9 +82,7 @@ class NonLeaky:
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
-            raise ValueError(
-                f"augmentation: probability must be in [0, 1] (got {self.probability})"
-            )
+            raise UserError(f"augmentation: probability must be in [0, 1] (got {self.probability})")
 
     @torch.no_grad()
     def __call__(self, image: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,12 +97,12 @@ class NonLeaky:
             label: float32 (B, labels), 0 where nothing was done.
 
         Raises:
-            ValueError: the images are not floating point, or the numbers have another shape.
+            UserError: the images are not floating point, or the numbers have another shape.
         """
         if not image.is_floating_point():
-            raise ValueError(f"augmentation: images must be floating point (got {image.dtype})")
+            raise UserError(f"augmentation: images must be floating point (got {image.dtype})")
         if uniform.shape != (len(image), self.draws):
-            raise ValueError(
+            raise UserError(
                 f"augmentation: uniform must hold {self.draws} numbers for each of {len(image)} "
                 f"images (got shape {tuple(uniform.shape)})"
             )

@@ -16,6 +16,7 @@ from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.pickled import read_pickle
 from diffusion_pl.data.source import Images, load, reduced
 from diffusion_pl.download import fetch
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -79,7 +80,7 @@ class CIFAR10:
         """Find the archive, or fetch it where the default folder has none.
 
         Raises:
-            ValueError: nothing at `path`, or the archive cannot be fetched.
+            UserError: nothing at `path`, or the archive cannot be fetched.
         """
         if _find(Path(self.path)) is None and self.path == DEFAULT_PATH:
             fetch(URL, Path(self.path) / _ARCHIVE, SHA256)
@@ -92,21 +93,21 @@ class CIFAR10:
             resolution: 32, or less: the means of blocks.
 
         Raises:
-            ValueError: no archive, or one that is damaged or holds anything else.
+            UserError: no archive, or one that is damaged or holds anything else.
         """
         found = self._found()
         if self.split not in BATCHES:
-            raise ValueError(f"CIFAR-10: split is train or test (got {self.split!r})")
+            raise UserError(f"CIFAR-10: split is train or test (got {self.split!r})")
         wanted = BATCHES[self.split]
         members = _from_folder(found, wanted) if found.is_dir() else _from_archive(found, wanted)
         for name in wanted:
             if name not in members:
-                raise ValueError(f"{found}: {name} is missing; is it the archive from {URL}?")
+                raise UserError(f"{found}: {name} is missing; is it the archive from {URL}?")
         batches = [_decode(members.pop(name), f"{found}: {name}") for name in wanted]
         images = np.concatenate([images for images, _ in batches])
         labels = np.concatenate([labels for _, labels in batches])
         if len(images) > FULL[self.split]:
-            raise ValueError(f"{found}: {len(images):,} images, more than CIFAR-10 has")
+            raise UserError(f"{found}: {len(images):,} images, more than CIFAR-10 has")
         name = f"cifar10-{self.split}"
         if len(images) < FULL[self.split]:
             name = f"{name}-subset{len(images)}"
@@ -117,7 +118,7 @@ class CIFAR10:
     def _found(self) -> Path:
         found = _find(Path(self.path))
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: no CIFAR-10 archive here; put {_ARCHIVE} from {URL} there, or leave "
                 f"out `path` to have it fetched to {DEFAULT_PATH}"
             )
@@ -136,7 +137,7 @@ def _find(path: Path) -> Path | None:
     archives = sorted(path.glob("*.tar.gz"))
     if len(archives) > 1:
         names = ", ".join(archive.name for archive in archives)
-        raise ValueError(f"{path}: several archives ({names}); name one of them in `path`")
+        raise UserError(f"{path}: several archives ({names}); name one of them in `path`")
     return archives[0] if archives else None
 
 
@@ -146,7 +147,7 @@ def _from_folder(folder: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
         path = folder / name
         if path.is_file():
             if path.stat().st_size > _LARGEST_BATCH:
-                raise ValueError(f"{path}: too large for a batch of CIFAR-10")
+                raise UserError(f"{path}: too large for a batch of CIFAR-10")
             members[name] = regular(path).read_bytes()
     return members
 
@@ -155,7 +156,7 @@ def _from_archive(path: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
     """The wanted members by name; nothing is unpacked to the disk.
 
     Raises:
-        ValueError: damaged, or a member that no such archive has.
+        UserError: damaged, or a member that no such archive has.
     """
     members: dict[str, bytes] = {}
     try:
@@ -166,12 +167,12 @@ def _from_archive(path: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
                 file = archive.extractfile(member) if name in wanted else None
                 if file is not None:
                     if name in members:
-                        raise ValueError(f"{path}: {name} is there twice")
+                        raise UserError(f"{path}: {name} is there twice")
                     members[name] = file.read()
             # gzip's check sum stands at the very end, behind the last member.
             _exhaust(plain.read, path)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged or not a .tar.gz ({error}); fetch it again") from error
+        raise UserError(f"{path}: damaged or not a .tar.gz ({error}); fetch it again") from error
     return members
 
 
@@ -180,7 +181,7 @@ def _exhaust(read: Callable[[int], bytes], path: Path) -> None:
     while block := read(1024**2):
         size += len(block)
         if size > _LARGEST_ARCHIVE:
-            raise ValueError(f"{path}: too large for CIFAR-10")
+            raise UserError(f"{path}: too large for CIFAR-10")
 
 
 def _admit(member: tarfile.TarInfo, path: Path) -> str:
@@ -188,12 +189,12 @@ def _admit(member: tarfile.TarInfo, path: Path) -> str:
     parts = PurePosixPath(member.name).parts
     inside = parts[:1] == (_FOLDER,) and ".." not in parts and len(parts) <= 2
     if not inside or not (member.isreg() or member.isdir()):
-        raise ValueError(
+        raise UserError(
             f"{path}: odd member {member.name!r}; expected files in {_FOLDER}/; "
             f"a .tar.gz of anything else is read when it is unpacked, or a .tar"
         )
     if member.size > _LARGEST_BATCH:
-        raise ValueError(f"{path}: {member.name} is too large for a batch of CIFAR-10")
+        raise UserError(f"{path}: {member.name} is too large for a batch of CIFAR-10")
     return parts[-1]
 
 
@@ -201,20 +202,20 @@ def _decode(data: bytes, where: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray
     """Images (n, 3, 32, 32) and labels (n,) of one batch file.
 
     Raises:
-        ValueError: not n rows of 3,072 bytes with n labels 0..9.
+        UserError: not n rows of 3,072 bytes with n labels 0..9.
     """
     batch = read_pickle(data, where=where)
     if not isinstance(batch, dict) or not {b"data", b"labels"} <= set(batch):
-        raise ValueError(f"{where}: not a CIFAR-10 batch, which holds b'data' and b'labels'")
+        raise UserError(f"{where}: not a CIFAR-10 batch, which holds b'data' and b'labels'")
     pixels, labels = batch[b"data"], batch[b"labels"]
     if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != 3072:
         found = pixels.shape if isinstance(pixels, np.ndarray) else type(pixels).__name__
-        raise ValueError(f"{where}: images must be an array (n, 3072) (got {found})")
+        raise UserError(f"{where}: images must be an array (n, 3072) (got {found})")
     if not isinstance(labels, list) or len(labels) != len(pixels) or not labels:
         found = len(labels) if isinstance(labels, list) else type(labels).__name__
-        raise ValueError(f"{where}: {len(pixels)} images need as many labels (got {found})")
+        raise UserError(f"{where}: {len(pixels)} images need as many labels (got {found})")
     for label in labels:
         if type(label) is not int or not 0 <= label <= 9:
-            raise ValueError(f"{where}: labels are 0 to 9 (got {label!r})")
+            raise UserError(f"{where}: labels are 0 to 9 (got {label!r})")
     # A row is the red plane, then green, then blue, each 32 x 32 row by row.
     return pixels.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)

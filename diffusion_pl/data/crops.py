@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffusion_pl.data.draws import uniforms
+from diffusion_pl.errors import UserError
 from diffusion_pl.positions import coordinates
 
 
@@ -24,7 +25,7 @@ class Crop:
         told: whether the network is told where the window lies, as a condition `position`.
 
     Raises:
-        ValueError: a size or a scale out of range.
+        UserError: a size or a scale out of range.
     """
 
     size: int
@@ -33,9 +34,9 @@ class Crop:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"crop.size must be at least 1 pixel (got {self.size})")
+            raise UserError(f"crop.size must be at least 1 pixel (got {self.size})")
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"crop.scale must rise within (0, 1] (got {list(self.scale)})")
+            raise UserError(f"crop.scale must rise within (0, 1] (got {list(self.scale)})")
 
     def __call__(
         self, image: Tensor, positions: Tensor, *, seed: int, frame: int

@@ -26,6 +26,7 @@ from PIL import Image
 from diffusion_pl.data.bare import bare, upright
 from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.reduce import WHOLE_FIRST, Resize, lanczos
+from diffusion_pl.errors import UserError
 
 Fit = Literal["crop", "pad", "exact"]
 
@@ -49,7 +50,7 @@ def decode(data: bytes, *, where: str, depths: Depths | None = None) -> Image.Im
         The image, mode RGB, upright, at its own size.
 
     Raises:
-        ValueError: broken, or refused by the rules above.
+        UserError: broken, or refused by the rules above.
     """
     return to_rgb(_upright(data, where, depths), where=where)
 
@@ -68,7 +69,7 @@ def planes(
         depths: takes note of an image of 16 bits.
 
     Raises:
-        ValueError: as `decode`.
+        UserError: as `decode`.
     """
     image = _upright(data, where, depths)
     if channels == 4 and image.has_transparency_data:
@@ -100,10 +101,10 @@ def check_channels(channels: int, where: str) -> None:
     """Refuse a number of channels that no image has.
 
     Raises:
-        ValueError: it is not 1, 3 or 4.
+        UserError: it is not 1, 3 or 4.
     """
     if channels not in (1, 3, 4):
-        raise ValueError(
+        raise UserError(
             f"{where}: channels must be 1 (grey), 3 (RGB) or 4 (RGB and a fourth, such as alpha; "
             f"got {channels})"
         )
@@ -121,31 +122,31 @@ def _loaded(data: bytes, where: str) -> Image.Image:
     """A decoded image as it is stored.
 
     Raises:
-        ValueError: broken, or refused by the rules above.
+        UserError: broken, or refused by the rules above.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{where}: not a PNG, JPEG or WebP image") from error
+        raise UserError(f"{where}: not a PNG, JPEG or WebP image") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Pillow's own limit, where it is the tighter one; a warning where warnings are errors.
-        raise ValueError(f"{where}: too large to be decoded ({error})") from error
+        raise UserError(f"{where}: too large to be decoded ({error})") from error
     except Exception as error:
-        raise ValueError(f"{where}: broken image ({error})") from error
+        raise UserError(f"{where}: broken image ({error})") from error
     width, height = image.size
     if width * height > LARGEST_AREA or max(width, height) > LARGEST_SIDE:
-        raise ValueError(
+        raise UserError(
             f"{where}: {width} x {height} pixels; at most {LARGEST_AREA // 10**6} megapixels and "
             f"{LARGEST_SIDE:,} a side are read"
         )
     # A JPEG of several pictures (format MPO) is a photograph with previews or a depth map.
     if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
-        raise ValueError(f"{where}: animated; save the frame you want as an image")
+        raise UserError(f"{where}: animated; save the frame you want as an image")
     try:
         image.load()
     except Exception as error:
         # Decoders raise OSError, SyntaxError, struct.error and more; all mean a broken file.
-        raise ValueError(f"{where}: broken image ({error})") from error
+        raise UserError(f"{where}: broken image ({error})") from error
     return image
 
 
@@ -153,7 +154,7 @@ def to_rgb(image: Image.Image, *, where: str) -> Image.Image:
     """Convert a decoded image of any mode to RGB by the rules above.
 
     Raises:
-        ValueError: a mode whose values have no stated meaning, such as float.
+        UserError: a mode whose values have no stated meaning, such as float.
     """
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int32)
@@ -168,7 +169,7 @@ def to_rgb(image: Image.Image, *, where: str) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):
-        raise ValueError(f"{where}: pixels of mode {image.mode}; save it as 8-bit RGB or grey")
+        raise UserError(f"{where}: pixels of mode {image.mode}; save it as 8-bit RGB or grey")
     return image.convert("RGB")
 
 
@@ -190,19 +191,19 @@ def fit_square(
         The image, `resolution` x `resolution`.
 
     Raises:
-        ValueError: another size under `exact`, or an image far too small.
+        UserError: another size under `exact`, or an image far too small.
     """
     width, height = image.size
     if fit == "exact":
         if (width, height) != (resolution, resolution):
-            raise ValueError(
+            raise UserError(
                 f"{where}: {width} x {height} pixels where fit: exact needs {resolution} x "
                 f"{resolution}; use fit: crop or fit: pad"
             )
         return image
     side = min(width, height) if fit == "crop" else max(width, height)
     if side * LARGEST_ENLARGEMENT < resolution:
-        raise ValueError(
+        raise UserError(
             f"{where}: {width} x {height} pixels would be enlarged more than "
             f"{LARGEST_ENLARGEMENT} times to {resolution}; remove it or lower the resolution"
         )
@@ -238,7 +239,7 @@ def read_square(
         uint8 (channels, resolution, resolution).
 
     Raises:
-        ValueError: as `decode` and `fit_square`.
+        UserError: as `decode` and `fit_square`.
     """
     found = planes(data, channels, where=where, depths=depths)
     return joined([fit_square(image, resolution, fit, where=where) for image in found], channels)

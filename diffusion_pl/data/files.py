@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import last_change, regular
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp"})
@@ -96,22 +97,22 @@ def read_sample(folder: Path) -> dict[str, Any] | None:
     """What sample.json says of the images that were drawn into a folder; None where there is none.
 
     Raises:
-        ValueError: it is no such file.
+        UserError: it is no such file.
     """
     path = folder / SAMPLE
     if not path.is_file():
         return None
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise ValueError("too large")
+            raise UserError("too large")
         said = json.loads(path.read_bytes())
         if not isinstance(said, dict) or type(said.get("settings")) is not dict:
-            raise ValueError("it has no settings")
+            raise UserError("it has no settings")
         if not all(type(said.get(key)) is int and said[key] >= 0 for key in ("first", "count")):
-            raise ValueError("it does not count its images")
+            raise UserError("it does not count its images")
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: says nothing of drawn images ({reason}); remove it") from error
+        raise UserError(f"{path}: says nothing of drawn images ({reason}); remove it") from error
     return said
 
 
@@ -119,7 +120,7 @@ def opened(path: str) -> Files:
     """The files of a folder or of a zip file.
 
     Raises:
-        ValueError: neither is there.
+        UserError: neither is there.
     """
     place = Path(path)
     if place.is_dir():
@@ -130,7 +131,7 @@ def opened(path: str) -> Files:
         return FolderFiles(place if drawn is None else place / PICTURES)
     if place.is_file():
         return ZipFiles(place)
-    raise ValueError(f"{path}: no such folder or zip file")
+    raise UserError(f"{path}: no such folder or zip file")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class FolderFiles:
         """Relative paths.
 
         Raises:
-            ValueError: a folder that cannot be read, or is reached twice.
+            UserError: a folder that cannot be read, or is reached twice.
         """
         found: list[str] = []
         visited: set[str] = set()
@@ -151,7 +152,7 @@ class FolderFiles:
         for folder, folders, files in os.walk(self.path, followlinks=True, onerror=self._refuse):
             real = os.path.realpath(folder)
             if real in visited:
-                raise ValueError(f"{folder}: reached a second time, by a link; remove the link")
+                raise UserError(f"{folder}: reached a second time, by a link; remove the link")
             visited.add(real)
             folders[:] = [name for name in folders if not is_leftover(name)]
             inside = PurePosixPath(Path(folder).relative_to(self.path).as_posix())
@@ -164,21 +165,21 @@ class FolderFiles:
         return [each.name for each in entries if each.is_dir() and not is_leftover(each.name)]
 
     def _refuse(self, error: OSError) -> None:
-        raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
     def read(self, name: str) -> bytes:
         """One file's bytes.
 
         Raises:
-            ValueError: it cannot be read, or is too large.
+            UserError: it cannot be read, or is too large.
         """
         path = self.path / name
         try:
             if path.stat().st_size > LARGEST_FILE:
-                raise ValueError(f"{path}: too large for an image")
+                raise UserError(f"{path}: too large for an image")
             return regular(path).read_bytes()
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
     def head(self, name: str) -> bytes:
         """One file's first bytes; none of what is no plain file, which might never give any."""
@@ -189,7 +190,7 @@ class FolderFiles:
             with regular(path).open("rb") as file:
                 return file.read(HEAD)
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
     def state(self, name: str) -> str:
         """Its size in bytes."""
@@ -222,7 +223,7 @@ class ZipFiles:
                 self._opened = (os.getpid(), zipfile.ZipFile(regular(self.path)))
             except Exception as error:
                 # A directory that is no directory raises nearly anything.
-                raise ValueError(f"{self.path}: not a readable zip file ({error})") from error
+                raise UserError(f"{self.path}: not a readable zip file ({error})") from error
             self._entries = None
         return self._opened[1]
 
@@ -237,16 +238,16 @@ class ZipFiles:
         for name, _ in files:
             if name.startswith("/") or ".." in name.split("/") or re.match(r"[A-Za-z]:/", name):
                 shown = repr(name) if CONTROL.search(name) else name
-                raise ValueError(f"{self.path}: {shown} has an odd path")
+                raise UserError(f"{self.path}: {shown} has an odd path")
         files = [(name, each) for name, each in files if not is_leftover(name)]
         for name, entry in files:
             refuse_control(name, self.path)
             if entry.flag_bits & 1:
-                raise ValueError(f"{self.path}: {name} is encrypted")
+                raise UserError(f"{self.path}: {name} is encrypted")
         found = dict(files)
         if len(found) < len(files):
             [(twice, _)] = Counter(name for name, _ in files).most_common(1)
-            raise ValueError(f"{self.path}: {twice} is there twice")
+            raise UserError(f"{self.path}: {twice} is there twice")
         self._entries = found
         return found
 
@@ -254,7 +255,7 @@ class ZipFiles:
         """Paths in the archive.
 
         Raises:
-            ValueError: no zip file, or one with odd, encrypted or repeated names.
+            UserError: no zip file, or one with odd, encrypted or repeated names.
         """
         return list(self._found())
 
@@ -269,16 +270,16 @@ class ZipFiles:
     def _entry(self, name: str) -> zipfile.ZipInfo:
         entry = self._found().get(name)
         if entry is None:
-            raise ValueError(f"{self.path}: {name} is gone; it was there before")
+            raise UserError(f"{self.path}: {name} is gone; it was there before")
         if entry.file_size > LARGEST_FILE:
-            raise ValueError(f"{self.path}: {name} is too large for an image")
+            raise UserError(f"{self.path}: {name} is too large for an image")
         return entry
 
     def read(self, name: str) -> bytes:
         """One file's bytes.
 
         Raises:
-            ValueError: damaged, or too large.
+            UserError: damaged, or too large.
         """
         entry = self._entry(name)
         try:
@@ -286,19 +287,19 @@ class ZipFiles:
             return self._archive().read(entry)
         except Exception as error:
             # zipfile passes on whatever its decompressors raise, and KeyError if the file changed.
-            raise ValueError(f"{self.path}: {name} is damaged ({error})") from error
+            raise UserError(f"{self.path}: {name} is damaged ({error})") from error
 
     def head(self, name: str) -> bytes:
         """One file's first bytes.
 
         Raises:
-            ValueError: damaged.
+            UserError: damaged.
         """
         try:
             with self._archive().open(self._found()[name]) as file:
                 return file.read(HEAD)
         except Exception as error:
-            raise ValueError(f"{self.path}: {name} is damaged ({error})") from error
+            raise UserError(f"{self.path}: {name} is damaged ({error})") from error
 
     def state(self, name: str) -> str:
         """Its size and check sum."""
@@ -321,7 +322,7 @@ def refuse_control(name: str, where: object) -> None:
     """Refuse what would end or colour the line that names it.
 
     Raises:
-        ValueError: as said.
+        UserError: as said.
     """
     if CONTROL.search(name):
-        raise ValueError(f"{where}: {name!r} is an odd name; rename it")
+        raise UserError(f"{where}: {name!r} is an odd name; rename it")

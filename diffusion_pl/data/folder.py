@@ -16,6 +16,7 @@ from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.files import Files
 from diffusion_pl.data.layout import Listing, list_images
 from diffusion_pl.data.source import Images, load, reduced
+from diffusion_pl.errors import UserError
 from diffusion_pl.names import plain, shown
 
 
@@ -95,7 +96,7 @@ class ImageFolder:
         """Look through the names; nothing is written or decoded.
 
         Raises:
-            ValueError: nothing at `path`, no images, or folders that are no classes.
+            UserError: nothing at `path`, no images, or folders that are no classes.
         """
         listing = self.listing()
         if ranks.leads_machine():
@@ -106,12 +107,12 @@ class ImageFolder:
         """The images by name and class; nothing is decoded.
 
         Raises:
-            ValueError: as `prepare`.
+            UserError: as `prepare`.
         """
         if self.resolution < 1:
-            raise ValueError(f"{self.path}: resolution must be positive (got {self.resolution})")
+            raise UserError(f"{self.path}: resolution must be positive (got {self.resolution})")
         if self.fit not in ("crop", "pad", "exact"):
-            raise ValueError(f"{self.path}: fit is crop, pad or exact (got {self.fit!r})")
+            raise UserError(f"{self.path}: fit is crop, pad or exact (got {self.fit!r})")
         check_channels(self.channels, self.path)
         return list_images(self.path, labels=self.labels, split=self.split)
 
@@ -122,7 +123,7 @@ class ImageFolder:
             resolution: less than the source's own: the means of blocks of its pixels.
 
         Raises:
-            ValueError: as `prepare`, or an image that is broken or refused, by name.
+            UserError: as `prepare`, or an image that is broken or refused, by name.
         """
         listing = self.listing()
         path = Path(self.path)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffusion_pl.data.files import refuse_control
+from diffusion_pl.errors import UserError
 
 LARGEST_CLASS = 1_000_000
 _LONGEST_NAME = 200
@@ -55,12 +56,12 @@ def numbered(values: Sequence[Any], where: str, names: Sequence[str] | None = No
         names: of all the classes in order, where the values are words and it is known.
 
     Raises:
-        ValueError: labels that are missing, negative, no whole numbers, or of both kinds.
+        UserError: labels that are missing, negative, no whole numbers, or of both kinds.
     """
     missing = sum(_is_missing(value) for value in values)
     if missing:
         first = next(value for value in values if _is_missing(value))
-        raise ValueError(
+        raise UserError(
             f"{where} holds {first!r}, no label, for {missing:,} of {len(values):,} images; "
             f"--no-labels leaves all labels out"
         )
@@ -77,7 +78,7 @@ def numbered(values: Sequence[Any], where: str, names: Sequence[str] | None = No
     for value in values:
         whole = isinstance(value, float) and value.is_integer()
         if not (type(value) is int or whole):
-            raise ValueError(
+            raise UserError(
                 f"{where} holds {value!r}, no label; labels are whole numbers or words, and "
                 f"--no-labels leaves them out"
             )
@@ -85,7 +86,7 @@ def numbered(values: Sequence[Any], where: str, names: Sequence[str] | None = No
     bad = next((n for n in numbers if not 0 <= n < LARGEST_CLASS), None)
     if bad is not None:
         count = sum(not 0 <= n < LARGEST_CLASS for n in numbers)
-        raise ValueError(
+        raise UserError(
             f"{where}: labels are 0 to {LARGEST_CLASS - 1:,} (got {bad}, {count:,} such of "
             f"{len(numbers):,}); --no-labels leaves them out"
         )
@@ -116,7 +117,7 @@ def _is_number(word: str) -> bool:
 def _check_name(word: str, where: str) -> None:
     refuse_control(word, where)
     if len(word) > _LONGEST_NAME:
-        raise ValueError(
+        raise UserError(
             f"{where}: a label of {len(word):,} letters ({word[:40]!r}...) names no class; "
             f"--no-labels leaves them out"
         )

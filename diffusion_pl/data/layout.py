@@ -35,6 +35,7 @@ from diffusion_pl.data.files import (
 )
 from diffusion_pl.data.labels import Numbered, in_order, numbered
 from diffusion_pl.data.splits import ALL, is_split, split_of
+from diffusion_pl.errors import UserError
 
 _PACKED = "dataset.json"
 _METADATA = ("metadata.csv", "metadata.jsonl")
@@ -89,7 +90,7 @@ def list_images(
         column: of metadata.csv or metadata.jsonl, with the labels.
 
     Raises:
-        ValueError: nothing there, no images, splits of which none is chosen, or no classes.
+        UserError: nothing there, no images, splits of which none is chosen, or no classes.
     """
     files = opened(path)
     images, others = _sorted_out(path, files, sorted(files.names()))
@@ -108,7 +109,7 @@ def list_images(
     layers = _unwrapped(images, layers)
     foreign = next((name for name in others if ending_of(name) in FOREIGN), None)
     if foreign is not None:
-        raise ValueError(f"{path}/{foreign}: not PNG, JPEG or WebP; convert it or remove it")
+        raise UserError(f"{path}/{foreign}: not PNG, JPEG or WebP; convert it or remove it")
     found: Numbered | None = None
     read: set[str] = set()
     if labels is not False:
@@ -116,7 +117,7 @@ def list_images(
         if found is None and not read:
             found = _folders(path, files, images, prefix, layers, labels, notes)
     if labels and found is None:
-        raise ValueError(f"{path}: {_PACKED} says that there are no labels; leave labels out")
+        raise UserError(f"{path}: {_PACKED} says that there are no labels; leave labels out")
     rest = [name for name in others if name not in read]
     unread = dict(Counter(ending_of(name) or "no ending" for name in rest).most_common())
     if rest:
@@ -150,11 +151,11 @@ def _sorted_out(path: str, files: Files, every: Sequence[str]) -> tuple[list[str
             others.append(name)
     foreign = next((name for name in others if ending_of(name) in FOREIGN), None)
     if not images and foreign is not None:
-        raise ValueError(f"{path}/{foreign}: not PNG, JPEG or WebP; convert it or remove it")
+        raise UserError(f"{path}/{foreign}: not PNG, JPEG or WebP; convert it or remove it")
     if not images:
         counts = Counter(ending_of(name) or "no ending" for name in others)
         there = ", ".join(f"{count:,} {ending}" for ending, count in counts.most_common(_SHOWN))
-        raise ValueError(
+        raise UserError(
             f"{path}: no images here (looked for .png .jpg .jpeg .webp"
             + (f"; there are {there}: unpack archives, or name one)" if there else ")")
         )
@@ -202,7 +203,7 @@ def _place(path: str, images: Sequence[str], split: str | None) -> tuple[str, _L
     """The folder around everything ("" where there is none), and which folders mean what.
 
     Raises:
-        ValueError: several splits of which none is chosen, or one that is not there.
+        UserError: several splits of which none is chosen, or one that is not there.
     """
     folders = [PurePosixPath(name).parts[:-1] for name in images]
     depth = 0
@@ -227,7 +228,7 @@ def _place(path: str, images: Sequence[str], split: str | None) -> tuple[str, _L
     if split is None or not (split.lower() == ALL or any(is_split(each, split) for each in names)):
         problem = "" if split is None else f" and no {split!r}"
         first = next((word for word in names if is_split(word, "train")), names[0])
-        raise ValueError(
+        raise UserError(
             f"{path}: holds the splits {', '.join(names)}{problem}; take one by --split {first} "
             f"(in an experiment: data.split={first}), or all as one set by --split {ALL}"
         )
@@ -248,7 +249,7 @@ def _unwrapped(images: Sequence[str], layers: _Layers) -> _Layers:
 def _check_split_absent(path: str, folders: Sequence[str], split: str | None) -> None:
     if split is None or split.lower() == ALL or any(is_split(each, split) for each in folders):
         return
-    raise ValueError(f"{path}: holds no splits such as train/ and test/; leave out split {split!r}")
+    raise UserError(f"{path}: holds no splits such as train/ and test/; leave out split {split!r}")
 
 
 def _split_of(name: str, layers: _Layers) -> str:
@@ -284,7 +285,7 @@ def _written_down(
                 if labels is not None:
                     return labels, {start + name}
     if column is not None:
-        raise ValueError(
+        raise UserError(
             f"{path}: --label names a column of {' or '.join(_METADATA)}, and neither is here"
         )
     return None, set()
@@ -301,7 +302,7 @@ def _packed(files: Files, start: str, images: Sequence[str]) -> tuple[bool, Numb
     try:
         pairs = {str(key).replace("\\", "/"): label for key, label in content["labels"]}
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: labels are no pairs of a file and a class ({error})") from error
+        raise UserError(f"{name}: labels are no pairs of a file and a class ({error})") from error
     return True, _of_names(pairs, start, images, name)
 
 
@@ -309,12 +310,12 @@ def _of_names(pairs: dict[str, Any], start: str, images: Sequence[str], source: 
     """Number the labels that a file gives by name.
 
     Raises:
-        ValueError: an image without a label, or labels that are no classes.
+        UserError: an image without a label, or labels that are no classes.
     """
     given = [pairs.get(name.removeprefix(start)) for name in images]
     missing = [name for name, label in zip(images, given, strict=True) if label is None]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{source}: no label for {len(missing):,} of {len(images):,} images ({missing[0]}); "
             f"leave labels out (--no-labels), or mend it"
         )
@@ -341,7 +342,7 @@ def _tabled(
     columns = [str(each) for each in rows[0]]
     wanted = column or ("label" if "label" in columns else None)
     if wanted is not None and wanted not in columns:
-        raise ValueError(f"{where}: no column {wanted!r} ({', '.join(columns)})")
+        raise UserError(f"{where}: no column {wanted!r} ({', '.join(columns)})")
     rest = [each for each in columns if each not in ("file_name", wanted)]
     if rest:
         notes.append(f"not read of {where}: {columns_named(rest)}")
@@ -366,13 +367,13 @@ def _rows(data: bytes, name: str) -> Iterable[dict[str, Any]]:
         try:
             yield from csv.DictReader(io.StringIO(text, newline=""))
         except csv.Error as error:
-            raise ValueError(f"{name}: not a readable table ({error})") from error
+            raise UserError(f"{name}: not a readable table ({error})") from error
         return
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             row = _json(line.encode(), f"{name}:{number}")
             if not isinstance(row, dict):
-                raise ValueError(f"{name}:{number}: not a JSON object")
+                raise UserError(f"{name}:{number}: not a JSON object")
             yield row
 
 
@@ -380,14 +381,14 @@ def _text(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 ({error.reason})") from error
+        raise UserError(f"{name}: not UTF-8 ({error.reason})") from error
 
 
 def _json(data: bytes, name: str) -> Any:
     try:
         return json.loads(_text(data, name))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: not JSON ({error})") from error
+        raise UserError(f"{name}: not JSON ({error})") from error
 
 
 def _folders(
@@ -412,18 +413,18 @@ def _folders(
             )
         return None
     if None in tops:
-        raise ValueError(
+        raise UserError(
             f"{path}/{images[tops.index(None)]}: in no folder, so without a class; move it into "
             f"one or set labels: false"
         )
     classes = in_order({str(top) for top in tops})
     if len(classes) < 2:
-        raise ValueError(
+        raise UserError(
             f"{path}: the only class is {classes[0]!r}; folders of classes must lie at the top, or "
             f"set labels: false"
         )
     if packed:
-        raise ValueError(
+        raise UserError(
             f"{path}: its folders {_some(classes)} number the images and are no classes, and it "
             f"has no {_PACKED} with labels; leave labels out (--no-labels)"
         )

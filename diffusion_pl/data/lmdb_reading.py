@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular
 
 _SECONDS = 60.0  # for one answer; a damaged tree may go round in circles
@@ -37,7 +38,7 @@ class Child:
         largest: bytes of a value; one of more is refused.
 
     Raises:
-        ValueError: it cannot be opened, or opening it ended the process.
+        UserError: it cannot be opened, or opening it ended the process.
     """
 
     def __init__(self, path: Path, largest: int) -> None:
@@ -59,7 +60,7 @@ class Child:
         """All keys, in their order.
 
         Raises:
-            ValueError: reading them fails.
+            UserError: reading them fails.
         """
         told = self._ask(_NUMBER.pack(_KEYS))
         keys, place = [], 0
@@ -74,7 +75,7 @@ class Child:
         """What is kept under a key.
 
         Raises:
-            ValueError: there is none, or reading it fails.
+            UserError: there is none, or reading it fails.
         """
         return self._ask(_NUMBER.pack(len(key)) + key)
 
@@ -104,7 +105,7 @@ class Child:
         (size,) = _NUMBER.unpack(self._read(_NUMBER.size, until))
         if size >= 0:
             return self._read(size, until)
-        raise ValueError(self._read(-1 - size, until).decode(errors="replace"))
+        raise UserError(self._read(-1 - size, until).decode(errors="replace"))
 
     def _read(self, size: int, until: float) -> bytes:
         assert self._process.stdout is not None
@@ -115,7 +116,7 @@ class Child:
             poll.register(self._process.stdout, select.POLLIN)
             if not poll.poll(1000 * left):
                 self.end()
-                raise ValueError(f"{self.path}: damaged (it is read without end); fetch it again")
+                raise UserError(f"{self.path}: damaged (it is read without end); fetch it again")
             block = os.read(self._process.stdout.fileno(), min(size - len(found), 2**20))
             if not block:
                 raise self._ended()
@@ -131,13 +132,13 @@ def _listed(path: str, database: object) -> Iterator[bytes]:
     """The keys of an open database.
 
     Raises:
-        ValueError: they are more than it says, so that the tree is damaged.
+        UserError: they are more than it says, so that the tree is damaged.
     """
     count = database.stat()["entries"]  # type: ignore[attr-defined]
     with database.begin() as transaction:  # type: ignore[attr-defined]
         for number, key in enumerate(transaction.cursor().iternext(keys=True, values=False)):
             if number >= count:
-                raise ValueError(f"{path}: damaged (its keys go round); fetch it again")
+                raise UserError(f"{path}: damaged (its keys go round); fetch it again")
             yield key
 
 
@@ -146,7 +147,7 @@ def _value(path: str, database: object, key: bytes, largest: int) -> bytes:
     with database.begin(buffers=True) as transaction:  # type: ignore[attr-defined]
         data = transaction.get(key)
         if data is None or len(data) > largest:
-            raise ValueError(f"{path}: {name} is gone or too large for an image")
+            raise UserError(f"{path}: {name} is gone or too large for an image")
         return bytes(data)
 
 
@@ -154,7 +155,7 @@ def _open(path: str) -> object:
     """Open a database for reading.
 
     Raises:
-        ValueError: it is none, or is cut off.
+        UserError: it is none, or is cut off.
     """
     import lmdb
 
@@ -164,11 +165,11 @@ def _open(path: str) -> object:
             path, subdir=False, readonly=True, lock=False, create=False, readahead=False
         )
     except lmdb.Error as error:
-        raise ValueError(f"{path}: not a readable lmdb ({error})") from error
+        raise UserError(f"{path}: not a readable lmdb ({error})") from error
     # The file is mapped into memory: reading where it has been cut off would kill the process.
     size = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
     if os.stat(path).st_size < size:
-        raise ValueError(f"{path}: ends too soon, {size:,} bytes are expected; fetch it again")
+        raise UserError(f"{path}: ends too soon, {size:,} bytes are expected; fetch it again")
     return database
 
 

@@ -13,6 +13,7 @@ from diffusion_pl.data.draws import uniforms
 from diffusion_pl.data.order import Order
 from diffusion_pl.data.readers import AHEAD, Reader, ReaderLost
 from diffusion_pl.data.source import Images
+from diffusion_pl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Share:
         world_size: number of devices.
 
     Raises:
-        ValueError: world_size does not divide batch_size.
+        UserError: world_size does not divide batch_size.
     """
 
     batch_size: int
@@ -34,7 +35,7 @@ class Share:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
-            raise ValueError(
+            raise UserError(
                 f"a global batch of {self.batch_size} does not divide over "
                 f"{self.world_size} devices"
             )
@@ -55,7 +56,7 @@ class Resolutions:
         seed: of the run.
 
     Raises:
-        ValueError: no shares, or one that is not positive.
+        UserError: no shares, or one that is not positive.
     """
 
     shares: Mapping[int, float]
@@ -63,7 +64,7 @@ class Resolutions:
 
     def __post_init__(self) -> None:
         if not self.shares or min(self.shares.values()) <= 0:
-            raise ValueError(f"data.shares must be positive numbers (got {dict(self.shares)})")
+            raise UserError(f"data.shares must be positive numbers (got {dict(self.shares)})")
 
     def __call__(self, step: int) -> int:
         """The resolution of a step, counted from 0."""
@@ -186,7 +187,7 @@ class Loader:
         """Let readers take the steps in turn.
 
         Raises:
-            ValueError: what a reader finds wrong with the data.
+            UserError: what a reader finds wrong with the data.
             ReaderLost: a reader was killed, or gave nothing for too long.
         """
         firsts = range(self.start, min(self.start + self.workers, self.stop))

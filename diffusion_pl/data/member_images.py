@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from diffusion_pl.errors import UserError
+
 RAW_HEADER = 128
 
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
@@ -36,7 +38,7 @@ def decode_into(image: npt.NDArray[np.uint8], data: bytes | bytearray, encoding:
         encoding: png, webp or jpeg.
 
     Raises:
-        ValueError: not such an image; one of another size is not decoded.
+        UserError: not such an image; one of another size is not decoded.
     """
     channels, height, width = image.shape
     mode = _MODES[channels]
@@ -44,10 +46,10 @@ def decode_into(image: npt.NDArray[np.uint8], data: bytes | bytearray, encoding:
     try:
         decoded = decode(data, mode, (width, height))
     except _Foreign as error:
-        raise ValueError(f"{error} in place of {mode} {encoding} of {width} x {height}") from error
+        raise UserError(f"{error} in place of {mode} {encoding} of {width} x {height}") from error
     except Exception as error:
         # Decoders raise OSError, ValueError, SyntaxError, struct.error and more.
-        raise ValueError(f"cannot be decoded ({error})") from error
+        raise UserError(f"cannot be decoded ({error})") from error
     pixels = np.frombuffer(decoded.tobytes(), np.uint8)
     image[:] = pixels.reshape(height, width, channels).transpose(2, 0, 1)
 

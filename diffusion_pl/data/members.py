@@ -19,11 +19,12 @@ from torch import Tensor
 from diffusion_pl.data.member_images import RAW_HEADER, decode_into, raw_header
 from diffusion_pl.data.shard_format import ENDINGS, open_index
 from diffusion_pl.data.tars import Tars
+from diffusion_pl.errors import UserError
 
 _TAR_BLOCK = 512
 
 
-class BrokenImage(ValueError):
+class BrokenImage(UserError):
     """A member that is not the image which the index announces."""
 
 
@@ -77,7 +78,7 @@ class Members:
         """uint8 (n, C, R, R).
 
         Raises:
-            ValueError: an image that is broken, by shard and key, or one more than `skip_broken`.
+            UserError: an image that is broken, by shard and key, or one more than `skip_broken`.
         """
         images = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
         rows = self.index[indices.numpy()]
@@ -185,7 +186,7 @@ class Members:
         first = not self._broken
         self._broken.add(broken)
         if len(self._broken) > self.skip_broken:
-            raise ValueError(
+            raise UserError(
                 f"{len(self._broken)} broken images, data.skip_broken is {self.skip_broken}: "
                 f"{complaint}"
             ) from complaint

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.seeds import seed_of
 
 
@@ -33,7 +34,7 @@ class Order:
         window: shards shuffled together; 0, or as many as there are: all images.
 
     Raises:
-        ValueError: a negative window.
+        UserError: a negative window.
     """
 
     count: int
@@ -44,7 +45,7 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.window < 0:
-            raise ValueError(f"data.window must not be negative (got {self.window})")
+            raise UserError(f"data.window must not be negative (got {self.window})")
         assert not self.shards or sum(self.shards) == self.count, "shards of another data set"
 
     def __call__(self, first: int, last: int) -> Tensor:

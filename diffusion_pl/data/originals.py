@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from diffusion_pl.data.files import EXTENSIONS, ending_of, is_leftover
 from diffusion_pl.data.shard_format import INDEX, MANIFEST
+from diffusion_pl.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -62,7 +63,7 @@ class Reader(Protocol):
         """An original by its place in the source.
 
         Raises:
-            ValueError: it is damaged, in one line.
+            UserError: it is damaged, in one line.
         """
 
 
@@ -129,7 +130,7 @@ def kind_of(path: str) -> tuple[Kind, list[Path]]:
     """What kind of source a path names, and the files it stands for.
 
     Raises:
-        ValueError: nothing there, or nothing that is known.
+        UserError: nothing there, or nothing that is known.
     """
     if path == "synthetic":
         return "synthetic", []
@@ -141,13 +142,13 @@ def kind_of(path: str) -> tuple[Kind, list[Path]]:
     else:
         files = sorted(map(Path, glob.glob(path))) if glob.has_magic(path) else []
         if not files:
-            raise ValueError(f"{path}: no such file or folder; a source is {_KNOWN}")
+            raise UserError(f"{path}: no such file or folder; a source is {_KNOWN}")
     kinds = {_kind_of_file(file) for file in files}
     kind = kinds.pop()
     if kinds or (len(files) > 1 and kind not in ("tars", "parquet")):
-        raise ValueError(f"{path}: names files of several kinds or sources; name one")
+        raise UserError(f"{path}: names files of several kinds or sources; name one")
     if kind is None:
-        raise ValueError(f"{path}: not a known kind of source; a source is {_KNOWN}")
+        raise UserError(f"{path}: not a known kind of source; a source is {_KNOWN}")
     return kind, files
 
 
@@ -168,7 +169,7 @@ def _kind_of_folder(folder: Path) -> tuple[Kind, list[Path]]:
     entries = sorted(each for each in folder.iterdir() if not is_leftover(each.name))
     names = {entry.name for entry in entries}
     if _is_prepared(folder):
-        raise ValueError(
+        raise UserError(
             f"{folder}: is prepared data already; train on it, or take {folder}/shards as a source"
         )
     if "data.mdb" in names:
@@ -185,7 +186,7 @@ def _kind_of_folder(folder: Path) -> tuple[Kind, list[Path]]:
     }
     kinds = [kind for kind, files in found.items() if files]
     if len(kinds) > 1:
-        raise ValueError(
+        raise UserError(
             f"{folder}: holds {' and '.join(kinds)} side by side; name the files by a pattern, "
             f"such as '{folder}/*.tar'"
         )
@@ -206,17 +207,17 @@ def open_originals(asked: Asked, resolutions: Sequence[int]) -> tuple[Kind, Orig
         resolutions: sides at which a set that is drawn is drawn.
 
     Raises:
-        ValueError: nothing there, unfit or damaged, or a setting that the source does not know.
+        UserError: nothing there, unfit or damaged, or a setting that the source does not know.
     """
     kind, files = kind_of(asked.path)
     for setting in ("count", "seed", "split", "image", "label"):
         if getattr(asked, setting) is not None and setting not in SETTINGS[kind]:
-            raise ValueError(f"{asked.path}: --{setting} does not apply to a source of kind {kind}")
+            raise UserError(f"{asked.path}: --{setting} does not apply to a source of kind {kind}")
     originals = _opened(kind, asked, files, resolutions)
     if originals.count < 1:
-        raise ValueError(f"{asked.path}: no images here")
+        raise UserError(f"{asked.path}: no images here")
     if asked.labels and originals.labels is None:
-        raise ValueError(f"{asked.path}: has no labels; leave out --labels")
+        raise UserError(f"{asked.path}: has no labels; leave out --labels")
     if asked.labels is False and originals.labels is not None:
         bare = replace(originals, labels=None, classes=0, class_names=None, labels_from="")
         return kind, bare

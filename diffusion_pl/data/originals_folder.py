@@ -29,7 +29,7 @@ def open_folder(asked: Asked, name: str) -> Originals:
         name: of the set.
 
     Raises:
-        ValueError: as `list_images`.
+        UserError: as `list_images`.
     """
     listing = list_images(asked.path, labels=asked.labels, split=asked.split, column=asked.label)
     return Originals(

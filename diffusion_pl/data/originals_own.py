@@ -17,6 +17,7 @@ from diffusion_pl.data.originals import Original, Originals, Pixels, digest_of
 from diffusion_pl.data.scenes import GROUNDS, Latents, latents
 from diffusion_pl.data.shapes import SHAPES
 from diffusion_pl.data.synthetic import Synthetic, render
+from diffusion_pl.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ def open_cifar10(path: str, split: str) -> Originals:
     """CIFAR-10 in its own order.
 
     Raises:
-        ValueError: as `CIFAR10`.
+        UserError: as `CIFAR10`.
     """
     images = CIFAR10(path, cast(Literal["train", "test"], split), batch_size=1).open()
     assert images.labels is not None
@@ -62,10 +63,10 @@ def open_synthetic(count: int | None, seed: int | None, resolutions: Sequence[in
     """The synthetic set, drawn at each resolution rather than reduced.
 
     Raises:
-        ValueError: no count, or a number out of range.
+        UserError: no count, or a number out of range.
     """
     if count is None:
-        raise ValueError("synthetic: says not how many images; add --count 10000")
+        raise UserError("synthetic: says not how many images; add --count 10000")
     Synthetic(count, min(resolutions), seed or 0, batch_size=1).prepare()
     scenes = latents(seed or 0, 0, count, GROUNDS)
     return Originals(

@@ -22,6 +22,7 @@ from diffusion_pl.data.layout import columns_named
 from diffusion_pl.data.lmdb_reading import Child
 from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
 from diffusion_pl.data.splits import of_split
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import last_change, regular
 
 _LABELS = 1024  # rows read at a time
@@ -62,12 +63,12 @@ def open_lmdb(path: Path, name: str) -> Originals:
         name: of the set.
 
     Raises:
-        ValueError: lmdb is not installed, the file is no database or damaged, or no images.
+        UserError: lmdb is not installed, the file is no database or damaged, or no images.
     """
     try:
         import lmdb  # noqa: F401 - for the process that reads
     except ImportError as error:
-        raise ValueError(_absent("lmdb", path)) from error
+        raise UserError(_absent("lmdb", path)) from error
     child = Child(path, LARGEST_FILE)
     try:
         keys = child.keys()
@@ -110,7 +111,7 @@ class _ParquetReader:
         if isinstance(value, dict) and value.get("path"):
             name = f"{name}:{value['path']}"
         if not isinstance(data, bytes):
-            raise ValueError(f"{self.paths[file]}: {name} is a path or nothing; embed the images")
+            raise UserError(f"{self.paths[file]}: {name} is a path or nothing; embed the images")
         return Original(name, data)
 
     def _value(self, group: int, path: Path, number: int, row: int, name: str) -> Any:
@@ -124,7 +125,7 @@ class _ParquetReader:
         cell = next(rows)
         self._kept = (group, row + 1, rows)
         if _bytes_of(cell) > LARGEST_FILE:
-            raise ValueError(f"{path}: {name} is too large for an image")
+            raise UserError(f"{path}: {name} is too large for an image")
         return cell[0].as_py()
 
 
@@ -132,7 +133,7 @@ def _rows(path: Path, group: int, column: str) -> Iterator[Any]:
     """The cells of a row group's column, as arrays of one each.
 
     Raises:
-        ValueError: as `_opened`, or the column has more bytes than so many images have.
+        UserError: as `_opened`, or the column has more bytes than so many images have.
     """
     # Without threads of its own, whose locks a fork might have taken along.
     with _opened(path) as opened:
@@ -144,14 +145,14 @@ def _rows(path: Path, group: int, column: str) -> Iterator[Any]:
             if part.path_in_schema.partition(".")[0] == column
         )
         if size > LARGEST_FILE * max(1, metadata.num_rows):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {metadata.num_rows:,} rows of column {column!r} have {size:,} bytes, "
                 "more than images have"
             )
         batches = opened.iter_batches(1, row_groups=[group], columns=[column], use_threads=False)
         for batch in batches:
             yield batch.column(0)
-    raise ValueError(f"{path}: has fewer rows than it says; fetch it again")
+    raise UserError(f"{path}: has fewer rows than it says; fetch it again")
 
 
 def _bytes_of(cell: Any) -> int:
@@ -174,19 +175,19 @@ def _opened(path: Path) -> Iterator[Any]:
     """A parquet file.
 
     Raises:
-        ValueError: pyarrow is not installed, or the file is damaged.
+        UserError: pyarrow is not installed, or the file is damaged.
     """
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ValueError(_absent("pyarrow", path)) from error
+        raise UserError(_absent("pyarrow", path)) from error
     try:
         with parquet.ParquetFile(regular(path)) as opened:
             yield opened
     except (pyarrow.ArrowException, OSError) as error:
         line = str(error).splitlines()[0]
-        raise ValueError(f"{path}: damaged or not a parquet file ({line})") from error
+        raise UserError(f"{path}: damaged or not a parquet file ({line})") from error
 
 
 def _parquet(path: Path, use: Any) -> Any:
@@ -205,7 +206,7 @@ def open_parquet(files: Sequence[Path], name: str, asked: Asked) -> Originals:
             when not given and there; whole numbers or words.
 
     Raises:
-        ValueError: as above, columns that are not there or differ, files of several splits.
+        UserError: as above, columns that are not there or differ, files of several splits.
     """
     files = of_split(files, asked.split)
     schemas = [_parquet(file, lambda opened: opened.schema_arrow) for file in files]
@@ -214,9 +215,9 @@ def open_parquet(files: Sequence[Path], name: str, asked: Asked) -> Originals:
     for file, schema in zip(files, schemas, strict=True):
         for wanted in (column, *([label] if label else [])):
             if wanted not in schema.names:
-                raise ValueError(f"{file}: no column {wanted!r} ({', '.join(schema.names)})")
+                raise UserError(f"{file}: no column {wanted!r} ({', '.join(schema.names)})")
         if label and _known_names(schema, label) != _known_names(schemas[0], label):
-            raise ValueError(
+            raise UserError(
                 f"{file}: its column {label!r} names other classes than that of {files[0].name}, "
                 f"so their numbers mean other things; prepare them apart, or --no-labels"
             )
@@ -253,7 +254,7 @@ def _label_column(schema: Any, file: Path) -> str | None:
     """The column `label`, or the one that can only be the labels.
 
     Raises:
-        ValueError: there are several.
+        UserError: there are several.
     """
     from pyarrow import types
 
@@ -268,7 +269,7 @@ def _label_column(schema: Any, file: Path) -> str | None:
     if len(found) > 1:
         known = {name: _known_names(schema, name) for name in found}
         said = [f"{n} of {len(names)} classes" if names else n for n, names in known.items()]
-        raise ValueError(
+        raise UserError(
             f"{file}: several columns may be the labels ({', '.join(said)}); choose by --label "
             f"{found[0]}, or leave all out by --no-labels"
         )
@@ -291,9 +292,9 @@ def _image_column(schema: Any, file: Path) -> str:
 
     found = [each.name for each in schema if holds(each.type)]
     if not found:
-        raise ValueError(f"{file}: no column of images ({', '.join(schema.names)})")
+        raise UserError(f"{file}: no column of images ({', '.join(schema.names)})")
     if len(found) > 1:
-        raise ValueError(
+        raise UserError(
             f"{file}: several columns may be the images ({', '.join(found)}); choose by --image "
             f"{found[0]}"
         )
@@ -307,7 +308,7 @@ def _table_labels(files: Sequence[Path], label: str, schema: Any) -> Numbered:
         with _opened(file) as opened:
             for batch in opened.iter_batches(_LABELS, columns=[label], use_threads=False):
                 if _bytes_of(batch.column(0)) > _LONGEST_LABEL:
-                    raise ValueError(
+                    raise UserError(
                         f"{file}: column {label!r} has a label of more than {_LONGEST_LABEL:,} "
                         "bytes; --no-labels leaves it out"
                     )

@@ -31,6 +31,7 @@ from diffusion_pl.data.files import (
 from diffusion_pl.data.labels import LIKE_LABELS, Numbered, in_order, numbered
 from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
 from diffusion_pl.data.splits import ALL, of_split
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import last_change, regular
 
 _BLOCK = 512
@@ -97,7 +98,7 @@ def open_tars(files: Sequence[Path], name: str, asked: Asked) -> Originals:
             `json.FIELD` for a field of a member `.json`.
 
     Raises:
-        ValueError: a tar that is damaged or has odd members, a sample without an image or with
+        UserError: a tar that is damaged or has odd members, a sample without an image or with
             several, labels that are none or only sometimes there, tars of several splits.
     """
     files = of_split(files, asked.split)
@@ -105,7 +106,7 @@ def open_tars(files: Sequence[Path], name: str, asked: Asked) -> Originals:
     label = (asked.label or "cls").lower()
     picked = _pick(files, samples, asked.image, label)
     if not picked:
-        raise ValueError(f"{files[0]}: no images here")
+        raise UserError(f"{files[0]}: no images here")
     found: Numbered | None = None
     read: set[tuple[int, str, str]] = set()
     if asked.labels is not False:
@@ -149,12 +150,12 @@ def _pick(
     """The images to take: one a sample, or all where each has a label of its own.
 
     Raises:
-        ValueError: samples with several images of which none is chosen, or with none.
+        UserError: samples with several images of which none is chosen, or with none.
     """
     if image is not None and image.lower() != ALL:
         for number, sample in samples:
             if image.lower() not in sample.members:
-                raise ValueError(f"{files[number]}: {sample.key} has no member .{image}")
+                raise UserError(f"{files[number]}: {sample.key} has no member .{image}")
         return [(number, sample, image.lower()) for number, sample in samples]
     found = [(number, sample, _images(sample, label, files[number])) for number, sample in samples]
     every = [(number, sample, each) for number, sample, images in found for each in images]
@@ -164,7 +165,7 @@ def _pick(
         return every
     number, sample, images = several
     counts = Counter(each for _, _, each in every)
-    raise ValueError(
+    raise UserError(
         f"{files[number]}: {sample.key} has several images ({', '.join(images)}); --image "
         f"{images[0]} takes one a key, {counts[images[0]]:,} of all {len(every):,}, and --image "
         f"{ALL} takes every one as an image of its own"
@@ -195,7 +196,7 @@ def _labels(
             members = [_member(sample, image, ending) for _, sample, image in picked]
     if None in members:
         number, sample, image = picked[members.index(None)]
-        raise ValueError(
+        raise UserError(
             f"{files[number]}: {_name(sample, image)} has no member .{ending}, its label"
         )
     values: list[Any] = []
@@ -231,14 +232,14 @@ def _folders(files: Sequence[Path], picked: Sequence[_Picked]) -> Numbered | Non
     """Classes by the folders in the tars, which the user has asked for; None where there are none.
 
     Raises:
-        ValueError: an image in none of them.
+        UserError: an image in none of them.
     """
     tops = _tops(picked)
     if not any(tops):
         return None
     if "" in tops:
         number, sample, ending = picked[tops.index("")]
-        raise ValueError(
+        raise UserError(
             f"{files[number]}: {_name(sample, ending)} has no label beside it and lies in no "
             f"folder of a class; leave out --labels"
         )
@@ -252,7 +253,7 @@ def _member(sample: _Sample, image: str, ending: str) -> str | None:
 
 def _small(place: tuple[int, int], most: int, where: str) -> tuple[int, int]:
     if place[1] > most:
-        raise ValueError(f"{where}: a label of {place[1]:,} bytes is none")
+        raise UserError(f"{where}: a label of {place[1]:,} bytes is none")
     return place
 
 
@@ -270,7 +271,7 @@ def _parsed(data: bytes, where: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: its .json is not JSON ({error})") from error
+        raise UserError(f"{where}: its .json is not JSON ({error})") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -321,10 +322,10 @@ def _samples(file: Path) -> list[_Sample]:
                 key = f"{folder}/{stem}" if folder else stem
                 members = samples.setdefault(key, _Sample(key)).members
                 if ending.lower() in members:
-                    raise ValueError(f"{file}: {member.name} is there twice")
+                    raise UserError(f"{file}: {member.name} is there twice")
                 members[ending.lower()] = _Member(member.offset_data, member.size)
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{file}: damaged or not a .tar ({error}); fetch it again") from error
+        raise UserError(f"{file}: damaged or not a .tar ({error}); fetch it again") from error
     _check_end(file, end)
     return list(samples.values())
 
@@ -333,17 +334,17 @@ def _admitted(member: tarfile.TarInfo, file: Path) -> bool:
     """Whether a member is a file to look at."""
     parts = PurePosixPath(member.name).parts
     if member.name.startswith("/") or ".." in parts or "\\" in member.name:
-        raise ValueError(f"{file}: {member.name!r} has an odd path")
+        raise UserError(f"{file}: {member.name!r} has an odd path")
     if is_leftover(member.name):
         return False
     if CONTROL.search(member.name):
-        raise ValueError(f"{file}: {member.name!r} has an odd path")
+        raise UserError(f"{file}: {member.name!r} has an odd path")
     if member.isdir():
         return False
     if not member.isreg() or member.issparse():
-        raise ValueError(f"{file}: {member.name!r} is a link, a device or no plain file")
+        raise UserError(f"{file}: {member.name!r} is a link, a device or no plain file")
     if member.size > LARGEST_FILE:
-        raise ValueError(f"{file}: {member.name} is too large for an image")
+        raise UserError(f"{file}: {member.name} is too large for an image")
     return not any(part.startswith("__") for part in parts)
 
 
@@ -354,18 +355,16 @@ def _check_end(file: Path, end: int) -> None:
         stream.seek(end)
         tail = stream.read(_LARGEST_TAIL)
     if len(tail) < _BLOCK or any(tail[:_BLOCK]):
-        raise ValueError(f"{file}: ends too soon or is damaged at byte {end:,}; fetch it again")
+        raise UserError(f"{file}: ends too soon or is damaged at byte {end:,}; fetch it again")
     if any(tail) or size > end + _LARGEST_TAIL:
-        raise ValueError(
-            f"{file}: goes on behind its end at byte {end:,}; unpack and pack it again"
-        )
+        raise UserError(f"{file}: goes on behind its end at byte {end:,}; unpack and pack it again")
 
 
 def _images(sample: _Sample, label: str, file: Path) -> list[str]:
     """The endings of a sample's images; none for a sample without image and label.
 
     Raises:
-        ValueError: an image of another kind, or a label without an image.
+        UserError: an image of another kind, or a label without an image.
     """
     found = [
         ending
@@ -377,11 +376,11 @@ def _images(sample: _Sample, label: str, file: Path) -> list[str]:
         return found
     foreign = [ending for ending in sample.members if _last(ending) in FOREIGN]
     if foreign:
-        raise ValueError(
+        raise UserError(
             f"{file}: {sample.key}.{foreign[0]}: not PNG, JPEG or WebP; convert it or remove it"
         )
     if any(ending == label or ending.endswith(f".{label}") for ending in sample.members):
-        raise ValueError(f"{file}: {sample.key} has a label and no image")
+        raise UserError(f"{file}: {sample.key} has a label and no image")
     return []
 
 
@@ -403,7 +402,7 @@ def _bytes(path: str, offset: int, size: int) -> bytes:
             stream.seek(offset)
             data = stream.read(size)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if len(data) < size:
-        raise ValueError(f"{path}: ends too soon; fetch it again")
+        raise UserError(f"{path}: ends too soon; fetch it again")
     return data

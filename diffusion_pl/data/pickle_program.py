@@ -12,6 +12,8 @@ import pickletools
 import re
 from typing import IO, Any
 
+from diffusion_pl.errors import UserError
+
 # The stack of a thread ends between 100,000 and 200,000 (measured, Python 3.11).
 DEEPEST = 10_000
 # The networks and optimizers that are published make some 100,000; these take 2 s and 0.5 GB.
@@ -38,7 +40,7 @@ def look_through(program: bytes | IO[bytes]) -> None:
         program: the pickle, or a file that is read to the end of the pickle that begins there.
 
     Raises:
-        ValueError: a bomb, or no pickle.
+        UserError: a bomb, or no pickle.
     """
     stack: list[int] = []  # the depth of each value as a tuple
     marks: list[int] = []
@@ -46,13 +48,13 @@ def look_through(program: bytes | IO[bytes]) -> None:
     for number, (code, argument, _) in enumerate(pickletools.genops(program)):
         name = code.name
         if number > MOST:
-            raise ValueError(f"it makes more than {MOST:,} values; refused")
+            raise UserError(f"it makes more than {MOST:,} values; refused")
         if name == "MARK":
             marks.append(len(stack))
         elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             place = len(memory) if name == "MEMOIZE" else int(argument or 0)
             if place > max(number, 255):
-                raise ValueError(f"it remembers a value as number {place:,}; refused")
+                raise UserError(f"it remembers a value as number {place:,}; refused")
             memory[place] = stack[-1] if stack else 0
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memory.get(argument, 0))
@@ -62,7 +64,7 @@ def look_through(program: bytes | IO[bytes]) -> None:
             taken = _taken(code, stack, marks)
             depth = 1 + max(taken, default=0) if name in _TUPLES else 0
             if depth > DEEPEST:
-                raise ValueError(f"tuples more than {DEEPEST:,} deep; refused")
+                raise UserError(f"tuples more than {DEEPEST:,} deep; refused")
             stack += [depth] * len(code.stack_after)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion_pl.data.pickle_program import look_through
+from diffusion_pl.errors import UserError
 
 
 class _Dtype:
@@ -21,7 +22,7 @@ class _Dtype:
 
     def __init__(self, code: object, *flags: object) -> None:
         if code not in ("u1", b"u1"):
-            raise ValueError(f"an array of type {code!r} (expected u1)")
+            raise UserError(f"an array of type {code!r} (expected u1)")
 
     def __setstate__(self, state: object) -> None:
         """Byte order and alignment: without meaning for single bytes."""
@@ -39,17 +40,17 @@ class _Array:
         """The array.
 
         Raises:
-            ValueError: the shape is none, or is not that of the data.
+            UserError: the shape is none, or is not that of the data.
         """
         if not (isinstance(self.state, tuple) and len(self.state) == 5):
-            raise ValueError("an array without contents")
+            raise UserError("an array without contents")
         _, shape, dtype, by_columns, data = self.state
         if not (isinstance(dtype, _Dtype) and isinstance(data, bytes) and isinstance(shape, tuple)):
-            raise ValueError("an array whose contents are not bytes")
+            raise UserError("an array whose contents are not bytes")
         if not all(type(side) is int and side >= 0 for side in shape):
-            raise ValueError(f"an array of shape {shape}")
+            raise UserError(f"an array of shape {shape}")
         if math.prod(shape) != len(data):
-            raise ValueError(f"an array of shape {shape} with {len(data):,} bytes")
+            raise UserError(f"an array of shape {shape} with {len(data):,} bytes")
         return np.frombuffer(data, np.uint8).reshape(shape, order="F" if by_columns else "C")
 
 
@@ -59,7 +60,7 @@ def _reconstruct(kind: object, shape: object, code: object) -> _Array:
 
 def _encode(text: object, encoding: object = "latin1") -> bytes:
     if not isinstance(text, str) or encoding != "latin1":
-        raise ValueError(f"text encoded as {encoding!r} (expected latin1)")
+        raise UserError(f"text encoded as {encoding!r} (expected latin1)")
     return text.encode("latin1")
 
 
@@ -81,7 +82,7 @@ class _Reader(pickle.Unpickler):
             return _encode
         if (module, name) == ("__builtin__", "bytes"):
             return _no_bytes
-        raise ValueError(f"it asks for {module}.{name}, which is refused")
+        raise UserError(f"it asks for {module}.{name}, which is refused")
 
 
 def read_pickle(data: bytes, *, where: str) -> Any:
@@ -95,7 +96,7 @@ def read_pickle(data: bytes, *, where: str) -> Any:
         The value; a dict's arrays are numpy arrays, deeper ones are left unread.
 
     Raises:
-        ValueError: anything but plain data, or a broken pickle.
+        UserError: anything but plain data, or a broken pickle.
     """
     try:
         look_through(data)
@@ -108,5 +109,5 @@ def read_pickle(data: bytes, *, where: str) -> Any:
     except Exception as error:
         # A broken pickle raises nearly any exception; all of them mean the same to the user.
         reason = " ".join(str(error).split())
-        raise ValueError(f"{where}: not a pickle of plain data: {reason}") from error
+        raise UserError(f"{where}: not a pickle of plain data: {reason}") from error
     return value

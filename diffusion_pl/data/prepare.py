@@ -26,6 +26,7 @@ from diffusion_pl.data.shard_format import (
     write_atomically,
 )
 from diffusion_pl.data.shard_workers import too_many, write_all
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import last_change, regular
 from diffusion_pl.names import refuse_class_names, refuse_name, shown
 
@@ -96,7 +97,7 @@ def prepare(
         What was made, and whether it was there before.
 
     Raises:
-        ValueError: a source that is unfit, a folder of something else, a full disk.
+        UserError: a source that is unfit, a folder of something else, a full disk.
         WorkerLost: a process was killed.
     """
     if (folder / MANIFEST).exists():
@@ -131,7 +132,7 @@ def prepare(
         missing = [number for number, shard in before if shard is None]
         skipped = [text for _, shard in before if shard for text in shard.skipped.values()]
         if len(skipped) > skip_broken:
-            raise ValueError(too_many(skipped[skip_broken], skip_broken + 1, skip_broken))
+            raise UserError(too_many(skipped[skip_broken], skip_broken + 1, skip_broken))
         earlier = originals.count - sum(len(job.images(number)) for number in missing)
         write_all(
             functools.partial(write_shard, job),
@@ -148,7 +149,7 @@ def _check_written(job: Job, before: Sequence[tuple[int, Written | None]]) -> No
     """See that finished shards are of what the source holds now.
 
     Raises:
-        ValueError: an image was replaced since.
+        UserError: an image was replaced since.
     """
     for number, shard in before:
         if shard is None:
@@ -158,7 +159,7 @@ def _check_written(job: Job, before: Sequence[tuple[int, Written | None]]) -> No
         for index in written_since(job.originals, dict.fromkeys(kept, made)):
             row = shard.rows[kept.index(index)]
             if not is_as_made(job.originals, job.recipe, index, row):
-                raise ValueError(
+                raise UserError(
                     f"{job.folder}: holds another data set: of the source's images that are made "
                     f"already one at least, number {index}, is another now; name another folder"
                 )
@@ -168,28 +169,26 @@ def _check_place(folder: Path, source: str) -> None:
     """Refuse a folder that holds anything but a data set that was begun.
 
     Raises:
-        ValueError: as said.
+        UserError: as said.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; name a folder to prepare the data in")
+        raise UserError(f"{folder}: is a file; name a folder to prepare the data in")
     if source != "synthetic" and Path(source).is_dir():
         inside = folder.resolve()
         if Path(source).resolve() in (inside, *inside.parents):
-            raise ValueError(f"{folder}: lies in the source {source}; name a folder elsewhere")
+            raise UserError(f"{folder}: lies in the source {source}; name a folder elsewhere")
     if not folder.is_dir() or (folder / PROGRESS).is_dir():
         return
     others = sorted(each.name for each in folder.iterdir() if not is_leftover(each.name))
     if others:
-        raise ValueError(
-            f"{folder}: holds other files ({', '.join(others[:3])}); name a new folder"
-        )
+        raise UserError(f"{folder}: holds other files ({', '.join(others[:3])}); name a new folder")
 
 
 def _same(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Refuse to mix data sets.
 
     Raises:
-        ValueError: naming the settings that differ.
+        UserError: naming the settings that differ.
     """
     differ = []
     for key, value in _flat(wanted):
@@ -204,7 +203,7 @@ def _same(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> 
         else:
             differ.append(f"{key} is {node!r} there and {value!r} now")
     if differ:
-        raise ValueError(
+        raise UserError(
             f"{folder}: holds another data set: {'; '.join(differ)}; name another folder"
         )
 
@@ -223,7 +222,7 @@ def _claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """Hold a folder for one run, begun by these settings.
 
     Raises:
-        ValueError: another run holds it, it was begun with other settings, or it cannot be written.
+        UserError: another run holds it, it was begun with other settings, or it cannot be written.
     """
     progress = folder / PROGRESS
     noted = progress / _SETTINGS
@@ -231,7 +230,7 @@ def _claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         (folder / SHARDS).mkdir(parents=True, exist_ok=True)
         progress.mkdir(exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     with locks.hold(progress / _LOCK, "preparing", folder):
         if any(progress.glob("*.npz")):
             _same(_begun(noted), settings, folder)
@@ -255,7 +254,7 @@ def _begun(noted: Path) -> dict[str, Any]:
     try:
         settings = json.loads(regular(noted).read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{noted}: damaged ({error}); remove {noted.parents[1]} and begin again"
         ) from error
     return settings if isinstance(settings, dict) else {}

@@ -84,7 +84,7 @@ class Reader:
 
         Raises:
             ReaderLost: it was killed, or gave nothing for so long.
-            ValueError: what it found wrong with the data.
+            UserError: what it found wrong with the data.
             RuntimeError: any other error of it, with its traceback.
         """
         if not self._line.poll(limit):

@@ -23,6 +23,7 @@ from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.originals import Original, Pixels
 from diffusion_pl.data.reduce import FILTERS
 from diffusion_pl.data.shard_format import ENDINGS, LARGEST_RESOLUTION
+from diffusion_pl.errors import UserError
 
 # Raised when the same settings come to give other pixels. 2: box-bicubic is ADM's.
 STEPS = "2"
@@ -53,7 +54,7 @@ class Recipe:
         channels: 3 for RGB, 1 for grey, 4 for RGB and a fourth, such as alpha.
 
     Raises:
-        ValueError: a name that is not known, or a number out of range.
+        UserError: a name that is not known, or a number out of range.
     """
 
     resolutions: tuple[int, ...]
@@ -66,21 +67,21 @@ class Recipe:
     def __post_init__(self) -> None:
         sides = self.resolutions
         if not sides or len(set(sides)) < len(sides):
-            raise ValueError(f"--resolutions: give each side once (got {list(sides)})")
+            raise UserError(f"--resolutions: give each side once (got {list(sides)})")
         if not all(1 <= side <= LARGEST_RESOLUTION for side in sides):
-            raise ValueError(f"--resolutions: 1 to {LARGEST_RESOLUTION} pixels (got {list(sides)})")
+            raise UserError(f"--resolutions: 1 to {LARGEST_RESOLUTION} pixels (got {list(sides)})")
         if self.shard_images < 1:
-            raise ValueError(f"--shard-images must be positive (got {self.shard_images})")
+            raise UserError(f"--shard-images must be positive (got {self.shard_images})")
         for name, value, known in (
             ("filter", self.filter, FILTERS),
             ("fit", self.fit, FITS),
             ("encoding", self.encoding, ENDINGS),
         ):
             if value not in known:
-                raise ValueError(f"--{name} is {', '.join(known)} (got {value!r})")
+                raise UserError(f"--{name} is {', '.join(known)} (got {value!r})")
         check_channels(self.channels, "--channels")
         if self.channels == 4 and self.encoding == "jpeg":
-            raise ValueError("--encoding: jpeg has no four channels; take png, webp or raw")
+            raise UserError("--encoding: jpeg has no four channels; take png, webp or raw")
 
     @property
     def descending(self) -> list[int]:
@@ -105,7 +106,7 @@ class Recipe:
             Pixels uint8 (channels, R, R) by R, descending, and [width, height] of the original.
 
         Raises:
-            ValueError: an image that is broken, refused or far too small.
+            UserError: an image that is broken, refused or far too small.
         """
         if isinstance(original.picture, Mapping):
             drawn = {side: self._of_pixels(original.picture[side]) for side in self.descending}

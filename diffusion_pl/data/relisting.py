@@ -16,6 +16,7 @@ import numpy.typing as npt
 from diffusion_pl.data.originals import Asked, Originals, digest_of, open_originals
 from diffusion_pl.data.recipe import Recipe, versions
 from diffusion_pl.data.shard_format import Manifest, key_of, open_index
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import last_change, regular
 
 # Names are read out of the shards, a header an image: seconds for so many.
@@ -45,7 +46,7 @@ def check_unchanged(manifest: Manifest, asked: Asked, recipe: Recipe, folder: Pa
         A note where not all of the source could be compared; None where it is the same.
 
     Raises:
-        ValueError: the source holds other images now; which, in one line.
+        UserError: the source holds other images now; which, in one line.
     """
     if asked.path == "synthetic":
         return None
@@ -60,7 +61,7 @@ def check_unchanged(manifest: Manifest, asked: Asked, recipe: Recipe, folder: Pa
             return note
     else:
         difference = _difference(manifest, originals, folder)
-    raise ValueError(
+    raise UserError(
         f"{folder}: prepared from {then.get('originals'):,} images of {asked.path}, which holds "
         f"{originals.count:,} now: {difference}; prepare into a new folder, or remove {folder} "
         f"and prepare it again"
@@ -152,7 +153,7 @@ def _names(folder: Path, manifest: Manifest) -> set[str]:
                         assert stream is not None
                         found.add(str(json.loads(stream.read())["name"]))
         except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: cannot be read ({error}); prepare the data again") from error
+            raise UserError(f"{path}: cannot be read ({error}); prepare the data again") from error
     return found
 
 

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from diffusion_pl.addresses import MASK, instead, masked, refuse_credentials
 from diffusion_pl.download import PATIENCE, Patience, Unreachable, opened, within
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import open_lock, regular
 
 _BLOCK = 1024**2
@@ -67,7 +68,7 @@ def read(
         patience: with the server.
 
     Raises:
-        ValueError: an address of an unknown kind, a server that does not give the file, or gives
+        UserError: an address of an unknown kind, a server that does not give the file, or gives
             more.
     """
     given = patience or PATIENCE
@@ -145,7 +146,7 @@ class Cache:
             sha256: hex digest the file must have.
 
         Raises:
-            ValueError: a server that does not give that file, or a disk that does not take it.
+            UserError: a server that does not give that file, or a disk that does not take it.
         """
         final = self.folder / name
         if self.has(name, size):
@@ -153,7 +154,7 @@ class Cache:
                 os.utime(final)
             return final
         if size > self.limit:
-            raise ValueError(
+            raise UserError(
                 f"{url}: {size:,} bytes, and data.cache_bytes is {self.limit:,}; raise it"
             )
         try:
@@ -162,7 +163,7 @@ class Cache:
                     self._fill(part, final, url, size, sha256)
         except (OSError, _Unwritable) as error:
             problem = getattr(error, "strerror", None) or error
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: {url} cannot be kept here ({problem}); free space or set "
                 f"data.cache_folder"
             ) from error
@@ -375,11 +376,11 @@ def _persist(
 
     Raises:
         _Unwritable: as `ask`.
-        ValueError: it does not.
+        UserError: it does not.
     """
     refuse_credentials(url, "data.path")
     if MASK in url:
-        raise ValueError(
+        raise UserError(
             f"{url}: its credentials are not kept; name it anew, and set {instead(url)}"
         )
     problem: Exception | None = None
@@ -394,9 +395,9 @@ def _persist(
         except _Unwritable:
             raise
         except _Unusable as error:
-            raise ValueError(f"{url}: cannot be opened ({error})") from error
+            raise UserError(f"{url}: cannot be opened ({error})") from error
         except FileNotFoundError as error:
-            raise ValueError(f"{url}: the server has no such file") from error
+            raise UserError(f"{url}: the server has no such file") from error
         except Exception as error:
             # Every kind of server has a library with errors of its own.
             problem = error
@@ -407,6 +408,6 @@ def _persist(
         waited = waited + seconds if came < patience.slowest * seconds else 0.0
     # Libraries quote addresses, also those that they were sent on to, which are signed.
     lines = masked(str(problem)).splitlines() or [""]
-    raise ValueError(
+    raise UserError(
         f"{url}: cannot be fetched in {asked} attempts ({type(problem).__name__}: {lines[0]})"
     ) from problem

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular, sync_folder
 
 FORMAT = 1
@@ -158,31 +159,31 @@ class Manifest:
         """Read and check `dataset.json`.
 
         Raises:
-            ValueError: absent, unreadable, of another format, or not as it was written.
+            UserError: absent, unreadable, of another format, or not as it was written.
         """
         path = folder / MANIFEST
         content = _read_json(path)
         if content.get("format") != FORMAT:
-            raise ValueError(
+            raise UserError(
                 f"{path}: format {content.get('format')!r}, this program reads {FORMAT}; prepare "
                 f"the data again"
             )
         stated = content.pop("fingerprint", None)
         if stated != _digest_of(content):
-            raise ValueError(f"{path}: changed since it was written; prepare the data again")
+            raise UserError(f"{path}: changed since it was written; prepare the data again")
         del content["format"]
         missing = ({field.name for field in fields(cls)} ^ set(content)) - OPTIONAL
         if missing:
-            raise ValueError(f"{path}: keys {', '.join(sorted(missing))} missing or unknown")
+            raise UserError(f"{path}: keys {', '.join(sorted(missing))} missing or unknown")
         try:
             content["shards"] = [Shard(**shard) for shard in content["shards"]]
             content["fingerprints"] = {int(k): v for k, v in content["fingerprints"].items()}
             manifest = cls(**content)
             problem = manifest._problem()
         except (TypeError, AttributeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: not as `prepare` writes it ({error})") from error
+            raise UserError(f"{path}: not as `prepare` writes it ({error})") from error
         if problem:
-            raise ValueError(f"{path}: {problem}; prepare the data again")
+            raise UserError(f"{path}: {problem}; prepare the data again")
         return manifest
 
     def _problem(self) -> str | None:
@@ -236,7 +237,7 @@ def open_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
     """The index, mapped from the disk and checked for shape; its digest is the caller's to check.
 
     Raises:
-        ValueError: absent, damaged, or not the manifest's.
+        UserError: absent, damaged, or not the manifest's.
     """
     path = folder / INDEX
     try:
@@ -245,10 +246,10 @@ def open_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
     except Exception as error:
         # A damaged header is parsed as Python and raises nearly anything.
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read ({reason}); prepare the data again") from error
+        raise UserError(f"{path}: cannot be read ({reason}); prepare the data again") from error
     wanted = index_dtype(manifest.resolutions)
     if index.dtype != wanted or index.shape != (manifest.count,):
-        raise ValueError(f"{path}: not the index of {folder / MANIFEST}; prepare the data again")
+        raise UserError(f"{path}: not the index of {folder / MANIFEST}; prepare the data again")
     return index
 
 
@@ -282,15 +283,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     regular(path)
     try:
         if path.stat().st_size > LARGEST_MANIFEST:
-            raise ValueError(f"{path}: too large")
+            raise UserError(f"{path}: too large")
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be read ({error.strerror}); where `prepare` was interrupted, run it "
             f"again"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+        raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
+        raise UserError(f"{path}: not a JSON object")
     return content

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.signals import end_with
 
 # Writes the shard of a number; told whom to tell of an original left out, and of each done.
@@ -52,13 +53,13 @@ class Tally:
         """Count an original that is left out.
 
         Raises:
-            ValueError: one more than allowed.
+            UserError: one more than allowed.
         """
         with self.skipped.get_lock():
             self.skipped.value += 1
             count = self.skipped.value
         if count > self.allowed:
-            raise ValueError(too_many(complaint, count, self.allowed))
+            raise UserError(too_many(complaint, count, self.allowed))
 
     def take(self) -> int:
         """The place of the next shard to write."""
@@ -94,7 +95,7 @@ def write_all(
         report: told some times a second how many originals this run has been through.
 
     Raises:
-        ValueError: whatever is wrong with an original, or the disk is full.
+        UserError: whatever is wrong with an original, or the disk is full.
         WorkerLost: a process was killed.
     """
     # A fork shares what is open and in memory; where there is none, everything is sent over.
@@ -136,7 +137,7 @@ def _judge(process: BaseProcess, words: Connection) -> None:
     except EOFError:
         complaint = None
     if complaint is not None:
-        raise ValueError(complaint)
+        raise UserError(complaint)
     if process.exitcode:
         raise WorkerLost(
             f"a worker ended with code {process.exitcode} (-9: killed, perhaps for memory); the "

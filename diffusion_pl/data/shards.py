@@ -29,6 +29,7 @@ from diffusion_pl.data.shard_format import (
 )
 from diffusion_pl.data.source import Images, load
 from diffusion_pl.data.tars import Tars
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import nearest, regular
 from diffusion_pl.names import plain
 
@@ -79,7 +80,7 @@ class Shards:
         """Prepare what is to be made, check the data's description, fetch remote data's index.
 
         Raises:
-            ValueError: not prepared, unfinished, of another format, or without what is asked for.
+            UserError: not prepared, unfinished, of another format, or without what is asked for.
             WorkerLost: a process that prepared was killed.
         """
         if self.made_of is not None:
@@ -98,7 +99,7 @@ class Shards:
             resolution: of the images, the source's own when not given.
 
         Raises:
-            ValueError: as `prepare`, or an index or shards other than those described.
+            UserError: as `prepare`, or an index or shards other than those described.
         """
         resolution = resolution or self.resolution
         folder, manifest = self._described()
@@ -124,24 +125,24 @@ class Shards:
     def _described(self) -> tuple[Path, Manifest]:
         """The folder of the index, and what `dataset.json` says, checked against the settings."""
         if self.cache not in ("disk", "memory"):
-            raise ValueError(f"data.cache is disk or memory (got {self.cache!r})")
+            raise UserError(f"data.cache is disk or memory (got {self.cache!r})")
         for name, value, least in (
             ("window", self.window, 0),
             ("skip_broken", self.skip_broken, 0),
             ("batch_size", self.batch_size, 1),
         ):
             if value < least:
-                raise ValueError(f"data.{name} must be at least {least} (got {value})")
+                raise UserError(f"data.{name} must be at least {least} (got {value})")
         folder, manifest = self._remote() if remote.is_remote(self.path) else self._local()
         for resolution in (self.resolution, *(self.shares or ())):
             self._check_resolution(manifest, resolution)
         if manifest.channels != self.channels:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: images of {manifest.channels} channels; set "
                 f"data.channels={manifest.channels}"
             )
         if manifest.count < self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {manifest.count:,} images are less than a batch of "
                 f"{self.batch_size:,}"
             )
@@ -151,7 +152,7 @@ class Shards:
         folder = Path(self.path)
         if not (folder / MANIFEST).exists():
             begun = (folder / PROGRESS).is_dir() or (folder / SHARDS).is_dir()
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: `prepare` was interrupted here; run it again to finish"
                 if begun
                 else _not_prepared(self.path)
@@ -163,7 +164,7 @@ class Shards:
         address = self.path.rstrip("/")
         text = remote.read(f"{address}/{MANIFEST}", LARGEST_MANIFEST)
         if text is None:
-            raise ValueError(_not_prepared(self.path))
+            raise UserError(_not_prepared(self.path))
         sets = Path(self.cache_folder) / _SETS
         sets.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=sets) as name:
@@ -171,7 +172,7 @@ class Shards:
             try:
                 manifest = Manifest.read(Path(name))
             except ValueError as error:
-                raise ValueError(str(error).replace(name, address)) from error
+                raise UserError(str(error).replace(name, address)) from error
         folder = sets / manifest.index_sha256
         size = index_bytes(manifest)
         cache = remote.Cache(folder, size)
@@ -185,7 +186,7 @@ class Shards:
         sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
         most = sum(sizes[: self.window or None])
         if most > self.cache_bytes:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: data.cache_bytes is {self.cache_bytes:,}, and the shards that are "
                 f"shuffled together take {most:,}; raise it or lower data.window"
             )
@@ -193,7 +194,7 @@ class Shards:
     def _check_resolution(self, manifest: Manifest, resolution: int) -> None:
         if resolution not in manifest.resolutions:
             there = ", ".join(map(str, manifest.resolutions))
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: prepared at {there} px (got {resolution}); choose among these, or "
                 f"prepare the data with --resolutions {resolution}"
             )
@@ -204,18 +205,18 @@ class Shards:
         members.index  # noqa: B018 - an absent or foreign index is told first
         with regular(index).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != manifest.index_sha256:
-                raise ValueError(f"{index}: changed since the data was prepared; prepare it again")
+                raise UserError(f"{index}: changed since the data was prepared; prepare it again")
         if members.tars.cache is None:
             for number, shard in enumerate(manifest.shards):
                 _check_size(members.tars.name(number), shard.bytes)
         counts = [shard.count for shard in manifest.shards]
         if not np.array_equal(members.index["shard"], np.repeat(np.arange(len(counts)), counts)):
-            raise ValueError(f"{index}: not in the order of the shards; prepare the data again")
+            raise UserError(f"{index}: not in the order of the shards; prepare the data again")
         if manifest.classes == 0:
             return None
         labels = members.index["label"].astype(np.int64)
         if labels.min() < 0 or labels.max() >= manifest.classes:
-            raise ValueError(f"{index}: labels beyond the {manifest.classes} classes")
+            raise UserError(f"{index}: labels beyond the {manifest.classes} classes")
         return torch.from_numpy(labels)
 
     def _in_memory(self, images: Images, members: Members) -> Images:
@@ -223,7 +224,7 @@ class Shards:
         needed = len(images) * images.channels * images.resolution**2
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > there:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {needed / 2**30:.0f} GiB decoded do not fit in the "
                 f"{there / 2**30:.0f} GiB of memory; set data.cache=disk"
             )
@@ -236,7 +237,7 @@ class Shards:
             limit=needed,
         )
         if loaded.fingerprint != images.fingerprint and not members.broken:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: the images at {images.resolution} px decode to others than were "
                 f"prepared; prepare the data again, with the decoders that are here"
             )
@@ -256,8 +257,8 @@ def _check_size(path: str, size: int) -> None:
     try:
         found = regular(Path(path)).stat().st_size
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); prepare it again") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); prepare it again") from error
     if found != size:
-        raise ValueError(
+        raise UserError(
             f"{path}: {found:,} bytes where {size:,} were written; fetch or prepare the data again"
         )

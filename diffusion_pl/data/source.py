@@ -14,6 +14,7 @@ from diffusion_pl import ranks
 from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.fingerprint import fingerprint, image_digests
 from diffusion_pl.data.means import block_means
+from diffusion_pl.errors import UserError
 from diffusion_pl.names import shown
 
 # Decoded images up to this many bytes are held in memory, more are read again on demand.
@@ -136,7 +137,7 @@ class Source(Protocol):
         """Make the data readable on this node: download or check; a second call changes nothing.
 
         Raises:
-            ValueError: the data is absent or unfit, in one line.
+            UserError: the data is absent or unfit, in one line.
         """
 
     def open(self, resolution: int | None = None) -> Images:
@@ -146,7 +147,7 @@ class Source(Protocol):
             resolution: side in pixels, up to the source's own, which None means.
 
         Raises:
-            ValueError: the data is absent, damaged or unfit, in one line.
+            UserError: the data is absent, damaged or unfit, in one line.
         """
 
 
@@ -175,7 +176,7 @@ def load(
         The images, in memory up to the limit, else with their store.
 
     Raises:
-        ValueError: whatever the store finds wrong with an image.
+        UserError: whatever the store finds wrong with an image.
     """
     count, channels, height, width = store.shape
     assert height == width and count > 0, store.shape
@@ -225,13 +226,13 @@ def reduced(images: Images, resolution: int | None, *, threads: int = 1) -> Imag
         threads: as for `load`.
 
     Raises:
-        ValueError: a resolution that does not divide the images' own.
+        UserError: a resolution that does not divide the images' own.
     """
     whole = images.resolution
     if resolution is None or resolution == whole:
         return images
     if resolution < 1 or whole % resolution:
-        raise ValueError(
+        raise UserError(
             f"{images.name}: {whole} px are reduced to a whole fraction (got {resolution})"
         )
     name = f"{images.name.removesuffix(f'-{whole}')}-{resolution}"

@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusion_pl.errors import UserError
+
 ALL = "all"
 
 _SPLITS = {
@@ -47,7 +49,7 @@ def of_split(files: Sequence[Path], split: str | None) -> list[Path]:
     """The files of one split, where their names hold several: `train-00000.tar`.
 
     Raises:
-        ValueError: several splits of which none is chosen, or one that is not there.
+        UserError: several splits of which none is chosen, or one that is not there.
     """
     if split is not None and split.lower() == ALL:
         return list(files)
@@ -56,12 +58,12 @@ def of_split(files: Sequence[Path], split: str | None) -> list[Path]:
         kept = [file for file in files if is_split(words[file], split)]
         if not kept:
             there = ", ".join(sorted({word for word in words.values() if word})) or "none"
-            raise ValueError(f"{files[0].parent}: no split {split!r} (there: {there})")
+            raise UserError(f"{files[0].parent}: no split {split!r} (there: {there})")
         return kept
     splits = sorted({word for word in words.values() if word})
     if len({split_of(word) or word for word in splits}) > 1:
         first = next((word for word in splits if is_split(word, "train")), splits[0])
-        raise ValueError(
+        raise UserError(
             f"{files[0].parent}: holds several splits ({', '.join(splits)}); choose one by --split "
             f"{first}, or all as one set by --split {ALL}"
         )

@@ -16,6 +16,7 @@ from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.scenes import GROUNDS, Ground, Latents, latents
 from diffusion_pl.data.shapes import SHAPES, Array
 from diffusion_pl.data.source import Images, load
+from diffusion_pl.errors import UserError
 
 # Scenes are sampled on at least this grid, then averaged to the pixels that were asked for.
 _FINEST = 160
@@ -194,7 +195,7 @@ class Synthetic:
         """Check the settings; nothing is written.
 
         Raises:
-            ValueError: a number out of range.
+            UserError: a number out of range.
         """
         for name, value, least in (
             ("count", self.count, 1),
@@ -202,13 +203,13 @@ class Synthetic:
             ("seed", self.seed, 0),
         ):
             if not least <= value < 2**63:
-                raise ValueError(f"synthetic data: {name} must be at least {least} (got {value})")
+                raise UserError(f"synthetic data: {name} must be at least {least} (got {value})")
         for key, chosen, known in (
             ("grounds", self.grounds, GROUNDS),
             ("shapes", self.shapes, tuple(SHAPES)),
         ):
             if not chosen or not set(chosen) <= set(known) or len(set(chosen)) < len(chosen):
-                raise ValueError(
+                raise UserError(
                     f"synthetic data: {key} are of {', '.join(known)}, each once "
                     f"(got {list(chosen)})"
                 )
@@ -220,7 +221,7 @@ class Synthetic:
             resolution: side in pixels, the source's own when not given.
 
         Raises:
-            ValueError: a number out of range.
+            UserError: a number out of range.
         """
         self.prepare()
         resolution = resolution or self.resolution

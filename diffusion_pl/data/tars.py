@@ -13,6 +13,7 @@ from typing import Any
 
 from diffusion_pl.data.remote import Cache
 from diffusion_pl.data.shard_format import Manifest
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular
 
 # Files a process keeps open for one resolution at least; a thousand is a common limit for all of
@@ -75,14 +76,14 @@ class Tars:
         """Fill writable buffers, one after the other, from a shard; how many bytes there were.
 
         Raises:
-            ValueError: the file cannot be read.
+            UserError: the file cannot be read.
         """
         if offset > self.manifest.shards[number].bytes:  # perhaps more than the system counts to
             return 0
         try:
             return os.preadv(self._descriptor(number).number, buffers, offset)
         except OSError as error:
-            raise ValueError(f"{self.name(number)}: cannot be read ({error.strerror})") from error
+            raise UserError(f"{self.name(number)}: cannot be read ({error.strerror})") from error
 
     def _descriptor(self, number: int) -> _Descriptor:
         # Every operation on the table is a single one, so threads need no lock.

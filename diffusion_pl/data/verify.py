@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion_pl.data.shard_format import INDEX, SHARDS, Manifest, open_index
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular
 
 _AGAIN = "fetch or prepare the data again"
@@ -27,12 +28,12 @@ def verify(folder: Path) -> Manifest:
         What `dataset.json` says; all of it is so.
 
     Raises:
-        ValueError: a line for each file that is damaged, missing or not the set's.
+        UserError: a line for each file that is damaged, missing or not the set's.
     """
     manifest = Manifest.read(folder)
     problems = list(_problems(folder, manifest))
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return manifest
 
 

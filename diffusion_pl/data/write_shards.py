@@ -42,6 +42,7 @@ from diffusion_pl.data.shard_format import (
     shard_name,
     write_atomically,
 )
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular, sync_folder
 
 # By default the library runs what pickled members and `pipe:` addresses ask for; ours reads nothing
@@ -123,7 +124,7 @@ def write_shard(
         advance: called after each original.
 
     Raises:
-        ValueError: an original that is not skipped, or a disk that is full.
+        UserError: an original that is not skipped, or a disk that is full.
     """
     path = job.folder / shard_name(number)
     part = path.with_name(path.name + ".part")
@@ -254,7 +255,7 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
         settings: name, filter, fit and source as the manifest has them.
 
     Raises:
-        ValueError: no image is left, or the disk is full.
+        UserError: no image is left, or the disk is full.
     """
     parts = [written(job, number) for number in range(job.shards)]
     shards = [part for part in parts if part is not None]
@@ -262,7 +263,7 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
     rows = np.concatenate([part.rows for part in shards])
     digests = np.concatenate([part.digests for part in shards])
     if not len(rows):
-        raise ValueError(f"{job.where}: every image was skipped; nothing is left")
+        raise UserError(f"{job.where}: every image was skipped; nothing is left")
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
     originals, recipe = job.originals, job.recipe
@@ -328,7 +329,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be written ({error.strerror}); what is finished stays, and the same "
             f"command goes on from there"
         ) from error

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.errors import UserError
 
 # Halves an interval of about 4 to 4e-12.
 BISECTIONS = 40
@@ -64,7 +65,7 @@ def nearest(image: Tensor, picture: Tensor, *, low: float = -1.0, high: float = 
         Of the image's shape and dtype; its area mean is the picture's to rounding.
 
     Raises:
-        ValueError: the image is no whole factor larger than the picture.
+        UserError: the image is no whole factor larger than the picture.
     """
     factor(picture.shape[-2:], image.shape[-2:])
     height, width = picture.shape[-2:]
@@ -87,11 +88,11 @@ def factor(small: tuple[int, ...], large: tuple[int, ...]) -> int:
     """How many times larger a size is, a whole number and both ways the same.
 
     Raises:
-        ValueError: it is not.
+        UserError: it is not.
     """
     times, rest = divmod(large[0], small[0])
     if rest or times < 1 or large[1] != times * small[1]:
-        raise ValueError(
+        raise UserError(
             f"{small[1]} x {small[0]} pixels are no whole part of {large[1]} x {large[0]}, so no "
             "mean of whole blocks; choose a multiple of the picture's size, or do without "
             "consistency"

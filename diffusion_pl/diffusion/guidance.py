@@ -24,6 +24,7 @@ from torch import Tensor
 from diffusion_pl.diffusion.levels import per_image
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.errors import UserError
 
 EVERYWHERE = (0.0, math.inf)
 
@@ -49,20 +50,20 @@ class Guide:
             weight: of the guidance.
 
         Raises:
-            ValueError: names what differs.
+            UserError: names what differs.
         """
         network: Any = self.denoiser.network
         if weight == 1:
-            raise ValueError(f"{self.name}: a guide does nothing at guidance 1; give a weight")
+            raise UserError(f"{self.name}: a guide does nothing at guidance 1; give a weight")
         if (network.channels, network.classes) != (shape[0], classes):
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: is no guide for this model: it has {network.channels} channels and "
                 f"{network.classes} classes, the model {shape[0]} and {classes}"
             )
         try:
             network.check_resolution(*shape[1:])
         except ValueError as error:
-            raise ValueError(f"{self.name}: is no guide for this model: {error}") from error
+            raise UserError(f"{self.name}: is no guide for this model: {error}") from error
 
 
 def check_guidance(
@@ -77,23 +78,23 @@ def check_guidance(
         guide: another model in its place, which needs neither.
 
     Raises:
-        ValueError: says what to do.
+        UserError: says what to do.
     """
     if weight == 1 or guide is not None:
         return
     if not classes:
-        raise ValueError(
+        raise UserError(
             "guidance needs a model with classes; this one is unconditional (a weaker run can "
             "guide it: --guide RUN)"
         )
     if not label_dropout:
-        raise ValueError(
+        raise UserError(
             f"guidance {weight:g} needs the model without its label, which was never trained "
             "(trainer.label_dropout is 0); train or fine-tune with trainer.label_dropout=0.1, or "
             "let a weaker run guide: --guide RUN"
         )
     if label_dropout >= 1:
-        raise ValueError(
+        raise UserError(
             f"guidance {weight:g} needs the model with its label, which was never trained "
             "(trainer.label_dropout is 1); train with trainer.label_dropout=0.1"
         )
@@ -177,7 +178,7 @@ def within(strong: Denoise, plain: Denoise, interval: tuple[float, float]) -> De
         interval: low and high.
 
     Raises:
-        ValueError: low is not below high.
+        UserError: low is not below high.
     """
     low, high = interval
     check_interval(interval)
@@ -199,7 +200,7 @@ def check_interval(interval: tuple[float, float]) -> None:
     """Raise ValueError unless an interval of levels has its lower end below its upper one."""
     low, high = interval
     if not 0 <= low < high:
-        raise ValueError(
+        raise UserError(
             f"a guidance interval needs 0 <= low < high (got {low:g} to {high:g}); swap them?"
         )
 

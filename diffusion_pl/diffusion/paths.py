@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
+
 
 class Path(Protocol):
     """An increasing sigma(t) with its derivative and its inverse, element by element."""
@@ -37,7 +39,7 @@ class VariancePreserving:
 
     def __post_init__(self) -> None:
         if self.beta_d <= 0 or self.beta_min <= 0:
-            raise ValueError(
+            raise UserError(
                 f"beta_d and beta_min must be positive (got {self.beta_d} and {self.beta_min})"
             )
 
@@ -114,7 +116,7 @@ class Along:
 
     def __post_init__(self) -> None:
         if not self.start < self.end:
-            raise ValueError(f"start must lie below end (got {self.start} and {self.end})")
+            raise UserError(f"start must lie below end (got {self.start} and {self.end})")
 
     def __call__(self, u: Tensor) -> Tensor:
         return self.path.sigma(self.start + u * (self.end - self.start))

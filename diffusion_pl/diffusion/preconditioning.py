@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_pl.diffusion.levels import per_image
+from diffusion_pl.errors import UserError
 
 
 class Coefficients(NamedTuple):
@@ -48,7 +49,7 @@ class Karras:
 
     def __post_init__(self) -> None:
         if self.sigma_data <= 0:
-            raise ValueError(f"sigma_data must be positive (got {self.sigma_data})")
+            raise UserError(f"sigma_data must be positive (got {self.sigma_data})")
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -96,7 +97,7 @@ class Denoiser(nn.Module):
             runs in under autocast.
 
         Raises:
-            ValueError: `variance` of a network that says nothing of it.
+            UserError: `variance` of a network that says nothing of it.
         """
         x = x.to(torch.float32)
         # The four c's are computed before rounding to float32: sigma may come in float64.
@@ -108,7 +109,7 @@ class Denoiser(nn.Module):
         if not variance:
             return denoised
         if beside.shape != x.shape:
-            raise ValueError(
+            raise UserError(
                 "the network gives no variance: it has "
                 f"{x.shape[1] + beside.shape[1]} output channels, {2 * x.shape[1]} are needed; "
                 "set network.variance=true, or a fixed variance where it is asked for"

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diffusion_pl.errors import UserError
+
 Kernel = Literal["area", "bilinear", "bicubic"]
 KERNELS: tuple[Kernel, ...] = ("area", "bilinear", "bicubic")
 
@@ -29,10 +31,10 @@ def resized(image: Tensor, size: tuple[int, int], kernel: Kernel = "area") -> Te
         Of the image's dtype, (B, C, *size).
 
     Raises:
-        ValueError: an unknown kernel.
+        UserError: an unknown kernel.
     """
     if kernel not in KERNELS:
-        raise ValueError(f"there is no kernel {kernel!r}; there are {', '.join(KERNELS)}")
+        raise UserError(f"there is no kernel {kernel!r}; there are {', '.join(KERNELS)}")
     # float64 is what autocast leaves alone: a product of matrices would be one of bfloat16.
     wide = image.to(torch.float64)
     if kernel == "area":

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
+
 
 class Schedule(Protocol):
     """Any increasing map u in [0, 1] -> sigma, element by element."""
@@ -37,7 +39,7 @@ class LogNormal:
 
     def __post_init__(self) -> None:
         if self.std <= 0:
-            raise ValueError(f"std must be positive (got {self.std})")
+            raise UserError(f"std must be positive (got {self.std})")
 
     def __call__(self, u: Tensor) -> Tensor:
         return torch.exp(
@@ -61,7 +63,7 @@ class Rho:
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(
+            raise UserError(
                 "sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max "
                 f"(got {self.sigma_min} and {self.sigma_max})"
             )
@@ -80,7 +82,7 @@ class LogUniform:
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(
+            raise UserError(
                 "sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max "
                 f"(got {self.sigma_min} and {self.sigma_max})"
             )
@@ -103,12 +105,12 @@ def uniform(steps: int) -> Tensor:
         float64 (steps,), decreasing; a single step starts at u = 1.
 
     Raises:
-        ValueError: fewer than one step.
+        UserError: fewer than one step.
     """
     if steps < 1:
-        raise ValueError(f"a sampler needs at least 1 step (got {steps})")
+        raise UserError(f"a sampler needs at least 1 step (got {steps})")
     if steps > MOST_STEPS:
-        raise ValueError(f"a sampler takes at most {MOST_STEPS:,} steps (got {steps:,})")
+        raise UserError(f"a sampler takes at most {MOST_STEPS:,} steps (got {steps:,})")
     return torch.linspace(1.0, 0.0, steps, dtype=torch.float64)
 
 
@@ -119,11 +121,11 @@ def levels(schedule: Schedule, steps: int, spacing: Spacing = uniform) -> Tensor
         float64 (steps + 1,), strictly decreasing, the last one 0.
 
     Raises:
-        ValueError: the levels do not decrease, as when a table of T is asked for more.
+        UserError: the levels do not decrease, as when a table of T is asked for more.
     """
     sigmas = torch.cat([schedule(spacing(steps)), torch.zeros(1, dtype=torch.float64)])
     if not bool((sigmas[1:] < sigmas[:-1]).all()):
-        raise ValueError(
+        raise UserError(
             f"the schedule gives no {steps} different noise levels; ask for fewer steps"
         )
     return sigmas

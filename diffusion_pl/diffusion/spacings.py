@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
+
 
 def _quantiles(timesteps: Tensor, T: int) -> Tensor:
     """The middles of the timesteps' quantiles, so that no rounding leads to a neighbour."""
@@ -26,7 +28,7 @@ def _quantiles(timesteps: Tensor, T: int) -> Tensor:
 
 def _check(name: str, steps: int, T: int) -> None:
     if not 2 <= steps <= T:
-        raise ValueError(f"{name}: needs 2 to {T} steps (got {steps})")
+        raise UserError(f"{name}: needs 2 to {T} steps (got {steps})")
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,16 @@ class DDIMUniform:
         """Quantiles, float64 (steps,), decreasing.
 
         Raises:
-            ValueError: fewer than 2 steps, or T is no multiple of them.
+            UserError: fewer than 2 steps, or T is no multiple of them.
         """
         _check("DDIMUniform", steps, self.T)
         if self.T % steps:
-            raise ValueError(
+            raise UserError(
                 f"DDIMUniform: {steps} steps do not divide {self.T} timesteps; take a divisor"
             )
         stride = self.T // steps
         if not 0 <= self.offset < stride:
-            raise ValueError(f"DDIMUniform: offset must be below {stride} (got {self.offset})")
+            raise UserError(f"DDIMUniform: offset must be below {stride} (got {self.offset})")
         timesteps = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * stride + self.offset
         return _quantiles(timesteps, self.T)
 
@@ -73,10 +75,10 @@ class Trailing:
         """Quantiles, float64 (steps,), decreasing.
 
         Raises:
-            ValueError: fewer than 1 step, or more than T.
+            UserError: fewer than 1 step, or more than T.
         """
         if not 1 <= steps <= self.T:
-            raise ValueError(f"Trailing: needs 1 to {self.T} steps (got {steps})")
+            raise UserError(f"Trailing: needs 1 to {self.T} steps (got {steps})")
         left = self.T - torch.arange(steps, dtype=torch.float64) * (self.T / steps)
         return _quantiles(left.round() - 1, self.T)
 
@@ -91,7 +93,7 @@ class DDIMQuadratic:
         """Quantiles, float64 (at most steps,), decreasing.
 
         Raises:
-            ValueError: fewer than 2 steps, or more than T.
+            UserError: fewer than 2 steps, or more than T.
         """
         _check("DDIMQuadratic", steps, self.T)
         k = torch.arange(steps, dtype=torch.float64)
@@ -109,7 +111,7 @@ class Respaced:
         """Quantiles, float64 (steps,), decreasing.
 
         Raises:
-            ValueError: fewer than 2 steps, or more than T.
+            UserError: fewer than 2 steps, or more than T.
         """
         _check("Respaced", steps, self.T)
         return _quantiles(torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).round(), self.T)
@@ -136,7 +138,7 @@ class IDDPMSteps:
         """Quantiles, float64 (steps,), decreasing.
 
         Raises:
-            ValueError: fewer than 2 steps, or more than there are timesteps from j_0 to j_last.
+            UserError: fewer than 2 steps, or more than there are timesteps from j_0 to j_last.
         """
         last = self.T - 1 if self.j_last is None else self.j_last
         _check("IDDPMSteps", steps, last - self.j_0 + 1)

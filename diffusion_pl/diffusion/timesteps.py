@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.levels import sigma_from_alpha_bar
+from diffusion_pl.errors import UserError
 
 # Of a table whose length a file of others may say; any that was published has 4,000 at most.
 MOST = 1_000_000
@@ -23,14 +24,14 @@ class Timesteps:
         betas: beta_1 .. beta_T, float64 (T,), each in (0, 1).
 
     Raises:
-        ValueError: fewer than 2 steps, or a beta outside (0, 1).
+        UserError: fewer than 2 steps, or a beta outside (0, 1).
     """
 
     betas: Tensor
 
     def __post_init__(self) -> None:
         if len(self.betas) < 2 or not bool(((self.betas > 0) & (self.betas < 1)).all()):
-            raise ValueError(
+            raise UserError(
                 f"a table needs at least 2 betas, all between 0 and 1 (got {self.betas.tolist()})"
             )
 
@@ -78,7 +79,7 @@ class Timesteps:
 
 def _check_length(T: int) -> None:
     if T > MOST:
-        raise ValueError(f"T must be at most {MOST:,} timesteps (got {T:,})")
+        raise UserError(f"T must be at most {MOST:,} timesteps (got {T:,})")
 
 
 def LinearBetas(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Timesteps:
@@ -91,7 +92,7 @@ def LinearBetas(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Ti
     """
     _check_length(T)
     if T < 2 or not 0 < beta_1 <= beta_T < 1:
-        raise ValueError(
+        raise UserError(
             "T must be at least 2 and 0 < beta_1 <= beta_T < 1 "
             f"(got T={T}, beta_1={beta_1}, beta_T={beta_T})"
         )
@@ -111,7 +112,7 @@ def CosineBetas(T: int = 1000, offset: float = 0.008, largest: float = 0.999) ->
     """
     _check_length(T)
     if T < 2 or offset <= 0 or not 0 < largest < 1:
-        raise ValueError(
+        raise UserError(
             "T must be at least 2, offset positive and largest between 0 and 1 "
             f"(got T={T}, offset={offset}, largest={largest})"
         )

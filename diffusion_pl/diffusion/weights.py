@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
+
 
 @dataclass(frozen=True)
 class ImageError:
@@ -65,4 +67,4 @@ class SoftMinSNR:
 
 def _check(gamma: float) -> None:
     if gamma <= 0:
-        raise ValueError(f"gamma must be positive (got {gamma})")
+        raise UserError(f"gamma must be positive (got {gamma})")

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.measuring import Drawn, Progress, evaluate
 from diffusion_pl.evaluation.settings import Evaluation
 from diffusion_pl.metrics.features import Extractor
@@ -40,10 +41,10 @@ def evaluate_blocks(
         nothing was drawn.
 
     Raises:
-        ValueError: no block, or as `evaluate`.
+        UserError: no block, or as `evaluate`.
     """
     if blocks < 1:
-        raise ValueError(f"blocks must be at least 1 (got {blocks})")
+        raise UserError(f"blocks must be at least 1 (got {blocks})")
     measured = []
     pictures: Tensor | None = None
     for block in range(blocks):

@@ -26,6 +26,7 @@ from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Counted
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.images import to_bytes
 from diffusion_pl.seeds import seed_of
@@ -59,7 +60,7 @@ class Drawing:
         origin: what numbers say of the weights, such as {"weights": "ema"}.
 
     Raises:
-        ValueError: a label that is not one of the model's classes; guidance without a guide, and
+        UserError: a label that is not one of the model's classes; guidance without a guide, and
             without classes or label dropout; a guide of other images or classes.
     """
 
@@ -79,7 +80,7 @@ class Drawing:
     def __post_init__(self) -> None:
         if self.label is not None and not 0 <= self.label < self.classes:
             known = f"0 to {self.classes - 1}" if self.classes else "none: it is unconditional"
-            raise ValueError(f"label {self.label} is not one of the model's classes ({known})")
+            raise UserError(f"label {self.label} is not one of the model's classes ({known})")
         check_interval(self.guidance_interval)
         if self.guide is not None:
             self.guide.check(self.shape, self.classes, self.guidance)
@@ -115,7 +116,7 @@ class Drawing:
         with self._autocast():
             drawn = self._draw(counted, guide, indices)
         if not torch.isfinite(drawn).all():
-            raise ValueError("the sampler gave images that are not finite; the weights are unfit")
+            raise UserError("the sampler gave images that are not finite; the weights are unfit")
         seen = counted.seen + (guide.seen if guide is not None else 0)
         return to_bytes(drawn), seen // len(indices)
 
@@ -126,7 +127,7 @@ class Drawing:
         The network is evaluated once at every side, not once a step.
 
         Raises:
-            ValueError: the network does not answer what the sampler asks of it.
+            UserError: the network does not answer what the sampler asks of it.
         """
         counted: Counter[int] = Counter()
         guide = None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.npz import arrays
 from diffusion_pl.metrics.real_images import RealImages
 
@@ -42,10 +43,10 @@ class Given:
         """The images with these indices; no network is evaluated.
 
         Raises:
-            ValueError: there are fewer.
+            UserError: there are fewer.
         """
         if max(indices) >= len(self.real):
-            raise ValueError(
+            raise UserError(
                 f"{self.source}: has {len(self.real):,} images, {max(indices) + 1:,} are asked for"
             )
         return self.real.read(torch.tensor(indices)).to(self.device), 0

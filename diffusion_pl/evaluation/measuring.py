@@ -70,7 +70,7 @@ def reference_of(
         open_file: reads the file that the settings name.
 
     Raises:
-        ValueError: a file that is absent, no reference, or of another extractor.
+        UserError: a file that is absent, no reference, or of another extractor.
     """
     measuring = published.Measuring(extractor, folder, settings.wants_features, device, progress)
     if settings.reference is not None:
@@ -88,7 +88,7 @@ def check_counts(settings: Evaluation, real: int | None) -> None:
         real: images to compare with, None where that is not known.
 
     Raises:
-        ValueError: the first metric that cannot be.
+        UserError: the first metric that cannot be.
     """
     for metric in settings.metrics:
         metric.check_count(settings.count, None if real is None else min(real, KEPT))
@@ -100,7 +100,7 @@ def build(
     """The metrics of one evaluation.
 
     Raises:
-        ValueError: what is asked for cannot be measured with this extractor, reference and count.
+        UserError: what is asked for cannot be measured with this extractor, reference and count.
     """
     reference.check(extractor, drawn.shape[1])
     return [
@@ -139,7 +139,7 @@ def evaluate(
         it depends on, and the first images, uint8 (up to settings.grid, C, H, W), for a grid.
 
     Raises:
-        ValueError: the reference was made with another extractor or resolution; fewer images than
+        UserError: the reference was made with another extractor or resolution; fewer images than
             a metric needs; features that are not finite.
         Interrupted: it was stopped.
     """

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from diffusion_pl.diffusion.guidance import EVERYWHERE, Guide, check_interval
+from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import Extractor, Features
 from diffusion_pl.metrics.reference import Reference
 
@@ -76,7 +77,7 @@ class Evaluation:
         check_interval(self.guidance_interval)
         for key in ("every", "count", "batch_size", "grid"):
             if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1 (got {getattr(self, key)})")
+                raise UserError(f"{key} must be at least 1 (got {getattr(self, key)})")
 
     @property
     def wants_features(self) -> bool:

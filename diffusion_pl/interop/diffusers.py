@@ -17,6 +17,7 @@ from torch import Tensor
 from diffusion_pl import config as configs
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.errors import UserError
 from diffusion_pl.interop.denoisers import denoiser_of
 from diffusion_pl.interop.diffusers_schedulers import KEYS, SCHEDULER, Process, class_of, process
 from diffusion_pl.interop.files import read_json, read_safetensors
@@ -95,7 +96,7 @@ def read(
         The network's config with the scheduler's keys in one dict, and the weights in float32.
 
     Raises:
-        ValueError: a file is missing, unreadable or of what is not understood.
+        UserError: a file is missing, unreadable or of what is not understood.
     """
     _refuse_pipeline(folder)
     if folder.name in (RAW, AVERAGE) and (folder.parent / INDEX).is_file():
@@ -104,7 +105,7 @@ def read(
     config = read_json(unet / CONFIG)
     name = config.get("_class_name", NETWORK)
     if name != NETWORK:
-        raise ValueError(f"{unet / CONFIG}: is of a {name}, not of a {NETWORK}; no network here")
+        raise UserError(f"{unet / CONFIG}: is of a {name}, not of a {NETWORK}; no network here")
     config[FROM] = {"weights": str(unet)}
     places = (folder / "scheduler", folder, unet, unet.parent / "scheduler",
               unet.parent, unet.parent.parent / "scheduler")  # fmt: skip
@@ -114,7 +115,7 @@ def read(
         # Both have num_train_timesteps; only the scheduler's says something.
         own = {"_class_name": name, SCHEDULER: scheduler.get("_class_name")}
         if not isinstance(own[SCHEDULER], str):
-            raise ValueError(f"{file}: does not say its class (_class_name)")
+            raise UserError(f"{file}: does not say its class (_class_name)")
         config = config | scheduler | own
         config[FROM]["scheduler"] = str(file)
     else:
@@ -142,10 +143,10 @@ def _refuse_pipeline(folder: Path) -> None:
     """Refuse a folder of another pipeline, or with a second network.
 
     Raises:
-        ValueError: names it.
+        UserError: names it.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder / CONFIG}: cannot be read (the source must be a folder)")
+        raise UserError(f"{folder / CONFIG}: cannot be read (the source must be a folder)")
     if (file := folder / INDEX).is_file():
         index = read_json(file)
         name = index.get("_class_name")
@@ -153,15 +154,15 @@ def _refuse_pipeline(folder: Path) -> None:
             if key.startswith("_") or key in ("unet", "scheduler") or value in (None, [None, None]):
                 continue
             if isinstance(value, list):
-                raise ValueError(
+                raise UserError(
                     f"{file}: holds a second network or part, {key} {got(value)}; only a "
                     f"{NETWORK} of images with its scheduler is understood"
                 )
         part = index.get("unet", ["diffusers", NETWORK])
         if part != ["diffusers", NETWORK]:
-            raise ValueError(f"{file}: unet must be a {NETWORK} of diffusers {got(part)}")
+            raise UserError(f"{file}: unet must be a {NETWORK} of diffusers {got(part)}")
         if name not in PIPELINES:
-            raise ValueError(
+            raise UserError(
                 f"{file}: is of the pipeline {str(name)[:80]}, which is not understood; "
                 f"{', '.join(PIPELINES)} are"
             )
@@ -170,7 +171,7 @@ def _refuse_pipeline(folder: Path) -> None:
             continue
         name = read_json(inside / CONFIG).get("_class_name")
         if name is not None:
-            raise ValueError(
+            raise UserError(
                 f"{inside}: is a second network, {str(name)[:80]}; only a {NETWORK} of images "
                 "with its scheduler is understood"
             )
@@ -187,7 +188,7 @@ def _network_folder(folder: Path, weights: str) -> tuple[Path, list[str]]:
             return inside, []
     if not (folder / CONFIG).exists():
         beside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(
+        raise UserError(
             f"{folder / CONFIG}: cannot be read (no such file, and no {RAW} folder; there are "
             f"{beside})"
         )
@@ -209,7 +210,7 @@ def _weights(unet: Path) -> tuple[dict[str, Tensor], list[str]]:
             what = f"there are only the variants {', '.join(others)[:200]}"
         else:
             what = "there are no weights"
-        raise ValueError(
+        raise UserError(
             f"{unet}: {what}; must hold {STEM}.safetensors or .bin (in the library: "
             "UNet2DModel.from_pretrained(...), then save_pretrained with a large max_shard_size)"
         )
@@ -234,13 +235,13 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
             library's defaults.
 
     Raises:
-        ValueError: names the first key that has no equal here, and what would fit.
+        UserError: names the first key that has no equal here, and what would fit.
     """
     class_of(config)
     for key, value in config.items():
         known = key in USUAL or key in KEYS or key in AVERAGING or key.startswith("_")
         if not known and value is not None:
-            raise ValueError(f"{key}: is not understood here {got(value)}")
+            raise UserError(f"{key}: is not understood here {got(value)}")
     found = process(config)
     network = _network(config)
     _refuse_variance(config, network, found)
@@ -256,7 +257,7 @@ def _refuse_variance(config: Mapping[str, Any], network: dict[str, Any], found: 
     """Output channels and what the scheduler makes of them must agree."""
     if network["variance"] != found.learned:
         said = config.get("variance_type", "none")
-        raise ValueError(
+        raise UserError(
             f"out_channels: {config.get('out_channels', 3)} of {network['channels']} image "
             f"channels do not go with variance_type {said}; twice the channels with learned_range"
         )
@@ -266,7 +267,7 @@ def _network(config: Mapping[str, Any]) -> dict[str, Any]:
     """The node of our network for a config of the library's.
 
     Raises:
-        ValueError: names the first key that has no equal here.
+        UserError: names the first key that has no equal here.
     """
     config = {**USUAL, **config}
     for key, ours in {
@@ -280,7 +281,7 @@ def _network(config: Mapping[str, Any]) -> dict[str, Any]:
     channels = whole(config, "in_channels", 3)
     out = whole(config, "out_channels", 3)
     if out not in (channels, 2 * channels):
-        raise ValueError(
+        raise UserError(
             f"out_channels: must be in_channels = {channels}, or twice as many with a learned "
             f"variance (got {out}); a network with another input beside the image is not understood"
         )
@@ -326,21 +327,21 @@ def _side(config: Mapping[str, Any]) -> int:
     """The side of the images."""
     side = config["sample_size"]
     if side is None:
-        raise ValueError(
+        raise UserError(
             "sample_size: the config does not say it; say the side of the images, as by "
             "--set sample_size=32"
         )
     if isinstance(side, list | tuple) and len(side) == 2 and side[0] == side[1]:
         side = side[0]
     if isinstance(side, list | tuple):
-        raise ValueError(f"sample_size: must be one number, images here are square {got(side)}")
+        raise UserError(f"sample_size: must be one number, images here are square {got(side)}")
     return whole({"sample_size": side}, "sample_size", None)
 
 
 def _dropout(config: Mapping[str, Any]) -> float:
     value = config["dropout"]
     if type(value) not in (int, float) or not 0 <= value < 1:
-        raise ValueError(f"dropout: must be a share from 0 to 1 {got(value)}")
+        raise UserError(f"dropout: must be a share from 0 to 1 {got(value)}")
     return float(value)
 
 
@@ -361,7 +362,7 @@ def _middle(config: Mapping[str, Any], scale: bool, groups: int) -> str:
     own = config["attn_norm_num_groups"]
     # Left out it is norm_num_groups, and no normalisation at all with scale_shift.
     if own != groups and (own is not None or scale):
-        raise ValueError(
+        raise UserError(
             f"attn_norm_num_groups: must be norm_num_groups = {groups} with "
             f"resnet_time_scale_shift {config['resnet_time_scale_shift']} {got(own)}"
         )
@@ -372,14 +373,14 @@ def _levels(config: Mapping[str, Any], levels: int) -> tuple[list[bool], str]:
     """Which levels attend, and how the resolution changes between them.
 
     Raises:
-        ValueError: blocks that our network has not, or that differ on its two sides.
+        UserError: blocks that our network has not, or that differ on its two sides.
     """
     sides, ways = [], set()
     for key, word, way in (("down_block_types", "Down", "downsample_type"),
                            ("up_block_types", "Up", "upsample_type")):  # fmt: skip
         found = several(config, key, str)
         if len(found) != levels:
-            raise ValueError(f"{key}: must be one for each of block_out_channels {got(found)}")
+            raise UserError(f"{key}: must be one for each of block_out_channels {got(found)}")
         attends = []
         for level, block in enumerate(found):
             kind = block.removeprefix("UNetRes")
@@ -389,7 +390,7 @@ def _levels(config: Mapping[str, Any], levels: int) -> tuple[list[bool], str]:
                     name.replace("sample", f"{word}sample") if "sample" in name
                     else name.replace("Block", f"{word}Block") for name in BLOCKS
                 )  # fmt: skip
-                raise ValueError(f"{key}: must be of {known} (got {block[:80]!r})")
+                raise UserError(f"{key}: must be of {known} (got {block[:80]!r})")
             attend, residual = BLOCKS[plain]
             if residual is None:
                 residual = choice(config, way, "conv", {"conv": False, "resnet": True})
@@ -398,11 +399,11 @@ def _levels(config: Mapping[str, Any], levels: int) -> tuple[list[bool], str]:
                 ways.add(residual)
         sides.append(attends)
     if sides[0] != sides[1][::-1]:
-        raise ValueError(
+        raise UserError(
             f"up_block_types: must mirror down_block_types {got(config['up_block_types'])}"
         )
     if len(ways) > 1:
-        raise ValueError(
+        raise UserError(
             "downsample_type: some levels would be resampled by a convolution and some by a "
             f"residual block {got([*config['down_block_types'], *config['up_block_types']])}"
         )
@@ -415,7 +416,7 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     """Our network's state dict from published weights, of either time's attention names.
 
     Raises:
-        ValueError: names the first key that does not fit, and the config that would.
+        UserError: names the first key that does not fit, and the config that would.
     """
     state = {_new_name(key): value for key, value in state.items()}
     node = _network(config)
@@ -423,7 +424,7 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     fit["attention"] = [node["resolution"] // 2**level for level in fit.pop("attends")]
     for key, value in fit.items():
         if node[key] != value:
-            raise ValueError(f"{key}: is {node[key]} by the config; the weights fit {value}")
+            raise UserError(f"{key}: is {node[key]} by the config; the weights fit {value}")
     with at_most(spare(len(state))), torch.device("meta"):
         network = configs.build(_config({"network": node}), "network")
     return DIFFUSERS.read(state, network)
@@ -441,7 +442,7 @@ def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Den
         state: the published weights.
 
     Raises:
-        ValueError: names the first key that does not fit.
+        UserError: names the first key that does not fit.
     """
     tree = _config(nodes(config))
     fitting = weights(config, state)  # before memory is taken for what the config says

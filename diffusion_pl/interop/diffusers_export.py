@@ -19,6 +19,7 @@ from torch import Tensor
 from diffusion_pl.diffusion.guidance import Clip, thresholded
 from diffusion_pl.diffusion.preconditioning import Denoiser, Preconditioning
 from diffusion_pl.diffusion.timesteps import CosineBetas, LinearBetas, Timesteps
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import write_atomically
 from diffusion_pl.interop.diffusers import CONFIG, INDEX, NETWORK, SCHEDULER_CONFIG, STEM
 from diffusion_pl.interop.layouts import DIFFUSERS, size
@@ -55,11 +56,11 @@ def write(
         variance: of the reverse chain, small, large or learned.
 
     Raises:
-        ValueError: another network or preconditioning, or options that diffusers has not.
+        UserError: another network or preconditioning, or options that diffusers has not.
     """
     network = denoiser.network
     if not isinstance(network, DDPMUNet):
-        raise ValueError(
+        raise UserError(
             f"only a DDPMUNet has the diffusers layout (got {type(network).__name__}); "
             "export it as safetensors"
         )
@@ -84,16 +85,16 @@ def _config(network: DDPMUNet, resolution: int) -> dict[str, Any]:
     """UNet2DModel's arguments for our network.
 
     Raises:
-        ValueError: it has what UNet2DModel has not.
+        UserError: it has what UNet2DModel has not.
     """
     if network.position.octaves:
-        raise ValueError("diffusers has no position encoding (octaves); export it as safetensors")
+        raise UserError("diffusers has no position encoding (octaves); export it as safetensors")
     blocks, levels = size(network)
     firsts: list[Any] = [network.encoder[level * (blocks + 1)] for level in range(levels)]
     widths = [first.conv1.out_channels for first in firsts]
     embedding, groups = network.map_layer0, network.out_norm.num_groups
     if embedding.in_features != widths[0]:
-        raise ValueError(
+        raise UserError(
             f"diffusers embeds the timestep in as many channels as the first level has "
             f"({widths[0]}, here {embedding.in_features}); export it as safetensors"
         )
@@ -140,7 +141,7 @@ def _head(network: DDPMUNet) -> int | None:
     """Channels of an attention head, None where each attention has one.
 
     Raises:
-        ValueError: they differ, as with a fixed number of heads.
+        UserError: they differ, as with a fixed number of heads.
     """
     found: list[Any] = [
         block.attention
@@ -151,7 +152,7 @@ def _head(network: DDPMUNet) -> int | None:
         return None
     sizes = {attention.norm.num_channels // attention.heads for attention in found}
     if len(sizes) > 1:
-        raise ValueError(
+        raise UserError(
             f"diffusers has attention heads of one size (these are of {sorted(sizes)}); export it "
             "as safetensors"
         )
@@ -162,11 +163,11 @@ def _scheduler(preconditioning: Preconditioning, clip: Clip, variance: str) -> M
     """DDPMScheduler's arguments for a preconditioning by timestep.
 
     Raises:
-        ValueError: the network does not see a timestep, or predicts something else.
+        UserError: the network does not see a timestep, or predicts something else.
     """
     timesteps = getattr(preconditioning, "timesteps", None)
     if not isinstance(timesteps, Timesteps):
-        raise ValueError(
+        raise UserError(
             f"diffusers has no table for {type(preconditioning).__name__}; export it as safetensors"
         )
     sigmas = timesteps.sigmas()
@@ -177,7 +178,7 @@ def _scheduler(preconditioning: Preconditioning, clip: Clip, variance: str) -> M
         if all(map(torch.allclose, wanted, make(timesteps)(sigmas)))
     ]
     if not same:
-        raise ValueError(
+        raise UserError(
             f"diffusers has no prediction_type for {type(preconditioning).__name__}; "
             "export it as safetensors"
         )
@@ -195,13 +196,13 @@ def _clip(clip: Clip) -> dict[str, Any]:
     """What the scheduler does to a denoised image.
 
     Raises:
-        ValueError: a function that diffusers has not.
+        UserError: a function that diffusers has not.
     """
     if not callable(clip):
         limit = {} if isinstance(clip, bool) else {"clip_sample_range": clip}
         return {"clip_sample": bool(clip), **limit}
     if not isinstance(clip, partial) or clip.func is not thresholded:
-        raise ValueError(f"diffusers has no {clip} of images; export it as safetensors")
+        raise UserError(f"diffusers has no {clip} of images; export it as safetensors")
     ratio, most = clip.keywords.get("share", 0.995), clip.keywords.get("most", 1.0)
     names = {"dynamic_thresholding_ratio": ratio, "sample_max_value": most}
     return {"clip_sample": False, "thresholding": True, **names}

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.interop.values import choice, flag, got, only, real, whole
 
 SCHEDULER = "_scheduler"  # our key for the scheduler's class, beside the network's `_class_name`
@@ -114,7 +115,7 @@ def process(config: Mapping[str, Any]) -> Process:
             keys have that class's defaults.
 
     Raises:
-        ValueError: the class or the first key that has no equal here, by its name.
+        UserError: the class or the first key that has no equal here, by its name.
     """
     name = class_of(config)
     return READERS[name](config, name)
@@ -124,11 +125,11 @@ def class_of(config: Mapping[str, Any]) -> str:
     """The scheduler's class.
 
     Raises:
-        ValueError: it is not understood here.
+        UserError: it is not understood here.
     """
     name = config.get(SCHEDULER) or USUAL
     if not isinstance(name, str) or name not in READERS:
-        raise ValueError(
+        raise UserError(
             f"scheduler: {str(name)[:80]} is not understood here, so the noise that the network "
             f"was trained with would be a guess; understood are {', '.join(READERS)}"
         )
@@ -142,11 +143,11 @@ def _table(config: Mapping[str, Any], betas: tuple[float, float]) -> dict[str, A
     trained = config.get("trained_betas")
     if trained is not None:
         if not isinstance(trained, list) or len(trained) != T:
-            raise ValueError(
+            raise UserError(
                 f"trained_betas: must be num_train_timesteps = {T:,} numbers {got(trained)}"
             )
         if not all(type(beta) in (int, float) and 0 < beta < 1 for beta in trained):
-            raise ValueError(f"trained_betas: must be numbers between 0 and 1 {got(trained)}")
+            raise UserError(f"trained_betas: must be numbers between 0 and 1 {got(trained)}")
         table: dict[str, Any] = {"_target_": f"{_TIMESTEPS}Betas", "betas": trained}
     else:
         target = choice(config, "beta_schedule", "linear", TABLES)
@@ -156,7 +157,7 @@ def _table(config: Mapping[str, Any], betas: tuple[float, float]) -> dict[str, A
             table["beta_T"] = real(config, "beta_end", betas[1], 1.0)
     if flag(config, "rescale_betas_zero_snr", False):
         if _prediction(config) == "epsilon":
-            raise ValueError(
+            raise UserError(
                 "rescale_betas_zero_snr: leaves nothing of the image at the last timestep, where "
                 "prediction_type epsilon says nothing of it; must be v_prediction or sample"
             )
@@ -180,7 +181,7 @@ def _variance(config: Mapping[str, Any], usual: str | None) -> str | None:
     """Of the reverse chain; None where the scheduler has no word of it."""
     value = config.get("variance_type", usual)
     if value == "fixed_large_log":
-        raise ValueError(
+        raise UserError(
             "variance_type: fixed_large_log gives no number in the library itself (the root of a "
             "logarithm); say which is meant, as by --set variance_type=fixed_large"
         )
@@ -276,7 +277,7 @@ def _ddim(config: Mapping[str, Any], name: str) -> Process:
     elif said in ("leading", "linspace"):
         notes = (f"{name} steps past the levels of timestep_spacing {said}; here it visits them",)
     else:
-        raise ValueError(f"timestep_spacing: must be leading, trailing or linspace {got(said)}")
+        raise UserError(f"timestep_spacing: must be leading, trailing or linspace {got(said)}")
     clip = _clip(config, True)
     sampler = _sampler(
         "euler", table, steps, spacing=spacing, unit_start=True,

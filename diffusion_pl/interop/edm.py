@@ -20,6 +20,7 @@ from torch import Tensor
 from diffusion_pl import config as configs
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.errors import UserError
 from diffusion_pl.interop import edm2
 from diffusion_pl.interop.denoisers import denoiser_of
 from diffusion_pl.interop.edm_layout import names, told
@@ -80,7 +81,7 @@ def read(
         float32.
 
     Raises:
-        ValueError: unreadable, asking for what is refused, or no network of EDM's.
+        UserError: unreadable, asking for what is refused, or no network of EDM's.
     """
     content = read_pickle(path)
     content = content if isinstance(content, dict) else {}
@@ -90,7 +91,7 @@ def read(
     found = content.get(which)
     if not isinstance(found, Persistent) or found.name not in OBJECTIVES:
         name = found.name if isinstance(found, Persistent) else type(found).__name__
-        raise ValueError(
+        raise UserError(
             f"{path}: {which!r} must be one of {', '.join(OBJECTIVES)} (got {name[:80]}) or "
             f"{edm2.PRECOND}; only EDM's and EDM2's network pickles and training states are read"
         )
@@ -98,7 +99,7 @@ def read(
     model = found.state["_modules"].get("model")
     if not isinstance(model, Persistent) or model.name not in NETWORKS:
         name = model.name if isinstance(model, Persistent) else type(model).__name__
-        raise ValueError(
+        raise UserError(
             f"{path}: the network must be one of {', '.join(NETWORKS)} (got {name[:80]})"
         )
     own = _kwargs(model) | _kwargs(found)
@@ -136,7 +137,7 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
     Beside them `label_dropout`, the share of the labels that were hidden in training.
 
     Raises:
-        ValueError: a config without a published layout, by its first such key.
+        UserError: a config without a published layout, by its first such key.
     """
     if _of_edm2(config):
         return edm2.nodes(config)
@@ -169,7 +170,7 @@ def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Den
         may be left out.
 
     Raises:
-        ValueError: a config without a published layout, or the first key that does not fit.
+        UserError: a config without a published layout, or the first key that does not fit.
     """
     tree = Config("edm", "checkpoint", nodes(config))
     fitting = weights(config, state)  # before memory is taken for what the config says
@@ -180,7 +181,7 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     """Our network's state dict from published weights.
 
     Raises:
-        ValueError: names the first key that is missing, surplus or of another shape.
+        UserError: names the first key that is missing, surplus or of another shape.
     """
     if _of_edm2(config):
         return edm2.weights(config, state)
@@ -214,7 +215,7 @@ def _check(config: Mapping[str, Any]) -> None:
     """Raise ValueError for the first key of a config that no published layout has."""
     for key, known in (("precond", OBJECTIVES), ("model_type", NETWORKS)):
         if config.get(key) not in known:
-            raise ValueError(
+            raise UserError(
                 f"{key}: has no published layout (got {config.get(key)!r}); one of "
                 f"{', '.join(known)}"
             )
@@ -222,20 +223,20 @@ def _check(config: Mapping[str, Any]) -> None:
     symbols = OBJECTIVES[config["precond"]][1]
     for key, value in config.items():
         if key in FIXED and value != FIXED[key]:
-            raise ValueError(f"{key}: {value!r} is not followed here; only {FIXED[key]!r} is")
+            raise UserError(f"{key}: {value!r} is not followed here; only {FIXED[key]!r} is")
         if key in CHOICES and value not in CHOICES[key]:
-            raise ValueError(f"{key}: {value!r} is not followed here; only {CHOICES[key]} are")
+            raise UserError(f"{key}: {value!r} is not followed here; only {CHOICES[key]} are")
         if key not in {*arguments, *symbols, *FIXED, *IGNORED}:
-            raise ValueError(
+            raise UserError(
                 f"{key}: is no argument of {config['precond']} and {config['model_type']}"
             )
     for key, (_, usual) in arguments.items():
         if usual is None and key not in config:
-            raise ValueError(f"{key}: is missing in the config of a published network")
+            raise UserError(f"{key}: is missing in the config of a published network")
         value = config.get(key, usual)
         if isinstance(usual, list) or key in ("channel_mult", "attn_resolutions"):
             if not isinstance(value, list | tuple) or len(value) > LEVELS:
-                raise ValueError(f"{key}: must be a list of at most {LEVELS} values {got(value)}")
+                raise UserError(f"{key}: must be a list of at most {LEVELS} values {got(value)}")
         elif key != "dropout" and not isinstance(usual, str):
             whole(config, key, usual, 0)
     whole(config, "M", 1000, 2, 100_000)

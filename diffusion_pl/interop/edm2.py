@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diffusion_pl import config as configs
 from diffusion_pl.config import Config
+from diffusion_pl.errors import UserError
 from diffusion_pl.interop.edm_layout import sides
 from diffusion_pl.interop.pickles import Persistent, state_dict, tensors
 from diffusion_pl.interop.values import LEVELS, WIDEST, got, real, several, whole
@@ -79,16 +80,16 @@ def read(
         weights: "raw" takes the raw weights of a training state.
 
     Raises:
-        ValueError: a second network, or weights that are not said or not there.
+        UserError: a second network, or weights that are not said or not there.
     """
     found = content.get("ema")
     if isinstance(found, Persistent):
         if weights == "raw":
-            raise ValueError(f"{path}: holds an average alone; leave out --weights raw")
+            raise UserError(f"{path}: holds an average alone; leave out --weights raw")
         modules = found.state.get("_modules")
         unet = modules.get("unet") if isinstance(modules, dict) else None
         if not isinstance(unet, Persistent) or unet.name != "UNet":
-            raise ValueError(f"{path}: the network must be a UNet {got(getattr(unet, 'name', 0))}")
+            raise UserError(f"{path}: the network must be a UNet {got(getattr(unet, 'name', 0))}")
         state = state_dict(tensors(found), str(path))
         config = _kwargs(unet) | _kwargs(found)
         encoder = content.get("encoder")
@@ -126,10 +127,10 @@ def _chosen(
     kept = kept if isinstance(kept, Mapping) else {}
     lengths, averages = kept.get("stds"), kept.get("emas")
     if not isinstance(lengths, list) or not isinstance(averages, list) or not averages:
-        raise ValueError("the training state keeps no average; take --weights raw")
+        raise UserError("the training state keeps no average; take --weights raw")
     length = said.get("ema_std")
     if length not in lengths or len(lengths) != len(averages):
-        raise ValueError(
+        raise UserError(
             f"ema_std: must be the length of one of its averages, {lengths} {got(length)}; say it "
             f"by --set ema_std={lengths[0]}, or take --weights raw"
         )
@@ -140,7 +141,7 @@ def told(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the published weights' names and shapes say of their config.
 
     Raises:
-        ValueError: the weights are not in EDM2's layout.
+        UserError: the weights are not in EDM2's layout.
     """
     found = {int(m.group(1)) for key in state if (m := re.match(r"unet\.enc\.(\d{1,6})x", key))}
     sizes = sorted(found, reverse=True)[: LEVELS + 1]
@@ -150,7 +151,7 @@ def told(state: Mapping[str, Tensor]) -> dict[str, Any]:
         width, label = widths[0], state.get("unet.emb_label.weight")
         lengths = state["unet.emb_fourier.freqs"].shape[0], state["unet.emb_noise.weight"].shape[0]
         if any(one % width for one in (*widths, *lengths)):
-            raise ValueError("the weights' widths are no multiples of the first level's")
+            raise UserError("the weights' widths are no multiples of the first level's")
         return {
             "img_resolution": sizes[0],
             "img_channels": state["unet.out_conv.weight"].shape[0],
@@ -167,7 +168,7 @@ def told(state: Mapping[str, Tensor]) -> dict[str, Any]:
             ],
         }
     except (KeyError, IndexError) as error:
-        raise ValueError(f"the weights are not in EDM2's layout (no {error})") from error
+        raise UserError(f"the weights are not in EDM2's layout (no {error})") from error
 
 
 def asked(config: Mapping[str, Any]) -> str | None:
@@ -194,7 +195,7 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `network`, `objective` and `sampler` nodes of an experiment that says the same.
 
     Raises:
-        ValueError: a key that is not understood, or latents of a second network.
+        UserError: a key that is not understood, or latents of a second network.
     """
     _check(config)
     network: dict[str, Any] = {"_target_": "diffusion_pl.networks.edm2_unet.EDM2UNet"}
@@ -225,13 +226,13 @@ def _check(config: Mapping[str, Any]) -> None:
     """Raise ValueError for the first key that is not understood."""
     encoder = config.get("encoder", PIXELS)
     if encoder != PIXELS:
-        raise ValueError(
+        raise UserError(
             f"encoder: needs a second network that is not read here {got(encoder)}; only models "
             f"on pixels are, with a {PIXELS}"
         )
     for key in config:
         if key not in {*ARGUMENTS, *SYMBOLS, *OTHERS}:
-            raise ValueError(f"{key}: is no argument of EDM2's {PRECOND}")
+            raise UserError(f"{key}: is no argument of EDM2's {PRECOND}")
     for key in ("img_resolution", "img_channels", "model_channels", "num_blocks"):
         whole(config, key, ARGUMENTS[key][1])
     whole(config, "label_dim", None, 0)
@@ -252,14 +253,14 @@ def _check(config: Mapping[str, Any]) -> None:
         real(config, key, 0.5)
     for key in ("dropout", "P_mean"):
         if type(config.get(key, 0)) not in (int, float) or abs(config.get(key, 0)) > WIDEST:
-            raise ValueError(f"{key}: must be a number {got(config[key])}")
+            raise UserError(f"{key}: must be a number {got(config[key])}")
 
 
 def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our network's state dict from published weights.
 
     Raises:
-        ValueError: names the first key that is missing, surplus or of another shape.
+        UserError: names the first key that is missing, surplus or of another shape.
     """
     with at_most(spare(len(state))), torch.device("meta"):
         network = configs.build(Config("edm2", "checkpoint", nodes(config)), "network")
@@ -267,18 +268,18 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     for ours, theirs in names(config, network):
         own = network.state_dict()[ours]
         if theirs not in state:
-            raise ValueError(f"{theirs}: is missing")
+            raise UserError(f"{theirs}: is missing")
         value = state[theirs]
         # A gain is a scalar there and a row of one here.
         value = value.reshape(1) if value.ndim == 0 else value
         if value.shape != own.shape:
             shapes = f"has shape {tuple(value.shape)}, not {tuple(own.shape)}"
-            raise ValueError(f"{theirs}: {shapes}")
+            raise UserError(f"{theirs}: {shapes}")
         found[ours] = value
         used.add(theirs)
     for key in state:
         if key not in used and not key.startswith("logvar_"):
-            raise ValueError(f"{key}: is not in the network that the config makes")
+            raise UserError(f"{key}: is not in the network that the config makes")
     return found
 
 

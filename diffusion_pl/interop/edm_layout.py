@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.networks.song_layers import kernel
 
 PARTS = {"attention.norm": "norm2", "attention.qkv": "qkv", "attention.proj": "proj"}
@@ -52,7 +53,7 @@ def told(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the published weights' names and shapes say of their config; dropout they do not.
 
     Raises:
-        ValueError: the weights are not in EDM's layout.
+        UserError: the weights are not in EDM's layout.
     """
     found = {int(m.group(1)) for key in state if (m := re.match(r"model\.enc\.(\d+)x", key))}
     sizes = sorted(found, reverse=True)
@@ -85,7 +86,7 @@ def told(state: Mapping[str, Tensor]) -> dict[str, Any]:
                 "resample_filter": [1, 3, 3, 1] if 4 in taps else [1, 1],
             }
     except (KeyError, IndexError) as error:
-        raise ValueError(f"the weights are not in EDM's layout (no {error})") from error
+        raise UserError(f"the weights are not in EDM's layout (no {error})") from error
     return config
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular
 
 # A config of 1,000 betas takes 30,000 bytes, a header of 10,000 tensors 2,000,000.
@@ -21,20 +22,20 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        ValueError: unreadable, larger than a config is, or something else.
+        UserError: unreadable, larger than a config is, or something else.
     """
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("it is no regular file")
+            raise UserError("it is no regular file")
         with regular(path).open("rb") as file:
             text = file.read(MOST_JSON + 1)
         if len(text) > MOST_JSON:
-            raise ValueError(f"larger than {MOST_JSON:,} bytes, which no config is")
+            raise UserError(f"larger than {MOST_JSON:,} bytes, which no config is")
         found = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: must be a JSON object")
+        raise UserError(f"{path}: must be a JSON object")
     return found
 
 
@@ -42,18 +43,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The words of a safetensors file's header, and its tensors.
 
     Raises:
-        ValueError: unreadable, or with a header larger than any network has.
+        UserError: unreadable, or with a header larger than any network has.
     """
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("it is no regular file")
+            raise UserError("it is no regular file")
         with regular(path).open("rb") as opened:
             length = opened.read(8)
         # The library reads up to 100 MB of it, and a byte becomes an object of sixty.
         if len(length) == 8 and struct.unpack("<Q", length)[0] > MOST_HEADER:
-            raise ValueError(f"its header is larger than {MOST_HEADER:,} bytes")
+            raise UserError(f"its header is larger than {MOST_HEADER:,} bytes")
         with safe_open(regular(path), framework="pt") as file:
             words = file.metadata() or {}
         return words, load_file(path)
     except (OSError, SafetensorError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error
+        raise UserError(f"{path}: cannot be read as safetensors ({error})") from error

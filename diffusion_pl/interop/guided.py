@@ -27,6 +27,7 @@ from torch import Tensor
 from diffusion_pl import config as configs
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.errors import UserError
 from diffusion_pl.interop.denoisers import denoiser_of
 from diffusion_pl.interop.layouts import multiple
 from diffusion_pl.interop.pickles import read_state, state_dict
@@ -105,7 +106,7 @@ def read(
         The flags, what the weights tell under TOLD, and the weights in float32.
 
     Raises:
-        ValueError: unreadable, of another layout, an upsampler or a classifier.
+        UserError: unreadable, of another layout, an upsampler or a classifier.
     """
     state = state_dict(read_state(path), str(path))
     config = dict(said or {})
@@ -118,20 +119,20 @@ def told(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the weights say of their network.
 
     Raises:
-        ValueError: they are not in this layout, or of what is no denoiser of images.
+        UserError: they are not in this layout, or of what is no denoiser of images.
     """
     if "input_blocks.0.0.weight" not in state or "time_embed.0.weight" not in state:
         beside = ", ".join(list(state)[:3])
-        raise ValueError(
+        raise UserError(
             f"input_blocks.0.0.weight: is missing in guided-diffusion's layout (its keys: "
             f"{beside[:200]}, ...)"
         )
     if "out.2.weight" not in state or not any(key.startswith("output_blocks") for key in state):
-        raise ValueError("output_blocks: there are none; a classifier is not understood here")
+        raise UserError("output_blocks: there are none; a classifier is not understood here")
     stem, out = state["input_blocks.0.0.weight"], state["out.2.weight"]
     channels = stem.shape[1]
     if out.shape[0] not in (channels, 2 * channels):
-        raise ValueError(
+        raise UserError(
             f"input_blocks.0.0.weight: takes {channels} channels and out.2.weight gives "
             f"{out.shape[0]}; an upsampler, which sees a smaller image beside the noise, is not "
             "understood here"
@@ -141,7 +142,7 @@ def told(state: Mapping[str, Tensor]) -> dict[str, Any]:
     levels = list(_levels(state))
     blocks = {len(level) for level, _ in levels}
     if len(blocks) != 1 or not 1 <= len(levels) <= LEVELS:
-        raise ValueError("input_blocks: each level must have as many residual blocks")
+        raise UserError("input_blocks: each level must have as many residual blocks")
     first = state["input_blocks.1.0.emb_layers.1.weight"].shape[0]
     return {
         "channels": channels,
@@ -172,7 +173,7 @@ def _levels(state: Mapping[str, Tensor]) -> Iterator[tuple[list[str], str]]:
             yield level, downs[number]
             level = []
         elif f"{place}.0.in_layers.2.weight" not in state:
-            raise ValueError(
+            raise UserError(
                 f"{place}.0.in_layers.2.weight: is missing in guided-diffusion's layout"
             )
         else:
@@ -193,7 +194,7 @@ def _downs(state: Mapping[str, Tensor], numbers: set[int]) -> dict[int, str]:
     ]  # fmt: skip
     if not ups:
         if any(re.match(r"output_blocks\.\d+\.[12]\.conv\.weight", key) for key in state):
-            raise ValueError("input_blocks: halve without a convolution and output_blocks with one")
+            raise UserError("input_blocks: halve without a convolution and output_blocks with one")
         return {}
     a_level = min(ups) + 1  # of the decoder, which has one more than the encoder
     return {n: "block" for n in range(a_level, max(numbers) + 1, a_level) if n in numbers}
@@ -230,12 +231,12 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `network`, `objective` and `sampler` nodes of an experiment that says the same.
 
     Raises:
-        ValueError: a flag that is not known, or one that does not fit the weights.
+        UserError: a flag that is not known, or one that does not fit the weights.
     """
     tells = config[TOLD]
     for key in config:
         if key not in FLAGS | OF_TRAINING | set(SEEN) and key != TOLD:
-            raise ValueError(f"{key}: is no flag of guided-diffusion {got(config[key])}")
+            raise UserError(f"{key}: is no flag of guided-diffusion {got(config[key])}")
     seen = (
         tells["model_channels"], tells["blocks"], tells["classes"] > 0, tells["variance"],
         tells["adaptive_scale"], tells["resample"] == "block",
@@ -252,9 +253,9 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
         # A resolution that is none of the levels' is that of no block.
         same = said == own if isinstance(own, list) else {*said} & {*sides} == own
         if value and not same:
-            raise ValueError(f"{key}: the weights are of {own} {got(value)}")
+            raise UserError(f"{key}: the weights are of {own} {got(value)}")
     if config.get("num_heads_upsample", -1) not in (-1, config.get("num_heads")):
-        raise ValueError("num_heads_upsample: must be -1, as many heads as on the way down")
+        raise UserError("num_heads_upsample: must be -1, as many heads as on the way down")
     table, process = _process(config)
     return {"network": _network(config), **process, "sampler": _sampler(config, table)}
 
@@ -264,7 +265,7 @@ def _network(config: Mapping[str, Any]) -> dict[str, Any]:
     side = whole(config, "image_size", None)
     dropout = config.get("dropout", 0.0)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout: must be a share from 0 to 1 {got(dropout)}")
+        raise UserError(f"dropout: must be a share from 0 to 1 {got(dropout)}")
     attends = tells.pop("attends")
     head_channels = config.get("num_head_channels", -1)
     node = {
@@ -323,7 +324,7 @@ def _sampler(config: Mapping[str, Any], table: dict[str, Any]) -> dict[str, Any]
     T = table["T"]
     said = str(config.get("timestep_respacing", "") or T)
     if not re.fullmatch(r"(ddim)?[1-9][0-9]{0,5}", said):
-        raise ValueError(
+        raise UserError(
             f"timestep_respacing: must be a number of steps, or one after ddim "
             f"{got(config['timestep_respacing'])}"
         )
@@ -354,7 +355,7 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     """Our network's state dict from published weights.
 
     Raises:
-        ValueError: names the first key that is missing, surplus or of another shape.
+        UserError: names the first key that is missing, surplus or of another shape.
     """
     node = _network(config)
     with at_most(spare(len(state))), torch.device("meta"):
@@ -364,7 +365,7 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     for ours, own in network.state_dict().items():
         key = _key(ours, node)
         if key not in state:
-            raise ValueError(f"{key}: is missing in guided-diffusion's layout")
+            raise UserError(f"{key}: is missing in guided-diffusion's layout")
         used.add(key)
         value = state[key]
         if ours == "map_label.weight":
@@ -373,18 +374,18 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
         elif ".attention.qkv." in ours:
             value = _qkv(value, network.get_submodule(ours.rpartition(".qkv.")[0]).heads, new_order)
         if value.shape != own.shape and (*value.shape, 1) != tuple(own.shape):
-            raise ValueError(f"{key}: has shape {tuple(value.shape)}, not {tuple(own.shape)}")
+            raise UserError(f"{key}: has shape {tuple(value.shape)}, not {tuple(own.shape)}")
         found[ours] = value.reshape(own.shape)
     for key in state:
         if key not in used:
-            raise ValueError(f"{key}: is not in the network that the weights and flags make")
+            raise UserError(f"{key}: is not in the network that the weights and flags make")
     return found
 
 
 def _qkv(value: Tensor, heads: int, new_order: bool) -> Tensor:
     """Rows by (head, channel, q/k/v), as ours are."""
     if value.shape[0] % (3 * heads):
-        raise ValueError(f"qkv: {value.shape[0]} rows are no whole number of {heads} heads")
+        raise UserError(f"qkv: {value.shape[0]} rows are no whole number of {heads} heads")
     if new_order:
         rows = value.unflatten(0, (3, heads, -1)).movedim(0, 2)
     else:
@@ -424,10 +425,10 @@ def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Den
         state: the published weights.
 
     Raises:
-        ValueError: something is not said, or the first key that does not fit.
+        UserError: something is not said, or the first key that does not fit.
     """
     if missing := asked(config):
-        raise ValueError(missing)
+        raise UserError(missing)
     tree = _config(nodes(config))
     fitting = weights(config, state)  # before memory is taken for what the config says
     return denoiser_of(tree, fitting)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -92,7 +94,7 @@ class Layout:
             levels with attention.
 
         Raises:
-            ValueError: the weights are not in this layout; names the first key that is missing.
+            UserError: the weights are not in this layout; names the first key that is missing.
         """
         stem = _taken(state, f"{self.outside['stem']}.weight", self.name)
         out = _taken(state, f"{self.outside['out_conv']}.weight", self.name)
@@ -129,7 +131,7 @@ class Layout:
             network: the DDPMUNet that is to have them.
 
         Raises:
-            ValueError: names the first key that is missing, surplus or of another shape.
+            UserError: names the first key that is missing, surplus or of another shape.
         """
         blocks, levels = size(network)
         found, used = {}, set()
@@ -150,7 +152,7 @@ class Layout:
             found[ours] = _fit(value, own, keys[0], self.name)
         for key in state:
             if key not in used:
-                raise ValueError(f"{key}: is not in the network that the config makes")
+                raise UserError(f"{key}: is not in the network that the config makes")
         return found
 
     def write(self, network: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -185,14 +187,14 @@ def size(network: nn.Module) -> tuple[int, int]:
 def _taken(state: Mapping[str, Tensor], key: str, layout: str) -> Tensor:
     if key not in state:
         beside = ", ".join(list(state)[:3]) or "no keys"
-        raise ValueError(f"{key}: is missing in the {layout} layout (its keys: {beside}, ...)")
+        raise UserError(f"{key}: is missing in the {layout} layout (its keys: {beside}, ...)")
     return state[key]
 
 
 def _fit(value: Tensor, own: Tensor, key: str, layout: str) -> Tensor:
     """A published tensor in our shape, 1 x 1 convolutions being matrices in some layouts."""
     if value.shape != own.shape and (*value.shape, 1, 1) != tuple(own.shape):
-        raise ValueError(
+        raise UserError(
             f"{key}: has shape {tuple(value.shape)} in the {layout} layout, the network that the "
             f"config makes {tuple(own.shape)}"
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffusion_pl import config as configs
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.timesteps import LinearBetas
+from diffusion_pl.errors import UserError
 from diffusion_pl.interop.pickles import read_state, state_dict
 from diffusion_pl.interop.values import LEVELS, got, whole
 from diffusion_pl.networks.counting import at_most, spare
@@ -52,13 +53,13 @@ def read(
         What the user says and, under TOLD, what the tables and the weights tell; the weights.
 
     Raises:
-        ValueError: unreadable, or no milestone of a U-Net that is understood.
+        UserError: unreadable, or no milestone of a U-Net that is understood.
     """
     content = read_state(path)
     average = content.get("ema") if isinstance(content, Mapping) else None
     found, prefix = (average, "ema_model.") if weights == "ema" else (None, "")
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
-        raise ValueError(f"{path}: no milestone of denoising_diffusion_pytorch (no 'model' in it)")
+        raise UserError(f"{path}: no milestone of denoising_diffusion_pytorch (no 'model' in it)")
     if not isinstance(found, Mapping):
         found, prefix = content["model"], ""
     own = {
@@ -84,21 +85,21 @@ def _network_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the weights say of the U-Net.
 
     Raises:
-        ValueError: it is one that is not understood.
+        UserError: it is one that is not understood.
     """
     for key in ("init_conv.weight", "final_conv.weight", "downs.0.0.block1.norm.g",
                 "mid_attn.mem_kv", "downs.0.2.mem_kv"):  # fmt: skip
         if key not in state:
-            raise ValueError(
+            raise UserError(
                 f"model.{key}: is missing; only the Unet of denoising_diffusion_pytorch 1.8 to 2.x "
                 "is understood"
             )
     if "time_mlp.0.weights" in state:
-        raise ValueError("model.time_mlp.0.weights: learned or random sinusoids are not understood")
+        raise UserError("model.time_mlp.0.weights: learned or random sinusoids are not understood")
     stem, out = state["init_conv.weight"], state["final_conv.weight"]
     channels = stem.shape[1]
     if out.shape[0] != channels:
-        raise ValueError(
+        raise UserError(
             f"model.init_conv.weight: takes {channels} channels and final_conv gives "
             f"{out.shape[0]}; self_condition and learned_variance are not understood"
         )
@@ -111,7 +112,7 @@ def _network_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
         full.append(f"downs.{len(mult)}.2.to_out.weight" in state)
         mult.append(state[key].shape[0] // width)
         if len(mult) > LEVELS:
-            raise ValueError(f"model.{key}: more than {LEVELS} levels")
+            raise UserError(f"model.{key}: more than {LEVELS} levels")
     memory = state["mid_attn.mem_kv"]
     return {
         "channels": channels, "model_channels": width, "channel_mult": mult, "full": full,
@@ -123,11 +124,11 @@ def _process_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The table and the prediction that GaussianDiffusion's buffers tell.
 
     Raises:
-        ValueError: they are missing, or tell no prediction.
+        UserError: they are missing, or tell no prediction.
     """
     for key in ("betas", "alphas_cumprod", "loss_weight"):
         if key not in state or state[key].ndim != 1 or len(state[key]) != len(state["betas"]):
-            raise ValueError(f"{key}: is no table of GaussianDiffusion's")
+            raise UserError(f"{key}: is no table of GaussianDiffusion's")
     alpha_bar = state["alphas_cumprod"].double()
     snr, weight = alpha_bar / (1 - alpha_bar), state["loss_weight"].double()
     # Where the image weighs less than any gamma of min-SNR, the loss's weight is that of the
@@ -136,7 +137,7 @@ def _process_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     expected = {"noise": 1.0, "image": float(snr[at]), "velocity": float(snr[at] / (1 + snr[at]))}
     same = [name for name, value in expected.items() if abs(float(weight[at]) - value) < 1e-3]
     if len(same) != 1:
-        raise ValueError(f"loss_weight: tells no prediction (got {float(weight[at]):g} at t={at})")
+        raise UserError(f"loss_weight: tells no prediction (got {float(weight[at]):g} at t={at})")
     return {"betas": [float(beta) for beta in state["betas"]], "predict": same[0]}
 
 
@@ -156,11 +157,11 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `network`, `objective` and `sampler` nodes of an experiment that says the same.
 
     Raises:
-        ValueError: a key that is not known, or out of range.
+        UserError: a key that is not known, or out of range.
     """
     for key, value in config.items():
         if key not in ("image_size", "dropout", TOLD):
-            raise ValueError(f"{key}: is not understood here {got(value)}")
+            raise UserError(f"{key}: is not understood here {got(value)}")
     betas = config[TOLD]["betas"]
     T = len(betas)
     timesteps = "diffusion_pl.diffusion.timesteps."
@@ -213,7 +214,7 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     """Our network's state dict from a milestone's.
 
     Raises:
-        ValueError: names the first key that is missing, surplus or of another shape.
+        UserError: names the first key that is missing, surplus or of another shape.
     """
     tree = Config("lucidrains", "milestone", {"network": _network(config)})
     with at_most(spare(len(state))), torch.device("meta"):
@@ -223,14 +224,14 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     for key, value in state.items():
         ours = _ours(key)
         if ours not in wanted:
-            raise ValueError(f"model.{key}: is not in the network that the weights make")
+            raise UserError(f"model.{key}: is not in the network that the weights make")
         if value.shape != wanted[ours].shape:
             shapes = f"{tuple(value.shape)}, not {tuple(wanted[ours].shape)}"
-            raise ValueError(f"model.{key}: has shape {shapes}")
+            raise UserError(f"model.{key}: has shape {shapes}")
         found[ours] = value
     for ours in wanted:
         if ours not in found:
-            raise ValueError(f"model: has no weights for {ours}")
+            raise UserError(f"model: has no weights for {ours}")
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffusion_pl import config as configs
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.errors import UserError
 from diffusion_pl.interop.denoisers import denoiser_of
 from diffusion_pl.interop.layouts import PESSER
 from diffusion_pl.interop.pickles import read_state, state_dict
@@ -39,7 +40,7 @@ def read(
         The config that the shapes tell, as DDPMUNet's arguments, and the weights.
 
     Raises:
-        ValueError: unreadable, holding more than tensors, or of another layout.
+        UserError: unreadable, holding more than tensors, or of another layout.
     """
     state = state_dict(read_state(path), str(path))
     return config_of(state) | dict(said or {}), state
@@ -49,12 +50,12 @@ def config_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """DDPMUNet's arguments for published weights.
 
     Raises:
-        ValueError: another layout, or no single level with attention.
+        UserError: another layout, or no single level with attention.
     """
     found = PESSER.shape(state)
     attends = found.pop("attends")
     if len(attends) != 1:
-        raise ValueError(
+        raise UserError(
             f"the published models attend at one level, {ATTENTION} pixels (these weights at "
             f"{len(attends)}), so their resolution cannot be told"
         )
@@ -101,7 +102,7 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     """Our network's state dict from published weights.
 
     Raises:
-        ValueError: names the first key that does not fit.
+        UserError: names the first key that does not fit.
     """
     with at_most(spare(len(state))), torch.device("meta"):
         network = configs.build(_config(nodes(config)), "network")

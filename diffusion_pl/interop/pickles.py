@@ -25,6 +25,7 @@ from torch import Tensor
 
 from diffusion_pl.data.container import unfit_entries
 from diffusion_pl.data.pickle_program import look_through, reason_of
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular
 
 # Modules within modules, and modules in all: far more than any network has.
@@ -51,7 +52,7 @@ class Persistent:
     def __init__(self, meta: Any) -> None:
         name, state = meta.get("class_name"), meta.get("state")
         if meta.get("type") != "class" or not isinstance(name, str) or not isinstance(state, dict):
-            raise ValueError("a persistent object without class_name and state")
+            raise UserError("a persistent object without class_name and state")
         self.name: str = name
         self.state: dict[str, Any] = state
 
@@ -83,7 +84,7 @@ class _Ordered(OrderedDict[Any, Any]):
 
     def __init__(self, *arguments: object) -> None:
         if arguments:
-            raise ValueError("an ordered dictionary made of another")
+            raise UserError("an ordered dictionary made of another")
         super().__init__()
 
     def __setstate__(self, state: Any) -> None:
@@ -115,7 +116,7 @@ class _Function:
         return self.function(*arguments)
 
     def __setstate__(self, state: object) -> None:
-        raise ValueError("attributes of a function")
+        raise UserError("attributes of a function")
 
 
 FORMATS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "u1": "B", "b1": "?"}
@@ -126,7 +127,7 @@ class _Dtype:
 
     def __init__(self, code: object, *flags: object) -> None:
         if code not in FORMATS:
-            raise ValueError(f"a number of type {code!r}")
+            raise UserError(f"a number of type {code!r}")
         self.code = FORMATS[str(code)]
 
     def __setstate__(self, state: object) -> None:
@@ -135,7 +136,7 @@ class _Dtype:
 
 def _scalar(dtype: Any, data: object) -> Any:
     if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
-        raise ValueError("a numpy scalar without bytes")
+        raise UserError("a numpy scalar without bytes")
     return struct.unpack(f"<{dtype.code}", data)[0]
 
 
@@ -149,7 +150,7 @@ class _Array:
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, _, data = state
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
-            raise ValueError("a numpy array without bytes")
+            raise UserError("a numpy array without bytes")
         self.shape, self.data, self.code = shape, data, dtype.code
 
 
@@ -172,20 +173,20 @@ def _flat(data: bytes, dtype: torch.dtype) -> Tensor:
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: object) -> Tensor:
     """A strided view of a storage, refused if it reaches beyond it."""
     if not isinstance(storage, _Storage):
-        raise ValueError("a tensor without a storage")
+        raise UserError("a tensor without a storage")
     flat = storage.flat
     whole = (offset, *size, *stride)
     if len(size) != len(stride) or not all(type(one) is int and one >= 0 for one in whole):
-        raise ValueError("a tensor whose size or stride is none")
+        raise UserError("a tensor whose size or stride is none")
     last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
     if 0 not in size and last >= len(flat):
-        raise ValueError(f"a tensor of size {size} in a storage of {len(flat):,} elements")
+        raise UserError(f"a tensor of size {size} in a storage of {len(flat):,} elements")
     return flat.as_strided(size, stride, offset)
 
 
 def _parameter(data: Any, *rest: object) -> Tensor:
     if not isinstance(data, Tensor):
-        raise ValueError("a parameter that is no tensor")
+        raise UserError("a parameter that is no tensor")
     return data
 
 
@@ -197,7 +198,7 @@ def _size(sides: object = ()) -> object:
 def _encode(text: object, encoding: object = "latin1") -> bytes:
     """How old protocols write the few bytes of a number."""
     if not isinstance(text, str) or len(text) > 64 or encoding != "latin1":
-        raise ValueError("bytes as text that are no number")
+        raise UserError("bytes as text that are no number")
     return text.encode("latin1")
 
 
@@ -209,14 +210,14 @@ def _default_dict(factory: object = None) -> dict[Any, Any]:
 def _legacy_object(kind: Any, base: object, state: object) -> Any:
     """copyreg's way to make an object of a class in old protocols."""
     if not isinstance(kind, type) or not issubclass(kind, Standin | _Dict | _Ordered):
-        raise ValueError(f"an object of {kind}")
+        raise UserError(f"an object of {kind}")
     return kind()
 
 
 def _old_storage(data: object) -> Any:
     """The storage that torch.save has written, as bytes within the pickle."""
     if not isinstance(data, bytes):
-        raise ValueError("a storage without bytes")
+        raise UserError("a storage without bytes")
     return _legacy(data)
 
 
@@ -271,18 +272,18 @@ class _Reader(pickle.Unpickler):
         # A layer by its plain name; a dotted one would reach into other modules.
         if module.startswith("torch.nn.modules.") and name.isidentifier():
             return Standin
-        raise ValueError(f"it asks for {module}.{name}, which is refused")
+        raise UserError(f"it asks for {module}.{name}, which is refused")
 
     def persistent_load(self, pid: Any, /) -> Any:
         if isinstance(pid, tuple) and pid[:2] == ("module", Standin) and len(pid) == 4:
             return Standin  # a layer's class, with its source beside it
         if self.persist is None or not isinstance(pid, tuple) or len(pid) not in (5, 6):
-            raise ValueError("a reference to what is not in the file")
+            raise UserError("a reference to what is not in the file")
         kind, dtype, key, _, length = pid[:5]
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
-            raise ValueError("a reference that is no storage")
+            raise UserError("a reference that is no storage")
         if type(length) is not int or length < 0 or any(pid[5:]):
-            raise ValueError("a storage without a length, or a view of one")
+            raise UserError("a storage without a length, or a view of one")
         if key not in self.storages:
             self.storages[key] = _Storage(self.persist(dtype, key, length))
         return self.storages[key]
@@ -292,21 +293,21 @@ def read_pickle(path: Path) -> Any:
     """The content of a pickle or of a file of torch's, objects as `Persistent` and `Standin`.
 
     Raises:
-        ValueError: unreadable, broken, or asking for a name that such a file does not need.
+        UserError: unreadable, broken, or asking for a name that such a file does not need.
     """
     try:
         return _content(path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # a broken pickle raises nearly anything
-        raise ValueError(f"{path}: not a pickle of a network: {reason_of(error)}") from error
+        raise UserError(f"{path}: not a pickle of a network: {reason_of(error)}") from error
 
 
 def read_state(path: Path) -> Any:
     """The content of a file of torch's that should be plain containers of tensors.
 
     Raises:
-        ValueError: unreadable, or holding anything else.
+        UserError: unreadable, or holding anything else.
     """
     try:
         content = _content(path)
@@ -315,7 +316,7 @@ def read_state(path: Path) -> Any:
         what = "holds more than tensors; refused"
         if "which is refused" not in reason:
             what = "cannot be read as a checkpoint"
-        raise ValueError(f"{path}: {what} ({reason})") from error
+        raise UserError(f"{path}: {what} ({reason})") from error
     return content
 
 
@@ -327,13 +328,13 @@ def state_dict(found: Any, where: str) -> dict[str, Tensor]:
         where: for messages.
 
     Raises:
-        ValueError: it is something else, or holds what is no number.
+        UserError: it is something else, or holds what is no number.
     """
     if not isinstance(found, Mapping) or not found:
-        raise ValueError(f"{where}: must be a state dict, names to tensors")
+        raise UserError(f"{where}: must be a state dict, names to tensors")
     for key, value in found.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{where}: must be a state dict, names to tensors{_others(found)}")
+            raise UserError(f"{where}: must be a state dict, names to tensors{_others(found)}")
     _bounded(found.values(), where)
     state = {}
     for key, value in found.items():
@@ -342,7 +343,7 @@ def state_dict(found: Any, where: str) -> dict[str, Tensor]:
             continue
         state[key] = value.to(torch.float32)
         if not bool(torch.isfinite(state[key]).all()):
-            raise ValueError(f"{where}: {key} holds values that are not finite")
+            raise UserError(f"{where}: {key} holds values that are not finite")
     return state
 
 
@@ -367,14 +368,14 @@ def _bounded(values: Any, where: str) -> None:
     held = sum(storage.nbytes() for storage in storages.values())
     taken = sum(value.numel() * value.element_size() for value in values)
     if taken > TIED * held:
-        raise ValueError(
+        raise UserError(
             f"{where}: its tensors take {taken:,} bytes, of which the file holds {held:,}; refused"
         )
 
 
 def _content(path: Path) -> Any:
     if path.exists() and not path.is_file():
-        raise ValueError("it is no regular file")
+        raise UserError("it is no regular file")
     with regular(path).open("rb") as file:
         first = file.read(len(LEGACY))
         if not first.startswith(ZIP):
@@ -391,21 +392,21 @@ def _zipped(path: Path) -> Any:
     """A file of torch.save: a zip archive of a pickle and the storages that it names."""
     with zipfile.ZipFile(regular(path)) as archive:
         if problem := unfit_entries(archive, path.stat().st_size, digested=False):
-            raise ValueError(problem)
+            raise UserError(problem)
         names = {entry.filename: entry for entry in archive.infolist()}
         programs = [name for name in names if name.endswith("data.pkl")]
         if len(programs) != 1:
-            raise ValueError("it is an archive, but not one that torch.save makes")
+            raise UserError("it is an archive, but not one that torch.save makes")
         [program] = programs
         folder = program.removesuffix("data.pkl")
         order = f"{folder}byteorder"
         if order in names and archive.read(order) != b"little":
-            raise ValueError("its numbers are those of a big-endian machine")
+            raise UserError("its numbers are those of a big-endian machine")
 
         def persist(dtype: torch.dtype, key: str, length: int) -> Tensor:
             data = archive.read(f"{folder}data/{key}")
             if len(data) != length * dtype.itemsize:
-                raise ValueError(f"a storage of {length:,} numbers in {len(data):,} bytes")
+                raise UserError(f"a storage of {length:,} numbers in {len(data):,} bytes")
             return _flat(data, dtype)
 
         text = archive.read(program)
@@ -422,7 +423,7 @@ def _legacy(whole: bytes) -> Any:
         programs.append(whole[start : stream.tell()])
     magic, _, _, program, listed = programs
     if magic != LEGACY:
-        raise ValueError("it does not begin as torch's files do")
+        raise UserError("it does not begin as torch's files do")
     claimed: dict[str, tuple[torch.dtype, int]] = {}
 
     def claim(dtype: torch.dtype, key: str, length: int) -> Tensor:
@@ -436,7 +437,7 @@ def _legacy(whole: bytes) -> Any:
         dtype, length = claimed[key]
         size = length * dtype.itemsize
         if stream.read(8) != struct.pack("<q", length) or size > len(whole) - stream.tell():
-            raise ValueError(f"a storage of {length:,} numbers that the file does not hold")
+            raise UserError(f"a storage of {length:,} numbers that the file does not hold")
         found[key] = _flat(stream.read(size), dtype)
     return _Reader(program, lambda dtype, key, length: found[key]).load()
 
@@ -445,12 +446,12 @@ def tensors(module: Any) -> dict[str, Tensor]:
     """The state dict of a module that was read: parameters, persistent buffers, its children's.
 
     Raises:
-        ValueError: the object is no module, or one within itself.
+        UserError: the object is no module, or one within itself.
     """
     found: dict[str, Tensor] = {}
     for number, (prefix, state) in enumerate(_modules(module, "", 0)):
         if number > MOST:
-            raise ValueError(f"more than {MOST:,} modules")
+            raise UserError(f"more than {MOST:,} modules")
         passing = state.get("_non_persistent_buffers_set")
         passing = passing if isinstance(passing, set | _Set) else ()
         for group in ("_parameters", "_buffers"):
@@ -467,9 +468,9 @@ def _modules(module: Any, prefix: str, depth: int) -> Iterator[tuple[str, dict[s
     """The attributes of a module and of those in it, each with the prefix of its names."""
     state = module.state if isinstance(module, Persistent | Standin) else None
     if state is None or not isinstance(state.get("_modules"), dict):
-        raise ValueError(f"{prefix or 'the network'}: is no module")
+        raise UserError(f"{prefix or 'the network'}: is no module")
     if depth > DEEPEST:
-        raise ValueError(f"modules more than {DEEPEST} deep")
+        raise UserError(f"modules more than {DEEPEST} deep")
     yield prefix, state
     for name, child in state["_modules"].items():
         if child is not None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.interop import pickles
 from diffusion_pl.metrics import published
 from diffusion_pl.metrics.features import Extractor
@@ -40,10 +41,10 @@ def open_any(path: Path, measuring: published.Measuring) -> Reference:
         measuring: the extractor, and what images in an .npz are measured with.
 
     Raises:
-        ValueError: the file is absent, damaged or holds no statistics.
+        UserError: the file is absent, damaged or holds no statistics.
     """
     if not path.exists():
-        raise ValueError(f"{path}: no such file of reference statistics")
+        raise UserError(f"{path}: no such file of reference statistics")
     if path.suffix == ".pkl":
         return open_reference(path, measuring.extractor)
     return published.open_reference(path, measuring)
@@ -53,20 +54,20 @@ def open_reference(path: Path, extractor: Extractor) -> Reference:
     """Read the statistics of one extractor.
 
     Raises:
-        ValueError: the file is absent, damaged, no such statistics, or without this extractor's.
+        UserError: the file is absent, damaged, no such statistics, or without this extractor's.
     """
     from diffusion_pl.metrics.inception import PUBLISHED, Inception  # torchvision: 2 s of CPU
 
     size = path.stat().st_size
     if size > LARGEST:
-        raise ValueError(f"{path}: is no file of statistics ({size:,} bytes)")
+        raise UserError(f"{path}: is no file of statistics ({size:,} bytes)")
     content = pickles.read_pickle(path)
     known = sorted(map(str, content)) if isinstance(content, dict) else []
     if not isinstance(content, dict) or not set(known) & set(KINDS.values()):
-        raise ValueError(f"{path}: holds no statistics of EDM2's layout (got {known[:8]})")
+        raise UserError(f"{path}: holds no statistics of EDM2's layout (got {known[:8]})")
     kind = KINDS.get(extractor.name)
     if kind not in content:
-        raise ValueError(
+        raise UserError(
             f"{path}: has statistics for {', '.join(known)}, none for the extractor "
             f"{extractor.name}; choose another: --features"
         )
@@ -90,10 +91,10 @@ def _array(path: Path, held: Any, key: str, shape: tuple[int, ...]) -> Tensor:
     sides, data = getattr(found, "shape", None), getattr(found, "data", b"")
     code = getattr(found, "code", "")
     if sides != shape or code not in ("f", "d"):
-        raise ValueError(f"{path}: {key} must be {shape} of floats (got {sides})")
+        raise UserError(f"{path}: {key} must be {shape} of floats (got {sides})")
     if len(data) != math.prod(shape) * struct.calcsize(code):
-        raise ValueError(f"{path}: {key} has {len(data):,} bytes for {shape}")
+        raise UserError(f"{path}: {key} has {len(data):,} bytes for {shape}")
     values = torch.frombuffer(bytearray(data), dtype=DTYPES[code]).double().reshape(shape)
     if not torch.isfinite(values).all():
-        raise ValueError(f"{path}: {key} has values that are not finite")
+        raise UserError(f"{path}: {key} has values that are not finite")
     return values

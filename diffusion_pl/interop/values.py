@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion_pl.errors import UserError
+
 # What any network that was published stays far below.
 LEVELS, WIDEST = 16, 2**16
 
@@ -26,11 +28,11 @@ def whole(
         most: largest value.
 
     Raises:
-        ValueError: it is none, or outside.
+        UserError: it is none, or outside.
     """
     value = config.get(key, usual)
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{key}: must be a whole number from {least:,} to {most:,} {got(value)}")
+        raise UserError(f"{key}: must be a whole number from {least:,} to {most:,} {got(value)}")
     return value
 
 
@@ -38,11 +40,11 @@ def real(config: Mapping[str, Any], key: str, usual: float, most: float = math.i
     """A positive finite number.
 
     Raises:
-        ValueError: it is none, or above `most`.
+        UserError: it is none, or above `most`.
     """
     value = config.get(key, usual)
     if type(value) not in (int, float) or not 0 < value <= most or not math.isfinite(value):
-        raise ValueError(f"{key}: must be a positive number {got(value)}")
+        raise UserError(f"{key}: must be a positive number {got(value)}")
     return float(value)
 
 
@@ -50,11 +52,11 @@ def flag(config: Mapping[str, Any], key: str, usual: bool) -> bool:
     """True or false.
 
     Raises:
-        ValueError: it is neither.
+        UserError: it is neither.
     """
     value = config.get(key, usual)
     if type(value) is not bool:
-        raise ValueError(f"{key}: must be true or false {got(value)}")
+        raise UserError(f"{key}: must be true or false {got(value)}")
     return value
 
 
@@ -62,39 +64,39 @@ def choice(config: Mapping[str, Any], key: str, usual: Any, known: Mapping[Any, 
     """What a word stands for.
 
     Raises:
-        ValueError: the word is not known; names those that are.
+        UserError: the word is not known; names those that are.
     """
     value = config.get(key, usual)
     try:
         return known[value]
     except (KeyError, TypeError) as error:
         words = ", ".join(map(str, known))
-        raise ValueError(f"{key}: must be one of {words} {got(value)}") from error
+        raise UserError(f"{key}: must be one of {words} {got(value)}") from error
 
 
 def only(config: Mapping[str, Any], key: str, usual: Any, ours: Any) -> None:
     """Refuse a key that is not what our parts do.
 
     Raises:
-        ValueError: it is something else.
+        UserError: it is something else.
     """
     value = config.get(key, usual)
     if type(value) is bool is not type(ours) or value != ours:
-        raise ValueError(f"{key}: must be {ours!r} {got(value)}")
+        raise UserError(f"{key}: must be {ours!r} {got(value)}")
 
 
 def several(config: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     """One value a level.
 
     Raises:
-        ValueError: it is no list of them, or longer than any network has levels.
+        UserError: it is no list of them, or longer than any network has levels.
     """
     value = config.get(key)
     if not isinstance(value, list | tuple) or not 1 <= len(value) <= LEVELS:
-        raise ValueError(f"{key}: must be a list of 1 to {LEVELS} values {got(value)}")
+        raise UserError(f"{key}: must be a list of 1 to {LEVELS} values {got(value)}")
     for one in value:
         if type(one) is not kind or (isinstance(one, int) and not 1 <= one <= WIDEST):
-            raise ValueError(f"{key}: must be a list of {kind.__name__} {got(value)}")
+            raise UserError(f"{key}: must be a list of {kind.__name__} {got(value)}")
     return list(value)
 
 

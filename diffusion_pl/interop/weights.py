@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import write_atomically
 from diffusion_pl.interop.files import MOST_JSON, read_safetensors
 
@@ -25,7 +26,7 @@ def write(path: Path, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> 
         about: `config`, the resolved one, and what else is to be known of the weights.
 
     Raises:
-        ValueError: the folder cannot be written or is full.
+        UserError: the folder cannot be written or is full.
     """
     whole = {key: value.contiguous() for key, value in state.items()}
     # save_file makes a file that its owner alone may read, and this one is to be handed on.
@@ -40,22 +41,22 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         What is known of the weights, with `config`, and the denoiser's state dict.
 
     Raises:
-        ValueError: unreadable, or a safetensors file of others.
+        UserError: unreadable, or a safetensors file of others.
     """
     try:
         words, state = read_safetensors(path)
         if len(words.get(KEY, "")) > MOST_JSON:
-            raise ValueError(f"its config is larger than {MOST_JSON:,} bytes")
+            raise UserError(f"its config is larger than {MOST_JSON:,} bytes")
         about = json.loads(words[KEY])
         config, images = about["config"], about.get("images", 0)
         if not isinstance(config, dict) or type(images) is not int or images < 0:
-            raise ValueError("its config or images are none")
+            raise UserError("its config or images are none")
         return {**about, "images": images}, state
     except KeyError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: holds no config of diffusion_pl; import it by the layout that it has"
         ) from error
     except (ValueError, TypeError, RecursionError) as error:
         if str(error).startswith(f"{path}: "):
             raise
-        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error
+        raise UserError(f"{path}: cannot be read as safetensors ({error})") from error

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from diffusion_pl import ranks
+from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import Features
 from diffusion_pl.metrics.moments import Moments, Rows, add_, moments
 
@@ -61,7 +62,7 @@ class Kept(Metric):
         """The named numbers.
 
         Raises:
-            ValueError: features that are not finite.
+            UserError: features that are not finite.
         """
         return self._formula(_finite(dim_zero_cat(self.features)))
 
@@ -129,7 +130,7 @@ class Summed(Metric):
         """The named numbers; `notes` then has what belongs beside them.
 
         Raises:
-            ValueError: features that are not finite.
+            UserError: features that are not finite.
         """
         self._sum(self._rows.rest())
         # Checked here and not in each update, where it would wait for the device.
@@ -167,5 +168,5 @@ def _never_empty(features: list[Tensor], dimension: int, device: torch.device) -
 
 def _finite(values: Tensor) -> Tensor:
     if not torch.isfinite(values).all():
-        raise ValueError("evaluation: some features are not finite; look at the generated images")
+        raise UserError("evaluation: some features are not finite; look at the generated images")
     return values

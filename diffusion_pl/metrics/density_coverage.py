@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.neighbours import Distinct, distinct, held
 from diffusion_pl.metrics.reference import Reference
@@ -69,10 +70,10 @@ class DensityCoverage:
         """Refuse too few real images; one generated image is enough.
 
         Raises:
-            ValueError: as said.
+            UserError: as said.
         """
         if self.neighbours < 1 or (real is not None and real <= self.neighbours):
-            raise ValueError(
+            raise UserError(
                 f"density and coverage: neighbour {self.neighbours} needs more real images "
                 f"(got {real})"
             )
@@ -81,10 +82,10 @@ class DensityCoverage:
         """The metric of one evaluation of `count` images.
 
         Raises:
-            ValueError: no reference with features of the same extractor, or too few images.
+            UserError: no reference with features of the same extractor, or too few images.
         """
         if reference is None:
-            raise ValueError("density and coverage: need a reference; name one or compute it")
+            raise UserError("density and coverage: need a reference; name one or compute it")
         real = reference.images_for("density and coverage", extractor)
         self.check_count(count, len(real))
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU

@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 # Images that an extractor sees at a time. A network's last digits depend on its batch, so it is the
@@ -56,7 +58,7 @@ class Extractor(Protocol):
         """Features of uint8 images (B, 3, H, W), or of (B, 1, H, W), the channel repeated.
 
         Raises:
-            ValueError: another dtype or number of channels.
+            UserError: another dtype or number of channels.
         """
 
     def to(self, device: torch.device | str) -> nn.Module:
@@ -76,14 +78,14 @@ def require_rgb(images: Tensor) -> Tensor:
         uint8 (B, 3, H, W), a view but for four channels.
 
     Raises:
-        ValueError: another dtype or shape.
+        UserError: another dtype or shape.
     """
     if images.dtype != torch.uint8:
-        raise ValueError(
+        raise UserError(
             f"extractor: images must be uint8 (got {images.dtype}); quantise with images.to_bytes"
         )
     if images.dim() != 4 or images.shape[1] not in (1, 3, 4):
-        raise ValueError(
+        raise UserError(
             f"extractor: images must be (B, C, H, W) with C of 1, 3 or 4 (got "
             f"{tuple(images.shape)})"
         )
@@ -129,13 +131,13 @@ def load(name: str = "auto", weights: str | None = None, precision: str = "fp32"
         The extractor, on the CPU.
 
     Raises:
-        ValueError: the weights cannot be had or are unfit; never for "auto" without `weights`.
+        UserError: the weights cannot be had or are unfit; never for "auto" without `weights`.
     """
     # Imported here: these files import this one, and Inception brings torchvision, 2 s of CPU.
     from diffusion_pl.metrics import inception, pixels, shapes
 
     if precision not in ("fp32", "bf16"):
-        raise ValueError(f"extractor: precision is fp32 or bf16 (got {precision!r})")
+        raise UserError(f"extractor: precision is fp32 or bf16 (got {precision!r})")
     if name in ("inception", "auto") and (name == "inception" or weights is not None):
         return inception.load(weights, precision)
     if name == "auto":
@@ -147,10 +149,10 @@ def load(name: str = "auto", weights: str | None = None, precision: str = "fp32"
             )
             return shapes.load()
     if precision != "fp32":
-        raise ValueError(f"extractor: {name} computes in fp32 only; remove precision={precision}")
+        raise UserError(f"extractor: {name} computes in fp32 only; remove precision={precision}")
     if name in ("shapes", "pixels"):
         if weights is not None:
-            raise ValueError(f"extractor: {name} has its own weights; remove weights={weights!r}")
+            raise UserError(f"extractor: {name} has its own weights; remove weights={weights!r}")
         return shapes.load() if name == "shapes" else pixels.Pixels()
     from diffusion_pl.metrics import fidelity
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import Features, require_rgb
 
 # Inception is ours to load: by digest, and folded.
@@ -63,14 +64,14 @@ def load(name: str, weights: str | None = None) -> Fidelity:
             extractor reads one.
 
     Raises:
-        ValueError: an unknown name, or weights that cannot be had.
+        UserError: an unknown name, or weights that cannot be had.
     """
     if name not in NAMES:
         known = ("auto", "inception", "shapes", "pixels", *NAMES)
-        raise ValueError(f"extractor: name must be one of {', '.join(known)} (got {name!r})")
+        raise UserError(f"extractor: name must be one of {', '.join(known)} (got {name!r})")
     # DINOv2 cannot read one, and VGG would run whatever is pickled in it.
     if weights is not None and not name.startswith("clip-"):
-        raise ValueError(f"extractor: {name} reads no file; remove weights={weights!r}")
+        raise UserError(f"extractor: {name} reads no file; remove weights={weights!r}")
     kind = FEATURE_EXTRACTORS_REGISTRY[name]
     layers = [kind.get_default_feature_layer_for_metric("fid")]
     options = {"feature_extractor_weights_path": weights, "verbose": False}
@@ -82,7 +83,7 @@ def load(name: str, weights: str | None = None) -> Fidelity:
     # KeyError: a file of another layout.
     except (OSError, RuntimeError, ValueError, KeyError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"extractor: {name}'s weights cannot be had ({reason})") from error
+        raise UserError(f"extractor: {name}'s weights cannot be had ({reason})") from error
     return Fidelity(name, network)
 
 

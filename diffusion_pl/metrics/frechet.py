@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.moments import Moments
 from diffusion_pl.metrics.reference import Reference
@@ -103,7 +104,7 @@ def _measure(
     for whose, total in (("generated", generated.total), ("real", reference.total)):
         # One picture again and again; its "distance" would still be a number.
         if total <= 1e-12 * max(generated.total, reference.total):
-            raise ValueError(f"Fréchet distance: all {whose} images look alike to the extractor")
+            raise UserError(f"Fréchet distance: all {whose} images look alike to the extractor")
     notes: dict[str, Any] = {}
     if features is not None and len(features) >= 2 * max(PIECES):
         notes["bias"] = expected_bias(features, reference)
@@ -135,26 +136,26 @@ class Frechet:
         """Refuse fewer images than have a covariance.
 
         Raises:
-            ValueError: as said.
+            UserError: as said.
         """
         if generated < 2:
-            raise ValueError(f"Fréchet distance: needs at least 2 images (got {generated})")
+            raise UserError(f"Fréchet distance: needs at least 2 images (got {generated})")
 
     def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Summed:
         """The metric of one evaluation of `count` images.
 
         Raises:
-            ValueError: no reference, or one made with another extractor or without these features;
+            UserError: no reference, or one made with another extractor or without these features;
                 an extractor that has no such features; fewer than two images.
         """
         if reference is None:
-            raise ValueError("Fréchet distance: needs a reference; name one or compute it")
+            raise UserError("Fréchet distance: needs a reference; name one or compute it")
         reference.check(extractor, reference.resolution)
         if self.of == "spatial" and not extractor.spatial:
-            raise ValueError(f"Fréchet distance: {extractor.name} has no spatial features (sFID)")
+            raise UserError(f"Fréchet distance: {extractor.name} has no spatial features (sFID)")
         known = reference.pooled if self.of == "pooled" else reference.spatial
         if known is None:
-            raise ValueError(f"reference {reference.name}: has no moments of {self.of} features")
+            raise UserError(f"reference {reference.name}: has no moments of {self.of} features")
         self.check_count(count)
         from diffusion_pl.metrics.accumulated import Summed  # torchmetrics: 5 s of CPU
 

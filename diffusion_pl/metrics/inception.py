@@ -22,6 +22,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 )
 
 from diffusion_pl.download import fetch
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular
 from diffusion_pl.metrics.features import Features, require_rgb
 
@@ -124,16 +125,16 @@ def load(weights: str | None = None, precision: str = "fp32") -> Inception:
         precision: "fp32" or "bf16".
 
     Raises:
-        ValueError: the weights cannot be had, are damaged or have another layout.
+        UserError: the weights cannot be had, are damaged or have another layout.
     """
     path = Path(weights) if weights is not None else published()
     try:
         content = regular(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot read Inception's weights ({error.strerror})") from error
+        raise UserError(f"{path}: cannot read Inception's weights ({error.strerror})") from error
     sha256 = hashlib.sha256(content).hexdigest()
     if weights is None and sha256 != PUBLISHED:
-        raise ValueError(f"{path}: not the published Inception (sha256 {sha256[:8]}); delete it")
+        raise UserError(f"{path}: not the published Inception (sha256 {sha256[:8]}); delete it")
     return Inception(_network(content, path), sha256, precision)
 
 
@@ -154,7 +155,7 @@ def download(url: str, path: Path, sha256: str) -> None:
         sha256: of the content, hex.
 
     Raises:
-        ValueError: the file cannot be fetched or has another digest.
+        UserError: the file cannot be fetched or has another digest.
     """
     # A name of its own for each process: ranks may fetch at the same time into a shared folder.
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
@@ -164,7 +165,7 @@ def download(url: str, path: Path, sha256: str) -> None:
         os.replace(aside, path)
     except (OSError, ValueError) as error:
         reason = str(error).replace(str(aside), str(path))
-        raise ValueError(
+        raise UserError(
             f"Inception's weights cannot be fetched: {reason}; or name the file as weights"
         ) from error
     finally:
@@ -177,11 +178,11 @@ def _network(content: bytes, path: Path) -> FeatureExtractorInceptionV3:
         state: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path}: Inception's weights cannot be read ({reason})") from error
+        raise UserError(f"{path}: Inception's weights cannot be read ({reason})") from error
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
-        raise ValueError(f"{path}: not Inception's layout (not a dictionary of named tensors)")
+        raise UserError(f"{path}: not Inception's layout (not a dictionary of named tensors)")
     # torch-fidelity unpickles in full whatever file it is given. So it is given our own copy of the
     # tensors just read, which holds nothing that could run.
     copy = io.BytesIO()
@@ -194,7 +195,7 @@ def _network(content: bytes, path: Path) -> FeatureExtractorInceptionV3:
             feature_extractor_weights_path=copy,
         )
     except RuntimeError as error:
-        raise ValueError(f"{path}: not Inception's layout ({_first_problem(error)})") from error
+        raise UserError(f"{path}: not Inception's layout ({_first_problem(error)})") from error
 
 
 def _first_problem(error: RuntimeError) -> str:

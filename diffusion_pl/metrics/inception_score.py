@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
 
@@ -75,12 +76,12 @@ class InceptionScore:
         """Refuse fewer images than splits.
 
         Raises:
-            ValueError: as said.
+            UserError: as said.
         """
         if self.splits < 1:
-            raise ValueError(f"classifier score: splits must be at least 1 (got {self.splits})")
+            raise UserError(f"classifier score: splits must be at least 1 (got {self.splits})")
         if generated < self.splits:
-            raise ValueError(
+            raise UserError(
                 f"classifier score: needs an image in each of {self.splits} splits "
                 f"(got {generated})"
             )
@@ -91,11 +92,11 @@ class InceptionScore:
         All logits are kept, since which split an image is in depends on how many follow.
 
         Raises:
-            ValueError: no split, fewer images than splits, or an extractor without classes.
+            UserError: no split, fewer images than splits, or an extractor without classes.
         """
         self.check_count(count)
         if not extractor.classes:
-            raise ValueError(f"classifier score: {extractor.name} knows no classes")
+            raise UserError(f"classifier score: {extractor.name} knows no classes")
         [key] = self.numbers(extractor)
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
 
@@ -103,28 +104,28 @@ class Kernel:
         """Refuse too few images.
 
         Raises:
-            ValueError: as said.
+            UserError: as said.
         """
         if self.subsets < 1 or (self.size is not None and self.size < 2):
-            raise ValueError("kernel distance: needs a subset, and two images in it")
+            raise UserError("kernel distance: needs a subset, and two images in it")
         fewest = generated if real is None else min(generated, real)
         counts = f"(got {generated} generated{'' if real is None else f', {real} real'})"
         if self.size is not None and fewest < self.size:
-            raise ValueError(
+            raise UserError(
                 f"kernel distance: subsets of {self.size} need as many images {counts}; lower its "
                 "size, or leave it out"
             )
         if self.size is None and fewest < 4:
-            raise ValueError(f"kernel distance: needs at least 4 images on either side {counts}")
+            raise UserError(f"kernel distance: needs at least 4 images on either side {counts}")
 
     def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Kept:
         """The metric of one evaluation of `count` images.
 
         Raises:
-            ValueError: no reference with features of the same extractor, or too few images.
+            UserError: no reference with features of the same extractor, or too few images.
         """
         if reference is None:
-            raise ValueError("kernel distance: needs a reference; name one or compute it")
+            raise UserError("kernel distance: needs a reference; name one or compute it")
         real = reference.images_for("the kernel distance", extractor)
         self.check_count(count, len(real))
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular
 from diffusion_pl.names import plain
 
@@ -58,14 +59,14 @@ def entries(path: Path) -> Mapping[str, Entry]:
     """What lies in an archive, by name; no array is read.
 
     Raises:
-        ValueError: it unpacks to far more than its size.
+        UserError: it unpacks to far more than its size.
         Exception: whatever zipfile and numpy make of what is no archive of arrays.
     """
     found = {}
     with zipfile.ZipFile(regular(path)) as archive:
         size, unpacked = path.stat().st_size, sum(each.file_size for each in archive.infolist())
         if unpacked > max(LARGEST_FACTOR * size, SMALL):
-            raise ValueError(f"unpacks to {unpacked:,} bytes, {unpacked // size:,} times its size")
+            raise UserError(f"unpacks to {unpacked:,} bytes, {unpacked // size:,} times its size")
         for info in archive.infolist():
             if not info.filename.endswith(".npy"):
                 continue
@@ -85,10 +86,10 @@ def entries(path: Path) -> Mapping[str, Entry]:
                 shape, by_columns, dtype = read(file)
                 start = file.tell()
             if by_columns and len(shape) > 1:
-                raise ValueError(f"{name} is stored by columns; save it anew")
+                raise UserError(f"{name} is stored by columns; save it anew")
             found[name] = Entry(shape, dtype, start, info)
     if not found:
-        raise ValueError("no arrays in it")
+        raise UserError("no arrays in it")
     return found
 
 
@@ -100,7 +101,7 @@ def numbers(path: Path, entry: Entry) -> np.ndarray:
             that does not have the bytes that its header announces.
     """
     if entry.dtype.hasobject:
-        raise ValueError("an array of objects, which are not unpickled")
+        raise UserError("an array of objects, which are not unpickled")
     _check_size(entry)
     with zipfile.ZipFile(path) as archive, archive.open(entry.info) as file:
         file.read(entry.start)
@@ -141,16 +142,16 @@ def arrays(path: Path) -> Arrays:
     """Open an .npz file of images: `images`, or `arr_0`, uint8 (N, R, R, C).
 
     Raises:
-        ValueError: absent, damaged, or no such images in it.
+        UserError: absent, damaged, or no such images in it.
     """
     try:
         found = entries(path)
         names = [name for name in IMAGES if name in found]
         if not names:
-            raise ValueError(f"no array 'images' or 'arr_0' in it, only {list(found)}")
+            raise UserError(f"no array 'images' or 'arr_0' in it, only {list(found)}")
         entry = found[names[0]]
         if entry.dtype.hasobject:
-            raise ValueError(f"{names[0]} holds objects, which are not unpickled")
+            raise UserError(f"{names[0]} holds objects, which are not unpickled")
         _check_size(entry)
         problem = unfit(entry)
         content = None if problem else _images(path, entry)
@@ -158,9 +159,9 @@ def arrays(path: Path) -> Arrays:
     except Exception as error:
         # zipfile and numpy pass on whatever a damaged entry or header makes them raise.
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not an archive of images ({reason})") from error
+        raise UserError(f"{path}: not an archive of images ({reason})") from error
     if content is None:
-        raise ValueError(f"{path}: images {problem}")
+        raise UserError(f"{path}: images {problem}")
     return Arrays(plain(path.stem), digest, content)
 
 
@@ -168,10 +169,10 @@ def _check_size(entry: Entry) -> None:
     """Refuse an array that has not the bytes that its header announces.
 
     Raises:
-        ValueError: as said.
+        UserError: as said.
     """
     if entry.info.file_size != entry.start + entry.bytes:
-        raise ValueError(f"an array {entry.shape} in {entry.info.file_size:,} bytes")
+        raise UserError(f"an array {entry.shape} in {entry.info.file_size:,} bytes")
 
 
 def unfit(entry: Entry) -> str | None:
@@ -203,7 +204,7 @@ def _images(path: Path, entry: Entry) -> np.ndarray:
     """The array, left on the disk where it lies there as it is.
 
     Raises:
-        ValueError: it cannot be read, or is cut.
+        UserError: it cannot be read, or is cut.
     """
     info = entry.info
     if info.compress_type != zipfile.ZIP_STORED or entry.bytes <= SMALL:
@@ -212,8 +213,8 @@ def _images(path: Path, entry: Entry) -> np.ndarray:
         file.seek(info.header_offset)
         header = file.read(30)
     if len(header) < 30 or info.flag_bits & 1:
-        raise ValueError(f"{info.filename} cannot be read")
+        raise UserError(f"{info.filename} cannot be read")
     start = info.header_offset + 30 + sum(_LOCAL.unpack(header)) + entry.start
     if start + entry.bytes > path.stat().st_size:
-        raise ValueError(f"{info.filename} is cut")
+        raise UserError(f"{info.filename} is cut")
     return np.memmap(path, entry.dtype, "r", start, entry.shape)

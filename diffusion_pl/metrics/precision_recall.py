@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.neighbours import Distinct, distinct, held
 from diffusion_pl.metrics.reference import Reference
@@ -61,12 +62,12 @@ class PrecisionRecall:
         """Refuse too few images on either side.
 
         Raises:
-            ValueError: as said.
+            UserError: as said.
         """
         fewest = generated if real is None else min(generated, real)
         if not 1 <= self.neighbours < fewest:
             counts = f"{generated} generated" + ("" if real is None else f", {real} real")
-            raise ValueError(
+            raise UserError(
                 f"precision and recall: neighbour {self.neighbours} needs more images "
                 f"(got {counts})"
             )
@@ -75,10 +76,10 @@ class PrecisionRecall:
         """The metric of one evaluation of `count` images.
 
         Raises:
-            ValueError: no reference with features of the same extractor, or too few images.
+            UserError: no reference with features of the same extractor, or too few images.
         """
         if reference is None:
-            raise ValueError("precision and recall: need a reference; name one or compute it")
+            raise UserError("precision and recall: need a reference; name one or compute it")
         real = reference.images_for("precision and recall", extractor)
         self.check_count(count, len(real))
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.metrics import npz, real_images
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.moments import Moments
@@ -75,7 +76,7 @@ def open_reference(path: Path, measuring: Measuring | None = None) -> Reference:
         measuring: what the images in an .npz are measured with; None: its moments alone are read.
 
     Raises:
-        ValueError: the file is absent, damaged or holds no statistics.
+        UserError: the file is absent, damaged or holds no statistics.
     """
     return load_npz(path, measuring) if path.suffix == ".npz" else load(path)
 
@@ -96,7 +97,7 @@ def load_npz(path: Path, measuring: Measuring | None = None) -> Reference:
         measuring: see `open_reference`.
 
     Raises:
-        ValueError: the file is absent, damaged or holds no statistics of Inception's features.
+        UserError: the file is absent, damaged or holds no statistics of Inception's features.
     """
     from diffusion_pl.metrics.inception import PUBLISHED, Inception  # torchvision: 2 s of CPU
 
@@ -163,7 +164,7 @@ def _array(path: Path, found: Mapping[str, npz.Entry], key: str, shape: tuple[in
     if not (np.issubdtype(entry.dtype, np.floating) or np.issubdtype(entry.dtype, np.integer)):
         raise _unfit(path, f"{key} is of {entry.dtype}")
     if entry.shape != shape:
-        raise ValueError(
+        raise UserError(
             f"{path}: {key} must be {shape} (got {entry.shape}); these are not statistics of "
             "Inception's features"
         )
@@ -172,7 +173,7 @@ def _array(path: Path, found: Mapping[str, npz.Entry], key: str, shape: tuple[in
     except Exception as error:
         raise _unfit(path, error) from error
     if not torch.isfinite(values).all():
-        raise ValueError(f"{path}: {key} has values that are not finite")
+        raise UserError(f"{path}: {key} has values that are not finite")
     return values
 
 

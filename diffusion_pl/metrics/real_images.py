@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl import ranks
+from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import TILE, Extractor, tile
 from diffusion_pl.metrics.moments import Moments, Rows, add_, moments
 from diffusion_pl.metrics.reference import Reference, load
@@ -75,11 +76,11 @@ def compute(
         progress: called after each piece with (images done, images to do) on this rank.
 
     Raises:
-        ValueError: fewer than two images, or features that are not finite.
+        UserError: fewer than two images, or features that are not finite.
     """
     count = len(images)
     if count < 2:
-        raise ValueError(f"reference {images.name}: needs at least 2 images (got {count})")
+        raise UserError(f"reference {images.name}: needs at least 2 images (got {count})")
     extractor.to(device)
     # Every rank looks at these: moments are summed about one mean.
     about = tile(extractor, images.read(torch.arange(min(TILE, count))).to(device))
@@ -99,7 +100,7 @@ def compute(
             progress(int(indices[-1]) + 1 - share.start, len(share))
     measured = pooled.moments(count)
     if not torch.isfinite(measured.covariance).all():
-        raise ValueError(
+        raise UserError(
             f"reference {images.name}: the extractor {extractor.name} gave non-finite values"
         )
     return Reference(
@@ -174,7 +175,7 @@ def cached(
         progress: see `compute`.
 
     Raises:
-        ValueError: a damaged file in the cache, or as `compute`.
+        UserError: a damaged file in the cache, or as `compute`.
     """
     path = path_of(folder, images, extractor, keep=keep)
     if ranks.all_agree(path.exists(), device):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.moments import Moments
@@ -68,7 +69,7 @@ class Reference:
             resolution: side of the generated images, pixels.
 
         Raises:
-            ValueError: another resolution, extractor, weights, resize or precision.
+            UserError: another resolution, extractor, weights, resize or precision.
         """
         for what, mine, theirs in (
             ("resolution", self.resolution or resolution, resolution),
@@ -79,7 +80,7 @@ class Reference:
             ("feature dimension", len(self.mean), extractor.dimension),
         ):
             if mine != theirs:
-                raise ValueError(
+                raise UserError(
                     f"reference {self.name}: {what} is {mine}, the evaluation has {theirs}; "
                     "compute the reference again for these settings"
                 )
@@ -88,11 +89,11 @@ class Reference:
         """The features of single real images, (M, D), for a metric that compares with them.
 
         Raises:
-            ValueError: made with another extractor, or only moments are there.
+            UserError: made with another extractor, or only moments are there.
         """
         self.check(extractor, self.resolution)
         if self.features is None:
-            raise ValueError(
+            raise UserError(
                 f"reference {self.name}: has moments only, and {metric} compares with single "
                 "images; compute it from the data"
             )
@@ -126,7 +127,7 @@ def load(path: Path) -> Reference:
     """Read a reference that `Reference.save` wrote.
 
     Raises:
-        ValueError: the file is absent, damaged or no reference.
+        UserError: the file is absent, damaged or no reference.
     """
     try:
         with safe_open(regular(path), framework="pt") as file:
@@ -152,4 +153,4 @@ def load(path: Path) -> Reference:
             )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not reference statistics ({reason})") from error
+        raise UserError(f"{path}: not reference statistics ({reason})") from error

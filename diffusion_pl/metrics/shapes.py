@@ -13,6 +13,7 @@ from safetensors.torch import load as parse
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular
 from diffusion_pl.images import from_bytes
 from diffusion_pl.metrics.features import Features, require_rgb
@@ -110,7 +111,7 @@ def load(path: Path = WEIGHTS) -> Shapes:
         path: safetensors with the weights of a `ShapesNetwork`.
 
     Raises:
-        ValueError: the file is absent or not such weights.
+        UserError: the file is absent or not such weights.
     """
     try:
         content = regular(path).read_bytes()
@@ -119,5 +120,5 @@ def load(path: Path = WEIGHTS) -> Shapes:
         network.load_state_dict(state)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not the embedded extractor's weights ({reason})") from error
+        raise UserError(f"{path}: not the embedded extractor's weights ({reason})") from error
     return Shapes(network, hashlib.sha256(content).hexdigest()[:12])

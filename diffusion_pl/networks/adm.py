@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
@@ -125,7 +126,7 @@ class ADM(nn.Module):
             block again. Less memory for a third more time, the same numbers.
 
     Raises:
-        ValueError: a resolution that the levels do not divide.
+        UserError: a resolution that the levels do not divide.
     """
 
     def __init__(
@@ -201,19 +202,19 @@ class ADM(nn.Module):
         """Embed the condition in float32, whatever autocast says, (B, 4 model_channels).
 
         Raises:
-            ValueError: labels or augmentation labels given to a network without them.
+            UserError: labels or augmentation labels given to a network without them.
         """
         with float32_region(c_noise.device):
             vector = self.map_noise(c_noise)
             vector = vector.roll(vector.shape[1] // 2, dims=1)  # [cos, sin] here
             if augment is not None:
                 if self.map_augment is None:
-                    raise ValueError("augmentation labels were given to a network with augment: 0")
+                    raise UserError("augmentation labels were given to a network with augment: 0")
                 vector = vector + self.map_augment(augment)
             vector = self.map_layer1(F.silu(self.map_layer0(vector)))
             if label is not None:
                 if self.map_label is None:
-                    raise ValueError("labels were given to a network without classes (classes: 0)")
+                    raise UserError("labels were given to a network without classes (classes: 0)")
                 vector = vector + self.map_label(one_hot(label, self.classes))
             return F.silu(vector)
 
@@ -240,7 +241,7 @@ class ADM(nn.Module):
             (B, C, H, W), or (B, 2 C, H, W) with `variance`.
 
         Raises:
-            ValueError: a resolution that the levels do not divide, or a condition it does not take.
+            UserError: a resolution that the levels do not divide, or a condition it does not take.
         """
         self.check_resolution(*x.shape[2:])
         embedding = self.embed(c_noise, label, augment)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from diffusion_pl.errors import UserError
+
 
 @contextlib.contextmanager
 def at_most(tensors: int | None) -> Iterator[None]:
@@ -18,13 +20,13 @@ def at_most(tensors: int | None) -> Iterator[None]:
         tensors: that it may have; None for any number.
 
     Raises:
-        ValueError: it has more.
+        UserError: it has more.
     """
     made = itertools.count(1)
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if tensors is not None and parameter is not None and next(made) > tensors:
-            raise ValueError(f"has more than the {tensors:,} tensors that the checkpoint holds")
+            raise UserError(f"has more than the {tensors:,} tensors that the checkpoint holds")
 
     counting = register_module_parameter_registration_hook(count)
     try:

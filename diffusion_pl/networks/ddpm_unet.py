@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
@@ -101,7 +102,7 @@ class Block(nn.Module):
                 or channels_out % heads
                 or channels_out // heads != (head_channels or channels_out // heads)
             ):
-                raise ValueError(
+                raise UserError(
                     f"{channels_out} channels are no whole number of attention heads (heads: "
                     f"{heads}, head_channels: {head_channels})"
                 )
@@ -187,7 +188,7 @@ class DDPMUNet(nn.Module):
         embedding_channels: length of the embedding vector; 4 model_channels if None.
 
     Raises:
-        ValueError: a resolution that the levels do not divide, or heads that channels do not.
+        UserError: a resolution that the levels do not divide, or heads that channels do not.
     """
 
     def __init__(
@@ -284,7 +285,7 @@ class DDPMUNet(nn.Module):
         """Embed the condition in float32, whatever autocast says, (B, 4 model_channels).
 
         Raises:
-            ValueError: labels given to a network without classes.
+            UserError: labels given to a network without classes.
         """
         with float32_region(c_noise.device):
             vector = self.map_noise(c_noise)
@@ -294,7 +295,7 @@ class DDPMUNet(nn.Module):
             if label is None:
                 return vector
             if self.map_label is None:
-                raise ValueError("labels were given to a network without classes (classes: 0)")
+                raise UserError("labels were given to a network without classes (classes: 0)")
             return vector + self.map_label(one_hot(label, self.classes) * math.sqrt(self.classes))
 
     def forward(
@@ -318,7 +319,7 @@ class DDPMUNet(nn.Module):
             (B, C, H, W), or (B, 2 C, H, W) with `variance`.
 
         Raises:
-            ValueError: a resolution that the levels do not divide, or labels or positions that it
+            UserError: a resolution that the levels do not divide, or labels or positions that it
                 does not take.
         """
         self.check_resolution(*x.shape[2:])

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
+
 # Places where a window may begin. Two units of a layer, seen over all windows, are as independent
 # as a row of so many choices is: their correlation is 5e-4, its root's inverse.
 PLACES = 2**22
@@ -30,7 +32,7 @@ class Dropout(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         if not 0 <= p < 1:
-            raise ValueError(f"dropout must be in [0, 1) (got {p})")
+            raise UserError(f"dropout must be in [0, 1) (got {p})")
         self.p = p
         self.row = PLACES
         # Neither buffers nor in the state dict: they are made again from the seed.
@@ -50,7 +52,7 @@ class Dropout(nn.Module):
         """(B, C, H, W) or (B, tokens, C) -> the same.
 
         Raises:
-            ValueError: another number of images than `begin` was told of, or a multiple of it.
+            UserError: another number of images than `begin` was told of, or a multiple of it.
         """
         if not self.training or not self.p:
             return x
@@ -73,7 +75,7 @@ class Dropout(nn.Module):
         places = self.places
         if len(x) != len(places):  # a batch seen several times over, as guidance sees one
             if len(x) % len(places):
-                raise ValueError(f"dropout was told of {len(places)} images and sees {len(x)}")
+                raise UserError(f"dropout was told of {len(places)} images and sees {len(x)}")
             places = places.repeat(len(x) // len(places))
         mask = windows.index_select(0, places)
         if count > window:  # more units than places: the row is gone round again

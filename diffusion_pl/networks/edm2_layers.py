@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
+
 EPS = 1e-4
 SILU = 0.596  # root mean square of silu of a standard normal, to three digits as in the paper
 
@@ -133,7 +135,7 @@ class CosineAttention(nn.Module):
     def __init__(self, channels: int, heads: int, balance: float) -> None:
         super().__init__()
         if channels % heads:
-            raise ValueError(f"{channels} channels do not divide over {heads} heads of attention")
+            raise UserError(f"{channels} channels do not divide over {heads} heads of attention")
         self.heads = heads
         self.balance = balance
         self.qkv = UnitLayer(channels, 3 * channels, 1)

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.edm2_layers import (
     CosineAttention,
@@ -142,7 +143,7 @@ class EDM2UNet(nn.Module):
             block again. Less memory for a third more time, the same numbers.
 
     Raises:
-        ValueError: a resolution that the levels do not divide, a filter of odd length, or channels
+        UserError: a resolution that the levels do not divide, a filter of odd length, or channels
             that do not divide over the heads.
     """
 
@@ -241,7 +242,7 @@ class EDM2UNet(nn.Module):
         """Embed the condition in float32, whatever autocast says, (B, length).
 
         Raises:
-            ValueError: labels given to a network without them.
+            UserError: labels given to a network without them.
         """
         with float32_region(c_noise.device):
             vector = self.map_noise(self.fourier(c_noise))
@@ -252,7 +253,7 @@ class EDM2UNet(nn.Module):
                 hot = one_hot(label, self.classes).to(vector.dtype) * math.sqrt(self.classes)
                 vector = mp_sum(vector, self.map_label(hot), self.label_balance)
             elif label is not None:
-                raise ValueError("labels were given to a network without classes (classes: 0)")
+                raise UserError("labels were given to a network without classes (classes: 0)")
             return mp_silu(vector)
 
     def forward(
@@ -276,7 +277,7 @@ class EDM2UNet(nn.Module):
             (B, C, H, W), or (B, 2 C, H, W) with `variance`.
 
         Raises:
-            ValueError: a resolution that the levels do not divide, or a condition it does not take.
+            UserError: a resolution that the levels do not divide, or a condition it does not take.
         """
         self.check_resolution(*x.shape[2:])
         embedding = self.embed(c_noise, label)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion_pl.errors import UserError
+
 
 def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
     """Group normalisation with 32 groups, fewer where a group would hold under 4 channels."""
@@ -122,7 +124,7 @@ def refuse_resolution(height: int, width: int, divisor: int) -> None:
         divisor: what both must be multiples of, a power of two.
     """
     if height % divisor or width % divisor:
-        raise ValueError(
+        raise UserError(
             f"the network halves images {divisor.bit_length() - 1} times, so their sides must be "
             f"multiples of {divisor} (got {height} x {width})"
         )

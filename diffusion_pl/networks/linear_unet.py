@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
@@ -135,7 +136,7 @@ class LinearUNet(nn.Module):
         recompute: keep only what passes between blocks in training.
 
     Raises:
-        ValueError: labels, or a resolution that the levels do not divide.
+        UserError: labels, or a resolution that the levels do not divide.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class LinearUNet(nn.Module):
     ) -> None:
         super().__init__()
         if classes:
-            raise ValueError(f"LinearUNet takes no labels, classes must be 0 (got {classes})")
+            raise UserError(f"LinearUNet takes no labels, classes must be 0 (got {classes})")
         self.channels, self.classes, self.recompute = channels, 0, recompute
         self.divisor = 2 ** (len(channel_mult) - 1)
         self.check_resolution(resolution, resolution)
@@ -211,7 +212,7 @@ class LinearUNet(nn.Module):
             (B, C, H, W).
 
         Raises:
-            ValueError: a resolution that the levels do not divide.
+            UserError: a resolution that the levels do not divide.
         """
         self.check_resolution(*x.shape[2:])
         embedding, again = self.embed(c_noise), self.recompute

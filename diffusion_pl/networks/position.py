@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.positions import coordinates
 
 
@@ -41,11 +42,11 @@ class PositionEncoding(nn.Module):
                 column; None where x is the whole image.
 
         Raises:
-            ValueError: a position given to a network that reads none.
+            UserError: a position given to a network that reads none.
         """
         if not self.octaves:
             if position is not None:
-                raise ValueError("positions were given to a network without them (octaves: 0)")
+                raise UserError("positions were given to a network without them (octaves: 0)")
             return x
         if position is None:
             position = coordinates(x.shape[2], x.shape[3], self.frame, x.device)

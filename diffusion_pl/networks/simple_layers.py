@@ -9,6 +9,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
@@ -105,14 +106,14 @@ class Condition(nn.Module):
         """(B,), int64 (B,) or None -> float32 (B, length), whatever autocast says.
 
         Raises:
-            ValueError: labels given to a network without classes.
+            UserError: labels given to a network without classes.
         """
         with float32_region(c_noise.device):
             vector = self.dense1(F.silu(self.dense0(self.noise(c_noise))))
             if label is None:
                 return F.silu(vector)
             if self.label is None:
-                raise ValueError("labels were given to a network without classes (classes: 0)")
+                raise UserError("labels were given to a network without classes (classes: 0)")
             known = one_hot(label, self.classes) * math.sqrt(self.classes)
             return F.silu(vector + self.label(known))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.networks.layers import double, halve, refuse_resolution, run
 from diffusion_pl.networks.position import PositionEncoding
 from diffusion_pl.networks.simple_layers import Condition, Head, Reduction, ResBlock, Stem
@@ -40,7 +41,7 @@ class SimpleUNet(nn.Module):
             block again. Less memory for a third more time, the same numbers.
 
     Raises:
-        ValueError: a resolution that the levels do not divide, or blocks that do not fit them.
+        UserError: a resolution that the levels do not divide, or blocks that do not fit them.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class SimpleUNet(nn.Module):
     ) -> None:
         super().__init__()
         if len(blocks) != len(channel_mult):
-            raise ValueError(
+            raise UserError(
                 f"blocks and channel_mult need a number for each level (got {len(blocks)} and "
                 f"{len(channel_mult)})"
             )
@@ -132,7 +133,7 @@ class SimpleUNet(nn.Module):
             (B, C, H, W).
 
         Raises:
-            ValueError: a resolution that the levels do not divide, or labels or positions that it
+            UserError: a resolution that the levels do not divide, or labels or positions that it
                 does not take.
         """
         self.check_resolution(*x.shape[2:])

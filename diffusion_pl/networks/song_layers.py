@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import SelfAttention, double, group_norm, halve, xavier
 
@@ -20,10 +21,10 @@ def kernel(taps: Sequence[int]) -> Tensor:
     """The filter taps x taps, of sum 1, as a kernel (1, 1, K, K).
 
     Raises:
-        ValueError: an odd number of taps: the filter would not lie between the pixels.
+        UserError: an odd number of taps: the filter would not lie between the pixels.
     """
     if len(taps) < 2 or len(taps) % 2:
-        raise ValueError(f"resample_filter needs an even number of taps (got {list(taps)})")
+        raise UserError(f"resample_filter needs an even number of taps (got {list(taps)})")
     line = torch.tensor(taps, dtype=torch.float32)
     return (torch.outer(line, line) / line.sum().square())[None, None]
 

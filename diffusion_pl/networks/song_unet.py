@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
     float32_region,
@@ -64,7 +65,7 @@ class SongUNet(nn.Module):
             block again. Less memory for a third more time, the same numbers.
 
     Raises:
-        ValueError: a resolution that the levels do not divide, or a filter of odd length.
+        UserError: a resolution that the levels do not divide, or a filter of odd length.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class SongUNet(nn.Module):
         """Embed the condition in float32, whatever autocast says, (B, 4 model_channels).
 
         Raises:
-            ValueError: labels or augmentation labels given to a network without them.
+            UserError: labels or augmentation labels given to a network without them.
         """
         with float32_region(c_noise.device):
             vector = self.map_noise(c_noise)
@@ -164,10 +165,10 @@ class SongUNet(nn.Module):
             elif self.map_label is not None:
                 vector = vector + self.map_label.bias
             elif label is not None:
-                raise ValueError("labels were given to a network without classes (classes: 0)")
+                raise UserError("labels were given to a network without classes (classes: 0)")
             if augment is not None:
                 if self.map_augment is None:
-                    raise ValueError("augmentation labels were given to a network with augment: 0")
+                    raise UserError("augmentation labels were given to a network with augment: 0")
                 vector = vector + self.map_augment(augment)
             return F.silu(self.map_layer1(F.silu(self.map_layer0(vector))))
 
@@ -194,7 +195,7 @@ class SongUNet(nn.Module):
             (B, C, H, W), or (B, 2 C, H, W) with `variance`.
 
         Raises:
-            ValueError: a resolution that the levels do not divide, or a condition it does not take.
+            UserError: a resolution that the levels do not divide, or a condition it does not take.
         """
         self.check_resolution(*x.shape[2:])
         embedding = self.embed(c_noise, label, augment)

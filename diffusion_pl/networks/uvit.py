@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import double, halve, refuse_resolution, run, xavier
 from diffusion_pl.networks.position import PositionEncoding
@@ -82,7 +83,7 @@ class UViT(nn.Module):
             block again. Less memory for a third more time, the same numbers.
 
     Raises:
-        ValueError: a resolution that the levels do not divide, or blocks that do not fit them.
+        UserError: a resolution that the levels do not divide, or blocks that do not fit them.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class UViT(nn.Module):
     ) -> None:
         super().__init__()
         if len(blocks) != len(channel_mult) - 1:
-            raise ValueError(
+            raise UserError(
                 "blocks need a number for each level but the transformers' "
                 f"(got {len(blocks)} for {len(channel_mult)} levels)"
             )
@@ -165,7 +166,7 @@ class UViT(nn.Module):
             (B, C, H, W).
 
         Raises:
-            ValueError: a resolution that the levels do not divide, or labels or positions that it
+            UserError: a resolution that the levels do not divide, or labels or positions that it
                 does not take.
         """
         self.check_resolution(*x.shape[2:])

@@ -34,6 +34,7 @@ from diffusion_pl.diffusion.levels import per_image
 from diffusion_pl.diffusion.objective import Denoise, NoiseError, Objective, Weight, pixel_mean
 from diffusion_pl.diffusion.preconditioning import Coefficients, Denoiser, Preconditioning
 from diffusion_pl.diffusion.timesteps import LinearBetas, Timesteps
+from diffusion_pl.errors import UserError
 from diffusion_pl.objectives.likelihood import ReverseChain
 
 
@@ -187,5 +188,5 @@ def DDPMBound(
 
 def _predicting(name: str, timesteps: Timesteps) -> Preconditioning:
     if name not in PREDICTIONS:
-        raise ValueError(f"predict must be noise, image or velocity (got {name!r})")
+        raise UserError(f"predict must be noise, image or velocity (got {name!r})")
     return PREDICTIONS[name](timesteps)

@@ -33,6 +33,7 @@ from diffusion_pl.diffusion.objective import (
 from diffusion_pl.diffusion.preconditioning import Denoiser, Preconditioning
 from diffusion_pl.diffusion.schedules import Schedule
 from diffusion_pl.diffusion.timesteps import CosineBetas, LinearBetas, Timesteps
+from diffusion_pl.errors import UserError
 from diffusion_pl.objectives.ddpm import PredictNoise, VariationalBound
 from diffusion_pl.objectives.likelihood import ReverseChain
 
@@ -101,7 +102,7 @@ class ImportanceSampled(nn.Module):
     ) -> None:
         super().__init__()
         if keep < 1 or not 0 < uniform <= 1:
-            raise ValueError(
+            raise UserError(
                 "keep must be at least 1 and uniform in (0, 1] "
                 f"(got keep={keep}, uniform={uniform})"
             )
@@ -252,4 +253,4 @@ def _table(T: int, name: str) -> Timesteps:
         return CosineBetas(T)
     if name == "linear":
         return LinearBetas(T, beta_1=1e-4 * 1000 / T, beta_T=0.02 * 1000 / T)
-    raise ValueError(f"table must be cosine or linear (got {name!r})")
+    raise UserError(f"table must be cosine or linear (got {name!r})")

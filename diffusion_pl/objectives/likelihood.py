@@ -36,6 +36,7 @@ from diffusion_pl.diffusion.levels import alpha_bar_from_sigma, per_image
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.posterior import SHARES, large_variance, small_variance
 from diffusion_pl.diffusion.timesteps import Timesteps
+from diffusion_pl.errors import UserError
 
 Variance = Literal["small", "large", "learned"]
 HALF_BIN = 1 / 255  # of 8-bit images in [-1, 1]
@@ -55,7 +56,7 @@ class ReverseChain:
 
     def __post_init__(self) -> None:
         if self.variance not in (*SHARES, "learned"):
-            raise ValueError(f"variance must be small, large or learned (got {self.variance!r})")
+            raise UserError(f"variance must be small, large or learned (got {self.variance!r})")
 
     def answer(
         self, denoise: Denoise, noisy: Tensor, t: Tensor, **condition: Tensor | None

@@ -24,6 +24,7 @@ from diffusion_pl.diffusion.objective import Objective, pixel_mean
 from diffusion_pl.diffusion.paths import Along
 from diffusion_pl.diffusion.preconditioning import Coefficients
 from diffusion_pl.diffusion.schedules import LogNormal
+from diffusion_pl.errors import UserError
 
 # Training keeps this far from t = 0 and 1: at t, D - x in float32 loses 1e-7 / t of the velocity.
 EDGE = 1e-4
@@ -86,10 +87,10 @@ def RectifiedFlow(mean: float = 0.0, std: float | None = None) -> Objective:
         std: of logit t, > 0; None for uniform t.
 
     Raises:
-        ValueError: a mean without a std.
+        UserError: a mean without a std.
     """
     if std is None and mean != 0:
-        raise ValueError(f"a mean of logit t needs a std (got mean {mean:g}); set std, or no mean")
+        raise UserError(f"a mean of logit t needs a std (got mean {mean:g}); set std, or no mean")
     return Objective(
         schedule=Along(Straight(), EDGE, 1 - EDGE) if std is None else LogNormal(mean, std),
         preconditioning=PredictFlow(),

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
+
 
 def above_zero(steps: int) -> Tensor:
     """The quantiles that the paper's sampler visits, i / N for i = N .. 1, float64 (N,).
@@ -31,10 +33,10 @@ def above_zero(steps: int) -> Tensor:
     Its last step, from 1 / N, returns the denoised image; `schedules.uniform` visits 0 too.
 
     Raises:
-        ValueError: fewer than one step.
+        UserError: fewer than one step.
     """
     if steps < 1:
-        raise ValueError(f"a sampler needs at least 1 step (got {steps})")
+        raise UserError(f"a sampler needs at least 1 step (got {steps})")
     return torch.arange(steps, 0, -1, dtype=torch.float64) / steps
 
 
@@ -56,12 +58,12 @@ class ShiftedCosine:
 
     def __post_init__(self) -> None:
         if self.resolution < 1 or self.reference < 1:
-            raise ValueError(
+            raise UserError(
                 "resolution and reference must be positive "
                 f"(got {self.resolution} and {self.reference})"
             )
         if self.limit <= 0:
-            raise ValueError(f"limit must be positive (got {self.limit})")
+            raise UserError(f"limit must be positive (got {self.limit})")
 
     @property
     def _ends(self) -> tuple[float, float]:
@@ -106,7 +108,7 @@ class InterpolatedCosine:
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high < 23 * self.low:
-            raise ValueError(
+            raise UserError(
                 f"low must lie below high, and high below 23 low (got {self.low} and {self.high})"
             )
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.posterior import SHARES, large_variance, small_variance
+from diffusion_pl.errors import UserError
 
 
 def ancestral(
@@ -59,7 +60,7 @@ def ancestral(
         The state at sigmas[-1], float64; N evaluations. The step to sigma = 0 adds no noise.
 
     Raises:
-        ValueError: eta or a numeric variance outside [0, 1], an unknown variance, or eta other
+        UserError: eta or a numeric variance outside [0, 1], an unknown variance, or eta other
             than 1 with any but the small variance.
     """
     share: float | Tensor = _share(variance, eta)
@@ -83,14 +84,14 @@ def ancestral(
 def _share(variance: str | float, eta: float) -> float:
     """The share of the large variance, where it is fixed; checks the settings."""
     if isinstance(variance, str) and variance not in (*SHARES, "learned"):
-        raise ValueError(
+        raise UserError(
             f"variance must be small, large, learned or a number in [0, 1] (got {variance!r})"
         )
     share = SHARES.get(variance, 0.5) if isinstance(variance, str) else variance
     if not 0 <= share <= 1:
-        raise ValueError(f"variance must be in [0, 1] (got {variance})")
+        raise UserError(f"variance must be in [0, 1] (got {variance})")
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1] (got {eta})")
+        raise UserError(f"eta must be in [0, 1] (got {eta})")
     if eta != 1 and share != 0:
-        raise ValueError(f"variance {variance!r} belongs to eta = 1 (got eta = {eta})")
+        raise UserError(f"variance {variance!r} belongs to eta = 1 (got eta = {eta})")
     return share

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.errors import UserError
 from diffusion_pl.samplers.quadrature import weights
 
 
@@ -45,10 +46,10 @@ def deis(
         The state at sigmas[-1], float64; N evaluations.
 
     Raises:
-        ValueError: order or rho below 1.
+        UserError: order or rho below 1.
     """
     if order < 1 or rho < 1:
-        raise ValueError(f"order and rho must be at least 1 (got {order} and {rho})")
+        raise UserError(f"order and rho must be at least 1 (got {order} and {rho})")
     x, on_device = x.clone(), sigmas.to(x)
     offsets = [torch.empty_like(x) for _ in range(order)]  # D - x = -sigma eps, the newest first
     levels: list[float] = []

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.errors import UserError
 
 
 def dpmpp_2m(
@@ -46,10 +47,10 @@ def dpmpp_2m(
         The state at sigmas[-1], float64; N evaluations.
 
     Raises:
-        ValueError: eta negative.
+        UserError: eta negative.
     """
     if eta < 0:
-        raise ValueError(f"eta must not be negative (got {eta})")
+        raise UserError(f"eta must not be negative (got {eta})")
     x, on_device, length_before = x.clone(), sigmas.to(x), math.inf
     new, old = torch.empty_like(x), torch.zeros_like(x)
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):

@@ -45,7 +45,7 @@ def exponential_adams(
         values, the step to sigma = 0 takes D alone and adds no noise.
 
     Raises:
-        ValueError: eta negative.
+        UserError: eta negative.
     """
     return multistep(_weights, denoise, x, sigmas, randn_like, eta=eta)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.errors import UserError
 
 
 def heun(
@@ -57,12 +58,12 @@ def heun(
         alpha is at least 1.
 
     Raises:
-        ValueError: S_churn or S_noise negative, or alpha not positive.
+        UserError: S_churn or S_noise negative, or alpha not positive.
     """
     if S_churn < 0 or S_noise < 0:
-        raise ValueError(f"S_churn and S_noise must not be negative (got {S_churn}, {S_noise})")
+        raise UserError(f"S_churn and S_noise must not be negative (got {S_churn}, {S_noise})")
     if alpha <= 0:
-        raise ValueError(f"alpha must be positive (got {alpha})")
+        raise UserError(f"alpha must be positive (got {alpha})")
     x, wide, on_device = x.clone(), torch.empty_like(x), sigmas.to(x)
     gamma_max = min(S_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):

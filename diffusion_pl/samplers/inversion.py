@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusion_pl.diffusion.levels import per_image
 from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.errors import UserError
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Integrator
 
@@ -30,10 +31,10 @@ def below(sigmas: Tensor, level: float) -> Tensor:
         level: in (0, the highest].
 
     Raises:
-        ValueError: a level above the highest or below the lowest.
+        UserError: a level above the highest or below the lowest.
     """
     if not float(sigmas[-2]) < level <= float(sigmas[0]) * (1 + 1e-9):
-        raise ValueError(
+        raise UserError(
             f"the level must lie within the sampler's, {float(sigmas[-2]):g} to "
             f"{float(sigmas[0]):g} (got {level:g})"
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.errors import UserError
 
 VALUES = 3  # that a rule weighs
 
@@ -47,10 +48,10 @@ def multistep(
         values, the step to sigma = 0 takes D alone and adds no noise.
 
     Raises:
-        ValueError: eta negative.
+        UserError: eta negative.
     """
     if eta < 0:
-        raise ValueError(f"eta must not be negative (got {eta})")
+        raise UserError(f"eta must not be negative (got {eta})")
     x, on_device = x.clone(), sigmas.to(x)
     images = [torch.empty_like(x) for _ in range(VALUES)]  # D, the newest first
     levels: list[float] = []  # that they are of

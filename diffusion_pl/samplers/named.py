@@ -6,6 +6,7 @@ from functools import partial
 
 from diffusion_pl.diffusion.paths import VariancePreserving
 from diffusion_pl.diffusion.schedules import Rho
+from diffusion_pl.errors import UserError
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.deis import deis
 from diffusion_pl.samplers.dpm_solver import dpmpp_3m
@@ -44,10 +45,10 @@ def integrator(name: str) -> Integrator:
         name: a key of NAMED.
 
     Raises:
-        ValueError: an unknown name.
+        UserError: an unknown name.
     """
     if name not in NAMED:
-        raise ValueError(
+        raise UserError(
             f"there is no sampler {name!r}; there are {', '.join(NAMED)}, or give the dotted path "
             "of a function of your own"
         )
@@ -63,7 +64,7 @@ def named(name: str, sigma_range: tuple[float, float], steps: int | None = None)
         steps: the usual number when not given.
 
     Raises:
-        ValueError: an unknown name.
+        UserError: an unknown name.
     """
     integrate = integrator(name)
     usual = NAMED[name][1]

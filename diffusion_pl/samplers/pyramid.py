@@ -31,6 +31,7 @@ from torch import Tensor
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.resizing import KERNELS, Kernel, resized
 from diffusion_pl.diffusion.schedules import Schedule
+from diffusion_pl.errors import UserError
 from diffusion_pl.samplers.inversion import below
 from diffusion_pl.samplers.sampler import Sampler
 
@@ -55,7 +56,7 @@ class PyramidSampler:
         enlarge: how an image is enlarged, "area" (repeats pixels), "bilinear" or "bicubic".
 
     Raises:
-        ValueError: levels that do not ascend, a number of restarts unlike that of the levels after
+        UserError: levels that do not ascend, a number of restarts unlike that of the levels after
             the first, or an unknown name.
     """
 
@@ -68,13 +69,13 @@ class PyramidSampler:
     def __post_init__(self) -> None:
         levels = list(self.levels)
         if not levels or levels[0] <= 0 or any(a >= b for a, b in pairwise(levels)):
-            raise ValueError(f"levels must be positive and ascend (got {levels})")
+            raise UserError(f"levels must be positive and ascend (got {levels})")
         if levels[-1] != 1 and any(level != int(level) for level in levels):
-            raise ValueError(
+            raise UserError(
                 f"levels are whole pixels, or shares of the full size that end in 1 (got {levels})"
             )
         if isinstance(self.restart, Sequence) and len(self.restart) != len(levels) - 1:
-            raise ValueError(
+            raise UserError(
                 f"restart needs a number for each of the {len(levels) - 1} levels after the first, "
                 f"or one for all (got {list(self.restart)})"
             )
@@ -83,13 +84,13 @@ class PyramidSampler:
             ("enlarge", self.enlarge, KERNELS),
         ):
             if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)} (got {value!r})")
+                raise UserError(f"{name} must be one of {', '.join(known)} (got {value!r})")
 
     def sigmas(self) -> Tensor:
         """The base's levels, float64, decreasing to 0; every restart lies among them.
 
         Raises:
-            ValueError: as `stages`.
+            UserError: as `stages`.
         """
         self.stages()
         return self.base.sigmas()
@@ -98,7 +99,7 @@ class PyramidSampler:
         """The levels visited at each size: a restart, then the base's levels below it, to 0.
 
         Raises:
-            ValueError: a restart above the base's highest level or not above its lowest.
+            UserError: a restart above the base's highest level or not above its lowest.
         """
         sigmas = self.base.sigmas()
         higher = len(self.levels) - 1
@@ -109,18 +110,18 @@ class PyramidSampler:
         """Height and width of every level of images of a size, in pixels.
 
         Raises:
-            ValueError: the last level is another size, or two levels are the same one.
+            UserError: the last level is another size, or two levels are the same one.
         """
         last = self.levels[-1]
         if last != 1 and last != max(height, width):
-            raise ValueError(
+            raise UserError(
                 f"the pyramid ends at {last:g} pixels, the images have {max(height, width)}; set "
                 f"the last of levels to {max(height, width)}, or give levels as shares, up to 1"
             )
         scales = [level / last for level in self.levels]
         sizes = [(round(height * scale), round(width * scale)) for scale in scales]
         if min(sizes[0]) < 1 or any(max(a) >= max(b) for a, b in pairwise(sizes)):
-            raise ValueError(
+            raise UserError(
                 f"levels {list(self.levels)} of {width} x {height} pixels are not all different "
                 "sizes; take levels farther apart"
             )
@@ -130,7 +131,7 @@ class PyramidSampler:
         """Height and width of every size that is drawn, and the levels visited there, to 0.
 
         Raises:
-            ValueError: as `sizes` and `stages`.
+            UserError: as `sizes` and `stages`.
         """
         stages = self.stages()
         both = zip(self.sizes(height, width), stages, strict=True)
@@ -164,7 +165,7 @@ class PyramidSampler:
             float32 (B, C, H, W), as the base's.
 
         Raises:
-            ValueError: as `sizes` and `stages`.
+            UserError: as `sizes` and `stages`.
         """
         return self._climb(denoise, noise, randn_like, None)
 
@@ -187,12 +188,12 @@ class PyramidSampler:
             float32 (B, C, H, W).
 
         Raises:
-            ValueError: a picture of another size, or as `sizes` and `stages`.
+            UserError: a picture of another size, or as `sizes` and `stages`.
         """
         first = self.sizes(*noise.shape[-2:])[0]
         if tuple(picture.shape[-2:]) != first:
             height, width = picture.shape[-2:]
-            raise ValueError(
+            raise UserError(
                 f"the pyramid's first level is {first[1]} x {first[0]} pixels, the picture "
                 f"{width} x {height}"
             )
@@ -231,13 +232,13 @@ class PyramidSampler:
         highest, lowest = float(sigmas[0]), float(sigmas[-2])
         if self.by == "share":
             if not 0 < restart <= 1:
-                raise ValueError(f"restart is a share of the schedule, in (0, 1] (got {restart:g})")
+                raise UserError(f"restart is a share of the schedule, in (0, 1] (got {restart:g})")
             # A spacing may leave the schedule's end out.
             level = min(_at(self.base.schedule, restart), highest)
         else:
             level = restart
         if not lowest < level <= highest * (1 + SAME):
-            raise ValueError(
+            raise UserError(
                 f"a restart must lie above the lowest and up to the highest level that the base "
                 f"visits, {lowest:g} to {highest:g} (got {level:g})"
             )

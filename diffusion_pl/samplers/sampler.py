@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion_pl.diffusion.guidance import Clip, clipped
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.schedules import Schedule, Spacing, levels, uniform
+from diffusion_pl.errors import UserError
 
 
 class Integrator(Protocol):
@@ -53,7 +54,7 @@ class Sampler:
         """The levels visited: float64 (steps + 1,), decreasing to 0.
 
         Raises:
-            ValueError: fewer than one step, or more steps than the schedule has levels.
+            UserError: fewer than one step, or more steps than the schedule has levels.
         """
         return levels(self.schedule, self.steps, self.spacing)
 
@@ -117,14 +118,14 @@ def check_range(sampler: Visiting, sigma_range: tuple[float, float]) -> None:
     """Refuse a sampler whose levels lie outside what the network was trained for.
 
     Raises:
-        ValueError: names the levels and the range.
+        UserError: names the levels and the range.
     """
     visited = sampler.sigmas()[:-1]
     low, high = sigma_range
     first, last = float(visited[0]), float(visited[-1])
     tolerance = 1e-6  # a limit copied into YAML is rounded
     if last < low * (1 - tolerance) or first > high * (1 + tolerance):
-        raise ValueError(
+        raise UserError(
             f"the sampler visits noise levels {first:g} to {last:g}, the network knows "
             f"{high:g} to {low:g}; set the sampler's schedule within that range"
         )

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.errors import UserError
 from diffusion_pl.samplers.quadrature import exponential_weights
 
 
@@ -51,10 +52,10 @@ def unipc(
         The state at sigmas[-1], float64; N evaluations. The step to sigma = 0 takes D alone.
 
     Raises:
-        ValueError: order below 1.
+        UserError: order below 1.
     """
     if order < 1:
-        raise ValueError(f"order must be at least 1 (got {order})")
+        raise UserError(f"order must be at least 1 (got {order})")
     state, x, on_device = x.clone(), x.clone(), sigmas.to(x)  # corrected, predicted
     images = [torch.empty_like(x) for _ in range(order + 1)]  # D, the newest first
     levels: list[float] = []

@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import small
 from diffusion_pl.locks import Lock
 from diffusion_pl.training import checkpoint as checkpoints
@@ -81,7 +82,7 @@ class Begin(Callback):
         """Compare the ranks, then the data with the run's record.
 
         Raises:
-            ValueError: on every rank, what differs.
+            UserError: on every rank, what differs.
         """
         device, start = trainer.strategy.root_device, self.start
         self.data = sameness.data_of(trainer.datamodule.images)  # type: ignore[attr-defined]
@@ -123,13 +124,13 @@ class Begin(Callback):
         """Refuse data that is not the run's, or note that it goes on with other data.
 
         Raises:
-            ValueError: it is not, and the user has not said that it may be another.
+            UserError: it is not, and the user has not said that it may be another.
         """
         difference = sameness.data_changed(before, self.data)
         if difference is None:
             return
         if not self.start.data_changed:
-            raise ValueError(
+            raise UserError(
                 f"{self.run}: the training data has changed since the run was begun "
                 f"({difference}); restore it, name another folder (RUN=...), or go on with it: "
                 "--data-changed"

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from diffusion_pl.data.container import unfit_content, unfit_entries
 from diffusion_pl.data.pickle_program import reason_of
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular, small
 from diffusion_pl.names import shown
 from diffusion_pl.training.writing import write_atomically
@@ -50,7 +51,7 @@ _NAME = re.compile(r"([0-9]{12}|[1-9][0-9]{12,})\.ckpt")
 logger = logging.getLogger(__name__)
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
     """A checkpoint that is not as it was written."""
 
 
@@ -58,7 +59,7 @@ def save(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint atomically.
 
     Raises:
-        ValueError: the folder cannot be written or is full.
+        UserError: the folder cannot be written or is full.
     """
 
     def write(file: Any) -> None:
@@ -173,7 +174,7 @@ def latest(folder: Path) -> Path | None:
     Where the pointer or its file is gone, the newest that is there.
 
     Raises:
-        ValueError: the pointer names what is no checkpoint, or one of which nothing is left.
+        UserError: the pointer names what is no checkpoint, or one of which nothing is left.
     """
     return next(iter(_candidates(folder)), None)
 
@@ -190,7 +191,7 @@ def newest_sound(folder: Path, *, mend: bool = True) -> Path | None:
             look at once, one does.
 
     Raises:
-        ValueError: checkpoints are there, and all are damaged; or as `latest`.
+        UserError: checkpoints are there, and all are damaged; or as `latest`.
     """
     candidates = _candidates(folder)
     for candidate in candidates:
@@ -208,7 +209,7 @@ def newest_sound(folder: Path, *, mend: bool = True) -> Path | None:
             point_to(candidate)
         return candidate
     if candidates or any(folder.glob(f"*{DAMAGED}")):
-        raise ValueError(f"{folder}: every checkpoint is damaged; start in another folder")
+        raise UserError(f"{folder}: every checkpoint is damaged; start in another folder")
     return None
 
 
@@ -216,7 +217,7 @@ def _candidates(folder: Path) -> list[Path]:
     """The checkpoints that a run may go on with, the first choice first.
 
     Raises:
-        ValueError: the pointer names what is no checkpoint, or one of which nothing is left.
+        UserError: the pointer names what is no checkpoint, or one of which nothing is left.
     """
     pointer, name = folder / LATEST, _pointed(folder)
     newest_first = found(folder)[::-1]
@@ -225,18 +226,18 @@ def _candidates(folder: Path) -> list[Path]:
             logger.warning("%s: is not there; taking the newest checkpoint", pointer)
         return newest_first
     if not name or len(name) > _LONGEST_NAME:
-        raise ValueError(
+        raise UserError(
             f"{pointer}: names no checkpoint (got {name[:40]!r}); write the name of one into it, "
             f"or remove it"
         )
     path = folder / name
     there, damaged = path.is_file(), path.with_name(f"{path.name}{DAMAGED}").exists()
     if path.parent != folder or not (there or damaged or newest_first):
-        raise ValueError(
+        raise UserError(
             f"{pointer}: names {path.name!r}, which is not there; restore it or remove the pointer"
         )
     if not _NAME.fullmatch(path.name):
-        raise ValueError(
+        raise UserError(
             f"{pointer}: names {path.name!r}; a checkpoint here is named by its images, such as "
             f"000000040000.ckpt"
         )
@@ -254,7 +255,7 @@ def load(path: Path) -> dict[str, Any]:
     Only tensors and plain containers are read (torch's weights_only); nothing in the file is run.
 
     Raises:
-        ValueError: not there, damaged, holding code, or of another format.
+        UserError: not there, damaged, holding code, or of another format.
     """
     try:
         verify(path)
@@ -266,22 +267,22 @@ def load(path: Path) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             problem = unfit_content(checkpoint)
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: there is no such checkpoint") from error
+        raise UserError(f"{path}: there is no such checkpoint") from error
     except Damaged:
         raise
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: holds more than tensors and plain data; refused ({reason_of(error)})"
         ) from error
     except Exception as error:  # a pickle that others have spoilt raises nearly anything
         raise Damaged(f"{path}: cannot be read as a checkpoint ({reason_of(error)})") from error
     if problem is not None:
-        raise ValueError(f"{path}: {problem}; refused")
+        raise UserError(f"{path}: {problem}; refused")
     section = checkpoint.get(SECTION) if isinstance(checkpoint, dict) else None
     section = section if isinstance(section, dict) else {}
     number = section.get("format", "none")
     if type(number) is not int or section.get("format") not in READABLE:
-        raise ValueError(
+        raise UserError(
             f"{path}: not a checkpoint of diffusion_pl's format {FORMAT} (format: {number})"
         )
     if section["format"] >= 2 and not digested:
@@ -297,14 +298,14 @@ def described(checkpoint: Mapping[str, Any], path: Path) -> tuple[dict[str, Any]
         path: for error messages.
 
     Raises:
-        ValueError: it carries none.
+        UserError: it carries none.
     """
     section = checkpoint[SECTION]
     config, images = section.get("config"), section.get("images")
     if not isinstance(config, dict) or type(images) is not int or images < 0:
-        raise ValueError(f"{path}: does not say its config and the images that it has seen")
+        raise UserError(f"{path}: does not say its config and the images that it has seen")
     if not isinstance(checkpoint.get("state_dict"), Mapping):
-        raise ValueError(f"{path}: has no state_dict, names to tensors")
+        raise UserError(f"{path}: has no state_dict, names to tensors")
     return config, images
 
 
@@ -319,7 +320,7 @@ def load_weights(module: nn.Module, checkpoint: Mapping[str, Any], which: str, p
     """Fill a denoiser from a checkpoint.
 
     Raises:
-        ValueError: names the first key that is missing, surplus or of another shape.
+        UserError: names the first key that is missing, surplus or of another shape.
     """
     module.load_state_dict(match_weights(module, checkpoint, which, path))
 
@@ -336,12 +337,12 @@ def match_weights(
         path: for error messages.
 
     Raises:
-        ValueError: names the first key that is missing, surplus or of another shape.
+        UserError: names the first key that is missing, surplus or of another shape.
     """
     prefix = f"{which}."
     given = checkpoint.get("state_dict")
     if not isinstance(given, Mapping) or not all(isinstance(v, Tensor) for v in given.values()):
-        raise ValueError(f"{path}: has no state_dict, names to tensors")
+        raise UserError(f"{path}: has no state_dict, names to tensors")
     state = {
         str(key).removeprefix(prefix): value
         for key, value in given.items()
@@ -350,11 +351,11 @@ def match_weights(
     wanted = module.state_dict()
     for key in [*wanted, *state]:
         if key not in state:
-            raise ValueError(f"{path}: {prefix}{key} is missing")
+            raise UserError(f"{path}: {prefix}{key} is missing")
         if key not in wanted:
-            raise ValueError(f"{path}: {prefix}{key} is not in the network that its config builds")
+            raise UserError(f"{path}: {prefix}{key} is not in the network that its config builds")
         if state[key].shape != wanted[key].shape:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {prefix}{key} has shape {tuple(state[key].shape)}, "
                 f"the network {tuple(wanted[key].shape)}"
             )

@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -32,12 +34,12 @@ class EMA:
 
     def __post_init__(self) -> None:
         if self.half_life <= 0 or (self.ramp_up is not None and self.ramp_up <= 0):
-            raise ValueError(
+            raise UserError(
                 f"half_life and ramp_up must be positive (got {self.half_life}, {self.ramp_up})"
             )
 
         if self.posthoc_every is not None and self.posthoc_every < 1:
-            raise ValueError(f"posthoc_every must be positive or null (got {self.posthoc_every})")
+            raise UserError(f"posthoc_every must be positive or null (got {self.posthoc_every})")
 
     def decay(self, images: int, batch_size: int) -> float:
         """Weight that the old average keeps in one update, in [0, 1).

@@ -11,6 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing, Evaluation, Sampler, evaluate, reference_of
 from diffusion_pl.evaluation.cost import estimate
 from diffusion_pl.evaluation.measuring import Interrupted, build
@@ -101,7 +102,7 @@ class Evaluate(Callback):
         if self.best is not None:
             known = [n for m in self.settings.metrics for n in m.numbers(self.extractor)]
             if self.best.number not in known:
-                raise ValueError(
+                raise UserError(
                     f"trainer.keep_best: {self.best.number} is not measured (measured: "
                     f"{', '.join(known) or 'nothing'}); add its metric to evaluation.metrics"
                 )

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular, unwritable, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class History:
         """Write rows, all or none of them, behind the last whole one; they are on the disk then.
 
         Raises:
-            ValueError: the file cannot be written; it is as before.
+            UserError: the file cannot be written; it is as before.
         """
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
         if len(rows) > 1:  # of rows that belong together none is lost alone
@@ -49,7 +50,7 @@ class History:
         """Write an evaluation's rows, in the place of those that the same model may have already.
 
         Raises:
-            ValueError: the file cannot be written; it is as before.
+            UserError: the file cannot be written; it is as before.
         """
         names = {row["name"] for row in rows}
         kept = [
@@ -92,7 +93,7 @@ class History:
         and the file as it was stays beside the mended one.
 
         Raises:
-            ValueError: the file cannot be read or written.
+            UserError: the file cannot be read or written.
         """
         if not self.path.exists():
             return
@@ -119,7 +120,7 @@ class History:
         """All rows, oldest first; a last line that a crash cut off is not one.
 
         Raises:
-            ValueError: another line is no row, so that the file is damaged.
+            UserError: another line is no row, so that the file is damaged.
         """
         if not self.path.exists():
             return []
@@ -132,7 +133,7 @@ class History:
             if row is not None:
                 rows.append(row)
             else:
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: line {number} is no row of measurements "
                     f"(got {line[:40]!r}); restore the file or remove the line"
                 )

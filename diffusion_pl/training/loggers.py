@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from diffusion_pl import ranks
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import small
 from diffusion_pl.training.settings import Settings
 from diffusion_pl.training.unfailing import Unfailing
@@ -37,7 +38,7 @@ def make_loggers(
         further: of the user's own.
 
     Raises:
-        ValueError: W&B is asked for and not installed.
+        UserError: W&B is asked for and not installed.
     """
     loggers: list[Logger] = []
     if "tensorboard" in settings.loggers:
@@ -56,7 +57,7 @@ def make_loggers(
                 config=dict(config),
             )
         except ModuleNotFoundError as error:
-            raise ValueError(
+            raise UserError(
                 "trainer.loggers: wandb is not installed; pip install 'diffusion_pl[wandb]'"
             ) from error
         loggers.append(wandb)

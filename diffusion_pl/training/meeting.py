@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
+from diffusion_pl.errors import UserError
+
 Starter = Literal["itself", "torchrun", "srun", "another"]
 
 # What srun gives to each task, and a batch script or the shell of an allocation does not have.
@@ -45,13 +47,13 @@ def starter(environment: Mapping[str, str], nodes: int, devices: int) -> Starter
         "itself": nobody started it as a rank, so it starts those of its machine.
 
     Raises:
-        ValueError: what the environment says of ranks is left over, or of another number of them.
+        UserError: what the environment says of ranks is left over, or of another number of them.
     """
     world = nodes * devices
     wanted = f"trainer.nodes x trainer.devices is {world}"
     if "TORCHELASTIC_RUN_ID" in environment:
         if _number(environment, "WORLD_SIZE", world) != world:
-            raise ValueError(
+            raise UserError(
                 f"WORLD_SIZE: torchrun started {environment['WORLD_SIZE']} processes, and "
                 f"{wanted}; make them the same"
             )
@@ -65,12 +67,12 @@ def starter(environment: Mapping[str, str], nodes: int, devices: int) -> Starter
         most = {"LOCAL_RANK": devices - 1, "RANK": world - 1, "WORLD_SIZE": world}[name]
         number = _number(environment, name, most)
         if number > most or (name == "WORLD_SIZE" and number != world):
-            raise ValueError(
+            raise UserError(
                 f"{name}: is {number}, and {wanted}; where torchrun or another program has left it "
                 f"over: unset RANK LOCAL_RANK WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT"
             )
     if "RANK" in environment and "LOCAL_RANK" not in environment and world > 1:
-        raise ValueError(
+        raise UserError(
             "RANK: is set and LOCAL_RANK is not, so that this process is no whole rank; unset "
             "RANK, or set both"
         )
@@ -89,13 +91,13 @@ def _by_slurm(
         tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]
         if tasks == str(world):
             if world > 1 and "SLURM_NTASKS_PER_NODE" not in environment:
-                raise ValueError(
+                raise UserError(
                     f"SLURM_NTASKS_PER_NODE: is not set; start with srun --nodes={nodes} "
                     f"--ntasks-per-node={devices}, not with --ntasks"
                 )
             return "srun"
         if environment.get("SLURM_JOB_NAME") not in _FOR_PEOPLE:
-            raise ValueError(
+            raise UserError(
                 f"SLURM_NTASKS: srun started {tasks} tasks, and {wanted}; start it with srun "
                 f"--nodes={nodes} --ntasks-per-node={devices}, or train with trainer.devices="
                 f"{tasks}"
@@ -108,7 +110,7 @@ def _by_slurm(
         if nodes == 1
         else ""
     )
-    raise ValueError(
+    raise UserError(
         f"SLURM_JOB_ID: this is inside a job, {wanted}, and srun has not started this process; "
         f"start it with srun --nodes={nodes} --ntasks-per-node={devices}{here}"
     )
@@ -118,13 +120,13 @@ def _number(environment: Mapping[str, str], name: str, absent: int) -> int:
     """A variable's number; `absent` where it is not set.
 
     Raises:
-        ValueError: it is none.
+        UserError: it is none.
     """
     value = environment.get(name)
     if value is None:
         return absent
     if not value.isdecimal():
-        raise ValueError(f"{name}: must be a whole number (got {value!r}); unset it")
+        raise UserError(f"{name}: must be a whole number (got {value!r}); unset it")
     return int(value)
 
 
@@ -135,13 +137,13 @@ def port_of(environment: Mapping[str, str]) -> int | None:
     where neither is known.
 
     Raises:
-        ValueError: MASTER_PORT is no port.
+        UserError: MASTER_PORT is no port.
     """
     given = environment.get("MASTER_PORT")
     if given is not None:
         port = _number(environment, "MASTER_PORT", 0)
         if not 0 < port < 65_536:
-            raise ValueError(f"MASTER_PORT: must be 1 to 65535 (got {given}); unset it")
+            raise UserError(f"MASTER_PORT: must be 1 to 65535 (got {given}); unset it")
         return port
     if "SLURM_JOB_ID" not in environment:
         return None
@@ -159,14 +161,14 @@ def see_place(environment: Mapping[str, str], by: Starter, leads: bool, nodes: i
         nodes: machines of the run.
 
     Raises:
-        ValueError: a port that is none or in use, a machine that is not known or is another.
+        UserError: a port that is none or in use, a machine that is not known or is another.
     """
     address = environment.get("MASTER_ADDR")
     if address:
         try:
             socket.getaddrinfo(address, None)
         except (OSError, UnicodeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"MASTER_ADDR: {address!r} is no machine that is known here; set or unset it"
             ) from error
     port = port_of(environment) if by == "srun" or "MASTER_PORT" in environment else None
@@ -193,10 +195,10 @@ def _see_free(address: str, port: int) -> None:
                 probe.listen(1)
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
-                raise ValueError(
+                raise UserError(
                     f"MASTER_ADDR: {address} is not this machine, and the run is on one; unset it"
                 ) from error
-            raise ValueError(
+            raise UserError(
                 f"MASTER_PORT: the ranks cannot meet at port {port} ({error.strerror}); unset "
                 "MASTER_PORT or set one that is free"
             ) from error

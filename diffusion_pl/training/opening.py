@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from diffusion_pl.data.source import Images, Source
+from diffusion_pl.errors import UserError
 
 
 class Network(Protocol):
@@ -24,12 +25,12 @@ def open_for(network: Network, source: Source) -> dict[int, Images]:
         source: the data, prepared.
 
     Raises:
-        ValueError: a resolution, channels or classes that the network was not built for.
+        UserError: a resolution, channels or classes that the network was not built for.
     """
     opened: dict[int, Images] = {}
     for resolution in {source.resolution, *(source.shares or ())}:
         if resolution > source.resolution:
-            raise ValueError(
+            raise UserError(
                 f"data.shares: {resolution} is more than data.resolution, {source.resolution}"
             )
         opened[resolution] = source.open(resolution)
@@ -37,11 +38,11 @@ def open_for(network: Network, source: Source) -> dict[int, Images]:
         network.check_resolution(seen, seen)
     images = opened[source.resolution]
     if network.channels != images.channels:
-        raise ValueError(
+        raise UserError(
             f"network.channels is {network.channels}, {images.name} has {images.channels}"
         )
     if network.classes and network.classes != images.classes:
-        raise ValueError(
+        raise UserError(
             f"network.classes is {network.classes}, {images.name} has {images.classes}; "
             f"set network.classes={images.classes}"
         )

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.files import regular, write_atomically
 from diffusion_pl.training.history import DAMAGED
 
@@ -48,10 +49,10 @@ def gamma_of(length: float) -> float:
         length: sigma_rel in (0, 0.25]; 1 / 12^(1/2) = 0.289 would be the plain mean.
 
     Raises:
-        ValueError: outside that range.
+        UserError: outside that range.
     """
     if not 0 < length <= 0.25:
-        raise ValueError(f"an average's length must be in (0, 0.25] (got {length})")
+        raise UserError(f"an average's length must be in (0, 0.25] (got {length})")
     low, high = 0.0, 2.0 / length  # sigma_rel falls with gamma, and is below 1 / gamma
     for _ in range(200):
         middle = (low + high) / 2
@@ -186,12 +187,12 @@ def recipe(folder: Path, images: int, length: float) -> Recipe:
         length: sigma_rel.
 
     Raises:
-        ValueError: no snapshots, or a length out of range.
+        UserError: no snapshots, or a length out of range.
     """
     gamma = gamma_of(length)
     files = [path for path in sorted(folder.glob("*.safetensors")) if int(path.stem) <= images]
     if not files:
-        raise ValueError(
+        raise UserError(
             f"{folder}: has no snapshots to make an average of another length from; train with "
             "ema.posthoc_every"
         )
@@ -214,7 +215,7 @@ def reconstruct(folder: Path, images: int, length: float) -> dict[str, Tensor]:
         length: sigma_rel.
 
     Raises:
-        ValueError: no snapshots, a damaged one, or a length out of range.
+        UserError: no snapshots, a damaged one, or a length out of range.
     """
     made = recipe(folder, images, length)
     if made.misfit > FAR:
@@ -246,4 +247,4 @@ def _add(path: Path, shares: Sequence[float], total: dict[str, Tensor]) -> None:
                     total[key] = shares[int(number)] * value.double()
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a snapshot of averages ({reason})") from error
+        raise UserError(f"{path}: not a snapshot of averages ({reason})") from error

@@ -10,6 +10,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.images import from_bytes, to_bytes
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import sameness
@@ -62,7 +63,7 @@ def replay(experiment: Experiment, checkpoint: Path | None, step: int) -> Replay
 
     Raises:
         NonFinite: a number of a step before is not finite.
-        ValueError: the data is no longer the checkpoint's.
+        UserError: the data is no longer the checkpoint's.
     """
     settings, source = experiment.settings, experiment.data
     share = settings.share_size(source.batch_size, settings.nodes * settings.devices_a_node())
@@ -99,14 +100,14 @@ def _check_data(data: RunData, checkpoint: Path) -> None:
     """See that the data is what the run was trained on; others' images would be looked at.
 
     Raises:
-        ValueError: it is not.
+        UserError: it is not.
     """
     before = checkpoints.load(checkpoint)[checkpoints.SECTION].get("data")
     data.prepare_data()
     data.setup("fit")
     now = sameness.data_of(data.images)
     if isinstance(before, dict) and (difference := sameness.data_changed(before, now)):
-        raise ValueError(
+        raise UserError(
             f"{checkpoint}: the training data has changed since ({difference}); restore it to look "
             "at a step again"
         )

@@ -107,7 +107,7 @@ def fit(
         {"images": images seen, "rows": the last measurements, "stopped": whether it was}.
 
     Raises:
-        ValueError: parts that do not fit one another, ranks that differ, data that is not the
+        UserError: parts that do not fit one another, ranks that differ, data that is not the
             run's, or a folder that cannot be written.
         LostLock: another process has taken the run over.
         NonFinite: names the step, its images and their noise levels.

@@ -51,7 +51,7 @@ class RunData(lightning.LightningDataModule):
         """Open the data in this process, at every resolution of the run.
 
         Raises:
-            ValueError: a resolution, channels or classes that the network was not built for.
+            UserError: a resolution, channels or classes that the network was not built for.
         """
         if not self.images:
             self.images = open_for(self.network, self.source)

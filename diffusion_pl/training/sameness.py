@@ -21,6 +21,7 @@ import torch
 
 from diffusion_pl import __version__, config, locks, ranks
 from diffusion_pl.data.source import Images
+from diffusion_pl.errors import UserError
 from diffusion_pl.training.history import History
 
 # Where a machine keeps what is compared by its content, or what no number depends on.
@@ -125,7 +126,7 @@ def agree(facts: Mapping[str, str], device: torch.device) -> None:
         device: one that the process group can talk on.
 
     Raises:
-        ValueError: on every rank; names the first rank that differs from rank 0, and in what.
+        UserError: on every rank; names the first rank that differs from rank 0, and in what.
     """
     if ranks.world_size() == 1:
         return
@@ -143,7 +144,7 @@ def agree(facts: Mapping[str, str], device: torch.device) -> None:
         if ours.get(key) != theirs.get(key)
     ]
     more = f"; and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
-    raise ValueError(
+    raise UserError(
         f"rank {number} on {told[number]['host']} would train another run than rank 0 on "
         f"{told[0]['host']}: {'; '.join(differ[:_SHOWN])}{more}; start all ranks by one command on "
         "the same files"
@@ -159,7 +160,7 @@ def share_folder(run: Path, token: str | None, device: torch.device) -> None:
         device: one that the process group can talk on.
 
     Raises:
-        ValueError: on every rank; names the first rank that does not see it.
+        UserError: on every rank; names the first rank that does not see it.
     """
     if ranks.world_size() == 1:
         return
@@ -169,7 +170,7 @@ def share_folder(run: Path, token: str | None, device: torch.device) -> None:
     answers = [json.loads(each) for each in _gathered(told, device)]
     for number, (sees, host, folder) in enumerate(answers):
         if not sees:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: rank {number} on {host} does not see what rank 0 on {answers[0][1]} "
                 f"writes to {answers[0][2]}; name a folder that all of them share with --run"
             )

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.training.best import Best
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -93,37 +94,37 @@ class Settings:
     def __post_init__(self) -> None:
         for key in ("images", "checkpoint_every", "log_every", "keep", "nodes"):
             if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1 (got {getattr(self, key)})")
+                raise UserError(f"{key} must be at least 1 (got {getattr(self, key)})")
         if self.devices != "auto" and self.devices < 1:
-            raise ValueError(f"devices must be at least 1, or auto (got {self.devices})")
+            raise UserError(f"devices must be at least 1, or auto (got {self.devices})")
         if self.device_batch_size is not None and self.device_batch_size < 1:
-            raise ValueError(f"device_batch_size must be at least 1 (got {self.device_batch_size})")
+            raise UserError(f"device_batch_size must be at least 1 (got {self.device_batch_size})")
         for key in ("warmup", "decay_from", "cooldown"):
             if getattr(self, key) < 0:
-                raise ValueError(f"{key} must not be negative (got {getattr(self, key)})")
+                raise UserError(f"{key} must not be negative (got {getattr(self, key)})")
         if self.keep_every is not None and (
             self.keep_every < 1 or self.keep_every % self.checkpoint_every
         ):
-            raise ValueError(
+            raise UserError(
                 f"keep_every must be a multiple of checkpoint_every, {self.checkpoint_every} "
                 f"(got {self.keep_every})"
             )
         if self.keep_best is not None and self.keep_best not in HIGHER:
-            raise ValueError(
+            raise UserError(
                 f"keep_best must be one of {', '.join(HIGHER)} (got {self.keep_best!r})"
             )
         for key in ("start_timeout", "timeout", "read_timeout", "watchdog"):
             if getattr(self, key) <= 0:
-                raise ValueError(f"{key} must be positive seconds (got {getattr(self, key)})")
+                raise UserError(f"{key} must be positive seconds (got {getattr(self, key)})")
         if self.strategy == "fsdp" and self.precision == "fp16":
-            raise ValueError(
+            raise UserError(
                 "precision: fp16 does not go with strategy: fsdp, since a device sees the overflow "
                 "of its own part alone; use bf16, or strategy: ddp"
             )
         if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"label_dropout must be in [0, 1] (got {self.label_dropout})")
+            raise UserError(f"label_dropout must be in [0, 1] (got {self.label_dropout})")
         if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip must be positive or null (got {self.clip})")
+            raise UserError(f"clip must be positive or null (got {self.clip})")
 
     def best(self, run: Path) -> Best | None:
         """Keeps the best checkpoint in a run's folder, where that is asked for."""
@@ -150,10 +151,10 @@ class Settings:
         """Images of a step on one device.
 
         Raises:
-            ValueError: the global batch does not divide over the devices.
+            UserError: the global batch does not divide over the devices.
         """
         if batch_size % world_size:
-            raise ValueError(
+            raise UserError(
                 f"data.batch_size: {batch_size} does not divide over {world_size} devices "
                 f"(remainder {batch_size % world_size}); "
                 f"use {batch_size // world_size * world_size or world_size} "
@@ -176,11 +177,11 @@ class Settings:
         """See that an objective can be trained with this strategy.
 
         Raises:
-            ValueError: it has weights of its own, which fsdp would not spread.
+            UserError: it has weights of its own, which fsdp would not spread.
         """
         weights = objective.parameters() if isinstance(objective, nn.Module) else ()
         if self.strategy == "fsdp" and any(True for _ in weights):
-            raise ValueError(
+            raise UserError(
                 f"strategy: fsdp spreads the network alone, and the objective "
                 f"{type(objective).__name__} has weights of its own; use ddp"
             )

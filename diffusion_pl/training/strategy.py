@@ -112,7 +112,7 @@ def cluster(settings: Settings) -> list[ClusterEnvironment]:
     Told by a signal, that saves in the middle of a step; stops are `Stop`'s, jobs their script's.
 
     Raises:
-        ValueError: as `meeting.starter`.
+        UserError: as `meeting.starter`.
     """
     by = meeting.starter(os.environ, settings.nodes, settings.devices_a_node())
     if by == "srun":
