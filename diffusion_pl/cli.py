@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from diffusion_pl import locks
+from diffusion_pl import __version__, locks
 from diffusion_pl.addresses import masked, refuse_credentials
 from diffusion_pl.commands import arguments as measuring
 from diffusion_pl.commands import results
@@ -228,6 +228,7 @@ def parser() -> Parser:
         prog="python -m diffusion_pl",
         description="Train, sample, evaluate and compare image diffusion models by YAML.",
     )
+    top.add_argument("--version", action="version", version=f"diffusion_pl {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
     _add_prepare(parts["prepare"])
@@ -253,6 +254,9 @@ def parser() -> Parser:
         "--accept-differences",
         action="store_true",
         help="with --from: though it was trained for another objective or network",
+    )
+    parts["check"].add_argument(
+        "--resolved", action="store_true", help="print the resolved YAML, all defaults merged"
     )
     parts["experiments"].add_argument(
         "--all", action="store_true", help="those of the package too, where there is experiments/"

@@ -14,6 +14,8 @@ import torch
 from homes import experiments
 from PIL import Image
 
+import diffusion_pl
+from diffusion_pl import config
 from diffusion_pl.cli import main
 from diffusion_pl.commands import following
 from diffusion_pl.training import checkpoint as checkpoints
@@ -184,6 +186,25 @@ def test_check_says_what_an_experiment_means(run):
     assert "16 images = 1 nodes x 1 devices x 16 images, each in 4 passes; fp32 on cpu" in out
     assert "32 images = 2 steps" in out
     assert "sampling 80 to 0.002 in 3 steps" in out
+
+
+def test_check_prints_what_an_experiment_resolves_to_and_train_takes_it(run, place):
+    code, out, _ = run("check", "--resolved", "tiny", "optimizer.lr=5e-3")
+    assert code == 0
+    (place / "whole.yaml").write_text(out)
+    assert "defaults" not in config.load("whole.yaml").tree
+    assert config.load("whole.yaml").tree == config.load("tiny", ["optimizer.lr=5e-3"]).tree
+    assert run("check", "whole.yaml")[0] == 0
+    code, both, _ = run("check", "--resolved", "tiny", "whole.yaml")
+    assert code == 0 and both.count("\n---\n") == 1
+    assert run("check", "--resolved", "tiny", "optimizer.rl=1")[0] == 2
+
+
+def test_the_version_is_told_without_torch(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"diffusion_pl {diffusion_pl.__version__}\n"
 
 
 def test_check_says_which_sizes_the_steps_take(run):

@@ -31,13 +31,18 @@ FAILURES: tuple[type[Exception], ...] = ()
 def run(options: argparse.Namespace) -> int:
     """Print parameters, batch and resolution arithmetic, budget, noise range, sampler's sizes.
 
-    Of several experiments every one is looked at, whatever is wrong with those before.
+    Of several experiments every one is looked at, whatever is wrong with those before. With
+    `--resolved` print the resolved YAML instead, which `train` takes as it is.
     """
     wrong = []
-    for name in options.experiments:
-        if len(options.experiments) > 1:
+    for number, name in enumerate(options.experiments):
+        if len(options.experiments) > 1 and not options.resolved:
             print(f"{shown(str(name))}:")
         try:
+            if options.resolved:
+                resolved = config.dump(parts.read(name, options.overrides, allow=options.allow))
+                print(shown("---\n" * (number > 0) + resolved, keep="\n"), end="")
+                continue
             for title, text in meaning(name, options.overrides, options.allow):
                 print(shown(f"{title:8} {text}"))
         except ValueError as error:
