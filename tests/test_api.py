@@ -47,7 +47,8 @@ def own_module(folder, monkeypatch, name, text):
     """A module of the user's own, beside the run."""
     (folder / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, name, None)  # so that it is gone after the test
+    del sys.modules[name]
 
 
 def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from test_commands_models import TINY
 from diffusion_pl.cli import main
 from diffusion_pl.commands import evaluate
 from diffusion_pl.data.synthetic import Synthetic
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import blocks
 from diffusion_pl.images import save_png
 from diffusion_pl.training import checkpoint as checkpoints
@@ -249,7 +250,7 @@ def test_a_finished_block_is_not_lost(run, monkeypatch):
 
     def once(*arguments, first, **more):
         if first == 16 and next(failed, False):
-            raise ValueError("the node is gone")
+            raise UserError("the node is gone")
         seen.append(first)
         return measure(*arguments, first=first, **more)
 

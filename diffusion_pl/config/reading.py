@@ -192,8 +192,10 @@ def load_resolved(
     """
     check_allowed(allow)
     packages = (*allow, *_named(overrides))
-    used = {name: node for name, node in tree.items() if name not in OF_TRAINING}
-    kept = without_credentials(plain(used, source))  # none is written again
+    used = plain(tree, source)
+    for section in OF_TRAINING:
+        used.pop(section, None)
+    kept = without_credentials(used)  # none is written again
     config = finished(Config(Path(source).stem, source, kept, packages=packages))
     config = _overridden(config, overrides)
     for key, value in leaves(config.tree):

@@ -130,6 +130,7 @@ def _refuse_missing_submodule(module: types.ModuleType, rest: Sequence[str]) -> 
     Raises:
         UserError: there is no such module.
     """
-    if len(rest) > 1 and rest[0] not in dir(module) and "__path__" in dir(module):
+    # What is there, not what `dir` tells, which may be a public face.
+    if len(rest) > 1 and "__path__" in vars(module) and not hasattr(module, rest[0]):
         inside = [each.name for each in pkgutil.iter_modules(module.__path__)]
         raise UserError(f"{module.__name__} has no module {rest[0]!r}{nearest(rest[0], inside)}")
