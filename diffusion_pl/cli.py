@@ -255,9 +255,7 @@ def parser() -> Parser:
         action="store_true",
         help="with --from: though it was trained for another objective or network",
     )
-    parts["check"].add_argument(
-        "--resolved", action="store_true", help="print the resolved YAML, all defaults merged"
-    )
+    measuring.add_check(parts["check"])
     parts["experiments"].add_argument(
         "--all", action="store_true", help="those of the package too, where there is experiments/"
     )

@@ -25,6 +25,13 @@ def add_features(part: argparse.ArgumentParser, default: str | None) -> None:
     )
 
 
+def add_check(part: argparse.ArgumentParser) -> None:
+    """What is printed of an experiment."""
+    part.add_argument(
+        "--resolved", action="store_true", help="print the resolved YAML, all defaults merged"
+    )
+
+
 def add_upkeep(verify: argparse.ArgumentParser, convert: argparse.ArgumentParser) -> None:
     """What the commands that look after files take."""
     verify.add_argument("path", type=Path, help="prepared data, a run's folder, or a checkpoint")
