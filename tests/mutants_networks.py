@@ -79,7 +79,6 @@ MUTANTS = [
         ("        counting.remove()", "        pass"),
         ("return 4 * tensors + 1000", "return tensors"),
         ("tensors is not None and", "tensors and"),
-        ("parameter is not None and", ""),
     ),
     *at(
         "networks/song_layers.py",

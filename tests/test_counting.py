@@ -32,3 +32,8 @@ def test_counting_ends_with_the_block_though_it_failed():
 def test_a_network_a_little_too_large_is_still_made_to_be_named_by_its_weights():
     assert spare(10) >= 40
     assert spare(1) >= 100
+
+
+def test_an_absent_weight_is_not_counted():
+    with at_most(1):
+        nn.Linear(2, 2, bias=False)  # registers its bias as None

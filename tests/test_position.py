@@ -46,6 +46,14 @@ def test_octaves_are_sines_and_cosines_of_doubling_frequency():
     assert encoded.tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_image_comes_first_and_the_channels_behind_it_are_counted():
+    encoding = PositionEncoding(octaves=3, frame=8)
+    image = torch.randn(2, 3, 8, 8)
+    appended = encoding(image, None)
+    assert torch.equal(appended[:, :3], image)
+    assert appended.shape[1] - 3 == encoding.channels == 12
+
+
 def test_a_position_that_nobody_reads_is_refused():
     encode = PositionEncoding(0, 8)
     x = torch.zeros(1, 3, 8, 8)

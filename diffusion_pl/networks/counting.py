@@ -24,8 +24,8 @@ def at_most(tensors: int | None) -> Iterator[None]:
     """
     made = itertools.count(1)
 
-    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if tensors is not None and parameter is not None and next(made) > tensors:
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if tensors is not None and next(made) > tensors:
             raise UserError(f"has more than the {tensors:,} tensors that the checkpoint holds")
 
     counting = register_module_parameter_registration_hook(count)
