@@ -145,7 +145,7 @@ def _run(options: argparse.Namespace) -> int:
         problem = of_the_machine(error)
         if problem is None:
             raise
-        return _bad(ValueError(problem))
+        return _bad(UserError(problem))
     return code
 
 

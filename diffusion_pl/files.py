@@ -56,7 +56,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 def unwritable(path: Path, error: Exception) -> ValueError:
     """The one line for a file that could not be written."""
     reason = " ".join(str(error).split())
-    return ValueError(
+    return UserError(
         f"{path}: cannot be written ({reason}); free space or permissions, then run again"
     )
 
@@ -158,7 +158,7 @@ def open_lock(path: Path) -> int:
 
 
 def _no_lock(path: Path) -> ValueError:
-    return ValueError(f"{path}: is a link or no file, and a lock follows none; remove it")
+    return UserError(f"{path}: is a link or no file, and a lock follows none; remove it")
 
 
 def _no_link(path: str, flags: int) -> int:

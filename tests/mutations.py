@@ -8,6 +8,7 @@ for what no reader has to do: to start a process, a connection or a program.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
@@ -28,6 +29,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from diffusion_pl.errors import UserError
 
 # Mutants of each kind.
 COUNTS = {
@@ -165,8 +168,7 @@ def _outcome(kind: Kind, data: bytes, each: str, good: Any) -> str:
         with _watched():
             found = kind.read(data, each)
     except ValueError as error:
-        # Ours, not one of its children that a library raises, such as UnicodeDecodeError.
-        if type(error) is not ValueError and not type(error).__module__.startswith("diffusion_pl."):
+        if not isinstance(error, UserError):  # a library's, such as UnicodeDecodeError
             return f"raised {type(error).__name__}: {error}"
         # A configuration has a line for each problem, and each of them names its place.
         lines = str(error).splitlines()
@@ -250,10 +252,8 @@ def member(folder: Path) -> Kind:
         try:
             decode_into(image, data, encoding)
         except ValueError as error:  # whoever reads the shard names the place
-            from diffusion_pl.errors import UserError
-
             assert isinstance(error, UserError)
-            raise ValueError(f"x: {error}") from error
+            raise UserError(f"x: {error}") from error
         return image.tobytes()
 
     return Kind(seeds, read)
@@ -620,15 +620,15 @@ def edm(folder: Path) -> Kind:
     return Kind({"network": path.read_bytes(), "values": pickle.dumps(values)}, read)
 
 
-def main(names: Sequence[str], seed: int = 0, times: int = 1) -> dict[str, Any]:
-    """Try the kinds of these names, so many times their usual number of mutants."""
+def main(names: Sequence[str], seed: int = 0, share: float = 1) -> dict[str, Any]:
+    """Try the kinds of these names, with a share of their mutants."""
     signal.signal(signal.SIGPROF, _late)
     sys.addaudithook(_hook)
     found = {}
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             kind = globals()[name](Path(folder))
-            found[name] = tried(name, kind, times * COUNTS[name], seed)
+            found[name] = tried(name, kind, int(share * COUNTS[name]), seed)
     # Not ru_maxrss, which begins at what the process had that started this one.
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
@@ -636,4 +636,8 @@ def main(names: Sequence[str], seed: int = 0, times: int = 1) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1:] or list(COUNTS))))
+    wanted = argparse.ArgumentParser(description=__doc__)
+    wanted.add_argument("names", nargs="*", default=list(COUNTS))
+    wanted.add_argument("--share", type=float, default=1.0, help="of each kind's mutants (1)")
+    options = wanted.parse_args()
+    print(json.dumps(main(options.names, share=options.share)))

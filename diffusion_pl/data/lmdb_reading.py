@@ -125,7 +125,7 @@ class Child:
 
     def _ended(self) -> ValueError:
         self.end()
-        return ValueError(f"{self.path}: damaged (reading it ended the process); fetch it again")
+        return UserError(f"{self.path}: damaged (reading it ended the process); fetch it again")
 
 
 def _listed(path: str, database: object) -> Iterator[bytes]:
@@ -198,7 +198,7 @@ def _serve(path: str, largest: int, requests: IO[bytes], answers: IO[bytes]) -> 
             else:
                 tell(_value(path, database, requests.read(size), largest))
         except lmdb.Error as error:
-            tell(ValueError(f"{path}: damaged ({error}); fetch it again"))
+            tell(UserError(f"{path}: damaged ({error}); fetch it again"))
         except ValueError as error:
             tell(error)
 

@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffusion_pl.errors import UserError
 from diffusion_pl.signals import SIGNALS, end_with
 
 AHEAD = 2  # batches that a reader has ready
@@ -139,8 +140,8 @@ def _read(
             try:
                 batch = batches[step]
             except Exception as error:
-                known = isinstance(error, ValueError)
-                line.send(ValueError(str(error)) if known else RuntimeError(traceback.format_exc()))
+                known = isinstance(error, UserError)  # else a bug, whose place is to be seen
+                line.send(UserError(str(error)) if known else RuntimeError(traceback.format_exc()))
                 return
             if count >= AHEAD:
                 line.recv()  # a place has become free

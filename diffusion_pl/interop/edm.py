@@ -272,7 +272,7 @@ def _misfit(config: Mapping[str, Any], state: Mapping[str, Tensor], what: str) -
     try:
         tells = told(state)
     except ValueError as error:
-        return ValueError(f"{what}; {error}")
+        return UserError(f"{what}; {error}")
     usual = {key: value for key, (_, value) in _arguments(config).items()} | dict(config)
     other = [f"{key}: {value}" for key, value in tells.items() if usual.get(key) != value]
-    return ValueError(f"{what}; the weights are of a config with {', '.join(other) or 'the same'}")
+    return UserError(f"{what}; the weights are of a config with {', '.join(other) or 'the same'}")

@@ -153,7 +153,7 @@ def _images(path: Path, found: Mapping[str, npz.Entry]) -> npz.Arrays | None:
 
 def _unfit(path: Path, error: object) -> ValueError:
     # zipfile and numpy pass on whatever a damaged entry or header makes them raise.
-    return ValueError(f"{path}: not published statistics ({' '.join(str(error).split())})")
+    return UserError(f"{path}: not published statistics ({' '.join(str(error).split())})")
 
 
 def _array(path: Path, found: Mapping[str, npz.Entry], key: str, shape: tuple[int, ...]) -> Tensor:
