@@ -18,6 +18,7 @@ from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.loader import Batches, Loader, Share
 from diffusion_pl.data.order import Order
 from diffusion_pl.data.synthetic import Synthetic
+from diffusion_pl.errors import UserError
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a service of Linux")
 
@@ -91,10 +92,12 @@ class Broken:
 
 
 def test_what_a_reader_finds_wrong_is_said_as_it_would_be_here():
-    loader = iter(Loader(Broken(ValueError("shard 7: ends within it")), 0, 9, workers=2))
+    loader = iter(Loader(Broken(UserError("shard 7: ends within it")), 0, 9, workers=2))
     assert [next(loader)["index"].item() for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"^shard 7: ends within it$"):
+    with pytest.raises(UserError, match=r"^shard 7: ends within it$"):
         next(loader)
+    with pytest.raises(RuntimeError, match=r"(?s)__getitem__.*ValueError: of the user's own"):
+        list(Loader(Broken(ValueError("of the user's own")), 0, 9, workers=1))
     with pytest.raises(RuntimeError, match=r"(?s)__getitem__.*KeyError: 'label'"):
         list(Loader(Broken(KeyError("label")), 0, 9, workers=1))
     with pytest.raises(RuntimeError, match=r"(?s)__getitem__.*ConnectionResetError: by the server"):
