@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -283,3 +285,77 @@ def test_importing_costs_nothing_and_names_are_listed():
     assert third == "False experiment"
     with pytest.raises(AttributeError, match="nothing"):
         _ = dp.nothing
+
+
+class Signals(Callback):
+    """Sends this process a signal after so many images."""
+
+    def __init__(self, number, images):
+        self.number, self.images = number, images
+
+    def on_train_batch_end(self, trainer, pl_module, *rest):
+        if pl_module.images_seen == self.images:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_ends_the_call_and_the_same_call_goes_on(number, ends, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exp = dp.experiment("quickstart", TINY)
+    with pytest.raises(ends) as caught:
+        dp.train(exp, "runs/a", callbacks=[Signals(number, 48)])
+    assert getattr(caught.value, "code", 75) == 75
+    assert dp.Run("runs/a").images_seen == 48
+    assert (tmp_path / "runs/a/REQUEUE").exists()
+    whole, straight = dp.train(exp, "runs/a"), dp.train(exp, "runs/b")
+    ours, theirs = whole.denoiser.state_dict(), straight.denoiser.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_what_is_sampled_and_enlarged_is_as_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = dp.train(dp.experiment("quickstart", TINY), "runs/a")
+    assert not torch.equal(run.sample(2, label=0), run.sample(2, label=1))
+    assert torch.equal(run.sample(2, label="disc"), run.sample(2, label=0))
+    images = run.sample(2)
+    agree = run.enlarge(images, to=32, label=0)
+    free = run.enlarge(images, to=32, label=0, consistent=False)
+    pairs = agree.double().unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean(dim=(3, 5))
+    assert (pairs - images).abs().max() <= 1 and not torch.equal(agree, free)
+    for wrong in (images.float(), images[0], images[:, :1]):
+        with pytest.raises(dp.UserError, match="images: must be uint8"):
+            run.enlarge(wrong, to=32, label=0)
+    with pytest.raises(dp.UserError, match="count"):
+        run.sample(0)
+    with pytest.raises(dp.UserError, match="stepps: is no option of sample"):
+        run.sample(1, stepps=3)
+
+
+SCRIPT = """
+import json
+import diffusion_pl as dp
+from test_api import TINY
+
+if __name__ == "__main__":
+    exp = dp.experiment("quickstart", {**TINY, "trainer.devices": 2})
+    run = dp.train(exp, "runs/two")
+    print(json.dumps({"images": run.images_seen, "sampled": len(run.sample(2))}))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_on_two_devices_goes_on_once(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count('{"images": 64, "sampled": 2}') == 1
