@@ -255,6 +255,7 @@ def test_the_sweep_removes_what_the_dead_have_left_and_nothing_else(tmp_path):
         (folder / name).write_text("")
     for name in old | ancient:
         os.utime(folder / name, (time.time() - 2 * processes.LEFT_AFTER,) * 2)
+    assert not any(processes.is_leftover(folder / name) for name in ancient)
     sweep(tmp_path)
     assert {path.name for path in folder.iterdir()} == stays
 
