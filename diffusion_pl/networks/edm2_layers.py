@@ -11,6 +11,9 @@ average over random weights, so nothing in a network of them grows or shrinks as
 | mp_sum | ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2) | Eq. 88 |
 | mp_cat | sqrt((Na + Nb) / ((1 - t)^2 + t^2)) [(1 - t) a / sqrt Na, t b / sqrt Nb] | Eq. 103 |
 | Fourier | sqrt(2) cos(2 pi (f c + p)), f ~ N(0, 1), p ~ U(0, 1) | Eq. 75 |
+
+The formulas are held against the released code; the numbers of the equations are those that its
+comments give, not read in the paper itself.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ Training Dynamics of Diffusion Models, 2024, arXiv:2312.02696; its config G.
 | input | a channel of ones beside the image, for there are no biases | section 2.3 |
 | output | gain conv(x), the gain 0 at first | section 2.3 |
 | clip | activations within +-256, so that fp16 does not overflow | released code |
+
+Held against the released code; the places in the paper are cited from memory, and in doubt.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ arXiv:2312.02696. EDM's objective (edm.py) with other noise levels and a weight 
 | learned weight | L / e^{u(sigma)} + u(sigma), see diffusion/uncertainty.py | Eq. 21 |
 | pooling | mean over channels and pixels | Eq. 14 to 16, of a pixel |
 
+The values are those of the released code; the places in the paper are in doubt.
+
 The paper's u is a layer whose weights have norm 1; here they are free and begin at 0, the plain
 loss. Both come to the logarithm of the expected loss.
 """
