@@ -32,6 +32,7 @@ from mutant import PACKAGE, Mutant, at
 ROOT = Path(__file__).parents[1]
 WORKERS = 2
 LIMIT = 180  # seconds for the tests of one mutant
+WHOLE = 1800  # seconds for a test file without a bug, all of it
 UNUSABLE = 70  # the code of a child in which pytest itself raised
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -300,7 +301,7 @@ def outcome(mutant: Mutant, copy: Path, output: Path, sound: dict[str, bool]) ->
     """
     for tests in mutant.tests:
         if tests not in sound:
-            sound[tests] = tested([tests], output) == 0
+            sound[tests] = tested([tests], output, WHOLE) == 0
         if not sound[tests]:
             return f"broken: {tests} fails without the bug"
     file = copy / mutant.file
@@ -322,8 +323,8 @@ def outcome(mutant: Mutant, copy: Path, output: Path, sound: dict[str, bool]) ->
     return "survived" if code == 0 else f"broken: pytest ended with {code}"
 
 
-def tested(tests: Sequence[str], output: Path) -> int | None:
-    """The exit code of tests in a child of this process, None at the time limit."""
+def tested(tests: Sequence[str], output: Path, limit: float = LIMIT) -> int | None:
+    """The exit code of tests in a child of this process, None after so many seconds."""
     # A child has the libraries in memory already; the package it imports afresh.
     child = os.fork()
     if not child:
@@ -337,7 +338,7 @@ def tested(tests: Sequence[str], output: Path) -> int | None:
         finally:
             os._exit(code)
     try:
-        return ended(child)
+        return ended(child, limit)
     finally:
         end_what_is_left()
 
@@ -357,9 +358,9 @@ def end_what_is_left() -> None:
             os.waitpid(process, 0)
 
 
-def ended(child: int) -> int | None:
+def ended(child: int, limit: float) -> int | None:
     """The exit code of a child, None when it had to be stopped."""
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
