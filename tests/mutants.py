@@ -301,7 +301,7 @@ def outcome(mutant: Mutant, copy: Path, output: Path, sound: dict[str, bool]) ->
     """
     for tests in mutant.tests:
         if tests not in sound:
-            sound[tests] = tested([tests], output, WHOLE) == 0
+            sound[tests] = code_of([tests], output, WHOLE) == 0
         if not sound[tests]:
             return f"broken: {tests} fails without the bug"
     file = copy / mutant.file
@@ -310,7 +310,7 @@ def outcome(mutant: Mutant, copy: Path, output: Path, sound: dict[str, bool]) ->
         return f"stale: {mutant.right!r} stands {text.count(mutant.right)} times"
     file.write_text(text.replace(mutant.right, mutant.wrong))
     try:
-        code = tested(mutant.tests, output)
+        code = code_of(mutant.tests, output)
     finally:
         file.write_text(text)
     # 1: tests ran and some failed. Below 0: a crash.
@@ -318,12 +318,12 @@ def outcome(mutant: Mutant, copy: Path, output: Path, sound: dict[str, bool]) ->
         return "noticed"
     if code is None:
         # A loop without end is noticed, unless the tests are as slow without the bug.
-        clean = tested(mutant.tests, output)
+        clean = code_of(mutant.tests, output)
         return "noticed" if clean == 0 else f"broken: in {LIMIT} s the tests ended with {clean}"
     return "survived" if code == 0 else f"broken: pytest ended with {code}"
 
 
-def tested(tests: Sequence[str], output: Path, limit: float = LIMIT) -> int | None:
+def code_of(tests: Sequence[str], output: Path, limit: float = LIMIT) -> int | None:
     """The exit code of tests in a child of this process, None after so many seconds."""
     # A child has the libraries in memory already; the package it imports afresh.
     child = os.fork()
