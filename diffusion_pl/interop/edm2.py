@@ -264,16 +264,16 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     """
     with at_most(spare(len(state))), torch.device("meta"):
         network = configs.build(Config("edm2", "checkpoint", nodes(config)), "network")
+    own = network.state_dict()
     found, used = {}, set()
     for ours, theirs in names(config, network):
-        own = network.state_dict()[ours]
         if theirs not in state:
             raise UserError(f"{theirs}: is missing")
         value = state[theirs]
         # A gain is a scalar there and a row of one here.
         value = value.reshape(1) if value.ndim == 0 else value
-        if value.shape != own.shape:
-            shapes = f"has shape {tuple(value.shape)}, not {tuple(own.shape)}"
+        if value.shape != own[ours].shape:
+            shapes = f"has shape {tuple(value.shape)}, not {tuple(own[ours].shape)}"
             raise UserError(f"{theirs}: {shapes}")
         found[ours] = value
         used.add(theirs)
