@@ -266,7 +266,7 @@ def train(
         try:
             code = command.train(chosen, what.config, callbacks=callbacks, loggers=loggers)
         except Stopped:
-            wish.mark(folder)
+            wish.mark_before_steps(folder)
             code = RESUMABLE
         stopped = wish.name
     if not ranks.leads_run():
@@ -380,8 +380,7 @@ class Run:
         if count < 1 or first < 0:
             raise UserError(f"count: must be positive, first at least 0 (got {count}, {first})")
         chosen = self._options("sample", **options)
-        word = label if label is None else str(label)
-        drawing = runs.drawing_of(chosen, self.model, label=word).drawing
+        drawing = runs.drawing_of(chosen, self.model, label=label).drawing
         pieces = batches(range(first, first + count), batch_size)
         return torch.cat([drawing.images(piece)[0].cpu() for piece in pieces])
 
@@ -445,8 +444,7 @@ class Run:
             got = f"{images.dtype} {tuple(images.shape)}"
             raise UserError(f"images: must be uint8 (N, 3, h, w) (got {got})")
         chosen = self._options("enlarge", **options)
-        word = label if label is None else str(label)
-        drawing = runs.drawing_of(chosen, self.model, label=word).drawing
+        drawing = runs.drawing_of(chosen, self.model, label=label).drawing
         side = drawing.shape[1] if to is None else to
         found = []
         for number, image in enumerate(images):

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from diffusion_pl import __version__, locks
+from diffusion_pl import __version__
 from diffusion_pl.addresses import masked, refuse_credentials
 from diffusion_pl.commands import arguments as measuring
 from diffusion_pl.commands import results
@@ -29,7 +29,7 @@ from diffusion_pl.commands.safety import refuse_unsafe
 from diffusion_pl.errors import UserError
 from diffusion_pl.files import of_the_machine
 from diffusion_pl.names import refuse_controls, shown
-from diffusion_pl.signals import RESUMABLE, Stopped, Wish
+from diffusion_pl.signals import RESUMABLE, Stopped, Wish, is_later_rank
 
 COMMANDS = {
     "prepare": "make shards of a folder, archive or table of images, or go on where it stopped",
@@ -97,23 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(options)
         except Stopped:
             run = options.run or Path("runs") / Path(options.experiment).stem
-            # A second start leaves no mark on a run that goes on; a rank of its own may.
-            if _is_later_rank() or locks.living(run / locks.NAME) is None:
-                try:
-                    wish.mark(run)
-                except ValueError as error:
-                    return _bad(error)
+            try:
+                wish.mark_before_steps(run)
+            except UserError as error:
+                return _bad(error)
             print(
                 f"{shown(str(run))}: stopped before a step; the same command goes on",
                 file=sys.stderr,
             )
             return RESUMABLE
-
-
-def _is_later_rank() -> bool:
-    """Whether another process leads this one's run, as `ranks` says once torch is there."""
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    return any(os.environ.get(name, "0") != "0" for name in names)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -122,7 +114,7 @@ def _run(options: argparse.Namespace) -> int:
         refuse_unsafe(os.environ)
     except ValueError as error:
         return _bad(error)
-    if sys.stderr.isatty() and not _is_later_rank():  # libraries take seconds to be read
+    if sys.stderr.isatty() and not is_later_rank():  # libraries take seconds to be read
         print(f"{shown(options.command)}: starting ...", file=sys.stderr, flush=True)
     # `import` is a word of the language, so its module is import_.
     name = options.command + "_" * keyword.iskeyword(options.command)

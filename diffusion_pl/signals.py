@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from diffusion_pl import locks
 from diffusion_pl.files import write_atomically
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -40,6 +41,12 @@ def end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def is_later_rank() -> bool:
+    """Whether another process leads this one's run, as `ranks` says once torch is there."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return any(os.environ.get(name, "0") != "0" for name in names)
 
 
 class Stopped(BaseException):
@@ -88,6 +95,17 @@ class Wish:
         return (
             "a signal to another rank" if self.signal is None else signal.Signals(self.signal).name
         )
+
+    def mark_before_steps(self, run: Path) -> None:
+        """Write it of a run that has made no step here, unless another process goes on with it.
+
+        A second start leaves no mark on a run that goes on; a rank of its own may.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if is_later_rank() or locks.living(run / locks.NAME) is None:
+            self.mark(run)
 
     def mark(self, run: Path) -> None:
         """Write that a run waits to go on.

@@ -17,7 +17,7 @@ MUTANTS = [
         ('sorted(tops - {"diffusion_pl", "torch"})', "()"),
         ("raise KeyboardInterrupt if", "raise SystemExit(0) if"),
         ("range(first, first + count)", "range(count)"),
-        ("self.model, label=word).drawing\n        pieces", "self.model).drawing\n        pieces"),
+        ("self.model, label=label).drawing\n        pieces", "self.model).drawing\n        pieces"),
         ("consistent)[0])", "False)[0])"),
         ("        if name not in options:", "        if False:"),
         ('if "\\n" in text else', "if False else"),

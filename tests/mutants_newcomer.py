@@ -8,8 +8,8 @@ MUTANTS = [
     *at(
         "cli.py",
         "newcomer",
-        ("if sys.stderr.isatty() and not _is_later_rank():", "if not _is_later_rank():"),
-        ("if sys.stderr.isatty() and not _is_later_rank():", "if False:"),
+        ("if sys.stderr.isatty() and not is_later_rank():", "if not is_later_rank():"),
+        ("if sys.stderr.isatty() and not is_later_rank():", "if False:"),
         ("return INTERRUPTED", "return 1"),
         ('frozenset({"prepare", "sample", "sweep"})', 'frozenset({"prepare", "sweep"})'),
     ),
