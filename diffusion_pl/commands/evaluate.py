@@ -326,7 +326,7 @@ def drawn_by(options: argparse.Namespace, drawn: Mapping[str, Any] | None) -> co
     if options.reference is not None or type(named) is not str or not runs.is_run(Path(named)):
         return None
     print(shown(f"as {named}, which drew them, is measured: its data, metrics"), file=sys.stderr)
-    return runs.open_model(Path(named), allow=options.allow).config
+    return runs.config_of(Path(named), options.allow)
 
 
 def drawn_as(path: Path) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,7 @@ def open_model(
     path = checkpoint_of(run)
     loaded = checkpoints.load(path)
     tree, images = checkpoints.described(loaded, path)
-    experiment = config.load_resolved(tree, str(path), allow, overrides)
-    parts.bind(experiment)
+    experiment = _bound(tree, path, allow, overrides)
     objective: TrainingObjective = config.build(experiment, "objective")
     names = checkpoints.class_names(loaded)
     kind, _, length = weights.partition(":")
@@ -144,6 +143,30 @@ def open_model(
     own = config.load_resolved(tree, str(path), allow)
     dropped: float = config.build(own, "trainer").label_dropout
     return Model(path, images, experiment, objective, denoiser, dropped, names)
+
+
+def config_of(run: Path, allow: Sequence[str] = ()) -> Config:
+    """The config of a run's newest checkpoint; its network is not built.
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        allow: packages to trust beside this one.
+
+    Raises:
+        UserError: no run there, or one that is unfit.
+    """
+    path = checkpoint_of(run)
+    tree, _ = checkpoints.described(checkpoints.load(path), path)
+    return _bound(tree, path, allow)
+
+
+def _bound(
+    tree: Mapping[str, Any], path: Path, allow: Sequence[str], overrides: Sequence[str] = ()
+) -> Config:
+    """A checkpoint's config with overrides, all of its sections checked."""
+    experiment = config.load_resolved(tree, str(path), allow, overrides)
+    parts.bind(experiment)
+    return experiment
 
 
 def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
