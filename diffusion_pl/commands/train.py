@@ -108,7 +108,8 @@ def _train(
     latest = checkpoints.newest_sound(folder / "checkpoints", mend=leads)
     changes = settling.compare(experiment, folder, options.start, latest) if leads else []
     batch_size = experiment.get("data.batch_size")
-    budget = config.build(experiment, "trainer").steps(batch_size) * batch_size
+    settings: Settings = config.build(experiment, "trainer")
+    budget = settings.steps(batch_size) * batch_size
     done = int(latest.stem) if latest else 0
     if done >= budget and is_evaluated(folder, config.build(experiment, "evaluation"), done):
         if leads:
@@ -125,7 +126,6 @@ def _train(
     if latest and leads:
         for line in (*changes, f"going on from {done:,} of {budget:,} images"):
             print(shown(f"{folder}: {line}"), file=sys.stderr)
-    settings: Settings = config.build(experiment, "trainer")
     if starter(os.environ, settings.nodes, settings.devices_a_node()) == "itself":
         see_data(trust.data_of(experiment))
     built = build(experiment, **further)

@@ -155,13 +155,12 @@ def replaced(config: Config, changes: Mapping[str, Any], source: str) -> Config:
     if not changes:
         return config
     copy = replace(config, tree=plain(config.tree, config.file), origins=dict(config.origins))
-    kept = plain(dict(enumerate(changes.values())), source)
-    pairs = [(key.split("."), value) for key, value in zip(changes, kept.values(), strict=True)]
-    for parts, value in sorted(pairs, key=lambda pair: len(pair[0])):
+    for key, value in sorted(changes.items(), key=lambda pair: pair[0].count(".")):
+        parts = key.split(".")
         if isinstance(value, dict) and "_target_" in value:
             _set(copy, parts, None, source)
         _set(copy, parts, value, source)
-    return finished(copy)
+    return finished(replace(copy, tree=plain(copy.tree, config.file)))
 
 
 def _merged(
