@@ -57,7 +57,7 @@ MUTANTS = [
         ("self.map_label(hot), self.label_balance)", "self.map_label(hot), 0.5)"),
         ("return mp_silu(vector)", "return vector"),
         ("torch.ones_like(x[:, :1])", "torch.zeros_like(x[:, :1])"),
-        ("mp_cat(x, skips.pop(), self.concat_balance)", "torch.cat([x, skips.pop()], dim=1)"),
+        ("join=partial(mp_cat, t=self.concat_balance)", "join=None"),
         ("return self.out_conv(x, self.out_gain)", "return self.out_conv(x)"),
     ),
     *at(

@@ -27,13 +27,14 @@ from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
     SelfAttention,
+    decode,
     double,
+    encode,
     float32_region,
     group_norm,
     halve,
     one_hot,
     refuse_resolution,
-    run,
 )
 from diffusion_pl.networks.position import PositionEncoding
 
@@ -246,14 +247,6 @@ class ADM(nn.Module):
         self.check_resolution(*x.shape[2:])
         embedding = self.embed(c_noise, label, augment)
         x = self.stem(self.position(x, position))
-        skips = [x]
-        for block in self.encoder:
-            x = run(block, x, embedding, recompute=self.recompute)
-            skips.append(x)
-        for block in self.middle:
-            x = run(block, x, embedding, recompute=self.recompute)
-        for block in self.decoder:
-            if block.resample is None:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = run(block, x, embedding, recompute=self.recompute)
+        skips = encode(self.encoder, x, embedding, recompute=self.recompute)
+        x = decode(self.middle, self.decoder, skips, embedding, recompute=self.recompute)
         return self.out_conv(F.silu(self.out_norm(x)))

@@ -21,12 +21,13 @@ from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
     SelfAttention,
+    decode,
     double,
+    encode,
     float32_region,
     halve,
     one_hot,
     refuse_resolution,
-    run,
     xavier,
 )
 from diffusion_pl.networks.position import PositionEncoding
@@ -148,6 +149,8 @@ class Down(nn.Module):
 
 class Up(nn.Module):
     """Double the resolution by repeating pixels, then a convolution."""
+
+    resample = "double"  # as of a block that does so
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -325,14 +328,6 @@ class DDPMUNet(nn.Module):
         self.check_resolution(*x.shape[2:])
         embedding = self.embed(c_noise, label)
         x = self.stem(self.position(x, position))
-        skips = [x]
-        for layer in self.encoder:
-            x = run(layer, x, embedding, recompute=self.recompute)
-            skips.append(x)
-        for layer in self.middle:
-            x = run(layer, x, embedding, recompute=self.recompute)
-        for layer in self.decoder:
-            if isinstance(layer, Block) and layer.resample is None:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = run(layer, x, embedding, recompute=self.recompute)
+        skips = encode(self.encoder, x, embedding, recompute=self.recompute)
+        x = decode(self.middle, self.decoder, skips, embedding, recompute=self.recompute)
         return self.out_conv(F.silu(self.out_norm(x)))

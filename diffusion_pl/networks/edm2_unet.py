@@ -37,7 +37,7 @@ from diffusion_pl.networks.edm2_layers import (
     mp_sum,
     normalize,
 )
-from diffusion_pl.networks.layers import float32_region, one_hot, refuse_resolution, run
+from diffusion_pl.networks.layers import decode, encode, float32_region, one_hot, refuse_resolution
 from diffusion_pl.networks.position import PositionEncoding
 from diffusion_pl.networks.song_layers import Resample
 
@@ -285,14 +285,9 @@ class EDM2UNet(nn.Module):
         embedding = self.embed(c_noise, label)
         x = self.position(x, position)
         x = self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
-        skips = [x]
-        for block in self.encoder:
-            x = run(block, x, embedding, recompute=self.recompute)
-            skips.append(x)
-        for block in self.middle:
-            x = run(block, x, embedding, recompute=self.recompute)
-        for block in self.decoder:
-            if block.resample is None:
-                x = mp_cat(x, skips.pop(), self.concat_balance)
-            x = run(block, x, embedding, recompute=self.recompute)
+        skips = encode(self.encoder, x, embedding, recompute=self.recompute)
+        x = decode(
+            self.middle, self.decoder, skips, embedding, recompute=self.recompute,
+            join=partial(mp_cat, t=self.concat_balance),
+        )  # fmt: skip
         return self.out_conv(x, self.out_gain)

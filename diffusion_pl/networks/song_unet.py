@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
+    decode,
     float32_region,
     group_norm,
     one_hot,
@@ -207,10 +207,5 @@ class SongUNet(nn.Module):
             if self.auxiliary and block.resample is not None:
                 x = auxiliary = (x + next(halvings)(auxiliary)) * SKIP_SCALE
             skips.append(x)
-        for block in self.middle:
-            x = run(block, x, embedding, recompute=self.recompute)
-        for block in self.decoder:
-            if block.resample is None:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = run(block, x, embedding, recompute=self.recompute)
+        x = decode(self.middle, self.decoder, skips, embedding, recompute=self.recompute)
         return self.out_conv(F.silu(self.out_norm(x)))
