@@ -6,6 +6,11 @@ from mutant import at
 
 MUTANTS = [
     *at(
+        "networks/layers.py",
+        "edm2_unet",
+        ("if join is None else join(x, skip)", "if True else join(x, skip)"),
+    ),
+    *at(
         "networks/edm2_layers.py",
         "edm2_unet",
         ("SILU = 0.596", "SILU = 0.6"),

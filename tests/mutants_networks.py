@@ -14,7 +14,6 @@ MUTANTS = [
         ("* (label >= 0)", "* (label >= -1)"),
         ("again = recompute and", "again = False and"),
         ("torch.cat([x, skip], dim=1)", "torch.cat([skip, x], dim=1)"),
-        ("if join is None else join(x, skip)", "if True else join(x, skip)"),
         ("        if layer.resample is None:", "        if layer.resample is not None:"),
         ("skips = [x]\n    for layer in encoder", "skips = [0 * x]\n    for layer in encoder"),
         ("    x = skips[-1]\n    for layer in middle", "    x = skips[0]\n    for layer in middle"),
