@@ -254,7 +254,6 @@ def train(
     Raises:
         UserError: what does not fit, before the first step.
     """
-    from diffusion_pl import ranks
     from diffusion_pl.commands import parts
     from diffusion_pl.commands import train as command
 
@@ -269,7 +268,7 @@ def train(
             wish.mark_before_steps(folder)
             code = RESUMABLE
         stopped = wish.name
-    if not ranks.leads_run():
+    if not command.leads_run(config.build(what.config, "trainer")):
         raise SystemExit(code)
     if code:
         raise KeyboardInterrupt if stopped == "SIGINT" else SystemExit(code)

@@ -314,6 +314,12 @@ def test_a_signal_ends_the_call_and_the_same_call_goes_on(number, ends, tmp_path
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_run_of_one_process_returns_whatever_an_allocation_has_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert dp.train(dp.experiment("quickstart", TINY), "runs/a").images_seen == 64
+
+
 def test_what_is_sampled_and_enlarged_is_as_asked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = dp.train(dp.experiment("quickstart", TINY), "runs/a")

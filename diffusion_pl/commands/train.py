@@ -73,21 +73,21 @@ def train(options: argparse.Namespace, experiment: Config, **further: Any) -> in
     weights = None
     if not options.start and (options.fresh_labels or options.accept_differences):
         raise UserError("--fresh-labels, --accept-differences: each belongs to --from RUN")
-    # A run of one process has no later rank, whatever an allocation has left in the environment.
-    leads = settings.nodes * settings.devices_a_node() == 1 or ranks.leads_run()
+    leads = leads_run(settings)
     if options.start and not checkpoints.found(folder / "checkpoints"):
         weights = starting.weights(options, experiment, leads)  # refused before the folder is made
     if not leads:  # the first rank writes for all of them
-        return _train(options, experiment, folder, weights, None, further)
+        return _train(options, experiment, settings, folder, weights, None, further)
     with locks.hold(folder / locks.NAME, "training") as lock:
         sweep(folder)
         History(folder / "metrics.jsonl").mend()
-        return _train(options, experiment, folder, weights, lock, further)
+        return _train(options, experiment, settings, folder, weights, lock, further)
 
 
 def _train(
     options: argparse.Namespace,
     experiment: Config,
+    settings: Settings,
     folder: Path,
     weights: starting.Start | None,
     lock: locks.Lock | None,
@@ -98,6 +98,7 @@ def _train(
     Args:
         options: of the command.
         experiment: what is trained.
+        settings: its trainer's.
         folder: the run's.
         weights: that a new run starts from, None for its own.
         lock: on it, where this process is the run's first; None on the others, which the first one
@@ -108,7 +109,6 @@ def _train(
     latest = checkpoints.newest_sound(folder / "checkpoints", mend=leads)
     changes = settling.compare(experiment, folder, options.start, latest) if leads else []
     batch_size = experiment.get("data.batch_size")
-    settings: Settings = config.build(experiment, "trainer")
     budget = settings.steps(batch_size) * batch_size
     done = int(latest.stem) if latest else 0
     if done >= budget and is_evaluated(folder, config.build(experiment, "evaluation"), done):
@@ -165,6 +165,14 @@ def _fit(built: Experiment, folder: Path, wish: Wish, start: Start) -> dict[str,
         )
         write_atomically(folder / FAILED, lambda file: file.write(f"{failed}\n".encode()))
         raise failed from error
+
+
+def leads_run(settings: Settings) -> bool:
+    """Whether this process writes for all of its run's.
+
+    A run of one process has no later rank, whatever an allocation has left in the environment.
+    """
+    return settings.nodes * settings.devices_a_node() == 1 or ranks.leads_run()
 
 
 def see_ranks(settings: Settings) -> None:
