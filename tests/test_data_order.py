@@ -13,6 +13,7 @@ import torch
 from diffusion_pl.data.loader import Batches, Loader, Resolutions, Share
 from diffusion_pl.data.order import Order
 from diffusion_pl.data.source import Images
+from diffusion_pl.errors import UserError
 
 
 def numbered(count: int, labels: bool = True) -> Images:
@@ -176,17 +177,31 @@ def test_a_loader_goes_on_anywhere_with_any_number_of_workers(workers):
         assert all(torch.equal(old[key], new[key]) for key in ("image", "index", "label"))
 
 
-def test_what_is_wrong_in_a_worker_is_told_in_one_line():
-    class Torn:
-        shape = (8, 1, 2, 2)
+class Broken:
+    shape = (8, 1, 2, 2)
 
-        def __getitem__(self, indices):
-            raise ValueError("shards/000001.tar: 000001003.64.png is damaged")
+    def __init__(self, error):
+        self.error = error
 
-    batches = Batches({2: Images("torn", Torn(), "f", None, 0)}, Order(8, 0), Share(4))
-    for workers in (0, 1):
-        with pytest.raises(ValueError, match=r"^shards/000001.tar: \S+ is damaged$"):
-            next(iter(Loader(batches, 0, 2, workers)))
+    def __getitem__(self, indices):
+        raise self.error
+
+
+def read_from(store, workers):
+    batches = Batches({2: Images("broken", store, "f", None, 0)}, Order(8, 0), Share(4))
+    return next(iter(Loader(batches, 0, 2, workers)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_wrong_with_the_data_is_told_in_one_line(workers):
+    damaged = Broken(UserError("shards/000001.tar: 000001003.64.png is damaged"))
+    with pytest.raises(UserError, match=r"^shards/000001.tar: \S+ is damaged$"):
+        read_from(damaged, workers)
+
+
+def test_a_bug_in_a_reader_keeps_the_lines_where_it_happened():
+    with pytest.raises(RuntimeError, match=r"(?s)in __getitem__.*ValueError: not enough values"):
+        read_from(Broken(ValueError("not enough values to unpack")), 1)
 
 
 def test_half_of_the_images_are_flipped_by_seed_and_position():
