@@ -8,7 +8,9 @@ More lists stand in mutants_*.py, a file an area.
 from __future__ import annotations
 
 import compileall
+import contextlib
 import ctypes
+import functools
 import importlib
 import json
 import os
@@ -18,8 +20,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning  # noqa: F401 - imported once, here, and not by every child
 import pytest
@@ -27,6 +30,7 @@ import torch
 import torch_fidelity  # noqa: F401
 import torchmetrics  # noqa: F401
 import torchvision  # noqa: F401
+from covering import FAILED, NOTHING, Covering, Failing, tests_through
 from mutant import PACKAGE, Mutant, at
 
 ROOT = Path(__file__).parents[1]
@@ -286,45 +290,74 @@ def copy_of_the_project(folder: Path) -> Path:
     return copy
 
 
-def outcome(mutant: Mutant, copy: Path, output: Path, sound: dict[str, bool]) -> str:
+def outcome(mutant: Mutant, copy: Path, output: Path, covered: Mapping[str, dict[str, Any]]) -> str:
     """Plant a bug in the copy, run its tests in a child of this process, and take the bug out.
 
     Args:
         mutant: the bug.
         copy: of the project.
         output: a file for what the tests print.
-        sound: whether a test file passes without any bug; grows by those that are seen here first,
-            since a test that fails anyway notices nothing.
+        covered: of each test file that passes without any bug, what `Covering` wrote; a test that
+            fails anyway notices nothing.
 
     Returns:
         "noticed", "survived", or what is wrong with the mutant itself.
     """
     for tests in mutant.tests:
-        if tests not in sound:
-            sound[tests] = code_of([tests], output, WHOLE) == 0
-        if not sound[tests]:
+        if tests not in covered:
             return f"broken: {tests} fails without the bug"
     file = copy / mutant.file
     text = file.read_text()
     if text.count(mutant.right) != 1:
         return f"stale: {mutant.right!r} stands {text.count(mutant.right)} times"
-    file.write_text(text.replace(mutant.right, mutant.wrong))
-    try:
-        code = code_of(mutant.tests, output)
-    finally:
-        file.write_text(text)
+
+    def with_the_bug(tests: Sequence[str]) -> int | None:
+        file.write_text(text.replace(mutant.right, mutant.wrong))
+        try:
+            return code_of(tests, output)
+        finally:
+            file.write_text(text)
+
+    tried: Sequence[str] = tests_through(mutant, text, covered)
+    code = with_the_bug(tried) if tried else 0
+    if code == 1 and all(passes_alone(test, output) for test in failed(output)):
+        return "noticed"
+    if code in (0, 1):  # other processes run it, or a test that needs those before it
+        tried = mutant.tests
+        code = with_the_bug(tried)
     # 1: tests ran and some failed. Below 0: a crash.
     if code == 1 or (code is not None and code < 0):
         return "noticed"
     if code is None:
         # A loop without end is noticed, unless the tests are as slow without the bug.
-        clean = code_of(mutant.tests, output)
+        clean = code_of(tried, output)
         return "noticed" if clean == 0 else f"broken: in {LIMIT} s the tests ended with {clean}"
     return "survived" if code == 0 else f"broken: pytest ended with {code}"
 
 
-def code_of(tests: Sequence[str], output: Path, limit: float = LIMIT) -> int | None:
-    """The exit code of tests in a child of this process, None after so many seconds."""
+def failed(output: Path) -> list[str]:
+    """The tests that failed in the last child that printed to a file."""
+    marks = (line.partition(FAILED) for line in output.read_text(errors="replace").splitlines())
+    return [test for before, mark, test in marks if mark and not before]
+
+
+@functools.cache
+def passes_alone(test: str, output: Path) -> bool:
+    """Whether one test passes without a bug and without those before it."""
+    return code_of([test], output) == 0
+
+
+def code_of(
+    tests: Sequence[str], output: Path, limit: float = LIMIT, covering: Path | None = None
+) -> int | None:
+    """The exit code of tests in a child of this process, None after so many seconds.
+
+    Args:
+        tests: files, or ids of tests.
+        output: a file for what they print.
+        limit: seconds.
+        covering: a file for what each test runs; nothing is kept when not given.
+    """
     # A child has the libraries in memory already; the package it imports afresh.
     child = os.fork()
     if not child:
@@ -334,7 +367,8 @@ def code_of(tests: Sequence[str], output: Path, limit: float = LIMIT) -> int | N
             with output.open("w") as stream:
                 os.dup2(stream.fileno(), 1)
                 os.dup2(stream.fileno(), 2)
-                code = pytest.main(["-x", "-m", "not slow", *tests])
+                plugins = [Covering(Path.cwd(), covering)] if covering else [Failing()]
+                code = pytest.main(["-x", "-m", "not slow", *tests], plugins)
         finally:
             os._exit(code)
     try:
@@ -371,24 +405,60 @@ def ended(child: int, limit: float) -> int | None:
     return None
 
 
-def work(mutants: Sequence[Mutant], results: Path) -> None:
-    """Try some mutants one after the other, a line of results each."""
+@contextlib.contextmanager
+def at_work() -> Iterator[tuple[Path, Path]]:
+    """A copy of the project to work in, and a file for what its tests print."""
     adopt()
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_of_the_project(Path(folder))
         os.chdir(copy)
         sys.path.insert(0, str(copy))
         os.environ.update(PYTHONPATH=str(copy))
-        sound: dict[str, bool] = {}
-        with results.open("w") as lines:
-            for mutant in mutants:
-                result = outcome(mutant, copy, Path(folder) / "output", sound)
-                lines.write(json.dumps([mutant.file, mutant.right, mutant.wrong, result]) + "\n")
-                lines.flush()
-                if result != "noticed":
-                    # Said at once: a worker ends by os._exit, which drops what a buffer holds.
-                    told = f"{mutant.file}: {mutant.right!r} -> {mutant.wrong!r}: {result}"
-                    print(told, flush=True)
+        yield copy, Path(folder) / "output"
+
+
+def cover(files: Sequence[str], results: Path) -> None:
+    """Run test files without a bug; what its tests run is written of each that passes."""
+    with at_work() as (_, output):
+        for file in files:
+            seen = results / f"{file.replace('/', '.')}.json"
+            if code_of([file], output, WHOLE, seen) == 0:
+                continue
+            seen.unlink(missing_ok=True)
+            if code_of([file], output, WHOLE) == 0:  # it fails when it is traced alone
+                seen.write_text(json.dumps(NOTHING))
+
+
+def covered_by(files: Sequence[str], results: Path) -> dict[str, dict[str, Any]]:
+    """What `cover` wrote, by test file."""
+    seen = {file: results / f"{file.replace('/', '.')}.json" for file in files}
+    return {file: json.loads(path.read_text()) for file, path in seen.items() if path.exists()}
+
+
+def work(mutants: Sequence[Mutant], results: Path, covered: Mapping[str, dict[str, Any]]) -> None:
+    """Try some mutants one after the other, a line of results each."""
+    with at_work() as (copy, output), results.open("w") as lines:
+        for mutant in mutants:
+            result = outcome(mutant, copy, output, covered)
+            lines.write(json.dumps([mutant.file, mutant.right, mutant.wrong, result]) + "\n")
+            lines.flush()
+            if result != "noticed":
+                # Said at once: a worker ends by os._exit, which drops what a buffer holds.
+                told = f"{mutant.file}: {mutant.right!r} -> {mutant.wrong!r}: {result}"
+                print(told, flush=True)
+
+
+def in_workers(task: Callable[[int], None]) -> None:
+    """Run a task in each worker, with its number."""
+    workers = []
+    for number in range(WORKERS):
+        worker = os.fork()
+        if not worker:
+            task(number)
+            os._exit(0)
+        workers.append(worker)
+    for worker in workers:
+        os.waitpid(worker, 0)
 
 
 def everything() -> list[Mutant]:
@@ -403,18 +473,18 @@ def main() -> int:
     """Try every mutant, or those whose file has a word of the command line in its path."""
     wanted = [m for m in everything() if not sys.argv[1:] or any(w in m.file for w in sys.argv[1:])]
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        workers = []
-        for number in range(WORKERS):
-            worker = os.fork()
-            if not worker:
-                work(wanted[number::WORKERS], Path(folder) / f"{number}.jsonl")
-                os._exit(0)
-            workers.append(worker)
-        for worker in workers:
-            os.waitpid(worker, 0)
-        lines = [line for file in Path(folder).iterdir() for line in file.read_text().splitlines()]
-    count = sum(json.loads(line)[-1] == "noticed" for line in lines)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = sorted({file for mutant in wanted for file in mutant.tests})
+        in_workers(lambda number: cover(files[number::WORKERS], folder))
+        covered = covered_by(files, folder)
+        in_workers(
+            lambda number: work(wanted[number::WORKERS], folder / f"{number}.jsonl", covered)
+        )
+        results = [
+            line for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()
+        ]
+    count = sum(json.loads(line)[-1] == "noticed" for line in results)
     print(f"{count} of {len(wanted)} planted bugs noticed")
     return 0 if count == len(wanted) else 1
 
