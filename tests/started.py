@@ -47,16 +47,8 @@ def train(place, run, *words, ranks=1, faults=None, limit=LIMIT):
         faults: by rank, what FAULT is in its environment; see faults.py.
         limit: seconds after which what is left is killed.
     """
-    context, port = _server(), _free_port()
-    words = ["--run", f"runs/{run}", f"trainer.devices={ranks}", *words]
-    processes = [
-        context.Process(
-            target=_rank, args=(rank, ranks, port, str(place), words, (faults or {}).get(rank, ""))
-        )
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
+    words = ["train", "tried", "--run", f"runs/{run}", f"trainer.devices={ranks}", *words]
+    processes = begin([place] * ranks, words, faults=faults)
     until = time.monotonic() + limit
     first = last = None
     left = {process.sentinel for process in processes}
@@ -71,6 +63,42 @@ def train(place, run, *words, ranks=1, faults=None, limit=LIMIT):
         process.kill()
         process.join()
     return Ended(codes, (last or until) - (first or until))
+
+
+def begin(places, words, faults=None, log=None):
+    """Start a command in as many processes as it has places.
+
+    Args:
+        places: the folder where each process runs.
+        words: of the command.
+        faults: as for `train`.
+        log: a file for what they print, emptied first; they print as this process does otherwise.
+
+    Returns:
+        The processes, each the first of a group of its own.
+    """
+    context, port, ranks = _server(), _free_port(), len(places)
+    if log is not None:
+        log.write_bytes(b"")
+    processes = [
+        context.Process(
+            target=_rank,
+            args=(rank, ranks, port, str(place), words, (faults or {}).get(rank, ""), log),
+        )
+        for rank, place in enumerate(places)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def ended(process, limit=LIMIT):
+    """The exit code of a process, once it has ended; None, and it is killed, if it does not."""
+    process.join(limit)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    return code
 
 
 def answers(ask, ranks, *more):
@@ -119,8 +147,12 @@ def _free_port():
         return free.getsockname()[1]
 
 
-def _rank(rank, world_size, port, place, words, fault):
+def _rank(rank, world_size, port, place, words, fault, log):
     """What each process does; its exit code is the command's."""
+    if log is not None:
+        with log.open("ab") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of reading processes, as by default
     os.setpgid(0, 0)  # a node of its own, with all that it starts
@@ -140,4 +172,4 @@ def _rank(rank, world_size, port, place, words, fault):
         # Python ignores SIGXFSZ, and a write fails as on a full disk; by default it kills.
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(at), resource.RLIM_INFINITY))
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kind == "save-kill" else signal.SIG_IGN)
-    sys.exit(main(["train", "tried", *words]))
+    sys.exit(main([str(word) for word in words]))

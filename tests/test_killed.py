@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+import started
 import torch
 from homes import experiments
 
@@ -50,8 +49,8 @@ sampler:
   restart: 1.0
   by: sigma
 features: {name: shapes}
-evaluation: {every: 960, count: 10, batch_size: 10, grid: 4}
-trainer: {images: 960, checkpoint_every: 80, log_every: 800, accelerator: cpu, precision: fp32}
+evaluation: {every: 400, count: 10, batch_size: 10, grid: 4}
+trainer: {images: 400, checkpoint_every: 80, log_every: 400, accelerator: cpu, precision: fp32}
 """  # noqa: E501 - YAML
 
 
@@ -61,31 +60,26 @@ def place(tmp_path):
     return tmp_path
 
 
-def command(run, workers):
+def begin(place, run, workers):
+    """Start the command in a group of its own, with a log beside."""
     words = ["train", "pyramid", "--run", run, f"data.workers={workers}"]
-    return [sys.executable, "-m", "diffusion_pl", *words]
+    (process,) = started.begin([place], words, log=place / "log")
+    return process
 
 
 def finish(place, run, workers):
-    done = subprocess.run(
-        command(run, workers), cwd=place, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert started.ended(begin(place, run, workers)) == 0, (place / "log").read_text()
 
 
 def kill_once(condition, place, run, workers):
     """Start a run and kill it and its workers as soon as a condition holds."""
-    with (place / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command(run, workers), cwd=place, stdout=log, stderr=log, start_new_session=True
-        )
-        until = time.monotonic() + 120
-        while not condition():
-            assert process.poll() is None, (place / "log").read_text()
-            assert time.monotonic() < until, (place / "log").read_text()
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process = begin(place, run, workers)
+    until = time.monotonic() + 120
+    while not condition():
+        assert process.is_alive() and time.monotonic() < until, (place / "log").read_text()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
 
 
 def test_a_killed_run_ends_at_the_bits_of_one_that_was_not(place):
@@ -94,14 +88,14 @@ def test_a_killed_run_ends_at_the_bits_of_one_that_was_not(place):
     latest = place / "runs" / "killed" / "checkpoints" / "latest"
     kill_once(latest.exists, place, "runs/killed", workers=1)
     stopped = checkpoints.load(checkpoints.latest(latest.parent))["diffusion_pl"]["images"]
-    assert 0 < stopped < 960
+    assert 0 < stopped < 400
     finish(place, "runs/killed", workers=1)
 
     whole, resumed = (
         checkpoints.load(checkpoints.latest(place / "runs" / name / "checkpoints"))
         for name in ("straight", "killed")
     )
-    assert whole["global_step"] == resumed["global_step"] == 120
+    assert whole["global_step"] == resumed["global_step"] == 50
     for key, value in whole["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][key]), key
     first, second = (

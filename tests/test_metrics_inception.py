@@ -140,14 +140,15 @@ def test_bf16_says_what_it_costs(weights: Path, images: Tensor, seen: Features) 
     quick = features.load("inception", str(weights), precision="bf16")
     assert isinstance(quick, Inception)
     assert (quick.precision, quick.error) == ("bf16", None)
-    rough = quick(images)
+    few = 4  # bf16 is slow where the processor does not have it
+    rough = quick(images[:few])
     assert all(value is not None and value.dtype == torch.float32 for value in rough)
     assert quick.error is not None
     assert 0 < quick.error < 0.02
-    assert quick.error == pytest.approx(error(rough.pooled, seen.pooled), rel=1e-3)
+    assert quick.error == pytest.approx(error(rough.pooled, seen.pooled[:few]), rel=1e-3)
     # What the first images said stays, so that all numbers of one run say the same.
     said = quick.error
-    quick(images[:3])
+    quick(images[4:5])
     assert quick.error == said
 
 

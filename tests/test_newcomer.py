@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,15 @@ def stop(denoise, x, sigmas, randn_like):
 """
 
 
+@pytest.fixture
+def interruptible():
+    """As on a terminal: what a shell starts with & ignores Ctrl-C."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 def test_an_interrupted_command_ends_in_a_line(command, run, home, tmp_path, monkeypatch):
     """Ctrl-C while the second batch is drawn; what `sample` has drawn is not drawn again."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
-import subprocess
-import sys
 
 import alike
 import pytest
-from test_cli import ROOT
+import started
+from homes import experiments
 from test_run_folder import RUN, photograph
 
 
@@ -49,32 +46,22 @@ def test_folders_that_are_not_shared_are_noticed(answers):
 
 def test_other_pixels_on_one_rank_end_both_before_a_step(tmp_path):
     """Two processes as torchrun starts them, each with a copy of the data of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        node = tmp_path / f"node{rank}"
-        shutil.copytree(ROOT / "experiments", node / "experiments")
-        (node / "experiments" / "tiny.yaml").write_text(RUN)
+    nodes = [tmp_path / f"node{rank}" for rank in range(2)]
+    for rank, node in enumerate(nodes):
+        node.mkdir()
+        experiments(node, RUN)
         for number in range(12):
             photograph(node / "photographs" / f"{number:02}.png", 20 * number + 5 * rank)
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
-                 "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                 "TORCHELASTIC_RUN_ID": "tried"}  # fmt: skip
-        words = ["train", "tiny", "trainer.devices=2", "--run", str(tmp_path / "run")]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "diffusion_pl", *words],
-            cwd=node,
-            env=os.environ | {key: str(value) for key, value in names.items()},
-            stderr=subprocess.PIPE,
-            text=True,
+    words = ["train", "tiny", "trainer.devices=2", "--run", tmp_path / "run"]
+    processes = started.begin(nodes, words, log=tmp_path / "log")
+    assert [started.ended(process) for process in processes] == [2, 2]
+    ends = [line for line in (tmp_path / "log").read_text().splitlines() if "error: " in line]
+    assert len(ends) == 2
+    for line in ends:
+        assert (
+            line.startswith("error: ")
+            and "rank 1 on " in line
+            and "training_data.fingerprints.8 is " in line
         )
-        processes.append(process)
-    ends = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], ends
-    for said in ends:
-        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert "rank 1 on " in line and "training_data.fingerprints.8 is " in line
     assert not (tmp_path / "run" / "config.yaml").exists()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

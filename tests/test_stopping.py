@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import started
 import torch
 from homes import experiments
 from test_cli import TINY
@@ -33,27 +34,22 @@ def place(tmp_path_factory):
     return folder
 
 
-def command(run, devices=1):
-    words = ["train", "tiny", "--run", f"runs/{run}", f"trainer.devices={devices}"]
-    return [sys.executable, "-m", "diffusion_pl", *words, "network.dropout=0.0"]
+def words(run, devices=1):
+    more = [f"trainer.devices={devices}", "network.dropout=0.0"]
+    return ["train", "tiny", "--run", f"runs/{run}", *more]
 
 
-def finish(place, run, devices=1):
-    done = subprocess.run(command(run, devices), cwd=place, capture_output=True, timeout=120)
-    return done.returncode
+def finish(place, run):
+    (process,) = started.begin([place], words(run), log=place / f"{run}.log")
+    return started.ended(process)
 
 
-def begin(place, run, devices=1):
-    """Start a run in a session of its own and wait until it has done some steps."""
-    with (place / f"{run}.log").open("wb") as log:
-        process = subprocess.Popen(
-            command(run, devices), cwd=place, stdout=log, stderr=log, start_new_session=True
-        )
+def wait_for_steps(place, run, alive):
+    """Wait until a run has done some."""
     until = time.monotonic() + 120
     while not History(place / "runs" / run / "metrics.jsonl").rows():
-        assert process.poll() is None and time.monotonic() < until, said(place, run)
+        assert alive() and time.monotonic() < until, said(place, run)
         time.sleep(0.01)
-    return process
 
 
 def said(place, run):
@@ -67,9 +63,10 @@ def weights(place, run):
 
 def test_a_stopped_run_goes_on_to_the_bits_of_one_that_was_not(place):
     name = "SIGTERM"
-    process = begin(place, name)
-    process.send_signal(signal.Signals[name])
-    assert process.wait(timeout=30) == signals.RESUMABLE, said(place, name)
+    (process,) = started.begin([place], words(name), log=place / f"{name}.log")
+    wait_for_steps(place, name, process.is_alive)
+    os.kill(process.pid, signal.Signals[name])
+    assert started.ended(process) == signals.RESUMABLE, said(place, name)
     folder = place / "runs" / name
     assert (folder / signals.MARKER).read_text().strip() == name
     step, *_ = weights(place, name)
@@ -108,7 +105,12 @@ def assert_equal(one, other):
 
 def test_all_ranks_stop_at_one_step_whoever_was_told(place):
     run = "two"
-    process = begin(place, run, devices=2)
+    command = [sys.executable, "-m", "diffusion_pl", *words(run, devices=2)]
+    with (place / f"{run}.log").open("wb") as log:  # by Lightning's own launcher
+        process = subprocess.Popen(
+            command, cwd=place, stdout=log, stderr=log, start_new_session=True
+        )
+    wait_for_steps(place, run, lambda: process.poll() is None)
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid), "-f", "diffusion_pl"], capture_output=True, text=True
     )
