@@ -78,7 +78,7 @@ MUTANTS = [
     ),
     *at(
         "commands/convert.py",
-        "upkeep",
+        "upkeep credentials renaming",
         ('if section["format"] == checkpoints.FORMAT and kept == section:', "if False:"),
         (" and kept == section:", ":"),
         ('{**kept, "format": checkpoints.FORMAT}', "kept"),

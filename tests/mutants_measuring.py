@@ -31,7 +31,7 @@ MUTANTS = [
         "config_words",
         ("        if value not in infinite:", "        if not infinite:"),
         ("isinstance(each, float) and math.isinf(each)", "isinstance(each, float)"),
-        (" if found else nearest(name, known)", " if False else nearest(name, known)"),
+        (" if found else nearest(name, known,", " if False else nearest(name, known,"),
     ),
     *at(
         "commands/sample_folder.py",

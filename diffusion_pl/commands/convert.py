@@ -1,6 +1,7 @@
-"""`convert`: a run's checkpoints of earlier formats, written again in today's.
+"""`convert`: a run's settings and checkpoints of earlier versions, written again as today's.
 
-Earlier versions kept the credentials of addresses; what is written again has *** for them.
+What was renamed has the names of today. Earlier versions kept the credentials of addresses; what is
+written again has *** for them.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ import argparse
 import json
 from pathlib import Path
 
-from diffusion_pl import locks
+import yaml
+
+from diffusion_pl import config, locks
 from diffusion_pl.addresses import masked, without_credentials
+from diffusion_pl.config.renaming import renamed
 from diffusion_pl.config.strangers import RESOLVED
 from diffusion_pl.errors import UserError
 from diffusion_pl.files import small, write_atomically
@@ -28,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     with locks.hold(files[0].parent.parent / locks.NAME, "converting"):
         converted = [str(file) for file in files if convert(file)]
         settings = place / RESOLVED
-        if settings.is_file() and _mask(settings):
+        if settings.is_file() and (_mask(settings) | _rename(settings)):
             converted.append(str(settings))
     print(json.dumps({"format": checkpoints.FORMAT, "files": len(files), "converted": converted}))
     return 0
@@ -38,7 +42,7 @@ def convert(file: Path) -> bool:
     """Write a checkpoint again in today's format, whole or not at all.
 
     Returns:
-        Whether it was of an earlier one, or held credentials.
+        Whether it was of an earlier one, held credentials, or names that were given up.
 
     Raises:
         UserError: it cannot be read or written; it is then as before.
@@ -46,6 +50,8 @@ def convert(file: Path) -> bool:
     loaded = checkpoints.load(file)
     section = loaded[checkpoints.SECTION]
     kept = without_credentials(section)
+    if isinstance(kept.get("config"), dict):
+        kept = {**kept, "config": renamed(kept["config"])}
     if section["format"] == checkpoints.FORMAT and kept == section:
         return False
     # Format 1 held the same and had no digest, which `save` puts behind.
@@ -68,3 +74,17 @@ def _mask(settings: Path) -> bool:
     if after != before:
         write_atomically(settings, lambda file: file.write("".join(after).encode()))
     return after != before
+
+
+def _rename(settings: Path) -> bool:
+    """Write a run's settings again in the names of today; whether some had been given up.
+
+    Raises:
+        UserError: they cannot be read or written; they are then as before.
+    """
+    today = config.dump(config.load(settings)).encode()  # bounded, and refused where it is no YAML
+    before = yaml.safe_load(small(settings))
+    if renamed(before) == before:
+        return False
+    write_atomically(settings, lambda file: file.write(today))
+    return True

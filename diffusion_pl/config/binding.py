@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusion_pl.config.annotations import described, fits, is_node, signature
 from diffusion_pl.config.registry import PLACES, is_part, misplaced
+from diffusion_pl.config.renaming import former
 from diffusion_pl.config.targets import locate
 from diffusion_pl.config.tree import Config, ConfigError, join, names, nearest
 
@@ -77,7 +78,9 @@ def report(config: Config, problems: Sequence[Problem]) -> None:
 def _within(tree: Mapping[str, Any], name: str, known: Collection[str]) -> str:
     """End an error line with the keys that lie deeper under this name, else the likeliest."""
     found = [key for key in _keys(tree) if key.rpartition(".")[2] == name and "." in key]
-    return nearest(found[0], found[:3], count=3) if found else nearest(name, known)
+    return (
+        nearest(found[0], found[:3], count=3) if found else nearest(name, known, former=former(""))
+    )
 
 
 def _keys(node: Any, key: str = "") -> Iterator[str]:
@@ -174,7 +177,8 @@ def _node(
             yield join(key, name), f"is handed to {target} by the program; remove it"
         elif name not in accepted:
             if not open_ended:
-                yield join(key, name), f"unknown argument of {target}{nearest(name, accepted)}"
+                near = nearest(name, accepted, former=former(key, target))
+                yield join(key, name), f"unknown argument of {target}{near}"
         elif not fits(value, bound.parameters[name].annotation, config.packages):
             yield join(key, name), _wrong_type(value, bound.parameters[name].annotation, target)
     for name in given:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from diffusion_pl.config.renaming import key_in
 from diffusion_pl.config.tree import MAX_VALUES, Config, join, names, nearest, step
 
 _REFERENCE = re.compile(r"\$\{([\w-]+(?:\.[\w-]+)*)\}")
@@ -76,7 +77,7 @@ class _Expansion:
             raise self.config.error(key, f"{what} (got {path}); write the value")
         node: Any = self.config.tree
         done = ""
-        for part in name.split("."):
+        for part in key_in(self.config.tree, name).split("."):
             if isinstance(node, str) and "${" in node:
                 node = self.text(node, done, (*chain, name))
             found = step(node, part)

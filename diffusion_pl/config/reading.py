@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from diffusion_pl.addresses import masked, refuse_credentials, without_credentials
 from diffusion_pl.config.interpolation import interpolated
+from diffusion_pl.config.renaming import former, key_in, renamed, renamed_node, said_once
 from diffusion_pl.config.strangers import is_strangers
 from diffusion_pl.config.targets import check_allowed, untrusted
 from diffusion_pl.config.tree import (
@@ -170,7 +171,7 @@ def _merged(
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for path, own in lineage.items():
-        _merge(tree, own, "", path, origins)
+        _merge(tree, renamed(own, tree, path if packages is None else None), "", path, origins)
     return Config(name, file, tree, origins, packages)
 
 
@@ -191,7 +192,7 @@ def load_resolved(
     """
     check_allowed(allow)
     packages = (*allow, *_named(overrides))
-    used = plain(tree, source)
+    used = renamed(plain(tree, source))
     for section in OF_TRAINING:
         used.pop(section, None)
     kept = without_credentials(used)  # none is written again
@@ -419,7 +420,11 @@ def _set(config: Config, parts: list[str], value: Any, source: str = OVERRIDE) -
     Raises:
         ConfigError: the node it goes into does not exist, or is no mapping or list.
     """
-    where = f"{source}: {'.'.join(parts)}"
+    key = ".".join(parts)
+    where = f"{source}: {key}"
+    if (now := key_in(config.tree, key)) != key:
+        said_once(source, key, now)
+        parts = now.split(".")
     node: Any = config.tree
     done = ""
     for index, part in enumerate(parts[:-1]):
@@ -427,13 +432,17 @@ def _set(config: Config, parts: list[str], value: Any, source: str = OVERRIDE) -
         if name is None:
             known = [join(done, each) for each in names(node)]
             missing = join(done, part)
-            raise ConfigError(
-                f"{where}: there is no {missing!r} in {config.file}{nearest(missing, known)}"
+            near = nearest(
+                missing,
+                known,
+                former={join(done, old): join(done, new) for old, new in former(done).items()},
             )
+            raise ConfigError(f"{where}: there is no {missing!r} in {config.file}{near}")
         if node[name] is None and parts[index + 1 :] == ["_target_"]:
             node[name] = {}
         node = node[name]
         done = join(done, part)
+    value = renamed_node({parts[-1]: value}, node, done, source)[parts[-1]]
     last: Any = step(node, parts[-1])
     if isinstance(node, list) and last is not None:
         node[last] = value

@@ -99,21 +99,25 @@ def step(node: object, part: str) -> Any:
     return by_text.get(part)
 
 
-def nearest(name: object, known: Iterable[object], count: int = 1) -> str:
+def nearest(
+    name: object, known: Iterable[object], count: int = 1, former: Mapping[str, str] | None = None
+) -> str:
     """End an error line with the likeliest names, or with all there are.
 
     Args:
         name: what was written.
         known: what could have been meant.
         count: how many suggestions at most.
+        former: names that were given up, each with what it is called today.
 
     Returns:
         `; did you mean 'x'?`, or `; known: a, b, c` when none is near, or nothing.
     """
     by_lower = {str(each).lower(): str(each) for each in known}
-    close = difflib.get_close_matches(str(name).lower(), list(by_lower), n=count)
+    meant = {**{old.lower(): new for old, new in (former or {}).items()}, **by_lower}
+    close = difflib.get_close_matches(str(name).lower(), list(meant), n=count)
     if close:
-        return "; did you mean " + " or ".join(repr(by_lower[each]) for each in close) + "?"
+        return "; did you mean " + " or ".join(repr(meant[each]) for each in close) + "?"
     listed = sorted(by_lower.values())[:12]
     rest = ", ..." if len(by_lower) > len(listed) else ""
     return f"; known: {', '.join(listed)}{rest}" if listed else ""

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_pl.config.renaming import renamed
+from diffusion_pl.config.tree import plain
 from diffusion_pl.data.container import unfit_content, unfit_entries
 from diffusion_pl.data.pickle_program import reason_of
 from diffusion_pl.errors import UserError
@@ -291,7 +293,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def described(checkpoint: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], int]:
-    """The config that a checkpoint carries, and the images that it has seen.
+    """The config that a checkpoint carries, in today's names, and the images that it has seen.
 
     Args:
         checkpoint: as `load` gives it.
@@ -306,7 +308,7 @@ def described(checkpoint: Mapping[str, Any], path: Path) -> tuple[dict[str, Any]
         raise UserError(f"{path}: does not say its config and the images that it has seen")
     if not isinstance(checkpoint.get("state_dict"), Mapping):
         raise UserError(f"{path}: has no state_dict, names to tensors")
-    return config, images
+    return renamed(plain(config, str(path))), images
 
 
 def class_names(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,0 +1,156 @@
+"""What was called otherwise, so that old experiments, runs and checkpoints open all the same.
+
+One table: a name that is given up is an entry, wherever it stood. `convert` writes a run anew in
+the names of today.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion_pl.config.registry import PACKAGE
+from diffusion_pl.config.tree import ConfigError, join, names, step
+
+# The old name to the new one, of
+# - a module, class or function, by its dotted path: a `_target_` that begins with it is renamed;
+# - a key, by its dotted path, such as "trainer.images"; it may move to another section;
+# - an argument, "<path of its target today>:<argument>" to the new argument, wherever the target
+#   stands.
+# A new name that is given up in turn gets an entry of its own; the older one stays.
+RENAMED: dict[str, str] = {}
+
+logger = logging.getLogger(__name__)
+
+
+def target_now(target: Any) -> Any:
+    """What a `_target_` is called today; anything that was not renamed as it is."""
+    parts = target.split(".") if isinstance(target, str) else []
+    for length in range(len(parts), 1, -1):
+        if new := RENAMED.get(".".join(parts[:length])):
+            return target_now(".".join([new, *parts[length:]]))
+    return target
+
+
+def key_now(key: str) -> str:
+    """What a dotted key of an experiment is called today; of one in a renamed key, too."""
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        if new := RENAMED.get(".".join(parts[:length])):
+            return key_now(".".join([new, *parts[length:]]))
+    return key
+
+
+def argument_now(node: Any, name: Any) -> Any:
+    """What an argument of a node is called today."""
+    target = target_now(node.get("_target_")) if isinstance(node, Mapping) else None
+    new = RENAMED.get(f"{target}:{name}")
+    return argument_now(node, new) if new else name
+
+
+def former(key: str, target: object = None) -> dict[str, str]:
+    """The names that were given up below a dotted key, each with what it is called today.
+
+    Args:
+        key: "" for the sections.
+        target: of the node that stands there.
+    """
+    found = {}
+    for old in RENAMED:
+        if old.startswith(f"{target}:"):
+            name = old.partition(":")[2]
+            found[name] = argument_now({"_target_": target}, name)
+        elif not old.startswith(PACKAGE) and old.rpartition(".")[0] == key:
+            found[old.rpartition(".")[2]] = key_now(old).removeprefix(f"{key}.")
+    return found
+
+
+def renamed(
+    tree: dict[str, Any], below: Mapping[str, Any] | None = None, source: str | None = None
+) -> dict[str, Any]:
+    """A configuration in the names of today.
+
+    Args:
+        tree: plain containers; not changed.
+        below: what it will be merged onto, in the names of today: arguments may be of its targets.
+        source: the user's own file, for which each old name is said once; None says nothing.
+
+    Raises:
+        ConfigError: a new name stands beside its old one.
+    """
+    for old in sorted(RENAMED, key=lambda name: -name.count(".")):
+        if not old.startswith(PACKAGE):
+            tree = _moved(tree, old, source)
+    return renamed_node(tree, below, "", source)
+
+
+def _moved(tree: dict[str, Any], old: str, source: str | None) -> dict[str, Any]:
+    """The tree with what stands under one key under the key of today."""
+    node: Any = tree
+    for part in old.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return tree
+        node = node[part]
+    new = key_now(old)
+    said_once(source, old, new)
+    rest = _set(tree, old.split("."))
+    taken: Any = rest
+    for part in new.split("."):
+        taken = taken.get(part) if isinstance(taken, dict) else taken
+    if taken is not None:
+        raise _twice(source, old, new)
+    return _set(rest, new.split("."), node)
+
+
+def _set(node: Any, parts: list[str], *value: Any) -> dict[str, Any]:
+    """A mapping with a value at a place; without it where none is given."""
+    kept = {name: each for name, each in (node or {}).items() if [name] != parts or value}
+    if parts[1:]:
+        return {**kept, parts[0]: _set(kept.get(parts[0]), parts[1:], *value)}
+    return kept | dict(zip(parts, value, strict=False))
+
+
+def renamed_node(value: Any, below: Any, key: str, source: str | None) -> Any:
+    """A value with the targets and arguments of today; arguments as for `renamed`."""
+    if isinstance(value, list):
+        return [renamed_node(each, None, join(key, at), source) for at, each in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    lower = below if isinstance(below, Mapping) else {}
+    now: dict[Any, Any] = {}
+    for name, child in value.items():
+        new = argument_now({**lower, **value}, name)
+        if new != name:
+            said_once(source, join(key, name), join(key, new))
+        if new in now or (new != name and new in value):
+            raise _twice(source, join(key, name), new)
+        now[new] = renamed_node(child, lower.get(new), join(key, name), source)
+    if "_target_" in now:
+        now["_target_"] = target_now(value["_target_"])
+        if now["_target_"] != value["_target_"]:
+            said_once(source, value["_target_"], now["_target_"])
+    return now
+
+
+def key_in(tree: Any, key: str) -> str:
+    """What a dotted key into a configuration is called today, arguments on the way too."""
+    node, done = tree, []
+    for part in key_now(key).split("."):
+        name = part if step(node, part) is not None else argument_now(node, part)
+        done.append(name)
+        node = node[step(node, name)] if step(node, name) in names(node) else None
+    return ".".join(done)
+
+
+def _twice(source: str | None, old: str, new: str) -> ConfigError:
+    where = f"{source}: " if source else ""
+    return ConfigError(f"{where}{old}: is what {new} was called, which stands too; remove one")
+
+
+@functools.cache
+def said_once(source: str | None, old: str, new: str) -> None:
+    """Say in a line that a name in the user's own file was given up; once a name and file."""
+    if source is not None:
+        logger.warning("%s: %s is now called %s; rename it there", source, old, new)
