@@ -51,11 +51,11 @@ ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20, posthoc_every: 32}
 sampler: {steps: 3, schedule: {sigma_min: 0.05, sigma_max: 20.0}}
 features: {name: shapes}
 evaluation: {every: 48, count: 40, batch_size: 16, grid: 9}
+lr_schedule: {warmup: 40}
 trainer:
   images: 96
   checkpoint_every: 32
   log_every: 24
-  warmup: 40
   label_dropout: 0.2
   clip: 1.0
   accelerator: cpu

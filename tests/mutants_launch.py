@@ -124,7 +124,7 @@ MUTANTS = [
     *at(
         "commands/settling.py",
         "cli launch",
-        ('key.startswith(f"{free}.")', "False"),
+        ('key.startswith(f"{each}.")', "False"),
         ("    if not is_claimed(folder):\n        name", "    if False:\n        name"),
     ),
 ]  # fmt: skip

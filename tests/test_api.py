@@ -29,8 +29,8 @@ TINY = {
     "trainer.images": 64,
     "trainer.checkpoint_every": 32,
     "trainer.log_every": 32,
-    "trainer.warmup": 0,
-    "trainer.cooldown": 0,
+    "lr_schedule.warmup": 0,
+    "lr_schedule.cooldown": 0,
     "trainer.devices": 1,
     "data.count": 64,
     "evaluation.every": 64,
@@ -241,7 +241,7 @@ def test_replacing_takes_whole_sections_and_merges_dictionaries():
     assert merged.config.get("optimizer.lr") == 1e-4
     assert merged.config.get("optimizer.betas") == [0.9, 0.95]
     assert merged.config.get("trainer.images") == 5
-    assert merged.config.get("trainer.warmup") == 2_000
+    assert merged.config.get("lr_schedule.warmup") == 2_000
     assert exp.config.get("trainer.images") == 56_000  # the first one is as it was
     whole = exp.replace(ema=EMA(half_life=9))
     assert whole.config.get("ema.half_life") == 9

@@ -62,9 +62,9 @@ def test_each_letter_changes_only_its_own_sections(kind):
 @pytest.mark.parametrize("kind", ["vp", "ve"])
 def test_config_a_is_the_published_baseline_and_b_on_are_edms(kind):
     published = {
-        "a": {"data.batch_size": 128, "optimizer.lr": 2e-4, "trainer.warmup": 640_000,
+        "a": {"data.batch_size": 128, "optimizer.lr": 2e-4, "lr_schedule.warmup": 640_000,
               "trainer.clip": 1.0, "network.dropout": 0.1},
-        "b": {"data.batch_size": 512, "optimizer.lr": 1e-3, "trainer.warmup": 10_000_000,
+        "b": {"data.batch_size": 512, "optimizer.lr": 1e-3, "lr_schedule.warmup": 10_000_000,
               "trainer.clip": None, "network.dropout": 0.13, "ema.half_life": 500_000,
               "ema.ramp_up": 0.05},
     }  # fmt: skip
@@ -105,7 +105,8 @@ def test_the_64_pixel_runs_have_the_published_settings():
         # Karras 2024, Table 6, and the released preset edm2-img64-s.
         "imagenet64_edm2": {"data.batch_size": 2048, "optimizer.lr": 1e-2, "network.dropout": 0.0,
                             "optimizer.betas": [0.9, 0.99], "trainer.images": 1024 << 20,
-                            "trainer.decay_from": 35_000 * 2048, "trainer.warmup": 10_000_000,
+                            "lr_schedule.decay_from": 35_000 * 2048,
+                            "lr_schedule.warmup": 10_000_000,
                             "objective.P_mean": -0.8, "objective.P_std": 1.6, "sampler.steps": 32},
     }  # fmt: skip
     for name, settings in published.items():

@@ -56,7 +56,8 @@ def small(name):
     tree["data"] |= {"batch_size": BATCH, "workers": 0}
     small_run = {"images": 2 * BATCH, "checkpoint_every": BATCH, "log_every": BATCH}
     here = {"accelerator": "cpu", "devices": 1, "loggers": []}
-    tree["trainer"] |= small_run | here | {"warmup": 0, "cooldown": 0}
+    tree["trainer"] |= small_run | here
+    tree["lr_schedule"] = None
     return dataclasses.replace(experiment, tree=tree)
 
 

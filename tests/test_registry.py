@@ -20,6 +20,7 @@ from diffusion_pl.config.registry import HANDED_ON, MADE, PARTS, is_part, mispla
 from diffusion_pl.config.targets import locate, untrusted
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Coefficients
+from diffusion_pl.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffusion_pl"
@@ -29,6 +30,8 @@ ELSEWHERE = {
     "diffusion_pl.evaluation.Evaluation",
     "diffusion_pl.evaluation.settings.Evaluation",
     "diffusion_pl.training.ema.EMA",
+    "diffusion_pl.training.lr_schedule.Cosine",
+    "diffusion_pl.training.lr_schedule.WarmupDecay",
     "diffusion_pl.training.settings.Settings",
 }
 ROOMS = ("data", "diffusion", "metrics", "networks", "objectives", "samplers")
@@ -233,3 +236,22 @@ def test_every_optimizer_of_torch_is_a_part():
     assert len(optimizers) > 10
     for name in optimizers:
         assert locate(f"torch.optim.{name}", ()) is getattr(torch.optim, name)
+
+
+def test_every_scheduler_of_torch_is_a_part_in_its_place_alone():
+    module = torch.optim.lr_scheduler
+    whole = module.LRScheduler
+    classes = {name: each for name, each in vars(module).items() if inspect.isclass(each)}
+    schedulers = [n for n, each in classes.items() if issubclass(each, whole) and n[0] != "_"]
+    schedulers.remove("LRScheduler")
+    assert len(schedulers) > 10
+    for name in schedulers:
+        path = f"torch.optim.lr_scheduler.{name}"
+        assert locate(path, ()) is getattr(module, name)
+        assert misplaced(path, "lr_schedule", True) is None
+        assert "add `_partial_: true`" in misplaced(path, "lr_schedule", False)
+        assert "is no optimizer" in misplaced(path, "optimizer", True)
+    assert "is no lr_schedule" in misplaced("torch.optim.Adam", "lr_schedule", True)
+    for other in ("LRScheduler", "Optimizer", "warnings.warn", "Tensor"):
+        with pytest.raises(UserError, match=r"is no lr_schedule|is outside|is defined in"):
+            locate(f"torch.optim.lr_scheduler.{other}", ())

@@ -216,7 +216,7 @@ def test_a_run_goes_on_with_its_data_moved_and_measured_in_another_way(place, tr
         ("data.batch_size=4", "data.batch_size: 8 -> 4"),
         ("ema.half_life=30", "ema.half_life: 20 -> 30"),
         ("ema.posthoc_every=8", "ema.posthoc_every: absent -> 8"),
-        ("trainer.warmup=8", "trainer.warmup: absent -> 8"),
+        ("lr_schedule.warmup=8", "lr_schedule.warmup: absent -> 8"),
         ("trainer.precision=bf16", 'trainer.precision: "fp32" -> "bf16"'),
         ("seed=1", "seed: 0 -> 1"),
     ],
@@ -228,13 +228,13 @@ def test_what_changes_the_numbers_is_refused_by_its_key(word, line, place, train
 
 
 def test_the_budget_is_free_until_the_learning_rate_falls_towards_its_end(place, train):
-    cool = "trainer.cooldown=12"
+    cool = "lr_schedule.cooldown=12"
     # The step after 24 images is made at 8/12 of the rate, the one after 16 at all of it.
     assert train(cool, "trainer.images=32", run="cool")[0] == 0
     code, err = train(cool, "trainer.images=48", run="cool")
     assert code == 2 and "  trainer.images: 32 -> 48" in err
     code, err = train("trainer.images=48", run="cool")
-    assert code == 2 and "  trainer.cooldown: 12 -> absent" in err
+    assert code == 2 and "  lr_schedule.cooldown: 12 -> absent" in err
     # From where it had not begun to fall the run goes on as one without.
     checkpoints.point_to(file_of(24, "cool"))
     assert train("trainer.images=32", run="cool")[0] == 0

@@ -30,6 +30,7 @@ from diffusion_pl.signals import Wish
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import ema as averaging
 from diffusion_pl.training.history import History
+from diffusion_pl.training.lr_schedule import WarmupDecay
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.run import Experiment, fit
 from diffusion_pl.training.sanity import NonFinite
@@ -54,7 +55,6 @@ def experiment(images=48, *, objective=None, sampler=None, settings=None, **part
         "log_every": 16,
         "precision": "fp32",
         "accelerator": "cpu",
-        "warmup": 16,
         "label_dropout": 0.3,
         "loggers": (),
     }
@@ -67,6 +67,7 @@ def experiment(images=48, *, objective=None, sampler=None, settings=None, **part
         network=parts.get("network") or network(classes=8),
         objective=objective or EDM(),
         optimizer=parts.get("optimizer", partial(torch.optim.Adam, lr=2e-3, fused=True)),
+        lr_schedule=parts.get("lr_schedule", WarmupDecay(warmup=16)),
         ema=averaging.EMA(half_life=20, ramp_up=0.5),
         sampler=sampler or Sampler(heun, Rho(), 3),
         extractor=shapes.load(),
@@ -200,8 +201,8 @@ def test_the_gradient_is_clipped_to_its_norm(go):
             return super().step()
 
     for clip in (None, 0.01):
-        settings = {"clip": clip, "warmup": 0}
-        go(experiment(8, optimizer=partial(Steps, lr=1e-3), settings=settings), f"clip {clip}")
+        parts = {"optimizer": partial(Steps, lr=1e-3), "lr_schedule": None}
+        go(experiment(8, settings={"clip": clip}, **parts), f"clip {clip}")
     free, clipped = norms
     assert free > 0.1
     assert clipped == pytest.approx(0.01, rel=1e-3)
@@ -273,29 +274,30 @@ def test_the_newest_checkpoints_stay_and_one_in_every_so_many_for_good(go):
 
 
 def test_the_rate_falls_to_zero_over_the_cooldown():
-    settings = Settings(images=100, checkpoint_every=100, warmup=20, cooldown=50)
-    rates = [settings.rate(images, 10) for images in range(0, 101, 10)]
+    rate = WarmupDecay(warmup=20, cooldown=50)
+    rates = [rate(images, 100) for images in range(0, 101, 10)]
     assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0])
     # The last step is whole, so the budget's end is that of the last step.
-    assert settings.rate(100, 30) == pytest.approx(0.4)
+    settings = Settings(images=100, checkpoint_every=100)
+    assert rate(100, settings.total_images(30)) == pytest.approx(0.4)
     with pytest.raises(ValueError, match="cooldown must not be negative"):
-        Settings(images=100, checkpoint_every=100, cooldown=-1)
+        WarmupDecay(cooldown=-1)
 
 
 def test_the_rate_falls_with_the_root_of_the_images_from_where_it_is_told():
-    settings = Settings(images=1000, checkpoint_every=100, warmup=20, decay_from=40)
+    rate = WarmupDecay(warmup=20, decay_from=40)
     # Karras 2024: 1 / sqrt(max(t / t_ref, 1)), times the warm-up.
-    rates = [settings.rate(images, 10) for images in (0, 10, 20, 40, 90, 160, 640)]
+    rates = [rate(images, 1000) for images in (0, 10, 20, 40, 90, 160, 640)]
     assert rates == pytest.approx([0, 0.5, 1, 1, 2 / 3, 0.5, 0.25])
-    both = Settings(images=1000, checkpoint_every=100, decay_from=40, cooldown=500)
-    assert both.rate(750, 10) == pytest.approx(0.5 * math.sqrt(40 / 750))
+    both = WarmupDecay(decay_from=40, cooldown=500)
+    assert both(750, 1000) == pytest.approx(0.5 * math.sqrt(40 / 750))
     with pytest.raises(ValueError, match="decay_from must not be negative"):
-        Settings(images=100, checkpoint_every=100, decay_from=-1)
+        WarmupDecay(decay_from=-1)
 
 
 def test_the_rate_rises_from_zero_over_the_warm_up(go):
-    go_settings = {"warmup": 32, "log_every": 8}
-    folder, _ = go(experiment(settings=go_settings))
+    made = experiment(settings={"log_every": 8}, lr_schedule=WarmupDecay(warmup=32))
+    folder, _ = go(made)
     rates = [r["learning_rate"] for r in History(folder / "metrics.jsonl").rows() if "loss" in r]
     # Images before the step: 0, 8, 16, ... of 32.
     assert rates == pytest.approx([0, 0.5e-3, 1e-3, 1.5e-3, 2e-3, 2e-3])

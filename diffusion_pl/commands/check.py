@@ -23,6 +23,7 @@ from diffusion_pl.files import nearest
 from diffusion_pl.names import shown
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.training.ema import EMA
+from diffusion_pl.training.lr_schedule import is_torch_s
 from diffusion_pl.training.settings import Settings, resolve_precision
 
 FAILURES: tuple[type[Exception], ...] = ()
@@ -180,9 +181,22 @@ def _budget(experiment: Config) -> str:
     ema: EMA = config.build(experiment, "ema")
     batch_size = experiment.get("data.batch_size")
     return (
-        f"{settings.images:,} images = {settings.steps(batch_size):,} steps; warm-up "
-        f"{settings.warmup:,}, EMA half-life {ema.half_life:,.0f} images"
+        f"{settings.images:,} images = {settings.steps(batch_size):,} steps; "
+        f"{_rate(experiment, settings)}, EMA half-life {ema.half_life:,.0f} images"
     )
+
+
+def _rate(experiment: Config, settings: Settings) -> str:
+    """How the learning rate goes."""
+    schedule, batch_size = parts.lr_schedule_of(experiment), experiment.get("data.batch_size")
+    if schedule is None:
+        return "constant learning rate"
+    if is_torch_s(schedule):
+        return f"learning rate by {schedule.func.__name__}, in steps"  # type: ignore[attr-defined]
+    total = settings.total_images(batch_size)
+    seen = (0, total // 4, total // 2, total * 3 // 4, total - batch_size)
+    factors = ", ".join(f"{schedule(images, total):.3g}" for images in seen)
+    return f"learning rate times {factors} from quarter to quarter"
 
 
 def _noise(experiment: Config, objective: TrainingObjective) -> str:

@@ -16,12 +16,15 @@ from diffusion_pl.config import Config
 from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.guidance import check_guidance
 from diffusion_pl.diffusion.objective import TrainingObjective
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.networks.counting import at_most
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Sampler, check_range
+from diffusion_pl.training import lr_schedule
 from diffusion_pl.training.ema import EMA
+from diffusion_pl.training.lr_schedule import LRSchedule
 from diffusion_pl.training.settings import Settings
 
 RUNS = Path("runs")
@@ -34,6 +37,7 @@ SECTIONS: dict[str, Any] = {
     "network": nn.Module,
     "objective": TrainingObjective,
     "optimizer": Callable[..., Any],
+    "lr_schedule": Callable[..., Any] | None,
     "ema": EMA,
     "sampler": Sampler | PyramidSampler,
     "features": Extractor,
@@ -42,7 +46,7 @@ SECTIONS: dict[str, Any] = {
     "callbacks": list[Any] | None,
     "loggers": list[Any] | None,
 }
-OPTIONAL = ("augment", "callbacks", "loggers")
+OPTIONAL = ("augment", "lr_schedule", "callbacks", "loggers")
 REQUIRED = tuple(name for name in SECTIONS if name not in OPTIONAL)
 
 
@@ -74,12 +78,33 @@ def checked(experiment: Config) -> Config:
         ConfigError: everything that is wrong, a line each.
     """
     bind(experiment)
-    try:  # a rate out of range would be told when all else is ready
-        config.build(experiment, "optimizer")([nn.Parameter(torch.zeros(1))])
-    except (ValueError, TypeError) as error:
-        raise experiment.error("optimizer", str(error)) from error
+    _check_optimizer(experiment)
     _check_guided(experiment)
     return experiment
+
+
+def lr_schedule_of(experiment: Config) -> LRSchedule | None:
+    """The experiment's schedule of the learning rate; None for a constant one."""
+    there = experiment.tree.get("lr_schedule") is not None
+    return config.build(experiment, "lr_schedule") if there else None
+
+
+def _check_optimizer(experiment: Config) -> None:
+    """See that the weights can be moved, before all else is made ready for it.
+
+    Raises:
+        ConfigError: a rate out of range, or a schedule that cannot be followed.
+    """
+    try:
+        optimizer = config.build(experiment, "optimizer")([nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError) as error:
+        raise experiment.error("optimizer", str(error)) from error
+    if (schedule := lr_schedule_of(experiment)) is not None:
+        total = config.build(experiment, "trainer").total_images(experiment.get("data.batch_size"))
+        try:
+            lr_schedule.check(schedule, optimizer, total)
+        except UserError as error:
+            raise experiment.error("lr_schedule", str(error)) from error
 
 
 def _check_guided(experiment: Config) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusion_pl import config
-from diffusion_pl.commands import runs
+from diffusion_pl.commands import parts, runs
 from diffusion_pl.config import Config
 from diffusion_pl.errors import UserError
 from diffusion_pl.files import small
 from diffusion_pl.names import refuse_name, shown
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
+from diffusion_pl.training.lr_schedule import WarmupDecay, is_torch_s
 from diffusion_pl.training.sameness import note
 from diffusion_pl.training.settings import Settings
 from diffusion_pl.training.writing import write_atomically
@@ -54,8 +55,6 @@ FREE = {
     "trainer.watchdog",
 }
 
-# Free until the learning rate has begun to fall towards the end of the budget.
-END = {"trainer.images", "trainer.cooldown"}
 # Free where it is on before and after: averages that were never taken cannot be made up.
 ON = {"ema.posthoc_every"}
 
@@ -107,13 +106,15 @@ def compare(experiment: Config, folder: Path, start: Path | None, done: Path | N
         raise UserError(
             f"{folder}: holds checkpoints or {_METRICS} but no {_CONFIG}; restore it or remove them"
         )
-    before = config.load(kept).tree
+    read = config.load(kept)
+    before = read.tree
     if done is None:
         _refuse_lost(folder, before)
     _compare_start(folder, start, done)
     images = 0 if done is None else int(done.stem)
     changes = config.differences(before, experiment.tree)
-    refused = [line for line in changes if not _is_free(line, before, experiment.tree, images)]
+    free = FREE | _free_rates(read, experiment, images)
+    refused = [line for line in changes if not _is_free(line, free)]
     if refused:
         raise config.ConfigError(
             f"{folder} was begun with another config; name another folder (RUN=...) or undo:\n"
@@ -167,8 +168,8 @@ def _refuse_lost(folder: Path, before: Mapping[str, Any]) -> None:
 
 
 def _end_of(tree: Mapping[str, Any]) -> Settings:
-    """What a config says of the budget, the learning rate and the checkpoints."""
-    keys = ("images", "checkpoint_every", "warmup", "cooldown")
+    """What a config says of the budget and the checkpoints."""
+    keys = ("images", "checkpoint_every")
     return Settings(**{key: tree["trainer"][key] for key in keys if key in tree["trainer"]})
 
 
@@ -177,22 +178,44 @@ def _batch(tree: Mapping[str, Any]) -> int:
     return size
 
 
-def _is_free(line: str, before: Mapping[str, Any], now: Mapping[str, Any], images: int) -> bool:
-    """Whether a run of so many images may go on under such a change."""
+def _is_free(line: str, free: Collection[str]) -> bool:
+    """Whether a run may go on under such a change."""
     key, _, values = line.partition(": ")
-    if key in END:
-        return not any(_has_fallen(_end_of(tree), _batch(tree), images) for tree in (before, now))
     if key in ON:
         return not {"null", "absent"} & set(values.split(" -> "))
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+    return any(key == each or key.startswith(f"{each}.") for each in free)
 
 
-def _has_fallen(settings: Settings, batch: int, images: int) -> bool:
-    """Whether the end of the budget has lowered the learning rate of a step so far."""
-    if not images or not settings.cooldown:
-        return False
-    left = settings.steps(batch) * batch - (images - batch)  # of the newest step
-    return left < settings.cooldown
+def _free_rates(before: Config, now: Config, images: int) -> set[str]:
+    """Which of budget and schedule may be others: those that change the rate of no step so far.
+
+    Args:
+        before: what the run has been trained by.
+        now: what it is to go on by.
+        images: that it has seen.
+    """
+    configs = (before, now)
+    nodes = [each.tree.get("lr_schedule") for each in configs]
+    ends = [_end_of(each.tree).total_images(_batch(each.tree)) for each in configs]
+
+    def rates(number: int, end: int) -> Any:
+        # A schedule that has not changed is built as the user names it, and trusted so.
+        config = now if nodes[0] == nodes[1] else configs[number]
+        schedule = parts.lr_schedule_of(config) or WarmupDecay()
+        if is_torch_s(schedule):
+            return nodes[number]  # it knows of no end
+        return [schedule(seen, end) for seen in range(0, images, _batch(now.tree))]
+
+    if nodes[0] == nodes[1] and ends[0] == ends[1]:
+        return set()
+    try:
+        table = [[rates(number, end) for end in ends] for number in (0, 1)]
+    except UserError:  # a run's own config may name what is not trusted, or not there
+        return set()
+    same = table[0][0] == table[1][1]  # else name the one that makes the difference
+    by_end = same or all(row[0] == row[1] for row in table)
+    by_schedule = same or all(column[0] == column[1] for column in zip(*table, strict=True))
+    return {*(["trainer.images"] * by_end), *(["lr_schedule"] * by_schedule)}
 
 
 def announce(experiment: Config, folder: Path) -> None:

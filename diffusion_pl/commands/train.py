@@ -223,6 +223,7 @@ def build(
         network=config.build(experiment, "network"),
         objective=objective,
         optimizer=config.build(experiment, "optimizer"),
+        lr_schedule=parts.lr_schedule_of(experiment),
         ema=config.build(experiment, "ema"),
         sampler=parts.sampler_of(experiment, objective),
         extractor=trust.extractor_of(experiment),

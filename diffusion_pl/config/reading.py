@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from diffusion_pl.addresses import masked, refuse_credentials, without_credentials
 from diffusion_pl.config.interpolation import interpolated
-from diffusion_pl.config.renaming import former, key_in, renamed, renamed_node, said_once
+from diffusion_pl.config.renaming import completed, former, key_in, renamed, renamed_node, said_once
 from diffusion_pl.config.strangers import is_strangers
 from diffusion_pl.config.targets import check_allowed, untrusted
 from diffusion_pl.config.tree import (
@@ -156,6 +156,7 @@ def replaced(config: Config, changes: Mapping[str, Any], source: str) -> Config:
     if not changes:
         return config
     copy = replace(config, tree=plain(config.tree, config.file), origins=dict(config.origins))
+    changes = renamed(dict(changes), config.tree, source)
     for key, value in sorted(changes.items(), key=lambda pair: pair[0].count(".")):
         parts = key.split(".")
         if isinstance(value, dict) and "_target_" in value:
@@ -172,7 +173,7 @@ def _merged(
     origins: dict[str, str] = {}
     for path, own in lineage.items():
         _merge(tree, renamed(own, tree, path if packages is None else None), "", path, origins)
-    return Config(name, file, tree, origins, packages)
+    return Config(name, file, completed(tree), origins, packages)
 
 
 def load_resolved(
@@ -192,7 +193,7 @@ def load_resolved(
     """
     check_allowed(allow)
     packages = (*allow, *_named(overrides))
-    used = renamed(plain(tree, source))
+    used = completed(renamed(plain(tree, source)))
     for section in OF_TRAINING:
         used.pop(section, None)
     kept = without_credentials(used)  # none is written again

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 PACKAGE = "diffusion_pl"
 OPTIMIZERS = "torch.optim"
+SCHEDULERS = f"{OPTIMIZERS}.lr_scheduler"
 
 
 def _of(module: str, *names: str) -> tuple[str, ...]:
@@ -101,6 +102,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
     ),
     "sampler": _SAMPLERS,
     "base": _of("samplers.sampler", "Sampler"),
+    "lr_schedule": _of("training.lr_schedule", "Cosine", "WarmupDecay"),
     "ema": _of("training.ema", "EMA"),
     "features": _of("metrics.features", "load"),
     "evaluation": (*_of("evaluation", "Evaluation"), *_of("evaluation.settings", "Evaluation")),
@@ -115,7 +117,8 @@ MADE: Mapping[str, tuple[str, ...]] = {
     "trainer": _of("training.settings", "Settings"),
 }
 
-# What is handed on to be called later, by `_partial_: true`; optimizers of torch are, too.
+# What is handed on to be called later, by `_partial_: true`; torch's optimizers and schedulers of
+# the learning rate are, too.
 HANDED_ON: Mapping[str, tuple[str, ...]] = {
     "integrate": (
         *_of("samplers.ancestral", "ancestral"),
@@ -144,13 +147,15 @@ PARTS = frozenset(part for table in (MADE, HANDED_ON) for parts in table.values(
 
 
 def is_part(target: object) -> bool:
-    """Tell whether a dotted path is on the list; of torch's optimizers only the path is known."""
-    return isinstance(target, str) and (target in PARTS or is_optimizer(target))
+    """Tell whether a dotted path is on the list; of what is torch's only the path is known."""
+    return isinstance(target, str) and (target in PARTS or place_in_torch(target) is not None)
 
 
-def is_optimizer(target: object) -> bool:
-    """Tell whether a dotted path lies in torch's optimizers; what it names is to be seen."""
-    return isinstance(target, str) and target.startswith(f"{OPTIMIZERS}.") and "._" not in target
+def place_in_torch(target: object) -> str | None:
+    """Where what lies at a dotted path in torch.optim may stand; what it names is to be seen."""
+    if not isinstance(target, str) or not target.startswith(f"{OPTIMIZERS}.") or "._" in target:
+        return None
+    return "lr_schedule" if target.startswith(f"{SCHEDULERS}.") else "optimizer"
 
 
 def misplaced(target: str, place: str, partial: bool) -> str | None:
@@ -165,11 +170,13 @@ def misplaced(target: str, place: str, partial: bool) -> str | None:
         # Where no protocol says what is taken, such as an optimizer's own arguments.
         return f"{target} may not stand here: {place} takes no part"
     made, handed_on = MADE.get(place, ()), HANDED_ON.get(place, ())
-    if place == "optimizer" and is_optimizer(target):
-        handed_on = (target,)
+    if place_in_torch(target) == place:
+        return None if partial else f"{target} is handed on here; add `_partial_: true`"
     if target in made:
         return f"{target} is called here; remove `_partial_: true`" if partial else None
     if target in handed_on:
         return None
-    fitting = ", ".join(part.rpartition(".")[2] for part in (*made, *handed_on)) or OPTIMIZERS
+    known = [part.rpartition(".")[2] for part in (*made, *handed_on)]
+    of_torch = {"optimizer": [OPTIMIZERS], "lr_schedule": [SCHEDULERS]}
+    fitting = ", ".join([*known, *of_torch.get(place, ())])
     return f"{target} is no {place}; take one of {fitting}, or your own"

@@ -20,7 +20,13 @@ from diffusion_pl.config.tree import ConfigError, join, names, step
 # - an argument, "<path of its target today>:<argument>" to the new argument, wherever the target
 #   stands.
 # A new name that is given up in turn gets an entry of its own; the older one stays.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "trainer.warmup": "lr_schedule.warmup",
+    "trainer.decay_from": "lr_schedule.decay_from",
+    "trainer.cooldown": "lr_schedule.cooldown",
+}
+# Sections that an earlier version did not have, and what it did there.
+LATER = {"lr_schedule": f"{PACKAGE}.training.lr_schedule.WarmupDecay"}
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +90,15 @@ def renamed(
         if not old.startswith(PACKAGE):
             tree = _moved(tree, old, source)
     return renamed_node(tree, below, "", source)
+
+
+def completed(tree: dict[str, Any]) -> dict[str, Any]:
+    """A whole configuration with the sections that came later, as it was without them."""
+    for section, target in LATER.items() if "trainer" in tree else ():
+        node = tree.setdefault(section, {})
+        if isinstance(node, dict):
+            node.setdefault("_target_", target)
+    return tree
 
 
 def _moved(tree: dict[str, Any], old: str, source: str | None) -> dict[str, Any]:

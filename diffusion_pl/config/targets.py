@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffusion_pl.config.registry import OPTIMIZERS, PACKAGE, PARTS, is_optimizer, is_part
+from diffusion_pl.config.registry import OPTIMIZERS, PACKAGE, PARTS, is_part, place_in_torch
 from diffusion_pl.config.tree import nearest
 from diffusion_pl.errors import UserError
 
@@ -85,15 +85,17 @@ def _refuse_foreign(target: str, found: Any, packages: Sequence[str]) -> None:
     """Refuse what is reached through a trusted name and is something else.
 
     Raises:
-        UserError: in torch.optim no optimizer, or defined in a package that is not allowed.
+        UserError: in torch.optim neither an optimizer nor a scheduler of the learning rate, or
+            defined in a package that is not allowed.
     """
     home = getattr(found, "__module__", None)
-    if is_optimizer(target):
-        from torch.optim import Optimizer  # asked for what is torch's: it is imported
+    if place := place_in_torch(target):
+        from torch import optim  # asked for what is torch's: it is imported
 
-        kind = inspect.isclass(found) and issubclass(found, Optimizer) and found is not Optimizer
+        whole = optim.Optimizer if place == "optimizer" else optim.lr_scheduler.LRScheduler
+        kind = inspect.isclass(found) and issubclass(found, whole) and found is not whole
         if not kind or not _inside(home, [OPTIMIZERS]):
-            raise UserError(f"{target} is no optimizer, and nothing else of {OPTIMIZERS} is known")
+            raise UserError(f"{target} is no {place}, and nothing else of {OPTIMIZERS} is known")
     # mypackage.os.system begins with an allowed name and ends outside.
     elif target not in PARTS and target not in packages and not _inside(home, packages):
         raise UserError(f"{target} is defined in {home}, outside {', '.join(packages)}")

@@ -101,7 +101,7 @@ class Log(Callback):
             "images": images,
             "step": trainer.global_step,
             **means,
-            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "learning_rate": pl_module.learning_rate,
             "images_per_second": round((images - self.images) / seconds, 2),
             **self._scale(trainer, images),
             "time": now(),

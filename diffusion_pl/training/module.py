@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from diffusion_pl.diffusion.objective import RemembersSteps, TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
@@ -16,6 +17,7 @@ from diffusion_pl.diffusion.random import ImageNoise, generator, own_generator
 from diffusion_pl.images import from_bytes
 from diffusion_pl.seeds import seed_of
 from diffusion_pl.training import ema as averaging
+from diffusion_pl.training import lr_schedule as schedules
 from diffusion_pl.training import power_ema, sharding
 from diffusion_pl.training.masks import DropoutMasks
 from diffusion_pl.training.sanity import Place
@@ -48,11 +50,12 @@ class DiffusionModule(lightning.LightningModule):
         objective: what it is trained to do.
         optimizer: makes the optimizer from the parameters.
         ema: how the average forgets.
-        settings: warm-up, gradient clipping, label dropout, images of a pass.
+        settings: budget, gradient clipping, label dropout, images of a pass.
         batch_size: images of an optimizer step over all devices.
         resolution: side of a full-resolution image, pixels.
         classes: labels that the network takes, 0 for an unconditional one, which sees none.
         augment: changes the images and labels the change for the network, or None.
+        lr_schedule: factor of the learning rate by the images seen, or a scheduler of torch's.
         seed: of everything random in training.
     """
 
@@ -68,6 +71,7 @@ class DiffusionModule(lightning.LightningModule):
         resolution: int,
         classes: int = 0,
         augment: Augment | None = None,
+        lr_schedule: schedules.LRSchedule | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -89,8 +93,10 @@ class DiffusionModule(lightning.LightningModule):
         self.resolution = resolution
         self.classes = classes
         self.augment = augment
+        self.lr_schedule = lr_schedule or schedules.WarmupDecay()
         self.seed = seed
         self.totals = Totals()
+        self.learning_rate = 0.0  # of the first group, in the newest step
         self.place: Place | None = None  # of the step that is being made
         self.masks = DropoutMasks(self.denoiser.network, seed)
         parts = [*self.denoiser.modules()]
@@ -110,16 +116,16 @@ class DiffusionModule(lightning.LightningModule):
         """Images that have gone into the weights so far, over all devices."""
         return self.global_step * self.batch_size
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One optimizer over the denoiser and the objective's own weights, if it has any.
-
-        The rate is set per step by `optimizer_step`.
-        """
+    def configure_optimizers(self) -> Any:
+        """One optimizer over the denoiser and the objective's own weights, if it has any."""
         trained = (p for p in self.parameters() if p.requires_grad)  # the average does not
         optimizer = self.make_optimizer(trained)
         for group in optimizer.param_groups:
             group.setdefault("base_lr", group["lr"])
-        return optimizer
+        scheduler = schedules.scheduler_of(self.lr_schedule, optimizer)
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """One optimizer step: accumulate the gradient, clip it, move weights and average.
@@ -145,8 +151,13 @@ class DiffusionModule(lightning.LightningModule):
         for memory in self.memories:
             memory.end_step()
         images = self.images_seen
-        self.set_rate(optimizer, images)
+        scheduler = cast(LRScheduler | None, self.lr_schedulers())
+        if scheduler is None:
+            self.set_rate(optimizer, images)
+        self.learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
         self.average(images)
         assert total is not None
         self.totals.add(loss=total)
@@ -260,7 +271,7 @@ class DiffusionModule(lightning.LightningModule):
 
     def set_rate(self, optimizer: torch.optim.Optimizer, images: int) -> None:
         """Give the optimizer the learning rate of the step that follows `images` images."""
-        rate = self.settings.rate(images, self.batch_size)
+        rate = self.lr_schedule(images, self.settings.total_images(self.batch_size))
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
 

@@ -34,6 +34,7 @@ from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.evaluating import Evaluate, is_evaluated
 from diffusion_pl.training.history import History
 from diffusion_pl.training.loggers import Described, make_loggers
+from diffusion_pl.training.lr_schedule import LRSchedule
 from diffusion_pl.training.module import Augment, DiffusionModule, MakeOptimizer
 from diffusion_pl.training.opening import Network
 from diffusion_pl.training.progress import Progress
@@ -69,6 +70,7 @@ class Experiment:
     extractor: Extractor
     evaluation: Evaluation
     augment: Augment | None = None
+    lr_schedule: LRSchedule | None = None
     callbacks: Sequence[Callback] = ()
     loggers: Sequence[Logger] = ()
 
@@ -237,6 +239,7 @@ def make_module(experiment: Experiment) -> DiffusionModule:
         resolution=experiment.data.resolution,
         classes=network.classes,
         augment=experiment.augment,
+        lr_schedule=experiment.lr_schedule,
         seed=experiment.seed,
     )
     if settings.compile:

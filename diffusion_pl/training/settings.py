@@ -37,11 +37,6 @@ class Settings:
         keep_best: a number of the evaluation, such as `fid`; the checkpoint with its best value so
             far stays as RUN/best/fid.ckpt.
         log_every: images between rows of the log.
-        warmup: images over which the learning rate rises from 0.
-        decay_from: images from which on the rate falls as the root of this number over theirs, 0
-            for never (Karras 2024, section 2.3, the inverse square root).
-        cooldown: images at the end of the budget over which it falls to 0, 0 for none; short runs
-            end nearer to their best, and two seeds end alike.
         clip: largest global norm of the gradient, None for no clipping.
         label_dropout: share of the labels hidden from the network, for guidance.
         precision: "auto" is bf16 where the device has matrix units for it, else fp32.
@@ -71,9 +66,6 @@ class Settings:
     keep: int = 2
     keep_every: int | None = None
     keep_best: str | None = None
-    warmup: int = 0
-    decay_from: int = 0
-    cooldown: int = 0
     clip: float | None = None
     label_dropout: float = 0.0
     precision: Precision = "auto"
@@ -99,9 +91,6 @@ class Settings:
             raise UserError(f"devices must be at least 1, or auto (got {self.devices})")
         if self.device_batch_size is not None and self.device_batch_size < 1:
             raise UserError(f"device_batch_size must be at least 1 (got {self.device_batch_size})")
-        for key in ("warmup", "decay_from", "cooldown"):
-            if getattr(self, key) < 0:
-                raise UserError(f"{key} must not be negative (got {getattr(self, key)})")
         if self.keep_every is not None and (
             self.keep_every < 1 or self.keep_every % self.checkpoint_every
         ):
@@ -135,17 +124,9 @@ class Settings:
         """Optimizer steps that the budget takes, the last one whole."""
         return math.ceil(self.images / batch_size)
 
-    def rate(self, images: int, batch_size: int) -> float:
-        """Factor of the learning rate in the step that follows `images` images, in [0, 1].
-
-        Linear up from 0, so the first step has rate 0 (Karras 2022, released code), and linear down
-        to reach 0 with the budget's end; between them 1, or falling from `decay_from` on.
-        """
-        rise = images / self.warmup if self.warmup else 1.0
-        left = self.steps(batch_size) * batch_size - images
-        fall = left / self.cooldown if self.cooldown else 1.0
-        slow = math.sqrt(self.decay_from / max(images, self.decay_from)) if self.decay_from else 1.0
-        return min(rise, fall, 1.0) * slow
+    def total_images(self, batch_size: int) -> int:
+        """Images of all steps."""
+        return self.steps(batch_size) * batch_size
 
     def share_size(self, batch_size: int, world_size: int) -> int:
         """Images of a step on one device.

@@ -1,0 +1,122 @@
+"""How the learning rate changes: a factor by the images seen, or a scheduler of torch's."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from diffusion_pl.errors import UserError
+
+# (images seen before the step, images of the whole training) -> factor of every group's rate; or a
+# functools.partial of a scheduler of torch's, which lacks the optimizer alone.
+LRSchedule = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class WarmupDecay:
+    """Up from 0, level or falling as a root, and down to 0 at the end; each where it is set.
+
+    Level alone is Ho 2020's, `warmup` Karras 2022's (released code: the first step has rate 0),
+    `decay_from` Karras 2024's (section 2.3, the inverse square root).
+
+    Args:
+        warmup: images over which the rate rises from 0.
+        decay_from: images from which on the rate falls as the root of this number over theirs; 0
+            for never.
+        cooldown: images at the end of the training over which it falls to 0, 0 for none; short
+            runs end nearer to their best, and two seeds end alike.
+    """
+
+    warmup: int = 0
+    decay_from: int = 0
+    cooldown: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("warmup", "decay_from", "cooldown"):
+            if getattr(self, key) < 0:
+                raise UserError(f"{key} must not be negative (got {getattr(self, key)})")
+
+    def __call__(self, images: int, total_images: int) -> float:
+        """The factor, in [0, 1], of the step that follows `images` images."""
+        rise = images / self.warmup if self.warmup else 1.0
+        fall = (total_images - images) / self.cooldown if self.cooldown else 1.0
+        slow = math.sqrt(self.decay_from / max(images, self.decay_from)) if self.decay_from else 1.0
+        return min(rise, fall, 1.0) * slow
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Up from 0, then down along half a cosine (Loshchilov and Hutter 2017, eq. 5, one period).
+
+    Args:
+        warmup: images over which the rate rises from 0.
+        final: factor at the end of the training, in [0, 1].
+    """
+
+    warmup: int = 0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or not 0 <= self.final <= 1:
+            raise UserError(
+                f"warmup must not be negative, final in [0, 1] (got {self.warmup}, {self.final})"
+            )
+
+    def __call__(self, images: int, total_images: int) -> float:
+        """The factor, in [0, 1], of the step that follows `images` images."""
+        if images < self.warmup:
+            return images / self.warmup
+        done = (images - self.warmup) / max(total_images - self.warmup, 1)
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
+
+
+def scheduler_of(schedule: LRSchedule, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
+    """The scheduler of torch's that a schedule makes, once a step its own; None for a factor."""
+    return schedule(optimizer) if is_torch_s(schedule) else None
+
+
+def is_torch_s(schedule: LRSchedule) -> bool:
+    """Whether a schedule makes a scheduler of torch's, which counts steps."""
+    made = schedule.func if isinstance(schedule, functools.partial) else None
+    return inspect.isclass(made) and issubclass(made, LRScheduler)
+
+
+def check(schedule: LRSchedule, optimizer: torch.optim.Optimizer, total_images: int) -> None:
+    """See that a schedule can be followed, before a training begins.
+
+    Args:
+        schedule: built.
+        optimizer: a trial one, which is changed.
+        total_images: of the training.
+
+    Raises:
+        UserError: it takes other arguments, or gives no factor.
+    """
+    if is_torch_s(schedule):
+        if issubclass(schedule.func, ReduceLROnPlateau):  # type: ignore[attr-defined]
+            raise UserError("ReduceLROnPlateau waits for a measured number, which steps have not")
+        try:
+            scheduler = schedule(optimizer)
+            optimizer.step()
+            scheduler.step()
+        except (TypeError, ValueError, IndexError) as error:
+            raise UserError(" ".join(str(error).split())) from error
+        return
+    try:
+        inspect.signature(schedule).bind(0, total_images)
+    except TypeError as error:
+        raise UserError(
+            f"is called with (images, total_images) and takes others ({error}); torch's schedulers "
+            "are handed on with `_partial_: true`"
+        ) from error
+    for images in (0, total_images // 2, total_images):
+        factor = schedule(images, total_images)
+        if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+            raise UserError(f"must give a factor from 0 on (got {factor!r} at {images:,} images)")
