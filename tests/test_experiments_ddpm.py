@@ -10,6 +10,7 @@ import torch
 from diffusion_pl import config
 from diffusion_pl.commands import parts
 from diffusion_pl.samplers.euler import euler
+from diffusion_pl.training.lr_schedule import WarmupDecay
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 
@@ -80,10 +81,10 @@ def test_improved_ddpm_is_trained_as_published_and_sampled_on_its_own_table(name
         "network.dropout": dropout,
         "optimizer.lr": 1e-4,
         "trainer.images": steps * 128,
-        "lr_schedule.warmup": 0,
         "objective.T": 1000 if "1000" in name else 4000,
     }
     assert {key: experiment.get(key) for key in published} == published
+    assert config.build(experiment, "lr_schedule") == WarmupDecay()  # the same rate throughout
     assert config.build(experiment, "ema").decay(0, 128) == pytest.approx(0.9999, abs=1e-9)
     trained = config.build(experiment, "objective").preconditioning.timesteps
     sampler = config.build(experiment, "sampler")

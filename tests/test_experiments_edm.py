@@ -46,7 +46,7 @@ def test_each_letter_changes_only_its_own_sections(kind):
     # B also trains otherwise; C is the network alone, D and E the objective, F the augmentation,
     # which replaces the data's mirror. VE's E is no longer bound to VE's lowest level.
     expected = {
-        "b": {"data", "ema", "network", "optimizer", "trainer"},
+        "b": {"data", "ema", "lr_schedule", "network", "optimizer", "trainer"},
         "c": {"network"},
         "d": {"objective"},
         "e": {"objective", "sampler"} if kind == "ve" else {"objective"},
