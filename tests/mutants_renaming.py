@@ -24,7 +24,7 @@ MUTANTS = [
         "config/reading.py",
         "renaming",
         ("path if packages is None else None", "path"),
-        ("used = renamed(plain(tree, source))", "used = plain(tree, source)"),
+        ("completed(renamed(plain(tree, source)))", "completed(plain(tree, source))"),
         ("parts = now.split", "now.split"),
     ),
     *at(
