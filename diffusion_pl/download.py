@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import fcntl
 import http.client
 import os
 import queue
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from diffusion_pl.addresses import masked
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular
+from diffusion_pl.files import open_lock, sha256_of
 from diffusion_pl.names import shown
 
 _BLOCK = 1024**2
@@ -278,16 +278,23 @@ def fetch(
     if path.exists():
         _check(path, sha256, f"{path}: is not the file at {url}; move it away")
         return path
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _complete(_Copy(url, regular(part), progress, given, largest), attempts, backoff)
-        try:
-            _check(part, sha256, f"{url}: what arrived is damaged or has changed; try again")
-        except ValueError:
-            part.unlink()
-            raise
-        os.replace(part, path)
+        with claimed(path, path.exists) as taken:
+            if taken is None:
+                return path
+            copy = _Copy(url, part, progress, given, largest)
+            try:
+                _complete(copy, attempts, backoff)
+            finally:
+                if not copy.bytes():
+                    part.unlink(missing_ok=True)
+            try:
+                _check(part, sha256, f"{url}: what arrived is damaged or has changed; try again")
+            except ValueError:
+                part.unlink()
+                raise
+            os.replace(part, path)
     except Unreachable as error:
         raise UserError(
             f"{url}: cannot be fetched ({error}); fetch it by other means and put it at {path}"
@@ -297,11 +304,61 @@ def fetch(
     return path
 
 
-def _check(path: Path, sha256: str, complaint: str) -> None:
-    with regular(path).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise UserError(f"{complaint} (sha256 {found}, expected {sha256})")
+def part_of(path: Path) -> Path:
+    """Where a file lies while it is fetched."""
+    return path.with_name(path.name + ".part")
+
+
+@contextlib.contextmanager
+def claimed(
+    path: Path,
+    is_there: Callable[[], bool],
+    alone: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Iterator[int | None]:
+    """Be the one process that fetches a file; others wait for it.
+
+    Args:
+        path: where it will lie; its folder is made.
+        is_there: whether another has finished it by now.
+        alone: held while a `.part` that nobody needs is removed.
+
+    Yields:
+        The descriptor of its `.part`, locked; None when the file is there.
+
+    Raises:
+        UserError: a link or no file is where the `.part` belongs.
+        OSError: the folder cannot be written or has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = part_of(path)
+    while True:
+        file = open_lock(part)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if is_there():
+                with alone():
+                    if _is_at(file, part):
+                        part.unlink()
+                yield None
+                return
+            # While this one waited, another may have given up and removed it.
+            if _is_at(file, part):
+                yield file
+                return
+        finally:
+            os.close(file)
+
+
+def _is_at(opened: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _check(path: Path, wanted: str, complaint: str) -> None:
+    if (found := sha256_of(path)) != wanted:
+        raise UserError(f"{complaint} (sha256 {found}, expected {wanted})")
 
 
 @dataclass(frozen=True)

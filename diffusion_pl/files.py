@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +30,7 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write beside the target, flush to the disk, then rename: the target is whole or as before.
+    """Write a file whole or not at all, as `aside` does.
 
     Args:
         path: the file to make or replace; its folder is made.
@@ -38,19 +39,57 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     Raises:
         UserError: the folder cannot be written or is full; the target is as before.
     """
+    with aside(path) as temporary, open(temporary, "wb", opener=_no_link) as file:
+        write(file)
+
+
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """Write beside the target, flush to the disk, then rename: the target is whole or as before.
+
+    Args:
+        path: the file to make or replace; its folder is made.
+
+    Yields:
+        Where to write it; nothing is left there.
+
+    Raises:
+        UserError: the folder cannot be written or is full; the target is as before.
+    """
     temporary = processes.temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb", opener=_no_link) as file:
-            write(file)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise unwritable(path, error) from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote have left below a folder.
+
+    What a living process is writing, `evaluate` say, stays.
+    """
+    for path in folder.rglob(".*.tmp"):
+        if processes.is_leftover(path):
+            path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The digest (hex) of a file of any size.
+
+    Raises:
+        UserError: it is no file.
+        OSError: it is not there, or cannot be read.
+    """
+    with regular(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unwritable(path: Path, error: Exception) -> ValueError:

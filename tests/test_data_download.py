@@ -100,6 +100,22 @@ def test_a_complete_part_needs_no_further_byte(server: Server, tmp_path: Path) -
     assert fetch(server.url, tmp_path / "file.bin", DIGEST).read_bytes() == CONTENT
 
 
+def test_who_fetches_at_the_same_time_waits_for_the_first(server: Server, tmp_path: Path) -> None:
+    """As ranks do that share a folder."""
+    path, got = tmp_path / "file.bin", []
+    ranks = [
+        threading.Thread(target=lambda: got.append(fetch(server.url, path, DIGEST).read_bytes()))
+        for _ in range(4)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert got == [CONTENT] * 4
+    assert server.asked == [None]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_server_that_cannot_resume_begins_again(server: Server, tmp_path: Path) -> None:
     server.ranges = False
     server.breaks_after = [1000]

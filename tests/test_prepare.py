@@ -194,7 +194,7 @@ def test_killed_and_started_again_it_writes_the_same_bytes(shards, shapes, tmp_p
     """kill -9 at any moment: what is whole stays, the rest is made again, bit for bit."""
     dest = tmp_path / "x"
     child = _started(dest)
-    while len(list(dest.glob("shards/*.tar"))) < shards or not list(dest.glob("shards/*.part")):
+    while len(list(dest.glob("shards/*.tar"))) < shards or not list(dest.glob("shards/.*.tmp")):
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "finished before it was killed"
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
@@ -218,7 +218,7 @@ def test_whole_shards_are_not_written_again(shapes, photographs, tmp_path):
     dest = tmp_path / "x"
     assert prepare(photographs, dest, "--shard-images", 2, "--workers", 1) == 2
     tars = {path: path.stat().st_mtime_ns for path in dest.glob("shards/*.tar")}
-    assert len(tars) == 3 and not list(dest.rglob("*.part"))
+    assert len(tars) == 3 and not list(dest.rglob(".*.tmp"))
     assert prepare(photographs, dest, "--shard-images", 2, "--skip-broken", 1) == 0
     assert {path: path.stat().st_mtime_ns for path in tars} == tars
 
@@ -239,7 +239,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     """Orphans would write on in a folder that the next command takes at once."""
     dest = tmp_path / "x"
     child = _started(dest, "--count", 50_000)  # minutes of work
-    while not list(dest.glob("shards/*.part")):
+    while not list(dest.glob("shards/.*.tmp")):
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -358,8 +358,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     text = message.read_text()
     assert text.count("\n") == 1
-    assert "000000.tar: cannot be written (File too large); what is finished stays" in text
-    assert not list(dest.rglob("*.part"))
+    assert "000000.tar: cannot be written (File too large); free space or" in text
+    assert not list(dest.rglob(".*.tmp"))
     assert prepare("synthetic", dest, *SYNTHETIC) == 0
 
 

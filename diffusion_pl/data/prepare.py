@@ -23,11 +23,10 @@ from diffusion_pl.data.shard_format import (
     SHARDS,
     Manifest,
     key_of,
-    write_atomically,
 )
 from diffusion_pl.data.shard_workers import too_many, write_all
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import last_change, regular
+from diffusion_pl.files import last_change, regular, write_atomically
 from diffusion_pl.names import refuse_class_names, refuse_name, shown
 
 if TYPE_CHECKING:
@@ -235,7 +234,7 @@ def _claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         if any(progress.glob("*.npz")):
             _same(_begun(noted), settings, folder)
         else:
-            write_atomically(noted, json.dumps(settings).encode())
+            write_atomically(noted, lambda file: file.write(json.dumps(settings).encode()))
         _sweep(folder)
         try:
             yield
@@ -244,9 +243,9 @@ def _claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what was being written when a run ended."""
+    """Remove what was being written when a run ended; earlier versions wrote `.part`."""
     for place in (folder, folder / SHARDS, folder / PROGRESS):
-        for part in place.glob("*.part"):
+        for part in (*place.glob(".*.tmp"), *place.glob("*.part")):
             part.unlink()
 
 

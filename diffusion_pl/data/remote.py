@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from diffusion_pl.addresses import MASK, instead, masked, refuse_credentials
-from diffusion_pl.download import PATIENCE, Patience, Unreachable, opened, within
+from diffusion_pl.download import PATIENCE, Patience, Unreachable, claimed, opened, part_of, within
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import open_lock, regular
+from diffusion_pl.files import open_lock, regular, sha256_of
 
 _BLOCK = 1024**2
 _SECONDS_BETWEEN_LOOKS = 0.05
@@ -125,9 +125,8 @@ class Cache:
         """
         path = self.folder / name
         try:
-            with regular(path).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
-                    return False
+            if sha256_of(path) == sha256:
+                return False
         except FileNotFoundError:
             return True
         except OSError:  # the disk cannot read it any more
@@ -158,7 +157,7 @@ class Cache:
                 f"{url}: {size:,} bytes, and data.cache_bytes is {self.limit:,}; raise it"
             )
         try:
-            with self._claimed(final, size) as part:
+            with claimed(final, lambda: self.has(name, size), self._alone) as part:
                 if part is not None:
                     self._fill(part, final, url, size, sha256)
         except (OSError, _Unwritable) as error:
@@ -169,28 +168,6 @@ class Cache:
             ) from error
         return final
 
-    @contextmanager
-    def _claimed(self, final: Path, size: int) -> Iterator[int | None]:
-        """The `.part` of a file, locked and open; None when another process has finished it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = _part_of(final)
-        while True:
-            part = open_lock(path)
-            try:
-                fcntl.flock(part, fcntl.LOCK_EX)
-                if self.has(final.name, size):
-                    with self._alone():
-                        if _is_at(part, path):
-                            path.unlink()
-                    yield None
-                    return
-                # While this one waited, another may have given up and removed it.
-                if _is_at(part, path):
-                    yield part
-                    return
-            finally:
-                os.close(part)
-
     def _fill(self, part: int, final: Path, url: str, size: int, sha256: str) -> None:
         try:
             self._reserve(part, final, size)
@@ -199,10 +176,10 @@ class Cache:
             _persist(url, copy, self.attempts, self.backoff, patience)
             os.fsync(part)
             with self._alone():
-                os.replace(_part_of(final), final)
+                os.replace(part_of(final), final)
         except BaseException:
             with self._alone():
-                _part_of(final).unlink(missing_ok=True)
+                part_of(final).unlink(missing_ok=True)
             raise
 
     @contextmanager
@@ -242,17 +219,6 @@ class Cache:
                 path.unlink(missing_ok=True)
                 total -= bytes
         return total + size <= self.limit
-
-
-def _part_of(final: Path) -> Path:
-    return final.with_name(final.name + ".part")
-
-
-def _is_at(opened: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(opened), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _abandoned(part: Path) -> bool:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -29,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular, sync_folder
+from diffusion_pl.files import regular, write_atomically
 
 FORMAT = 1
 MANIFEST = "dataset.json"
@@ -152,7 +151,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `dataset.json`, whole or not at all."""
         text = json.dumps(self._content() | {"fingerprint": self.fingerprint}, indent=1)
-        write_atomically(folder / MANIFEST, (text + "\n").encode())
+        write_atomically(folder / MANIFEST, lambda file: file.write((text + "\n").encode()))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -261,17 +260,6 @@ def index_bytes(manifest: Manifest) -> int:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, header)
     return len(buffer.getvalue()) + manifest.count * dtype.itemsize
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all, even if the machine stops."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def _digest_of(content: Mapping[str, Any]) -> str:

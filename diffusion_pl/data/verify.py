@@ -7,13 +7,12 @@ whole file tells.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion_pl.data.shard_format import INDEX, SHARDS, Manifest, open_index
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular
+from diffusion_pl.files import sha256_of
 
 _AGAIN = "fetch or prepare the data again"
 
@@ -58,8 +57,7 @@ def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 def _digest(path: Path) -> str:
     """sha256 (hex) of a file; what is wrong with it where it cannot be read."""
     try:
-        with regular(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,10 +38,9 @@ from diffusion_pl.data.shard_format import (
     index_dtype,
     key_of,
     shard_name,
-    write_atomically,
 )
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular, sync_folder
+from diffusion_pl.files import aside, regular, write_atomically
 
 # By default the library runs what pickled members and `pipe:` addresses ask for; ours reads nothing
 # through it, and whoever does so beside us shall not either.
@@ -127,24 +124,18 @@ def write_shard(
         UserError: an original that is not skipped, or a disk that is full.
     """
     path = job.folder / shard_name(number)
-    part = path.with_name(path.name + ".part")
-    sides = job.recipe.descending
     contents = _Contents(job, skip, advance)
-    with _writing(path):
+    with aside(path) as part:
         with part.open("wb") as file:
             hashed = _Hashed(file)
             # USTAR members of nobody at the beginning of time: the same bytes everywhere.
             with TarWriter(hashed, encoder=False, user="", group="", mtime=0) as tar:
                 for sample in contents.samples(number):
                     tar.write(sample)
-            file.flush()
-            os.fsync(file.fileno())
-        rows = np.array(contents.rows, dtype=index_dtype(sides))
+        rows = np.array(contents.rows, dtype=index_dtype(job.recipe.descending))
         _locate(rows, part, contents.keys, job.recipe)
-        os.replace(part, path)
-        sync_folder(path.parent)
-        entry = Shard(shard_name(number), len(rows), hashed.size, hashed.digest.hexdigest())
-        _note(job.folder, number, entry, rows, contents)
+    entry = Shard(shard_name(number), len(rows), hashed.size, hashed.digest.hexdigest())
+    _note(job.folder, number, entry, rows, contents)
 
 
 class _Contents:
@@ -226,7 +217,7 @@ def _note(
         digests=np.frombuffer(digests, np.uint8),
         about=np.frombuffer(about, np.uint8),
     )
-    write_atomically(_sidecar(folder, number), buffer.getvalue())
+    write_atomically(_sidecar(folder, number), lambda file: file.write(buffer.getvalue()))
 
 
 def written(job: Job, number: int) -> Written | None:
@@ -300,9 +291,8 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
         unread=originals.unread or None,
         versions=versions(),
     )
-    with _writing(job.folder):
-        write_atomically(job.folder / INDEX, buffer.getvalue())
-        manifest.write(job.folder)
+    write_atomically(job.folder / INDEX, lambda file: file.write(buffer.getvalue()))
+    manifest.write(job.folder)
     shutil.rmtree(job.folder / PROGRESS)
     return manifest
 
@@ -321,15 +311,3 @@ def enlarged(sides: Sequence[int], wanted: int) -> str | None:
         f"{images} smaller than {wanted} px (the smallest {min(sides)}) and enlarged, which makes "
         f"them blurred; leave them out, or prepare at a lower resolution, unless that is meant"
     )
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Name the file that cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); what is finished stays, and the same "
-            f"command goes on from there"
-        ) from error

@@ -8,7 +8,6 @@ by TensorFlow's bilinear, so that its fd_dinov2 is not compared with ours; its f
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
+from diffusion_pl.files import sha256_of
 from diffusion_pl.interop import pickles
 from diffusion_pl.metrics import published
 from diffusion_pl.metrics.features import Extractor
@@ -75,7 +75,7 @@ def open_reference(path: Path, extractor: Extractor) -> Reference:
     wide = Inception.dimension if inception else extractor.dimension
     return Reference(
         name=plain(path.stem),
-        fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
+        fingerprint=sha256_of(path),
         resolution=0,
         count=0,
         extractor=extractor.name,

@@ -8,9 +8,7 @@ The batch norms, constants here, are folded into the convolutions, which is the 
 
 import hashlib
 import io
-import os
 import pickle
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -157,19 +155,12 @@ def download(url: str, path: Path, sha256: str) -> None:
     Raises:
         UserError: the file cannot be fetched or has another digest.
     """
-    # A name of its own for each process: ranks may fetch at the same time into a shared folder.
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    part = aside.with_name(f"{aside.name}.part")
     try:
-        fetch(url, aside, sha256, attempts=2, timeout=TIMEOUT_SECONDS)
-        os.replace(aside, path)
-    except (OSError, ValueError) as error:
-        reason = str(error).replace(str(aside), str(path))
+        fetch(url, path, sha256, attempts=2, timeout=TIMEOUT_SECONDS)
+    except ValueError as error:
         raise UserError(
-            f"Inception's weights cannot be fetched: {reason}; or name the file as weights"
+            f"Inception's weights cannot be fetched: {error}; or name the file as weights"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _network(content: bytes, path: Path) -> FeatureExtractorInceptionV3:

@@ -7,7 +7,6 @@ unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 import zipfile
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular
+from diffusion_pl.files import regular, sha256_of
 from diffusion_pl.names import plain
 
 # An archive of images unpacks to a few times its size; to more than this only one made for it does.
@@ -155,7 +154,7 @@ def arrays(path: Path) -> Arrays:
         _check_size(entry)
         problem = unfit(entry)
         content = None if problem else _images(path, entry)
-        digest = fingerprint(path)
+        digest = sha256_of(path)
     except Exception as error:
         # zipfile and numpy pass on whatever a damaged entry or header makes them raise.
         reason = " ".join(str(error).split())
@@ -192,12 +191,6 @@ def unfit(entry: Entry) -> str | None:
     if shape[3] == 4:
         return f"{got}; put them on a ground, and leave the fourth channel out"
     return None if shape[3] in (1, 3) and min(shape) > 0 else got
-
-
-def fingerprint(path: Path) -> str:
-    """sha256 (hex) of a file of any size."""
-    with regular(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _images(path: Path, entry: Entry) -> np.ndarray:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
+from diffusion_pl.files import sha256_of
 from diffusion_pl.metrics import npz, real_images
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.moments import Moments
@@ -103,7 +104,7 @@ def load_npz(path: Path, measuring: Measuring | None = None) -> Reference:
 
     try:
         found = npz.entries(path)
-        digest = npz.fingerprint(path)
+        digest = sha256_of(path)
     except Exception as error:
         raise _unfit(path, error) from error
     images = _images(path, found)

@@ -7,8 +7,6 @@ three and a mismatch is an error.
 from __future__ import annotations
 
 import dataclasses
-import os
-import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular
+from diffusion_pl.files import aside, regular
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.moments import Moments
 from diffusion_pl.names import plain
@@ -112,15 +110,8 @@ class Reference:
             for field in dataclasses.fields(self)
             if field.name not in ("mean", "covariance", "spatial", "features")
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            save_file(tensors, aside, metadata=metadata)
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with aside(path) as part:
+            save_file(tensors, part, metadata=metadata)
 
 
 def load(path: Path) -> Reference:

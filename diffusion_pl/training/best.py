@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_pl import processes
-from diffusion_pl.files import small
+from diffusion_pl.files import aside, small
 from diffusion_pl.training.writing import write_atomically
 
 FOLDER = "best"
@@ -52,14 +51,12 @@ class Best:
 
     def take(self, checkpoint: Path) -> None:
         """Keep a checkpoint that was saved already: the same file under another name, or a copy."""
-        self.path.parent.mkdir(exist_ok=True)
-        aside = processes.temporary(self.path)
-        aside.unlink(missing_ok=True)
-        try:
-            os.link(checkpoint, aside)
-        except OSError:  # a file system without links
-            shutil.copyfile(checkpoint, aside)
-        os.replace(aside, self.path)
+        with aside(self.path) as part:
+            part.unlink(missing_ok=True)
+            try:
+                os.link(checkpoint, part)
+            except OSError:  # a file system without links
+                shutil.copyfile(checkpoint, part)
 
     def write(self, rows: Sequence[Mapping[str, Any]], images: int) -> None:
         """Say which one it is, after it is there."""

@@ -28,7 +28,7 @@ from diffusion_pl.config.tree import plain
 from diffusion_pl.data.container import unfit_content, unfit_entries
 from diffusion_pl.data.pickle_program import reason_of
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular, small
+from diffusion_pl.files import regular, sha256_of, small
 from diffusion_pl.names import shown
 from diffusion_pl.training.writing import write_atomically
 
@@ -115,8 +115,7 @@ def digest(path: Path) -> str:
         end = file.read()
     if end.startswith(_MARK):
         return end[len(_MARK) :].decode(errors="replace")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def point_to(path: Path) -> None:
