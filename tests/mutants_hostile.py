@@ -69,7 +69,7 @@ MUTANTS = [
         ("with at_most(most), torch", "with torch"),
         ("if type(value) is int and value < least:", "if False:"),
         ('"workers": 0}', '"workers": -9}'),
-        ('config.build(experiment, "optimizer")([', "list(["),
+        ('raise experiment.error("optimizer", str(error)) from error', "optimizer = None"),
     ),
     *at(
         "commands/runs.py",

@@ -32,6 +32,8 @@ ELSEWHERE = {
     "diffusion_pl.training.ema.EMA",
     "diffusion_pl.training.lr_schedule.Cosine",
     "diffusion_pl.training.lr_schedule.WarmupDecay",
+    "diffusion_pl.training.optimizers.Group",
+    "diffusion_pl.training.optimizers.Grouped",
     "diffusion_pl.training.settings.Settings",
 }
 ROOMS = ("data", "diffusion", "metrics", "networks", "objectives", "samplers")

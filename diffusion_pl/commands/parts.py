@@ -25,6 +25,7 @@ from diffusion_pl.samplers.sampler import Sampler, check_range
 from diffusion_pl.training import lr_schedule
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.lr_schedule import LRSchedule
+from diffusion_pl.training.optimizers import Grouped, tried
 from diffusion_pl.training.settings import Settings
 
 RUNS = Path("runs")
@@ -95,9 +96,11 @@ def _check_optimizer(experiment: Config) -> None:
     Raises:
         ConfigError: a rate out of range, or a schedule that cannot be followed.
     """
+    maker = config.build(experiment, "optimizer")
     try:
-        optimizer = config.build(experiment, "optimizer")([nn.Parameter(torch.zeros(1))])
-    except (ValueError, TypeError) as error:
+        grouped = isinstance(maker, Grouped)
+        optimizer = tried(maker, _dimensions(experiment) if grouped else {"weight": 1})
+    except UserError as error:
         raise experiment.error("optimizer", str(error)) from error
     if (schedule := lr_schedule_of(experiment)) is not None:
         total = config.build(experiment, "trainer").total_images(experiment.get("data.batch_size"))
@@ -105,6 +108,16 @@ def _check_optimizer(experiment: Config) -> None:
             lr_schedule.check(schedule, optimizer, total)
         except UserError as error:
             raise experiment.error("lr_schedule", str(error)) from error
+
+
+def _dimensions(experiment: Config) -> dict[str, int]:
+    """The dimensions of every parameter that is trained, by its name in the module."""
+    objective: TrainingObjective = config.build(experiment, "objective")
+    whole = nn.Module()
+    if isinstance(objective, nn.Module):
+        whole.objective = objective
+    whole.denoiser = objective.denoiser(meta_network(experiment))
+    return {name: each.ndim for name, each in whole.named_parameters() if each.requires_grad}
 
 
 def _check_guided(experiment: Config) -> None:

@@ -102,6 +102,8 @@ MADE: Mapping[str, tuple[str, ...]] = {
     ),
     "sampler": _SAMPLERS,
     "base": _of("samplers.sampler", "Sampler"),
+    "optimizer": _of("training.optimizers", "Grouped"),
+    "groups": _of("training.optimizers", "Group"),
     "lr_schedule": _of("training.lr_schedule", "Cosine", "WarmupDecay"),
     "ema": _of("training.ema", "EMA"),
     "features": _of("metrics.features", "load"),
@@ -139,7 +141,7 @@ HANDED_ON: Mapping[str, tuple[str, ...]] = {
         *_of("diffusion.schedules", "uniform"),
         *_of("objectives.shifted_cosine", "above_zero"),
     ),
-    "optimizer": (),
+    "rest": (),
 }
 
 PLACES = (*MADE, *(place for place in HANDED_ON if place not in MADE))
@@ -170,13 +172,13 @@ def misplaced(target: str, place: str, partial: bool) -> str | None:
         # Where no protocol says what is taken, such as an optimizer's own arguments.
         return f"{target} may not stand here: {place} takes no part"
     made, handed_on = MADE.get(place, ()), HANDED_ON.get(place, ())
-    if place_in_torch(target) == place:
+    if place_in_torch(target) == ("optimizer" if place == "rest" else place):
         return None if partial else f"{target} is handed on here; add `_partial_: true`"
     if target in made:
         return f"{target} is called here; remove `_partial_: true`" if partial else None
     if target in handed_on:
         return None
     known = [part.rpartition(".")[2] for part in (*made, *handed_on)]
-    of_torch = {"optimizer": [OPTIMIZERS], "lr_schedule": [SCHEDULERS]}
+    of_torch = {"optimizer": [OPTIMIZERS], "rest": [OPTIMIZERS], "lr_schedule": [SCHEDULERS]}
     fitting = ", ".join([*known, *of_torch.get(place, ())])
     return f"{target} is no {place}; take one of {fitting}, or your own"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import lightning
@@ -20,11 +20,10 @@ from diffusion_pl.training import ema as averaging
 from diffusion_pl.training import lr_schedule as schedules
 from diffusion_pl.training import power_ema, sharding
 from diffusion_pl.training.masks import DropoutMasks
+from diffusion_pl.training.optimizers import MakeOptimizer, optimizer_of
 from diffusion_pl.training.sanity import Place
 from diffusion_pl.training.settings import Settings
 from diffusion_pl.training.totals import Totals
-
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Augment(Protocol):
@@ -118,8 +117,7 @@ class DiffusionModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimizer over the denoiser and the objective's own weights, if it has any."""
-        trained = (p for p in self.parameters() if p.requires_grad)  # the average does not
-        optimizer = self.make_optimizer(trained)
+        optimizer = optimizer_of(self.make_optimizer, self)  # the average does not train
         for group in optimizer.param_groups:
             group.setdefault("base_lr", group["lr"])
         scheduler = schedules.scheduler_of(self.lr_schedule, optimizer)

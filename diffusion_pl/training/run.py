@@ -35,8 +35,9 @@ from diffusion_pl.training.evaluating import Evaluate, is_evaluated
 from diffusion_pl.training.history import History
 from diffusion_pl.training.loggers import Described, make_loggers
 from diffusion_pl.training.lr_schedule import LRSchedule
-from diffusion_pl.training.module import Augment, DiffusionModule, MakeOptimizer
+from diffusion_pl.training.module import Augment, DiffusionModule
 from diffusion_pl.training.opening import Network
+from diffusion_pl.training.optimizers import MakeOptimizer
 from diffusion_pl.training.progress import Progress
 from diffusion_pl.training.run_data import RunData
 from diffusion_pl.training.settings import (
