@@ -5,7 +5,6 @@ The commands do the same; every default is theirs. `import diffusion_pl as dp` a
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import inspect
@@ -14,7 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_pl import cli, config
+from diffusion_pl import config
+from diffusion_pl.commands.options import (
+    FeatureOptions,
+    MetricOptions,
+    RunOptions,
+    SamplerOptions,
+    TrainOptions,
+    grouped,
+)
 from diffusion_pl.config.targets import locate
 from diffusion_pl.errors import UserError
 from diffusion_pl.signals import RESUMABLE, Stopped, Wish
@@ -25,6 +32,7 @@ if TYPE_CHECKING:  # the heavy ones are imported where something is built
     from lightning.pytorch.loggers import Logger
 
     from diffusion_pl.diffusion.preconditioning import Denoiser
+    from diffusion_pl.evaluation import Drawing
 
 PYTHON = "Python"  # where messages say that a value comes from
 
@@ -259,11 +267,13 @@ def train(
 
     what = exp if isinstance(exp, Experiment) else experiment(exp)
     folder = Path(run) if run is not None else parts.RUNS / what.name
-    chosen = _options("train", what.name, run=folder, start=_path(start), **options)
+    (chosen,) = grouped("train", {"start": start, **options}, TrainOptions)
     with Wish() as wish:
-        chosen.wish = wish
         try:
-            code = command.train(chosen, what.config, callbacks=callbacks, loggers=loggers)
+            result = command.train(
+                what.config, folder, wish, chosen, callbacks=callbacks, loggers=loggers
+            )
+            code = result.code
         except Stopped:
             wish.mark_before_steps(folder)
             code = RESUMABLE
@@ -306,7 +316,7 @@ class Run:
         from diffusion_pl.commands import runs
 
         said = [f"{key}={_word(value)}" for key, value in (changes or {}).items()]
-        self._asked = {"weights": weights, "allow": list(allow), "set": said}
+        self._asked = {"weights": weights, "allow": tuple(allow), "set": tuple(said)}
         self.model = runs.open_model(Path(path), weights, allow, said)
 
     @classmethod
@@ -373,18 +383,20 @@ class Run:
         """
         import torch
 
-        from diffusion_pl.commands import runs
         from diffusion_pl.evaluation import batches
 
         if count < 1 or first < 0:
             raise UserError(f"count: must be positive, first at least 0 (got {count}, {first})")
-        chosen = self._options("sample", **options)
-        drawing = runs.drawing_of(chosen, self.model, label=label).drawing
+        drawing = self._drawing("sample", options, label=label)
         pieces = batches(range(first, first + count), batch_size)
         return torch.cat([drawing.images(piece)[0].cpu() for piece in pieces])
 
     def evaluate(
-        self, count: int | None = None, metrics: Sequence[str] | None = None, **options: Any
+        self,
+        count: int | None = None,
+        metrics: Sequence[str] | None = None,
+        blocks: int = 1,
+        **options: Any,
     ) -> list[dict[str, Any]]:
         """Measure the run; the rows are kept in its folder too.
 
@@ -392,8 +404,9 @@ class Run:
             count: of images; the experiment's when not given.
             metrics: frechet, spatial, score, kernel, precision_recall, density_coverage, or all;
                 the experiment's when not given.
-            options: further ones of the command `evaluate`: reference, blocks, features, sampler,
-                steps, seed, guidance, device, ...
+            blocks: disjoint blocks of images: mean, least, spread.
+            options: further ones of the command `evaluate`: reference, features, sampler, steps,
+                seed, guidance, device, ...
 
         Returns:
             A row a number, with all that it depends on.
@@ -403,10 +416,15 @@ class Run:
         """
         from diffusion_pl.commands import evaluate, runs
 
-        chosen = self._options("evaluate", count=count, metrics=metrics, **options)
-        drawing = runs.drawing_of(chosen, self.model).drawing
+        given = {**self._asked, "count": count, "metrics": metrics, **options}
+        how, of_run, wanted, features = grouped(
+            "evaluate", given, SamplerOptions, RunOptions, MetricOptions, FeatureOptions
+        )
+        drawing = runs.drawing_of(self.model, how, of_run).drawing
         opened = runs.Opened(self.folder, self.model, drawing)
-        rows: list[dict[str, Any]] = evaluate.measured(chosen, opened)["measures"]
+        rows: list[dict[str, Any]] = evaluate.measured(opened, blocks, of_run, wanted, features)[
+            "measures"
+        ]
         return rows
 
     def enlarge(
@@ -437,13 +455,12 @@ class Run:
         """
         import torch
 
-        from diffusion_pl.commands import enlarge, runs
+        from diffusion_pl.commands import enlarge
 
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             got = f"{images.dtype} {tuple(images.shape)}"
             raise UserError(f"images: must be uint8 (N, 3, h, w) (got {got})")
-        chosen = self._options("enlarge", **options)
-        drawing = runs.drawing_of(chosen, self.model, label=label).drawing
+        drawing = self._drawing("enlarge", options, label=label)
         side = drawing.shape[1] if to is None else to
         found = []
         for number, image in enumerate(images):
@@ -453,32 +470,15 @@ class Run:
             found.append(enlarge.enlarged(drawing, task, indices, consistent)[0])
         return torch.cat(found)
 
-    def _options(self, command: str, **given: Any) -> argparse.Namespace:
-        given = {name: value for name, value in given.items() if value is not None}
-        words = [str(self.folder)] + ["-"] * (command == "enlarge")
-        return _options(command, *words, **self._asked, **given)
+    def _drawing(self, command: str, given: Mapping[str, Any], **further: Any) -> Drawing:
+        """How images are sampled from the run, as a command's options say."""
+        from diffusion_pl.commands import runs
+
+        how, options = grouped(command, {**self._asked, **given}, SamplerOptions, RunOptions)
+        return runs.drawing_of(self.model, how, options, **further).drawing
 
     def __repr__(self) -> str:
         return f"<Run {self.folder}, {self.images_seen:,} images>"
-
-
-def _options(command: str, *words: str, **given: Any) -> argparse.Namespace:
-    """A command's options at their defaults, and what is given.
-
-    Raises:
-        UserError: an option that the command does not have.
-    """
-    options = cli.parse([command, *words])
-    for name, value in given.items():
-        if name not in options:
-            known = sorted(set(vars(options)) - {"command", "run", "experiment", "overrides"})
-            raise UserError(f"{name}: is no option of {command}; there are {', '.join(known)}")
-        setattr(options, name, _path(value) if name == "guide" else value)
-    return options
-
-
-def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value).expanduser()
 
 
 def _word(value: Any) -> str:

@@ -17,9 +17,8 @@ MUTANTS = [
         ('sorted(tops - {"diffusion_pl", "torch"})', "()"),
         ("raise KeyboardInterrupt if", "raise SystemExit(0) if"),
         ("range(first, first + count)", "range(count)"),
-        ("self.model, label=label).drawing\n        pieces", "self.model).drawing\n        pieces"),
+        ("options, label=label)\n        pieces", "options)\n        pieces"),
         ("consistent)[0])", "False)[0])"),
-        ("        if name not in options:", "        if False:"),
         ('if "\\n" in text else', "if False else"),
         ("images.dtype != torch.uint8 or", "False or"),
     ),
@@ -30,6 +29,12 @@ MUTANTS = [
          "        if False:\n            _set"),
         ("    if not changes:\n        return config\n", ""),
         ("        used.pop(section, None)", "        pass"),
+    ),
+    *at(
+        "commands/options.py",
+        "api",
+        ("        if name not in group_of:", "        if False:"),
+        ("        if value is not None\n", ""),
     ),
     *at(
         "cli.py",

@@ -107,8 +107,8 @@ MUTANTS = [
     *at(
         "commands/evaluate.py",
         "commands_measure",
-        ("if options.reference is None and origin is None:", "if False:"),
-        ("len(given.real) // options.blocks)", "len(given.real))"),
+        ("if wanted.reference is None and origin is None:", "if False:"),
+        ("len(given.real) // blocks)", "len(given.real))"),
     ),
     *at(
         "commands/data_sets.py",
@@ -124,13 +124,13 @@ MUTANTS = [
             'found = [row for row in history.rows() if row["point"] == key]',
             "found = history.rows()",
         ),
-        ("options.guidance_list or [None]", "[None]"),
-        ("if options.checkpoints:", "if False:"),
+        ("guidance or [None]", "[None]"),
+        ("if checkpoints:", "if False:"),
     ),
     *at(
         "commands/losses.py",
         "commands_measure",
-        ("options.weights = weights", 'options.weights = "ema"'),
+        ("guidance=1.0, weights=weights", "guidance=1.0"),
         ("if images.labels is None:", "if False:"),
     ),
     *at(

@@ -52,7 +52,7 @@ MUTANTS = [
         "commands/evaluate.py",
         "found_again",
         ('not said.get("complete")', "False"),
-        ("(wanted := settings.count * options.blocks)", "(wanted := settings.count)"),
+        ("(several := settings.count * blocks)", "(several := settings.count)"),
         ('parts = {**self.depends, "block": number}', 'parts = {"block": number}'),
         ('parts = {**self.depends, "block": number}', "parts = self.depends"),
         ("except (OSError, ValueError) as error:", "except KeyError as error:"),

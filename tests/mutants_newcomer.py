@@ -16,8 +16,8 @@ MUTANTS = [
     *at(
         "commands/results.py",
         "newcomer",
-        ("sys.stdout.isatty() and not options.json", "not options.json"),
-        ("sys.stdout.isatty() and not options.json", "sys.stdout.isatty()"),
+        ("(sys.stdout.isatty() or self.in_pipes) and not as_json", "not as_json"),
+        (" and not as_json:", ":"),
     ),
     *at(
         "commands/following.py",
@@ -70,7 +70,7 @@ MUTANTS = [
     *at(
         "commands/losses.py",
         "newcomer",
-        ('about["count"] < options.count', 'about["count"] <= options.count'),
+        ('about["count"] < count', 'about["count"] <= count'),
     ),
     *at(
         "data/write_shards.py",

@@ -196,6 +196,6 @@ MUTANTS = [
         "commands/prepare.py",
         "prepare",
         ('text.rpartition(": ")[2]', "text"),
-        ("workers < 1 or options.skip_broken < 0", "False"),
+        ("processes < 1 or skip_broken < 0", "False"),
     ),
 ]

@@ -75,7 +75,7 @@ MUTANTS = [
         "enlarge",
         ("number * VARIATIONS + variation", "variation"),
         ('ImageNoise(drawing.seed, indices, "latent")', 'ImageNoise(0, indices, "latent")'),
-        ("consistent(counted, picture) if agree else counted", "counted"),
+        ("consistent_with(counted, picture) if agree else counted", "counted"),
         ("nearest(image, picture) if agree else image", "image + 0.1"),
         ("if side >= to:", "if side > to:"),
         ("round(width * to / side)", "round(height * to / side)"),

@@ -168,6 +168,6 @@ MUTANTS = [
     *at(
         "commands/train.py",
         "stopping launch",
-        ("return RESUMABLE", "return 0"),
+        ("else RESUMABLE)", "else 0)"),
     ),
 ]  # fmt: skip

@@ -134,8 +134,8 @@ MUTANTS = [
     *at(
         "commands/train.py",
         "run_folder",
-        ("            (folder / MARKER).unlink(missing_ok=True)\n            settling",
-         "            settling"),
+        ("        (folder / MARKER).unlink(missing_ok=True)\n        settling",
+         "        settling"),
         ("        sweep(folder)\n", "        (folder / MARKER).unlink(missing_ok=True)\n"),
         ("with locks.hold(folder / locks.NAME,", 'with locks.hold(folder / ".other",'),
     ),

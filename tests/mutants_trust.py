@@ -97,7 +97,10 @@ MUTANTS = [
         "cli.py",
         "credentials",
         ("            refuse_credentials(word, named(before, word))", "            abs(1)"),
-        ("super().error(shown(masked(message)))", "super().error(shown(message))"),
+        (
+            '{shown(masked(str(error)), keep=LINES)}", file=sys.stderr)\n    return 2',
+            '{shown(str(error), keep=LINES)}", file=sys.stderr)\n    return 2',
+        ),
     ),
     *at(
         "config/tree.py",
@@ -181,9 +184,9 @@ MUTANTS = [
         ("        name = folder.resolve().name", "        name = folder.name"),
     ),
     *at(
-        "commands/train.py",
+        "commands/results.py",
         "names",
-        ("shown(str(row['name']))", "row['name']"),
+        ("print(shown(each), flush=True)", "print(each, flush=True)"),
     ),
     *at(
         "commands/following.py",
@@ -231,7 +234,10 @@ MUTANTS = [
         "cli.py",
         "names",
         ("            refuse_controls(word, named(before, word))", "            abs(1)"),
-        ("super().error(shown(masked(message)))", "super().error(masked(message))"),
+        (
+            '{shown(masked(str(error)), keep=LINES)}", file=sys.stderr)\n    return 2',
+            '{masked(str(error))}", file=sys.stderr)\n    return 2',
+        ),
     ),
     *at(
         "commands/convert.py",

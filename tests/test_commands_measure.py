@@ -129,7 +129,7 @@ def test_statistics_of_any_data_are_made_once_and_compared_with(run, home, tmp_p
         (["evaluate", "notes", "--reference", "tiny"], "no images"),
         (["evaluate", "runs/tiny", "--reference", "other.safetensors"], "resolution is 16"),
         (["evaluate", "runs/tiny", "--reference", "broken.safetensors"], "not reference statistic"),
-        (["evaluate", "runs/tiny", "--label", "0"], "unrecognized arguments"),
+        (["evaluate", "runs/tiny", "--label", "0"], "Unknown option: --label"),
         (["evaluate", "runs/tiny", "--features", "vgg"], "name must be one of auto, inception"),
         (["reference", "pictures", "--features", "pixels", "--feature-precision", "bf16"], "fp32"),
         (["sweep", "runs/tiny", "--weights", "raw"], "ema, denoiser or ema:LENGTH (got 'raw')"),
@@ -163,12 +163,7 @@ def test_what_cannot_be_measured_is_one_line(run, home, words, message, capsys):
 
         other = real_images.compute(Synthetic(8, 16, batch_size=8).open(), Pixels())
         other.save(home / "other.safetensors")
-    try:
-        code, result, err = run(*words)
-    except SystemExit as error:  # argparse's own
-        assert error.code == 2
-        assert message in capsys.readouterr().err
-        return
+    code, result, err = run(*words)
     assert (code, result) == (2, None), err
     assert message in err and err.strip().count("\n") == 0
 
@@ -235,7 +230,6 @@ def test_the_error_by_level_of_both_weights_is_given_with_a_plot(run, home):
 
 
 def test_help_names_every_command_that_measures(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
+    assert main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("reference", "sweep", "losses"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from functools import partial
 from pathlib import Path
@@ -250,15 +249,13 @@ def test_an_imported_model_says_whether_it_was_trained_without_labels(home, monk
     for said, expected in (({"label_dropout": 0.1}, 0.1), ({"label_dropout": 0}, 0.0), ({}, 0.0)):
         nodes = edm.nodes(published | said)
         # The experiment that it borrows its data from was trained with dropout.
-        options = argparse.Namespace(
-            dest=Path("runs/brought"), like="tiny", allow=(), source=Path("theirs.pkl")
-        )
-        made = experiment_of(nodes, options, ())
+        made = experiment_of(nodes, Path("theirs.pkl"), (), name="brought", like="tiny", allow=())
         assert made.tree["trainer"]["label_dropout"] == expected
 
 
 def test_a_sweep_guides_only_where_there_is_guidance():
-    options = cli.parse(["sweep", "runs/tiny", "--guidance", "1,2", "--guidance-interval", "1,2"])
+    call = cli.parse(["sweep", "runs/tiny", "--guidance", "1,2", "--guidance-interval", "1,2"])
+    options = call.keywords["options"]
     points = [sweep.Point("a.ckpt", "ema", None, None, weight) for weight in (1.0, 2.0)]
     plain, guided = (sweep._at(options, point) for point in points)
     assert plain.guidance_interval is None and guided.guidance_interval == (1.0, 2.0)

@@ -108,11 +108,13 @@ def test_a_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch) -> None:
         "c": None,
         "d": f"{tmp_path}/shards",
     }
-    options = parse(["train", "~/x.yaml", "--run=~/runs/x", "seed=1"])
-    assert options.experiment == f"{tmp_path}/x.yaml"
-    assert options.run == tmp_path / "runs" / "x"
-    assert parse(["enlarge", "r", "~/a.png"]).image == [tmp_path / "a.png"]
-    assert parse(["evaluate", "r", "--reference=~/real"]).reference == f"{tmp_path}/real"
+    call = parse(["train", "~/x.yaml", "--run=~/runs/x", "--from=~/y", "seed=1"])
+    assert call.words == (f"{tmp_path}/x.yaml", "seed=1")
+    assert call.keywords["run"] == tmp_path / "runs" / "x"
+    assert call.keywords["options"].start == tmp_path / "y"
+    assert parse(["enlarge", "r", "~/a.png"]).words[1] == (tmp_path / "a.png",)
+    wanted = parse(["evaluate", "r", "--reference=~/real"]).keywords["wanted"]
+    assert wanted.reference == f"{tmp_path}/real"
 
 
 def test_an_infinite_value_survives_the_checkpoint(tmp_path) -> None:

@@ -120,10 +120,9 @@ def test_a_header_in_an_error_is_masked():
 
 
 def test_a_complaint_of_the_parser_hides_a_header(capsys):
-    with pytest.raises(SystemExit):
-        main(["sample", "runs/tiny", "Authorization: Bearer hunter2hunter2"])
+    assert main(["sample", "runs/tiny", "Authorization: Bearer hunter2hunter2"]) == 2
     said = capsys.readouterr().err
-    assert "unrecognized arguments" in said and "hunter2" not in said
+    assert "Unused Tokens" in said and "hunter2" not in said
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +141,7 @@ def place(home, tmp_path, monkeypatch):
 def refused(words, capsys):
     """The line that refuses; nothing of the secret is shown or kept anywhere."""
     capsys.readouterr()
-    try:
-        assert main(words) == 2
-    except SystemExit as error:  # argparse's own complaint
-        assert error.code == 2
+    assert main(words) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "hunter2" not in captured.err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import homes
@@ -31,9 +30,7 @@ def there(home, monkeypatch):
 
 
 def start(*overrides, run="runs/tiny", **consent):
-    consents = {"accept_differences": False, "fresh_labels": False}
-    options = argparse.Namespace(start=Path(run), allow=[], **(consents | consent))
-    return starting.weights(options, parts.read("tiny", overrides), True)
+    return starting.weights(Path(run), parts.read("tiny", overrides), **consent)
 
 
 @pytest.mark.parametrize(

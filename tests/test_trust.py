@@ -5,7 +5,6 @@ The planted parts are harmless: they would make the folder `ran`.
 
 from __future__ import annotations
 
-import argparse
 import http.server
 import json
 import shutil
@@ -233,9 +232,10 @@ def test_verify_and_convert_read_and_build_nothing(place, capsys):
 
 def imported(nodes, like=None):
     """The experiment of an imported model."""
-    options = argparse.Namespace(dest=Path("runs/x"), like=like, allow=[], source=Path("model.pkl"))
     own = {name: config.load("tiny").tree[name] for name in ("network", "objective", "sampler")}
-    return import_.experiment_of({**own, **nodes}, options, [])
+    return import_.experiment_of(
+        {**own, **nodes}, Path("model.pkl"), [], name="x", like=like, allow=[]
+    )
 
 
 def test_the_data_of_an_imported_model_come_from_a_strangers_file(place):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 
+from diffusion_pl.commands.options import MetricOptions, RunOptions
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.evaluation.settings import MetricSettings
@@ -31,12 +31,14 @@ class Asked:
     """What is asked for, and of "all" what had to be left out.
 
     Args:
-        options: of a command that measures.
+        wanted: what is asked for.
+        options: of the run.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, wanted: MetricOptions, options: RunOptions) -> None:
+        self.wanted = wanted
         self.options = options
-        self.everything = "all" in (options.metrics or ())
+        self.everything = "all" in (wanted.metrics or ())
         self.left_out: dict[str, str] = {}
 
     def settings(self, own: Evaluation) -> Evaluation:
@@ -45,31 +47,31 @@ class Asked:
         Raises:
             UserError: a metric that is not known, or one that so many images cannot give.
         """
-        options, metrics = self.options, list(own.metrics)
-        if options.metrics:
-            unknown = set(options.metrics) - set(METRICS) - {"all"}
+        wanted, metrics = self.wanted, list(own.metrics)
+        if wanted.metrics:
+            unknown = set(wanted.metrics) - set(METRICS) - {"all"}
             if unknown:
                 raise UserError(
                     f"--metrics: there is no {', '.join(sorted(unknown))}; "
                     f"choose of {', '.join(METRICS)} or all"
                 )
-            metrics = [METRICS[name] for name in options.metrics if name != "all"]
+            metrics = [METRICS[name] for name in wanted.metrics if name != "all"]
             if self.everything:
                 metrics = list(METRICS.values())
-        if options.subset_size is not None:
+        if wanted.subset_size is not None:
             if not any(isinstance(metric, Kernel) for metric in metrics):
                 raise UserError("--subset-size: is of the kernel distance; add --metrics kernel")
             metrics = [
-                dataclasses.replace(metric, size=options.subset_size)
+                dataclasses.replace(metric, size=wanted.subset_size)
                 if isinstance(metric, Kernel)
                 else metric
                 for metric in metrics
             ]
         settings = dataclasses.replace(
             own,
-            count=own.count if options.count is None else options.count,
-            batch_size=options.batch_size or own.batch_size,
-            seed=options.seed,
+            count=own.count if wanted.count is None else wanted.count,
+            batch_size=self.options.batch_size or own.batch_size,
+            seed=self.options.seed,
             metrics=metrics,
         )
         return self.possible(settings, lambda metric: metric.check_count(settings.count))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from diffusion_pl import config
+from diffusion_pl.addresses import masked
 from diffusion_pl.commands import parts, sampling
+from diffusion_pl.commands.options import Allow
+from diffusion_pl.commands.results import Result, line
 from diffusion_pl.config import Config
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.remote import is_remote
@@ -20,7 +23,6 @@ from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.errors import UserError
 from diffusion_pl.files import nearest
-from diffusion_pl.names import shown
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.lr_schedule import is_torch_s
@@ -29,28 +31,42 @@ from diffusion_pl.training.settings import Settings, resolve_precision
 FAILURES: tuple[type[Exception], ...] = ()
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print parameters, batch and resolution arithmetic, budget, noise range, sampler's sizes.
+def command(experiment: str, /, *words: str, resolved: bool = False, allow: Allow = ()) -> Result:
+    """Bind an experiment's YAML, build its network without memory, show what it means.
 
-    Of several experiments every one is looked at, whatever is wrong with those before. With
-    `--resolved` print the resolved YAML instead, which `train` takes as it is.
+    Of several experiments every one is looked at, whatever is wrong with those before.
+
+    Example: diffusion_pl check cifar10_edm data.batch_size=256
+
+    Args:
+        experiment: a name, or a YAML file anywhere.
+        words: further experiments, and KEY=VALUE over all of them, such as optimizer.lr=1e-4.
+        resolved: print the resolved YAML, all defaults merged, which `train` takes as it is.
     """
+    names = [word for word in (experiment, *words) if "=" not in word]
+    overrides = [word for word in (experiment, *words) if "=" in word]
+    lines: list[str] = []
+    values: dict[str, Any] = {}
     wrong = []
-    for number, name in enumerate(options.experiments):
-        if len(options.experiments) > 1 and not options.resolved:
-            print(f"{shown(str(name))}:")
+    for name in names:
         try:
-            if options.resolved:
-                resolved = config.dump(parts.read(name, options.overrides, allow=options.allow))
-                print(shown("---\n" * (number > 0) + resolved, keep="\n"), end="")
+            if resolved:
+                read = parts.read(name, overrides, allow=allow)
+                values[name] = read.tree
+                lines += [*["---"] * (len(values) > 1), *config.dump(read).splitlines()]
                 continue
-            for title, text in meaning(name, options.overrides, options.allow):
-                print(shown(f"{title:8} {text}"))
+            lines += [f"{name}:"] * (len(names) > 1)
+            values[name] = {}
+            for title, text in meaning(name, overrides, allow):
+                values[name][title] = text
+                lines.append(line(title, text))
         except ValueError as error:
             wrong.append(str(error))
-    if wrong:
-        raise UserError("\n".join(dict.fromkeys(wrong)))
-    return 0
+    problems = "\n".join(dict.fromkeys(wrong))
+    if wrong and not lines:
+        raise UserError(problems)
+    after = masked(f"error: {problems}").splitlines() if wrong else []
+    return Result(values, lines, after, code=2 if wrong else 0, in_pipes=True)
 
 
 def meaning(

@@ -6,14 +6,13 @@ written again has *** for them.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import yaml
 
 from diffusion_pl import config, locks
 from diffusion_pl.addresses import masked, without_credentials
+from diffusion_pl.commands.results import Result
 from diffusion_pl.config.renaming import renamed
 from diffusion_pl.config.strangers import RESOLVED
 from diffusion_pl.errors import UserError
@@ -23,19 +22,23 @@ from diffusion_pl.training import checkpoint as checkpoints
 FAILURES: tuple[type[Exception], ...] = ()
 
 
-def run(options: argparse.Namespace) -> int:
-    """Convert in place, and say as one JSON object which were written anew."""
-    place: Path = options.run
-    files = [place] if place.is_file() else sorted((place / "checkpoints").glob("*.ckpt"))
+def command(run: Path, /) -> Result:
+    """Write a run's checkpoints of earlier formats in today's, in place.
+
+    Example: diffusion_pl convert runs/mine
+
+    Args:
+        run: a run's folder, or a checkpoint.
+    """
+    files = [run] if run.is_file() else sorted((run / "checkpoints").glob("*.ckpt"))
     if not files:
-        raise UserError(f"{place}: neither a run with checkpoints nor one of them")
+        raise UserError(f"{run}: neither a run with checkpoints nor one of them")
     with locks.hold(files[0].parent.parent / locks.NAME, "converting"):
         converted = [str(file) for file in files if convert(file)]
-        settings = place / RESOLVED
+        settings = run / RESOLVED
         if settings.is_file() and (_mask(settings) | _rename(settings)):
             converted.append(str(settings))
-    print(json.dumps({"format": checkpoints.FORMAT, "files": len(files), "converted": converted}))
-    return 0
+    return Result({"format": checkpoints.FORMAT, "files": len(files), "converted": converted})
 
 
 def convert(file: Path) -> bool:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
+from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.results import Result
 from diffusion_pl.data.decode import decode
 from diffusion_pl.data.files import EXTENSIONS, ending_of, is_leftover
-from diffusion_pl.diffusion.consistency import consistent, factor, nearest
+from diffusion_pl.diffusion.consistency import consistent as consistent_with
+from diffusion_pl.diffusion.consistency import factor, nearest
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Counted
 from diffusion_pl.diffusion.resizing import resized
@@ -54,44 +56,71 @@ class Task:
     pyramid: PyramidSampler
 
 
-def run(options: argparse.Namespace) -> int:
-    """Write the enlarged images and a grid, and print how far they are from the pictures."""
-    if not 1 <= options.count <= VARIATIONS:
-        raise UserError(f"--count must be 1 to {VARIATIONS:,} (got {options.count})")
-    paths = files(options.image)
-    opened = runs.open_run(options, label=options.label)
+def command(
+    run: Path,
+    image: tuple[Path, ...],
+    /,
+    *,
+    to: int | None = None,
+    restart: float | None = None,
+    consistent: Annotated[bool, Parameter(negative="--no-consistent")] = True,
+    count: int = 1,
+    label: str | None = None,
+    out: Path | None = None,
+    sampling: SamplerOptions = SamplerOptions(),
+    options: RunOptions = RunOptions(),
+) -> Result:
+    """Super-resolution: sample larger images of one's own.
+
+    Written are the images and a grid, and how far they are from the given ones.
+
+    Example: diffusion_pl enlarge runs/mine small.png --to 64 --count 4
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        image: PNG, JPEG or WebP files, or folders.
+        to: longer side, pixels; the run's when not given.
+        restart: sigma to begin from; half the factor when not given.
+        consistent: made smaller again, the result is the image.
+        count: variations of each image.
+        label: class of every image, its name or index.
+        out: folder of the results; RUN/enlarge when not given.
+    """
+    if not 1 <= count <= VARIATIONS:
+        raise UserError(f"--count must be 1 to {VARIATIONS:,} (got {count})")
+    paths = files(image)
+    opened = runs.open_run(run, sampling, options, label=label)
     drawing = opened.drawing
-    to = drawing.shape[1] if options.to is None else options.to
-    tasks = [task(path, drawing, to, options.restart, options.consistent) for path in paths]
-    folder: Path = options.out or opened.folder / "enlarge"
+    side = drawing.shape[1] if to is None else to
+    tasks = [task(path, drawing, side, restart, consistent) for path in paths]
+    folder = out or opened.folder / "enlarge"
     folder.mkdir(parents=True, exist_ok=True)
     shown, rows = [], []
     progress = track(tasks, "enlarging", console=Console(stderr=True), transient=True)
     for number, each in enumerate(progress):
-        indices = [number * VARIATIONS + variation for variation in range(options.count)]
+        indices = [number * VARIATIONS + variation for variation in range(count)]
         pieces = batches(indices, options.batch_size or BATCH)
-        found = [enlarged(drawing, each, piece, options.consistent) for piece in pieces]
-        images = torch.cat([image for image, _ in found])
-        names = [f"{number:06d}_{variation:03d}.png" for variation in range(options.count)]
-        for name, image in zip(names, images, strict=True):
-            save_png(image, folder / name)
+        found = [enlarged(drawing, each, piece, consistent) for piece in pieces]
+        images = torch.cat([larger for larger, _ in found])
+        names = [f"{number:06d}_{variation:03d}.png" for variation in range(count)]
+        for name, larger in zip(names, images, strict=True):
+            save_png(larger, folder / name)
         rows.append({**about(each, images), "evaluations": found[0][1], "files": names})
         shown.append(sheet_row(each, images))
     sheet = None
     if len({row.shape for row in shown}) == 1:
         sheet = folder / "grid.png"
-        columns = options.count + 1
+        columns = count + 1
         save_png(grid(torch.cat(shown[:ROWS]), columns=columns, zoom=1), sheet)
     result = {
         "folder": str(folder),
         "grid": None if sheet is None else str(sheet),
         **opened.about(),
-        "count": options.count,
-        "consistent": options.consistent,
+        "count": count,
+        "consistent": consistent,
         "pictures": rows,
     }
-    print(json.dumps(result))
-    return 0
+    return Result(result)
 
 
 def files(paths: Sequence[Path]) -> list[Path]:
@@ -217,7 +246,7 @@ def enlarged(
     picture = from_bytes(task.picture).to(where).expand(len(indices), -1, -1, -1)
     noise = ImageNoise(drawing.seed, indices, "latent")(torch.empty(len(indices), 3, *task.size))
     counted = Counted(latents.denoise_of(drawing, latents.one_label(drawing, len(indices))))
-    denoise = consistent(counted, picture) if agree else counted
+    denoise = consistent_with(counted, picture) if agree else counted
     with latents.drawn(drawing):
         image = task.pyramid.from_picture(
             picture, denoise, noise.to(where), ImageNoise(drawing.seed, indices, "sampler", where)

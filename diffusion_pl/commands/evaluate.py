@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -21,8 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from diffusion_pl import config
-from diffusion_pl.commands import data_sets, following, parts, results, runs, trust
+from diffusion_pl.commands import data_sets, following, parts, runs, trust
 from diffusion_pl.commands.asked import Asked
+from diffusion_pl.commands.options import FeatureOptions, MetricOptions, RunOptions, SamplerOptions
+from diffusion_pl.commands.results import Result
 from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, reference_of
@@ -31,7 +32,7 @@ from diffusion_pl.evaluation.given import Given, arrays
 from diffusion_pl.evaluation.measuring import Drawn, Progress
 from diffusion_pl.evaluation.provenance import described, surroundings
 from diffusion_pl.interop import statistics
-from diffusion_pl.metrics import features
+from diffusion_pl.metrics import features as extractors
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.real_images import KEPT
@@ -46,28 +47,51 @@ FAILURES: tuple[type[Exception], ...] = ()
 ROWS = "evaluations.jsonl"
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measure what is named, and say every number with all that it depends on."""
-    target: Path = options.run
-    opened = runs.open_run(options) if runs.is_run(target) else None
-    result = measured(options, opened)
+def command(
+    run: Path,
+    /,
+    *,
+    blocks: int = 1,
+    sampling: SamplerOptions = SamplerOptions(),
+    options: RunOptions = RunOptions(),
+    wanted: MetricOptions = MetricOptions(),
+    features: FeatureOptions = FeatureOptions(),
+) -> Result:
+    """Measure a run, or images in a folder or .npz: every number with all that it depends on.
+
+    Example: diffusion_pl evaluate runs/mine --count 10000 --metrics frechet,kernel
+
+    Args:
+        run: a run's folder, a checkpoint file, or images.
+        blocks: disjoint blocks of images: mean, least, spread.
+    """
+    opened = runs.open_run(run, sampling, options) if runs.is_run(run) else None
+    if opened is None:
+        refuse_drawing(run, sampling, options)
+    result = measured(run if opened is None else opened, blocks, options, wanted, features)
     rows = result["measures"]
     if rows:
         table(rows)
-    results.tell(options, result, [], indent=2)  # the lines for people are the last
-    if opened is not None:
-        following.tell("export", target, following.beside(target))
-    for line in what_matters(target, rows, result, results.for_people(options)):
-        print(shown(line), file=sys.stderr)
-    return 0
+    after = [following.line("export", run, following.beside(run))] if opened is not None else []
+    # The lines for people are the last.
+    return Result(result, [], [*after, *what_matters(run, rows, result)], indent=2)
 
 
-def measured(options: argparse.Namespace, opened: runs.Opened | None) -> dict[str, Any]:
+def measured(
+    what: runs.Opened | Path,
+    blocks: int,
+    options: RunOptions,
+    wanted: MetricOptions,
+    features: FeatureOptions,
+) -> dict[str, Any]:
     """Measure a run, and keep the rows in its folder; or images that are there.
 
     Args:
-        options: of the command.
-        opened: the run; None for images, at `options.run`.
+        what: the run, or where images lie.
+        blocks: disjoint blocks of images.
+        options: of the run.
+        wanted: what is measured, and against what.
+        features: the extractor.
 
     Returns:
         What was measured; "measures" are the rows.
@@ -75,36 +99,34 @@ def measured(options: argparse.Namespace, opened: runs.Opened | None) -> dict[st
     Raises:
         UserError: settings that do not fit what is measured.
     """
-    target: Path = options.run
-    asked = Asked(options)
-    if options.blocks < 1:
-        raise UserError(f"--blocks: must be at least 1 (got {options.blocks})")
+    asked = Asked(wanted, options)
+    if blocks < 1:
+        raise UserError(f"--blocks: must be at least 1 (got {blocks})")
     kept: Kept | None = None
-    if opened is not None:
+    if isinstance(what, runs.Opened):
         about = {
-            "run": str(opened.folder),
-            "checkpoint": str(opened.model.checkpoint),
-            "images": opened.model.images,
-            "weights": options.weights,
+            "run": str(what.folder),
+            "checkpoint": str(what.model.checkpoint),
+            "images": what.model.images,
+            "weights": what.drawing.origin["weights"],
         }
-        extractor = extractor_of(options, opened.model.config)
-        settings = asked.settings(config.build(opened.model.config, "evaluation"))
-        drawn: Drawn = opened.drawing
-        reference = run_reference(options, opened, settings, extractor, asked)
-        kept = Kept(opened, settings, extractor, reference)
+        drawn: Drawn = what.drawing
+        extractor = extractor_of(features, what.model.config)
+        settings = asked.settings(config.build(what.model.config, "evaluation"))
+        reference = reference_for(what.model.config, drawn, settings, extractor, asked)
+        kept = Kept(what, settings, extractor, reference)
     else:
-        refuse_drawing(options)
-        given = open_given(target, options.device)
+        given = open_given(what, options.device)
         drawn, about = given, {"source": given.source}
-        origin = drawn_by(options, given.drawn)
-        if options.reference is None and origin is None:
-            raise UserError(f"{target}: images are compared with something: --reference DATA")
-        extractor = extractor_of(options, origin)
-        count = max(1, len(given.real) // options.blocks)
+        origin = drawn_by(given.drawn, options.allow) if wanted.reference is None else None
+        if wanted.reference is None and origin is None:
+            raise UserError(f"{what}: images are compared with something: --reference DATA")
+        extractor = extractor_of(features, origin)
+        count = max(1, len(given.real) // blocks)
         settings = asked.settings(of_images(origin, count))
-        if (wanted := settings.count * options.blocks) > len(given.real):
-            raise UserError(f"{target}: has {len(given.real):,} images, {wanted:,} are asked for")
-        reference = reference_for(options, origin, drawn, settings, extractor, asked)
+        if (several := settings.count * blocks) > len(given.real):
+            raise UserError(f"{what}: has {len(given.real):,} images, {several:,} are asked for")
+        reference = reference_for(origin, drawn, settings, extractor, asked)
     reference.check(extractor, drawn.shape[1])
     settings = asked.possible(settings, lambda m: m.build(extractor, reference, settings.count))
     with progress_bar("evaluation") as progress:
@@ -113,7 +135,7 @@ def measured(options: argparse.Namespace, opened: runs.Opened | None) -> dict[st
             settings,
             extractor,
             reference,
-            blocks=options.blocks,
+            blocks=blocks,
             progress=progress,
             known=kept.block if kept else None,
             keep=kept.keep_block if kept else show_block,
@@ -212,7 +234,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def what_matters(
-    target: Path, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], people: bool
+    target: Path, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
 ) -> list[str]:
     """The last three lines: the number, what it is of, and where it is kept or what comes next."""
     if not rows:
@@ -221,41 +243,37 @@ def what_matters(
     model = [str(first[key]) for key in ("weights", "sampler") if first.get(key)]
     words = ", ".join([*model, f"{first['n']:,} images"])
     of = f"{result.get('checkpoint', target)}  {words}"
-    alone = "nowhere; all that the number depends on: --json" if people else "on stdout alone"
+    alone = "nowhere but on stdout, with all that the number depends on: --json"
     where = f"kept     {result.get('rows') or alone}"
     return [f"measured {in_words(first)}", f"of       {of}", where]
 
 
-def extractor_of(options: argparse.Namespace, experiment: config.Config | None) -> Extractor:
+def extractor_of(options: FeatureOptions, experiment: config.Config | None) -> Extractor:
     """The extractor that the command line names, else the experiment's, else what there is."""
     if options.features is not None or experiment is None:
         name = options.features or "auto"
-        return features.load(name, options.feature_weights, options.feature_precision)
+        return extractors.load(name, options.feature_weights, options.feature_precision)
     return trust.extractor_of(experiment)
 
 
-def run_reference(
-    options: argparse.Namespace,
-    opened: runs.Opened,
-    settings: Evaluation,
-    extractor: Extractor,
-    asked: Asked,
-) -> Reference:
-    """What a run is compared with: what is named, else its evaluation's file, else its data."""
-    return reference_for(options, opened.model.config, opened.drawing, settings, extractor, asked)
-
-
 def reference_for(
-    options: argparse.Namespace,
     experiment: config.Config | None,
     drawn: Drawn,
     settings: Evaluation,
     extractor: Extractor,
     asked: Asked,
 ) -> Reference:
-    """The same of images of any origin; `experiment` is that of the run that drew them."""
-    if options.reference is not None or experiment is None:
-        return named_reference(options, drawn, settings, extractor)
+    """What images are compared with: what is named, else the evaluation's file, else the data.
+
+    Args:
+        experiment: of the run that drew them; None: something is named.
+        drawn: the images.
+        settings: of the evaluation.
+        extractor: the features.
+        asked: what the command line says.
+    """
+    if asked.wanted.reference is not None or experiment is None:
+        return named_reference(asked.wanted, drawn, settings, extractor)
     images = runs.images_of(experiment)
     if settings.reference is None:
         real = min(len(images), KEPT)
@@ -273,29 +291,30 @@ def reference_for(
 
 
 def named_reference(
-    options: argparse.Namespace, drawn: Drawn, settings: Evaluation, extractor: Extractor
+    wanted: MetricOptions, drawn: Drawn, settings: Evaluation, extractor: Extractor
 ) -> Reference:
     """A file of statistics, or a data set, by its word on the command line."""
     return data_sets.reference_of(
-        options.reference,
+        str(wanted.reference),
         extractor,
         resolution=drawn.shape[1],
         keep=settings.wants_features,
         device=str(drawn.device),
-        resize=options.resize,
+        resize=wanted.resize,
     )
 
 
-def refuse_drawing(options: argparse.Namespace) -> None:
+def refuse_drawing(run: Path, sampling: SamplerOptions, options: RunOptions) -> None:
     """See that nothing is said of how images are drawn that are there already.
 
     Raises:
         UserError: names the option.
     """
+    said = vars(sampling) | vars(options)
     for name in ("sampler", "steps", "guidance", "guidance_interval", "guide", "set"):
-        if getattr(options, name) not in (None, []):
+        if said[name] not in (None, ()):
             raise UserError(
-                f"--{name.replace('_', '-')} is of a run that draws; {options.run} holds images, "
+                f"--{name.replace('_', '-')} is of a run that draws; {run} holds images, "
                 "which are measured as they are"
             )
 
@@ -317,16 +336,16 @@ def open_given(path: Path, device: str) -> Given:
     return Given(images, images.channels, str(path), torch.device(device), drawn)
 
 
-def drawn_by(options: argparse.Namespace, drawn: Mapping[str, Any] | None) -> config.Config | None:
+def drawn_by(drawn: Mapping[str, Any] | None, allow: Sequence[str]) -> config.Config | None:
     """The config of the run that drew images, as `sample` noted it: they are measured as it is.
 
-    None where something else is named to compare with, or the images are of no run that is here.
+    None where the images are of no run that is here.
     """
     named = None if drawn is None else drawn.get("run")
-    if options.reference is not None or type(named) is not str or not runs.is_run(Path(named)):
+    if type(named) is not str or not runs.is_run(Path(named)):
         return None
     print(shown(f"as {named}, which drew them, is measured: its data, metrics"), file=sys.stderr)
-    return runs.config_of(Path(named), options.allow)
+    return runs.config_of(Path(named), allow)
 
 
 def drawn_as(path: Path) -> dict[str, Any] | None:

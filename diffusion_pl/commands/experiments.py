@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
-
 from diffusion_pl import config
-from diffusion_pl.names import shown
+from diffusion_pl.commands.results import Result
 
 FAILURES: tuple[type[Exception], ...] = ()
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print a line an experiment: those of the folder experiments/, else those of the package."""
+def command(*, all: bool = False) -> Result:
+    """List the experiments with their published numbers.
+
+    They are those of the folder experiments/, where there is one, else those of the package.
+
+    Example: diffusion_pl experiments --all
+
+    Args:
+        all: those of the package too, where there is experiments/.
+    """
     everything = config.all_experiments()
-    own = config.EXPERIMENTS.is_dir() and not options.all
+    own = config.EXPERIMENTS.is_dir() and not all
     found = config.experiments() if own else everything
     width = max(map(len, found), default=0)
-    for name, line in found.items():
-        print(f"{shown(name):{width}}  {shown(line)}")
+    lines = [f"{name:{width}}  {line}" for name, line in found.items()]
+    after = []
     if more := len(everything) - len(found):
-        print(shown(f"and {more} that come with the package: experiments --all"), file=sys.stderr)
-    return 0
+        after = [f"and {more} that come with the package: experiments --all"]
+    return Result(found, lines, after, in_pipes=True)

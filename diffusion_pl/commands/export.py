@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
+from typing import Literal
 
-from diffusion_pl.commands import following, parts, results, runs
+from diffusion_pl.commands import following, parts, runs
+from diffusion_pl.commands.options import Allow, Weights
+from diffusion_pl.commands.results import Result, line
 from diffusion_pl.config import build
 from diffusion_pl.errors import UserError
-from diffusion_pl.interop import diffusers_export, weights
+from diffusion_pl.interop import diffusers_export
+from diffusion_pl.interop import weights as ours
 from diffusion_pl.names import plain
 from diffusion_pl.samplers.pyramid import PyramidSampler
 
 FAILURES: tuple[type[Exception], ...] = ()
 
 
-def run(options: argparse.Namespace) -> int:
-    """Write the averaged weights, or the raw ones, and print what was written."""
-    if options.dest.exists():
-        raise UserError(f"{options.dest}: is there already; name another place")
-    model = runs.open_model(options.run, options.weights, options.allow)
-    about = {
-        "checkpoint": str(model.checkpoint),
-        "images": model.images,
-        "weights": options.weights,
-    }
-    if options.format == "safetensors":
+def command(
+    run: Path,
+    dest: Path,
+    /,
+    *,
+    format: Literal["safetensors", "diffusers"] = "safetensors",
+    weights: Weights = "ema",
+    allow: Allow = (),
+) -> Result:
+    """Write a run's weights for others, as one safetensors file or as diffusers' folder.
+
+    Example: diffusion_pl export runs/mine mine.safetensors
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        dest: the file, or diffusers' folder, to make.
+        format: of what is written.
+        weights: ema, denoiser (raw), or ema:0.1 for an average of that length.
+    """
+    if dest.exists():
+        raise UserError(f"{dest}: is there already; name another place")
+    model = runs.open_model(run, weights, allow)
+    about = {"checkpoint": str(model.checkpoint), "images": model.images, "weights": weights}
+    if format == "safetensors":
         known = {**about, "config": model.config.tree, "class_names": list(model.class_names)}
-        weights.write(options.dest, model.denoiser.state_dict(), known)
+        ours.write(dest, model.denoiser.state_dict(), known)
     else:
         sampler = parts.sampler_of(model.config, model.objective)
         node = model.config.tree["sampler"]
@@ -38,14 +55,15 @@ def run(options: argparse.Namespace) -> int:
         diffusers_export.write(
             model.denoiser,
             build(model.config, "data").resolution,
-            options.dest,
+            dest,
             # A step's own clipping is DDIM's; the library has one place for either.
             clip=sampler.clip or clip or False,
             variance=variance or "small",
         )
-    result = {"written": str(options.dest), "format": options.format, **about}
-    of = f"{model.checkpoint}, {options.weights}, {model.images:,} images seen"
-    results.tell(options, result, [("written", str(options.dest)), ("of", of)])
-    # Whoever gets it makes a run of it.
-    following.tell("import", options.format, options.dest, f"runs/{plain(options.dest.stem)}")
-    return 0
+    of = f"{model.checkpoint}, {weights}, {model.images:,} images seen"
+    return Result(
+        {"written": str(dest), "format": format, **about},
+        [line("written", dest), line("of", of)],
+        # Whoever gets it makes a run of it.
+        [following.line("import", format, dest, f"runs/{plain(dest.stem)}")],
+    )

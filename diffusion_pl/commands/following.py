@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_pl.names import shown
-
 _CLASSES = 8  # named
 
 
@@ -26,9 +24,9 @@ def command(*words: object) -> str:
     return f"{interpreter()} -m diffusion_pl {shlex.join(map(str, words))}"
 
 
-def tell(*words: object) -> None:
-    """Say on stderr what to type next; results stay alone on stdout."""
-    print(f"next     {shown(command(*words))}", file=sys.stderr)
+def line(*words: object) -> str:
+    """What to type next, as the last line of a command."""
+    return f"next     {command(*words)}"
 
 
 def sample(run: Path) -> str:

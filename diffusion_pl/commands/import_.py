@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from diffusion_pl import config
-from diffusion_pl.commands import following, parts, results
+from diffusion_pl.commands import following, parts
+from diffusion_pl.commands.options import Allow, Repeated
+from diffusion_pl.commands.results import Result, line
 from diffusion_pl.config import Config, ConfigError
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.errors import UserError
@@ -27,28 +28,48 @@ from diffusion_pl.training.writing import write_atomically
 FAILURES: tuple[type[Exception], ...] = ()
 
 
-def run(options: argparse.Namespace) -> int:
-    """Write DEST/config.yaml and DEST/checkpoints, and say how to go on, as one JSON object."""
-    dest: Path = options.dest
+def command(
+    kind: Literal["edm", "diffusers", "guided", "lucidrains", "pesser", "safetensors"],
+    source: Path,
+    dest: Path,
+    /,
+    *,
+    like: str | None = None,
+    set: Repeated = (),
+    weights: Literal["ema", "raw"] = "ema",
+    allow: Allow = (),
+) -> Result:
+    """Make a run of a published checkpoint, to sample, evaluate and fine-tune like any.
+
+    Example: diffusion_pl import edm edm-cifar10-32x32-cond-vp.pkl runs/edm --like cifar10_edm
+
+    Args:
+        kind: whose layout it has.
+        source: the file, or diffusers' folder.
+        dest: the run's folder to make.
+        like: experiment whose data, optimizer, evaluation, trainer it takes.
+        set: KEY=VALUE: what the file does not say, by its own keys, or over the run's config.
+        weights: of two in the file.
+    """
     if dest.exists() and any(dest.iterdir()):
         raise UserError(f"{dest}: is not empty; name another folder")
     refuse_name(dest.resolve().name, shown(str(dest)), "name another folder")
-    images, about = 0, {"kind": options.kind, "from": str(options.source)}
+    images, about = 0, {"kind": kind, "from": str(source)}
     names: tuple[str, ...] = ()
     notes: list[str] = []
-    weighed = options.source
-    if options.kind == "safetensors":
-        known, state = ours.read(options.source)
+    weighed = source
+    if kind == "safetensors":
+        known, state = ours.read(source)
         images = known["images"]
         names = checkpoints.class_names(known)
-        refuse_class_names(names, str(options.source), written=True)
-        experiment = config.load_resolved(
-            known["config"], str(options.source), options.allow, options.set
-        )
+        refuse_class_names(names, str(source), written=True)
+        experiment = config.load_resolved(known["config"], str(source), allow, set)
     else:
-        experiment, state, notes, weighed = published(options)
+        experiment, state, notes, weighed = published(
+            kind, source, weights, set, name=dest.name, like=like, allow=allow
+        )
     parts.bind(experiment)
-    check(experiment, state, options.source)
+    check(experiment, state, source)
     about["sha256"] = digest(weighed)
     path = write(dest, experiment, state, images, about, names)
     starting = ["--from", str(dest), "--run", f"runs/{dest.name}-tuned"]
@@ -60,44 +81,51 @@ def run(options: argparse.Namespace) -> int:
         "sample": following.command("sample", dest),
         "fine-tune": following.command("train", f"{dest}/config.yaml", *starting),
     }
-    lines = [("run", str(dest)), *(("note", text) for text in notes)]
+    lines = [line("run", dest), *(line("note", text) for text in notes)]
     if names:
-        lines.append(("classes", following.classes(names)))
-    results.tell(options, result, lines, indent=2)
-    following.tell("sample", dest)
-    return 0
+        lines.append(line("classes", following.classes(names)))
+    return Result(result, lines, [following.line("sample", dest)], indent=2)
 
 
-def published(options: argparse.Namespace) -> tuple[Config, dict[str, Tensor], list[str], Path]:
+def published(
+    kind: str, source: Path, weights: str, settings: Sequence[str], **further: Any
+) -> tuple[Config, dict[str, Tensor], list[str], Path]:
     """The experiment, the weights, what to say and whose digest, of a layout of others.
+
+    Args:
+        kind: the layout.
+        source: the file or folder.
+        weights: ema or raw, of two in the file.
+        settings: `key=value`, as typed after `--set`.
+        further: as for `experiment_of`.
 
     Raises:
         UserError: it does not hold what that layout has, or does not say what is needed.
     """
     # One module a layout, each with the same functions.
-    layout = importlib.import_module(f"diffusion_pl.interop.{options.kind}")
-    own, said = divided(options.set)
+    layout = importlib.import_module(f"diffusion_pl.interop.{kind}")
+    own, said = divided(settings)
     replaced = any(key in ("objective", "objective._target_") for key, _ in own)
     try:
-        settings, given = layout.read(options.source, said, options.weights)
-        if (missing := layout.asked(settings)) and not replaced:
-            raise UserError(f"{options.source}: {missing}")
-        nodes = layout.nodes(settings)
+        about, given = layout.read(source, said, weights)
+        if (missing := layout.asked(about)) and not replaced:
+            raise UserError(f"{source}: {missing}")
+        nodes = layout.nodes(about)
         if replaced and not any(key.startswith("sampler") for key, _ in own):
             del nodes["sampler"]
-        experiment = experiment_of(nodes, options, [text for _, text in own])
-        state = layout.weights(settings, given)
+        experiment = experiment_of(nodes, source, [text for _, text in own], **further)
+        state = layout.weights(about, given)
         named = {f"network.{key}": value for key, value in state.items()}
-        weighed = Path(settings.get("_from", {}).get("weights", options.source))
-        return experiment, named, layout.notes(settings), weighed
+        weighed = Path(about.get("_from", {}).get("weights", source))
+        return experiment, named, layout.notes(about), weighed
     except ValueError as error:
-        if isinstance(error, ConfigError) or str(error).startswith(str(options.source)):
+        if isinstance(error, ConfigError) or str(error).startswith(str(source)):
             raise
-        raise UserError(f"{options.source}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
     except Exception as error:  # settings of any type and size
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{options.source}: does not hold what a checkpoint of {options.kind} does "
+            f"{source}: does not hold what a checkpoint of {kind} does "
             f"({type(error).__name__}: {reason})"
         ) from error
 
@@ -117,7 +145,13 @@ def divided(settings: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, A
 
 
 def experiment_of(
-    nodes: dict[str, Any], options: argparse.Namespace, overrides: Sequence[str]
+    nodes: dict[str, Any],
+    source: Path,
+    overrides: Sequence[str],
+    *,
+    name: str,
+    like: str | None,
+    allow: Sequence[str],
 ) -> Config:
     """The experiment that an imported model is of: its own network, objective and sampler.
 
@@ -125,22 +159,24 @@ def experiment_of(
         nodes: `network`, `objective`, `sampler`, perhaps others; without a sampler, Heun's over
             what the network knows. `label_dropout` where the file says that labels were hidden in
             training, for nothing else says so.
-        options: `dest` names the run, and the folder of its images when `like`, the experiment that
-            gives the rest, is None.
+        source: where they come from, for messages.
         overrides: `key=value` over it.
+        name: of the run, and of the folder of its images without `like`.
+        like: the experiment that gives the rest.
+        allow: packages to trust beside this one.
 
     Raises:
         ConfigError: an unknown experiment, or one of other images.
     """
-    base = config.load(options.like or "base", allow=options.allow)
+    base = config.load(like or "base", allow=allow)
     network = nodes["network"]
     label_dropout = nodes.get("label_dropout", 0.0)
     tree = base.tree | {key: node for key, node in nodes.items() if key != "label_dropout"}
     tree["trainer"] = {**tree["trainer"], "label_dropout": label_dropout}
-    if options.like is None:
+    if like is None:
         tree["data"] = {
             "_target_": "diffusion_pl.data.folder.ImageFolder",
-            "path": f"data/{options.dest.name}",
+            "path": f"data/{name}",
             "resolution": network["resolution"],
             "labels": bool(network.get("classes")),
             "batch_size": 128,
@@ -148,8 +184,8 @@ def experiment_of(
         if network.get("channels", 3) != 3:
             tree["data"]["channels"] = network["channels"]
         tree.setdefault("ema", {"_target_": "diffusion_pl.training.ema.EMA", "half_life": 500_000})
-    experiment = config.load_resolved(tree, str(options.source), options.allow, overrides)
-    experiment = dataclasses.replace(experiment, name=options.dest.name)
+    experiment = config.load_resolved(tree, str(source), allow, overrides)
+    experiment = dataclasses.replace(experiment, name=name)
     parts.bind(experiment)
     if "sampler" not in nodes:
         low, high = config.build(experiment, "objective").preconditioning.sigma_range

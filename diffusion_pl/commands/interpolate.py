@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from diffusion_pl.commands import latents, runs
+from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.results import Result
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.images import grid, save_png, to_bytes
-from diffusion_pl.samplers.inversion import below, interpolate, invert, linear, spherical
+from diffusion_pl.samplers.inversion import below, interpolate, invert, linear
+from diffusion_pl.samplers.inversion import spherical as great_circle
 
 FAILURES: tuple[type[Exception], ...] = ()
 
@@ -21,18 +23,47 @@ FAILURES: tuple[type[Exception], ...] = ()
 PUBLISHED = 3.42
 
 
-def run(options: argparse.Namespace) -> int:
-    """Draw the images in a row, both ends included, and print where they lie."""
-    if options.count < 2:
-        raise UserError(f"--count: both ends are included, so at least 2 (got {options.count})")
-    opened = runs.open_run(options, label=options.label)
+def command(
+    run: Path,
+    image: tuple[Path, Path],
+    /,
+    *,
+    label: str | None = None,
+    count: int = 9,
+    sigma: float | None = None,
+    by: Literal["noise", "flow"] = "noise",
+    spherical: bool = False,
+    base_alone: bool = False,
+    out: Path | None = None,
+    sampling: SamplerOptions = SamplerOptions(),
+    options: RunOptions = RunOptions(),
+) -> Result:
+    """Draw images between two of one's own, in a row, both ends included.
+
+    Example: diffusion_pl interpolate runs/mine a.png b.png --by flow
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        image: two PNG files of the run's size.
+        label: class of every image, its name or index.
+        count: images, both ends included.
+        sigma: level at which they are mixed; by noise 3.42, timestep 500 of DDPM, by the flow the
+            highest, when not given.
+        by: how images get there.
+        spherical: along the great circle.
+        base_alone: of a pyramid: its base at full size, which is not how it draws.
+        out: folder of the images; RUN/interpolate when not given.
+    """
+    if count < 2:
+        raise UserError(f"--count: both ends are included, so at least 2 (got {count})")
+    opened = runs.open_run(run, sampling, options, label=label)
     drawing = opened.drawing
-    sampler = latents.at_one_size(drawing, options)
-    images = latents.pictures(options.image, drawing)
-    by_flow = options.by == "flow"
-    integrate = latents.along_the_flow(options) if by_flow else sampler.integrate
+    sampler = latents.at_one_size(drawing, "interpolate", base_alone)
+    images = latents.pictures(image, drawing)
+    by_flow = by == "flow"
+    integrate = latents.along_the_flow(sampling.sampler) if by_flow else sampler.integrate
     highest = float(sampler.sigmas()[0])
-    level = options.sigma or (highest if by_flow else min(PUBLISHED, highest))
+    level = sigma or (highest if by_flow else min(PUBLISHED, highest))
     sigmas = below(sampler.sigmas(), level)
     with latents.drawn(drawing):
         if by_flow:
@@ -40,33 +71,32 @@ def run(options: argparse.Namespace) -> int:
             ends = invert(denoise, images, sigmas, integrate)
         else:
             ends = images + level * ImageNoise(options.seed, [0, 1], "ends")(images)
-        labels = latents.one_label(drawing, options.count)
+        labels = latents.one_label(drawing, count)
         between = interpolate(
             latents.denoise_of(drawing, labels, clip=sampler.clip and not by_flow),
             (ends[0], ends[1]),
-            torch.linspace(0, 1, options.count),
+            torch.linspace(0, 1, count),
             sigmas,
             # One stream for all, so that the images differ by their weight alone.
-            ImageNoise(options.seed, [0] * options.count, "sampler", latents.device(drawing)),
+            ImageNoise(options.seed, [0] * count, "sampler", latents.device(drawing)),
             integrate=integrate,
-            mix=spherical if options.spherical else linear,
+            mix=great_circle if spherical else linear,
         )
-    folder: Path = options.out or opened.folder / "interpolate"
+    folder = out or opened.folder / "interpolate"
     folder.mkdir(parents=True, exist_ok=True)
     pixels = to_bytes(between).cpu()
-    for index, image in enumerate(pixels):
-        save_png(image, folder / f"{index:06d}.png")
-    save_png(grid(pixels, columns=options.count), folder / "grid.png")
+    for index, each in enumerate(pixels):
+        save_png(each, folder / f"{index:06d}.png")
+    save_png(grid(pixels, columns=count), folder / "grid.png")
     result = {
         "folder": str(folder),
         "grid": str(folder / "grid.png"),
         **opened.about(),
-        "images": [str(path) for path in options.image],
-        "count": options.count,
+        "images": [str(path) for path in image],
+        "count": count,
         "sigma": level,
-        "by": options.by,
+        "by": by,
         "integrate": described(integrate),
-        "mix": "spherical" if options.spherical else "linear",
+        "mix": "spherical" if spherical else "linear",
     }
-    print(json.dumps(result))
-    return 0
+    return Result(result)

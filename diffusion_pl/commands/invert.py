@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from diffusion_pl.commands import latents, runs
+from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.results import Result
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.images import grid, save_png, to_bytes
 from diffusion_pl.samplers.inversion import invert
@@ -17,20 +17,42 @@ from diffusion_pl.samplers.inversion import invert
 FAILURES: tuple[type[Exception], ...] = ()
 
 
-def run(options: argparse.Namespace) -> int:
-    """Write the latents in units of the highest level, what they give back, and its error."""
-    opened = runs.open_run(options, label=options.label)
+def command(
+    run: Path,
+    image: tuple[Path, ...],
+    /,
+    *,
+    label: str | None = None,
+    base_alone: bool = False,
+    out: Path | None = None,
+    sampling: SamplerOptions = SamplerOptions(),
+    options: RunOptions = RunOptions(),
+) -> Result:
+    """Take images to noise along the flow, and back.
+
+    Written are the latents in units of the highest level, what they give back, and its error.
+
+    Example: diffusion_pl invert runs/mine a.png b.png --label 3
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        image: PNG files of the run's size.
+        label: class of every image, its name or index.
+        base_alone: of a pyramid: its base at full size, which is not how it draws.
+        out: folder of the latents; RUN/invert when not given.
+    """
+    opened = runs.open_run(run, sampling, options, label=label)
     drawing = opened.drawing
-    sampler = latents.at_one_size(drawing, options)
-    integrate = latents.along_the_flow(options)
-    images = latents.pictures(options.image, drawing)
+    sampler = latents.at_one_size(drawing, "invert", base_alone)
+    integrate = latents.along_the_flow(sampling.sampler)
+    images = latents.pictures(image, drawing)
     sigmas = sampler.sigmas()
     with latents.drawn(drawing):
         denoise = latents.denoise_of(drawing, latents.one_label(drawing, len(images)))
         state = invert(denoise, images, sigmas, integrate)
         again = integrate(denoise, state, sigmas, torch.zeros_like)
     error = (again - images).square().flatten(1).mean(dim=1).sqrt() * 127.5
-    folder: Path = options.out or opened.folder / "invert"
+    folder = out or opened.folder / "invert"
     folder.mkdir(parents=True, exist_ok=True)
     latent = (state / float(sigmas[0])).cpu()
     np.savez(folder / "latents.npz", latents=latent.numpy(), sigma=float(sigmas[0]))
@@ -40,11 +62,10 @@ def run(options: argparse.Namespace) -> int:
         "folder": str(folder),
         "grid": str(folder / "grid.png"),
         **opened.about(),
-        "images": [str(path) for path in options.image],
+        "images": [str(path) for path in image],
         "integrate": described(integrate),
         "steps": len(sigmas) - 1,
         "latent_std": [round(float(row.std()), 4) for row in latent],
         "rms_error_of_255": [round(value, 4) for value in error.tolist()],
     }
-    print(json.dumps(result))
-    return 0
+    return Result(result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -82,25 +81,26 @@ def one_label(drawing: Drawing, count: int) -> Tensor | None:
     return drawing.labels(range(count))
 
 
-def at_one_size(drawing: Drawing, options: argparse.Namespace) -> Sampler:
+def at_one_size(drawing: Drawing, command: str, base_alone: bool) -> Sampler:
     """The run's sampler; a pyramid's base, from noise at full size, where that is asked for.
 
     Args:
         drawing: of the model.
-        options: `command`, and `base_alone`, which consents to it.
+        command: its name, for messages.
+        base_alone: the option that consents to it.
 
     Raises:
         UserError: a pyramid, whose images are not its base's; or no pyramid, and its base.
     """
     sampler = drawing.sampler
     if isinstance(sampler, PyramidSampler) and len(sampler.levels) > 1:  # one level is its base
-        if not options.base_alone:
+        if not base_alone:
             raise UserError(
-                f"{options.command}: the run draws over {len(sampler.levels)} sizes, and this is "
+                f"{command}: the run draws over {len(sampler.levels)} sizes, and this is "
                 f"of one; --base-alone takes its base from noise at {drawing.shape[1]} pixels, as "
                 "no image of the run is drawn"
             )
-    elif options.base_alone:
+    elif base_alone:
         raise UserError("--base-alone: the run draws at one size; leave it out")
     return base_of(drawing)
 
@@ -113,14 +113,14 @@ def base_of(drawing: Drawing) -> Sampler:
     return base
 
 
-def along_the_flow(options: argparse.Namespace) -> Integrator:
+def along_the_flow(sampler: str | None) -> Integrator:
     """What goes from images to noise and back: Heun's method, or what `--sampler` names.
 
     Raises:
         UserError: an integrator that adds noise, or that looks back over several steps.
     """
     both_ways = ("heun", "midpoint", "euler", "ddim")
-    name = options.sampler or "heun"
+    name = sampler or "heun"
     if name not in both_ways:
         raise UserError(
             f"--sampler: {name} does not go along the flow both ways; {', '.join(both_ways)} do"

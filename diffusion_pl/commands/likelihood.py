@@ -6,12 +6,12 @@ its own, the bound over the chain that the objective names. The sampler has no p
 
 from __future__ import annotations
 
-import argparse
-import json
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -19,6 +19,8 @@ from rich.progress import track
 from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
+from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.results import Result
 from diffusion_pl.data.source import Images
 from diffusion_pl.diffusion.guidance import conditioned
 from diffusion_pl.diffusion.objective import Denoise, trained_range
@@ -28,7 +30,7 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import batches
 from diffusion_pl.images import from_bytes
 from diffusion_pl.names import shown
-from diffusion_pl.objectives.likelihood import chain_of, variational_bound
+from diffusion_pl.objectives.likelihood import Variance, chain_of, variational_bound
 from diffusion_pl.samplers.flow_likelihood import (
     Refined,
     bits_per_dim,
@@ -47,61 +49,109 @@ TOLERANCE = 0.01
 CLIP = True  # of the bound's denoised images, as published
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measure the first images of the data; print the mean, and how sure it is."""
-    opened = _opened(options)
-    latents.at_one_size(opened.drawing, options)  # of a pyramid there is no such number
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Whose likelihood is measured.
+
+    Args:
+        opened: the run.
+        images: of its data.
+        count: of them, the first.
+        batch_size: images at a time.
+    """
+
+    opened: runs.Opened
+    images: Images
+    count: int
+    batch_size: int
+
+
+def command(
+    run: Path,
+    /,
+    *,
+    count: int = 100,
+    by: Literal["flow", "bound"] = "flow",
+    probes: int | None = None,
+    variance: Literal["small", "large", "learned"] | None = None,
+    base_alone: bool = False,
+    sampling: SamplerOptions = SamplerOptions(),
+    options: RunOptions = RunOptions(),
+) -> Result:
+    """Measure bits per dimension of the data under a run, and how sure they are.
+
+    Example: diffusion_pl likelihood runs/mine --count 1000
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        count: images of the data, the first.
+        by: ODE, or DDPM's variational bound.
+        probes: of the trace, an image; 0: exactly; 1 when not given.
+        variance: of the bound's reverse steps; what the objective trains, large where it trains
+            none, when not given.
+        base_alone: of a pyramid: its base at full size, which is not how it draws.
+    """
+    _check_options(count, by, probes, variance, sampling, options)
+    # Unguided and by the run's own sampler, of which only the start is needed.
+    opened = runs.open_run(run, SamplerOptions(guidance=1.0, weights=sampling.weights), options)
+    # Of a pyramid there is no such number.
+    unit_start = latents.at_one_size(opened.drawing, "likelihood", base_alone).unit_start
     images = runs.images_of(opened.model.config)
-    _check_data(options, opened, images)
-    if options.by == "bound":
-        bits, about = _bound(options, opened, images)
+    _check_data(opened, images, count, by)
+    data = Data(opened, images, count, options.batch_size or BATCH)
+    if by == "bound":
+        bits, about = _bound(data, variance)
     else:
-        flow = _flow(options, opened, images)
-        bits, about = flow.value, _flow_about(options, opened, flow)
-    print(json.dumps(_errors(bits) | _row(options, opened, images) | about, indent=2))
-    return 0
+        probes, prior_std = 1 if probes is None else probes, _prior_std(opened, unit_start)
+        flow = _flow(data, probes, sampling.steps, prior_std)
+        bits, about = flow.value, _flow_about(opened, probes, prior_std, flow)
+    return Result({**_errors(bits), **_row(data, by, sampling.weights), **about}, indent=2)
 
 
-def _opened(options: argparse.Namespace) -> runs.Opened:
-    """The run, unguided and by its own sampler, of which only the start is needed.
+def _check_options(
+    count: int,
+    by: str,
+    probes: int | None,
+    variance: str | None,
+    sampling: SamplerOptions,
+    options: RunOptions,
+) -> None:
+    """See that every option has a part in a likelihood.
 
     Raises:
-        UserError: counts that cannot be, or an option that has no part in a likelihood.
+        UserError: counts that cannot be, or an option that has none.
     """
-    probes = 1 if options.probes is None else options.probes
-    if options.count < 1 or probes < 0:
+    least = 1 if probes is None else probes
+    if count < 1 or least < 0:
+        raise UserError(f"--count must be positive, --probes at least 0 (got {count}, {least})")
+    if sampling.steps is not None and sampling.steps < 2:
         raise UserError(
-            f"--count must be positive, --probes at least 0 (got {options.count}, {probes})"
+            f"--steps must be at least 2, a grid and one of half (got {sampling.steps})"
         )
-    if options.steps is not None and options.steps < 2:
-        raise UserError(f"--steps must be at least 2, a grid and one of half (got {options.steps})")
-    bound = options.by == "bound"
+    bound = by == "bound"
     for name, given, why in (
-        ("guidance", options.guidance not in (None, 1.0), "a guided model has no likelihood"),
+        ("guidance", sampling.guidance not in (None, 1.0), "a guided model has no likelihood"),
         ("guide", options.guide is not None, "a guided model has no likelihood"),
         ("guidance-interval", options.guidance_interval is not None,
          "a guided model has no likelihood"),
-        ("steps", bound and options.steps is not None, "the bound visits every timestep"),
-        ("probes", bound and options.probes is not None, "the bound has no trace"),
-        ("variance", not bound and options.variance is not None, "the flow has none"),
+        ("steps", bound and sampling.steps is not None, "the bound visits every timestep"),
+        ("probes", bound and probes is not None, "the bound has no trace"),
+        ("variance", not bound and variance is not None, "the flow has none"),
     ):  # fmt: skip
         if given:
             raise UserError(f"--{name}: {why}; leave it out")
-    if options.sampler is not None:
+    if sampling.sampler is not None:
         print("--sampler: the likelihood is the model's; no sampler changes it", file=sys.stderr)
-    return runs.open_run(
-        argparse.Namespace(**{**vars(options), "sampler": None, "steps": None, "guidance": 1.0})
-    )
 
 
-def _check_data(options: argparse.Namespace, opened: runs.Opened, images: Images) -> None:
+def _check_data(opened: runs.Opened, images: Images, count: int, by: str) -> None:
     """See that the data are what the model is of.
 
     Raises:
         UserError: too few of them, of another shape, or without the model's labels.
     """
     drawing = opened.drawing
-    if options.count > len(images):
+    if count > len(images):
         raise UserError(f"--count: {images.name} has {len(images):,} images")
     network: Any = opened.model.denoiser.network
     channels = images.shape[0]
@@ -118,24 +168,20 @@ def _check_data(options: argparse.Namespace, opened: runs.Opened, images: Images
             f"{images.name} has {images.classes} classes, and the model is of {drawing.classes}"
         )
     table = getattr(opened.model.objective.preconditioning, "timesteps", None)
-    if options.by == "bound" and not isinstance(table, Timesteps):
+    if by == "bound" and not isinstance(table, Timesteps):
         raise UserError(
             "--by bound: the run's objective has no table of timesteps; measure it by the flow"
         )
 
 
 def _over(
-    options: argparse.Namespace,
-    opened: runs.Opened,
-    images: Images,
-    what: str,
-    measure: Callable[[Tensor, Denoise, Sequence[int]], Tensor],
+    data: Data, what: str, measure: Callable[[Tensor, Denoise, Sequence[int]], Tensor]
 ) -> Tensor:
     """What is measured of every image, a batch at a time: (count, probes) bits per dimension."""
-    pieces = list(batches(range(options.count), options.batch_size or BATCH))
+    pieces = list(batches(range(data.count), data.batch_size))
     console = Console(stderr=True)
     found = [
-        measure(*_batch(opened, images, piece), piece).cpu()
+        measure(*_batch(data.opened, data.images, piece), piece).cpu()
         for piece in track(pieces, what, console=console, transient=True)
     ]
     bits = torch.cat(found)
@@ -156,21 +202,20 @@ def _batch(opened: runs.Opened, images: Images, piece: Sequence[int]) -> tuple[T
     return image, conditioned(drawing.denoiser, label=images.labels[indices].to(where))
 
 
-def _flow(options: argparse.Namespace, opened: runs.Opened, images: Images) -> Refined:
+def _flow(data: Data, probes: int, steps: int | None, prior_std: float) -> Refined:
     """Bits per dimension by the ODE, (count, probes), on a grid that is fine enough."""
-    prior_std = _prior_std(options, opened)
 
-    def measure(steps: int) -> Tensor:
+    def measure(number: int) -> Tensor:
         def of(image: Tensor, denoise: Denoise, piece: Sequence[int]) -> Tensor:
-            return _flow_bits(opened, image, denoise, piece, options.probes, steps, prior_std)
+            return _flow_bits(data.opened, image, denoise, piece, probes, number, prior_std)
 
-        return _over(options, opened, images, f"likelihood, {steps} steps", of)
+        return _over(data, f"likelihood, {number} steps", of)
 
-    if options.steps is None:
+    if steps is None:
         flow = refined(measure, _allowed)
     else:
-        coarse, value = measure(options.steps // 2), measure(options.steps)
-        flow = Refined(value, options.steps, float((value - coarse).mean().abs()))
+        coarse, value = measure(steps // 2), measure(steps)
+        flow = Refined(value, steps, float((value - coarse).mean().abs()))
     if flow.change >= _allowed(flow.value):
         print(
             shown(
@@ -187,7 +232,7 @@ def _flow_bits(
     image: Tensor,
     denoise: Denoise,
     piece: Sequence[int],
-    probes: int | None,
+    probes: int,
     steps: int,
     prior_std: float,
 ) -> Tensor:
@@ -197,25 +242,23 @@ def _flow_bits(
     inside = torch.special.ndtr(ImageNoise(seed, piece, "bins")(image))
     spread = dequantised(image, inside)
     draw = ImageNoise(seed, piece, "probe")
-    count = 1 if probes is None else probes
     values = [
         log_likelihood(
             denoise,
             spread,
             grid(trained_range(opened.model.objective), steps),
-            rademacher(draw(image)) if count else None,
+            rademacher(draw(image)) if probes else None,
             prior_std=prior_std,
         )
-        for _ in range(max(count, 1))
+        for _ in range(max(probes, 1))
     ]
     return bits_per_dim(torch.stack(values, dim=1), image[0].numel())
 
 
-def _prior_std(options: argparse.Namespace, opened: runs.Opened) -> float:
+def _prior_std(opened: runs.Opened, unit_start: bool) -> float:
     """Of the state at the highest level: what the run's sampler begins from there."""
     highest = trained_range(opened.model.objective)[1]
-    unit = latents.at_one_size(opened.drawing, options).unit_start
-    return math.sqrt(1 + highest**2) if unit else highest
+    return math.sqrt(1 + highest**2) if unit_start else highest
 
 
 def _allowed(bits: Tensor) -> float:
@@ -224,22 +267,20 @@ def _allowed(bits: Tensor) -> float:
     return TOLERANCE if error is None else min(TOLERANCE, error)
 
 
-def _bound(
-    options: argparse.Namespace, opened: runs.Opened, images: Images
-) -> tuple[Tensor, dict[str, Any]]:
+def _bound(data: Data, variance: Variance | None) -> tuple[Tensor, dict[str, Any]]:
     """Bits per dimension of the variational bound, (count, 1), and which chain's it is."""
-    objective = opened.model.objective
+    objective = data.opened.model.objective
     table: Any = objective.preconditioning.timesteps  # type: ignore[attr-defined]
     chain = chain_of(objective)
-    variance = options.variance or ("large" if chain is None else chain.variance)
+    which: Variance = variance or ("large" if chain is None else chain.variance)
 
     def measure(image: Tensor, denoise: Denoise, piece: Sequence[int]) -> Tensor:
-        draw = ImageNoise(opened.drawing.seed, piece, "bound", image.device)
-        bound = variational_bound(denoise, image, table, draw, variance=variance, clip=CLIP)
+        draw = ImageNoise(data.opened.drawing.seed, piece, "bound", image.device)
+        bound = variational_bound(denoise, image, table, draw, variance=which, clip=CLIP)
         return bound.total[:, None]
 
-    bits = _over(options, opened, images, "bound", measure)
-    return bits, {"variance": variance, "clip": CLIP, "timesteps": table.T}
+    bits = _over(data, "bound", measure)
+    return bits, {"variance": which, "clip": CLIP, "timesteps": table.T}
 
 
 def _errors(bits: Tensor) -> dict[str, Any]:
@@ -256,26 +297,28 @@ def _errors(bits: Tensor) -> dict[str, Any]:
     }
 
 
-def _row(options: argparse.Namespace, opened: runs.Opened, images: Images) -> dict[str, Any]:
+def _row(data: Data, by: str, weights: str) -> dict[str, Any]:
     """What the number is of."""
-    about = opened.about()
+    about = data.opened.about()
     return {
-        "by": options.by,
-        "count": options.count,
-        "data": images.name,
-        "fingerprint": images.fingerprint,
+        "by": by,
+        "count": data.count,
+        "data": data.images.name,
+        "fingerprint": data.images.fingerprint,
         **{key: about[key] for key in ("checkpoint", "images_seen", "seed")},
-        "weights": options.weights,
+        "weights": weights,
     }
 
 
-def _flow_about(options: argparse.Namespace, opened: runs.Opened, flow: Refined) -> dict[str, Any]:
+def _flow_about(
+    opened: runs.Opened, probes: int, prior_std: float, flow: Refined
+) -> dict[str, Any]:
     """What the flow's number depends on beside: range, grid, prior, and what half the grid says."""
     low, high = trained_range(opened.model.objective)
     return {
-        "probes": 1 if options.probes is None else options.probes,
+        "probes": probes,
         "sigma": [low, high],
-        "prior_std": _prior_std(options, opened),
+        "prior_std": prior_std,
         "steps": flow.steps,
         "steps_error": flow.change,
         "evaluations": 2 * flow.steps,

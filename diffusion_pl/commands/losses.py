@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ import torch
 
 from diffusion_pl import config
 from diffusion_pl.commands import data_sets, runs
+from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.results import Result
 from diffusion_pl.data.source import Images
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.levels import LevelError, errors_by_level
@@ -24,60 +24,69 @@ FAILURES: tuple[type[Exception], ...] = ()
 WEIGHTS = ("ema", "denoiser")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measure both kinds of weights on the same images and noise."""
-    if options.count < 2 or options.levels < 2:
-        raise UserError(
-            f"--count and --levels must be at least 2 (got {options.count}, {options.levels})"
-        )
+def command(
+    run: Path,
+    /,
+    *,
+    data: str | None = None,
+    count: int = 256,
+    levels: int = 20,
+    out: Path | None = None,
+    options: RunOptions = RunOptions(),
+) -> Result:
+    """Measure a run's error at each noise level, averaged and raw weights, with a plot.
+
+    Both kinds of weights see the same images and noise.
+
+    Example: diffusion_pl losses runs/mine --data data/test
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        data: other images than the run's, such as a test set.
+        count: images.
+        levels: noise levels, even in log sigma.
+        out: folder of the plot; RUN/losses when not given.
+    """
+    if count < 2 or levels < 2:
+        raise UserError(f"--count and --levels must be at least 2 (got {count}, {levels})")
     curves: dict[str, list[LevelError]] = {}
     about: dict[str, Any] = {}
     for weights in WEIGHTS:
-        options.weights = weights
-        opened = runs.open_run(options)
-        images = _images(options, opened.model.config)
+        # Of the model itself, whatever guides it.
+        sampling = SamplerOptions(guidance=1.0, weights=weights)
+        opened = runs.open_run(run, sampling, options)
+        images = _images(data, opened.model.config)
         if not about:
             about = {
                 **opened.about(),
                 "data": images.name,
-                "count": min(options.count, len(images)),
+                "count": min(count, len(images)),
             }
-        curves[weights] = _curve(options, opened, images)
-    if about["count"] < options.count:
+        curves[weights] = _curve(opened, images, about["count"], levels, options.batch_size)
+    if about["count"] < count:
         text = f"{about['data']}: has {about['count']:,} images; losses of these"
-        print(shown(f"{text}, not of {options.count:,}"), file=sys.stderr)
-    folder: Path = options.out or opened.folder / "losses"
+        print(shown(f"{text}, not of {count:,}"), file=sys.stderr)
+    folder = out or opened.folder / "losses"
     folder.mkdir(parents=True, exist_ok=True)
     plot(curves, folder / "losses.png")
-    print(
-        json.dumps(
-            {
-                **about,
-                "plot": str(folder / "losses.png"),
-                "levels": {
-                    name: [dataclasses.asdict(level) for level in curve]
-                    for name, curve in curves.items()
-                },
-            },
-            indent=2,
-        )
-    )
-    return 0
+    rows = {name: [dataclasses.asdict(level) for level in curve] for name, curve in curves.items()}
+    return Result({**about, "plot": str(folder / "losses.png"), "levels": rows}, indent=2)
 
 
-def _images(options: argparse.Namespace, experiment: config.Config) -> Images:
-    if options.data is not None:
+def _images(data: str | None, experiment: config.Config) -> Images:
+    if data is not None:
         side = config.build(experiment, "data").resolution
-        return data_sets.images_of(options.data, side)
+        return data_sets.images_of(data, side)
     return runs.images_of(experiment)
 
 
-def _curve(options: argparse.Namespace, opened: runs.Opened, images: Images) -> list[LevelError]:
+def _curve(
+    opened: runs.Opened, images: Images, count: int, levels: int, batch_size: int | None
+) -> list[LevelError]:
     """The errors on images spread evenly over the set, at levels even in log sigma."""
     drawing = opened.drawing
     if images.shape != drawing.shape:
         raise UserError(f"{images.name}: images are {images.shape}, the run's {drawing.shape}")
-    count = min(options.count, len(images))
     indices = torch.arange(count) * len(images) // count
     clean = from_bytes(images.read(indices)).to(drawing.device)
     labels = None
@@ -87,7 +96,7 @@ def _curve(options: argparse.Namespace, opened: runs.Opened, images: Images) -> 
         labels = images.labels[indices].to(drawing.device)
     low, high = opened.model.objective.preconditioning.sigma_range
     ends = torch.tensor([max(low, 0.002), min(high, 80.0)], dtype=torch.float64).log()
-    sigmas = torch.linspace(ends[0].item(), ends[1].item(), options.levels).exp().tolist()
+    sigmas = torch.linspace(ends[0].item(), ends[1].item(), levels).exp().tolist()
     with torch.autocast(drawing.device.type, drawing.precision, enabled=bool(drawing.precision)):
         return errors_by_level(
             drawing.denoiser,
@@ -95,8 +104,8 @@ def _curve(options: argparse.Namespace, opened: runs.Opened, images: Images) -> 
             sigmas,
             labels=labels,
             sigma_data=clean.std().item(),
-            seed=options.seed,
-            batch_size=options.batch_size or 64,
+            seed=drawing.seed,
+            batch_size=batch_size or 64,
         )
 
 

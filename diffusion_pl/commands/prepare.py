@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from diffusion_pl.commands import recommend, results
+from cyclopts import Parameter
+
+from diffusion_pl.commands import recommend
+from diffusion_pl.commands.results import Result
 from diffusion_pl.data.originals import Asked
 from diffusion_pl.data.prepare import Request, prepare
 from diffusion_pl.data.prepare_progress import reported
@@ -28,63 +29,84 @@ _SKIPPED_SHOWN = 10
 _CLASSES_SHOWN = 20
 
 
-def run(options: argparse.Namespace) -> int:
-    """Prepare, then say what there is and how to train on it."""
-    if options.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
-        raise UserError(f"--name: letters, digits and . _ - only (got {options.name!r})")
-    request = Request(asked(options), recipe(options), options.name)
-    workers = options.workers or len(os.sched_getaffinity(0))
-    if workers < 1 or options.skip_broken < 0:
+def command(
+    source: str,
+    dest: Path,
+    /,
+    *,
+    resolutions: str,
+    filter: str = "lanczos",
+    fit: str = "crop",
+    encoding: str = "png",
+    channels: int = 3,
+    shard_images: int = 1000,
+    labels: Annotated[bool | None, Parameter(negative="--no-labels")] = None,
+    name: str | None = None,
+    count: int | None = None,
+    seed: int | None = None,
+    split: str | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    workers: int | None = None,
+    skip_broken: int = 0,
+) -> Result:
+    """Make shards of a folder, archive or table of images, or go on where it stopped.
+
+    Example: diffusion_pl prepare photos data/photos --resolutions 64 --labels
+
+    Args:
+        source: folder, .zip, CIFAR-10, .tar, LSUN, .parquet, or synthetic.
+        dest: the data set's folder to make.
+        resolutions: sides in pixels, such as 256,128,64.
+        filter: lanczos, box-bicubic or area.
+        fit: crop, pad (white) or exact.
+        encoding: png, webp, raw or jpeg.
+        channels: 1 (grey), 3 (RGB) or 4 (RGB and a fourth).
+        shard_images: originals of a shard.
+        labels: of folders: the first of a path.
+        name: of the data set; after its source when not given.
+        count: images of the synthetic set.
+        seed: of the synthetic set; 0 when not given.
+        split: train, val, test, or all; of CIFAR-10 train when not given.
+        image: column of a table, ending in a tar, or all.
+        label: the same of the labels, or json.FIELD.
+        workers: processes; one a core when not given.
+        skip_broken: images that may be left out.
+    """
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"--name: letters, digits and . _ - only (got {name!r})")
+    sides = resolutions.split(",")
+    if not all(side.strip().isdecimal() for side in sides):
+        raise UserError(f"--resolutions: sides in pixels, such as 256,128,64 (got {sides})")
+    request = Request(
+        Asked(source, labels=labels, count=count, seed=seed, split=split, image=image, label=label),
+        Recipe(
+            resolutions=tuple(map(int, sides)),
+            filter=filter,
+            fit=fit,
+            encoding=encoding,
+            shard_images=shard_images,
+            channels=channels,
+        ),
+        name,
+    )
+    processes = workers or len(os.sched_getaffinity(0))
+    if processes < 1 or skip_broken < 0:
         raise UserError("--workers must be positive, --skip-broken at least 0")
     began = time.monotonic()
-    try:
-        with reported() as report:
-            manifest, already = prepare(
-                request,
-                options.dest,
-                workers=workers,
-                skip_broken=options.skip_broken,
-                report=report,
-            )
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    tell(options, manifest, already, time.monotonic() - began)
-    return 0
+    with reported() as report:
+        manifest, already = prepare(
+            request, dest, workers=processes, skip_broken=skip_broken, report=report
+        )
+    return result(dest, manifest, already, time.monotonic() - began)
 
 
-def asked(options: argparse.Namespace) -> Asked:
-    """The source of the command line."""
-    names = ("labels", "count", "seed", "split", "image", "label")
-    return Asked(options.source, **{name: getattr(options, name) for name in names})
-
-
-def recipe(options: argparse.Namespace) -> Recipe:
-    """What the command line wants of every image.
-
-    Raises:
-        UserError: resolutions that are no numbers, or any setting out of range.
-    """
-    words = options.resolutions.split(",")
-    if not all(word.strip().isdecimal() for word in words):
-        raise UserError(f"--resolutions: sides in pixels, such as 256,128,64 (got {words})")
-    return Recipe(
-        resolutions=tuple(map(int, words)),
-        filter=options.filter,
-        fit=options.fit,
-        encoding=options.encoding,
-        shard_images=options.shard_images,
-        channels=options.channels,
-    )
-
-
-def tell(options: argparse.Namespace, manifest: Manifest, already: bool, seconds: float) -> None:
-    """Print the result as JSON on stdout, and for people on stderr what was skipped and is next."""
-    folder: Path = options.dest
+def result(folder: Path, manifest: Manifest, already: bool, seconds: float) -> Result:
+    """What there is, what was skipped, and how to train on it."""
     on = recommend.machine()
     plan = recommend.plan(manifest, folder, on)
     size = sum(shard.bytes for shard in manifest.shards)
-    result: dict[str, Any] = {
+    values: dict[str, Any] = {
         "folder": str(folder),
         "name": manifest.name,
         "images": manifest.count,
@@ -113,9 +135,8 @@ def tell(options: argparse.Namespace, manifest: Manifest, already: bool, seconds
     if any("--labels takes" in text for text in manifest.notes or []):
         lines.append(f"with classes: {recommend.with_labels(manifest, folder)}")
     lines += [*class_table(manifest), *plan.lines, "next:", f"  {plan.command}"]
-    results.tell(options, result, [])
     # What to type next stands last, where it is seen.
-    print("\n".join(map(shown, lines)), file=sys.stderr)
+    return Result(values, [], lines)
 
 
 def class_table(manifest: Manifest) -> Iterator[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
+from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.results import Result
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Recorded
 from diffusion_pl.diffusion.resizing import resized
@@ -26,44 +26,67 @@ FAILURES: tuple[type[Exception], ...] = ()
 SAME = 1e-6  # far below a grey level: rounding alone
 
 
-def run(options: argparse.Namespace) -> int:
-    """Draw a sheet, an image a row and a level a column, or several ends of one beginning."""
-    if options.count < 1 or options.frames < 1:
-        raise UserError(
-            f"--count and --frames must be positive (got {options.count}, {options.frames})"
-        )
-    opened = runs.open_run(options, label=options.label)
+def command(
+    run: Path,
+    /,
+    *,
+    label: str | None = None,
+    count: int = 8,
+    frames: int = 10,
+    share: float | None = None,
+    base_alone: bool = False,
+    out: Path | None = None,
+    sampling: SamplerOptions = SamplerOptions(),
+    options: RunOptions = RunOptions(),
+) -> Result:
+    """Draw what the network makes of the image from level to level.
+
+    A sheet, an image a row and a level a column; with --share, several ends of one beginning.
+
+    Example: diffusion_pl progressive runs/mine --count 8 --frames 10
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        label: class of every image, its name or index; drawn when not given.
+        count: how many images.
+        frames: levels that are shown.
+        share: one image down to this sigma, then COUNT.
+        base_alone: of a pyramid: its base at full size, which is not how it draws.
+        out: folder of the images; RUN/progressive when not given.
+    """
+    if count < 1 or frames < 1:
+        raise UserError(f"--count and --frames must be positive (got {count}, {frames})")
+    opened = runs.open_run(run, sampling, options, label=label)
     drawing = opened.drawing
     with latents.drawn(drawing):
-        if options.share is None:
-            frames, shown = _frames(options, drawing)
+        if share is None:
+            images, shown = _frames(drawing, count, frames, base_alone)
         else:
-            sampler = latents.at_one_size(drawing, options)
-            frames = _branches(drawing, sampler, options.count, options.share)[:, None]
+            sampler = latents.at_one_size(drawing, "progressive", base_alone)
+            images = _branches(drawing, sampler, count, share)[:, None]
             shown = [(drawing.shape[1], 0.0)]
-    folder: Path = options.out or opened.folder / "progressive"
+    folder = out or opened.folder / "progressive"
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = to_bytes(frames).cpu()
-    for row, images in enumerate(pixels):
-        for column, image in enumerate(images):
+    pixels = to_bytes(images).cpu()
+    for row, levels in enumerate(pixels):
+        for column, image in enumerate(levels):
             save_png(image, folder / f"{row:06d}_{column:03d}.png")
-    columns = None if options.share is not None else len(shown)
+    columns = None if share is not None else len(shown)
     save_png(grid(pixels.flatten(0, 1), columns=columns), folder / "grid.png")
     result = {
         "folder": str(folder),
         "grid": str(folder / "grid.png"),
         **opened.about(),
-        "count": options.count,
+        "count": count,
         "sigmas": [sigma for _, sigma in shown],
         "sizes": [side for side, _ in shown],
-        "shared_above": options.share,
+        "shared_above": share,
     }
-    print(json.dumps(result))
-    return 0
+    return Result(result)
 
 
 def _frames(
-    options: argparse.Namespace, drawing: Drawing
+    drawing: Drawing, count: int, frames: int, base_alone: bool
 ) -> tuple[Tensor, list[tuple[int, float]]]:
     """What is denoised at evenly spaced steps over all sizes, then the image.
 
@@ -72,18 +95,18 @@ def _frames(
     """
     side = drawing.shape[1]
     sampler: Sampler | PyramidSampler
-    if isinstance(drawing.sampler, PyramidSampler) and not options.base_alone:
+    if isinstance(drawing.sampler, PyramidSampler) and not base_alone:
         sampler = drawing.sampler
         stages = [(height, levels) for (height, _), levels in sampler.drawn(side, side)]
     else:
-        sampler = latents.at_one_size(drawing, options)
+        sampler = latents.at_one_size(drawing, "progressive", base_alone)
         stages = [(side, sampler.sigmas())]
     visited = [(size, sigma) for size, levels in stages for sigma in levels[:-1].tolist()]
-    steps = torch.linspace(0, len(visited) - 1, min(options.frames, len(visited))).round().long()
+    steps = torch.linspace(0, len(visited) - 1, min(frames, len(visited))).round().long()
     wanted = [visited[step] for step in steps.tolist()]
-    indices = range(options.count)
+    indices = range(count)
     where = latents.device(drawing)
-    noise = ImageNoise(drawing.seed, indices, "latent")(torch.empty(options.count, *drawing.shape))
+    noise = ImageNoise(drawing.seed, indices, "latent")(torch.empty(count, *drawing.shape))
     denoise = latents.denoise_of(drawing, drawing.labels(indices))
     recorded = {
         size: Recorded(denoise, [sigma for at, sigma in wanted if at == size]) for size, _ in stages

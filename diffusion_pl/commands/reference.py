@@ -2,47 +2,64 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 from pathlib import Path
 
 from diffusion_pl.commands import data_sets, evaluate, parts, runs
-from diffusion_pl.metrics import features, real_images
+from diffusion_pl.commands.options import FeatureOptions
+from diffusion_pl.commands.results import Result
+from diffusion_pl.metrics import real_images
 
 FAILURES: tuple[type[Exception], ...] = ()
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measure a data set once, and say where its statistics lie."""
-    extractor = features.load(options.features, options.feature_weights, options.feature_precision)
-    images = data_sets.images_of(options.data, options.resolution)
-    device = runs.device_named(options.device)
-    keep = not options.moments_only
+def command(
+    data: str,
+    /,
+    *,
+    resolution: int | None = None,
+    moments_only: bool = False,
+    out: Path | None = None,
+    device: str = "auto",
+    features: FeatureOptions = FeatureOptions(),
+) -> Result:
+    """Measure statistics of real images once, to compare with.
+
+    Example: diffusion_pl reference data/cifar-10-python.tar.gz --features inception
+
+    Args:
+        data: an experiment, a prepared folder, a folder or .zip of images, CIFAR-10.
+        resolution: side in pixels; the data's own when not given.
+        moments_only: a smaller file, enough for FID and sFID.
+        out: write the file there too.
+        device: cpu, cuda or auto.
+    """
+    extractor = evaluate.extractor_of(features, None)
+    images = data_sets.images_of(data, resolution)
+    keep = not moments_only
     with evaluate.progress_bar("reference") as progress:
         found = real_images.cached(
-            parts.REFERENCES, images, extractor, keep=keep, device=device, progress=progress
+            parts.REFERENCES,
+            images,
+            extractor,
+            keep=keep,
+            device=runs.device_named(device),
+            progress=progress,
         )
     path = real_images.path_of(parts.REFERENCES, images, extractor, keep=keep)
-    if options.out is not None:
-        out: Path = options.out
+    if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, out)
         path = out
-    print(
-        json.dumps(
-            {
-                "file": str(path),
-                "name": found.name,
-                "images": found.count,
-                "resolution": found.resolution,
-                "fingerprint": found.fingerprint,
-                "extractor": f"{found.extractor}-{found.digest}",
-                "resize": found.resize,
-                "features": found.precision,
-                "single_images": 0 if found.features is None else len(found.features),
-            },
-            indent=2,
-        )
-    )
-    return 0
+    about = {
+        "file": str(path),
+        "name": found.name,
+        "images": found.count,
+        "resolution": found.resolution,
+        "fingerprint": found.fingerprint,
+        "extractor": f"{found.extractor}-{found.digest}",
+        "resize": found.resize,
+        "features": found.precision,
+        "single_images": 0 if found.features is None else len(found.features),
+    }
+    return Result(about, indent=2)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +9,8 @@ from typing import Any
 
 from diffusion_pl import config
 from diffusion_pl.commands import parts, runs, train
+from diffusion_pl.commands.options import Allow
+from diffusion_pl.commands.results import Result
 from diffusion_pl.errors import UserError
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.training import checkpoint as checkpoints
@@ -20,26 +20,36 @@ from diffusion_pl.training.sanity import NonFinite
 FAILURES: tuple[type[Exception], ...] = (NonFinite,)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print what the step was about to do, and draw its images: clean, with noise, denoised."""
-    if options.step < 0:
-        raise UserError(f"--step must not be negative (got {options.step})")
-    if not runs.is_run(options.run):
-        raise UserError(f"{options.run}: no run is here (no config.yaml); name a run's folder")
-    kept = options.run / "config.yaml"
+def command(run: Path, /, *, step: int, out: Path | None = None, allow: Allow = ()) -> Result:
+    """Look at one step of a run again: its images, noise levels, losses, gradient.
+
+    Its images are drawn clean, with noise, and denoised; as when its loss was not finite.
+
+    Example: diffusion_pl replay runs/mine --step 1200
+
+    Args:
+        run: a run's folder.
+        step: steps before it.
+        out: folder of the image; RUN/replay when not given.
+    """
+    if step < 0:
+        raise UserError(f"--step must not be negative (got {step})")
+    if not runs.is_run(run):
+        raise UserError(f"{run}: no run is here (no config.yaml); name a run's folder")
+    kept = run / "config.yaml"
     tree = config.load(kept).tree
-    experiment = config.load_resolved(tree, str(kept), options.allow)
+    experiment = config.load_resolved(tree, str(kept), allow)
     parts.bind(experiment)
     built = train.build(experiment)
     batch_size = built.data.batch_size
-    before = checkpoint_before(options.run / "checkpoints", options.step * batch_size)
-    if before is None and (options.run / "from").exists():
+    before = checkpoint_before(run / "checkpoints", step * batch_size)
+    if before is None and (run / "from").exists():
         raise UserError(
-            f"{options.run}: began with other weights, and has no checkpoint before step "
-            f"{options.step}; replay a later one"
+            f"{run}: began with other weights, and has no checkpoint before step {step}; replay a "
+            "later one"
         )
-    found = replay(built, before, options.step)
-    path = (options.out or options.run / "replay") / f"{options.step:09d}.png"
+    found = replay(built, before, step)
+    path = (out or run / "replay") / f"{step:09d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(grid(found.shown.flatten(0, 1), columns=len(found.positions)), path)
     labels: Sequence[int | None] = found.labels or [None] * len(found.positions)
@@ -47,8 +57,8 @@ def run(options: argparse.Namespace) -> int:
     columns = (found.positions, found.indices, found.files, labels, found.sigmas, found.losses)
     worst = sorted(found.norms, key=lambda name: -_rank(found.norms[name]))
     result = {
-        "run": str(options.run),
-        "step": options.step,
+        "run": str(run),
+        "step": step,
         "checkpoint": None if before is None else str(before),
         "loss": _number(found.losses.mean()),
         "gradient_norm": _number(math.hypot(*found.norms.values())),
@@ -59,8 +69,7 @@ def run(options: argparse.Namespace) -> int:
         ],
         "picture": str(path),
     }
-    print(json.dumps(result))
-    return 0
+    return Result(result)
 
 
 def _number(value: Any) -> float | str:

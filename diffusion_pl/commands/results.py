@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from diffusion_pl.names import shown
 
 
-def add(part: argparse.ArgumentParser) -> None:
-    """How the result is asked for."""
-    part.add_argument(
-        "--json", action="store_true", help="the result as JSON on a terminal too, as in a pipe"
-    )
+def line(title: str, text: object) -> str:
+    """A line for a person."""
+    return f"{title:8} {text}"
 
 
-def for_people(options: argparse.Namespace) -> bool:
-    """Whether stdout is a terminal, and nobody asks for JSON there."""
-    return sys.stdout.isatty() and not options.json
-
-
-def tell(
-    options: argparse.Namespace,
-    result: Mapping[str, Any],
-    lines: Iterable[tuple[str, str]],
-    indent: int | None = None,
-) -> None:
-    """Print the result on stdout.
+@dataclass(frozen=True)
+class Result:
+    """What a command has found.
 
     Args:
-        options: of the command; `json` asks for it on a terminal.
-        result: all of it.
-        lines: what of it a person wants to see, as (title, text); none where stderr has told it.
+        values: all of it, for JSON.
+        lines: what of it a person wants to see; None: every value that is a word or a number.
+        after: said last, on stderr: what to type next.
+        code: the command's exit code.
+        in_pipes: the lines in a pipe, too, unless JSON is asked for.
         indent: of the JSON.
     """
-    if for_people(options):
-        for title, text in lines:
-            print(shown(f"{title:8} {text}"), flush=True)
-    else:
-        print(json.dumps(result, indent=indent), flush=True)
+
+    values: Mapping[str, Any]
+    lines: Sequence[str] | None = None
+    after: Sequence[str] = ()
+    code: int = 0
+    in_pipes: bool = False
+    indent: int | None = None
+
+    def tell(self, as_json: bool) -> None:
+        """Print it.
+
+        Args:
+            as_json: on a terminal too.
+        """
+        if (sys.stdout.isatty() or self.in_pipes) and not as_json:
+            lines = self.lines
+            if lines is None:
+                plain = {
+                    key: v for key, v in self.values.items() if isinstance(v, (str, int, float))
+                }
+                lines = [line(key.replace("_", " "), value) for key, value in plain.items()]
+            for each in lines:
+                print(shown(each), flush=True)
+        elif self.values:
+            print(json.dumps(self.values, indent=self.indent), flush=True)
+        for each in self.after:
+            print(shown(each), file=sys.stderr)

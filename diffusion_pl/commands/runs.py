@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from diffusion_pl import config
 from diffusion_pl.commands import following, parts, sampling, trust
 from diffusion_pl.commands.labels import class_of
+from diffusion_pl.commands.options import RunOptions, SamplerOptions
 from diffusion_pl.config import Config
 from diffusion_pl.data.source import Images
 from diffusion_pl.diffusion.guidance import Guide
@@ -169,18 +169,20 @@ def _bound(
     return experiment
 
 
-def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
-    """Open what the command line names.
+def open_run(run: Path, how: SamplerOptions, options: RunOptions, **drawing: Any) -> Opened:
+    """Open a run for drawing.
 
     Args:
-        options: of a command that draws.
+        run: a run's folder, or a checkpoint file.
+        how: images are sampled.
+        options: of the run.
         drawing: further settings of the Drawing.
 
     Raises:
         UserError: no run there, one that is unfit, or a setting that does not fit it.
     """
-    model = open_model(options.run, options.weights, options.allow, options.set)
-    drawn = drawing_of(options, model, **drawing)
+    model = open_model(run, how.weights, options.allow, options.set)
+    drawn = drawing_of(model, how, options, **drawing)
     if drawn.changed:
         print(shown(drawn.changed), file=sys.stderr)
     unknown = sampling.beyond(drawn.drawing.sampler, model.objective)  # type: ignore[arg-type]
@@ -189,19 +191,20 @@ def open_run(options: argparse.Namespace, **drawing: Any) -> Opened:
     return Opened(model.checkpoint.parent.parent, model, drawn.drawing)
 
 
-def drawing_of(options: argparse.Namespace, model: Model, **drawing: Any) -> Chosen:
+def drawing_of(model: Model, how: SamplerOptions, options: RunOptions, **drawing: Any) -> Chosen:
     """How the command line wants images drawn from a model.
 
     Args:
-        options: of a command that draws.
         model: opened; moved to the device.
+        how: images are sampled.
+        options: of the run.
         drawing: further settings of the Drawing.
 
     Raises:
         UserError: a setting that does not fit the model.
     """
-    sampling.refuse_twice(options)
-    sampler, changed = sampling.sampler_of(options, model.config, model.objective)
+    sampling.refuse_twice(how, options)
+    sampler, changed = sampling.sampler_of(how, model.config, model.objective)
     device = device_named(options.device)
     model.denoiser.to(device)
     classes: int = model.denoiser.network.classes  # type: ignore[assignment]
@@ -219,8 +222,8 @@ def drawing_of(options: argparse.Namespace, model: Model, **drawing: Any) -> Cho
         label_dropout=model.label_dropout,
         seed=options.seed,
         precision=AUTOCAST[precision],
-        origin=_origin(model, options.weights),
-        **_guidance(options, model.config, sampler),
+        origin=_origin(model, how.weights),
+        **_guidance(how, options, model.config, sampler),
         **drawing,
     )
     return Chosen(chosen, changed)
@@ -274,10 +277,12 @@ def guide(run: Path, weights: str = "ema", allow: Sequence[str] = ()) -> Guide:
     return Guide(str(model.checkpoint), model.denoiser)
 
 
-def _guidance(options: argparse.Namespace, experiment: Config, sampler: Visiting) -> dict[str, Any]:
+def _guidance(
+    how: SamplerOptions, options: RunOptions, experiment: Config, sampler: Visiting
+) -> dict[str, Any]:
     """The guidance of the run's evaluation, and over it what the command line says."""
     settings: Evaluation = config.build(experiment, "evaluation")
-    weight = settings.guidance if options.guidance is None else options.guidance
+    weight = settings.guidance if how.guidance is None else how.guidance
     chosen = guide(options.guide, allow=options.allow) if options.guide else settings.guide
     interval = options.guidance_interval or settings.guidance_interval
     if options.guidance_interval is not None:

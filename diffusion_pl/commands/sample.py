@@ -5,10 +5,8 @@ The same command with more images goes on; see `sample_folder`.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,13 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from torch import nn
 
-from diffusion_pl.commands import following, results, runs
+from diffusion_pl.commands import following, runs
+from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.results import Result, line
 from diffusion_pl.commands.sample_folder import OtherImages, SampleFolder
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing, batches
 from diffusion_pl.images import grid, save_png
-from diffusion_pl.names import shown
 
 FAILURES: tuple[type[Exception], ...] = ()
 
@@ -30,14 +29,36 @@ BATCH = 64
 GRID = 64  # images on the grid at most
 
 
-def run(options: argparse.Namespace) -> int:
-    """Draw the images and print what was drawn as one JSON object."""
-    if options.count < 1 or options.first < 0:
-        raise UserError(f"--count must be positive (got {options.count}), --first at least 0")
-    opened = runs.open_run(options, label=options.label)
+def command(
+    run: Path,
+    /,
+    *,
+    count: int = 64,
+    first: int = 0,
+    label: str | None = None,
+    out: Path | None = None,
+    sampling: SamplerOptions = SamplerOptions(),
+    options: RunOptions = RunOptions(),
+) -> Result:
+    """Sample images from a run: PNG files, a grid, an .npz.
+
+    Image i depends on (seed, i), and the same command with more images goes on.
+
+    Example: diffusion_pl sample runs/mine --count 64 --sampler deis --steps 18
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        count: how many images.
+        first: index of the first image.
+        label: class of every image, its name or index; drawn when not given.
+        out: folder of the images; RUN/drawn when not given.
+    """
+    if count < 1 or first < 0:
+        raise UserError(f"--count must be positive (got {count}), --first at least 0")
+    opened = runs.open_run(run, sampling, options, label=label)
     drawing = opened.drawing
-    wanted = range(options.first, options.first + options.count)
-    folder, whole = folder_for(options.out, opened, wanted)
+    wanted = range(first, first + count)
+    folder, whole = folder_for(out, opened, wanted)
     missing = folder.missing(whole)
     pieces = list(batches(missing, options.batch_size or BATCH))
     with watched(drawing, len(missing)):
@@ -52,25 +73,24 @@ def run(options: argparse.Namespace) -> int:
         "images": str(folder.images),
         "grid": str(sheet),
         **opened.about(),
-        "count": options.count,
+        "count": count,
         "drawn": len(missing),
         "total": len(whole),
         "evaluations": folder.evaluations,
     }
     lines = [
-        ("of", f"{opened.model.checkpoint}, {opened.model.images:,} images seen"),
-        ("images", f"{folder.images}  ({len(whole):,}, of which {len(missing):,} drawn now)"),
-        ("grid", str(sheet)),
+        line("of", f"{opened.model.checkpoint}, {opened.model.images:,} images seen"),
+        line("images", f"{folder.images}  ({len(whole):,}, of which {len(missing):,} drawn now)"),
+        line("grid", sheet),
     ]
-    if options.label is None and opened.model.class_names:
-        lines.append(("classes", following.classes(opened.model.class_names)))
-    results.tell(options, result, lines)
+    if label is None and opened.model.class_names:
+        lines.append(line("classes", following.classes(opened.model.class_names)))
     if (data := runs.data_elsewhere(opened.model.config)) is None:
-        following.tell("evaluate", options.run)
+        after = following.line("evaluate", run)
     else:
-        words = following.command("evaluate", options.run, "--set", "data.path=PATH")
-        print(shown(f"measure  {words}  ({data}, its data, is not here)"), file=sys.stderr)
-    return 0
+        words = following.command("evaluate", run, "--set", "data.path=PATH")
+        after = f"measure  {words}  ({data}, its data, is not here)"
+    return Result(result, lines, [after])
 
 
 def folder_for(out: Path | None, opened: runs.Opened, wanted: range) -> tuple[SampleFolder, range]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import re
 from functools import partial
 
 from diffusion_pl.commands import parts
+from diffusion_pl.commands.options import RunOptions, SamplerOptions
 from diffusion_pl.config import Config
 from diffusion_pl.config.targets import locate
 from diffusion_pl.diffusion.objective import TrainingObjective, trained_range
@@ -31,14 +31,15 @@ SAID: dict[str, str] = {
 SLACK = 1.1
 
 
-def refuse_twice(options: argparse.Namespace) -> None:
+def refuse_twice(sampling: SamplerOptions, options: RunOptions) -> None:
     """See that no setting is given by an option and by `--set`: one of them would do nothing.
 
     Raises:
         UserError: names both.
     """
+    said = vars(sampling) | vars(options)
     for name, pattern in SAID.items():
-        value = getattr(options, name, None)
+        value = said[name]
         for word in options.set:
             key = word.partition("=")[0].strip()
             if value is not None and re.fullmatch(pattern, key):
@@ -47,7 +48,7 @@ def refuse_twice(options: argparse.Namespace) -> None:
 
 
 def sampler_of(
-    options: argparse.Namespace, experiment: Config, objective: TrainingObjective
+    options: SamplerOptions, experiment: Config, objective: TrainingObjective
 ) -> tuple[Sampler | PyramidSampler, str | None]:
     """The run's sampler, with another integrator or other steps where the command line says so.
 

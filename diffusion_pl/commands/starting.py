@@ -7,11 +7,10 @@ settings of the network that change its function and no weight's shape.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,23 +56,34 @@ class Start:
         denoiser.load_state_dict({**self.state, **own})
 
 
-def weights(options: argparse.Namespace, experiment: Config, leads: bool) -> Start:
+def weights(
+    run: Path,
+    experiment: Config,
+    *,
+    allow: Sequence[str] = (),
+    fresh_labels: bool = False,
+    accept_differences: bool = False,
+    leads: bool = True,
+) -> Start:
     """Read the averaged weights of `--from`, and refuse those that were trained for something else.
 
     Args:
-        options: `start`, and what is consented to: `accept_differences`, `fresh_labels`.
+        run: the run or checkpoint.
         experiment: what is to be trained, bound.
+        allow: packages to trust beside this one.
+        fresh_labels: begin anew what knows the classes.
+        accept_differences: of what they were trained for.
         leads: whether this process says what differs.
 
     Raises:
         UserError: names what differs, and what to do; or the first key that does not fit.
     """
-    path = runs.checkpoint_of(options.start)
+    path = runs.checkpoint_of(run)
     loaded = checkpoints.load(path)
     tree, _ = checkpoints.described(loaded, path)
-    start = _fitting(options, experiment, loaded, tree, path)
-    unfit = [*_network(tree, experiment), *_coefficients(options, tree, experiment, path)]
-    if unfit and not options.accept_differences:
+    start = _fitting(fresh_labels, experiment, loaded, tree, path)
+    unfit = [*_network(tree, experiment), *_coefficients(allow, tree, experiment, path)]
+    if unfit and not accept_differences:
         raise UserError(
             f"--from {path}: its weights were trained for something else ({'; '.join(unfit)}); "
             "train what they are of, or start from them all the same: --accept-differences"
@@ -107,14 +117,12 @@ def _with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _coefficients(
-    options: argparse.Namespace, tree: Mapping[str, Any], experiment: Config, path: Path
+    allow: Sequence[str], tree: Mapping[str, Any], experiment: Config, path: Path
 ) -> list[str]:
     """The first of the four c's in which the objectives differ, within what is to be trained."""
     if tree["objective"] == experiment.tree["objective"]:
         return []
-    old: TrainingObjective = config.build(
-        config.load_resolved(tree, str(path), options.allow), "objective"
-    )
+    old: TrainingObjective = config.build(config.load_resolved(tree, str(path), allow), "objective")
     new: TrainingObjective = config.build(experiment, "objective")
     sigma = LogUniform(*trained_range(new))(torch.linspace(0, 1, LEVELS, dtype=torch.float64))
     before, after = (objective.preconditioning(sigma) for objective in (old, new))
@@ -133,7 +141,7 @@ def _coefficients(
 
 
 def _fitting(
-    options: argparse.Namespace,
+    fresh_labels: bool,
     experiment: Config,
     loaded: Mapping[str, Any],
     tree: Mapping[str, Any],
@@ -147,9 +155,9 @@ def _fitting(
     objective: TrainingObjective = config.build(experiment, "objective")
     wanted = objective.denoiser(parts.meta_network(experiment))
     then, now = tree["network"].get("classes", 0), experiment.tree["network"].get("classes", 0)
-    if then == now and not options.fresh_labels:
+    if then == now and not fresh_labels:
         return Start(path, checkpoints.match_weights(wanted, loaded, "ema", path), frozenset())
-    if not options.fresh_labels:
+    if not fresh_labels:
         raise UserError(
             f"--from {path}: it was trained on {then} classes, this network is of {now}; begin its "
             f"labels anew, and keep all else: --fresh-labels"

@@ -6,12 +6,11 @@ measures only what is missing.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,17 @@ from rich.text import Text
 from diffusion_pl import config
 from diffusion_pl.commands import evaluate, runs
 from diffusion_pl.commands.asked import Asked
+from diffusion_pl.commands.options import (
+    FeatureOptions,
+    Integers,
+    MetricOptions,
+    Numbers,
+    RunOptions,
+    SamplerOptions,
+    SeveralWeights,
+    Words,
+)
+from diffusion_pl.commands.results import Result
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing, Evaluation
 from diffusion_pl.evaluation import evaluate as measure
@@ -29,7 +39,7 @@ from diffusion_pl.evaluation.pareto import pareto
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.names import shown
-from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training import checkpoint as kept
 from diffusion_pl.training.history import History
 
 FAILURES: tuple[type[Exception], ...] = ()
@@ -55,22 +65,56 @@ class Point:
     steps: int | None
     guidance: float | None
 
+    def sampling(self) -> SamplerOptions:
+        """How images are sampled there."""
+        return SamplerOptions(
+            sampler=self.sampler, steps=self.steps, guidance=self.guidance, weights=self.weights
+        )
 
-def run(options: argparse.Namespace) -> int:
-    """Measure every combination that is asked for and not yet in the table."""
-    first = next(points(options))
+
+def command(
+    run: Path,
+    /,
+    *,
+    samplers: Words | None = None,
+    steps: Integers | None = None,
+    guidance: Numbers | None = None,
+    weights: SeveralWeights = ("ema",),
+    checkpoints: bool = False,
+    out: Path | None = None,
+    options: RunOptions = RunOptions(),
+    wanted: MetricOptions = MetricOptions(),
+    features: FeatureOptions = FeatureOptions(),
+) -> Result:
+    """Measure a run under many samplers: table, plot, the Pareto front.
+
+    Every combination that is asked for and not yet in the table is measured.
+
+    Example: diffusion_pl sweep runs/mine --samplers heun,deis --steps 8,16,32
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        samplers: the run's own when not given.
+        steps: of the samplers.
+        guidance: weights of the guidance.
+        weights: ema, denoiser (raw), ema:0.05 (an average of that length), ...
+        checkpoints: every checkpoint of the run, not the newest.
+        out: folder of the table; RUN/sweep when not given.
+    """
+    every = points(run, checkpoints, weights, samplers, steps, guidance)
+    first = every[0]
     model = runs.open_model(Path(first.checkpoint), first.weights, options.allow, options.set)
     # Every point is seen to be possible before the first is measured.
     drawings = {
-        point: runs.drawing_of(_at(options, point), model).drawing for point in points(options)
+        point: runs.drawing_of(model, point.sampling(), _at(options, point)).drawing
+        for point in every
     }
-    opened = runs.Opened(model.checkpoint.parent.parent, model, drawings[first])
-    extractor = evaluate.extractor_of(options, opened.model.config)
-    asked = Asked(options)
-    settings = asked.settings(config.build(opened.model.config, "evaluation"))
-    reference = evaluate.run_reference(options, opened, settings, extractor, asked)
+    extractor = evaluate.extractor_of(features, model.config)
+    asked = Asked(wanted, options)
+    settings = asked.settings(config.build(model.config, "evaluation"))
+    reference = evaluate.reference_for(model.config, drawings[first], settings, extractor, asked)
     settings = asked.possible(settings, lambda m: m.build(extractor, reference, settings.count))
-    folder: Path = options.out or opened.folder / "sweep"
+    folder = out or model.checkpoint.parent.parent / "sweep"
     folder.mkdir(parents=True, exist_ok=True)
     history = History(folder / "rows.jsonl", point=str)
     keys = {
@@ -81,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
     for point, key in keys.items():
         found = [row for row in history.rows() if row["point"] == key]
         if not found:
-            found = _measured(options, point, settings, extractor, reference)
+            found = _measured(point, options, settings, extractor, reference)
             for row in found:
                 history.append({"point": key, **row})
         rows.append({**found[0], **dataclasses.asdict(point)})
@@ -93,38 +137,43 @@ def run(options: argparse.Namespace) -> int:
     }
     table(rows, best)
     plot(rows, folder / "sweep.png")
-    print(
-        json.dumps(
-            {
-                "rows": str(history.path),
-                "plot": str(folder / "sweep.png"),
-                "points": [_brief(row) for row in rows],
-                "pareto": {
-                    cost: [_brief(rows[index]) for index in chosen] for cost, chosen in best.items()
-                },
-            },
-            indent=2,
-        )
-    )
-    return 0
+    result = {
+        "rows": str(history.path),
+        "plot": str(folder / "sweep.png"),
+        "points": [_brief(row) for row in rows],
+        "pareto": {
+            cost: [_brief(rows[index]) for index in chosen] for cost, chosen in best.items()
+        },
+    }
+    return Result(result, indent=2)
 
 
-def points(options: argparse.Namespace) -> Iterator[Point]:
-    """Every combination, in the order of the axes."""
-    run_folder: Path = options.run
-    files = [str(runs.checkpoint_of(run_folder))]
-    if options.checkpoints:
-        files = [str(path) for path in checkpoints.found(run_folder / "checkpoints")]
+def points(
+    run: Path,
+    checkpoints: bool,
+    weights: Sequence[str],
+    samplers: Sequence[str] | None,
+    steps: Sequence[int] | None,
+    guidance: Sequence[float] | None,
+) -> list[Point]:
+    """Every combination, in the order of the axes.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    files = [str(runs.checkpoint_of(run))]
+    if checkpoints:
+        files = [str(path) for path in kept.found(run / "checkpoints")]
         if not files:
-            raise UserError(f"{run_folder}: has no checkpoints")
+            raise UserError(f"{run}: has no checkpoints")
     axes: tuple[Sequence[Any], ...] = (
         files,
-        options.weights_kinds,
-        options.samplers or [None],
-        options.steps_list or [None],
-        options.guidance_list or [None],
+        weights,
+        samplers or [None],
+        steps or [None],
+        guidance or [None],
     )
-    return (Point(*values) for values in itertools.product(*axes))
+    return [Point(*values) for values in itertools.product(*axes)]
 
 
 def table(rows: Sequence[Mapping[str, Any]], best: Mapping[str, Sequence[int]]) -> None:
@@ -188,29 +237,23 @@ def scale(values: Iterable[float]) -> str:
 
 
 def _measured(
-    options: argparse.Namespace,
     point: Point,
+    options: RunOptions,
     settings: Evaluation,
     extractor: Extractor,
     reference: Reference,
 ) -> list[dict[str, Any]]:
-    opened = runs.open_run(_at(options, point))
+    opened = runs.open_run(Path(point.checkpoint), point.sampling(), _at(options, point))
     with evaluate.progress_bar(_words(point)) as progress:
         rows, _ = measure(opened.drawing, settings, extractor, reference, progress=progress)
     return rows
 
 
-def _at(options: argparse.Namespace, point: Point) -> argparse.Namespace:
-    """The options of a command that draws, at one point; without guidance nothing guides."""
-    guiding = {"guide": None, "guidance_interval": None} if point.guidance == 1 else {}
-    return argparse.Namespace(
-        **{
-            **vars(options),
-            **guiding,
-            **dataclasses.asdict(point),
-            "run": Path(point.checkpoint),
-        }
-    )
+def _at(options: RunOptions, point: Point) -> RunOptions:
+    """The options of the run at one point; without guidance nothing guides."""
+    if point.guidance == 1:
+        return dataclasses.replace(options, guide=None, guidance_interval=None)
+    return options
 
 
 def _key(

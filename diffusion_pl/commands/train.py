@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from cyclopts import Parameter
 
 from diffusion_pl import config, locks, ranks
 from diffusion_pl.commands import following, parts, settling, starting, trust
+from diffusion_pl.commands.options import TrainOptions
+from diffusion_pl.commands.results import Result, line
 from diffusion_pl.commands.settling import FAILED
 from diffusion_pl.config import Config
 from diffusion_pl.data.folder import ImageFolder
@@ -44,29 +47,48 @@ FAILURES: tuple[type[Exception], ...] = (
     locks.LostLock,
 )
 
+NOTHING = Result({}, [])  # of a rank that does not lead, or a run that stopped
 
-def run(options: argparse.Namespace) -> int:
-    """Train, then say where the run lies, what was measured and how to draw more."""
+
+def command(
+    experiment: str,
+    /,
+    *overrides: str,
+    run: Path | None = None,
+    options: TrainOptions = TrainOptions(),
+    wish: Annotated[Wish | None, Parameter(parse=False)] = None,
+) -> Result:
+    """Train an experiment, or go on where it stopped.
+
+    Example: diffusion_pl train cifar10_edm optimizer.lr=1e-4 --run runs/mine
+
+    Args:
+        experiment: a name, or a YAML file anywhere.
+        overrides: KEY=VALUE over it, such as optimizer.lr=1e-4.
+        run: the run's folder; runs/EXPERIMENT when not given.
+        wish: whether the process was told to stop.
+    """
     bounds.end_with_parent()
-    experiment = parts.read(
-        options.experiment, options.overrides, allow=options.allow, beside=options.start
-    )
-    return train(options, experiment)
+    read = parts.read(experiment, overrides, allow=options.allow, beside=options.start)
+    return train(read, run or parts.RUNS / read.name, wish or Wish(), options)
 
 
-def train(options: argparse.Namespace, experiment: Config, **further: Any) -> int:
+def train(
+    experiment: Config, folder: Path, wish: Wish, options: TrainOptions, **further: Any
+) -> Result:
     """Train an experiment that is read, in its folder.
 
     Args:
-        options: of the command.
         experiment: bound.
+        folder: the run's.
+        wish: whether the process was told to stop.
+        options: of the command.
         further: callbacks and loggers of Lightning that its config does not name.
 
     Returns:
-        The exit code.
+        Where the run lies and what was measured, with the exit code.
     """
     trust.check_training(experiment)
-    folder: Path = options.run or parts.RUNS / experiment.name
     settings: Settings = config.build(experiment, "trainer")
     settling.check_name(folder)
     see_ranks(settings)
@@ -75,34 +97,43 @@ def train(options: argparse.Namespace, experiment: Config, **further: Any) -> in
         raise UserError("--fresh-labels, --accept-differences: each belongs to --from RUN")
     leads = leads_run(settings)
     if options.start and not checkpoints.found(folder / "checkpoints"):
-        weights = starting.weights(options, experiment, leads)  # refused before the folder is made
+        weights = starting.weights(  # refused before the folder is made
+            options.start,
+            experiment,
+            allow=options.allow,
+            fresh_labels=options.fresh_labels,
+            accept_differences=options.accept_differences,
+            leads=leads,
+        )
     if not leads:  # the first rank writes for all of them
-        return _train(options, experiment, settings, folder, weights, None, further)
+        return _train(experiment, settings, folder, weights, None, wish, options, further)
     with locks.hold(folder / locks.NAME, "training") as lock:
         sweep(folder)
         History(folder / "metrics.jsonl").mend()
-        return _train(options, experiment, settings, folder, weights, lock, further)
+        return _train(experiment, settings, folder, weights, lock, wish, options, further)
 
 
 def _train(
-    options: argparse.Namespace,
     experiment: Config,
     settings: Settings,
     folder: Path,
     weights: starting.Start | None,
     lock: locks.Lock | None,
+    wish: Wish,
+    options: TrainOptions,
     further: Mapping[str, Any],
-) -> int:
+) -> Result:
     """Go on with a run, or begin it.
 
     Args:
-        options: of the command.
         experiment: what is trained.
         settings: its trainer's.
         folder: the run's.
         weights: that a new run starts from, None for its own.
         lock: on it, where this process is the run's first; None on the others, which the first one
             tells when they meet whether all is alike.
+        wish: whether the process was told to stop.
+        options: of the command.
         further: as for `train`.
     """
     leads = lock is not None
@@ -112,16 +143,16 @@ def _train(
     budget = settings.steps(batch_size) * batch_size
     done = int(latest.stem) if latest else 0
     if done >= budget and is_evaluated(folder, config.build(experiment, "evaluation"), done):
-        if leads:
-            (folder / MARKER).unlink(missing_ok=True)
-            settling.keep(experiment, folder, options.start, done, changes)
-            print(f"{shown(str(folder))} is finished: {done:,} images", file=sys.stderr)
-            report(folder, done, last_measurements(History(folder / "metrics.jsonl")))
-        return 0
+        if not leads:
+            return NOTHING
+        (folder / MARKER).unlink(missing_ok=True)
+        settling.keep(experiment, folder, options.start, done, changes)
+        print(f"{shown(str(folder))} is finished: {done:,} images", file=sys.stderr)
+        return report(folder, done, last_measurements(History(folder / "metrics.jsonl")))
     if latest and not done:
         raise UserError(
             f"{folder}: holds imported weights, not a run to go on with; fine-tune them in another "
-            f"folder: train {options.experiment} --from {folder} --run OTHER"
+            f"folder: train {experiment.file} --from {folder} --run OTHER"
         )
     if latest and leads:
         for line in (*changes, f"going on from {done:,} of {budget:,} images"):
@@ -138,15 +169,17 @@ def _train(
         lock=lock,
         keep=lambda images: settling.keep(experiment, folder, options.start, images, changes),
     )
-    result = _fit(built, folder, options.wish, start)
-    if leads and result["stopped"]:
+    result = _fit(built, folder, wish, start)
+    if not result["stopped"]:
+        if not leads:
+            return NOTHING
+        (folder / MARKER).unlink(missing_ok=True)  # whoever left it
+        return report(folder, result["images"], result["rows"])
+    if leads:
         images = f"{result['images']:,} of {budget:,} images"
         print(shown(f"{folder}: stopped at {images}; the same command goes on"), file=sys.stderr)
-    elif leads:
-        (folder / MARKER).unlink(missing_ok=True)  # whoever left it
-        report(folder, result["images"], result["rows"])
     # Lightning would kill the others if one that it started ended with any other code.
-    return RESUMABLE if result["stopped"] and not ranks.is_helper() else 0
+    return dataclasses.replace(NOTHING, code=0 if ranks.is_helper() else RESUMABLE)
 
 
 def _fit(built: Experiment, folder: Path, wish: Wish, start: Start) -> dict[str, Any]:
@@ -239,14 +272,14 @@ def _listed(experiment: Config, section: str) -> list[Any]:
     return config.build(experiment, section) if experiment.tree.get(section) else []
 
 
-def report(folder: Path, images: int, rows: list[dict[str, Any]]) -> None:
-    """Say on stdout where the run lies, what was measured last and how to draw more."""
-    print(f"run      {shown(str(folder))}  ({images:,} images)")
-    for row in rows:
-        print(f"measured {shown(str(row['name']))} = {row['value']:.4g}")
+def report(folder: Path, images: int, rows: list[dict[str, Any]]) -> Result:
+    """Where the run lies, what was measured last and how to draw more."""
+    lines = [line("run", f"{folder}  ({images:,} images)")]
+    lines += [line("measured", f"{row['name']} = {row['value']:.4g}") for row in rows]
     grids = sorted((folder / "samples").glob("*.png"))
     if grids:
-        print(f"samples  {shown(str(grids[-1]))}")
+        lines.append(line("samples", grids[-1]))
     if names := class_names(folder):
-        print(f"classes  {shown(following.classes(names))}")
-    print(f"next     {shown(following.sample(folder))}")
+        lines.append(line("classes", following.classes(names)))
+    lines.append(line("next", following.sample(folder)))
+    return Result({"run": str(folder), "images": images, "measures": rows}, lines, in_pipes=True)

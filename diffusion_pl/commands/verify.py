@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from diffusion_pl.commands.results import Result
 from diffusion_pl.data.shard_format import MANIFEST
 from diffusion_pl.errors import UserError
 
 FAILURES: tuple[type[Exception], ...] = ()
 
 
-def run(options: argparse.Namespace) -> int:
-    """Read all of it, and say as one JSON object what was read and is sound."""
-    found = prepared(options.path) if (options.path / MANIFEST).exists() else kept(options.path)
-    print(json.dumps({"path": str(options.path), **found}))
-    return 0
+def command(path: Path, /) -> Result:
+    """See that prepared data or a run's checkpoints are as they were written.
+
+    All of it is read and held against its digests.
+
+    Example: diffusion_pl verify runs/mine
+
+    Args:
+        path: prepared data, a run's folder, or a checkpoint.
+    """
+    found = prepared(path) if (path / MANIFEST).exists() else kept(path)
+    return Result({"path": str(path), **found})
 
 
 def prepared(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,253 @@
+"""The options that several commands share, and how their words are read.
+
+A command is the function `command` of its module, and its signature is its options: help, the
+command line and Python read them there. Its annotations and defaults are Python's own or stand
+here, so that help imports no command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from diffusion_pl.errors import UserError
+from diffusion_pl.signals import Wish
+
+PATHS = ("guide", "start")
+
+__all__ = ["Annotated", "Literal", "Parameter", "Path", "Wish"]  # of the signatures, too
+
+
+def weights(text: str) -> str:
+    """Which weights: "ema", "denoiser", or "ema:LENGTH" with a number.
+
+    Raises:
+        ValueError: none of them.
+    """
+    kind, _, length = text.partition(":")
+    if kind not in ("ema", "denoiser") or (length and kind != "ema"):
+        raise ValueError(f"ema, denoiser or ema:LENGTH (got {text!r})")
+    if length:
+        try:
+            float(length)
+        except ValueError as error:
+            raise ValueError(f"a length is a number (got {length!r})") from error
+    return text
+
+
+def interval(text: str) -> tuple[float, float]:
+    """Two levels.
+
+    Raises:
+        ValueError: not two numbers.
+    """
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise ValueError(f"two numbers, as LOW,HIGH (got {text!r})") from error
+    return low, high
+
+
+def listed(each: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """A reader of words between commas, each read by `each`."""
+
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(each(word) for word in text.split(",") if word)
+        except ValueError as error:
+            if each in (int, float):
+                kind = "whole numbers" if each is int else "numbers"
+                raise ValueError(f"{kind} between commas (got {text!r})") from error
+            raise
+
+    return read
+
+
+def _read(by: Callable[[str], Any], shown: str) -> Parameter:
+    """A parameter of one word, read by a function, and called so in help."""
+
+    def convert(hint: Any, tokens: Sequence[Any]) -> Any:
+        return by(tokens[0].value)
+
+    return Parameter(converter=convert, n_tokens=1, accepts_keys=False, metavar=shown)
+
+
+Json = Annotated[bool, Parameter(help="the result as JSON on a terminal too, as in a pipe")]
+Repeated = Annotated[tuple[str, ...], Parameter(show_default=False)]
+Allow = Annotated[
+    tuple[str, ...],
+    Parameter(
+        show_default=False,
+        help="trust a file of others with it: a package, or the address of data",
+    ),
+]
+Interval = Annotated[tuple[float, float], _read(interval, "LOW,HIGH")]
+Weights = Annotated[str, _read(weights, "KIND")]
+Words = Annotated[tuple[str, ...], _read(listed(str), "NAME,...")]
+Integers = Annotated[tuple[int, ...], _read(listed(int), "N,...")]
+Numbers = Annotated[tuple[float, ...], _read(listed(float), "NUMBER,...")]
+SeveralWeights = Annotated[tuple[str, ...], _read(listed(weights), "KIND,...")]
+
+
+@Parameter(name="*", group=Group("Sampling", sort_key=1))
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions:
+    """How images are sampled, over what the run says.
+
+    Args:
+        sampler: integrate by it on the run's own levels: heun, deis, ... (docs/samplers.md), or the
+            dotted path of your function.
+        steps: of the sampler.
+        guidance: weight of the guidance, 1 for none.
+        weights: ema, denoiser (raw), or ema:0.1 for an average of that length.
+    """
+
+    sampler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    weights: Weights = "ema"
+
+
+@Parameter(name="*", group=Group("Run", sort_key=2))
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run is opened, and what its images depend on beside the sampler.
+
+    Args:
+        seed: of noise and labels.
+        guidance_interval: sigmas that are guided.
+        guide: a weaker run: autoguidance by it.
+        batch_size: images at a time; changes no image and no number.
+        device: cpu, cuda or auto.
+        set: KEY=VALUE over the run's config.
+    """
+
+    seed: int = 0
+    guidance_interval: Interval | None = None
+    guide: Path | None = None
+    batch_size: int | None = None
+    device: str = "auto"
+    allow: Allow = ()
+    set: Repeated = ()
+
+
+@Parameter(name="*", group=Group("Measuring", sort_key=3))
+@dataclass(frozen=True, kw_only=True)
+class MetricOptions:
+    """What is measured, and against what.
+
+    Args:
+        count: images; the experiment's, or all of a file, when not given.
+        reference: compare with it: statistics (.safetensors, .npz), an experiment's data, images.
+        resize: enlarge a reference's smaller images.
+        subset_size: images of a subset of the kernel distance; 1000, or half of the smaller set,
+            when not given.
+        metrics: frechet, spatial, score, kernel, precision_recall, density_coverage, or all.
+    """
+
+    count: int | None = None
+    reference: str | None = None
+    resize: bool = False
+    subset_size: int | None = None
+    metrics: Words | None = None
+
+
+@Parameter(name="*", group=Group("Features", sort_key=4))
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """The feature extractor.
+
+    Args:
+        features: inception, shapes, pixels, dinov2-vit-l-14, clip-vit-b-32, ... or auto; the run's,
+            or auto where there is no run, when not given.
+        feature_weights: file of the weights of Inception or CLIP.
+        feature_precision: of Inception; the error of bf16 is measured and said.
+    """
+
+    features: str | None = None
+    feature_weights: str | None = None
+    feature_precision: Literal["fp32", "bf16"] = "fp32"
+
+
+@Parameter(name="*", group=Group("Training", sort_key=1))
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What a run starts from, and what is consented to.
+
+    Args:
+        start: a run or checkpoint from whose weights a new run starts: fine-tuning.
+        data_changed: go on with other data than until now.
+        fresh_labels: with --from: all but what knows its classes.
+        accept_differences: with --from: though it was trained for another objective or network.
+    """
+
+    start: Annotated[Path | None, Parameter(name="--from")] = None
+    data_changed: bool = False
+    fresh_labels: bool = False
+    accept_differences: bool = False
+    allow: Allow = ()
+
+
+@Parameter(name="*", group=Group("Job", sort_key=1))
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What is asked of SLURM.
+
+    Args:
+        nodes: machines.
+        gpus: GPUs of a machine, a process each.
+        tasks: processes of a machine, without GPUs.
+        cpus: cores of a process; one, and one a data worker, when not given.
+        time: limit of one stretch.
+        margin: seconds before the limit at which the job is signalled to stop; three saves when not
+            given.
+        container: run in it, by apptainer.
+        sweep: KEY=V,V: a run for each: an array.
+        sbatch: an option of sbatch, as --sbatch=--partition=gpu.
+    """
+
+    nodes: int = 1
+    gpus: int = 1
+    tasks: int | None = None
+    cpus: int | None = None
+    time: str = "24:00:00"
+    margin: int | None = None
+    container: str | None = None
+    sweep: Repeated = ()
+    sbatch: Repeated = ()
+
+    @property
+    def ranks(self) -> int:
+        """Processes of a machine."""
+        return self.gpus if self.tasks is None else self.tasks
+
+
+def grouped(command: str, given: Mapping[str, Any], *groups: type) -> list[Any]:
+    """Options of one command in their groups, as Python gives them.
+
+    Args:
+        command: its name, for messages.
+        given: option to value.
+        groups: classes of this module.
+
+    Raises:
+        UserError: an option that the command does not have.
+    """
+    group_of = {field.name: group for group in groups for field in fields(group)}
+    for name in given:
+        if name not in group_of:
+            known = ", ".join(sorted(group_of))
+            raise UserError(f"{name}: is no option of {command}; there are {known}")
+    values = {
+        name: Path(value).expanduser() if name in PATHS else value
+        for name, value in given.items()
+        if value is not None
+    }
+    return [
+        group(**{name: value for name, value in values.items() if group_of[name] is group})
+        for group in groups
+    ]
