@@ -116,7 +116,7 @@ def _run(call: Call) -> int:
         if _is_theirs(error):
             raise
         return _bad(error)
-    except module.FAILURES as error:
+    except getattr(module, "FAILURES", ()) as error:  # what a run may meet
         print(f"failed: {shown(masked(str(error)), keep=LINES)}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of stdout left, as `| head` does
@@ -227,7 +227,8 @@ def declared(command: str) -> Callable[..., None]:
     assert spec is not None and spec.origin is not None
     nodes = ast.parse(Path(spec.origin).read_bytes()).body
     node = next(n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == "command")
-    node.body, node.returns = node.body[:1], None  # its docstring
+    document = re.sub(r"\n {12}", " ", ast.get_docstring(node, clean=False) or "")  # lines joined
+    node.body, node.returns = [ast.Expr(ast.Constant(document))], None
     node.args.kwonlyargs.append(ast.arg("json", ast.Name("Json", ast.Load())))
     node.args.kw_defaults.append(ast.Constant(False))
     tree = ast.fix_missing_locations(ast.Module([node], []))

@@ -28,8 +28,6 @@ from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.lr_schedule import is_torch_s
 from diffusion_pl.training.settings import Settings, resolve_precision
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 
 def command(experiment: str, /, *words: str, resolved: bool = False, allow: Allow = ()) -> Result:
     """Bind an experiment's YAML, build its network without memory, show what it means.

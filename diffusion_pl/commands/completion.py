@@ -7,8 +7,6 @@ from typing import Literal
 from diffusion_pl import cli
 from diffusion_pl.commands.results import Result
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 
 def command(shell: Literal["bash", "zsh", "fish"], /) -> Result:
     """Print a script that makes a shell complete commands and options.

@@ -19,8 +19,6 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.files import small, write_atomically
 from diffusion_pl.training import checkpoint as checkpoints
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 
 def command(run: Path, /) -> Result:
     """Write a run's checkpoints of earlier formats in today's, in place.

@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
-from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.options import RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result
 from diffusion_pl.data.decode import decode
 from diffusion_pl.data.files import EXTENSIONS, ending_of, is_leftover
@@ -30,8 +30,6 @@ from diffusion_pl.evaluation import Drawing, batches
 from diffusion_pl.files import regular
 from diffusion_pl.images import from_bytes, grid, save_png, to_bytes
 from diffusion_pl.samplers.pyramid import PyramidSampler
-
-FAILURES: tuple[type[Exception], ...] = ()
 
 BATCH = 16
 ROWS = 16  # pictures on the grid at most
@@ -57,7 +55,7 @@ class Task:
 
 
 def command(
-    run: Path,
+    run: RunPath,
     image: tuple[Path, ...],
     /,
     *,
@@ -77,7 +75,6 @@ def command(
     Example: diffusion_pl enlarge runs/mine small.png --to 64 --count 4
 
     Args:
-        run: a run's folder, or a checkpoint file.
         image: PNG, JPEG or WebP files, or folders.
         to: longer side, pixels; the run's when not given.
         restart: sigma to begin from; half the factor when not given.

@@ -42,8 +42,6 @@ from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
 from diffusion_pl.training.progress import in_words
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 ROWS = "evaluations.jsonl"
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from diffusion_pl import config
 from diffusion_pl.commands.results import Result
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 
 def command(*, all: bool = False) -> Result:
     """List the experiments with their published numbers.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffusion_pl.commands import following, parts, runs
-from diffusion_pl.commands.options import Allow, Weights
+from diffusion_pl.commands.options import Allow, RunPath, Weights
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.config import build
 from diffusion_pl.errors import UserError
@@ -15,11 +15,9 @@ from diffusion_pl.interop import weights as ours
 from diffusion_pl.names import plain
 from diffusion_pl.samplers.pyramid import PyramidSampler
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 
 def command(
-    run: Path,
+    run: RunPath,
     dest: Path,
     /,
     *,
@@ -32,7 +30,6 @@ def command(
     Example: diffusion_pl export runs/mine mine.safetensors
 
     Args:
-        run: a run's folder, or a checkpoint file.
         dest: the file, or diffusers' folder, to make.
         format: of what is written.
         weights: ema, denoiser (raw), or ema:0.1 for an average of that length.

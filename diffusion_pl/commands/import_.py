@@ -25,8 +25,6 @@ from diffusion_pl.networks.counting import spare
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.writing import write_atomically
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 
 def command(
     kind: Literal["edm", "diffusers", "guided", "lucidrains", "pesser", "safetensors"],

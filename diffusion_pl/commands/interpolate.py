@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from diffusion_pl.commands import latents, runs
-from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.options import BaseAlone, RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.errors import UserError
@@ -17,14 +17,12 @@ from diffusion_pl.images import grid, save_png, to_bytes
 from diffusion_pl.samplers.inversion import below, interpolate, invert, linear
 from diffusion_pl.samplers.inversion import spherical as great_circle
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 # Timestep 500 of 1,000 linear betas, where the paper's figure mixes.
 PUBLISHED = 3.42
 
 
 def command(
-    run: Path,
+    run: RunPath,
     image: tuple[Path, Path],
     /,
     *,
@@ -33,7 +31,7 @@ def command(
     sigma: float | None = None,
     by: Literal["noise", "flow"] = "noise",
     spherical: bool = False,
-    base_alone: bool = False,
+    base_alone: BaseAlone = False,
     out: Path | None = None,
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
@@ -43,7 +41,6 @@ def command(
     Example: diffusion_pl interpolate runs/mine a.png b.png --by flow
 
     Args:
-        run: a run's folder, or a checkpoint file.
         image: two PNG files of the run's size.
         label: class of every image, its name or index.
         count: images, both ends included.
@@ -51,7 +48,6 @@ def command(
             highest, when not given.
         by: how images get there.
         spherical: along the great circle.
-        base_alone: of a pyramid: its base at full size, which is not how it draws.
         out: folder of the images; RUN/interpolate when not given.
     """
     if count < 2:

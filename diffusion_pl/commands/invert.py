@@ -8,22 +8,20 @@ import numpy as np
 import torch
 
 from diffusion_pl.commands import latents, runs
-from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.options import BaseAlone, RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.images import grid, save_png, to_bytes
 from diffusion_pl.samplers.inversion import invert
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 
 def command(
-    run: Path,
+    run: RunPath,
     image: tuple[Path, ...],
     /,
     *,
     label: str | None = None,
-    base_alone: bool = False,
+    base_alone: BaseAlone = False,
     out: Path | None = None,
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
@@ -35,10 +33,8 @@ def command(
     Example: diffusion_pl invert runs/mine a.png b.png --label 3
 
     Args:
-        run: a run's folder, or a checkpoint file.
         image: PNG files of the run's size.
         label: class of every image, its name or index.
-        base_alone: of a pyramid: its base at full size, which is not how it draws.
         out: folder of the latents; RUN/invert when not given.
     """
     opened = runs.open_run(run, sampling, options, label=label)

@@ -13,25 +13,20 @@ from pathlib import Path
 
 from diffusion_pl.addresses import masked
 from diffusion_pl.commands import parts, preflight, sbatch, settling, trust
-from diffusion_pl.commands.options import Allow, JobOptions
+from diffusion_pl.commands.options import JobOptions
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.commands.sbatch import Job, Task
 from diffusion_pl.config import Config
 from diffusion_pl.errors import UserError
 from diffusion_pl.names import refuse_name, shown
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 
 def command(
     experiment: str,
     /,
     *overrides: str,
-    run: Path | None = None,
-    data_changed: bool = False,
     dry_run: bool = False,
     inside: bool = False,
-    allow: Allow = (),
     asked: JobOptions = JobOptions(),
 ) -> Result:
     """Train on a SLURM cluster: check, write the job's script, submit it.
@@ -41,15 +36,14 @@ def command(
     Args:
         experiment: a name, or a YAML file anywhere.
         overrides: KEY=VALUE over it, such as optimizer.lr=1e-4.
-        run: the run's folder; runs/EXPERIMENT when not given.
-        data_changed: go on with other data than until now.
         dry_run: write the script, do not submit it.
         inside: the check that the script begins with.
     """
     words = (experiment, *overrides)
     if inside:
-        return _inside(Task(run or parts.RUNS / Path(experiment).stem, words, tuple(allow)))
-    job = _job(words, run, data_changed, allow, asked)
+        run = asked.run or parts.RUNS / Path(experiment).stem
+        return _inside(Task(run, words, asked.allow))
+    job = _job(words, asked)
     job.see_options()
     checked: set[str] = set()
     found = [preflight.look(task, checked=checked) for task in job.tasks]
@@ -118,35 +112,29 @@ def _read(task: Task) -> Config:
     return parts.read(task.words[0], task.words[1:], allow=task.allow)
 
 
-def _job(
-    words: tuple[str, ...],
-    run: Path | None,
-    data_changed: bool,
-    allow: Sequence[str],
-    asked: JobOptions,
-) -> Job:
+def _job(words: tuple[str, ...], asked: JobOptions) -> Job:
     """What is asked for, with the runs' devices set to those that the job will have."""
     on_gpu = asked.tasks is None
     for name, value in (("--nodes", asked.nodes), ("--gpus or --tasks", asked.ranks)):
         if value < 1:
             raise UserError(f"{name} must be at least 1 (got {value})")
-    experiment = parts.read(words[0], words[1:], allow=allow)
-    base = run or parts.RUNS / experiment.name
+    experiment = parts.read(words[0], words[1:], allow=asked.allow)
+    base = asked.run or parts.RUNS / experiment.name
     if not base.exists():
         refuse_name(base.resolve().name, shown(str(base)), "name another folder with --run")
     place = Path.cwd()
     devices = _devices(words[1:], asked, experiment)
-    tasks = sbatch.tasks_of(base, words, asked.sweep, devices, allow)
+    tasks = sbatch.tasks_of(base, words, asked.sweep, devices, asked.allow)
     return Job(
         folder=base,
-        tasks=[dataclasses.replace(task, data_changed=data_changed) for task in tasks],
+        tasks=[dataclasses.replace(task, data_changed=asked.data_changed) for task in tasks],
         nodes=asked.nodes,
         ranks=asked.ranks,
         on_gpu=on_gpu,
         cpus=asked.cpus or experiment.get("data").get("workers", 0) + 1,
         time=asked.time,
         margin=asked.margin or 0,
-        command=_command(words, run, data_changed, allow, asked),
+        command=_command(words, asked),
         place=place,
         python=sbatch.python_of(place, sys.executable, asked.container, on_gpu),
         options=asked.sbatch,
@@ -192,27 +180,16 @@ def _timed(job: Job, margin: int | None, save: float) -> Job:
     return dataclasses.replace(job, margin=margin)
 
 
-def _command(
-    words: Sequence[str],
-    run: Path | None,
-    data_changed: bool,
-    allow: Sequence[str],
-    asked: JobOptions,
-) -> str:
+def _command(words: Sequence[str], asked: JobOptions) -> str:
     """The command that makes this job again."""
     said: list[object] = ["launch", *words, "--nodes", asked.nodes]
     said += ["--gpus", asked.gpus] if asked.tasks is None else ["--tasks", asked.tasks]
     said += ["--time", asked.time]
-    for name, value in (
-        ("run", run),
-        ("cpus", asked.cpus),
-        ("margin", asked.margin),
-        ("container", asked.container),
-    ):
-        if value is not None:
-            said += [f"--{name}", value]
+    for name in ("run", "cpus", "margin", "container"):
+        if getattr(asked, name) is not None:
+            said += [f"--{name}", getattr(asked, name)]
     said += [word for sweep in asked.sweep for word in ("--sweep", sweep)]
-    said += ["--data-changed"] if data_changed else []
-    said += [f"--allow={name}" for name in allow]
+    said += ["--data-changed"] if asked.data_changed else []
+    said += [f"--allow={name}" for name in asked.allow]
     said += [f"--sbatch={option}" for option in asked.sbatch]
     return shlex.join(["python", "-m", "diffusion_pl", *map(str, said)])

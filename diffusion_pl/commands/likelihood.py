@@ -10,7 +10,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
-from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.options import BaseAlone, RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result
 from diffusion_pl.data.source import Images
 from diffusion_pl.diffusion.guidance import conditioned
@@ -40,8 +39,6 @@ from diffusion_pl.samplers.flow_likelihood import (
     rademacher,
     refined,
 )
-
-FAILURES: tuple[type[Exception], ...] = ()
 
 BATCH = 50
 # Bits per dimension are published to two digits.
@@ -67,14 +64,14 @@ class Data:
 
 
 def command(
-    run: Path,
+    run: RunPath,
     /,
     *,
     count: int = 100,
     by: Literal["flow", "bound"] = "flow",
     probes: int | None = None,
     variance: Literal["small", "large", "learned"] | None = None,
-    base_alone: bool = False,
+    base_alone: BaseAlone = False,
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
 ) -> Result:
@@ -83,13 +80,11 @@ def command(
     Example: diffusion_pl likelihood runs/mine --count 1000
 
     Args:
-        run: a run's folder, or a checkpoint file.
         count: images of the data, the first.
         by: ODE, or DDPM's variational bound.
         probes: of the trace, an image; 0: exactly; 1 when not given.
         variance: of the bound's reverse steps; what the objective trains, large where it trains
             none, when not given.
-        base_alone: of a pyramid: its base at full size, which is not how it draws.
     """
     _check_options(count, by, probes, variance, sampling, options)
     # Unguided and by the run's own sampler, of which only the start is needed.

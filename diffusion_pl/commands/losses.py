@@ -11,7 +11,7 @@ import torch
 
 from diffusion_pl import config
 from diffusion_pl.commands import data_sets, runs
-from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.options import RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result
 from diffusion_pl.data.source import Images
 from diffusion_pl.errors import UserError
@@ -19,13 +19,11 @@ from diffusion_pl.evaluation.levels import LevelError, errors_by_level
 from diffusion_pl.images import from_bytes
 from diffusion_pl.names import shown
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 WEIGHTS = ("ema", "denoiser")
 
 
 def command(
-    run: Path,
+    run: RunPath,
     /,
     *,
     data: str | None = None,
@@ -41,7 +39,6 @@ def command(
     Example: diffusion_pl losses runs/mine --data data/test
 
     Args:
-        run: a run's folder, or a checkpoint file.
         data: other images than the run's, such as a test set.
         count: images.
         levels: noise levels, even in log sigma.

@@ -85,6 +85,11 @@ Allow = Annotated[
         help="trust a file of others with it: a package, or the address of data",
     ),
 ]
+RunPath = Annotated[Path, Parameter(help="a run's folder, or a checkpoint file")]
+BaseAlone = Annotated[
+    bool,
+    Parameter(help="of a pyramid: its base at full size, which is not how it draws"),
+]
 Interval = Annotated[tuple[float, float], _read(interval, "LOW,HIGH")]
 Weights = Annotated[str, _read(weights, "KIND")]
 Words = Annotated[tuple[str, ...], _read(listed(str), "NAME,...")]
@@ -99,8 +104,7 @@ class SamplerOptions:
     """How images are sampled, over what the run says.
 
     Args:
-        sampler: integrate by it on the run's own levels: heun, deis, ... (docs/samplers.md), or the
-            dotted path of your function.
+        sampler: heun, deis, ... (docs/samplers.md) or a function's path, on the run's own levels.
         steps: of the sampler.
         guidance: weight of the guidance, 1 for none.
         weights: ema, denoiser (raw), or ema:0.1 for an average of that length.
@@ -144,8 +148,7 @@ class MetricOptions:
         count: images; the experiment's, or all of a file, when not given.
         reference: compare with it: statistics (.safetensors, .npz), an experiment's data, images.
         resize: enlarge a reference's smaller images.
-        subset_size: images of a subset of the kernel distance; 1000, or half of the smaller set,
-            when not given.
+        subset_size: images of a subset of the kernel distance; at most 1000 when not given.
         metrics: frechet, spatial, score, kernel, precision_recall, density_coverage, or all.
     """
 
@@ -162,8 +165,7 @@ class FeatureOptions:
     """The feature extractor.
 
     Args:
-        features: inception, shapes, pixels, dinov2-vit-l-14, clip-vit-b-32, ... or auto; the run's,
-            or auto where there is no run, when not given.
+        features: inception, shapes, pixels, dinov2-vit-l-14, ... or auto; the run's when not given.
         feature_weights: file of the weights of Inception or CLIP.
         feature_precision: of Inception; the error of bf16 is measured and said.
     """
@@ -198,18 +200,22 @@ class JobOptions:
     """What is asked of SLURM.
 
     Args:
+        run: the run's folder; runs/EXPERIMENT when not given.
+        data_changed: go on with other data than until now.
         nodes: machines.
         gpus: GPUs of a machine, a process each.
         tasks: processes of a machine, without GPUs.
         cpus: cores of a process; one, and one a data worker, when not given.
         time: limit of one stretch.
-        margin: seconds before the limit at which the job is signalled to stop; three saves when not
-            given.
+        margin: seconds before the limit at which the job is signalled; three saves when not given.
         container: run in it, by apptainer.
         sweep: KEY=V,V: a run for each: an array.
         sbatch: an option of sbatch, as --sbatch=--partition=gpu.
     """
 
+    run: Path | None = None
+    data_changed: bool = False
+    allow: Allow = ()
     nodes: int = 1
     gpus: int = 1
     tasks: int | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
-from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.options import BaseAlone, RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Recorded
@@ -21,20 +21,18 @@ from diffusion_pl.samplers.inversion import branch
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Sampler
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 SAME = 1e-6  # far below a grey level: rounding alone
 
 
 def command(
-    run: Path,
+    run: RunPath,
     /,
     *,
     label: str | None = None,
     count: int = 8,
     frames: int = 10,
     share: float | None = None,
-    base_alone: bool = False,
+    base_alone: BaseAlone = False,
     out: Path | None = None,
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
@@ -46,12 +44,10 @@ def command(
     Example: diffusion_pl progressive runs/mine --count 8 --frames 10
 
     Args:
-        run: a run's folder, or a checkpoint file.
         label: class of every image, its name or index; drawn when not given.
         count: how many images.
         frames: levels that are shown.
         share: one image down to this sigma, then COUNT.
-        base_alone: of a pyramid: its base at full size, which is not how it draws.
         out: folder of the images; RUN/progressive when not given.
     """
     if count < 1 or frames < 1:

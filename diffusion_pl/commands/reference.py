@@ -10,8 +10,6 @@ from diffusion_pl.commands.options import FeatureOptions
 from diffusion_pl.commands.results import Result
 from diffusion_pl.metrics import real_images
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 
 def command(
     data: str,

@@ -112,7 +112,6 @@ def open_model(
     """Open a run's newest checkpoint, or the checkpoint file that is named.
 
     Args:
-        run: a run's folder, or a checkpoint file.
         weights: "ema" or "denoiser", averaged or raw; "ema:0.1" is the average of that relative
             length, made from the run's snapshots.
         allow: packages to trust beside this one.
@@ -149,7 +148,6 @@ def config_of(run: Path, allow: Sequence[str] = ()) -> Config:
     """The config of a run's newest checkpoint; its network is not built.
 
     Args:
-        run: a run's folder, or a checkpoint file.
         allow: packages to trust beside this one.
 
     Raises:
@@ -173,7 +171,6 @@ def open_run(run: Path, how: SamplerOptions, options: RunOptions, **drawing: Any
     """Open a run for drawing.
 
     Args:
-        run: a run's folder, or a checkpoint file.
         how: images are sampled.
         options: of the run.
         drawing: further settings of the Drawing.
@@ -266,7 +263,6 @@ def guide(run: Path, weights: str = "ema", allow: Sequence[str] = ()) -> Guide:
     """Open the weaker model of autoguidance; what `evaluation.guide` names in YAML.
 
     Args:
-        run: a run's folder, or a checkpoint file.
         weights: "ema" or "denoiser", averaged or raw.
         allow: packages to trust beside this one.
 

@@ -16,21 +16,19 @@ from rich.progress import Progress as Bar
 from torch import nn
 
 from diffusion_pl.commands import following, runs
-from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.options import RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.commands.sample_folder import OtherImages, SampleFolder
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing, batches
 from diffusion_pl.images import grid, save_png
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 BATCH = 64
 GRID = 64  # images on the grid at most
 
 
 def command(
-    run: Path,
+    run: RunPath,
     /,
     *,
     count: int = 64,
@@ -47,7 +45,6 @@ def command(
     Example: diffusion_pl sample runs/mine --count 64 --sampler deis --steps 18
 
     Args:
-        run: a run's folder, or a checkpoint file.
         count: how many images.
         first: index of the first image.
         label: class of every image, its name or index; drawn when not given.

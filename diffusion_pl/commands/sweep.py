@@ -27,6 +27,7 @@ from diffusion_pl.commands.options import (
     MetricOptions,
     Numbers,
     RunOptions,
+    RunPath,
     SamplerOptions,
     SeveralWeights,
     Words,
@@ -41,8 +42,6 @@ from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.names import shown
 from diffusion_pl.training import checkpoint as kept
 from diffusion_pl.training.history import History
-
-FAILURES: tuple[type[Exception], ...] = ()
 
 AXES = ("checkpoint", "weights", "sampler", "steps", "guidance")
 
@@ -73,7 +72,7 @@ class Point:
 
 
 def command(
-    run: Path,
+    run: RunPath,
     /,
     *,
     samplers: Words | None = None,
@@ -93,7 +92,6 @@ def command(
     Example: diffusion_pl sweep runs/mine --samplers heun,deis --steps 8,16,32
 
     Args:
-        run: a run's folder, or a checkpoint file.
         samplers: the run's own when not given.
         steps: of the samplers.
         guidance: weights of the guidance.

@@ -9,8 +9,6 @@ from diffusion_pl.commands.results import Result
 from diffusion_pl.data.shard_format import MANIFEST
 from diffusion_pl.errors import UserError
 
-FAILURES: tuple[type[Exception], ...] = ()
-
 
 def command(path: Path, /) -> Result:
     """See that prepared data or a run's checkpoints are as they were written.
