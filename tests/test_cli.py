@@ -213,6 +213,29 @@ def test_check_says_which_sizes_the_steps_take(run):
     assert "16 px in 75% of the steps (1 passes, crops of 8)" in cut
 
 
+def test_what_is_told_in_lines_is_json_where_it_is_asked_for(trained, run):
+    finished = json.loads(run("train", "tiny", "--json")[1])
+    assert (finished["run"], finished["images"]) == ("runs/tiny", 32)
+    assert finished["measures"][0]["name"] == "fd@20/synthetic-16/shapes"
+    meant = json.loads(run("check", "tiny", "--json", "data.batch_size=16")[1])
+    assert meant["tiny"]["budget"].startswith("32 images = 2 steps")
+    listed = json.loads(run("experiments", "--json")[1])
+    assert listed == {"tiny": "A tiny run for tests (no published number)"}
+
+
+def test_a_terminal_shows_lines_of_any_result_unless_json_is_asked_for(trained, run, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    sound = run("verify", "runs/tiny")[1].splitlines()
+    assert sound[0] == "path     runs/tiny" and not any("{" in line for line in sound)
+    assert json.loads(run("verify", "runs/tiny", "--json")[1])["path"] == "runs/tiny"
+
+
+def test_of_several_experiments_those_that_fit_are_told(run):
+    code, out, err = run("check", "tiny", "tinny")
+    assert code == 2 and out.startswith("tiny:\nnetwork ") and "tinny" in err
+    assert err.startswith("error: ") and "Traceback" not in err
+
+
 def test_experiments_are_listed_with_their_first_line(run):
     code, out, _ = run("experiments")
     assert (code, out) == (0, "tiny  A tiny run for tests (no published number)\n")
