@@ -94,7 +94,7 @@ def sha256_of(path: Path) -> str:
 
 def unwritable(path: Path, error: Exception) -> ValueError:
     """The one line for a file that could not be written."""
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())
     return UserError(
         f"{path}: cannot be written ({reason}); free space or permissions, then run again"
     )
