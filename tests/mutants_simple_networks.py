@@ -74,27 +74,24 @@ MUTANTS = [
         ("if sizes[level] <= dropout_from else", "if sizes[level] >= dropout_from else"),
         ("if sizes[level] in attention else", "if sizes[level] not in attention else"),
         ("2 ** (halvings + level) for level", "2 ** level for level"),
-        ("2 ** (halvings + len(channel_mult) - 1)", "2 ** (len(channel_mult) - 1)"),
+        ("halvings + len(channel_mult) - 1", "len(channel_mult) - 1"),
         ("embedding_channels, dropout, heads)", "embedding_channels, dropout)"),
         ("torch.cat([x, skips.pop()], dim=1)", "torch.cat([x, 0 * skips.pop()], dim=1)"),
-        ("self.stem(self.position(x, position))", "self.stem(self.position(x, None))"),
     ),
     *at(
         "networks/simple_unet.py",
         "simple_networks initial_weights",
-        ("frame or resolution", "resolution"),
         ("if len(blocks) != len(channel_mult):", "if False:"),
         ("embedding_channels, dropout, heads)", "embedding_channels, 0.0, heads)"),
         ("second = ResBlock(width, width, embedding_channels, dropout)",
          "second = ResBlock(width, width, embedding_channels, 0.0)"),
         ("heads if sizes[level] in attention else 0", "1 if sizes[level] in attention else 0"),
-        ("        self.check_resolution(*x.shape[2:])", "        pass"),
         ("for layer in self.middle:\n"
-         "            x = run(layer, x, condition, recompute=self.recompute)",
-         "for layer in self.middle:\n            x = run(layer, x, condition, recompute=False)"),
-        ("                x = run(layer, x, condition, "
-         "recompute=self.recompute)\n                skips",
-         "                x = run(layer, x, condition, recompute=False)\n                skips"),
+         "            x = run(layer, x, embedding, recompute=self.recompute)",
+         "for layer in self.middle:\n            x = run(layer, x, embedding, recompute=False)"),
+        ("                x = run(layer, x, embedding, recompute=self.recompute)\n"
+         "                skips",
+         "                x = run(layer, x, embedding, recompute=False)\n                skips"),
     ),
     *at(
         "networks/uvit.py",
@@ -107,7 +104,6 @@ MUTANTS = [
         ("+ skips[-1] if self.residual", "if self.residual"),
         ("torch.cat([x, skip], dim=1)", "torch.cat([x, 0 * skip], dim=1)"),
         ("(widths[-1], heads, length, dropout)", "(widths[-1], heads, length, 0.0)"),
-        ("self.stem(self.position(x, position))", "self.stem(self.position(x, None))"),
     ),
     *at(
         "networks/uvit.py",
@@ -123,7 +119,6 @@ MUTANTS = [
     *at(
         "networks/uvit.py",
         "simple_networks initial_weights",
-        ("frame or resolution", "resolution"),
         ("halvings + len(blocks)", "len(blocks)"),
         ("len(blocks) != len(channel_mult) - 1", "False"),
         ("dropout: float, expansion: int = 4", "dropout: float, expansion: int = 2"),
@@ -143,7 +138,6 @@ MUTANTS = [
          "tokens.transpose(1, 2).unflatten(2, shape[::-1]).transpose(2, 3)"),
         ("            tokens = run(layer, tokens, condition, recompute=self.recompute)",
          "            tokens = run(layer, tokens, condition, recompute=False)"),
-        ("        self.check_resolution(*x.shape[2:])", "        pass"),
         ("Transformer(widths[-1], heads, length", "Transformer(widths[-1], 1, length"),
     ),
 ]  # fmt: skip

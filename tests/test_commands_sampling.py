@@ -222,6 +222,8 @@ def test_another_run_guides_what_was_never_without_its_label(run):
     words = ("--count", 1, "--guidance", 2, "--guide", "runs/tiny")
     code, result, err = run("sample", "runs/plain", *words)
     assert (code, result["evaluations"]) == (0, 40), err
+    guide = "evaluation.guide={_target_: diffusion_pl.commands.runs.guide, run: runs/tiny}"
+    assert main(["check", "tiny", "evaluation.guidance=2", "trainer.label_dropout=0", guide]) == 0
 
 
 @pytest.mark.parametrize(

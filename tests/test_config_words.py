@@ -91,7 +91,7 @@ def test_what_is_quoted_or_plain_is_left_alone(tmp_path, text: str) -> None:
 
 
 def test_a_file_names_the_line_of_a_word(tmp_path) -> None:
-    (tmp_path / "x.yaml").write_text("a: 1\nb:\n  c: None\nd: 010\n")
+    (tmp_path / "x.yaml").write_text("a: 0\nb:\n  c: None\nd: 010\n")
     with pytest.raises(ConfigError) as error:
         config.load("x", folder=tmp_path)
     first, second = str(error.value).splitlines()

@@ -16,6 +16,7 @@ from diffusion_pl.samplers.euler import euler
 from diffusion_pl.samplers.flow_likelihood import (
     bits_per_dim,
     dequantised,
+    grid,
     log_likelihood,
     rademacher,
 )
@@ -26,6 +27,13 @@ F64 = torch.float64
 DATA = Gaussian(0.1, 0.5)
 IMAGE = torch.linspace(-1, 1, 32, dtype=F64).reshape(2, 1, 4, 4)
 SIGMAS = levels(Rho(), 65)
+
+
+def test_the_grid_of_the_likelihood_has_the_steps_that_are_said():
+    sigmas = grid((0.01, 100.0), 8)
+    expected = [10 ** (2 - 0.5 * step) for step in range(9)]
+    torch.testing.assert_close(sigmas[:-1], torch.tensor(expected, dtype=torch.float64))
+    assert sigmas[-1] == 0
 
 
 # The mixture's flow is steep between its modes.

@@ -75,6 +75,20 @@ def test_what_the_weights_are_of_may_be_trained_otherwise(overrides, told, capsy
     assert (told in err and "trained otherwise" in err) if told else not err
 
 
+def test_a_start_is_from_the_average():
+    found, average = start().state, weights("runs/tiny")
+    assert found.keys() == average.keys()
+    assert all(torch.equal(found[key], value) for key, value in average.items())
+    raw = checkpoints.load(runs.checkpoint_of(Path("runs/tiny")))["state_dict"]
+    assert any(not torch.equal(raw[f"denoiser.{key}"], average[key]) for key in average)
+
+
+def test_as_many_classes_can_begin_anew_too():
+    found = start(fresh_labels=True)
+    assert found.fresh and all("label" in key for key in found.fresh)
+    assert not found.fresh & found.state.keys()
+
+
 def test_another_sigma_data_is_another_denoiser(tmp_path, monkeypatch):
     """Two EDMs of one name: their c's differ."""
     karras = "{_target_: diffusion_pl.objectives.edm.EDM, sigma_data: 0.5}"

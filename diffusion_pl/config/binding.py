@@ -113,33 +113,31 @@ def _problems(
     elif isinstance(value, dict):
         yield from _special(value, key)
         ours = is_node(value) and is_part(value["_target_"])
-        unbounded: Mapping[str, Collection[float]] = {}
+        defaults: Mapping[str, Collection[Any]] = {}
         if is_node(value):
             yield from _node(config, value, key, given.get(key, ()))
-            unbounded = _unbounded(config, value)
+            defaults = _defaults(config, value)
         if ours and place is not None:
             what = misplaced(value["_target_"], place, value.get("_partial_") is True)
             if what is not None:
                 yield join(key, "_target_"), what
         for name, child in value.items():
             within = str(name) if ours else None if is_node(value) else place
-            allowed = unbounded.get(str(name), ())
+            allowed = defaults.get(str(name), ())
             yield from _problems(config, child, join(key, name), given, within, allowed)
 
 
-def _unbounded(config: Config, node: dict[Any, Any]) -> dict[str, list[float]]:
-    """Which arguments of a node may be infinite, and how: those that are so by default."""
+def _defaults(config: Config, node: dict[Any, Any]) -> dict[str, Collection[Any]]:
+    """The default of each argument of a node, or what it holds: infinity may be written there."""
     try:
         bound = signature(locate(node["_target_"], config.packages))
     except ValueError:
         return {}  # the node itself is reported
-    found = {}
-    for name, parameter in bound.parameters.items() if bound else ():
-        default = parameter.default
-        values = default if isinstance(default, tuple | list) else [default]
-        if limits := [each for each in values if isinstance(each, float) and math.isinf(each)]:
-            found[name] = limits
-    return found
+    defaults = {name: each.default for name, each in bound.parameters.items()} if bound else {}
+    return {
+        name: default if isinstance(default, tuple | list) else [default]
+        for name, default in defaults.items()
+    }
 
 
 def _special(node: dict[Any, Any], key: str) -> Iterator[Problem]:

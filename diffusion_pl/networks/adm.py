@@ -22,21 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
     SelfAttention,
-    decode,
     double,
-    encode,
     float32_region,
     group_norm,
     halve,
     one_hot,
-    refuse_resolution,
 )
-from diffusion_pl.networks.position import PositionEncoding
+from diffusion_pl.networks.unet import Place, UNet
 
 HEAD_CHANNELS = 64
 EPS = 1e-5  # of every normalisation
@@ -107,7 +103,7 @@ class Block(nn.Module):
         return halve(x) if self.resample == "halve" else double(x)
 
 
-class ADM(nn.Module):
+class ADM(UNet):
     """ADM; by its defaults and 1,000 classes EDM's ImageNet-64 model, 295,899,267 parameters.
 
     Args:
@@ -120,11 +116,7 @@ class ADM(nn.Module):
         blocks: residual blocks a level in the encoder; the decoder has one more.
         attention: resolutions whose blocks are each followed by self-attention.
         dropout: probability in every block.
-        octaves: L of the position encoding that joins the image at the input, 0 for none.
-        frame: side of the full-resolution grid that positions refer to; the resolution if None.
-        variance: put out C channels more, what the network says of the reverse variance.
-        recompute: keep only what passes between blocks in training; the backward pass runs every
-            block again. Less memory for a third more time, the same numbers.
+        octaves, frame, variance, recompute: as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide.
@@ -146,44 +138,27 @@ class ADM(nn.Module):
         variance: bool = False,
         recompute: bool = False,
     ) -> None:
-        super().__init__()
-        self.classes = classes
-        self.channels = channels
-        self.recompute = recompute
-        self.divisor = 2 ** (len(channel_mult) - 1)
-        self.check_resolution(resolution, resolution)
+        super().__init__(
+            resolution, channels, classes, len(channel_mult) - 1,
+            augment=augment, octaves=octaves, frame=frame, variance=variance, recompute=recompute,
+        )  # fmt: skip
         self._make_embedding(model_channels, augment)
         make = partial(Block, embedding=4 * model_channels, dropout=dropout)
         widths = [model_channels * multiplier for multiplier in channel_mult]
-        sizes = [resolution // 2**level for level in range(len(widths))]
 
-        self.position = PositionEncoding(octaves, frame or resolution)
-        seen = channels + self.position.channels
-        width = model_channels * channel_mult[0]
-        self.stem = nn.Conv2d(seen, width, 3, padding=1)
-        skips = [width]
-        self.encoder = nn.ModuleList()
-        for level, (wanted, size) in enumerate(zip(widths, sizes, strict=True)):
-            if level:
-                self.encoder.append(make(width, width, resample="halve"))
-                skips.append(width)
-            for _ in range(blocks):
-                self.encoder.append(make(width, wanted, attention=size in attention))
-                width = wanted
-                skips.append(width)
+        def block(channels_in: int, channels_out: int, level: int, place: Place) -> Block:
+            return make(channels_in, channels_out, attention=resolution // 2**level in attention)
 
-        self.middle = nn.ModuleList([make(width, width, attention=True), make(width, width)])
-        self.decoder = nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            for _ in range(blocks + 1):
-                joined, attends = width + skips.pop(), sizes[level] in attention
-                self.decoder.append(make(joined, widths[level], attention=attends))
-                width = widths[level]
-            if level:
-                self.decoder.append(make(width, width, resample="double"))
+        self.stem = nn.Conv2d(self.in_channels, widths[0], 3, padding=1)
+        self.encoder, self.middle, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        width = self.fill(
+            widths[0], widths, blocks, block,
+            down=lambda width: make(width, width, resample="halve"),
+            middle=lambda width: [make(width, width, attention=True), make(width, width)],
+            up=lambda width: make(width, width, resample="double"),
+        )  # fmt: skip
         self.out_norm = group_norm(width, EPS)
-        told = 2 * channels if variance else channels
-        self.out_conv = zero(nn.Conv2d(width, told, 3, padding=1))
+        self.out_conv = zero(nn.Conv2d(width, self.out_channels, 3, padding=1))
 
     def _make_embedding(self, noise: int, augment: int) -> None:
         length = 4 * noise
@@ -195,58 +170,23 @@ class ADM(nn.Module):
         if self.map_label is not None:
             nn.init.normal_(self.map_label.weight)
 
-    def check_resolution(self, height: int, width: int) -> None:
-        """Raise ValueError unless the images can be halved between all levels."""
-        refuse_resolution(height, width, self.divisor)
-
-    def embed(self, c_noise: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
-        """Embed the condition in float32, whatever autocast says, (B, 4 model_channels).
-
-        Raises:
-            UserError: labels or augmentation labels given to a network without them.
-        """
+    def embed(
+        self, c_noise: Tensor, label: Tensor | None = None, augment: Tensor | None = None
+    ) -> Tensor:
+        """Embed the condition in float32, whatever autocast says, (B, 4 model_channels)."""
         with float32_region(c_noise.device):
             vector = self.map_noise(c_noise)
             vector = vector.roll(vector.shape[1] // 2, dims=1)  # [cos, sin] here
             if augment is not None:
-                if self.map_augment is None:
-                    raise UserError("augmentation labels were given to a network with augment: 0")
+                assert self.map_augment is not None  # `forward` sees to it
                 vector = vector + self.map_augment(augment)
             vector = self.map_layer1(F.silu(self.map_layer0(vector)))
             if label is not None:
-                if self.map_label is None:
-                    raise UserError("labels were given to a network without classes (classes: 0)")
+                assert self.map_label is not None  # `forward` sees to it
                 vector = vector + self.map_label(one_hot(label, self.classes))
             return F.silu(vector)
 
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        *,
-        label: Tensor | None = None,
-        augment: Tensor | None = None,
-        position: Tensor | None = None,
-    ) -> Tensor:
-        """Apply the raw network F.
-
-        Args:
-            x: preconditioned noisy images (B, C, H, W), sides divisible by 2^(levels - 1).
-            c_noise: (B,), the noise level in the preconditioning's own coordinate.
-            label: int64 (B,), 0 .. classes - 1, -1 for no label.
-            augment: float (B, augment); zeros or None for no augmentation.
-            position: where the pixels lie in the full frame, in [0, 1], (B, 2, H, W) or
-                (2, H, W); None where x is the whole image.
-
-        Returns:
-            (B, C, H, W), or (B, 2 C, H, W) with `variance`.
-
-        Raises:
-            UserError: a resolution that the levels do not divide, or a condition it does not take.
-        """
-        self.check_resolution(*x.shape[2:])
-        embedding = self.embed(c_noise, label, augment)
-        x = self.stem(self.position(x, position))
-        skips = encode(self.encoder, x, embedding, recompute=self.recompute)
-        x = decode(self.middle, self.decoder, skips, embedding, recompute=self.recompute)
+    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The output of x (B, C + 4 octaves, H, W) under an embedding."""
+        x = self.decode(self.encode(self.stem(x), embedding), embedding)
         return self.out_conv(F.silu(self.out_norm(x)))

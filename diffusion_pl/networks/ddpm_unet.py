@@ -21,16 +21,13 @@ from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
     SelfAttention,
-    decode,
     double,
-    encode,
     float32_region,
     halve,
     one_hot,
-    refuse_resolution,
     xavier,
 )
-from diffusion_pl.networks.position import PositionEncoding
+from diffusion_pl.networks.unet import Place, UNet
 
 ZERO = 1e-5  # gain of the layers that begin near zero: variance scale 1e-10
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -160,7 +157,7 @@ class Up(nn.Module):
         return self.conv(double(x))
 
 
-class DDPMUNet(nn.Module):
+class DDPMUNet(UNet):
     """DDPM's U-Net: 35,746,307 parameters for CIFAR-10, 113,673,219 for LSUN and CelebA-HQ at 256.
 
     Args:
@@ -173,11 +170,7 @@ class DDPMUNet(nn.Module):
         attention: resolutions whose blocks are each followed by self-attention.
         dropout: probability in every block.
         groups: of every normalisation.
-        octaves: L of the position encoding that joins the image at the input, 0 for none.
-        frame: side of the full-resolution grid that positions refer to; the resolution if None.
-        variance: put out C channels more, what the network says of the reverse variance.
-        recompute: keep only what passes between blocks in training; the backward pass runs every
-            block again. Less memory for a third more time, the same numbers.
+        octaves, frame, variance, recompute: as for every `Network`.
         heads: of every attention, one as published by Ho.
         head_channels: channels of a head, instead of their number; None for `heads`.
         eps: of every normalisation.
@@ -221,12 +214,10 @@ class DDPMUNet(nn.Module):
         middle: Middle = "attention",
         embedding_channels: int | None = None,
     ) -> None:
-        super().__init__()
-        self.channels = channels
-        self.classes = classes
-        self.recompute = recompute
-        self.divisor = 2 ** (len(channel_mult) - 1)
-        self.check_resolution(resolution, resolution)
+        super().__init__(
+            resolution, channels, classes, len(channel_mult) - 1,
+            octaves=octaves, frame=frame, variance=variance, recompute=recompute,
+        )  # fmt: skip
         embedding = embedding_channels or 4 * model_channels
         self.cosine_first = cosine_first
         self.resample = resample
@@ -240,56 +231,34 @@ class DDPMUNet(nn.Module):
             head_channels=head_channels, eps=eps, activation=activation,
             adaptive_scale=adaptive_scale,
         )  # fmt: skip
+        within = resample == "block"
+
+        def block(channels_in: int, channels_out: int, level: int, place: Place) -> Block:
+            return make(channels_in, channels_out, attention=resolution // 2**level in attention)
+
+        def down(width: int) -> nn.Module:
+            if within:
+                return make(width, width, resample="halve")
+            return Down(width, even=resample == "even")
+
+        def core(width: int) -> list[Block]:
+            if middle == "none":
+                return []
+            return [make(width, width, attention=middle == "attention"), make(width, width)]
+
+        def up(width: int) -> nn.Module:
+            return make(width, width, resample="double") if within else Up(width)
+
         widths = [round(model_channels * multiplier) for multiplier in channel_mult]
-        sizes = [resolution // 2**level for level in range(len(widths))]
-        self.position = PositionEncoding(octaves, frame or resolution)
-        seen = channels + self.position.channels
-        width = widths[0] if resample == "block" else model_channels
-        self.stem = xavier(nn.Conv2d(seen, width, 3, padding=1))
-        skips = [width]
-        self.encoder = nn.ModuleList()
-        for level, wanted in enumerate(widths):
-            for _ in range(blocks):
-                attends = sizes[level] in attention
-                self.encoder.append(make(width, wanted, attention=attends))
-                width = wanted
-                skips.append(width)
-            if level < len(widths) - 1:
-                halved = resample == "block"
-                self.encoder.append(
-                    make(width, width, resample="halve")
-                    if halved
-                    else Down(width, even=resample == "even")
-                )
-                skips.append(width)
-
-        self.middle = nn.ModuleList()
-        if middle != "none":
-            attends = middle == "attention"
-            self.middle.extend([make(width, width, attention=attends), make(width, width)])
-        self.decoder = nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            for _ in range(blocks + 1):
-                joined, attends = width + skips.pop(), sizes[level] in attention
-                self.decoder.append(make(joined, widths[level], attention=attends))
-                width = widths[level]
-            if level:
-                doubled = resample == "block"
-                self.decoder.append(make(width, width, resample="double") if doubled else Up(width))
+        width = widths[0] if within else model_channels
+        self.stem = xavier(nn.Conv2d(self.in_channels, width, 3, padding=1))
+        self.encoder, self.middle, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        width = self.fill(width, widths, blocks, block, down, core, up)
         self.out_norm = nn.GroupNorm(groups, width, eps=eps)
-        told = 2 * channels if variance else channels
-        self.out_conv = xavier(nn.Conv2d(width, told, 3, padding=1), ZERO)
+        self.out_conv = xavier(nn.Conv2d(width, self.out_channels, 3, padding=1), ZERO)
 
-    def check_resolution(self, height: int, width: int) -> None:
-        """Raise ValueError unless the images can be halved between all levels."""
-        refuse_resolution(height, width, self.divisor)
-
-    def embed(self, c_noise: Tensor, label: Tensor | None) -> Tensor:
-        """Embed the condition in float32, whatever autocast says, (B, 4 model_channels).
-
-        Raises:
-            UserError: labels given to a network without classes.
-        """
+    def embed(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """Embed the condition in float32, whatever autocast says, (B, 4 model_channels)."""
         with float32_region(c_noise.device):
             vector = self.map_noise(c_noise)
             if self.cosine_first:
@@ -297,37 +266,10 @@ class DDPMUNet(nn.Module):
             vector = self.map_layer1(F.silu(self.map_layer0(vector)))
             if label is None:
                 return vector
-            if self.map_label is None:
-                raise UserError("labels were given to a network without classes (classes: 0)")
+            assert self.map_label is not None  # `forward` sees to it
             return vector + self.map_label(one_hot(label, self.classes) * math.sqrt(self.classes))
 
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        *,
-        label: Tensor | None = None,
-        position: Tensor | None = None,
-    ) -> Tensor:
-        """Apply the raw network F.
-
-        Args:
-            x: preconditioned noisy images (B, C, H, W), sides divisible by 2^(levels - 1).
-            c_noise: (B,), the timestep, 0 to T - 1; need not be whole.
-            label: int64 (B,), 0 .. classes - 1, -1 for no label.
-            position: where the pixels lie in the full frame, in [0, 1], (B, 2, H, W) or
-                (2, H, W); None where x is the whole image.
-
-        Returns:
-            (B, C, H, W), or (B, 2 C, H, W) with `variance`.
-
-        Raises:
-            UserError: a resolution that the levels do not divide, or labels or positions that it
-                does not take.
-        """
-        self.check_resolution(*x.shape[2:])
-        embedding = self.embed(c_noise, label)
-        x = self.stem(self.position(x, position))
-        skips = encode(self.encoder, x, embedding, recompute=self.recompute)
-        x = decode(self.middle, self.decoder, skips, embedding, recompute=self.recompute)
+    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The output of x (B, C + 4 octaves, H, W) under an embedding."""
+        x = self.decode(self.encode(self.stem(x), embedding), embedding)
         return self.out_conv(F.silu(self.out_norm(x)))

@@ -26,7 +26,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.edm2_layers import (
     CosineAttention,
@@ -37,9 +36,9 @@ from diffusion_pl.networks.edm2_layers import (
     mp_sum,
     normalize,
 )
-from diffusion_pl.networks.layers import decode, encode, float32_region, one_hot, refuse_resolution
-from diffusion_pl.networks.position import PositionEncoding
+from diffusion_pl.networks.layers import float32_region, one_hot
 from diffusion_pl.networks.song_layers import Resample
+from diffusion_pl.networks.unet import Place, UNet
 
 
 class Block(nn.Module):
@@ -114,7 +113,7 @@ class Block(nn.Module):
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
 
-class EDM2UNet(nn.Module):
+class EDM2UNet(UNet):
     """EDM2's network; with 1,000 classes and 64 pixels EDM2-S, 280,209,253 parameters.
 
     Who trains it calls `begin_step` before every optimizer step; `DiffusionModule` does.
@@ -138,11 +137,7 @@ class EDM2UNet(nn.Module):
         head_channels: channels of an attention head.
         clip: largest magnitude of a block's output, None for no limit.
         resample_filter: taps of the filter between levels.
-        octaves: L of the position encoding that joins the image at the input, 0 for none.
-        frame: side of the full-resolution grid that positions refer to; the resolution if None.
-        variance: put out C channels more, what the network says of the reverse variance.
-        recompute: keep only what passes between blocks in training; the backward pass runs every
-            block again. Less memory for a third more time, the same numbers.
+        octaves, frame, variance, recompute: as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, a filter of odd length, or channels
@@ -173,16 +168,13 @@ class EDM2UNet(nn.Module):
         variance: bool = False,
         recompute: bool = False,
     ) -> None:
-        super().__init__()
-        self.classes = classes
-        self.channels = channels
-        self.recompute = recompute
+        super().__init__(
+            resolution, channels, classes, len(channel_mult) - 1,
+            octaves=octaves, frame=frame, variance=variance, recompute=recompute,
+        )  # fmt: skip
         self.label_balance = label_balance
         self.concat_balance = concat_balance
-        self.divisor = 2 ** (len(channel_mult) - 1)
-        self.check_resolution(resolution, resolution)
         widths = [model_channels * multiplier for multiplier in channel_mult]
-        sizes = [resolution // 2**level for level in range(len(widths))]
         features = widths[0] if noise_mult is None else model_channels * noise_mult
         length = max(widths) if embedding_mult is None else model_channels * embedding_mult
         self.fourier = UnitFourier(features)
@@ -194,38 +186,24 @@ class EDM2UNet(nn.Module):
             balance=residual_balance, attention_balance=attention_balance,
             head_channels=head_channels, clip=clip,
         )  # fmt: skip
-        self.position = PositionEncoding(octaves, frame or resolution)
-        width = widths[0]
-        self.stem = UnitLayer(channels + self.position.channels + 1, width, 3)
-        skips = [width]
-        self.encoder = nn.ModuleList()
-        for level, (wanted, size) in enumerate(zip(widths, sizes, strict=True)):
-            if level:
-                self.encoder.append(make(width, width, decoder=False, resample="halve"))
-                skips.append(width)
-            for _ in range(blocks):
-                attends = size in attention
-                self.encoder.append(make(width, wanted, decoder=False, attention=attends))
-                width = wanted
-                skips.append(width)
-        self.middle = nn.ModuleList(
-            [make(width, width, decoder=True, attention=attends) for attends in (True, False)]
-        )
-        # Blocks that take a skip, and between levels one that doubles the resolution.
-        self.decoder = nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            for _ in range(blocks + 1):
-                joined, attends = width + skips.pop(), sizes[level] in attention
-                self.decoder.append(make(joined, widths[level], decoder=True, attention=attends))
-                width = widths[level]
-            if level:
-                self.decoder.append(make(width, width, decoder=True, resample="double"))
-        self.out_conv = UnitLayer(width, 2 * channels if variance else channels, 3)
-        self.out_gain = nn.Parameter(torch.zeros(1))
 
-    def check_resolution(self, height: int, width: int) -> None:
-        """Raise ValueError unless the images can be halved between all levels."""
-        refuse_resolution(height, width, self.divisor)
+        def block(channels_in: int, channels_out: int, level: int, place: Place) -> Block:
+            attends = resolution // 2**level in attention
+            decoder = place != "encoder"
+            return make(channels_in, channels_out, decoder=decoder, attention=attends)
+
+        self.stem = UnitLayer(self.in_channels + 1, widths[0], 3)
+        self.encoder, self.middle, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        width = self.fill(
+            widths[0], widths, blocks, block,
+            down=lambda width: make(width, width, decoder=False, resample="halve"),
+            middle=lambda width: [
+                make(width, width, decoder=True, attention=attends) for attends in (True, False)
+            ],
+            up=lambda width: make(width, width, decoder=True, resample="double"),
+        )  # fmt: skip
+        self.out_conv = UnitLayer(width, self.out_channels, 3)
+        self.out_gain = nn.Parameter(torch.zeros(1))
 
     def begin_step(self) -> None:
         """Normalise the stored weights, before an optimizer step's first pass (Eq. 66).
@@ -240,12 +218,8 @@ class EDM2UNet(nn.Module):
     def end_step(self) -> None:
         """Nothing: the averages take the weights as the optimizer leaves them."""
 
-    def embed(self, c_noise: Tensor, label: Tensor | None) -> Tensor:
-        """Embed the condition in float32, whatever autocast says, (B, length).
-
-        Raises:
-            UserError: labels given to a network without them.
-        """
+    def embed(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """Embed the condition in float32, whatever autocast says, (B, length)."""
         with float32_region(c_noise.device):
             vector = self.map_noise(self.fourier(c_noise))
             if self.map_label is not None:
@@ -254,40 +228,13 @@ class EDM2UNet(nn.Module):
                 # No label is a row of zeros, which still takes its share of the sum.
                 hot = one_hot(label, self.classes).to(vector.dtype) * math.sqrt(self.classes)
                 vector = mp_sum(vector, self.map_label(hot), self.label_balance)
-            elif label is not None:
-                raise UserError("labels were given to a network without classes (classes: 0)")
             return mp_silu(vector)
 
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        *,
-        label: Tensor | None = None,
-        position: Tensor | None = None,
-    ) -> Tensor:
-        """Apply the raw network F.
-
-        Args:
-            x: preconditioned noisy images (B, C, H, W), sides divisible by 2^(levels - 1).
-            c_noise: (B,), the noise level in the preconditioning's own coordinate.
-            label: int64 (B,), 0 .. classes - 1, -1 for no label.
-            position: where the pixels lie in the full frame, in [0, 1], (B, 2, H, W) or
-                (2, H, W); None where x is the whole image.
-
-        Returns:
-            (B, C, H, W), or (B, 2 C, H, W) with `variance`.
-
-        Raises:
-            UserError: a resolution that the levels do not divide, or a condition it does not take.
-        """
-        self.check_resolution(*x.shape[2:])
-        embedding = self.embed(c_noise, label)
-        x = self.position(x, position)
+    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The output of x (B, C + 4 octaves, H, W) under an embedding."""
         x = self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
-        skips = encode(self.encoder, x, embedding, recompute=self.recompute)
-        x = decode(
-            self.middle, self.decoder, skips, embedding, recompute=self.recompute,
-            join=partial(mp_cat, t=self.concat_balance),
-        )  # fmt: skip
-        return self.out_conv(x, self.out_gain)
+        return self.out_conv(self.decode(self.encode(x, embedding), embedding), self.out_gain)
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Put a skip beside x, at the magnitude of both."""
+        return mp_cat(x, skip, t=self.concat_balance)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from diffusion_pl.errors import UserError
 
 
 def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
@@ -44,46 +41,6 @@ def run(layer: nn.Module, x: Tensor, condition: Tensor, *, recompute: bool) -> T
         checkpoint(layer, x, condition, use_reentrant=False) if again else layer(x, condition)
     )
     return output
-
-
-def encode(
-    encoder: Iterable[nn.Module], x: Tensor, condition: Tensor, *, recompute: bool
-) -> list[Tensor]:
-    """Apply a U-Net's encoder and keep what its decoder takes: x, then every layer's output."""
-    skips = [x]
-    for layer in encoder:
-        skips.append(run(layer, skips[-1], condition, recompute=recompute))
-    return skips
-
-
-def decode(
-    middle: Iterable[nn.Module],
-    decoder: Iterable[nn.Module],
-    skips: list[Tensor],
-    condition: Tensor,
-    *,
-    recompute: bool,
-    join: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Tensor:
-    """Apply a U-Net's middle, then its decoder, whose layers take the skips, the last one first.
-
-    Args:
-        middle: layers at the lowest resolution.
-        decoder: layers; one that doubles the resolution, by its `resample`, takes no skip.
-        skips: as `encode` keeps them; used up.
-        condition: the embedding vector, (B, length).
-        recompute: as for `run`.
-        join: puts a skip beside x; side by side when not given.
-    """
-    x = skips[-1]
-    for layer in middle:
-        x = run(layer, x, condition, recompute=recompute)
-    for layer in decoder:
-        if layer.resample is None:
-            skip = skips.pop()
-            x = torch.cat([x, skip], dim=1) if join is None else join(x, skip)
-        x = run(layer, x, condition, recompute=recompute)
-    return x
 
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -154,18 +111,3 @@ class PositionalEmbedding(nn.Module):
 def one_hot(label: Tensor, classes: int) -> Tensor:
     """Rows of a unit matrix, zeros for label -1, no label: int64 (B,) -> float32 (B, classes)."""
     return F.one_hot(label.clamp(min=0), classes) * (label >= 0).to(torch.float32)[:, None]
-
-
-def refuse_resolution(height: int, width: int, divisor: int) -> None:
-    """Raise ValueError unless the images can be halved as often as the network does.
-
-    Args:
-        height: of the images.
-        width: of the images.
-        divisor: what both must be multiples of, a power of two.
-    """
-    if height % divisor or width % divisor:
-        raise UserError(
-            f"the network halves images {divisor.bit_length() - 1} times, so their sides must be "
-            f"multiples of {divisor} (got {height} x {width})"
-        )

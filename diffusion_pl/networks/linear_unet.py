@@ -25,9 +25,9 @@ from diffusion_pl.networks.layers import (
     PositionalEmbedding,
     double,
     float32_region,
-    refuse_resolution,
     run,
 )
+from diffusion_pl.networks.network import Network
 
 
 class Norm(nn.Module):
@@ -119,7 +119,7 @@ class Level(nn.Module):
         self.resample = resample
 
 
-class LinearUNet(nn.Module):
+class LinearUNet(Network):
     """The U-Net of denoising_diffusion_pytorch.
 
     Args:
@@ -153,12 +153,9 @@ class LinearUNet(nn.Module):
         dropout: float = 0.0,
         recompute: bool = False,
     ) -> None:
-        super().__init__()
         if classes:
             raise UserError(f"LinearUNet takes no labels, classes must be 0 (got {classes})")
-        self.channels, self.classes, self.recompute = channels, 0, recompute
-        self.divisor = 2 ** (len(channel_mult) - 1)
-        self.check_resolution(resolution, resolution)
+        super().__init__(resolution, channels, 0, len(channel_mult) - 1, recompute=recompute)
         embedding = 4 * model_channels
         self.map_noise = PositionalEmbedding(model_channels)
         self.map_layer0 = nn.Linear(model_channels, embedding)
@@ -191,31 +188,15 @@ class LinearUNet(nn.Module):
         self.out_block = block(2 * model_channels, model_channels)
         self.out_conv = nn.Conv2d(model_channels, channels, 1)
 
-    def check_resolution(self, height: int, width: int) -> None:
-        """Raise ValueError unless the images can be halved between all levels."""
-        refuse_resolution(height, width, self.divisor)
-
     def embed(self, c_noise: Tensor) -> Tensor:
         """Embed the timestep in float32, whatever autocast says, (B, 4 model_channels)."""
         with float32_region(c_noise.device):
             vector: Tensor = self.map_layer1(F.gelu(self.map_layer0(self.map_noise(c_noise))))
             return vector
 
-    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """Apply the raw network F.
-
-        Args:
-            x: preconditioned noisy images (B, C, H, W), sides divisible by 2^(levels - 1).
-            c_noise: (B,), the timestep, 0 to T - 1; need not be whole.
-
-        Returns:
-            (B, C, H, W).
-
-        Raises:
-            UserError: a resolution that the levels do not divide.
-        """
-        self.check_resolution(*x.shape[2:])
-        embedding, again = self.embed(c_noise), self.recompute
+    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The output of x (B, C, H, W) under an embedding."""
+        again = self.recompute
         x = first = self.stem(x)
         skips = []
         level: Level

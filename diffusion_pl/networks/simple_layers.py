@@ -9,7 +9,6 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
@@ -103,17 +102,12 @@ class Condition(nn.Module):
         self.label = xavier(nn.Linear(classes, length, bias=False)) if classes else None
 
     def forward(self, c_noise: Tensor, label: Tensor | None) -> Tensor:
-        """(B,), int64 (B,) or None -> float32 (B, length), whatever autocast says.
-
-        Raises:
-            UserError: labels given to a network without classes.
-        """
+        """(B,), int64 (B,) or None -> float32 (B, length), whatever autocast says."""
         with float32_region(c_noise.device):
             vector = self.dense1(F.silu(self.dense0(self.noise(c_noise))))
             if label is None:
                 return F.silu(vector)
-            if self.label is None:
-                raise UserError("labels were given to a network without classes (classes: 0)")
+            assert self.label is not None  # the network sees to it
             known = one_hot(label, self.classes) * math.sqrt(self.classes)
             return F.silu(vector + self.label(known))
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.networks.layers import double, halve, refuse_resolution, run
-from diffusion_pl.networks.position import PositionEncoding
+from diffusion_pl.networks.layers import double, halve, run
+from diffusion_pl.networks.network import Network
 from diffusion_pl.networks.simple_layers import Condition, Head, Reduction, ResBlock, Stem
 
 
-class SimpleUNet(nn.Module):
+class SimpleUNet(Network):
     """A U-Net whose weight lies at 16 x 16: many blocks there, few channels at high resolution.
 
     1,114,809,347 parameters with the defaults for 128 pixels and 1000 classes. The settings are
@@ -35,10 +35,7 @@ class SimpleUNet(nn.Module):
         embedding_channels: length of the condition's vector.
         halvings: of the image before the first level, 1 for 256 and 2 for 512 pixels.
         reduction: how.
-        octaves: L of the position encoding that joins the image at the input, 0 for none.
-        frame: side of the full-resolution grid that positions refer to; the resolution if None.
-        recompute: keep only what passes between blocks in training; the backward pass runs every
-            block again. Less memory for a third more time, the same numbers.
+        octaves, frame, recompute: as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, or blocks that do not fit them.
@@ -63,21 +60,17 @@ class SimpleUNet(nn.Module):
         frame: int | None = None,
         recompute: bool = False,
     ) -> None:
-        super().__init__()
         if len(blocks) != len(channel_mult):
             raise UserError(
                 f"blocks and channel_mult need a number for each level (got {len(blocks)} and "
                 f"{len(channel_mult)})"
             )
-        self.channels = channels
-        self.classes = classes
-        self.recompute = recompute
-        self.divisor = 2 ** (halvings + len(channel_mult) - 1)
-        self.check_resolution(resolution, resolution)
+        super().__init__(
+            resolution, channels, classes, halvings + len(channel_mult) - 1,
+            octaves=octaves, frame=frame, recompute=recompute,
+        )  # fmt: skip
         self.condition = Condition(model_channels, embedding_channels, classes)
-        self.position = PositionEncoding(octaves, frame or resolution)
-        seen = channels + self.position.channels
-        self.stem = Stem(seen, model_channels, halvings, reduction)
+        self.stem = Stem(self.in_channels, model_channels, halvings, reduction)
 
         sizes = [resolution // 2 ** (halvings + level) for level in range(len(blocks))]
         widths = [model_channels * multiplier for multiplier in channel_mult]
@@ -107,49 +100,24 @@ class SimpleUNet(nn.Module):
         self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
         self.head = Head(width, channels, halvings, reduction)
 
-    def check_resolution(self, height: int, width: int) -> None:
-        """Raise ValueError unless the images can be halved as often as the network does."""
-        refuse_resolution(height, width, self.divisor)
+    def embed(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """Embed the condition in float32, whatever autocast says, (B, embedding_channels)."""
+        return self.condition(c_noise, label)
 
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        *,
-        label: Tensor | None = None,
-        position: Tensor | None = None,
-    ) -> Tensor:
-        """Apply the raw network F.
-
-        Args:
-            x: preconditioned noisy images (B, C, H, W), sides divisible by 2^(halvings + levels -
-                1).
-            c_noise: (B,), the noise level between 0 and 1000.
-            label: int64 (B,), 0 .. classes - 1, -1 for no label.
-            position: where the pixels lie in the full frame, in [0, 1], (B, 2, H, W) or
-                (2, H, W); None where x is the whole image.
-
-        Returns:
-            (B, C, H, W).
-
-        Raises:
-            UserError: a resolution that the levels do not divide, or labels or positions that it
-                does not take.
-        """
-        self.check_resolution(*x.shape[2:])
-        condition = self.condition(c_noise, label)
-        x = self.stem(self.position(x, position))
+    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The output of x (B, C + 4 octaves, H, W) under an embedding."""
+        x = self.stem(x)
         skips = []
         for level, layers in enumerate(self.encoder):
             x = halve(x) if level else x
             for layer in layers.children():
-                x = run(layer, x, condition, recompute=self.recompute)
+                x = run(layer, x, embedding, recompute=self.recompute)
                 skips.append(x)
         for layer in self.middle:
-            x = run(layer, x, condition, recompute=self.recompute)
+            x = run(layer, x, embedding, recompute=self.recompute)
         for level, layers in enumerate(self.decoder):
             x = double(x) if level else x
             for layer in layers.children():
                 x = torch.cat([x, skips.pop()], dim=1)
-                x = run(layer, x, condition, recompute=self.recompute)
+                x = run(layer, x, embedding, recompute=self.recompute)
         return self.head(x)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
-from diffusion_pl.networks.layers import double, halve, refuse_resolution, run, xavier
-from diffusion_pl.networks.position import PositionEncoding
+from diffusion_pl.networks.layers import double, halve, run, xavier
+from diffusion_pl.networks.network import Network
 from diffusion_pl.networks.simple_layers import ZERO, Condition, Head, Reduction, ResBlock, Stem
 
 
@@ -52,7 +52,7 @@ class Transformer(nn.Module):
         return x + self.proj(attended.transpose(1, 2).flatten(2))
 
 
-class UViT(nn.Module):
+class UViT(Network):
     """Residual blocks at high resolution around a stack of transformers at 16 x 16.
 
     2,028,255,875 parameters with the defaults, 128 pixels and 1000 classes, near the 2 B that are
@@ -77,10 +77,7 @@ class UViT(nn.Module):
         halvings: of the image before the first level, 1 for 256 and 2 for 512 pixels.
         reduction: how.
         residual: SiD2's skip connections.
-        octaves: L of the position encoding that joins the image at the input, 0 for none.
-        frame: side of the full-resolution grid that positions refer to; the resolution if None.
-        recompute: keep only what passes between blocks in training; the backward pass runs every
-            block again. Less memory for a third more time, the same numbers.
+        octaves, frame, recompute: as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, or blocks that do not fit them.
@@ -105,24 +102,20 @@ class UViT(nn.Module):
         frame: int | None = None,
         recompute: bool = False,
     ) -> None:
-        super().__init__()
         if len(blocks) != len(channel_mult) - 1:
             raise UserError(
                 "blocks need a number for each level but the transformers' "
                 f"(got {len(blocks)} for {len(channel_mult)} levels)"
             )
-        self.channels = channels
-        self.classes = classes
+        super().__init__(
+            resolution, channels, classes, halvings + len(blocks),
+            octaves=octaves, frame=frame, recompute=recompute,
+        )  # fmt: skip
         self.residual = residual
-        self.recompute = recompute
-        self.divisor = 2 ** (halvings + len(blocks))
-        self.check_resolution(resolution, resolution)
         length = embedding_channels
         self.condition = Condition(model_channels, length, classes)
-        self.position = PositionEncoding(octaves, frame or resolution)
-        seen = channels + self.position.channels
         widths = [model_channels * multiplier for multiplier in channel_mult]
-        self.stem = Stem(seen, widths[0], halvings, reduction)
+        self.stem = Stem(self.in_channels, widths[0], halvings, reduction)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for width, inner, count in zip(widths, widths[1:], blocks, strict=False):
@@ -140,53 +133,28 @@ class UViT(nn.Module):
         )
         self.head = Head(widths[0], channels, halvings, reduction)
 
-    def check_resolution(self, height: int, width: int) -> None:
-        """Raise ValueError unless the images can be halved as often as the network does."""
-        refuse_resolution(height, width, self.divisor)
+    def embed(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """Embed the condition in float32, whatever autocast says, (B, embedding_channels)."""
+        return self.condition(c_noise, label)
 
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        *,
-        label: Tensor | None = None,
-        position: Tensor | None = None,
-    ) -> Tensor:
-        """Apply the raw network F.
-
-        Args:
-            x: preconditioned noisy images (B, C, H, W), sides divisible by 2^(halvings + levels -
-                1).
-            c_noise: (B,), the noise level between 0 and 1000.
-            label: int64 (B,), 0 .. classes - 1, -1 for no label.
-            position: where the pixels lie in the full frame, in [0, 1], (B, 2, H, W) or
-                (2, H, W); None where x is the whole image.
-
-        Returns:
-            (B, C, H, W).
-
-        Raises:
-            UserError: a resolution that the levels do not divide, or labels or positions that it
-                does not take.
-        """
-        self.check_resolution(*x.shape[2:])
-        condition = self.condition(c_noise, label)
-        x = self.stem(self.position(x, position))
+    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The output of x (B, C + 4 octaves, H, W) under an embedding."""
+        x = self.stem(x)
         skips = []
         for layers, down in zip(self.encoder, self.down, strict=True):
             for layer in layers.children():
-                x = run(layer, x, condition, recompute=self.recompute)
+                x = run(layer, x, embedding, recompute=self.recompute)
                 skips.append(x)
             x = down(halve(x))
             skips.append(x)
-        x = self.transform(x, condition)
+        x = self.transform(x, embedding)
         for layers, up in zip(self.decoder, self.up, strict=True):
             halved = skips.pop()
             x = double(up(x - halved)) + skips[-1] if self.residual else double(up(x))
             for layer in layers.children():
                 skip = skips.pop()
                 x = x if self.residual else torch.cat([x, skip], dim=1)
-                x = run(layer, x, condition, recompute=self.recompute)
+                x = run(layer, x, embedding, recompute=self.recompute)
         return self.head(x)
 
     def transform(self, x: Tensor, condition: Tensor) -> Tensor:
