@@ -50,13 +50,13 @@ MUTANTS = [
         ("        _check_written(job, before)", "        abs(1)"),
     ),
     *at(
-        "data/originals_folder.py",
+        "data/sources/folder.py",
         "prepare_labels",
         ("changed=[listing.files.changed(each) for each in listing.names],", ""),
     ),
-    *at("data/originals_tars.py", "prepare_labels", ("changed=_changes(files, places),", "")),
+    *at("data/sources/tars.py", "prepare_labels", ("changed=_changes(files, places),", "")),
     *at(
-        "data/originals_tables.py",
+        "data/sources/tables.py",
         "prepare_labels",
         ("changed=np.full(len(keys), last_change(path)),", ""),
         ("np.diff([*firsts, starts[-1]])", "np.diff([*firsts, starts[-1]]) * 0"),

@@ -86,7 +86,7 @@ MUTANTS = [
         ("if error.errno != errno.EMFILE or not self._open:", "if True:"),
     ),
     *at(
-        "data/originals_tables.py",
+        "data/sources/tables.py",
         "strange_tables",
         ("if _bytes_of(cell) > LARGEST_FILE:", "if False:"),
         ("if size > LARGEST_FILE * max(1, metadata.num_rows):", "if False:"),

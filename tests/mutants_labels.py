@@ -61,7 +61,7 @@ MUTANTS = [
         ('return f"{entry.file_size} {entry.CRC}"', 'return ""'),
     ),
     *at(
-        "data/originals_tars.py",
+        "data/sources/tars.py",
         "prepare_labels",
         ("several is None or own or image is not None", "several is None or image is not None"),
         ("(_beside(image, ending), ending)", "(ending,)"),
@@ -73,7 +73,7 @@ MUTANTS = [
         ("samples.setdefault(key, _Sample(key))", "samples.setdefault(member.name, _Sample(key))"),
     ),
     *at(
-        "data/originals_tables.py",
+        "data/sources/tables.py",
         "prepare_labels",
         ("    if len(found) > 1:\n        known", "    if False:\n        known"),
         ("found.classes <= len(known):", "False:"),

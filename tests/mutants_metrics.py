@@ -191,10 +191,14 @@ MUTANTS = [
     ),
     *at(
         "metrics/features.py",
+        "metrics_inception metrics_pixels",
+        ("images.dtype != torch.uint8", "False"),
+    ),
+    *at(
+        "metrics/extractors.py",
         "metrics_inception metrics_fidelity metrics_pixels",
         ('if precision not in ("fp32", "bf16"):', "if False:"),
         ('    if precision != "fp32":', "    if False:"),
-        ("images.dtype != torch.uint8", "False"),
         ("        if weights is not None:\n", "        if False:\n"),
         ("fidelity.load(name, weights)", "fidelity.load(name)"),
         ("return inception.load(weights, precision)", "return inception.load(weights)"),

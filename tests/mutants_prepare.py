@@ -151,7 +151,7 @@ MUTANTS = [
         ('if key != "versions"', 'if key != "name"'),
     ),
     *at(
-        "data/originals.py",
+        "data/sources/open.py",
         "prepare_sources",
         ("if len(kinds) > 1:", "if False:"),
         ("if kinds or (", "if ("),
@@ -161,7 +161,7 @@ MUTANTS = [
         ("sorted(map(Path, glob.glob(path)))", "[]"),
     ),
     *at(
-        "data/originals_tars.py",
+        "data/sources/tars.py",
         "prepare_sources",
         ("if len(tail) < _BLOCK or any(tail[:_BLOCK]):", "if any(tail[:_BLOCK]):"),
         ("if len(tail) < _BLOCK or any(tail[:_BLOCK]):", "if len(tail) < _BLOCK:"),
@@ -175,7 +175,7 @@ MUTANTS = [
         ("if ending.lower() in members:", "if False:"),
     ),
     *at(
-        "data/originals_tables.py",
+        "data/sources/tables.py",
         "prepare_sources",
         ('side="right")) - 1', 'side="left")) - 1'),
         ("row = index - int(self.starts[group])", "row = index"),
@@ -185,7 +185,7 @@ MUTANTS = [
         ("index - self.firsts[file]", "index"),
     ),
     *at(
-        "data/originals_own.py",
+        "data/sources/own.py",
         "prepare prepare_sources",
         ('cast(Literal["train", "test"], split)', '"train"'),
         ("seed or 0, 0, count, GROUNDS", "0, 0, count, GROUNDS"),

@@ -44,7 +44,7 @@ MUTANTS = [
         ("class_names=listing.class_names,", "class_names=(),"),
     ),
     *at(
-        "data/originals_folder.py",
+        "data/sources/folder.py",
         "prepare_labels prepare",
         ("split=asked.split, ", ""),
         (", column=asked.label", ""),

@@ -463,7 +463,8 @@ def history(folder: Path) -> Kind:
 def archive(folder: Path) -> Kind:
     """Archives as `prepare` looks through them, every image read."""
     from diffusion_pl.data.decode import decode
-    from diffusion_pl.data.originals import Asked, open_originals
+    from diffusion_pl.data.sources.base import SourceSpec
+    from diffusion_pl.data.sources.open import open_originals
 
     images = {f"{number:02}.png": encoded(_rgb(4, number), "PNG") for number in range(2)}
     zipped = io.BytesIO()
@@ -478,7 +479,7 @@ def archive(folder: Path) -> Kind:
     def read(data: bytes, ending: str) -> Any:
         path = folder / f"mutant.{ending}"
         path.write_bytes(data)
-        _, originals = open_originals(Asked(str(path)), [4])
+        _, originals = open_originals(SourceSpec(str(path)), [4])
         read = [originals.reader.read(number) for number in range(originals.count)]
         labels = None if originals.labels is None else originals.labels.tolist()
         return labels, [(o.name, decode(o.picture, where="x").tobytes()) for o in read]

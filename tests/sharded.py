@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion_pl.data.originals import Original, Originals
 from diffusion_pl.data.recipe import Recipe
 from diffusion_pl.data.shard_format import PROGRESS, SHARDS, Manifest
 from diffusion_pl.data.shards import Shards
+from diffusion_pl.data.sources.base import Original, Originals
 from diffusion_pl.data.write_shards import Job, finish, write_shard
 
 

@@ -21,7 +21,7 @@ data:
   path: data/shapes
   made_of:
     _target_: diffusion_pl.data.prepare.Request
-    source: {_target_: diffusion_pl.data.originals.Asked, path: synthetic, count: 50}
+    source: {_target_: diffusion_pl.data.sources.base.SourceSpec, path: synthetic, count: 50}
     recipe:
       _target_: diffusion_pl.data.recipe.Recipe
       resolutions: [16, 8]

@@ -398,7 +398,7 @@ def test_data_that_is_to_be_made_is_made_inside_the_job(launch, place, monkeypat
     made = """
   made_of:
     _target_: diffusion_pl.data.prepare.Request
-    source: {_target_: diffusion_pl.data.originals.Asked, path: synthetic, count: 20}
+    source: {_target_: diffusion_pl.data.sources.base.SourceSpec, path: synthetic, count: 20}
     recipe: {_target_: diffusion_pl.data.recipe.Recipe, resolutions: [16]}
 """
     text = SHARDS.replace(

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
-from diffusion_pl.metrics import features, fidelity
+from diffusion_pl.metrics import extractors, fidelity
 from diffusion_pl.metrics.features import Features
 from diffusion_pl.metrics.fidelity import Fidelity
 from diffusion_pl.metrics.inception_score import InceptionScore
@@ -116,7 +116,7 @@ def images() -> Tensor:
 
 def test_clip_s_features_are_those_of_torch_fidelity(tmp_path: Path, images: Tensor) -> None:
     path = clip(tmp_path / "clip.pt")
-    extractor = features.load("clip-vit-b-32", weights=str(path))
+    extractor = extractors.load("clip-vit-b-32", weights=str(path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         theirs = FeatureExtractorCLIP(
@@ -134,7 +134,7 @@ def test_dinov2_s_features_are_those_of_the_network_in_the_hub(
     tmp_path: Path, images: Tensor
 ) -> None:
     hub(tmp_path)
-    extractor = features.load("dinov2-vit-s-14")
+    extractor = extractors.load("dinov2-vit-s-14")
     assert isinstance(extractor, Fidelity)
     assert isinstance(extractor.network, FeatureExtractorDinoV2)
     seen = extractor(images)
@@ -151,15 +151,15 @@ def test_dinov2_s_features_are_those_of_the_network_in_the_hub(
 
 def test_a_digest_is_of_all_weights(tmp_path: Path) -> None:
     one, same, other = (
-        features.load("clip-vit-b-32", weights=str(clip(tmp_path / name, seed))).digest
+        extractors.load("clip-vit-b-32", weights=str(clip(tmp_path / name, seed))).digest
         for name, seed in (("a.pt", 0), ("b.pt", 0), ("c.pt", 1))
     )
     assert one == same != other
     assert len(one) == 12
     hub(tmp_path)
-    before = features.load("dinov2-vit-s-14").digest
+    before = extractors.load("dinov2-vit-s-14").digest
     hub(tmp_path, shift=0.125)
-    assert features.load("dinov2-vit-s-14").digest != before
+    assert extractors.load("dinov2-vit-s-14").digest != before
 
 
 def test_a_digest_knows_which_tensor_has_which_values() -> None:
@@ -182,7 +182,7 @@ def test_an_extractor_never_trains_nor_leaves_float32(tmp_path: Path, images: Te
         ("dinov2-vit-s-14", None),
         ("clip-vit-b-32", str(clip(tmp_path / "clip.pt"))),
     ):
-        extractor = features.load(name, weights=weights)
+        extractor = extractors.load(name, weights=weights)
         assert isinstance(extractor, Fidelity)
         assert not any(module.training for module in extractor.train().modules())
         assert not any(parameter.requires_grad for parameter in extractor.parameters())
@@ -203,7 +203,7 @@ def test_an_extractor_never_trains_nor_leaves_float32(tmp_path: Path, images: Te
 def refusal(name: str, weights: str | None = None, precision: str = "fp32") -> str:
     """The one line that a request is refused with."""
     with pytest.raises(ValueError, match="^extractor: ") as error:
-        features.load(name, weights, precision)
+        extractors.load(name, weights, precision)
     assert "\n" not in str(error.value)
     return str(error.value)
 

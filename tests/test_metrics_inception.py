@@ -14,7 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from diffusion_pl.metrics import features, inception
+from diffusion_pl.metrics import extractors, inception
 from diffusion_pl.metrics.features import Features
 from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.inception import PUBLISHED, Inception
@@ -137,7 +137,7 @@ def test_folding_keeps_what_a_batch_norm_does() -> None:
 
 
 def test_bf16_says_what_it_costs(weights: Path, images: Tensor, seen: Features) -> None:
-    quick = features.load("inception", str(weights), precision="bf16")
+    quick = extractors.load("inception", str(weights), precision="bf16")
     assert isinstance(quick, Inception)
     assert (quick.precision, quick.error) == ("bf16", None)
     few = 4  # bf16 is slow where the processor does not have it
@@ -155,9 +155,9 @@ def test_bf16_says_what_it_costs(weights: Path, images: Tensor, seen: Features) 
 def test_full_precision_has_no_error_to_state(extractor: Inception, seen: Features) -> None:
     assert (extractor.precision, extractor.error) == ("fp32", None)
     with pytest.raises(ValueError, match="precision is fp32 or bf16 .got 'fp16'"):
-        features.load("inception", precision="fp16")
+        extractors.load("inception", precision="fp16")
     with pytest.raises(ValueError, match="shapes computes in fp32 only; remove precision=bf16"):
-        features.load("shapes", precision="bf16")
+        extractors.load("shapes", precision="bf16")
 
 
 def test_distance_and_score_are_those_of_torch_fidelity_on_these_features(seen: Features) -> None:
@@ -187,7 +187,7 @@ def test_only_the_published_weights_are_called_inception(
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert extractor.name == f"inception-{digest[:8]}"
     assert extractor.digest == digest[:12]
-    assert features.load("auto", weights=str(weights)).digest == extractor.digest
+    assert extractors.load("auto", weights=str(weights)).digest == extractor.digest
     assert Inception(Nameless(), PUBLISHED).name == "inception"
     assert inception.FILE.endswith(f"{PUBLISHED[:8]}.pth")
     assert inception.URL_INCEPTION_V3.endswith(inception.FILE)
@@ -259,9 +259,9 @@ def test_bad_weights_by_name_are_an_error_also_for_auto(
         path.write_bytes(content)
     for name in ("auto", "inception"):
         with pytest.raises(ValueError, match="weights"):
-            features.load(name, weights=str(path))
+            extractors.load(name, weights=str(path))
     with pytest.raises(ValueError, match="has its own weights"):
-        features.load("shapes", weights=str(path))
+        extractors.load("shapes", weights=str(path))
 
 
 def test_auto_without_weights_says_so_once_and_goes_on(
@@ -270,7 +270,7 @@ def test_auto_without_weights_says_so_once_and_goes_on(
     offline(monkeypatch, tmp_path)
     started = time.monotonic()
     with caplog.at_level(logging.INFO):
-        extractor = features.load("auto")
+        extractor = extractors.load("auto")
     assert extractor.name == "shapes"
     assert len(caplog.records) == 1
     assert "\n" not in caplog.text.strip()
@@ -282,7 +282,7 @@ def test_inception_by_name_without_weights_is_an_error_that_says_where_to_put_th
 ) -> None:
     offline(monkeypatch, tmp_path)
     with pytest.raises(ValueError, match="put it at") as error:
-        features.load("inception")
+        extractors.load("inception")
     assert "\n" not in str(error.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -295,7 +295,7 @@ def test_a_cached_file_that_is_not_the_published_one_is_refused(
     place.parent.mkdir(parents=True)
     place.symlink_to(weights)
     with pytest.raises(ValueError, match="not the published Inception"):
-        features.load("inception")
+        extractors.load("inception")
 
 
 def test_a_download_is_kept_whole_and_only_with_its_digest(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_pl.metrics import features, real_images
+from diffusion_pl.metrics import extractors, real_images
 from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.inception_score import InceptionScore
 from diffusion_pl.metrics.pixels import SIDE, Pixels
@@ -91,14 +91,14 @@ def test_it_has_no_spatial_features() -> None:
 
 
 def test_it_is_loaded_by_name_and_reads_no_weights() -> None:
-    extractor = features.load("pixels")
+    extractor = extractors.load("pixels")
     assert isinstance(extractor, Pixels)
     assert extractor.name == "pixels"
     assert len(extractor.digest) == 12
     with pytest.raises(ValueError, match="pixels has its own weights; remove weights='w'"):
-        features.load("pixels", weights="w")
+        extractors.load("pixels", weights="w")
     with pytest.raises(ValueError, match="pixels computes in fp32 only"):
-        features.load("pixels", precision="bf16")
+        extractors.load("pixels", precision="bf16")
 
 
 def test_what_is_not_bytes_is_refused() -> None:

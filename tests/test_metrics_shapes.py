@@ -15,7 +15,7 @@ from torch.nn import functional
 from diffusion_pl.data.cifar10 import CIFAR10
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.images import from_bytes, to_bytes
-from diffusion_pl.metrics import features, real_images, shapes
+from diffusion_pl.metrics import extractors, real_images, shapes
 from diffusion_pl.metrics.features import Features
 from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.reference import Reference
@@ -173,7 +173,7 @@ def test_the_file_is_small_and_named_by_its_content(extractor: Shapes) -> None:
     assert len(content) < 2**20
     assert extractor.digest == hashlib.sha256(content).hexdigest()[:12]
     assert sum(value.numel() for value in ShapesNetwork(8).parameters()) < 250_000
-    assert features.load("shapes").digest == extractor.digest
+    assert extractors.load("shapes").digest == extractor.digest
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no weights"])

@@ -23,11 +23,11 @@ from diffusion_pl.cli import main
 from diffusion_pl.commands import following, sbatch, settling, sweep
 from diffusion_pl.commands.sbatch import Job, Task
 from diffusion_pl.data.folder import ImageFolder
-from diffusion_pl.data.originals import Asked
 from diffusion_pl.data.prepare import Request
 from diffusion_pl.data.recipe import Recipe
 from diffusion_pl.data.shard_format import Manifest
 from diffusion_pl.data.shards import Shards
+from diffusion_pl.data.sources.base import SourceSpec
 from diffusion_pl.metrics import published, reference
 from diffusion_pl.names import plain, shown, unfit
 from diffusion_pl.training.progress import Progress
@@ -148,7 +148,7 @@ def test_no_imported_run_and_no_prepared_set_is_called_so(name, home, place, cap
     refused(["prepare", "synthetic", f"data/{name}", *words], capsys)
     assert "--name" in refused(["prepare", "synthetic", "data/x", *words, "--name", name], capsys)
     with pytest.raises(ValueError, match="^--name: "):
-        Request(Asked("synthetic"), Recipe((8,)), name)
+        Request(SourceSpec("synthetic"), Recipe((8,)), name)
 
 
 def photographs(*classes, side=8):

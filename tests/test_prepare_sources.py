@@ -29,7 +29,7 @@ from prepared import (
 from pyarrow import parquet
 
 from diffusion_pl.data.folder import ImageFolder
-from diffusion_pl.data.originals import kind_of, set_name
+from diffusion_pl.data.sources.open import kind_of, set_name
 
 COUNT = 6
 

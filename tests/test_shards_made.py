@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusion_pl.data.originals import Asked
 from diffusion_pl.data.prepare import Request
 from diffusion_pl.data.recipe import Recipe
 from diffusion_pl.data.shards import Shards
+from diffusion_pl.data.sources.base import SourceSpec
 from diffusion_pl.data.synthetic import Synthetic
 
 
 def made(path, *resolutions):
-    request = Request(Asked("synthetic", count=20), Recipe(resolutions))
+    request = Request(SourceSpec("synthetic", count=20), Recipe(resolutions))
     return Shards(str(path), resolutions[0], batch_size=4, made_of=request)
 
 

@@ -13,9 +13,10 @@ import pytest
 from pyarrow import parquet
 
 from diffusion_pl.cli import main
-from diffusion_pl.data import originals_tables
 from diffusion_pl.data.lmdb_reading import Child
-from diffusion_pl.data.originals import Asked, open_originals
+from diffusion_pl.data.sources import tables
+from diffusion_pl.data.sources.base import SourceSpec
+from diffusion_pl.data.sources.open import open_originals
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def put(tmp_path, data):
 
 def test_a_whole_lmdb_is_read_in_a_child_as_it_is(base, tmp_path):
     data, content = base
-    _, originals = open_originals(Asked(put(tmp_path, data)), [8])
+    _, originals = open_originals(SourceSpec(put(tmp_path, data)), [8])
     found = [originals.reader.read(number) for number in range(originals.count)]
     assert {each.name.encode(): each.picture for each in found} == content
 
@@ -70,7 +71,7 @@ def test_mutants_that_would_end_the_process_are_one_line(base, tmp_path):
     for turn in range(16):
         path = put(tmp_path, changed_page(data, source, turn))
         try:
-            _, originals = open_originals(Asked(path), [8])
+            _, originals = open_originals(SourceSpec(path), [8])
             for number in range(originals.count):
                 found = originals.reader.read(number)
                 assert isinstance(found.picture, bytes)
@@ -116,12 +117,12 @@ def table(tmp_path, **columns):
 
 
 def opened(path, **asked):
-    return open_originals(Asked(str(path), **asked), [8])[1]
+    return open_originals(SourceSpec(str(path), **asked), [8])[1]
 
 
 @pytest.mark.parametrize("kind", [pyarrow.binary(), pyarrow.large_binary()])
 def test_a_cell_of_more_than_an_image_is_refused_by_its_row(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(originals_tables, "LARGEST_FILE", 10_000)
+    monkeypatch.setattr(tables, "LARGEST_FILE", 10_000)
     cells = [b"a" * 10_000, b"b" * 10_001, b"c"]
     originals = opened(table(tmp_path, image=pyarrow.array(cells, kind)))
     assert originals.reader.read(0).picture == cells[0]
@@ -131,14 +132,14 @@ def test_a_cell_of_more_than_an_image_is_refused_by_its_row(tmp_path, monkeypatc
 
 
 def test_a_path_as_long_as_a_book_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(originals_tables, "LARGEST_FILE", 10_000)
+    monkeypatch.setattr(tables, "LARGEST_FILE", 10_000)
     cells = [{"bytes": b"a", "path": "p" * 10_001}] * 2
     with pytest.raises(ValueError, match=r"x.parquet:0 is too large"):
         opened(table(tmp_path, image=cells)).reader.read(0)
 
 
 def test_a_group_of_more_than_all_its_images_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(originals_tables, "LARGEST_FILE", 10_000)
+    monkeypatch.setattr(tables, "LARGEST_FILE", 10_000)
     originals = opened(table(tmp_path, image=[os.urandom(100_000), b"b"]))
     with pytest.raises(ValueError, match=r"2 rows of column 'image' have 1\d\d,\d{3} bytes, more"):
         originals.reader.read(1)

@@ -210,7 +210,7 @@ def test_nothing_starts_from_within_a_part(where, place, capsys):
     "reaching",
     [
         # TorchScript runs when it is read.
-        {"_target_": "diffusion_pl.metrics.features.load", "name": "clip-vit-b-32",
+        {"_target_": "diffusion_pl.metrics.extractors.load", "name": "clip-vit-b-32",
          "weights": "weights.pt"},
         {"_target_": "diffusion_pl.commands.runs.guide", "run": "runs/own", "allow": ["mine"]},
     ],
@@ -485,7 +485,7 @@ def test_no_data_is_made_at_a_strangers_word(place, capsys):
     made_of = {
         "_target_": "diffusion_pl.data.prepare.Request",
         "source": {
-            "_target_": "diffusion_pl.data.originals.Asked",
+            "_target_": "diffusion_pl.data.sources.base.SourceSpec",
             "path": "synthetic",
             "count": 8,
         },

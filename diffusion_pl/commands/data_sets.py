@@ -13,10 +13,10 @@ from diffusion_pl.commands import parts
 from diffusion_pl.data.cifar10 import CIFAR10
 from diffusion_pl.data.decode import Fit, decode
 from diffusion_pl.data.folder import ImageFolder
-from diffusion_pl.data.originals import kind_of
 from diffusion_pl.data.shard_format import MANIFEST, Manifest
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Images, Source
+from diffusion_pl.data.sources.open import kind_of
 from diffusion_pl.errors import UserError
 from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import published, real_images

@@ -32,7 +32,7 @@ from diffusion_pl.evaluation.given import Given, arrays
 from diffusion_pl.evaluation.measuring import Drawn, Progress
 from diffusion_pl.evaluation.provenance import described, surroundings
 from diffusion_pl.interop import statistics
-from diffusion_pl.metrics import features as extractors
+from diffusion_pl.metrics import extractors
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.metrics.real_images import KEPT

@@ -53,7 +53,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
     ),
     "crop": _of("data.crops", "Crop"),
     "made_of": _of("data.prepare", "Request"),
-    "source": _of("data.originals", "Asked"),
+    "source": _of("data.sources.base", "SourceSpec"),
     "recipe": _of("data.recipe", "Recipe"),
     "augment": _of("data.augment", "NonLeaky"),
     "network": (
@@ -106,7 +106,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
     "groups": _of("training.optimizers", "Group"),
     "lr_schedule": _of("training.lr_schedule", "Cosine", "WarmupDecay"),
     "ema": _of("training.ema", "EMA"),
-    "features": _of("metrics.features", "load"),
+    "features": _of("metrics.extractors", "load"),
     "evaluation": (*_of("evaluation", "Evaluation"), *_of("evaluation.settings", "Evaluation")),
     "metrics": (
         *_of("metrics.density_coverage", "DensityCoverage"),

@@ -21,6 +21,8 @@ from diffusion_pl.config.tree import ConfigError, join, names, step
 #   stands.
 # A new name that is given up in turn gets an entry of its own; the older one stays.
 RENAMED: dict[str, str] = {
+    "diffusion_pl.data.originals.Asked": "diffusion_pl.data.sources.base.SourceSpec",
+    "diffusion_pl.metrics.features.load": "diffusion_pl.metrics.extractors.load",
     "trainer.warmup": "lr_schedule.warmup",
     "trainer.decay_from": "lr_schedule.decay_from",
     "trainer.cooldown": "lr_schedule.cooldown",

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_pl import locks
 from diffusion_pl.data.files import is_leftover
-from diffusion_pl.data.originals import Asked, open_originals
 from diffusion_pl.data.recipe import CHANGED, STEPS, Recipe
 from diffusion_pl.data.relisting import check_unchanged, is_as_made, listed, written_since
 from diffusion_pl.data.shard_format import (
@@ -25,6 +24,8 @@ from diffusion_pl.data.shard_format import (
     key_of,
 )
 from diffusion_pl.data.shard_workers import too_many, write_all
+from diffusion_pl.data.sources.base import SourceSpec
+from diffusion_pl.data.sources.open import open_originals
 from diffusion_pl.errors import UserError
 from diffusion_pl.files import last_change, regular, write_atomically
 from diffusion_pl.names import refuse_class_names, refuse_name, shown
@@ -49,7 +50,7 @@ class Request:
         name: of the data set, or None to name it after its source.
     """
 
-    source: Asked
+    source: SourceSpec
     recipe: Recipe
     name: str | None = None
 

@@ -20,9 +20,9 @@ from diffusion_pl.data.decode import (
     planes_of,
 )
 from diffusion_pl.data.depths import Depths
-from diffusion_pl.data.originals import Original, Pixels
 from diffusion_pl.data.reduce import FILTERS
 from diffusion_pl.data.shard_format import ENDINGS, LARGEST_RESOLUTION
+from diffusion_pl.data.sources.base import Original, Pixels
 from diffusion_pl.errors import UserError
 
 # Raised when the same settings come to give other pixels. 2: box-bicubic is ADM's.

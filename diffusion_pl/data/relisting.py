@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from diffusion_pl.data.originals import Asked, Originals, digest_of, open_originals
 from diffusion_pl.data.recipe import Recipe, versions
 from diffusion_pl.data.shard_format import Manifest, key_of, open_index
+from diffusion_pl.data.sources.base import Originals, SourceSpec, digest_of
+from diffusion_pl.data.sources.open import open_originals
 from diffusion_pl.errors import UserError
 from diffusion_pl.files import last_change, regular
 
@@ -33,7 +34,9 @@ def listed(originals: Originals) -> dict[str, Any]:
     return kept | ({} if states is None else {"states": digest_of(states)})
 
 
-def check_unchanged(manifest: Manifest, asked: Asked, recipe: Recipe, folder: Path) -> str | None:
+def check_unchanged(
+    manifest: Manifest, asked: SourceSpec, recipe: Recipe, folder: Path
+) -> str | None:
     """List the source again and hold it against what was prepared.
 
     Args:

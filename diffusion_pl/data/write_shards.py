@@ -27,7 +27,6 @@ from webdataset import TarWriter
 from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.fingerprint import fingerprint, image_digests
 from diffusion_pl.data.labels import counts
-from diffusion_pl.data.originals import Originals
 from diffusion_pl.data.recipe import Recipe, versions
 from diffusion_pl.data.shard_format import (
     ENDINGS,
@@ -39,6 +38,7 @@ from diffusion_pl.data.shard_format import (
     key_of,
     shard_name,
 )
+from diffusion_pl.data.sources.base import Originals
 from diffusion_pl.errors import UserError
 from diffusion_pl.files import aside, regular, write_atomically
 

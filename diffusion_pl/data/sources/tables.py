@@ -20,7 +20,7 @@ from diffusion_pl.data.files import LARGEST_FILE
 from diffusion_pl.data.labels import LIKE_LABELS, Numbered, numbered
 from diffusion_pl.data.layout import columns_named
 from diffusion_pl.data.lmdb_reading import Child
-from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
+from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of
 from diffusion_pl.data.splits import of_split
 from diffusion_pl.errors import UserError
 from diffusion_pl.files import last_change, regular
@@ -196,7 +196,7 @@ def _parquet(path: Path, use: Any) -> Any:
         return use(opened)
 
 
-def open_parquet(files: Sequence[Path], name: str, asked: Asked) -> Originals:
+def open_parquet(files: Sequence[Path], name: str, asked: SourceSpec) -> Originals:
     """Tables whose rows hold an image file's bytes, alone or as {bytes, path}, and maybe a label.
 
     Args:

@@ -29,7 +29,7 @@ from diffusion_pl.data.files import (
     says_nothing,
 )
 from diffusion_pl.data.labels import LIKE_LABELS, Numbered, in_order, numbered
-from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
+from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of
 from diffusion_pl.data.splits import ALL, of_split
 from diffusion_pl.errors import UserError
 from diffusion_pl.files import last_change, regular
@@ -87,7 +87,7 @@ def _changes(
     return times[[number for number, *_ in places]]
 
 
-def open_tars(files: Sequence[Path], name: str, asked: Asked) -> Originals:
+def open_tars(files: Sequence[Path], name: str, asked: SourceSpec) -> Originals:
     """Samples in the order of the tars' names, then of the tar.
 
     Args:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from diffusion_pl.data.cifar10 import CIFAR10
-from diffusion_pl.data.originals import Original, Originals, Pixels, digest_of
 from diffusion_pl.data.scenes import GROUNDS, Latents, latents
 from diffusion_pl.data.shapes import SHAPES
+from diffusion_pl.data.sources.base import Original, Originals, Pixels, digest_of
 from diffusion_pl.data.synthetic import Synthetic, render
 from diffusion_pl.errors import UserError
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from diffusion_pl.data.files import Files
 from diffusion_pl.data.layout import list_images
-from diffusion_pl.data.originals import Asked, Original, Originals, digest_of
+from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class _FileReader:
         return Original(name, self.files.read(name))
 
 
-def open_folder(asked: Asked, name: str) -> Originals:
+def open_folder(asked: SourceSpec, name: str) -> Originals:
     """A folder or a zip file of images, in the order of their relative paths.
 
     Args:

@@ -1,27 +1,19 @@
-"""The images that a data set is prepared from: what a source holds, one original at a time.
-
-A source's images have a fixed order and are read by their place in it, so any process can read
-any part. What kind of source a path names is seen from its name and from what lies in it.
-"""
+"""What kind of source a path names, seen from its name and from what lies in it; and its images."""
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Literal
 
 from diffusion_pl.data.files import EXTENSIONS, ending_of, is_leftover
 from diffusion_pl.data.shard_format import INDEX, MANIFEST
+from diffusion_pl.data.sources import folder
+from diffusion_pl.data.sources.base import Originals, SourceSpec
 from diffusion_pl.errors import UserError
-
-Pixels = npt.NDArray[np.uint8]
 
 Kind = Literal["synthetic", "folder", "zip", "cifar10", "tars", "lmdb", "parquet"]
 
@@ -40,90 +32,6 @@ _KNOWN = (
     "a folder or .zip of images, CIFAR-10's .tar.gz or its folder, WebDataset .tar files, an LSUN "
     "folder with data.mdb, .parquet files, or synthetic"
 )
-
-
-@dataclass(frozen=True)
-class Original:
-    """One image of a source.
-
-    Args:
-        name: names it in complaints and in the shards.
-        picture: an image file's bytes; or pixels uint8 (3, H, W); or such pixels drawn at each
-            resolution.
-    """
-
-    name: str
-    picture: bytes | Pixels | Mapping[int, Pixels]
-
-
-class Reader(Protocol):
-    """Random access to a source, from any process that has a copy."""
-
-    def read(self, index: int, /) -> Original:
-        """An original by its place in the source.
-
-        Raises:
-            UserError: it is damaged, in one line.
-        """
-
-
-@dataclass(frozen=True)
-class Originals:
-    """Everything that a source holds.
-
-    Args:
-        name: of the data set.
-        reader: of the images.
-        count: images.
-        listing: digest (hex) of what there is, by name or place; another one is another source.
-        labels: int32 (N,), or None when unlabelled.
-        classes: number of classes, 0 when unlabelled.
-        class_names: in order, or None where the source has none.
-        labels_from: what the labels were read from, in words.
-        unread: how many members, columns or files of each kind nobody reads.
-        notes: what the user should know.
-        names: of the images in order, None where they have none but their place.
-        states: of each image, what a change of its file changes; None where `listing` tells.
-        changed: when the file of each was last written or replaced, ns; None where the others tell.
-    """
-
-    name: str
-    reader: Reader
-    count: int
-    listing: str
-    labels: npt.NDArray[np.int32] | None = None
-    classes: int = 0
-    class_names: list[str] | None = None
-    labels_from: str = ""
-    unread: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    names: list[str] | None = None
-    states: list[str] | None = None
-    changed: Sequence[int] | npt.NDArray[np.int64] | None = None
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A source as the user named it; None leaves a setting to the source.
-
-    Args:
-        path: file, folder or pattern; or `synthetic`.
-        labels: True wants classes (of a folder: its first folders), False drops them; None takes
-            those that are written down.
-        count: images of the synthetic set.
-        seed: of the synthetic set.
-        split: train or test of CIFAR-10; one of a folder's, a table's or tars' splits.
-        image: name of the images in a table or of their ending in a tar, where there are several.
-        label: the same of the labels; beside a folder's images, a column of metadata.csv.
-    """
-
-    path: str
-    labels: bool | None = None
-    count: int | None = None
-    seed: int | None = None
-    split: str | None = None
-    image: str | None = None
-    label: str | None = None
 
 
 def kind_of(path: str) -> tuple[Kind, list[Path]]:
@@ -199,7 +107,7 @@ def _is_prepared(folder: Path) -> bool:
     return (folder / INDEX).is_file() and (folder / MANIFEST).is_file()
 
 
-def open_originals(asked: Asked, resolutions: Sequence[int]) -> tuple[Kind, Originals]:
+def open_originals(asked: SourceSpec, resolutions: Sequence[int]) -> tuple[Kind, Originals]:
     """Look through a source; images are decoded later.
 
     Args:
@@ -224,31 +132,30 @@ def open_originals(asked: Asked, resolutions: Sequence[int]) -> tuple[Kind, Orig
     return kind, originals
 
 
-def _opened(kind: Kind, asked: Asked, files: list[Path], resolutions: Sequence[int]) -> Originals:
-    # Each kind is imported when it is asked for: tables need packages that others do without.
+def _opened(
+    kind: Kind, asked: SourceSpec, files: list[Path], resolutions: Sequence[int]
+) -> Originals:
+    # Imported when they are asked for: tables need packages that others do without.
     if kind == "tars":
-        from diffusion_pl.data.originals_tars import open_tars
+        from diffusion_pl.data.sources.tars import open_tars
 
         return open_tars(files, set_name("tars", asked.path), asked)
     if kind == "lmdb":
-        from diffusion_pl.data.originals_tables import open_lmdb
+        from diffusion_pl.data.sources.tables import open_lmdb
 
         return open_lmdb(files[0], set_name("lsun", asked.path))
     if kind == "parquet":
-        from diffusion_pl.data.originals_tables import open_parquet
+        from diffusion_pl.data.sources.tables import open_parquet
 
         return open_parquet(files, set_name("table", asked.path), asked)
     if kind in ("folder", "zip"):
-        from diffusion_pl.data.originals_folder import open_folder
-
-        return open_folder(asked, set_name("folder", asked.path))
-    from diffusion_pl.data import originals_own
+        return folder.open_folder(asked, set_name("folder", asked.path))
+    # These wait for torch, which a folder's listing does not.
+    from diffusion_pl.data.sources import own
 
     if kind == "synthetic":
-        return originals_own.open_synthetic(asked.count, asked.seed, resolutions)
-    if kind == "cifar10":
-        return originals_own.open_cifar10(asked.path, asked.split or "train")
-    raise AssertionError(kind)
+        return own.open_synthetic(asked.count, asked.seed, resolutions)
+    return own.open_cifar10(asked.path, asked.split or "train")
 
 
 def set_name(kind: str, path: str) -> str:
@@ -258,11 +165,3 @@ def set_name(kind: str, path: str) -> str:
     if glob.has_magic(own):  # a pattern: the folder it is in, or what it begins with
         own = own.split("*")[0].split("?")[0].split("[")[0] or place.parent.resolve().name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{kind}-{own}").strip("-.")
-
-
-def digest_of(lines: Iterable[object]) -> str:
-    """Digest (hex) of a listing."""
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(f"{line}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()

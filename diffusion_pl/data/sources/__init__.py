@@ -1,0 +1,1 @@
+"""Where a data set may be prepared from: a kind of source a file."""

@@ -1,0 +1,109 @@
+"""The images that a data set is prepared from: what a source holds, one original at a time.
+
+A source's images have a fixed order and are read by their place in it, so any process can read
+any part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Original:
+    """One image of a source.
+
+    Args:
+        name: names it in complaints and in the shards.
+        picture: an image file's bytes; or pixels uint8 (3, H, W); or such pixels drawn at each
+            resolution.
+    """
+
+    name: str
+    picture: bytes | Pixels | Mapping[int, Pixels]
+
+
+class Reader(Protocol):
+    """Random access to a source, from any process that has a copy."""
+
+    def read(self, index: int, /) -> Original:
+        """An original by its place in the source.
+
+        Raises:
+            UserError: it is damaged, in one line.
+        """
+
+
+@dataclass(frozen=True)
+class Originals:
+    """Everything that a source holds.
+
+    Args:
+        name: of the data set.
+        reader: of the images.
+        count: images.
+        listing: digest (hex) of what there is, by name or place; another one is another source.
+        labels: int32 (N,), or None when unlabelled.
+        classes: number of classes, 0 when unlabelled.
+        class_names: in order, or None where the source has none.
+        labels_from: what the labels were read from, in words.
+        unread: how many members, columns or files of each kind nobody reads.
+        notes: what the user should know.
+        names: of the images in order, None where they have none but their place.
+        states: of each image, what a change of its file changes; None where `listing` tells.
+        changed: when the file of each was last written or replaced, ns; None where the others tell.
+    """
+
+    name: str
+    reader: Reader
+    count: int
+    listing: str
+    labels: npt.NDArray[np.int32] | None = None
+    classes: int = 0
+    class_names: list[str] | None = None
+    labels_from: str = ""
+    unread: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    names: list[str] | None = None
+    states: list[str] | None = None
+    changed: Sequence[int] | npt.NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """A source as the user named it; None leaves a setting to the source.
+
+    Args:
+        path: file, folder or pattern; or `synthetic`.
+        labels: True wants classes (of a folder: its first folders), False drops them; None takes
+            those that are written down.
+        count: images of the synthetic set.
+        seed: of the synthetic set.
+        split: train or test of CIFAR-10; one of a folder's, a table's or tars' splits.
+        image: name of the images in a table or of their ending in a tar, where there are several.
+        label: the same of the labels; beside a folder's images, a column of metadata.csv.
+    """
+
+    path: str
+    labels: bool | None = None
+    count: int | None = None
+    seed: int | None = None
+    split: str | None = None
+    image: str | None = None
+    label: str | None = None
+
+
+def digest_of(lines: Iterable[object]) -> str:
+    """Digest (hex) of a listing."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
