@@ -33,7 +33,7 @@ from diffusion_pl.addresses import masked, refuse_credentials
 from diffusion_pl.commands import options, results
 from diffusion_pl.commands.safety import refuse_unsafe
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import of_the_machine
+from diffusion_pl.io.files import of_the_machine
 from diffusion_pl.names import refuse_controls, shown
 from diffusion_pl.signals import RESUMABLE, Stopped, Wish, is_later_rank
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import write_atomically
+from diffusion_pl.io.files import write_atomically
 
 
 def from_bytes(images: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import open_lock
+from diffusion_pl.io.files import open_lock
 from diffusion_pl.names import shown
 from diffusion_pl.processes import began_at, is_running, place
 

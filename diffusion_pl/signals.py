@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from diffusion_pl import locks
-from diffusion_pl.files import write_atomically
+from diffusion_pl.io.files import write_atomically
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from prepared import cifar10, fill, noise, tarred, zipped
 from prepared import file as encoded
 
-from diffusion_pl.data.pickled import read_pickle
+from diffusion_pl.io.unpickle import read_plain
 
 
 def preparing(name: str) -> list[str]:
@@ -313,23 +313,23 @@ def cifar10_archive_that_unpacks_without_end(place):
 
 @case("x: ", "remembers a value as number 16,777,216")
 def pickle_whose_memory_takes_a_table_without_end(place):
-    return lambda: read_pickle(b"\x80\x02K\x01r\0\0\0\x01.", where="x")
+    return lambda: read_plain(b"\x80\x02K\x01r\0\0\0\x01.", where="x")
 
 
 @case("x: ", "tuples more than 10,000 deep")
 def pickle_whose_key_exhausts_the_stack(place):
     program = b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s."
-    return lambda: read_pickle(program, where="x")
+    return lambda: read_plain(program, where="x")
 
 
 @case("x: ", "not a pickle of plain data")
 def pickle_of_a_number_without_end(place):
-    return lambda: read_pickle(b"L" + b"9" * 10**6 + b"L\n.", where="x")
+    return lambda: read_plain(b"L" + b"9" * 10**6 + b"L\n.", where="x")
 
 
 @case("x: ", "asks for builtins.eval, which is refused")
 def pickle_that_evaluates(place):
-    return lambda: read_pickle(b"cbuiltins\neval\n(V__import__('os').mkdir('ran')\ntR.", where="x")
+    return lambda: read_plain(b"cbuiltins\neval\n(V__import__('os').mkdir('ran')\ntR.", where="x")
 
 
 @case("out", "cannot be written")

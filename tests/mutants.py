@@ -259,12 +259,12 @@ MUTANTS = [
         ("            point_to(candidate)", "            abs(1)"),
     ),
     *at(
-        "files.py",
+        "io/files.py",
         "training",
         ("os.replace(temporary, path)", "temporary.unlink()"),
     ),
     *at(
-        "training/writing.py",
+        "io/files.py",
         "training faults",
         ("path.unlink(missing_ok=True)", "str(path)"),
     ),

@@ -6,7 +6,7 @@ from mutant import at
 
 MUTANTS = [
     *at(
-        "download.py",
+        "io/download.py",
         "remote data_download",
         ("if self.total is not None and came < self.total:", "if False:"),
         ("pace, came = Pace(self.patience), self.start", "pace, came = Pace(self.patience), 0"),
@@ -62,7 +62,7 @@ MUTANTS = [
         ("np.diff([*firsts, starts[-1]])", "np.diff([*firsts, starts[-1]]) * 0"),
     ),
     *at(
-        "files.py",
+        "io/files.py",
         "prepare_labels",
         ("max(state.st_mtime_ns, state.st_ctime_ns)", "state.st_mtime_ns"),
     ),

@@ -6,7 +6,7 @@ from mutant import at
 
 MUTANTS = [
     *at(
-        "files.py",
+        "io/files.py",
         "regular",
         ("flags | os.O_NOFOLLOW, 0o666)", "flags, 0o666)"),
         ("os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_CLOEXEC | os.O_NONBLOCK"),
@@ -14,7 +14,7 @@ MUTANTS = [
         ("if not stat.S_ISREG(os.fstat(descriptor).st_mode):", "if False:"),
     ),
     *at(
-        "files.py",
+        "io/files.py",
         "beside",
         ("error.errno not in _OF_THE_MACHINE:", "True:"),
     ),
@@ -47,7 +47,7 @@ MUTANTS = [
         ("power_ema.set_damaged_aside(self.folder)", "pass"),
     ),
     *at(
-        "download.py",
+        "io/download.py",
         "bounded_reading",
         ("if self.came < self.patience.slowest * seconds:", "if False:"),
         ("found, error = answer.get(timeout=seconds)", "found, error = answer.get()"),
@@ -57,7 +57,7 @@ MUTANTS = [
         ("if came > copy.patience.slowest *", "if came > 0 *"),
     ),
     *at(
-        "data/remote.py",
+        "io/cache.py",
         "bounded_reading",
         ("if len(found) > largest:", "if False:"),
         ("if self.done + len(block) > self.size:", "if False:"),

@@ -6,14 +6,14 @@ from mutant import at
 
 MUTANTS = [
     *at(
-        "data/pickle_program.py",
+        "io/unpickle.py",
         "hostile_corpus",
         ("if place > max(number, 255):", "if False:"),
         ("if depth > DEEPEST:", "if False:"),
         ('rpartition("WeightsUnpickler error: ")[2]', 'rpartition("\\0")[2]'),
     ),
     *at(
-        "data/pickled.py",
+        "io/unpickle.py",
         "hostile_corpus",
         ("        look_through(data)", "        abs(1)"),
         ('" ".join(str(error).split())', '"\\n"'),
@@ -33,7 +33,7 @@ MUTANTS = [
         ('raise UserError("\\n".join(problems))', "raise UserError(problems[0])"),
     ),
     *at(
-        "data/container.py",
+        "io/unpickle.py",
         "hostile_corpus",
         ("entry.compress_type != zipfile.ZIP_STORED", "False"),
         ("if sum(entry.file_size for entry in entries) > size:", "if False:"),

@@ -109,7 +109,6 @@ MUTANTS = [
         ("if arguments:\n            raise", "if False:\n            raise"),
         ("if taken > TIED * held:", "if False:"),
         ("if len(data) != length * dtype.itemsize:", "if False:"),
-        ('raise UserError("attributes of a function")', "pass"),
     ),
     *at(
         "data/decode.py",
@@ -126,8 +125,16 @@ MUTANTS = [
         ('            "channels": self.recipe.channels,\n', ""),
     ),
     *at("metrics/features.py", "channels", ("255 * (255 - alpha)", "0 * (255 - alpha)")),
-    *at("data/pickle_program.py", "hostile_corpus", ("if number > MOST:", "if False:")),
-    *at("data/container.py", "hostile_corpus", ('if b"bytearray" in program:', "if False:")),
+    *at("io/unpickle.py", "hostile_corpus", ("if number > MOST:", "if False:")),
+    *at(
+        "io/unpickle.py",
+        "hostile_corpus interop_edm data_cifar10",
+        ('raise UserError("attributes of a function")', "pass"),
+        ("raise refused(module, name)", "return super().find_class(module, name)"),
+        ("math.prod(shape) != len(self.data):", "False:"),
+        ('self.code != "B" or', ""),
+    ),
+    *at("io/unpickle.py", "hostile_corpus", ('if b"bytearray" in program:', "if False:")),
     *at(
         "interop/files.py",
         "import_diffusers",

@@ -104,7 +104,7 @@ MUTANTS = [
         ("            if done:\n", "            if not done:\n"),
     ),
     *at(
-        "files.py",
+        "io/files.py",
         "newcomer",
         ("    if path.exists():\n        return None\n", ""),
     ),

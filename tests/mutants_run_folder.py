@@ -37,12 +37,12 @@ MUTANTS = [
         ("    elif not _EARLIER.search(path.name):\n        return False\n", ""),
     ),
     *at(
-        "training/writing.py",
+        "io/files.py",
         "locks",
         ("if processes.is_leftover(path):", "if True:"),
     ),
     *at(
-        "files.py",
+        "io/files.py",
         "locks",
         ("temporary = processes.temporary(path)",
          'temporary = path.with_name(f".{path.name}.9.tmp")'),

@@ -98,7 +98,7 @@ MUTANTS = [
         ("if begun", "if not begun"),
     ),
     *at(
-        "download.py",
+        "io/download.py",
         "remote data_download",
         ("fcntl.flock(file, fcntl.LOCK_EX)", "pass"),
         ("            if is_there():", "            if False:"),
@@ -109,12 +109,12 @@ MUTANTS = [
         ("if not copy.bytes():", "if False:"),
     ),
     *at(
-        "files.py",
+        "io/files.py",
         "locks regular",
         ("temporary.unlink(missing_ok=True)", "pass"),
     ),
     *at(
-        "data/remote.py",
+        "io/cache.py",
         "remote",
         ("os.utime(final)", "pass"),
         ("if size > self.limit:", "if size > self.limit + 1:"),

@@ -108,7 +108,7 @@ MUTANTS = [
         ("isinstance(value, str) and (found := credential_in(value))", "(found := None)"),
     ),
     *at(
-        "data/remote.py",
+        "io/cache.py",
         "credentials",
         ('    refuse_credentials(url, "data.path")', "    abs(1)"),
         ("    if MASK in url:", "    if False:"),

@@ -500,7 +500,7 @@ def _tar(contents: dict[str, bytes], mode: str = "w") -> bytes:
 def cifar10(folder: Path) -> Kind:
     """The archive, and a batch of it."""
     from diffusion_pl.data.cifar10 import CIFAR10
-    from diffusion_pl.data.pickled import read_pickle
+    from diffusion_pl.io.unpickle import read_plain
 
     pixels = np.arange(2 * 3072, dtype=np.uint16).astype(np.uint8).reshape(2, 3072)
     batch = pickle.dumps({b"data": pixels, b"labels": [3, 4], b"batch_label": b"one"}, 2)
@@ -508,7 +508,7 @@ def cifar10(folder: Path) -> Kind:
 
     def read(data: bytes, which: str) -> Any:
         if which == "batch":
-            return repr(read_pickle(data, where="x"))
+            return repr(read_plain(data, where="x"))
         path = folder / "mutant.tar.gz"
         path.write_bytes(data)
         found = CIFAR10(str(path), "test", batch_size=1).open()
@@ -613,7 +613,7 @@ def edm(folder: Path) -> Kind:
     def read(data: bytes, which: str) -> Any:
         path.write_bytes(data)
         if which == "values":
-            found = pickles.read_pickle(path)
+            found = pickles.read_plain(path)
             return repr(found[0]) if isinstance(found, list) and found else None
         config, state = edm.read(path)
         return {name: value.numpy().tobytes() for name, value in edm.weights(config, state).items()}

@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors"},
     {"addresses", "names", "processes"},
-    {"files"},
-    {"download", "locks"},
+    {"io"},
+    {"locks"},
     {"images", "positions", "ranks", "seeds", "signals", "config"},
     {"diffusion", "networks", "metrics", "data"},
     {"objectives", "samplers"},

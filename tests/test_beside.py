@@ -20,8 +20,8 @@ from test_cli import TINY
 
 from diffusion_pl import processes
 from diffusion_pl.cli import main
-from diffusion_pl.files import of_the_machine
 from diffusion_pl.images import save_png
+from diffusion_pl.io.files import of_the_machine
 from diffusion_pl.training.history import History
 from diffusion_pl.training.unfailing import Unfailing
 

@@ -18,9 +18,9 @@ from servers import served
 from sharded import pixels, source, write
 
 from diffusion_pl import download
-from diffusion_pl.data import remote
-from diffusion_pl.data.remote import Cache
-from diffusion_pl.download import Patience, fetch
+from diffusion_pl.io import cache as remote
+from diffusion_pl.io.cache import Cache
+from diffusion_pl.io.download import Patience, fetch
 
 # A second in place of a minute.
 SHORT = Patience(silence=0.3, slowest=1000, window=0.3, total=0.8)

@@ -20,7 +20,7 @@ from diffusion_pl import config
 from diffusion_pl.addresses import credential_in, masked
 from diffusion_pl.cli import main
 from diffusion_pl.config import Config, ConfigError
-from diffusion_pl.data import remote
+from diffusion_pl.io import cache as remote
 from diffusion_pl.training import checkpoint as checkpoints
 
 # hunter2 is the secret; what must be named instead of it.

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from diffusion_pl.data.cifar10 import BATCHES, CIFAR10
-from diffusion_pl.data.pickled import read_pickle
+from diffusion_pl.io.unpickle import read_plain
 
 FOLDER = "cifar-10-batches-py"
 NAMES = (*BATCHES["train"], *BATCHES["test"])
@@ -158,8 +158,8 @@ def test_a_pickle_of_python_2_and_numpy_1_is_read() -> None:
         pickle.dumps({b"data": array}, 2),
         pickle.dumps({b"data": by_columns}, 2),
     ):
-        assert np.array_equal(read_pickle(text, where="x")[b"data"], array)
-    assert read_pickle(written, where="x")[b"labels"] == [3, 9]
+        assert np.array_equal(read_plain(text, where="x")[b"data"], array)
+    assert read_plain(written, where="x")[b"labels"] == [3, 9]
 
 
 class _Call:
@@ -210,7 +210,7 @@ def test_a_pickle_that_runs_a_command_is_refused_and_not_run(archive: Path, tmp_
 )
 def test_anything_but_plain_data_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=r"^where: not a pickle of plain data: "):
-        read_pickle(pickle.dumps({b"data": value}, 2), where="where")
+        read_plain(pickle.dumps({b"data": value}, 2), where="where")
 
 
 @pytest.mark.parametrize(

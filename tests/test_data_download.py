@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_pl.download import fetch
+from diffusion_pl.io.download import fetch
 
 CONTENT = bytes(range(251)) * 12_000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from diffusion_pl import locks, processes
-from diffusion_pl.training.writing import sweep, write_atomically
+from diffusion_pl.io.files import sweep, write_atomically
 
 # Light processes: of this package they import the locks alone.
 HOLD = """

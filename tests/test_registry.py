@@ -161,10 +161,10 @@ def test_everything_else_of_the_package_is_refused():
         "diffusion_pl.cli.main",
         "diffusion_pl.commands.train.run",
         "diffusion_pl.config.reading.load",
-        "diffusion_pl.download.fetch",
+        "diffusion_pl.io.download.fetch",
         "diffusion_pl.data.prepare.prepare",
         "diffusion_pl.metrics.inception.download",
-        "diffusion_pl.files.write_atomically",
+        "diffusion_pl.io.files.write_atomically",
     } <= set(refused)
     assert len(refused) > 300
 

@@ -14,7 +14,7 @@ from test_cli import TINY
 
 from diffusion_pl import processes
 from diffusion_pl.cli import main
-from diffusion_pl.files import open_lock, regular, write_atomically
+from diffusion_pl.io.files import open_lock, regular, write_atomically
 
 
 class Hangs(BaseException):

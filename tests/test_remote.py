@@ -19,10 +19,10 @@ import torch
 from servers import s3, served, upload
 from sharded import edit, pixels, source, write
 
-from diffusion_pl.data import remote
 from diffusion_pl.data.loader import Batches, Loader, Share
 from diffusion_pl.data.order import Order
-from diffusion_pl.data.remote import Cache
+from diffusion_pl.io import cache as remote
+from diffusion_pl.io.cache import Cache
 
 
 @pytest.fixture(scope="module")

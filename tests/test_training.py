@@ -17,6 +17,7 @@ from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.evaluation import Evaluation
+from diffusion_pl.io.files import write_atomically
 from diffusion_pl.metrics import shapes
 from diffusion_pl.metrics.frechet import Frechet
 from diffusion_pl.networks.song_unet import SongUNet
@@ -35,7 +36,6 @@ from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.run import Experiment, fit
 from diffusion_pl.training.sanity import NonFinite
 from diffusion_pl.training.settings import Settings
-from diffusion_pl.training.writing import write_atomically
 
 BATCH = 8
 

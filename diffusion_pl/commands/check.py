@@ -16,13 +16,13 @@ from diffusion_pl.commands.options import Allow
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.config import Config
 from diffusion_pl.data.folder import ImageFolder
-from diffusion_pl.data.remote import is_remote
 from diffusion_pl.data.shard_format import MANIFEST, Manifest
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import nearest
+from diffusion_pl.io.cache import is_remote
+from diffusion_pl.io.files import nearest
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.lr_schedule import is_torch_s

@@ -16,7 +16,7 @@ from diffusion_pl.commands.results import Result
 from diffusion_pl.config.renaming import renamed
 from diffusion_pl.config.strangers import RESOLVED
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import small, write_atomically
+from diffusion_pl.io.files import small, write_atomically
 from diffusion_pl.training import checkpoint as checkpoints
 
 

@@ -27,8 +27,8 @@ from diffusion_pl.diffusion.recording import Counted
 from diffusion_pl.diffusion.resizing import resized
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing, batches
-from diffusion_pl.files import regular
 from diffusion_pl.images import from_bytes, grid, save_png, to_bytes
+from diffusion_pl.io.files import regular
 from diffusion_pl.samplers.pyramid import PyramidSampler
 
 BATCH = 16

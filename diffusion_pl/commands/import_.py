@@ -18,12 +18,11 @@ from diffusion_pl.commands.results import Result, line
 from diffusion_pl.config import Config, ConfigError
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular
 from diffusion_pl.interop import weights as ours
+from diffusion_pl.io.files import regular, write_atomically
 from diffusion_pl.names import refuse_class_names, refuse_name, shown
 from diffusion_pl.networks.counting import spare
 from diffusion_pl.training import checkpoint as checkpoints
-from diffusion_pl.training.writing import write_atomically
 
 
 def command(

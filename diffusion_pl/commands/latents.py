@@ -14,8 +14,8 @@ from diffusion_pl.diffusion.guidance import Clip, clipped, guided
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing
-from diffusion_pl.files import regular
 from diffusion_pl.images import from_bytes
+from diffusion_pl.io.files import regular
 from diffusion_pl.samplers.named import integrator
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Integrator, Sampler

@@ -21,10 +21,9 @@ from diffusion_pl.commands.runs import Opened
 from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.provenance import surroundings
-from diffusion_pl.files import regular
 from diffusion_pl.images import save_png
+from diffusion_pl.io.files import regular, write_atomically
 from diffusion_pl.training import checkpoint as checkpoints
-from diffusion_pl.training.writing import write_atomically
 
 FORMAT = 1
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from diffusion_pl.commands import sbatch_options
 from diffusion_pl.errors import UserError
+from diffusion_pl.io.files import write_atomically
 from diffusion_pl.names import shown
-from diffusion_pl.training.writing import write_atomically
 
 SCRIPT = "job.sbatch"
 TEMPLATE = Path(__file__).with_name(SCRIPT)

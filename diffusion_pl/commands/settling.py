@@ -10,14 +10,13 @@ from diffusion_pl import config
 from diffusion_pl.commands import parts, runs
 from diffusion_pl.config import Config
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import small
+from diffusion_pl.io.files import small, write_atomically
 from diffusion_pl.names import refuse_name, shown
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
 from diffusion_pl.training.lr_schedule import WarmupDecay, is_torch_s
 from diffusion_pl.training.sameness import note
 from diffusion_pl.training.settings import Settings
-from diffusion_pl.training.writing import write_atomically
 
 # What a run may go on under otherwise than it began: where and how fast it computes, which changes
 # no more of it than rounding; where its data lies, which is known by its content; how often it

@@ -21,11 +21,12 @@ from diffusion_pl.commands.settling import FAILED
 from diffusion_pl.config import Config
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.readers import ReaderLost
-from diffusion_pl.data.remote import is_remote
 from diffusion_pl.data.shard_workers import WorkerLost
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Source
 from diffusion_pl.errors import UserError
+from diffusion_pl.io.cache import is_remote
+from diffusion_pl.io.files import sweep, write_atomically
 from diffusion_pl.names import shown
 from diffusion_pl.signals import MARKER, RESUMABLE, Wish
 from diffusion_pl.training import bounds
@@ -37,7 +38,6 @@ from diffusion_pl.training.meeting import NotMet, see_place, starter
 from diffusion_pl.training.run import Experiment, fit, last_measurements
 from diffusion_pl.training.sanity import NonFinite
 from diffusion_pl.training.settings import Settings
-from diffusion_pl.training.writing import sweep, write_atomically
 
 FAILURES: tuple[type[Exception], ...] = (
     NonFinite,

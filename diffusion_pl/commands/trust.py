@@ -15,9 +15,9 @@ from diffusion_pl import config
 from diffusion_pl.config import Config
 from diffusion_pl.config.reading import OVERRIDE
 from diffusion_pl.config.registry import is_part
-from diffusion_pl.data.remote import is_remote
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.source import Source
+from diffusion_pl.io.cache import is_remote
 from diffusion_pl.metrics.features import Extractor
 
 

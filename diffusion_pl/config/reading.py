@@ -29,7 +29,7 @@ from diffusion_pl.config.tree import (
     step,
 )
 from diffusion_pl.config.words import meant, refuse_misread
-from diffusion_pl.files import regular
+from diffusion_pl.io.files import regular
 
 BASE = "base"
 EXPERIMENTS = Path("experiments")

@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 
 from diffusion_pl.data.crops import Crop
-from diffusion_pl.data.pickled import read_pickle
 from diffusion_pl.data.source import Images, load, reduced
-from diffusion_pl.download import fetch
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular
+from diffusion_pl.io.download import fetch
+from diffusion_pl.io.files import regular
+from diffusion_pl.io.unpickle import read_plain
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
@@ -204,7 +204,7 @@ def _decode(data: bytes, where: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray
     Raises:
         UserError: not n rows of 3,072 bytes with n labels 0..9.
     """
-    batch = read_pickle(data, where=where)
+    batch = read_plain(data, where=where)
     if not isinstance(batch, dict) or not {b"data", b"labels"} <= set(batch):
         raise UserError(f"{where}: not a CIFAR-10 batch, which holds b'data' and b'labels'")
     pixels, labels = batch[b"data"], batch[b"labels"]

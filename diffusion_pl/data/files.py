@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import last_change, regular
+from diffusion_pl.io.files import last_change, regular
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp"})
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular
+from diffusion_pl.io.files import regular
 
 _SECONDS = 60.0  # for one answer; a damaged tree may go round in circles
 _KEYS = -1

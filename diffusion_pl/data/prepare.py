@@ -27,7 +27,7 @@ from diffusion_pl.data.shard_workers import too_many, write_all
 from diffusion_pl.data.sources.base import SourceSpec
 from diffusion_pl.data.sources.open import open_originals
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import last_change, regular, write_atomically
+from diffusion_pl.io.files import last_change, regular, write_atomically
 from diffusion_pl.names import refuse_class_names, refuse_name, shown
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from diffusion_pl.data.shard_format import Manifest, key_of, open_index
 from diffusion_pl.data.sources.base import Originals, SourceSpec, digest_of
 from diffusion_pl.data.sources.open import open_originals
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import last_change, regular
+from diffusion_pl.io.files import last_change, regular
 
 # Names are read out of the shards, a header an image: seconds for so many.
 _MOST_NAMED = 100_000

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular, write_atomically
+from diffusion_pl.io.files import regular, write_atomically
 
 FORMAT = 1
 MANIFEST = "dataset.json"

@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-from diffusion_pl.data import remote
 from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.members import Members
 from diffusion_pl.data.prepare import Request, prepare
@@ -30,7 +29,8 @@ from diffusion_pl.data.shard_format import (
 from diffusion_pl.data.source import Images, load
 from diffusion_pl.data.tars import Tars
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import nearest, regular
+from diffusion_pl.io import cache as remote
+from diffusion_pl.io.files import nearest, regular
 from diffusion_pl.names import plain
 
 _SETS = "sets"

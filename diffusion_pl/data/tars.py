@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusion_pl.data.remote import Cache
 from diffusion_pl.data.shard_format import Manifest
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular
+from diffusion_pl.io.cache import Cache
+from diffusion_pl.io.files import regular
 
 # Files a process keeps open for one resolution at least; a thousand is a common limit for all of
 # it, which is raised, as far as the system lets it be, where there are more shards.

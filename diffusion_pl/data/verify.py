@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffusion_pl.data.shard_format import INDEX, SHARDS, Manifest, open_index
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import sha256_of
+from diffusion_pl.io.files import sha256_of
 
 _AGAIN = "fetch or prepare the data again"
 

@@ -40,7 +40,7 @@ from diffusion_pl.data.shard_format import (
 )
 from diffusion_pl.data.sources.base import Originals
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import aside, regular, write_atomically
+from diffusion_pl.io.files import aside, regular, write_atomically
 
 # By default the library runs what pickled members and `pipe:` addresses ask for; ours reads nothing
 # through it, and whoever does so beside us shall not either.

@@ -20,9 +20,9 @@ from diffusion_pl.diffusion.guidance import Clip, thresholded
 from diffusion_pl.diffusion.preconditioning import Denoiser, Preconditioning
 from diffusion_pl.diffusion.timesteps import CosineBetas, LinearBetas, Timesteps
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import write_atomically
 from diffusion_pl.interop.diffusers import CONFIG, INDEX, NETWORK, SCHEDULER_CONFIG, STEM
 from diffusion_pl.interop.layouts import DIFFUSERS, size
+from diffusion_pl.io.files import write_atomically
 from diffusion_pl.networks.ddpm_unet import ACTIVATIONS, Block, DDPMUNet
 from diffusion_pl.objectives.ddpm import PredictImage, PredictNoise, PredictVelocity
 

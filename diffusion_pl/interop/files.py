@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular
+from diffusion_pl.io.files import regular
 
 # A config of 1,000 betas takes 30,000 bytes, a header of 10,000 tensors 2,000,000.
 MOST_JSON, MOST_HEADER = 2**20, 2**23

@@ -23,10 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_pl.data.container import unfit_entries
-from diffusion_pl.data.pickle_program import look_through, reason_of
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular
+from diffusion_pl.io.files import regular
+from diffusion_pl.io.unpickle import (
+    Array,
+    Dtype,
+    Function,
+    look_through,
+    reason_of,
+    refused,
+    unfit_entries,
+)
 
 # Modules within modules, and modules in all: far more than any network has.
 DEEPEST, MOST = 100, 100_000
@@ -104,54 +111,10 @@ class _Set:
         return isinstance(self.items, list) and item in self.items
 
 
-class _Function:
-    """One of our functions, so that a pickle that sets attributes of it cannot."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.function(*arguments)
-
-    def __setstate__(self, state: object) -> None:
-        raise UserError("attributes of a function")
-
-
-FORMATS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "u1": "B", "b1": "?"}
-
-
-class _Dtype:
-    """numpy.dtype: the format of a number."""
-
-    def __init__(self, code: object, *flags: object) -> None:
-        if code not in FORMATS:
-            raise UserError(f"a number of type {code!r}")
-        self.code = FORMATS[str(code)]
-
-    def __setstate__(self, state: object) -> None:
-        """Byte order and alignment; the files are of little-endian machines."""
-
-
 def _scalar(dtype: Any, data: object) -> Any:
-    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
+    if not isinstance(dtype, Dtype) or not isinstance(data, bytes):
         raise UserError("a numpy scalar without bytes")
     return struct.unpack(f"<{dtype.code}", data)[0]
-
-
-class _Array:
-    """numpy.ndarray: its bytes as they are, for they may be named as often as the file likes."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.shape: tuple[int, ...] = ()
-        self.data, self.code = b"", "u1"
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, _, data = state
-        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
-            raise UserError("a numpy array without bytes")
-        self.shape, self.data, self.code = shape, data, dtype.code
 
 
 class _Storage:
@@ -226,25 +189,25 @@ KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("dnnlib.util", "EasyDict"): _Dict,
     ("collections", "OrderedDict"): _Ordered,
     ("collections", "Counter"): Standin,
-    ("collections", "defaultdict"): _Function(_default_dict),
+    ("collections", "defaultdict"): Function(_default_dict),
     ("builtins", "set"): _Set,
     ("__builtin__", "set"): _Set,
     ("builtins", "object"): Standin,
     ("__builtin__", "object"): Standin,
-    ("copyreg", "_reconstructor"): _Function(_legacy_object),
-    ("copy_reg", "_reconstructor"): _Function(_legacy_object),
-    ("_codecs", "encode"): _Function(_encode),
-    ("torch", "Size"): _Function(_size),
-    ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
-    ("torch.storage", "_load_from_bytes"): _Function(_old_storage),
+    ("copyreg", "_reconstructor"): Function(_legacy_object),
+    ("copy_reg", "_reconstructor"): Function(_legacy_object),
+    ("_codecs", "encode"): Function(_encode),
+    ("torch", "Size"): Function(_size),
+    ("torch._utils", "_rebuild_tensor_v2"): Function(_tensor),
+    ("torch._utils", "_rebuild_parameter"): Function(_parameter),
+    ("torch.storage", "_load_from_bytes"): Function(_old_storage),
     ("torch", "device"): Standin,
-    ("numpy", "dtype"): _Dtype,
-    ("numpy", "ndarray"): _Array,
-    ("numpy.core.multiarray", "scalar"): _Function(_scalar),
-    ("numpy._core.multiarray", "scalar"): _Function(_scalar),
-    ("numpy.core.multiarray", "_reconstruct"): _Array,
-    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "dtype"): Dtype,
+    ("numpy", "ndarray"): Array,
+    ("numpy.core.multiarray", "scalar"): Function(_scalar),
+    ("numpy._core.multiarray", "scalar"): Function(_scalar),
+    ("numpy.core.multiarray", "_reconstruct"): Array,
+    ("numpy._core.multiarray", "_reconstruct"): Array,
 }
 
 
@@ -272,7 +235,7 @@ class _Reader(pickle.Unpickler):
         # A layer by its plain name; a dotted one would reach into other modules.
         if module.startswith("torch.nn.modules.") and name.isidentifier():
             return Standin
-        raise UserError(f"it asks for {module}.{name}, which is refused")
+        raise refused(module, name)
 
     def persistent_load(self, pid: Any, /) -> Any:
         if isinstance(pid, tuple) and pid[:2] == ("module", Standin) and len(pid) == 4:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import sha256_of
 from diffusion_pl.interop import pickles
+from diffusion_pl.io.files import sha256_of
 from diffusion_pl.metrics import published
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference

@@ -11,8 +11,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import write_atomically
 from diffusion_pl.interop.files import MOST_JSON, read_safetensors
+from diffusion_pl.io.files import write_atomically
 
 KEY = "diffusion_pl"
 

@@ -19,9 +19,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     FeatureExtractorInceptionV3,
 )
 
-from diffusion_pl.download import fetch
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular
+from diffusion_pl.io.download import fetch
+from diffusion_pl.io.files import regular
 from diffusion_pl.metrics.features import Features, require_rgb
 
 # sha256 of the published file, whose name ends in its first digits.

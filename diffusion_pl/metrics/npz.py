@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular, sha256_of
+from diffusion_pl.io.files import regular, sha256_of
 from diffusion_pl.names import plain
 
 # An archive of images unpacks to a few times its size; to more than this only one made for it does.

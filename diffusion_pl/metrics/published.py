@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import sha256_of
+from diffusion_pl.io.files import sha256_of
 from diffusion_pl.metrics import npz, real_images
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.moments import Moments

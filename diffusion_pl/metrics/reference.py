@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import aside, regular
+from diffusion_pl.io.files import aside, regular
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.moments import Moments
 from diffusion_pl.names import plain

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular
 from diffusion_pl.images import from_bytes
+from diffusion_pl.io.files import regular
 from diffusion_pl.metrics.features import Features, require_rgb
 
 WEIGHTS = Path(__file__).with_name("shapes.safetensors")

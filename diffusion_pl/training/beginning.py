@@ -12,12 +12,11 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import small
+from diffusion_pl.io.files import small, write_atomically
 from diffusion_pl.locks import Lock
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import sameness
 from diffusion_pl.training.progress import Progress
-from diffusion_pl.training.writing import write_atomically
 
 RECORD = "run.json"  # of a run's folder: what it is trained with now
 

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_pl.files import aside, small
-from diffusion_pl.training.writing import write_atomically
+from diffusion_pl.io.files import aside, small, write_atomically
 
 FOLDER = "best"
 

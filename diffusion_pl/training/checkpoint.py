@@ -25,12 +25,10 @@ from torch import Tensor, nn
 
 from diffusion_pl.config.renaming import renamed
 from diffusion_pl.config.tree import plain
-from diffusion_pl.data.container import unfit_content, unfit_entries
-from diffusion_pl.data.pickle_program import reason_of
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular, sha256_of, small
+from diffusion_pl.io.files import regular, sha256_of, small, write_atomically
+from diffusion_pl.io.unpickle import reason_of, unfit_content, unfit_entries
 from diffusion_pl.names import shown
-from diffusion_pl.training.writing import write_atomically
 
 CLASS_NAMES = "class_names"
 FORMAT = 2

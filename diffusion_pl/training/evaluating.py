@@ -15,9 +15,9 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing, Evaluation, Sampler, evaluate, reference_of
 from diffusion_pl.evaluation.cost import estimate
 from diffusion_pl.evaluation.measuring import Interrupted, build
-from diffusion_pl.files import regular
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.interop import statistics
+from diffusion_pl.io.files import regular
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.training import sharding

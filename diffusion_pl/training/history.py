@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular, unwritable, write_atomically
+from diffusion_pl.io.files import regular, unwritable, write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from diffusion_pl import ranks
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import small
+from diffusion_pl.io.files import small, write_atomically
 from diffusion_pl.training.settings import Settings
 from diffusion_pl.training.unfailing import Unfailing
-from diffusion_pl.training.writing import write_atomically
 
 WANDB_ID = "wandb_id"  # the file in a run's folder that holds its W&B run's
 

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import regular, write_atomically
+from diffusion_pl.io.files import regular, write_atomically
 from diffusion_pl.training.history import DAMAGED
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from diffusion_pl.data.lmdb_reading import Child
 from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of
 from diffusion_pl.data.splits import of_split
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import last_change, regular
+from diffusion_pl.io.files import last_change, regular
 
 _LABELS = 1024  # rows read at a time
 _LONGEST_LABEL = 1000  # bytes

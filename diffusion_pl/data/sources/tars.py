@@ -32,7 +32,7 @@ from diffusion_pl.data.labels import LIKE_LABELS, Numbered, in_order, numbered
 from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of
 from diffusion_pl.data.splits import ALL, of_split
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import last_change, regular
+from diffusion_pl.io.files import last_change, regular
 
 _BLOCK = 512
 

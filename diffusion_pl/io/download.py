@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from diffusion_pl.addresses import masked
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import open_lock, sha256_of
+from diffusion_pl.io.files import open_lock, sha256_of
 from diffusion_pl.names import shown
 
 _BLOCK = 1024**2

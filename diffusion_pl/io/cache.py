@@ -23,9 +23,17 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from diffusion_pl.addresses import MASK, instead, masked, refuse_credentials
-from diffusion_pl.download import PATIENCE, Patience, Unreachable, claimed, opened, part_of, within
 from diffusion_pl.errors import UserError
-from diffusion_pl.files import open_lock, regular, sha256_of
+from diffusion_pl.io.download import (
+    PATIENCE,
+    Patience,
+    Unreachable,
+    claimed,
+    opened,
+    part_of,
+    within,
+)
+from diffusion_pl.io.files import open_lock, regular, sha256_of
 
 _BLOCK = 1024**2
 _SECONDS_BETWEEN_LOOKS = 0.05
