@@ -218,7 +218,7 @@ def test_anything_but_plain_data_is_refused(value: object) -> None:
     [
         ({b"data": np.zeros((3, 3071), np.uint8)}, r"\(n, 3072\) \(got \(3, 3071\)\)"),
         ({b"data": np.zeros((3, 3, 1024), np.uint8)}, r"\(n, 3072\)"),
-        ({b"data": np.zeros((3, 3072), np.int16)}, "array of type 'i2'"),
+        ({b"data": np.zeros((3, 3072), np.int16)}, "number of type 'i2'"),
         ({b"data": b"?" * 3072}, r"got bytes"),
         ({b"labels": [1, 2]}, r"3 images need as many labels \(got 2\)"),
         ({b"labels": [1, 2, 10]}, r"labels are 0 to 9 \(got 10\)"),

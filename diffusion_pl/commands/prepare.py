@@ -14,12 +14,12 @@ from cyclopts import Parameter
 
 from diffusion_pl.commands import recommend
 from diffusion_pl.commands.results import Result
-from diffusion_pl.data.sources.base import SourceSpec
 from diffusion_pl.data.prepare import Request, prepare
 from diffusion_pl.data.prepare_progress import reported
 from diffusion_pl.data.recipe import Recipe
 from diffusion_pl.data.shard_format import Manifest
 from diffusion_pl.data.shard_workers import WorkerLost
+from diffusion_pl.data.sources.base import SourceSpec
 from diffusion_pl.errors import UserError
 from diffusion_pl.names import shown
 
@@ -79,7 +79,9 @@ def command(
     if not all(side.strip().isdecimal() for side in sides):
         raise UserError(f"--resolutions: sides in pixels, such as 256,128,64 (got {sides})")
     request = Request(
-        SourceSpec(source, labels=labels, count=count, seed=seed, split=split, image=image, label=label),
+        SourceSpec(
+            source, labels=labels, count=count, seed=seed, split=split, image=image, label=label
+        ),
         Recipe(
             resolutions=tuple(map(int, sides)),
             filter=filter,
