@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant import at
 
 MUTANTS = [
+    *at("commands/completion.py", "arguments", ("(shell=shell)", '(shell="bash")')),
     *at(
         "commands/options.py",
         "arguments",

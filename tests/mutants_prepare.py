@@ -150,6 +150,7 @@ MUTANTS = [
         ('f"{SHARDS}/{number:06d}.tar"', 'f"{SHARDS}/{number:05d}.tar"'),
         ('if key != "versions"', 'if key != "name"'),
     ),
+    *at("data/sources/base.py", "prepare prepare_labels", ("digest.update(f", "str(f")),
     *at(
         "data/sources/open.py",
         "prepare_sources",

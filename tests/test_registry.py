@@ -159,7 +159,7 @@ def test_everything_else_of_the_package_is_refused():
                     refused.append(target)
     assert {
         "diffusion_pl.cli.main",
-        "diffusion_pl.commands.train.run",
+        "diffusion_pl.commands.train.command",
         "diffusion_pl.config.reading.load",
         "diffusion_pl.io.download.fetch",
         "diffusion_pl.data.prepare.prepare",
