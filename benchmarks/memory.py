@@ -82,9 +82,11 @@ def step(network: nn.Module, batch: int, classes: int, side: int) -> tuple[int, 
     return kept, living.most
 
 
-def figures(name: str, recompute: bool) -> dict[str, Any]:
+def figures(name: str, activation_checkpointing: bool) -> dict[str, Any]:
     """What an image takes of a network, and what any number of them does."""
-    experiment = config.load(name, [f"network.recompute={str(recompute).lower()}"])
+    experiment = config.load(
+        name, [f"network.activation_checkpointing={str(activation_checkpointing).lower()}"]
+    )
     side = experiment.get("network.resolution")
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = config.build(experiment, "network")
@@ -107,8 +109,8 @@ def main() -> None:
     """Count and record."""
     found = {
         name: {
-            "kept": figures(experiment, recompute=False),
-            "recomputed": figures(experiment, recompute=True),
+            "kept": figures(experiment, activation_checkpointing=False),
+            "recomputed": figures(experiment, activation_checkpointing=True),
         }
         for name, experiment in EXPERIMENTS.items()
     }

@@ -268,7 +268,7 @@ def curves() -> dict[str, Any]:
     for where, cluster in CLUSTERS.items():
         for name, network in EXPERIMENTS.items():
             experiment = config.load(name)
-            recomputes = experiment.get("network").get("recompute", False)
+            recomputes = experiment.get("network").get("activation_checkpointing", False)
             figures = counted[network]["recomputed" if recomputes else "kept"]
             model = Model(
                 experiment.get("data.batch_size"),

@@ -95,7 +95,7 @@ MUTANTS = [
         "schedules objectives",
         ("c_out=-sigma", "c_out=sigma"),
         ("c_in=(1 + sigma.square()).rsqrt()", "c_in=(1 + sigma).rsqrt()"),
-        ("weight=NoiseError()", "weight=torch.ones_like"),
+        ("weight=EpsWeight()", "weight=torch.ones_like"),
         ("reduce=pixel_mean", "reduce=lambda error: error.flatten(1).sum(dim=1)"),
     ),
     *at(

@@ -64,7 +64,7 @@ MUTANTS = [
     ),
     *at(
         "commands/interpolate.py",
-        "commands_models",
+        "commands_models commands_flow",
         ("if count < 2:", "if count < 1:"),
         ("PUBLISHED = 3.42", "PUBLISHED = 34.2"),
         ("sigma or (", "("),
@@ -83,7 +83,7 @@ MUTANTS = [
     ),
     *at(
         "commands/invert.py",
-        "commands_models",
+        "commands_models commands_flow",
         ("* 127.5", "* 255"),
         ("latent = (state / float(sigmas[0]))", "latent = state"),
         ('"steps": len(sigmas) - 1', '"steps": len(sigmas)'),

@@ -8,8 +8,8 @@ MUTANTS = [
     *at(
         "diffusion/posterior.py",
         "ddpm samplers",
-        ("following**2 * (1 - (following / sigma) ** 2)", "following**2 * (1 - following / sigma)"),
-        ("(1 + following**2) / (1 + sigma**2)", "1"),
+        ("(1 - (sigma_next / sigma) ** 2)", "(1 - sigma_next / sigma)"),
+        ("(1 + sigma_next**2) / (1 + sigma**2)", "1"),
     ),
     *at(
         "diffusion/weights.py",
@@ -40,7 +40,7 @@ MUTANTS = [
         ("c_out=torch.ones_like(sigma)", "c_out=-torch.ones_like(sigma)"),
         ("c_skip=c.c_in.square()", "c_skip=c.c_in"),
         ("c_out=-c.c_in * sigma", "c_out=c.c_in * sigma"),
-        ("NoiseError() if weight is None else weight", "NoiseError()"),
+        ("EpsWeight() if weight is None else weight", "EpsWeight()"),
         ("return bits * self.schedule.T if self.whole else bits", "return bits * self.schedule.T"),
         ("chain=ReverseChain(timesteps, variance)", 'chain=ReverseChain(timesteps, "large")'),
         ("image + level * noise, t, **condition)", "image + noise, t, **condition)"),
@@ -85,7 +85,7 @@ MUTANTS = [
         ("denoised.detach(), share, t)", "denoised, share, t)"),
         ("bits = self.schedule.T * self", "bits = self"),
         ("return simple + self.bound * bits", "return simple + bits"),
-        ("per_image(NoiseError()(sigma).sqrt(), image)", "per_image(NoiseError()(sigma), image)"),
+        ("per_image(EpsWeight()(sigma).sqrt(), image)", "per_image(EpsWeight()(sigma), image)"),
         ("self.history.square().mean(dim=1).sqrt()", "self.history.mean(dim=1)"),
         ("torch.lerp(share, even, self.uniform)", "share"),
         ("self.history.shape[1]).all()", "self.history.shape[1]).any()"),

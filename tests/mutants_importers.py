@@ -64,7 +64,7 @@ MUTANTS = [
         ('part != ["diffusers", NETWORK]', "False"),
         ("if name != NETWORK:", "if False:"),
         ('(average, "raw") if weights == "ema" else (raw, "ema")', '(raw, "ema")'),
-        ('if network["variance"] != found.learned:', "if False:"),
+        ('if network["learned_variance"] != found.learned:', "if False:"),
         ("if own != groups and (own is not None or scale):", "if False:"),
         ("if folder.name in (RAW, AVERAGE) and (folder", "if False and (folder"),
     ),

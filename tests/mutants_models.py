@@ -45,7 +45,7 @@ MUTANTS = [
         "latents",
         ("free = state[0].numel() - (trace + trace_ahead) / 2",
          "free = state[0].numel() - (trace + trace_ahead)"),
-        ("* math.log(following / sigma)", "* math.log(sigma / following)"),
+        ("* math.log(sigma_next / sigma)", "* math.log(sigma / sigma_next)"),
         ("step / 2 * (slope + ahead)", "step * slope"),
         ("/ (2 * std**2)", "/ std**2"),
         ("2 * math.pi * std**2", "math.pi * std**2"),

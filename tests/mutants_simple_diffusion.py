@@ -36,7 +36,7 @@ MUTANTS = [
         ("side // 2 >= self.smallest", "side // 2 > self.smallest"),
         ("side % 2 == 0 and ", ""),
         ("F.avg_pool2d(error, 2)", "F.max_pool2d(error, 2)"),
-        ("NoiseError() if weight is None", "pixel_mean if weight is None"),
+        ("EpsWeight() if weight is None", "pixel_mean if weight is None"),
     ),
     *at(
         "objectives/simpler_diffusion.py",

@@ -87,11 +87,10 @@ MUTANTS = [
          "second = ResBlock(width, width, embedding_channels, 0.0)"),
         ("heads if sizes[level] in attention else 0", "1 if sizes[level] in attention else 0"),
         ("for layer in self.middle:\n"
-         "            x = run(layer, x, embedding, recompute=self.recompute)",
-         "for layer in self.middle:\n            x = run(layer, x, embedding, recompute=False)"),
-        ("                x = run(layer, x, embedding, recompute=self.recompute)\n"
-         "                skips",
-         "                x = run(layer, x, embedding, recompute=False)\n                skips"),
+         "            x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)",
+         "for layer in self.middle:\n            x = run(layer, x, embedding, checkpointed=False)"),
+        ("checkpointed=self.activation_checkpointing)\n                skips",
+         "checkpointed=False)\n                skips"),
     ),
     *at(
         "networks/uvit.py",
@@ -136,8 +135,8 @@ MUTANTS = [
         ("double(up(x))\n", "double(up(x - halved))\n"),
         ("tokens.transpose(1, 2).unflatten(2, shape)",
          "tokens.transpose(1, 2).unflatten(2, shape[::-1]).transpose(2, 3)"),
-        ("            tokens = run(layer, tokens, condition, recompute=self.recompute)",
-         "            tokens = run(layer, tokens, condition, recompute=False)"),
+        ("run(layer, tokens, condition, checkpointed=self.",
+         "run(layer, tokens, condition, checkpointed=not self."),
         ("Transformer(widths[-1], heads, length", "Transformer(widths[-1], 1, length"),
     ),
 ]  # fmt: skip

@@ -26,7 +26,7 @@ def network():
     """A U-ViT of which some tensors have fewer rows than there are ranks."""
     torch.manual_seed(0)
     made = UViT(8, model_channels=8, channel_mult=(1, 2), blocks=(1,), transformers=2, heads=2,
-                dropout=0.0, embedding_channels=16, recompute=True)  # fmt: skip
+                dropout=0.0, embedding_channels=16, activation_checkpointing=True)  # fmt: skip
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.3)  # none starts at zero
     return made.to(memory_format=torch.channels_last)

@@ -95,7 +95,7 @@ def test_a_run_whose_sampler_asks_too_much_ends_before_its_first_step(place, cap
     assert homes.main(["train", "tiny", "sampler.integrate.variance=learned"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "gives no variance" in said and "network.variance=true" in said
+    assert "gives no variance" in said and "network.learned_variance=true" in said
     assert not list(place.glob("runs/tiny/checkpoints/*.ckpt"))
 
 

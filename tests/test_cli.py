@@ -282,6 +282,7 @@ def test_bad_input_is_one_clear_line(run, words, message):
         (["--label", "8"], "label 8 is not one of the model's classes (0 to 7)"),
         (["--sampler", "huen"], "there is no sampler 'huen'"),
         (["--count", "0"], "--count must be positive"),
+        (["--first=-1"], "--first at least 0 (got 64, -1)"),
         (["--steps", "0"], "a sampler needs at least 1 step (got 0)"),
         (["--sampler", "heun", "--steps", "0"], "a sampler needs at least 1 step (got 0)"),
         (["--set", "sampler.stesp=3"], "did you mean 'steps'?"),

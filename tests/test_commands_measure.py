@@ -109,6 +109,8 @@ def test_statistics_of_any_data_are_made_once_and_compared_with(run, home, tmp_p
     assert sorted(Path("data/references").iterdir()) == before
     _, small, _ = run(*words, "--moments-only")
     assert (small["single_images"], small["file"] != made["file"]) == (0, True)
+    _, quarter, err = run(*words, "--resolution", 4)
+    assert quarter["resolution"] == 4, err
     # The run's own data are these pictures.
     measure = ("evaluate", "runs/tiny", "--count", 20, "--metrics", "frechet")
     _, own, _ = run(*measure)

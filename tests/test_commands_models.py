@@ -150,6 +150,7 @@ def test_interpolation_draws_a_row_between_two_images(run, pair, words):
             means.append(np.asarray(image).mean())
     assert len(means) == 3 and means[0] < means[1] < means[2]
     assert result["sigma"] == 0.2
+    assert ("ancestral" in str(result["integrate"])) == ("flow" not in words)
 
 
 def test_progressive_images_end_in_what_sample_draws(run):

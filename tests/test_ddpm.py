@@ -14,7 +14,7 @@ from diffusion_pl.diffusion.objective import UnitOutput
 from diffusion_pl.diffusion.preconditioning import Karras
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.timesteps import LinearBetas
-from diffusion_pl.diffusion.weights import ImageError
+from diffusion_pl.diffusion.weights import X0Weight
 from diffusion_pl.objectives.ddpm import DDPM, DDPMBound, PredictVelocity
 from diffusion_pl.objectives.likelihood import (
     ReverseChain,
@@ -54,7 +54,7 @@ def own_target(predict, image, noise, alpha_bar):
 
 @pytest.mark.parametrize(
     ("predict", "weight"),
-    [("noise", None), ("image", ImageError()), ("velocity", UnitOutput(1.0))],
+    [("noise", None), ("image", X0Weight()), ("velocity", UnitOutput(1.0))],
 )
 def test_each_prediction_has_its_own_squared_error_as_loss(predict, weight):
     objective = DDPM(T=50, beta_T=0.2, predict=predict, weight=weight)

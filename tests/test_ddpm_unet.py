@@ -30,7 +30,7 @@ def image(side=8):
 
 @torch.no_grad()
 def test_a_position_moves_the_output_and_its_absence_is_the_whole_image():
-    network, levels = unet(octaves=3, frame=16).eval(), torch.tensor([3.0, 700.0])
+    network, levels = unet(position_frequencies=3, frame=16).eval(), torch.tensor([3.0, 700.0])
     whole = network(image(), levels)
     assert torch.equal(whole, network(image(), levels, position=coordinates(8, 8, 16)))
     corner = network(image(), levels, position=coordinates(16, 16, 16)[:, :8, :8])
@@ -38,20 +38,20 @@ def test_a_position_moves_the_output_and_its_absence_is_the_whole_image():
 
 
 def test_without_octaves_a_position_is_refused():
-    with pytest.raises(ValueError, match="octaves: 0"):
+    with pytest.raises(ValueError, match="position_frequencies: 0"):
         unet()(image(), torch.zeros(2), position=coordinates(8, 8, 8))
 
 
 @torch.no_grad()
 def test_one_network_takes_every_resolution_of_the_frame():
-    network = unet(octaves=2, frame=32).eval()
+    network = unet(position_frequencies=2, frame=32).eval()
     for side in (8, 16, 32):
         assert network(image(side), torch.zeros(2)).shape == (2, 3, side, side)
 
 
 @torch.no_grad()
 def test_the_variance_is_beside_the_image():
-    denoiser = DDPM().denoiser(unet(variance=True).eval())
+    denoiser = DDPM().denoiser(unet(learned_variance=True).eval())
     x, sigma = image().double(), torch.tensor(1.0, dtype=torch.float64)
     both = denoiser(x, sigma, variance=True)
     assert both.shape == (2, 6, 8, 8)
@@ -63,8 +63,8 @@ def test_the_variance_is_beside_the_image():
 def test_recomputing_changes_no_gradient_and_keeps_less():
     """The same weights and dropout; what autograd keeps is counted, not guessed."""
     gradients, kept = [], []
-    for recompute in (False, True):
-        network = unet(dropout=0.3, recompute=recompute)
+    for activation_checkpointing in (False, True):
+        network = unet(dropout=0.3, activation_checkpointing=activation_checkpointing)
         torch.manual_seed(2)
         sizes = []
 

@@ -89,9 +89,9 @@ def test_neither_the_cut_into_passes_nor_that_onto_devices_changes_what_is_dropp
 
 def test_a_block_that_is_run_again_in_the_backward_pass_drops_the_same():
     gradients = []
-    for recompute in (False, True):
+    for activation_checkpointing in (False, True):
         made = module("uvit")
-        made.denoiser.network.recompute = recompute
+        made.denoiser.network.activation_checkpointing = activation_checkpointing
         losses_of = made.image_losses({"image": IMAGE, "index": torch.arange(8)})
         next(losses_of).sum().backward()
         gradients.append([parameter.grad for parameter in made.denoiser.parameters()])

@@ -30,7 +30,7 @@ network:
   attention: [8]
   groups: 4
   dropout: 0.0
-  octaves: 2
+  position_frequencies: 2
 objective: {_target_: diffusion_pl.objectives.ddpm.DDPM, T: 20, beta_1: 1e-3, beta_T: 0.4}
 ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20}
 sampler:
@@ -214,7 +214,11 @@ def test_progressive_images_of_a_pyramid_go_over_its_sizes_to_what_it_draws(run,
 
 
 def test_export_says_what_the_base_is(run, tmp_path):
-    words = ("network.octaves=0", "sampler.base.integrate.variance=large", "trainer.images=8")
+    words = (
+        "network.position_frequencies=0",
+        "sampler.base.integrate.variance=large",
+        "trainer.images=8",
+    )
     code, _, err = run("train", "tiny", *words, "--run", "runs/plain")
     assert code == 0, err
     code, _, err = run("export", "runs/plain", tmp_path / "out", "--format", "diffusers")

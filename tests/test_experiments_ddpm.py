@@ -91,7 +91,7 @@ def test_improved_ddpm_is_trained_as_published_and_sampled_on_its_own_table(name
     assert sampler.steps == trained.T
     torch.testing.assert_close(sampler.sigmas()[:-1], trained.sigmas().flip(0))
     learned = "simple" not in name and "1000" not in name
-    assert experiment.get("network.variance") == learned
+    assert experiment.get("network.learned_variance") == learned
     assert experiment.get("sampler.integrate.variance") == ("learned" if learned else "large")
 
 

@@ -28,7 +28,7 @@ UVIT = """network:
   heads: 2
   dropout: 0.0
   embedding_channels: 16
-  recompute: true
+  activation_checkpointing: true
 """
 # With this rate and eps Adam does not blow rounding up; see test_exact.py.
 GENTLE = ["trainer.images=800", "optimizer.lr=1e-4", "optimizer.eps=1e-3", "trainer.keep=5",

@@ -241,7 +241,7 @@ def test_the_published_networks_have_their_published_sizes(name):
     side = flags["image_size"]
     sides = [side // 2**level for level in range(len(mult))]
     told = {
-        "channels": 3, "variance": True, "classes": classes, "model_channels": width,
+        "channels": 3, "learned_variance": True, "classes": classes, "model_channels": width,
         "channel_mult": list(mult), "blocks": blocks, "adaptive_scale": adaptive,
         "attends": [each in attention for each in sides],
         "resample": "block" if residual else "even",

@@ -352,6 +352,8 @@ def test_files_that_hold_code_are_refused(tmp_path):
 def test_networks_that_the_library_lacks_are_not_exported(tmp_path):
     small = {"model_channels": 8, "channel_mult": (1,), "blocks": 1, "attention": (), "groups": 4}
     with pytest.raises(ValueError, match="no position encoding"):
-        diffusers_export.write(DDPM().denoiser(DDPMUNet(8, octaves=2, **small)), 8, tmp_path)
+        diffusers_export.write(
+            DDPM().denoiser(DDPMUNet(8, position_frequencies=2, **small)), 8, tmp_path
+        )
     with pytest.raises(ValueError, match="only a DDPMUNet"):
         diffusers_export.write(DDPM().denoiser(torch.nn.Identity()), 8, tmp_path)

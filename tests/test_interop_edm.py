@@ -104,7 +104,10 @@ def test_a_misfit_names_its_key_and_the_config_that_fits(change, message):
         ({"model_type": "UViT"}, "model_type: has no published layout"),
         ({"decoder_type": "skip"}, "decoder_type: 'skip' is not followed"),
         ({"encoder_type": "skip"}, "encoder_type: 'skip' is not followed"),
-        ({"octaves": 2}, "octaves: is no argument of EDMPrecond and SongUNet"),
+        (
+            {"position_frequencies": 2},
+            "position_frequencies: is no argument of EDMPrecond and SongUNet",
+        ),
         ({"beta_d": 19.9}, "beta_d: is no argument of EDMPrecond"),
     ],
 )

@@ -198,7 +198,7 @@ def test_raw_weights_of_a_pickle_and_another_network_in_it_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"octaves": 2}, "octaves: is no argument of EDM2's Precond"),
+        ({"position_frequencies": 2}, "position_frequencies: is no argument of EDM2's Precond"),
         ({"img_resolution": "8"}, "img_resolution: must be a whole number"),
         ({"label_dim": 10**12}, "label_dim: must be a whole number"),
         ({"channel_mult": [1] * 17}, "channel_mult: must be a list of 1 to 16"),

@@ -39,7 +39,7 @@ network:
   channel_mult: [1, 2]
   blocks: 1
   attention: [8]
-  octaves: 2
+  position_frequencies: 2
 objective: {_target_: diffusion_pl.objectives.edm.EDM}
 ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20}
 sampler:

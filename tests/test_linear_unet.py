@@ -60,15 +60,18 @@ def test_the_embedding_is_not_rounded():
 
 def test_recomputing_changes_no_gradient_and_runs_every_block_twice():
     gradients = []
-    for recompute in (False, True):
+    for activation_checkpointing in (False, True):
         torch.manual_seed(0)
-        network, runs = SMALL(dropout=0.3, recompute=recompute), Counter()
+        network, runs = (
+            SMALL(dropout=0.3, activation_checkpointing=activation_checkpointing),
+            Counter(),
+        )
         for module in network.modules():
             if isinstance(module, Block):
                 module.register_forward_pre_hook(lambda block, _, runs=runs: runs.update([block]))
         torch.manual_seed(2)
         network(image(), LEVELS).square().sum().backward()
-        assert set(runs.values()) == {1 + recompute}
+        assert set(runs.values()) == {1 + activation_checkpointing}
         gradients.append([parameter.grad for parameter in network.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)

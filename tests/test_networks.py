@@ -254,7 +254,7 @@ def gradients(network, x, **condition):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_recomputed_activations_give_the_same_gradients_dropout_and_all(name):
-    kept, again = (NETWORKS[name](dropout=0.5, recompute=on) for on in (False, True))
+    kept, again = (NETWORKS[name](dropout=0.5, activation_checkpointing=on) for on in (False, True))
     again.load_state_dict(awake(kept).state_dict())
     x, label = torch.randn(2, 3, 16, 16), torch.tensor([1, -1])
     expected = gradients(kept.train(), x, label=label)
@@ -275,18 +275,18 @@ def test_recomputed_activations_give_the_same_gradients_dropout_and_all(name):
 def test_positions_are_read_and_a_whole_image_is_the_frame(name):
     x, c_noise = torch.randn(1, 3, 16, 16), torch.zeros(1)
     for frame in (32, None):
-        network = awake(NETWORKS[name](octaves=2, frame=frame))
+        network = awake(NETWORKS[name](position_frequencies=2, frame=frame))
         whole = coordinates(16, 16, frame or 16)
         torch.testing.assert_close(network(x, c_noise), network(x, c_noise, position=whole))
     assert relative(network(x, c_noise, position=whole / 2), network(x, c_noise)) > 1e-3
-    with pytest.raises(ValueError, match="octaves: 0"):
+    with pytest.raises(ValueError, match="position_frequencies: 0"):
         NETWORKS[name]()(x, c_noise, position=whole)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_a_network_of_the_variance_has_twice_the_channels(name):
-    network = NETWORKS[name](variance=True)
+    network = NETWORKS[name](learned_variance=True)
     assert network(torch.randn(1, 3, 16, 16), torch.zeros(1)).shape == (1, 6, 16, 16)
     assert network.channels == 3
 

@@ -8,7 +8,7 @@ from analytic import Gaussian
 from torch import nn
 
 from diffusion_pl.diffusion.guidance import classifier_free, clipped
-from diffusion_pl.diffusion.objective import NoiseError, UnitOutput, pixel_mean, pixel_sum
+from diffusion_pl.diffusion.objective import EpsWeight, UnitOutput, pixel_mean, pixel_sum
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.objectives.ddpm import DDPM
@@ -91,7 +91,7 @@ def test_weights_are_the_published_ones():
     sigma = torch.tensor([0.002, 0.5, 1.0, 80.0], dtype=F64)
     expected = torch.tensor([250004, 8, 5, 4.0001562], dtype=F64)
     torch.testing.assert_close(UnitOutput(0.5)(sigma), expected, rtol=1e-7, atol=0)
-    torch.testing.assert_close(NoiseError()(sigma), sigma**-2)
+    torch.testing.assert_close(EpsWeight()(sigma), sigma**-2)
 
 
 def test_unit_output_weights_the_network_error_by_one():

@@ -47,7 +47,7 @@ def test_octaves_are_sines_and_cosines_of_doubling_frequency():
 
 
 def test_the_image_comes_first_and_the_channels_behind_it_are_counted():
-    encoding = PositionEncoding(octaves=3, frame=8)
+    encoding = PositionEncoding(position_frequencies=3, frame=8)
     image = torch.randn(2, 3, 8, 8)
     appended = encoding(image, None)
     assert torch.equal(appended[:, :3], image)
@@ -58,5 +58,5 @@ def test_a_position_that_nobody_reads_is_refused():
     encode = PositionEncoding(0, 8)
     x = torch.zeros(1, 3, 8, 8)
     assert encode(x, None) is x
-    with pytest.raises(ValueError, match="octaves: 0"):
+    with pytest.raises(ValueError, match="position_frequencies: 0"):
         encode(x, coordinates(8, 8, 8))

@@ -167,6 +167,21 @@ def test_a_side_that_no_network_suits_is_said(side, whole, shapes):
     assert f" prepare synthetic {shapes}-{whole} --resolutions {whole} --count 40" in found.command
 
 
+@pytest.mark.parametrize("cores", [1, 2, 3, 4, 7])
+def test_processes_share_the_batch_evenly(cores, shapes):
+    on = Machine("cpu", f"{cores} CPU cores", cores, cores * 6e10)
+    words = shlex.split(plan(_as(shapes, 32, count=50_000), shapes, on).command)
+    experiment = parts.read(words[4], words[7:])
+    devices = experiment.get("trainer.devices")
+    assert 1 <= devices <= cores and experiment.get("data.batch_size") % devices == 0
+
+
+def test_a_run_is_called_as_the_folder_of_its_data(shapes, monkeypatch):
+    monkeypatch.chdir(shapes)
+    words = shlex.split(plan(_as(shapes, 32), Path("."), CPU).command)
+    assert words[5:7] == ["--run", "runs/shapes"]
+
+
 def test_the_printed_command_works_when_it_is_typed(tmp_path, monkeypatch, capsys):
     """From photographs in folders to a run that can be drawn from, with a budget of seconds."""
     monkeypatch.chdir(tmp_path)

@@ -453,12 +453,12 @@ def test_the_network_is_one_graph(name):
 @pytest.mark.parametrize("name", ["unet", "uvit, residual"])
 @torch.no_grad()
 def test_a_position_moves_the_output_and_its_absence_is_the_whole_image(name):
-    network = awake(NETWORKS[name](octaves=2, frame=32)).eval()
+    network = awake(NETWORKS[name](position_frequencies=2, frame=32)).eval()
     whole = network(image(), LEVELS)
     assert torch.equal(whole, network(image(), LEVELS, position=coordinates(16, 16, 32)))
     corner = coordinates(32, 32, 32)[:, :16, :16]
     assert relative(network(image(), LEVELS, position=corner), whole) > 1e-3
-    with pytest.raises(ValueError, match="octaves: 0"):
+    with pytest.raises(ValueError, match="position_frequencies: 0"):
         NETWORKS[name]()(image(), LEVELS, position=corner)
 
 
@@ -466,9 +466,11 @@ def test_a_position_moves_the_output_and_its_absence_is_the_whole_image(name):
 def test_recomputing_changes_no_gradient_and_keeps_less(name):
     """The same weights and dropout; what autograd keeps is counted, not guessed."""
     gradients, kept = [], []
-    for recompute in (False, True):
+    for activation_checkpointing in (False, True):
         torch.manual_seed(0)
-        network = awake(NETWORKS[name](dropout=0.3, recompute=recompute))
+        network = awake(
+            NETWORKS[name](dropout=0.3, activation_checkpointing=activation_checkpointing)
+        )
         torch.manual_seed(2)
         sizes = []
 
@@ -484,7 +486,7 @@ def test_recomputing_changes_no_gradient_and_keeps_less(name):
         for layer in (*levels, *network.middle):
             layer.register_forward_pre_hook(lambda module, inputs, runs=runs: runs.update([module]))
         loss.backward()
-        assert len(runs) == (len(levels) + len(network.middle) if recompute else 0)
+        assert len(runs) == (len(levels) + len(network.middle) if activation_checkpointing else 0)
         gradients.append([parameter.grad for parameter in network.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)

@@ -62,7 +62,7 @@ def test_weights_of_another_objective_or_network_are_refused(overrides, what, ca
         (("network.dropout=0.3", "trainer.images=8", "seed=3"), ""),
         (("network.heads=1",), ""),  # what it is without a word
         (("objective.predict=noise",), "objective.predict: absent -> \"noise\""),
-        (("objective.weight={_target_: diffusion_pl.diffusion.weights.ImageError}",),
+        (("objective.weight={_target_: diffusion_pl.diffusion.weights.X0Weight}",),
          "objective.weight._target_: absent -> "),
         ((f"objective={{_target_: diffusion_pl.objectives.ddpm.DDPMBound, {TABLE}}}",),
          "objective._target_: "),

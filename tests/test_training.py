@@ -215,7 +215,7 @@ def test_several_resolutions_train_one_network_and_resume_to_the_same_bits(go):
             data=Synthetic(
                 40, 16, batch_size=BATCH, hflip=True, shares={8: 1.0, 16: 1.0}, crop=Crop(12)
             ),
-            network=network(classes=8, octaves=2),
+            network=network(classes=8, position_frequencies=2),
             settings={"device_batch_size": 3},
         )
 

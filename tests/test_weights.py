@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from diffusion_pl.diffusion.objective import NoiseError, UnitOutput
+from diffusion_pl.diffusion.objective import EpsWeight, UnitOutput
 from diffusion_pl.diffusion.preconditioning import Karras
 from diffusion_pl.diffusion.uncertainty import LearnedUncertainty
-from diffusion_pl.diffusion.weights import ImageError, MinSNR, SoftMinSNR
+from diffusion_pl.diffusion.weights import MinSNR, SoftMinSNR, X0Weight
 from diffusion_pl.networks.song_unet import SongUNet
 from diffusion_pl.objectives.ddpm import DDPM
 from diffusion_pl.objectives.edm import EDM
@@ -26,8 +26,8 @@ SNR = SIGMA**-2
 def test_min_snr_is_the_published_weight_of_every_prediction():
     # Hang 2023: min(SNR, 5) on x_0, min(SNR, 5) / SNR on eps, min(SNR, 5) / (SNR + 1) on v.
     least = torch.minimum(SNR, torch.tensor(5.0, dtype=F64))
-    torch.testing.assert_close(MinSNR()(SIGMA), least * ImageError()(SIGMA))
-    torch.testing.assert_close(MinSNR()(SIGMA), least / SNR * NoiseError()(SIGMA))
+    torch.testing.assert_close(MinSNR()(SIGMA), least * X0Weight()(SIGMA))
+    torch.testing.assert_close(MinSNR()(SIGMA), least / SNR * EpsWeight()(SIGMA))
     torch.testing.assert_close(MinSNR()(SIGMA), least / (SNR + 1) * UnitOutput(1.0)(SIGMA))
 
 
@@ -40,7 +40,7 @@ def test_soft_min_snr_is_the_published_factor_on_edms_loss():
 
 
 def test_the_images_own_error_weighs_one():
-    assert ImageError()(SIGMA).tolist() == [1.0] * 41
+    assert X0Weight()(SIGMA).tolist() == [1.0] * 41
 
 
 @pytest.mark.parametrize("make", [MinSNR, SoftMinSNR])

@@ -51,7 +51,7 @@ def command(
         out: folder of the images; RUN/drawn when not given.
     """
     if count < 1 or first < 0:
-        raise UserError(f"--count must be positive (got {count}), --first at least 0")
+        raise UserError(f"--count must be positive, --first at least 0 (got {count}, {first})")
     opened = runs.open_run(run, sampling, options, label=label)
     drawing = opened.drawing
     wanted = range(first, first + count)

@@ -31,7 +31,7 @@ from diffusion_pl.names import shown
 from diffusion_pl.training import checkpoint as checkpoints
 
 # Arguments of networks that leave the function of the weights as it is, or show in their shapes.
-HARMLESS = {"classes", "dropout", "recompute", "resolution"}
+HARMLESS = {"classes", "dropout", "activation_checkpointing", "resolution"}
 LEVELS = 33  # at which the c's are compared
 SAME = 1e-4  # relative, of the c's: float32 settings and rounded limits are the same
 

@@ -76,9 +76,9 @@ MADE: Mapping[str, tuple[str, ...]] = {
         *_of("objectives.vp", "NoiseInTime"),
     ),
     "weight": (
-        *_of("diffusion.objective", "NoiseError", "UnitOutput"),
-        *_of("diffusion.weights", "ImageError", "MinSNR", "SoftMinSNR"),
-        *_of("objectives.rectified_flow", "FlowError"),
+        *_of("diffusion.objective", "EpsWeight", "UnitOutput"),
+        *_of("diffusion.weights", "X0Weight", "MinSNR", "SoftMinSNR"),
+        *_of("objectives.rectified_flow", "FlowWeight"),
         *_of("objectives.simpler_diffusion", "SigmoidBound"),
     ),
     "reduce": _of("objectives.simple_diffusion", "Multiscale"),

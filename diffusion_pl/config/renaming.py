@@ -26,6 +26,14 @@ RENAMED: dict[str, str] = {
     "trainer.warmup": "lr_schedule.warmup",
     "trainer.decay_from": "lr_schedule.decay_from",
     "trainer.cooldown": "lr_schedule.cooldown",
+    "network.octaves": "network.position_frequencies",
+    "network.recompute": "network.activation_checkpointing",
+    "network.variance": "network.learned_variance",
+    f"{PACKAGE}.diffusion.objective.NoiseError": f"{PACKAGE}.diffusion.objective.EpsWeight",
+    f"{PACKAGE}.diffusion.weights.ImageError": f"{PACKAGE}.diffusion.weights.X0Weight",
+    f"{PACKAGE}.objectives.rectified_flow.FlowError": (
+        f"{PACKAGE}.objectives.rectified_flow.FlowWeight"
+    ),
 }
 # Sections that an earlier version did not have, and what it did there.
 LATER = {"lr_schedule": f"{PACKAGE}.training.lr_schedule.WarmupDecay"}

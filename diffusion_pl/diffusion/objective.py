@@ -87,7 +87,7 @@ class RemembersSteps(Protocol):
 
 
 @dataclass(frozen=True)
-class NoiseError:
+class EpsWeight:
     """1 / sigma^2: the squared error of the noise, | eps_hat - eps |^2 (Ho 2020, Eq. 14)."""
 
     def __call__(self, sigma: Tensor) -> Tensor:

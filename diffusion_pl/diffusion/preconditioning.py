@@ -112,6 +112,6 @@ class Denoiser(nn.Module):
             raise UserError(
                 "the network gives no variance: it has "
                 f"{x.shape[1] + beside.shape[1]} output channels, {2 * x.shape[1]} are needed; "
-                "set network.variance=true, or a fixed variance where it is asked for"
+                "set network.learned_variance=true, or a fixed variance where it is asked for"
             )
         return torch.cat([denoised, beside], dim=1)

@@ -6,7 +6,7 @@ serves every network: with SNR = 1 / sigma^2, | eps_hat - eps |^2 = SNR |D - x|^
 
 | weight | lambda | where |
 |---|---|---|
-| ImageError | 1 | x_0-prediction's own loss |
+| X0Weight | 1 | x_0-prediction's own loss |
 | min-SNR | min(SNR, gamma) | Hang 2023, arXiv:2303.09556 |
 | soft min-SNR | SNR gamma / (SNR + gamma) | Crowson 2024, arXiv:2401.11605 |
 
@@ -24,7 +24,7 @@ from diffusion_pl.errors import UserError
 
 
 @dataclass(frozen=True)
-class ImageError:
+class X0Weight:
     """1: the squared error of the denoised image itself."""
 
     def __call__(self, sigma: Tensor) -> Tensor:

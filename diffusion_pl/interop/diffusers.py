@@ -255,7 +255,7 @@ def notes(config: Mapping[str, Any]) -> list[str]:
 
 def _refuse_variance(config: Mapping[str, Any], network: dict[str, Any], found: Process) -> None:
     """Output channels and what the scheduler makes of them must agree."""
-    if network["variance"] != found.learned:
+    if network["learned_variance"] != found.learned:
         said = config.get("variance_type", "none")
         raise UserError(
             f"out_channels: {config.get('out_channels', 3)} of {network['channels']} image "
@@ -300,7 +300,7 @@ def _network(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention": [side // 2**level for level, attend in enumerate(attends) if attend],
         "dropout": _dropout(config),
         "groups": groups,
-        "variance": out == 2 * channels,
+        "learned_variance": out == 2 * channels,
         "head_channels": _head(config, widths),
         "eps": real(config, "norm_eps", 1e-5),
         "activation": choice(config, "act_fn", "silu", ACTIVATIONS),

@@ -87,8 +87,10 @@ def _config(network: DDPMUNet, resolution: int) -> dict[str, Any]:
     Raises:
         UserError: it has what UNet2DModel has not.
     """
-    if network.position.octaves:
-        raise UserError("diffusers has no position encoding (octaves); export it as safetensors")
+    if network.position.position_frequencies:
+        raise UserError(
+            "diffusers has no position encoding (position_frequencies); export it as safetensors"
+        )
     blocks, levels = size(network)
     firsts: list[Any] = [network.encoder[level * (blocks + 1)] for level in range(levels)]
     widths = [first.conv1.out_channels for first in firsts]

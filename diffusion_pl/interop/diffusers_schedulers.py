@@ -205,7 +205,7 @@ def _objective(config: Mapping[str, Any], table: dict[str, Any], learned: bool) 
         }
     if prediction == "epsilon" and table["_target_"] == TABLES["linear"]:
         return {**table, "_target_": "diffusion_pl.objectives.ddpm.DDPM"}
-    weight: dict[str, Any] = {"_target_": f"{_PARTS}NoiseError"}
+    weight: dict[str, Any] = {"_target_": f"{_PARTS}EpsWeight"}
     if prediction == "v_prediction":  # the squared error of v
         weight = {"_target_": f"{_PARTS}UnitOutput", "sigma_data": 1.0}
     return {
@@ -333,7 +333,7 @@ def _flow_of(
         "_target_": f"{_PARTS}Objective",
         "schedule": {**along, "start": FLOW_EDGE, "end": 1 - FLOW_EDGE},
         "preconditioning": {"_target_": f"{flow}PredictFlow", "scale": float(T)},
-        "weight": {"_target_": f"{flow}FlowError"},
+        "weight": {"_target_": f"{flow}FlowWeight"},
         "reduce": {"_target_": f"{_PARTS}pixel_mean", "_partial_": True},
     }
     # Their last time is that of the table's first timestep, shifted, and then shifted once more.

@@ -149,7 +149,7 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
         value = config.get(theirs, usual)
         network[ours] = list(value) if isinstance(value, list | tuple) else value
     if config["precond"] == "iDDPMPrecond":
-        network["variance"] = True
+        network["learned_variance"] = True
     return {
         "network": network,
         "objective": {"_target_": target, **objective},

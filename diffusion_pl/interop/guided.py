@@ -146,7 +146,7 @@ def told(state: Mapping[str, Tensor]) -> dict[str, Any]:
     first = state["input_blocks.1.0.emb_layers.1.weight"].shape[0]
     return {
         "channels": channels,
-        "variance": out.shape[0] == 2 * channels,
+        "learned_variance": out.shape[0] == 2 * channels,
         "classes": 0 if label is None else label.shape[0],
         "model_channels": width,
         "channel_mult": [
@@ -211,7 +211,7 @@ def asked(config: Mapping[str, Any]) -> str | None:
         missing.append("use_new_attention_order")
     if config.get("diffusion_steps", 0) != 1000 and "rescale_timesteps" not in config:
         missing.append("rescale_timesteps")
-    if not config[TOLD]["variance"] and "sigma_small" not in config:
+    if not config[TOLD]["learned_variance"] and "sigma_small" not in config:
         missing.append("sigma_small")
     if not missing:
         return None
@@ -238,7 +238,7 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
         if key not in FLAGS | OF_TRAINING | set(SEEN) and key != TOLD:
             raise UserError(f"{key}: is no flag of guided-diffusion {got(config[key])}")
     seen = (
-        tells["model_channels"], tells["blocks"], tells["classes"] > 0, tells["variance"],
+        tells["model_channels"], tells["blocks"], tells["classes"] > 0, tells["learned_variance"],
         tells["adaptive_scale"], tells["resample"] == "block",
     )  # fmt: skip
     for key, value in zip(SEEN, seen, strict=True):
@@ -305,10 +305,10 @@ def _process(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         "_target_": f"{parts}Objective",
         "schedule": table,
         "preconditioning": preconditioning,
-        "weight": {"_target_": f"{parts}NoiseError"},
+        "weight": {"_target_": f"{parts}EpsWeight"},
         "reduce": {"_target_": f"{parts}pixel_mean", "_partial_": True},
     }
-    if config[TOLD]["variance"]:
+    if config[TOLD]["learned_variance"]:
         chain = {"_target_": "diffusion_pl.objectives.likelihood.ReverseChain"}
         objective = {
             "_target_": "diffusion_pl.objectives.improved_ddpm.Hybrid",
@@ -331,7 +331,7 @@ def _sampler(config: Mapping[str, Any], table: dict[str, Any]) -> dict[str, Any]
     steps = whole({"timestep_respacing": int(said.removeprefix("ddim"))}, "timestep_respacing",
                   None, 1, T)  # fmt: skip
     variance = "small" if flag(config, "sigma_small", False) else "large"
-    variance = "learned" if config[TOLD]["variance"] else variance
+    variance = "learned" if config[TOLD]["learned_variance"] else variance
     chain = {"_target_": "diffusion_pl.samplers.ancestral.ancestral", "_partial_": True}
     integrate: dict[str, Any] = {**chain, "variance": variance}
     spacing = "Respaced"

@@ -119,7 +119,7 @@ class Layout:
             "channel_mult": mult,
             "blocks": blocks,
             "classes": 0 if label is None else label.shape[0],
-            "variance": out.shape[0] == 2 * channels,
+            "learned_variance": out.shape[0] == 2 * channels,
             "attends": attends,
         }
 

@@ -180,7 +180,7 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
             "schedule": table,
             "preconditioning": {"_target_": predicted, "timesteps": table},
             # Each prediction's own error times its weight is the noise's.
-            "weight": {"_target_": f"{parts}NoiseError"},
+            "weight": {"_target_": f"{parts}EpsWeight"},
             "reduce": {"_target_": f"{parts}pixel_mean", "_partial_": True},
         },
         "sampler": {

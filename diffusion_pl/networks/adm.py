@@ -116,7 +116,8 @@ class ADM(UNet):
         blocks: residual blocks a level in the encoder; the decoder has one more.
         attention: resolutions whose blocks are each followed by self-attention.
         dropout: probability in every block.
-        octaves, frame, variance, recompute: as for every `Network`.
+        position_frequencies, frame, learned_variance, activation_checkpointing: as for every
+            `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide.
@@ -133,14 +134,16 @@ class ADM(UNet):
         blocks: int = 3,
         attention: Sequence[int] = (32, 16, 8),
         dropout: float = 0.1,
-        octaves: int = 0,
+        position_frequencies: int = 0,
         frame: int | None = None,
-        variance: bool = False,
-        recompute: bool = False,
+        learned_variance: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(
             resolution, channels, classes, len(channel_mult) - 1,
-            augment=augment, octaves=octaves, frame=frame, variance=variance, recompute=recompute,
+            augment=augment, position_frequencies=position_frequencies, frame=frame,
+            learned_variance=learned_variance,
+            activation_checkpointing=activation_checkpointing,
         )  # fmt: skip
         self._make_embedding(model_channels, augment)
         make = partial(Block, embedding=4 * model_channels, dropout=dropout)
@@ -187,6 +190,6 @@ class ADM(UNet):
             return F.silu(vector)
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C + 4 octaves, H, W) under an embedding."""
+        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
         x = self.decode(self.encode(self.stem(x), embedding), embedding)
         return self.out_conv(F.silu(self.out_norm(x)))

@@ -170,7 +170,8 @@ class DDPMUNet(UNet):
         attention: resolutions whose blocks are each followed by self-attention.
         dropout: probability in every block.
         groups: of every normalisation.
-        octaves, frame, variance, recompute: as for every `Network`.
+        position_frequencies, frame, learned_variance, activation_checkpointing: as for every
+            `Network`.
         heads: of every attention, one as published by Ho.
         head_channels: channels of a head, instead of their number; None for `heads`.
         eps: of every normalisation.
@@ -198,10 +199,10 @@ class DDPMUNet(UNet):
         attention: Sequence[int] = (16,),
         dropout: float = 0.1,
         groups: int = 32,
-        octaves: int = 0,
+        position_frequencies: int = 0,
         frame: int | None = None,
-        variance: bool = False,
-        recompute: bool = False,
+        learned_variance: bool = False,
+        activation_checkpointing: bool = False,
         *,
         heads: int = 1,
         head_channels: int | None = None,
@@ -216,7 +217,9 @@ class DDPMUNet(UNet):
     ) -> None:
         super().__init__(
             resolution, channels, classes, len(channel_mult) - 1,
-            octaves=octaves, frame=frame, variance=variance, recompute=recompute,
+            position_frequencies=position_frequencies, frame=frame,
+            learned_variance=learned_variance,
+            activation_checkpointing=activation_checkpointing,
         )  # fmt: skip
         embedding = embedding_channels or 4 * model_channels
         self.cosine_first = cosine_first
@@ -270,6 +273,6 @@ class DDPMUNet(UNet):
             return vector + self.map_label(one_hot(label, self.classes) * math.sqrt(self.classes))
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C + 4 octaves, H, W) under an embedding."""
+        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
         x = self.decode(self.encode(self.stem(x), embedding), embedding)
         return self.out_conv(F.silu(self.out_norm(x)))

@@ -137,7 +137,8 @@ class EDM2UNet(UNet):
         head_channels: channels of an attention head.
         clip: largest magnitude of a block's output, None for no limit.
         resample_filter: taps of the filter between levels.
-        octaves, frame, variance, recompute: as for every `Network`.
+        position_frequencies, frame, learned_variance, activation_checkpointing: as for every
+            `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, a filter of odd length, or channels
@@ -163,14 +164,16 @@ class EDM2UNet(UNet):
         head_channels: int = 64,
         clip: float | None = 256.0,
         resample_filter: Sequence[int] = (1, 1),
-        octaves: int = 0,
+        position_frequencies: int = 0,
         frame: int | None = None,
-        variance: bool = False,
-        recompute: bool = False,
+        learned_variance: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(
             resolution, channels, classes, len(channel_mult) - 1,
-            octaves=octaves, frame=frame, variance=variance, recompute=recompute,
+            position_frequencies=position_frequencies, frame=frame,
+            learned_variance=learned_variance,
+            activation_checkpointing=activation_checkpointing,
         )  # fmt: skip
         self.label_balance = label_balance
         self.concat_balance = concat_balance
@@ -231,7 +234,7 @@ class EDM2UNet(UNet):
             return mp_silu(vector)
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C + 4 octaves, H, W) under an embedding."""
+        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
         x = self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
         return self.out_conv(self.decode(self.encode(x, embedding), embedding), self.out_gain)
 

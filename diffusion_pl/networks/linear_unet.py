@@ -133,7 +133,7 @@ class LinearUNet(Network):
         head_channels: channels of a head.
         memories: learned keys and values a head.
         dropout: probability in every block, after its first convolution.
-        recompute: keep only what passes between blocks in training.
+        activation_checkpointing: keep only what passes between blocks in training.
 
     Raises:
         UserError: labels, or a resolution that the levels do not divide.
@@ -151,11 +151,14 @@ class LinearUNet(Network):
         head_channels: int = 32,
         memories: int = 4,
         dropout: float = 0.0,
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         if classes:
             raise UserError(f"LinearUNet takes no labels, classes must be 0 (got {classes})")
-        super().__init__(resolution, channels, 0, len(channel_mult) - 1, recompute=recompute)
+        super().__init__(
+            resolution, channels, 0, len(channel_mult) - 1,
+            activation_checkpointing=activation_checkpointing,
+        )  # fmt: skip
         embedding = 4 * model_channels
         self.map_noise = PositionalEmbedding(model_channels)
         self.map_layer0 = nn.Linear(model_channels, embedding)
@@ -196,24 +199,24 @@ class LinearUNet(Network):
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
         """The output of x (B, C, H, W) under an embedding."""
-        again = self.recompute
+        again = self.activation_checkpointing
         x = first = self.stem(x)
         skips = []
         level: Level
         for number, level in enumerate(self.encoder, start=1):  # type: ignore[assignment]
-            x = run(level.block0, x, embedding, recompute=again)
+            x = run(level.block0, x, embedding, checkpointed=again)
             skips.append(x)
-            x = level.attention(run(level.block1, x, embedding, recompute=again))
+            x = level.attention(run(level.block1, x, embedding, checkpointed=again))
             skips.append(x)
             last = number == len(self.encoder)
             x = level.resample(x if last else F.pixel_unshuffle(x, 2))
-        x = run(self.middle[0], x, embedding, recompute=again)
-        x = run(self.middle[2], self.middle[1](x), embedding, recompute=again)
+        x = run(self.middle[0], x, embedding, checkpointed=again)
+        x = run(self.middle[2], self.middle[1](x), embedding, checkpointed=again)
         for number, level in enumerate(self.decoder, start=1):  # type: ignore[assignment]
             for block in (level.block0, level.block1):
-                x = run(block, torch.cat([x, skips.pop()], 1), embedding, recompute=again)
+                x = run(block, torch.cat([x, skips.pop()], 1), embedding, checkpointed=again)
             x = level.attention(x)
             x = level.resample(x if number == len(self.decoder) else double(x))
-        x = run(self.out_block, torch.cat([x, first], dim=1), embedding, recompute=again)
+        x = run(self.out_block, torch.cat([x, first], dim=1), embedding, checkpointed=again)
         output: Tensor = self.out_conv(x)
         return output

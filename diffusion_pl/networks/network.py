@@ -22,11 +22,12 @@ class Network(nn.Module):
         classes: number of labels, 0 for none.
         halvings: how often an image is halved on its way down.
         augment: length of the augmentation label, 0 for none.
-        octaves: L of the position encoding that joins the image at the input, 0 for none.
+        position_frequencies: L of the position encoding that joins the image at the input; 0 for
+            none.
         frame: side of the full-resolution grid that positions refer to; the resolution if None.
-        variance: put out C channels more, what the network says of the reverse variance.
-        recompute: keep only what passes between blocks in training; the backward pass runs every
-            block again. Less memory for a third more time, the same numbers.
+        learned_variance: put out C channels more, what the network says of the reverse variance.
+        activation_checkpointing: keep only what passes between blocks in training; the backward
+            pass runs every block again. Less memory for a third more time, the same numbers.
 
     Raises:
         UserError: a resolution that cannot be halved so often.
@@ -43,21 +44,21 @@ class Network(nn.Module):
         halvings: int,
         *,
         augment: int = 0,
-        octaves: int = 0,
+        position_frequencies: int = 0,
         frame: int | None = None,
-        variance: bool = False,
-        recompute: bool = False,
+        learned_variance: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.channels = channels
         self.classes = classes
         self.augment = augment
-        self.recompute = recompute
+        self.activation_checkpointing = activation_checkpointing
         self.divisor = 2**halvings
         self.check_resolution(resolution, resolution)
-        self.position = PositionEncoding(octaves, frame or resolution)
+        self.position = PositionEncoding(position_frequencies, frame or resolution)
         self.in_channels = channels + self.position.channels
-        self.out_channels = 2 * channels if variance else channels
+        self.out_channels = 2 * channels if learned_variance else channels
 
     def check_resolution(self, height: int, width: int) -> None:
         """Raise UserError unless the images can be halved as often as the network does."""
@@ -87,7 +88,7 @@ class Network(nn.Module):
                 (B, augment), zeros for no augmentation; None is as if not given.
 
         Returns:
-            (B, C, H, W), or (B, 2 C, H, W) with `variance`.
+            (B, C, H, W), or (B, 2 C, H, W) with `learned_variance`.
 
         Raises:
             UserError: a resolution that cannot be halved so often, or a condition that the network

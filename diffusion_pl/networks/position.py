@@ -16,22 +16,22 @@ from diffusion_pl.positions import coordinates
 
 
 class PositionEncoding(nn.Module):
-    """Appends sin(pi 2^k c) and cos(pi 2^k c), k = 0 .. octaves - 1, of both coordinates c.
+    """Appends sin(pi 2^k c) and cos(pi 2^k c), k = 0 .. L - 1, of both coordinates c.
 
     Args:
-        octaves: L; 0 appends nothing.
+        position_frequencies: L; 0 appends nothing.
         frame: D, side of the full-resolution grid, for images that come without a position.
     """
 
-    def __init__(self, octaves: int, frame: int) -> None:
+    def __init__(self, position_frequencies: int, frame: int) -> None:
         super().__init__()
-        self.octaves = octaves
+        self.position_frequencies = position_frequencies
         self.frame = frame
 
     @property
     def channels(self) -> int:
         """How many channels are appended, 4 L."""
-        return 4 * self.octaves
+        return 4 * self.position_frequencies
 
     def forward(self, x: Tensor, position: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, C + 4 L, H, W).
@@ -44,13 +44,17 @@ class PositionEncoding(nn.Module):
         Raises:
             UserError: a position given to a network that reads none.
         """
-        if not self.octaves:
+        if not self.position_frequencies:
             if position is not None:
-                raise UserError("positions were given to a network without them (octaves: 0)")
+                raise UserError(
+                    "positions were given to a network without them (position_frequencies: 0)"
+                )
             return x
         if position is None:
             position = coordinates(x.shape[2], x.shape[3], self.frame, x.device)
-        octave = 2.0 ** torch.arange(self.octaves, dtype=torch.float32, device=x.device)
+        octave = 2.0 ** torch.arange(
+            self.position_frequencies, dtype=torch.float32, device=x.device
+        )
         phase = math.pi * octave[:, None, None, None] * position.to(torch.float32).unsqueeze(-4)
         waves = torch.stack([phase.sin(), phase.cos()], dim=-5).flatten(-5, -3)
         return torch.cat([x, waves.to(x.dtype).expand(len(x), -1, -1, -1)], dim=1)

@@ -35,7 +35,7 @@ class SimpleUNet(Network):
         embedding_channels: length of the condition's vector.
         halvings: of the image before the first level, 1 for 256 and 2 for 512 pixels.
         reduction: how.
-        octaves, frame, recompute: as for every `Network`.
+        position_frequencies, frame, activation_checkpointing: as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, or blocks that do not fit them.
@@ -56,9 +56,9 @@ class SimpleUNet(Network):
         embedding_channels: int = 1024,
         halvings: int = 0,
         reduction: Reduction = "wavelet",
-        octaves: int = 0,
+        position_frequencies: int = 0,
         frame: int | None = None,
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         if len(blocks) != len(channel_mult):
             raise UserError(
@@ -67,7 +67,8 @@ class SimpleUNet(Network):
             )
         super().__init__(
             resolution, channels, classes, halvings + len(channel_mult) - 1,
-            octaves=octaves, frame=frame, recompute=recompute,
+            position_frequencies=position_frequencies, frame=frame,
+            activation_checkpointing=activation_checkpointing,
         )  # fmt: skip
         self.condition = Condition(model_channels, embedding_channels, classes)
         self.stem = Stem(self.in_channels, model_channels, halvings, reduction)
@@ -105,19 +106,19 @@ class SimpleUNet(Network):
         return self.condition(c_noise, label)
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C + 4 octaves, H, W) under an embedding."""
+        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
         x = self.stem(x)
         skips = []
         for level, layers in enumerate(self.encoder):
             x = halve(x) if level else x
             for layer in layers.children():
-                x = run(layer, x, embedding, recompute=self.recompute)
+                x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
                 skips.append(x)
         for layer in self.middle:
-            x = run(layer, x, embedding, recompute=self.recompute)
+            x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
         for level, layers in enumerate(self.decoder):
             x = double(x) if level else x
             for layer in layers.children():
                 x = torch.cat([x, skips.pop()], dim=1)
-                x = run(layer, x, embedding, recompute=self.recompute)
+                x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
         return self.head(x)

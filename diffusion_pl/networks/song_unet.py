@@ -55,7 +55,8 @@ class SongUNet(UNet):
         noise_mult: size of the noise embedding, in model_channels.
         encoder: "residual" adds the image, halved by learned convolutions, to every lower level.
         resample_filter: taps of the filter between levels.
-        octaves, frame, variance, recompute: as for every `Network`.
+        position_frequencies, frame, learned_variance, activation_checkpointing: as for every
+            `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, or a filter of odd length.
@@ -76,14 +77,16 @@ class SongUNet(UNet):
         noise_mult: int = 1,
         encoder: Literal["standard", "residual"] = "standard",
         resample_filter: Sequence[int] = (1, 1),
-        octaves: int = 0,
+        position_frequencies: int = 0,
         frame: int | None = None,
-        variance: bool = False,
-        recompute: bool = False,
+        learned_variance: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(
             resolution, channels, classes, len(channel_mult) - 1,
-            augment=augment, octaves=octaves, frame=frame, variance=variance, recompute=recompute,
+            augment=augment, position_frequencies=position_frequencies, frame=frame,
+            learned_variance=learned_variance,
+            activation_checkpointing=activation_checkpointing,
         )  # fmt: skip
         self._make_embedding(embedding, noise_mult * model_channels, 4 * model_channels, augment)
         make = partial(
@@ -145,12 +148,12 @@ class SongUNet(UNet):
             return F.silu(self.map_layer1(F.silu(self.map_layer0(vector))))
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C + 4 octaves, H, W) under an embedding."""
+        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
         auxiliary = x
         x = self.stem(x)
         skips, halvings = [x], iter(self.auxiliary)
         for block in self.encoder:
-            x = run(block, x, embedding, recompute=self.recompute)
+            x = run(block, x, embedding, checkpointed=self.activation_checkpointing)
             if self.auxiliary and block.resample is not None:
                 x = auxiliary = (x + next(halvings)(auxiliary)) * SKIP_SCALE
             skips.append(x)

@@ -77,7 +77,8 @@ class UNet(Network):
         """Apply the encoder and keep what the decoder takes: x, then every layer's output."""
         skips = [x]
         for layer in self.encoder:
-            skips.append(run(layer, skips[-1], embedding, recompute=self.recompute))
+            x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
+            skips.append(x)
         return skips
 
     def decode(self, skips: list[Tensor], embedding: Tensor) -> Tensor:
@@ -89,11 +90,11 @@ class UNet(Network):
         """
         x = skips[-1]
         for layer in self.middle:
-            x = run(layer, x, embedding, recompute=self.recompute)
+            x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
         for layer in self.decoder:
             if layer.resample is None:
                 x = self.join(x, skips.pop())
-            x = run(layer, x, embedding, recompute=self.recompute)
+            x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
         return x
 
     def join(self, x: Tensor, skip: Tensor) -> Tensor:

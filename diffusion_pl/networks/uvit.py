@@ -77,7 +77,7 @@ class UViT(Network):
         halvings: of the image before the first level, 1 for 256 and 2 for 512 pixels.
         reduction: how.
         residual: SiD2's skip connections.
-        octaves, frame, recompute: as for every `Network`.
+        position_frequencies, frame, activation_checkpointing: as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, or blocks that do not fit them.
@@ -98,9 +98,9 @@ class UViT(Network):
         halvings: int = 0,
         reduction: Reduction = "wavelet",
         residual: bool = False,
-        octaves: int = 0,
+        position_frequencies: int = 0,
         frame: int | None = None,
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         if len(blocks) != len(channel_mult) - 1:
             raise UserError(
@@ -109,7 +109,8 @@ class UViT(Network):
             )
         super().__init__(
             resolution, channels, classes, halvings + len(blocks),
-            octaves=octaves, frame=frame, recompute=recompute,
+            position_frequencies=position_frequencies, frame=frame,
+            activation_checkpointing=activation_checkpointing,
         )  # fmt: skip
         self.residual = residual
         length = embedding_channels
@@ -138,12 +139,12 @@ class UViT(Network):
         return self.condition(c_noise, label)
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C + 4 octaves, H, W) under an embedding."""
+        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
         x = self.stem(x)
         skips = []
         for layers, down in zip(self.encoder, self.down, strict=True):
             for layer in layers.children():
-                x = run(layer, x, embedding, recompute=self.recompute)
+                x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
                 skips.append(x)
             x = down(halve(x))
             skips.append(x)
@@ -154,7 +155,7 @@ class UViT(Network):
             for layer in layers.children():
                 skip = skips.pop()
                 x = x if self.residual else torch.cat([x, skip], dim=1)
-                x = run(layer, x, embedding, recompute=self.recompute)
+                x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
         return self.head(x)
 
     def transform(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -162,5 +163,5 @@ class UViT(Network):
         shape = x.shape[2:]
         tokens = x.flatten(2).transpose(1, 2)
         for layer in self.middle:
-            tokens = run(layer, tokens, condition, recompute=self.recompute)
+            tokens = run(layer, tokens, condition, checkpointed=self.activation_checkpointing)
         return tokens.transpose(1, 2).unflatten(2, shape)

@@ -16,8 +16,8 @@ the eps loss unless another is named. The weight that makes each prediction's ow
 
 | prediction | c_skip | c_out | weight |
 |---|---|---|---|
-| noise | 1 | -sigma | `NoiseError()`, 1 / sigma^2 |
-| image | 0 | 1 | `weights.ImageError()`, 1 |
+| noise | 1 | -sigma | `EpsWeight()`, 1 / sigma^2 |
+| image | 0 | 1 | `weights.X0Weight()`, 1 |
 | velocity | 1 / (1 + sigma^2) | -sigma / sqrt(1 + sigma^2) | `UnitOutput(1.0)`, 1 + 1 / sigma^2 |
 """
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_pl.diffusion.levels import per_image
-from diffusion_pl.diffusion.objective import Denoise, NoiseError, Objective, Weight, pixel_mean
+from diffusion_pl.diffusion.objective import Denoise, EpsWeight, Objective, Weight, pixel_mean
 from diffusion_pl.diffusion.preconditioning import Coefficients, Denoiser, Preconditioning
 from diffusion_pl.diffusion.timesteps import LinearBetas, Timesteps
 from diffusion_pl.errors import UserError
@@ -157,7 +157,7 @@ def DDPM(
     return Objective(
         schedule=timesteps,
         preconditioning=_predicting(predict, timesteps),
-        weight=NoiseError() if weight is None else weight,
+        weight=EpsWeight() if weight is None else weight,
         reduce=pixel_mean,
     )
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion_pl.diffusion.objective import NoiseError, Objective, pixel_sum
+from diffusion_pl.diffusion.objective import EpsWeight, Objective, pixel_sum
 from diffusion_pl.diffusion.preconditioning import Coefficients
 from diffusion_pl.diffusion.schedules import Rho, Schedule
 from diffusion_pl.diffusion.timesteps import CosineBetas, Timesteps
@@ -128,6 +128,6 @@ def IDDPM(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008) -> Objective:
     return Objective(
         schedule=table,
         preconditioning=NoiseOnTable(table),
-        weight=NoiseError(),
+        weight=EpsWeight(),
         reduce=pixel_sum,
     )

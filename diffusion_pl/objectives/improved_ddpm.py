@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from diffusion_pl.diffusion.levels import per_image
 from diffusion_pl.diffusion.objective import (
     Denoise,
-    NoiseError,
+    EpsWeight,
     Objective,
     TrainingObjective,
     pixel_mean,
@@ -67,7 +67,7 @@ class Hybrid:
         t, sigma = self.schedule.index(u), self.schedule(u)
         level = per_image(sigma, image).to(torch.float32)
         denoised, share = self.chain.answer(denoise, image + level * noise, t, **condition)
-        root = per_image(NoiseError()(sigma).sqrt(), image).to(torch.float32)
+        root = per_image(EpsWeight()(sigma).sqrt(), image).to(torch.float32)
         simple = pixel_mean(root * (denoised - image))
         # Times T: one term stands for the sum of all, and 0.001 is the share of that sum.
         bits = self.schedule.T * self.chain.bits(image, denoised.detach(), share, t)
@@ -226,7 +226,7 @@ def ImprovedDDPMSimple(T: int = 4000, table: Table = "cosine") -> Objective:
     return Objective(
         schedule=timesteps,
         preconditioning=PredictNoise(timesteps, spread=1000 / T),
-        weight=NoiseError(),
+        weight=EpsWeight(),
         reduce=pixel_mean,
     )
 

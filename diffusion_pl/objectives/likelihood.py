@@ -106,11 +106,11 @@ class ReverseChain:
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """ln small, ln(large / small) and (1 / s^2 - 1 / sigma^2) / 2 a timestep, float64 (T,)."""
         sigma = self.timesteps.sigmas(device)
-        following = torch.cat([sigma.new_zeros(1), sigma[:-1]])
-        small, large = small_variance(sigma, following), large_variance(sigma, following)
+        sigma_next = torch.cat([sigma.new_zeros(1), sigma[:-1]])
+        small, large = small_variance(sigma, sigma_next), large_variance(sigma, sigma_next)
         # The second's in the scale of x_0, sqrt(alpha_bar) times that of the state it leads to.
         small[0] = small[1] * alpha_bar_from_sigma(sigma[0])
-        gain = (following.square().reciprocal() - sigma.square().reciprocal()) / 2
+        gain = (sigma_next.square().reciprocal() - sigma.square().reciprocal()) / 2
         gain[0] = 0  # the decoder's step; infinity would make its other branch's gradient NaN
         return small.log(), (large / small).log(), gain
 

@@ -72,7 +72,7 @@ class PredictFlow:
 
 
 @dataclass(frozen=True)
-class FlowError:
+class FlowWeight:
     """(1 + 1 / sigma)^2: the squared error of the velocity eps - x."""
 
     def __call__(self, sigma: Tensor) -> Tensor:
@@ -94,6 +94,6 @@ def RectifiedFlow(mean: float = 0.0, std: float | None = None) -> Objective:
     return Objective(
         schedule=Along(Straight(), EDGE, 1 - EDGE) if std is None else LogNormal(mean, std),
         preconditioning=PredictFlow(),
-        weight=FlowError(),
+        weight=FlowWeight(),
         reduce=pixel_mean,
     )

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_pl.diffusion.objective import NoiseError, Objective, Weight, pixel_mean
+from diffusion_pl.diffusion.objective import EpsWeight, Objective, Weight, pixel_mean
 from diffusion_pl.diffusion.preconditioning import Coefficients
 from diffusion_pl.diffusion.schedules import Schedule
 
@@ -95,6 +95,6 @@ def SimpleDiffusion(
     return Objective(
         schedule=schedule,
         preconditioning=PredictVelocity(schedule),
-        weight=NoiseError() if weight is None else weight,
+        weight=EpsWeight() if weight is None else weight,
         reduce=Multiscale() if multiscale else pixel_mean,
     )

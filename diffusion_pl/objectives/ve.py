@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion_pl.diffusion.objective import NoiseError, Objective, pixel_sum
+from diffusion_pl.diffusion.objective import EpsWeight, Objective, pixel_sum
 from diffusion_pl.diffusion.preconditioning import Coefficients
 from diffusion_pl.diffusion.schedules import LogUniform
 
@@ -60,6 +60,6 @@ def VE(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Objective:
     return Objective(
         schedule=LogUniform(sigma_min, sigma_max),
         preconditioning=NoiseUnscaled(sigma_min, sigma_max),
-        weight=NoiseError(),
+        weight=EpsWeight(),
         reduce=pixel_sum,
     )

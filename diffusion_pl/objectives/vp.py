@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion_pl.diffusion.objective import NoiseError, Objective, pixel_sum
+from diffusion_pl.diffusion.objective import EpsWeight, Objective, pixel_sum
 from diffusion_pl.diffusion.paths import Along, VariancePreserving
 from diffusion_pl.diffusion.preconditioning import Coefficients
 
@@ -68,6 +68,6 @@ def VP(
     return Objective(
         schedule=Along(path, epsilon_t),
         preconditioning=NoiseInTime(path, M, epsilon_t),
-        weight=NoiseError(),
+        weight=EpsWeight(),
         reduce=pixel_sum,
     )

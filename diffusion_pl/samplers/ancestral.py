@@ -65,17 +65,17 @@ def ancestral(
     """
     share: float | Tensor = _share(variance, eta)
     x, wide, on_device = x.clone(), torch.empty_like(x), sigmas.to(x)
-    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
-        small = small_variance(sigma, following)
-        remaining = math.sqrt(following**2 - eta**2 * small) / sigma
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        small = small_variance(sigma, sigma_next)
+        remaining = math.sqrt(sigma_next**2 - eta**2 * small) / sigma
         if variance == "learned":
             denoised, said = denoise(x, on_device[step], variance=True).chunk(2, dim=1)
             share = (said + 1) / 2
         else:
             denoised = denoise(x, on_device[step])
         x.lerp_(wide.copy_(denoised), 1 - remaining)
-        if following > 0 and eta > 0:
-            ratio = large_variance(sigma, following) / small
+        if sigma_next > 0 and eta > 0:
+            ratio = large_variance(sigma, sigma_next) / small
             added = eta * math.sqrt(small) * ratio ** (share / 2)
             x.add_(randn_like(x) * added)
     return x

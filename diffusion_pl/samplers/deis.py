@@ -53,11 +53,11 @@ def deis(
     x, on_device = x.clone(), sigmas.to(x)
     offsets = [torch.empty_like(x) for _ in range(order)]  # D - x = -sigma eps, the newest first
     levels: list[float] = []
-    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         offsets.insert(0, offsets.pop().copy_(denoise(x, on_device[step])).sub_(x))
         levels = [sigma, *levels[: order - 1]]
         nodes = [level ** (1 / rho) for level in levels]
-        shares = weights(nodes, lambda q: rho * q ** (rho - 1), nodes[0], following ** (1 / rho))
+        shares = weights(nodes, lambda q: rho * q ** (rho - 1), nodes[0], sigma_next ** (1 / rho))
         for offset, level, share in zip(offsets, levels, shares, strict=False):
             x.add_(offset, alpha=-share / level)
     return x

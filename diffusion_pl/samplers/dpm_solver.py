@@ -55,7 +55,7 @@ def dpmpp_3m(
 def _weights(levels: Sequence[float], length: float, g: float) -> list[float]:
     """The weights of D_0, D_1 and D_2, as many as there are values."""
     whole = -math.expm1(-g)
-    before = [math.log(sigma / following) / length for following, sigma in pairwise(levels)]
+    before = [math.log(sigma / sigma_next) / length for sigma_next, sigma in pairwise(levels)]
     if not before:
         return [whole]
     phi_2 = math.expm1(-g) / g + 1

@@ -53,15 +53,15 @@ def dpmpp_2m(
         raise UserError(f"eta must not be negative (got {eta})")
     x, on_device, length_before = x.clone(), sigmas.to(x), math.inf
     new, old = torch.empty_like(x), torch.zeros_like(x)
-    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         new.copy_(denoise(x, on_device[step]))
-        if following == 0:
+        if sigma_next == 0:
             return new
-        length = math.log(sigma / following)
+        length = math.log(sigma / sigma_next)
         kept = math.exp(-(1 + eta) * length)
         ahead = length / (2 * length_before)
         x.mul_(kept).add_(new, alpha=(1 - kept) * (1 + ahead)).add_(old, alpha=-(1 - kept) * ahead)
         if eta > 0:
-            x.add_(randn_like(x), alpha=following * math.sqrt(-math.expm1(-2 * eta * length)))
+            x.add_(randn_like(x), alpha=sigma_next * math.sqrt(-math.expm1(-2 * eta * length)))
         new, old, length_before = old, new, length
     return x

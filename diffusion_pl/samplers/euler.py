@@ -43,9 +43,9 @@ def euler(
     """
     limit = clip_of(clip)
     x, wide, on_device = x.clone(), torch.empty_like(x), sigmas.to(x)
-    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = denoise(x, on_device[step])
-        x.lerp_(wide.copy_(denoised), 1 - following / sigma)
+        x.lerp_(wide.copy_(denoised), 1 - sigma_next / sigma)
         if clip:
             x.add_(limit(denoised) - denoised)
     return x

@@ -101,13 +101,13 @@ def log_likelihood(
     """
     state = x.to(torch.float64)
     gained = state.new_zeros(len(x))
-    for sigma, following in pairwise(sigmas[:-1].flip(0).tolist()):
-        step = following - sigma
+    for sigma, sigma_next in pairwise(sigmas[:-1].flip(0).tolist()):
+        step = sigma_next - sigma
         slope, trace = _flow(denoise, state, sigma, probe)
-        ahead, trace_ahead = _flow(denoise, state + step * slope, following, probe)
+        ahead, trace_ahead = _flow(denoise, state + step * slope, sigma_next, probe)
         state = state + step / 2 * (slope + ahead)
         free = state[0].numel() - (trace + trace_ahead) / 2
-        gained = gained + free * math.log(following / sigma)
+        gained = gained + free * math.log(sigma_next / sigma)
     std = float(sigmas[0]) if prior_std is None else prior_std
     flat = state.flatten(1)
     normal = -flat.square().sum(1) / (2 * std**2) - flat.shape[1] / 2 * math.log(

@@ -66,9 +66,9 @@ def generalised(
     state = x * scales[0]
     for step, (now, after) in enumerate(pairwise(times.tolist())):
         slope = derivative(state, step)
-        following = state + (after - now) * slope
+        sigma_next = state + (after - now) * slope
         if order == 2 and levels[step + 1] > 0:
-            slope = (slope + derivative(following, step + 1)) / 2
-            following = state + (after - now) * slope
-        state = following
+            slope = (slope + derivative(sigma_next, step + 1)) / 2
+            sigma_next = state + (after - now) * slope
+        state = sigma_next
     return state / scales[-1]

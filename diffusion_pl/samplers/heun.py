@@ -66,7 +66,7 @@ def heun(
         raise UserError(f"alpha must be positive (got {alpha})")
     x, wide, on_device = x.clone(), torch.empty_like(x), sigmas.to(x)
     gamma_max = min(S_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
-    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         level = on_device[step]
         if gamma_max > 0 and S_tmin <= sigma <= S_tmax:
             raised = sigma * (1 + gamma_max)
@@ -74,14 +74,14 @@ def heun(
             x.add_(randn_like(x), alpha=S_noise * math.sqrt(raised**2 - sigma**2))
             sigma, level = raised, x.new_tensor(raised)
         wide.copy_(denoise(x, level))
-        between = sigma + alpha * (following - sigma)
+        between = sigma + alpha * (sigma_next - sigma)
         if between <= 0:
-            x.lerp_(wide, 1 - following / sigma)
+            x.lerp_(wide, 1 - sigma_next / sigma)
             continue
         probe = x if alpha == 1 else torch.lerp(wide, x, between / sigma)
-        x.lerp_(wide, 1 - following / sigma)
+        x.lerp_(wide, 1 - sigma_next / sigma)
         again = denoise(probe, on_device[step + 1] if alpha == 1 else x.new_tensor(between))
-        weight = (sigma - following) / (2 * alpha * between)
+        weight = (sigma - sigma_next) / (2 * alpha * between)
         x.add_(wide, alpha=-weight)
         x.add_(wide.copy_(again), alpha=weight)
     return x

@@ -55,15 +55,15 @@ def multistep(
     x, on_device = x.clone(), sigmas.to(x)
     images = [torch.empty_like(x) for _ in range(VALUES)]  # D, the newest first
     levels: list[float] = []  # that they are of
-    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         images.insert(0, images.pop().copy_(denoise(x, on_device[step])))
-        if following == 0:
+        if sigma_next == 0:
             return images[0]
-        length = math.log(sigma / following)
+        length = math.log(sigma / sigma_next)
         levels = [sigma, *levels[: VALUES - 1]]
         x.mul_(math.exp(-(1 + eta) * length))
         for image, share in zip(images, weights(levels, length, (1 + eta) * length), strict=False):
             x.add_(image, alpha=share)
         if eta > 0:
-            x.add_(randn_like(x), alpha=following * math.sqrt(-math.expm1(-2 * eta * length)))
+            x.add_(randn_like(x), alpha=sigma_next * math.sqrt(-math.expm1(-2 * eta * length)))
     return x

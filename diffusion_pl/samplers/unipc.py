@@ -59,15 +59,15 @@ def unipc(
     state, x, on_device = x.clone(), x.clone(), sigmas.to(x)  # corrected, predicted
     images = [torch.empty_like(x) for _ in range(order + 1)]  # D, the newest first
     levels: list[float] = []
-    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         images.insert(0, images.pop().copy_(denoise(x, on_device[step])))
-        if following == 0:
+        if sigma_next == 0:
             return images[0]
         if levels:
             known = [*images[1 : len(levels) + 1], images[0]]
             _move(state, known, [*levels, math.log(sigma)], math.log(sigma))
         levels = [math.log(sigma), *levels[: order - 1]]
-        _move(x.copy_(state), images, levels, math.log(following))
+        _move(x.copy_(state), images, levels, math.log(sigma_next))
     return x
 
 
