@@ -72,7 +72,7 @@ MUTANTS = [
         "commands/starting.py",
         "starting",
         ('loaded, "ema", path), frozenset())', 'loaded, "denoiser", path), frozenset())'),
-        ("if unfit and not accept_differences:", "if False:"),
+        ("if unfit and not options.accept_differences:", "if False:"),
         ("usual = {each.name", "usual = {} and {each.name"),
         ("if bool((apart > SAME).any()):", "if bool((apart > 0.5).any()):"),
         ('HARMLESS = {"classes",', 'HARMLESS = {"groups", "classes",'),
@@ -84,7 +84,7 @@ MUTANTS = [
     *at(
         "commands/train.py",
         "starting",
-        ("weights = starting.weights(  # refused before the folder is made",
+        ("weights = starting.weights(",
          "settling.announce(experiment, folder)\n        weights = starting.weights("),
         ("if weights is not None and not latest:", "if False:"),
     ),

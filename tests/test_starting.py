@@ -11,6 +11,7 @@ from test_commands_models import TINY
 
 from diffusion_pl.cli import main
 from diffusion_pl.commands import parts, runs, starting
+from diffusion_pl.commands.options import TrainOptions
 from diffusion_pl.training import checkpoint as checkpoints
 
 TABLE = "T: 20, beta_1: 1e-3, beta_T: 0.4"
@@ -30,7 +31,7 @@ def there(home, monkeypatch):
 
 
 def start(*overrides, run="runs/tiny", **consent):
-    return starting.weights(Path(run), parts.read("tiny", overrides), **consent)
+    return starting.weights(Path(run), parts.read("tiny", overrides), TrainOptions(**consent), True)
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,14 @@ def reference_for(
         asked: what the command line says.
     """
     if asked.wanted.reference is not None or experiment is None:
-        return named_reference(asked.wanted, drawn, settings, extractor)
+        return data_sets.reference_of(
+            str(asked.wanted.reference),
+            extractor,
+            resolution=drawn.shape[1],
+            keep=settings.wants_features,
+            device=str(drawn.device),
+            resize=asked.wanted.resize,
+        )
     images = runs.images_of(experiment)
     if settings.reference is None:
         real = min(len(images), KEPT)
@@ -286,20 +293,6 @@ def reference_for(
             progress,
             open_file=statistics.open_any,
         )
-
-
-def named_reference(
-    wanted: MetricOptions, drawn: Drawn, settings: Evaluation, extractor: Extractor
-) -> Reference:
-    """A file of statistics, or a data set, by its word on the command line."""
-    return data_sets.reference_of(
-        str(wanted.reference),
-        extractor,
-        resolution=drawn.shape[1],
-        keep=settings.wants_features,
-        device=str(drawn.device),
-        resize=wanted.resize,
-    )
 
 
 def refuse_drawing(run: Path, sampling: SamplerOptions, options: RunOptions) -> None:

@@ -47,7 +47,7 @@ def command(
     job.see_options()
     checked: set[str] = set()
     found = [preflight.look(task, checked=checked) for task in job.tasks]
-    lines = _notes(found[0])
+    lines = [line(*note) for note in found[0].notes]
     several = len(found) > 1
     faults = [
         f"{task.run.name}: {fault}" if several else fault
@@ -91,15 +91,12 @@ def _submitted(job: Job, lines: list[str], dry_run: bool) -> Result:
 def _inside(task: Task) -> Result:
     """The same check in the job itself, against the nodes that it got; then data that is made."""
     found = preflight.look(task, job=preflight.variables())
+    lines = [line(*note) for note in found.notes]
     if found.faults:
-        return _faulty(_notes(found), found.faults)
+        return _faulty(lines, found.faults)
     # By one process, and not by the first one of every machine.
     trust.data_of(_read(task)).prepare()
-    return Result({"run": str(task.run)}, _notes(found), in_pipes=True)
-
-
-def _notes(found: preflight.Found) -> list[str]:
-    return [line(title, text) for title, text in found.notes]
+    return Result({"run": str(task.run)}, lines, in_pipes=True)
 
 
 def _faulty(lines: Sequence[str], faults: Sequence[str]) -> Result:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusion_pl import config
 from diffusion_pl.commands import parts, runs
+from diffusion_pl.commands.options import TrainOptions
 from diffusion_pl.config import Config
 from diffusion_pl.config.annotations import signature
 from diffusion_pl.config.targets import locate
@@ -56,23 +57,13 @@ class Start:
         denoiser.load_state_dict({**self.state, **own})
 
 
-def weights(
-    run: Path,
-    experiment: Config,
-    *,
-    allow: Sequence[str] = (),
-    fresh_labels: bool = False,
-    accept_differences: bool = False,
-    leads: bool = True,
-) -> Start:
+def weights(run: Path, experiment: Config, options: TrainOptions, leads: bool) -> Start:
     """Read the averaged weights of `--from`, and refuse those that were trained for something else.
 
     Args:
         run: the run or checkpoint.
         experiment: what is to be trained, bound.
-        allow: packages to trust beside this one.
-        fresh_labels: begin anew what knows the classes.
-        accept_differences: of what they were trained for.
+        options: what is consented to.
         leads: whether this process says what differs.
 
     Raises:
@@ -81,9 +72,9 @@ def weights(
     path = runs.checkpoint_of(run)
     loaded = checkpoints.load(path)
     tree, _ = checkpoints.described(loaded, path)
-    start = _fitting(fresh_labels, experiment, loaded, tree, path)
-    unfit = [*_network(tree, experiment), *_coefficients(allow, tree, experiment, path)]
-    if unfit and not accept_differences:
+    start = _fitting(options.fresh_labels, experiment, loaded, tree, path)
+    unfit = [*_network(tree, experiment), *_coefficients(options.allow, tree, experiment, path)]
+    if unfit and not options.accept_differences:
         raise UserError(
             f"--from {path}: its weights were trained for something else ({'; '.join(unfit)}); "
             "train what they are of, or start from them all the same: --accept-differences"

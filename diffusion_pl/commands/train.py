@@ -97,14 +97,8 @@ def train(
         raise UserError("--fresh-labels, --accept-differences: each belongs to --from RUN")
     leads = leads_run(settings)
     if options.start and not checkpoints.found(folder / "checkpoints"):
-        weights = starting.weights(  # refused before the folder is made
-            options.start,
-            experiment,
-            allow=options.allow,
-            fresh_labels=options.fresh_labels,
-            accept_differences=options.accept_differences,
-            leads=leads,
-        )
+        # Refused before the folder is made.
+        weights = starting.weights(options.start, experiment, options, leads)
     if not leads:  # the first rank writes for all of them
         return _train(experiment, settings, folder, weights, None, wish, options, further)
     with locks.hold(folder / locks.NAME, "training") as lock:
