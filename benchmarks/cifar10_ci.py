@@ -70,7 +70,10 @@ def train(data: str, seed: int, run: Path, code: Path = ROOT) -> list[dict[str, 
     shutil.rmtree(run, ignore_errors=True)
     started = time.monotonic()
     words = ["-m", "diffusion_pl", "train", EXPERIMENT, f"seed={seed}", "--run", str(run)]
-    words += [f"data.path={run.parent / 'shards'}", f"data.made_of.source.path={data}"]
+    words += [
+        f"data.dataset.path={run.parent / 'shards'}",
+        f"data.dataset.made_of.source.path={data}",
+    ]
     _command(words, code)
     rows = [row for row in History(run / "metrics.jsonl").rows() if "name" in row]
     found = [next(row for row in reversed(rows) if row["name"].startswith("fd@"))]

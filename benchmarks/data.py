@@ -33,14 +33,14 @@ from torchvision.transforms import functional
 
 from benchmarks.measure import median, record
 from diffusion_pl import cli
-from diffusion_pl.data.loader import Batches, Loader, Share
+from diffusion_pl.data.dataset import _Reduced
+from diffusion_pl.data.loader import DataConfig, Loader
 from diffusion_pl.data.means import block_means
 from diffusion_pl.data.member_images import decode_into
-from diffusion_pl.data.order import Order
 from diffusion_pl.data.shard_format import INDEX, SHARDS, Manifest, Shard
 from diffusion_pl.data.shards import Shards
-from diffusion_pl.data.source import Images, _Reduced
 from diffusion_pl.data.synthetic import Synthetic
+from diffusion_pl.images import Images
 
 BATCH = 64
 WORKERS = 2
@@ -85,15 +85,15 @@ def _length(batch: Batch) -> int:
 
 def ours(images: Images, workers: int = WORKERS, batch: int = BATCH) -> Iterator[Batch]:
     """What a run reads."""
-    order = Order(len(images), 0, images.shards, images.window)
-    batches = Batches({images.resolution: images}, order, Share(batch))
-    return iter(Loader(batches, 0, EPOCHS * len(images) // batch, workers))
+    nothing = Synthetic(1, 8)  # the images are opened already
+    data = DataConfig(nothing, batch_size=batch, num_workers=workers)
+    return iter(Loader(data, {images.resolution: images}, 0, EPOCHS * len(images) // batch))
 
 
 def reduced(images: Images, side: int) -> Images:
     """Images that are decoded whole and reduced when they are read."""
-    store = _Reduced(images.store, side)
-    return Images("reduced", store, "", images.labels, images.classes, images.shards, 0)
+    store = _Reduced(images, side)
+    return Images("reduced", store, "", images.labels, images.classes, shards=images.shards)
 
 
 def _small(side: int, floats: bool, image: Image.Image) -> torch.Tensor:
@@ -153,7 +153,7 @@ def mapped(path: Path, shape: tuple[int, ...]) -> Iterator[Batch]:
 
 def pictures(path: Path, count: int, side: int, form: str, **options: Any) -> Path:
     """A folder of synthetic pictures with the grain of a photograph, in classes."""
-    images = Synthetic(count, side, batch_size=1).open()
+    images = Synthetic(count, side).open()
     source = np.random.default_rng(0)
     for number in range(count):
         image = images.read(torch.tensor([number]))[0].numpy().transpose(1, 2, 0)
@@ -198,19 +198,18 @@ def small(work: Path) -> dict[str, Any]:
     png = prepared(source, work / "png", "32", "png", 500)
     raw = prepared(source, work / "raw", "32", "raw", 500)
     files = laid_out(png, work / "small_files", "png")
-    memory = Shards(str(png), 32, batch_size=BATCH, cache="memory").open()
-    assert isinstance(memory.store, torch.Tensor)
-    memory.store.numpy().tofile(work / "pixels")
-    shape = memory.store.shape
+    memory = Shards(str(png), 32, cache="memory").open()
+    assert memory.decoded is not None
+    memory.decoded.numpy().tofile(work / "pixels")
     found = rates(
         {
-            "shards, PNG": lambda: ours(Shards(str(png), 32, batch_size=BATCH).open()),
+            "shards, PNG": lambda: ours(Shards(str(png), 32).open()),
             "ImageFolder": lambda: folder(files, 32),
             "ImageFolder, bytes": lambda: folder(files, 32, floats=False),
             "webdataset, same decoder": lambda: tars(png, 32, "png", 32),
-            "shards, raw": lambda: ours(Shards(str(raw), 32, batch_size=BATCH).open()),
+            "shards, raw": lambda: ours(Shards(str(raw), 32).open()),
             "webdataset, raw": lambda: tars(raw, 32, "npy", 32),
-            "memory map": lambda: mapped(work / "pixels", shape),
+            "memory map": lambda: mapped(work / "pixels", memory.shape),
             "shards in memory, no workers, 64 a batch": lambda: ours(memory, 0),
             "shards in memory, no workers, 512 a batch": lambda: ours(memory, 0, 512),
         }
@@ -230,7 +229,7 @@ def large(work: Path) -> dict[str, Any]:
     source = pictures(work / "large", LARGE, 256, "jpg", quality=95, subsampling=0)
     both = prepared(source, work / "both", "256,64", "jpeg", 100)
     files = laid_out(both, work / "large_files", "256.jpg")
-    data = Shards(str(both), 256, batch_size=BATCH)
+    data = Shards(str(both), 256)
     found = rates(
         {
             "shards, 256 reduced to 64": lambda: ours(reduced(data.open(), 64)),
@@ -253,7 +252,7 @@ _EPOCHS = """
 import sys, torch
 from pathlib import Path
 from diffusion_pl.data.shards import Shards
-images = Shards(sys.argv[1], 32, batch_size=64).open()
+images = Shards(sys.argv[1], 32).open()
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 for epoch in range(3):
@@ -274,15 +273,15 @@ _GROWTH = """
 import json, sys, time, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from diffusion_pl.data.loader import Batches, Share
-from diffusion_pl.data.order import Order
+from diffusion_pl.data.loader import DataConfig, Loader
 from diffusion_pl.data.shards import Shards
 def own():
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
 before, started = own(), time.perf_counter()
-images = Shards(sys.argv[1], 8, batch_size=64, window=64).open()
-batches = Batches({8: images}, Order(len(images), 0, images.shards, images.window), Share(64))
+data = DataConfig(Shards(sys.argv[1], 8, window=64), batch_size=64)
+images = data.dataset.open()
+batches = Loader(data, {8: images}, 0, 1000)
 batches[0]
 first = time.perf_counter() - started
 for step in range(1, 200):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import median, record
+from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.evaluation import Evaluation
@@ -63,7 +64,7 @@ def network() -> Tiny:
 
 def bare(data: Synthetic) -> float:
     """Seconds a step of a plain loop."""
-    images = data.open()
+    images = data.dataset.open()
     objective, model = EDM(), network()
     denoiser = objective.denoiser(model)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-3, fused=True)
@@ -111,7 +112,7 @@ def ours(data: Synthetic) -> float:
 def main() -> None:
     """Measure in turns and record."""
     torch.set_num_threads(1)  # the network is too small for more, and the loop has one thread
-    data = Synthetic(1000, 16, batch_size=BATCH)
+    data = DataConfig(Synthetic(1000, 16), batch_size=BATCH)
     pairs = [(bare(data), ours(data)) for _ in range(ROUNDS)]
     plain, whole = (median([pair[side] for pair in pairs]) * 1e6 for side in (0, 1))
     beyond = median([(b - a) * 1e6 for a, b in pairs])

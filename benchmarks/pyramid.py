@@ -59,7 +59,7 @@ class Bench:
         assert isinstance(pyramid, PyramidSampler)
         self.pyramid = pyramid
         self.sides = [int(level) for level in pyramid.levels]
-        source: Synthetic = config.build(self.model.config, "data")
+        source: Synthetic = config.build(self.model.config, "data.dataset")
         self.extractors = {"shapes": shapes.load(), "pixels": Pixels()}
         held_out = replace(source, seed=HELD_OUT, count=SCENES)
         self.scenes = {side: held_out.open(side) for side in self.sides}

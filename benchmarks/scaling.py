@@ -320,10 +320,10 @@ def index(folder: Path) -> dict[str, Any]:
     for count in (1000, 10_000):
         path = grown(one, folder / f"grown{count}", count)
         started = time.perf_counter()
-        Shards(str(path), 8, batch_size=64).open()
+        Shards(str(path), 8).open()
         seconds = time.perf_counter() - started
         tracemalloc.start()
-        images = Shards(str(path), 8, batch_size=64).open()
+        images = Shards(str(path), 8).open()
         stays, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         opened.append(

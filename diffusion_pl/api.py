@@ -146,7 +146,7 @@ class Experiment:
         base: the experiment whose sections stand where none is given; one of ours, or a YAML file.
         changes: dotted key to value, over everything.
         sections: data, network, objective, ... (docs/python.md): `lazy(...)`, an object of a
-            dataclass such as `data.folder.ImageFolder`, or a mapping of what differs from the base.
+            dataclass such as `training.ema.EMA`, or a mapping of what differs from the base.
 
     Raises:
         UserError: everything that does not fit, a line each.

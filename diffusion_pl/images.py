@@ -1,9 +1,11 @@
-"""Images at the edge of the package: bytes to [-1, 1] and back, grids and PNG files."""
+"""Images at the edge of the package: sets of them, bytes to [-1, 1] and back, grids, PNG files."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -11,6 +13,98 @@ from torch import Tensor
 
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import write_atomically
+
+
+class Store(Protocol):
+    """Pixels by index."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C, R, R), known without decoding."""
+        ...
+
+    def read(self, indices: Tensor, /) -> Tensor:
+        """Images by index, in the order asked for.
+
+        Args:
+            indices: int64 (n,), each in [0, N), repeats allowed.
+
+        Returns:
+            uint8 (n, C, R, R), values 0..255.
+        """
+        ...
+
+
+class ImageDataset(Store, Protocol):
+    """A fixed, ordered set of square images with optional labels: to train on, or to measure.
+
+    A class that inherits from this one needs `name`, `fingerprint`, `shape` and `read`.
+
+    Args:
+        name: names the set wherever a number measured on it is printed.
+        fingerprint: of the content, sha256 (hex); equal images and labels have an equal one.
+        labels: int64 (N,) in [0, classes), or None when unlabelled.
+        classes: number of classes, 0 when unlabelled.
+        class_names: of the classes in order, () where they have none.
+        shards: images in each shard, in order; () where there are none.
+        window: shards to shuffle together; 0: all.
+    """
+
+    name: str
+    fingerprint: str
+    labels: Tensor | None = None
+    classes: int = 0
+    class_names: tuple[str, ...] = ()
+    shards: tuple[int, ...] = ()
+    window: int = 0
+
+    def origin(self, index: int) -> str:
+        """The file that an image is read from, for messages; the set's name where there is none."""
+        return self.name
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def channels(self) -> int:
+        """Colour channels of an image."""
+        return self.shape[1]
+
+    @property
+    def resolution(self) -> int:
+        """Side of an image in pixels."""
+        return self.shape[3]
+
+
+@dataclass(frozen=True, eq=False)
+class Images(ImageDataset):
+    """Images in memory, or read from a store on demand.
+
+    Args:
+        store: the images, uint8 (N, C, R, R), or where they are read.
+        name, fingerprint, labels, classes, class_names, shards, window: as `ImageDataset` has them.
+    """
+
+    name: str
+    store: Tensor | Store
+    fingerprint: str
+    labels: Tensor | None = None
+    classes: int = 0
+    class_names: tuple[str, ...] = ()
+    shards: tuple[int, ...] = ()
+    window: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C, R, R)."""
+        return self.store.shape
+
+    def read(self, indices: Tensor) -> Tensor:
+        """uint8 (n, C, R, R) by int64 indices (n,)."""
+        if isinstance(self.store, Tensor):
+            # Whole images are copied at a time, in a twentieth of the time of indexing.
+            return self.store.index_select(0, indices)
+        return self.store.read(indices)
 
 
 def from_bytes(images: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion_pl.data.scenes import GROUNDS, latents
-from diffusion_pl.data.source import Images
 from diffusion_pl.data.synthetic import Synthetic
+from diffusion_pl.images import Images
 from diffusion_pl.metrics import shapes
 from diffusion_pl.metrics.shapes import SIDE, Shapes, ShapesNetwork, resize
 
@@ -32,7 +32,7 @@ NOISE = 0.3
 
 def examples(count: int, seed: int) -> tuple[Images, Tensor, Tensor]:
     """The images of a seed, what the network sees of them (B, 3, 32, 32), and labels (B,)."""
-    images = Synthetic(count, SIDE, seed, batch_size=1).open()
+    images = Synthetic(count, SIDE, seed).open()
     assert images.labels is not None
     return images, resize(images.read(torch.arange(count))), images.labels
 

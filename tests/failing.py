@@ -40,7 +40,9 @@ RUN = (
     "# Tried at every file (no published number)\n"
     + SMALLEST
     + """\
-data: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 16, resolution: 8, batch_size: 8}
+data:
+  dataset: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 16, resolution: 8}
+  batch_size: 8
 ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20, posthoc_every: 16}
 sampler: {steps: 1}
 features: {name: shapes}

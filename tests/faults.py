@@ -30,11 +30,9 @@ from diffusion_pl.training.history import History
 RUN = """# Several resolutions, dropout, labels, flips, augmentation (no published number)
 defaults: base
 data:
-  _target_: faults.Data
-  count: 40
-  resolution: 16
+  dataset: {_target_: faults.Data, count: 40, resolution: 16}
   batch_size: 8
-  shares: {8: 1, 16: 2}
+  resolution_weights: {8: 1, 16: 2}
   hflip: true
 network:
   _target_: faults.Network
@@ -100,7 +98,7 @@ class Store:
     def shape(self):
         return tuple(self.images.shape)
 
-    def __getitem__(self, indices):
+    def read(self, indices):
         kind, at = mine()
         if multiprocessing.parent_process() is not None and kind.startswith("read-"):
             self.readings += 1
@@ -171,7 +169,7 @@ class Kind:
 
 
 STOPPED = {"codes": (0, RESUMABLE), "marked": True}
-READ = {"words": ("data.workers=1",)}
+READ = {"words": ("data.num_workers=1",)}
 KINDS = {
     **{f"{name} to all ranks": Kind(name, "all", **STOPPED) for name in SIGNALS},
     **{f"{name} to one rank": Kind(name, "one", **STOPPED) for name in SIGNALS},

@@ -164,16 +164,16 @@ def devices_of_none(place):
     return [*CHECK, "trainer.devices=0"]
 
 
-@case("SET: data.workers", "must be at least 0 (got -1)")
+@case("SET: data.num_workers", "must be at least 0 (got -1)")
 def workers_below_zero(place):
-    return [*CHECK, "data.workers=-1"]
+    return [*CHECK, "data.num_workers=-1"]
 
 
 @case("photographs: no such folder or zip file")
 def data_that_is_not_there(place):
     return [
-        "train", "tiny", "data._target_=diffusion_pl.data.folder.ImageFolder",
-        "data.path=photographs", "data.resolution=16", "data.batch_size=8",
+        "train", "tiny", "data.dataset._target_=diffusion_pl.data.folder.ImageFolder",
+        "data.dataset.path=photographs", "data.dataset.resolution=16", "data.batch_size=8",
     ]  # fmt: skip
 
 
@@ -186,6 +186,6 @@ def output_that_is_read_only(place):
 @case("nowhere://x/dataset.json: cannot be opened (Protocol not known")
 def shards_at_an_address_of_no_kind(place):
     return [
-        "train", "tiny", "data._target_=diffusion_pl.data.shards.Shards",
-        "data.path=nowhere://x", "data.resolution=16", "data.batch_size=8",
+        "train", "tiny", "data.dataset._target_=diffusion_pl.data.shards.Shards",
+        "data.dataset.path=nowhere://x", "data.dataset.resolution=16", "data.batch_size=8",
     ]  # fmt: skip

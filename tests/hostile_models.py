@@ -20,9 +20,9 @@ from hostile import Runs, announce, case, changed
 from diffusion_pl import config
 from diffusion_pl.commands import import_, parts
 from diffusion_pl.config import Config
-from diffusion_pl.evaluation.given import arrays
 from diffusion_pl.interop import diffusers, edm, pesser, pickles, weights
 from diffusion_pl.metrics import reference
+from diffusion_pl.metrics.npz import arrays
 from diffusion_pl.metrics.published import load_npz
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema

@@ -146,12 +146,15 @@ MUTANTS = [
     *at(
         "data/loader.py",
         "data_order",
-        ("step * self.batch_size + self.rank * size", "step * size + self.rank * size"),
+        ("step * self.data.batch_size + self.rank * size", "step * size + self.rank * size"),
         ("image.flip(-1), image)", "image, image)"),
         ("range(self.start, self.stop))", "range(self.stop))"),
         ("images.labels[indices]", "images.labels[positions]"),
-        ("            wanted -= share", "            wanted -= 1 / len(self.shares)"),
+        ("            wanted -= weight", "            wanted -= 1 / len(weights)"),
         ('"resolution", torch.tensor([step])', '"resolution", torch.tensor([0])'),
+        ("            if value < least:", "            if value < least - 1:"),
+        ("min(weights.values()) <= 0", "min(weights.values()) < 0"),
+        ("not weights or min(", "min("),
     ),
     *at(
         "data/crops.py",
@@ -175,7 +178,7 @@ MUTANTS = [
         ("(positions.numpy().astype(np.uint64) + 1)", "(positions.numpy().astype(np.uint64))"),
     ),
     *at(
-        "data/source.py",
+        "data/dataset.py",
         "data_source",
         ("whole % resolution:", "False:"),
     ),

@@ -69,7 +69,7 @@ MUTANTS = [
         ("if _OURS.fullmatch(entry.name) and", "if"),
     ),
     *at(
-        "data/members.py",
+        "data/shard_images.py",
         "bounded_reading",
         ("if not self.tars.renew(number):", "if True:"),
     ),

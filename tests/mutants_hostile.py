@@ -68,7 +68,7 @@ MUTANTS = [
         "hostile_corpus",
         ("with at_most(most), torch", "with torch"),
         ("if type(value) is int and value < least:", "if False:"),
-        ('"workers": 0}', '"workers": -9}'),
+        ('"num_workers": 0}', '"num_workers": -9}'),
         ('raise experiment.error("optimizer", str(error)) from error', "optimizer = None"),
     ),
     *at(

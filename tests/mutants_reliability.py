@@ -26,7 +26,7 @@ MUTANTS = [
         "training/run.py",
         "stopping exact",
         ("if stop.stopped and trainer.is_global_zero:", "if trainer.is_global_zero:"),
-        ("on_read=wish.wait_for_steps", "on_read=wish.listen"),
+        ("experiment.seed, wish.wait_for_steps", "on_read=wish.listen"),
         ("if not trainer.strategy.broadcast(done):", "if False:"),
     ),
     *at(
@@ -112,16 +112,16 @@ MUTANTS = [
     *at(
         "data/loader.py",
         "bounded",
-        ("for ahead in range(step, min(self.stop, step + 1 + AHEAD * self.workers)):",
+        ("for ahead in range(step, min(self.stop, step + 1 + AHEAD * self.data.num_workers)):",
          "for ahead in range(step, step + 1):"),
     ),
     *at(
         "data/loader.py",
         "readers",
-        ("range(first, self.stop, self.workers)", "range(first, self.stop, 1)"),
-        ("readers[(step - self.start) % self.workers]", "readers[step % self.workers]"),
+        ("range(first, self.stop, workers)", "range(first, self.stop, 1)"),
+        ("readers[(step - self.start) % workers]", "readers[step % workers]"),
         ("                reader.end()", "                pass"),
-        ("(channels + 8) * side**2", "channels * side**2"),
+        ("channels + 8", "channels"),
     ),
     *at(
         "data/readers.py",

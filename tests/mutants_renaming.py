@@ -21,6 +21,31 @@ MUTANTS = [
         ("removeprefix(f", "strip("),
     ),
     *at(
+        "config/renaming.py",
+        "former_data",
+        ("if name not in _BATCHES", ""),
+        ("if name in _BATCHES", ""),
+        ('"data.shares": "data.resolution_weights"', '"data.shares": "data.num_workers"'),
+        ('target_now(node["_target_"]) != target', "False"),
+        ("bool(target) and", "bool(target) or"),
+        ('"path", "resolution"', '"resolution"'),
+    ),
+    *at(
+        "config/reading.py",
+        "former_data",
+        ("        if replaces_data(own, tree):", "        if False:"),
+        ('        if replaces_data({"data": node}, config.tree):', "        if False:"),
+        ('if key == "data" and isinstance(value, dict):', "if False:"),
+    ),
+    *at(
+        "commands/settling.py",
+        "former_data",
+        (
+            "config.differences(*map(_with_defaults, (before, experiment.tree)))",
+            "config.differences(before, experiment.tree)",
+        ),
+    ),
+    *at(
         "config/reading.py",
         "renaming",
         ("path if packages is None else None", "path"),

@@ -128,7 +128,7 @@ MUTANTS = [
         ('return not {"null", "absent"} & set(values.split(" -> "))', "return True"),
         ("        begun.unlink(missing_ok=True)", "        pass"),
         ("    note(folder, images, changes)", "    pass"),
-        ('    "data.path",\n', ""),
+        ('    "data.dataset.path",\n', ""),
         ('    "evaluation",\n', ""),
     ),
     *at(

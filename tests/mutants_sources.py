@@ -36,7 +36,7 @@ MUTANTS = [
         ("self.path, self.resolution, self.fit,", 'self.path, self.resolution, "crop",'),
         ('fit: Fit = "crop"\n    labels', 'fit: Fit = "pad"\n    labels'),
         ('{1: "-grey", 4: "-rgba"}', "{}"),
-        ("return reduced(whole, resolution,", "return reduced(whole, None,"),
+        ("return reduced(whole, resolution)", "return reduced(whole, None)"),
     ),
     *at(
         "data/folder.py",

@@ -69,7 +69,7 @@ MUTANTS = [
         ("not inside and value not in experiment.packages", "not inside"),
         ("plain = os.path.normpath(folder)", "plain = folder"),
         ("os.path.isabs(plain) or", "False or"),
-        ("dataclasses.replace(source, made_of=None)", "source"),
+        ("dataclasses.replace(data.dataset, made_of=None)", "data.dataset"),
         ('if "wandb" in', "if 0 in"),
         ('(entity := trainer.get("wandb_entity")) is not None', "(entity := None)"),
         ('.startswith("clip-")', '.startswith("inception")'),
@@ -110,7 +110,7 @@ MUTANTS = [
     *at(
         "io/cache.py",
         "credentials",
-        ('    refuse_credentials(url, "data.path")', "    abs(1)"),
+        ('    refuse_credentials(url, "data.dataset.path")', "    abs(1)"),
         ("    if MASK in url:", "    if False:"),
         ("masked(str(problem)).splitlines()", "str(problem).splitlines()"),
     ),
@@ -215,7 +215,7 @@ MUTANTS = [
         ),
     ),
     *at(
-        "data/shards.py",
+        "data/shard_images.py",
         "names",
         ("{plain(manifest.name)}", "{manifest.name}"),
     ),

@@ -511,7 +511,7 @@ def cifar10(folder: Path) -> Kind:
             return repr(read_plain(data, where="x"))
         path = folder / "mutant.tar.gz"
         path.write_bytes(data)
-        found = CIFAR10(str(path), "test", batch_size=1).open()
+        found = CIFAR10(str(path), "test").open()
         return found.fingerprint
 
     return Kind({"batch": batch, "archive": whole}, read)
@@ -553,7 +553,7 @@ def weights(folder: Path) -> Kind:
 
 def arrays(folder: Path) -> Kind:
     """.npz files of images."""
-    from diffusion_pl.evaluation.given import arrays as opened
+    from diffusion_pl.metrics.npz import arrays as opened
 
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=_rgb(4)[None])

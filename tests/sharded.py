@@ -68,7 +68,7 @@ def nothing() -> None:
 
 
 def source(path: Path | str, resolution: int = 16, **settings: Any) -> Shards:
-    return Shards(str(path), resolution, **{"batch_size": 4, **settings})
+    return Shards(str(path), resolution, **settings)
 
 
 def index_of(folder: Path) -> np.ndarray:

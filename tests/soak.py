@@ -53,7 +53,7 @@ class Soak:
 
     def run(self) -> None:
         """One run, from its beginning through faults to its end."""
-        ranks, words = self.source.choice([1, 2]), self.source.choice([(), ("data.workers=1",)])
+        ranks, words = self.source.choice([1, 2]), self.source.choice([(), ("data.num_workers=1",)])
         # A process that is stopped alone has nobody to notice it.
         kinds = [
             kind

@@ -32,7 +32,7 @@ TINY = {
     "lr_schedule.warmup": 0,
     "lr_schedule.cooldown": 0,
     "trainer.devices": 1,
-    "data.count": 64,
+    "data.dataset.count": 64,
     "evaluation.every": 64,
     "evaluation.count": 8,
     "evaluation.grid": 4,
@@ -210,10 +210,10 @@ def test_what_could_not_be_opened_again_is_refused_before_training(value, word):
 
 
 def test_objects_are_kept_by_what_they_are_made_from():
-    folder = ImageFolder("photographs", 64, labels=True, batch_size=8)
+    folder = ImageFolder("photographs", 64, labels=True)
     node = api.plain(folder, "data")
     assert node["_target_"] == "diffusion_pl.data.folder.ImageFolder"
-    assert node["path"] == "photographs" and node["workers"] == 0  # a default is kept, too
+    assert node["path"] == "photographs" and node["channels"] == 3  # a default is kept, too
     assert config.build(config.Config("x", "x", {"data": node}), "data") == folder
     assert api.plain(functools.partial(heun, S_churn=40), "x") == {
         "_target_": "diffusion_pl.samplers.heun.heun", "_partial_": True, "S_churn": 40,

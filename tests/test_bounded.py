@@ -141,29 +141,27 @@ def test_of_the_ranks_that_one_command_starts_none_outlives_a_fault(fault, rank,
 SLOW = """
 import os, signal, time
 from pathlib import Path
-from diffusion_pl.data.loader import Batches, Loader, Share
 from diffusion_pl.data.readers import ReaderLost
-from diffusion_pl.data.members import Members
-from diffusion_pl.data.order import Order
+from loaders import loader
+from diffusion_pl.data.shard_images import ShardImages
 from diffusion_pl.data.shards import Shards
 
-read = Members.__getitem__
+read = ShardImages.read
 def broken(self, indices):
     if 13 in indices.tolist():
         FAULT
     return read(self, indices)
-Members.__getitem__ = broken
+ShardImages.read = broken
 
-images = Shards("shapes", resolution=8, batch_size=2).open(8)
-class InOrder:
-    seed = 0
-    def __call__(self, first, last):
-        import torch
-        return torch.arange(first, last)
-batches = Batches({8: images}, InOrder(), Share(2))
+images = Shards("shapes", resolution=8).open(8)
+read_ahead = loader(images, 2, 10, num_workers=1, timeout=5.0)
+def in_order(first, last):
+    import torch
+    return torch.arange(first, last)
+read_ahead.order = in_order
 seen = []
 try:
-    for batch in Loader(batches, 0, 10, workers=1, timeout=5.0):
+    for batch in read_ahead:
         seen.append(batch["index"].tolist())
 except ReaderLost as error:
     print(len(seen), error)

@@ -45,14 +45,14 @@ def test_every_channel_of_a_prepared_image_is_the_files(channels, encoding):
     written = pictures(Path("pictures"), channels)
     words = ["prepare", "pictures", "data/set", "--resolutions", "16", "--labels"]
     assert main([*words, "--channels", str(channels), "--encoding", encoding]) == 0
-    source = Shards("data/set", 16, channels=channels, batch_size=2)
+    source = Shards("data/set", 16, channels=channels)
     source.prepare()
     images = source.open()
     wanted = np.stack(list(written.values()))
-    assert np.array_equal(images.store[torch.arange(8)].numpy(), wanted)
+    assert np.array_equal(images.read(torch.arange(8)).numpy(), wanted)
     assert images.labels.tolist() == [0] * 4 + [1] * 4
-    folder = ImageFolder("pictures", 16, "exact", channels=channels, batch_size=2)
-    assert np.array_equal(folder.open().store[torch.arange(8)].numpy(), wanted)
+    folder = ImageFolder("pictures", 16, "exact", channels=channels)
+    assert np.array_equal(folder.open().read(torch.arange(8)).numpy(), wanted)
 
 
 @pytest.mark.parametrize(("channels", "mode"), MODES.items())
@@ -61,7 +61,7 @@ def test_from_a_folder_to_images_of_its_own_kind(channels, mode, capsys):
     words = ["prepare", "pictures", "data/set", "--resolutions", "16", "--labels"]
     assert main([*words, "--channels", str(channels)]) == 0
     train = json.loads(capsys.readouterr().out)["train"]
-    assert f"data.channels={channels}" in train and f"network.channels={channels}" in train
+    assert f"data.dataset.channels={channels}" in train and f"network.channels={channels}" in train
     said = [word for word in train.replace("'", "").split() if word.startswith("data.")]
     code = main([
         "train", "cifar10_small", "--run", "runs/x", *said, "network.resolution=16",

@@ -19,7 +19,7 @@ NAMES = ["Basset", "beagle", "poodle"]
 EXPERIMENT = (
     TINY.replace("diffusion_pl.data.synthetic.Synthetic, count: 40", "diffusion_pl.data.X, path: d")
     .replace("classes: 8", "classes: 3")
-    .replace("batch_size: 8}\nnetwork", "batch_size: 6}\nnetwork")
+    .replace("batch_size: 8\nnetwork", "batch_size: 6\nnetwork")
     .replace("images: 16, checkpoint_every: 16", "images: 12, checkpoint_every: 12")
 )
 
@@ -36,8 +36,12 @@ def home(tmp_path_factory):
     assert prepare(photographs, place / "d", "--labels") == 0
     shards = EXPERIMENT.replace("diffusion_pl.data.X", "diffusion_pl.data.shards.Shards")
     folder = "diffusion_pl.data.folder.ImageFolder"
-    words = [f"data._target_={folder}", "data.path=photographs", "data.labels=true"]
-    words += ["data.resolution=8", "data.batch_size=6"]
+    words = [
+        f"data.dataset._target_={folder}",
+        "data.dataset.path=photographs",
+        "data.dataset.labels=true",
+    ]
+    words += ["data.dataset.resolution=8", "data.batch_size=6"]
     return trained(place, shards, ["--run", "runs/folder", *words])
 
 

@@ -24,7 +24,9 @@ from diffusion_pl.training.history import History
 ROOT = Path(__file__).parents[1]
 TINY = """# A tiny run for tests (no published number)
 defaults: base
-data: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 16, batch_size: 8}
+data:
+  dataset: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 16}
+  batch_size: 8
 network:
   _target_: diffusion_pl.networks.song_unet.SongUNet
   resolution: 16
@@ -114,11 +116,11 @@ def test_a_changed_config_is_refused_with_the_differing_keys(trained, run):
 
 
 def test_where_a_run_computes_may_change_and_is_noted(trained, run):
-    words = ("trainer.device_batch_size=4", "trainer.loggers=[]", "data.workers=1")
+    words = ("trainer.device_batch_size=4", "trainer.loggers=[]", "data.num_workers=1")
     code, _, err = run("train", "tiny", *words)
     assert code == 0 and "runs/tiny is finished" in err
     kept = Path("runs/tiny/config.yaml").read_text()
-    assert "device_batch_size: 4" in kept and "loggers: []" in kept and "workers: 1" in kept
+    assert "device_batch_size: 4" in kept and "loggers: []" in kept and "num_workers: 1" in kept
 
 
 def test_sampling_writes_images_a_grid_and_arrays(trained, run):
@@ -206,7 +208,11 @@ def test_the_version_is_told_without_torch(capsys):
 
 
 def test_check_says_which_sizes_the_steps_take(run):
-    words = ["data.shares={8: 1, 16: 3}", "trainer.device_batch_size=2", "data.batch_size=8"]
+    words = [
+        "data.resolution_weights={8: 1, 16: 3}",
+        "trainer.device_batch_size=2",
+        "data.batch_size=8",
+    ]
     crop = "data.crop={_target_: diffusion_pl.data.crops.Crop, size: 8}"
     whole, cut = (run("check", "tiny", *words, *more)[1] for more in ((), (crop,)))
     assert "8 px in 25% of the steps (1 passes), 16 px in 75% of the steps (4 passes)" in whole
@@ -250,7 +256,7 @@ def test_experiments_are_listed_with_their_first_line(run):
         (["check", "tiny", "optimzer.lr=1"], "optimizer"),
         (["check", "tiny", "data.batch_size=7", "trainer.devices=2"], "use 6 or 8"),
         (["check", "tiny", "network.resolution=15"], "must be multiples of 2"),
-        (["check", "tiny", "data.resolution=17"], "must be multiples of 2"),
+        (["check", "tiny", "data.dataset.resolution=17"], "must be multiples of 2"),
         (["check", "tiny", "sampler.steps=0"], "at least 1 step"),
         (["check", "tiny", "sampler.schedule.sigma_min=90"], "0 < sigma_min < sigma_max"),
         (
@@ -259,8 +265,8 @@ def test_experiments_are_listed_with_their_first_line(run):
             ],
             "the network knows 157.407 to 0.0100005",
         ),
-        (["train", "tiny", "data._target_=diffusion_pl.data.cifar10.CIFAR10", "data.path=nowhere",
-          "data.batch_size=8", "network.resolution=32"], "nowhere"),
+        (["train", "tiny", "data.dataset._target_=diffusion_pl.data.cifar10.CIFAR10",
+          "data.dataset.path=nowhere", "network.resolution=32"], "nowhere"),
         (["train", "tiny", "features.name=inception", "features.weights=no.pth"], "no.pth"),
         (["train", "tiny", "trainer.loggers=[wandb]"], "wandb is not installed"),
         (["sample", "runs/none"], "there is no such run"),

@@ -58,7 +58,9 @@ class Exact(nn.Module):
 """
 EXACT = """# The exact denoiser of a mixture (no published number)
 defaults: base
-data: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 8, batch_size: 8}
+data:
+  dataset: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 8}
+  batch_size: 8
 network: {_target_: exact_network.Exact}
 objective: {_target_: diffusion_pl.objectives.edm.EDM}
 ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20}
@@ -101,7 +103,7 @@ def refused(run, *words):
 
 
 def images(count):
-    return Synthetic(40, 8, batch_size=8).open().read(torch.arange(count)).to(F64) / 127.5 - 1
+    return Synthetic(40, 8).open().read(torch.arange(count)).to(F64) / 127.5 - 1
 
 
 def log_density(x, sigma):
@@ -220,7 +222,7 @@ def test_steps_are_doubled_until_the_change_is_small_enough():
 
 def bound_bits(count, variance, clip=True):
     model = runs.open_model(Path("runs/tiny"))
-    labels = Synthetic(40, 8, batch_size=8).open().labels[:count]
+    labels = Synthetic(40, 8).open().labels[:count]
     bound = variational_bound(
         conditioned(model.denoiser, label=labels), images(count).float(),
         LinearBetas(20, 1e-3, 0.4), ImageNoise(0, range(count), "bound"), variance=variance,
@@ -272,9 +274,9 @@ def test_the_chain_of_an_objective():
         (("runs/tiny", "--steps", 1), "--steps must be at least 2"),
         (("runs/tiny", "--count", 0), "--count must be positive"),
         ((*WORDS, "--by", "bound"), "the run's objective has no table of timesteps"),
-        ((*WORDS, "--set", "data.resolution=16"), "only of 8 pixels (got 16)"),
+        ((*WORDS, "--set", "data.dataset.resolution=16"), "only of 8 pixels (got 16)"),
         (
-            ("runs/tiny", "--count", 4, "--set", "data.shapes=[disc, square]"),
+            ("runs/tiny", "--count", 4, "--set", "data.dataset.shapes=[disc, square]"),
             "has 2 classes, and the model is of 8",
         ),
     ],

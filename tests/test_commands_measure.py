@@ -30,7 +30,7 @@ def home(tmp_path_factory):
     measured = PLAIN.replace("checkpoint_every: 16", "checkpoint_every: 8")
     homes.trained(folder, measured.replace("name: shapes", "name: pixels"))
     (folder / "pictures").mkdir()
-    for i, image in enumerate(Synthetic(40, 8, batch_size=8).open().read(torch.arange(40))):
+    for i, image in enumerate(Synthetic(40, 8).open().read(torch.arange(40))):
         save_png(image, folder / "pictures" / f"{i:02d}.png")
     return folder
 
@@ -102,7 +102,7 @@ def test_statistics_of_any_data_are_made_once_and_compared_with(run, home, tmp_p
     assert code == 0, err
     assert (made["images"], made["resolution"], made["single_images"]) == (40, 8, 40)
     computed = references.load(tmp_path / "mine.safetensors")
-    pixels = Synthetic(40, 8, batch_size=8).open().read(torch.arange(40)).double() / 255
+    pixels = Synthetic(40, 8).open().read(torch.arange(40)).double() / 255
     torch.testing.assert_close(computed.mean, pixels.flatten(1).mean(dim=0))
     before = sorted(Path("data/references").iterdir())
     assert run(*words)[0] == 0
@@ -163,7 +163,7 @@ def test_what_cannot_be_measured_is_one_line(run, home, words, message, capsys):
         (home / "edm2.pkl").write_bytes(pickle.dumps({"fid": {"mu": np.zeros(8)}}))
         from diffusion_pl.metrics.pixels import Pixels
 
-        other = real_images.compute(Synthetic(8, 16, batch_size=8).open(), Pixels())
+        other = real_images.compute(Synthetic(8, 16).open(), Pixels())
         other.save(home / "other.safetensors")
     code, result, err = run(*words)
     assert (code, result) == (2, None), err

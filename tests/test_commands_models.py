@@ -23,7 +23,9 @@ from diffusion_pl.training import checkpoint as checkpoints
 ROOT = Path(__file__).parents[1]
 TINY = """# A tiny run for tests (no published number)
 defaults: base
-data: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 8, batch_size: 8}
+data:
+  dataset: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 8}
+  batch_size: 8
 network:
   _target_: diffusion_pl.networks.ddpm_unet.DDPMUNet
   resolution: 8
@@ -257,8 +259,8 @@ def test_an_imported_run_is_fine_tuned_from_its_weights(run, parity):
     )  # fmt: skip
     assert code == 0, err
     data = [
-        "data._target_=diffusion_pl.data.synthetic.Synthetic", "data.count=16",
-        "data.resolution=16", "data.batch_size=8", "trainer.images=8", "evaluation.metrics=[]",
+        "data.dataset._target_=diffusion_pl.data.synthetic.Synthetic", "data.dataset.count=16",
+        "data.dataset.resolution=16", "trainer.images=8", "evaluation.metrics=[]",
         "evaluation.count=2", "sampler.steps=2", "features.name=shapes", "trainer.accelerator=cpu",
         "trainer.loggers=[]", "optimizer.lr=1e-12",
     ]  # fmt: skip

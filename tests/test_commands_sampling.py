@@ -276,7 +276,7 @@ def test_a_model_that_never_saw_its_labels_guides_nothing():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("sample", "runs/tiny", "--set", "data.resolution=9"), "data.resolution: "),
+        (("sample", "runs/tiny", "--set", "data.dataset.resolution=9"), "dataset.resolution: "),
         (("evaluate", "pictures", "--reference", "tiny", "--sampler", "heun"),
          "--sampler is of a run that draws; pictures holds images"),
         (("evaluate", "pictures", "--reference", "tiny", "--guidance", 2),

@@ -44,15 +44,18 @@ def said(tmp_path, monkeypatch, capsys):
         ("trainer.images=-0017", "-0017 is -15 to YAML, as octal; write -017, or '-0017'"),
         ("sampler.levels=[16, 032]", "SET: sampler.levels: 032 is 26 to YAML"),
         ("trainer.images=1:30", "1:30 is a number to base 60 to YAML; write it out"),
-        ("data.shares={16:1}", "SET: data.shares: '16:1' is one word to YAML; write a space, 16:"),
-        ("data.shares={a:1, b: 2}", "'a:1' is one word to YAML; write a space, a: 1"),
+        (
+            "data.resolution_weights={16:1}",
+            "SET: data.resolution_weights: '16:1' is one word to YAML; write a space, 16:",
+        ),
+        ("data.resolution_weights={a:1, b: 2}", "'a:1' is one word to YAML; write a space, a: 1"),
         ("optimizer.lr=abc", "optimizer.lr: must be float or a node with _target_ that makes"),
         ("lr=abc", "SET: lr: unknown section; did you mean 'optimizer.lr'?"),
         ("steps=9", "SET: steps: unknown section; did you mean 'sampler.steps'?"),
         ("evaluation.guidance_interval=[-inf, 1]", "guidance_interval.0: must be finite"),
         ("trainer.clip=inf", "trainer.clip: must be finite (got inf)"),
         ("evaluation.guidance_interval=[0, .nan]", "guidance_interval.1: must be finite"),
-        ("data.path=~nobody-at-all/x", "~nobody-at-all is nobody's home here"),
+        ("data.dataset.path=~nobody-at-all/x", "~nobody-at-all is nobody's home here"),
     ],
 )
 def test_what_was_typed_gets_a_sentence(said, typed: str, says: str) -> None:

@@ -16,11 +16,12 @@ from functools import lru_cache
 
 import pytest
 import torch
+from loaders import loader
 from torch import Tensor
 
-from diffusion_pl.data.loader import Batches, Loader, Resolutions, Share
+from diffusion_pl.data.loader import Loader
 from diffusion_pl.data.order import Order
-from diffusion_pl.data.source import Images
+from diffusion_pl.images import Images
 
 CASES = 10_000
 CHUNKS = 20
@@ -49,7 +50,7 @@ class Case:
         second: what it goes on with.
         resume: steps that are done by then.
         stop: steps in all, at least an epoch.
-        shares: of the steps at each resolution, or None for the largest.
+        weights: of the steps at each resolution, or None for the largest.
     """
 
     seed: int
@@ -61,7 +62,7 @@ class Case:
     resume: int
     stop: int
     hflip: bool
-    shares: dict[int, float] | None
+    weights: dict[int, float] | None
 
     @property
     def count(self) -> int:
@@ -91,7 +92,7 @@ def drawn(source: random.Random) -> Case:
         resume=source.randint(0, stop),
         stop=stop,
         hflip=source.random() < 0.1,
-        shares={1: 1.0, 2: 2.0} if source.random() < 0.1 else None,
+        weights={1: 1.0, 2: 2.0} if source.random() < 0.1 else None,
     )
 
 
@@ -113,33 +114,41 @@ def numbered(count: int) -> dict[int, Images]:
     return found
 
 
-def loader(case: Case, rank: int, group: Group, start: int) -> Loader:
+def loaded(case: Case, rank: int, group: Group, start: int) -> Loader:
     """What a rank iterates over from a start on."""
-    batches = Batches(
-        numbered(case.count),
-        Order(case.count, case.seed, case.shards, case.window),
-        Share(case.batch_size, rank, group.ranks),
-        resolutions=Resolutions(case.shares, case.seed) if case.shares else None,
+    images = {
+        side: replace(each, shards=case.shards, window=case.window)
+        for side, each in numbered(case.count).items()
+    }
+    return loader(
+        images,
+        case.batch_size,
+        case.stop,
+        seed=case.seed,
+        resolution_weights=case.weights,
         hflip=case.hflip,
+        num_workers=group.workers,
+        start=start,
+        rank=rank,
+        world_size=group.ranks,
     )
-    return Loader(batches, start, case.stop, group.workers)
 
 
 def simulated(case: Case, group: Group, start: int) -> Iterator[tuple[Batch, ...]]:
     """Every step's batches by rank; the workers do their steps one after the other."""
-    loaders = [loader(case, rank, group, start) for rank in range(group.ranks)]
+    loaders = [loaded(case, rank, group, start) for rank in range(group.ranks)]
     if group.workers == 0:
         return zip(*loaders, strict=True)
     found = {}
     for worker in range(group.workers):
         for step in range(start + worker, case.stop, group.workers):
-            found[step] = tuple(each.batches[step] for each in loaders)
+            found[step] = tuple(each[step] for each in loaders)
     return (found[step] for step in range(start, case.stop))
 
 
 def with_workers(case: Case, group: Group, start: int) -> Iterator[tuple[Batch, ...]]:
     """The same from real workers; the ranks take turns."""
-    return zip(*(loader(case, rank, group, start) for rank in range(group.ranks)), strict=True)
+    return zip(*(loaded(case, rank, group, start) for rank in range(group.ranks)), strict=True)
 
 
 Run = Callable[[Case, Group, int], Iterator[tuple[Batch, ...]]]

@@ -152,8 +152,8 @@ def refused(words, capsys):
 
 @pytest.mark.parametrize("address", SECRET)
 def test_no_training_begins_with_one(address, place, capsys):
-    said = refused(["train", "tiny", f"data.path={address}"], capsys)
-    assert said.startswith("error: SET: data.path: holds ")
+    said = refused(["train", "tiny", f"data.dataset.path={address}"], capsys)
+    assert said.startswith("error: SET: data.dataset.path: holds ")
     assert SECRET[address] in said
     assert not Path("runs").exists()
 
@@ -171,15 +171,24 @@ A = "https://me:hunter2@host/set"
 @pytest.mark.parametrize(
     ("words", "where"),
     [
-        (["launch", "tiny", f"data.path={A}", "--dry-run"], "SET: data.path: holds"),
-        (["launch", "tiny", "--sweep", f"data.path={A},x", "--dry-run"], "SET: data.path: holds"),
-        (["check", "tiny", f"data.path={A}"], "SET: data.path: holds"),
+        (
+            ["launch", "tiny", f"data.dataset.path={A}", "--dry-run"],
+            "SET: data.dataset.path: holds",
+        ),
+        (
+            ["launch", "tiny", "--sweep", f"data.dataset.path={A},x", "--dry-run"],
+            "SET: data.dataset.path: holds",
+        ),
+        (["check", "tiny", f"data.dataset.path={A}"], "SET: data.dataset.path: holds"),
         (["check", A], "command line: holds"),
         (["prepare", A, "data/x", "--resolutions", "8"], "command line: holds"),
         (["prepare", "photos", "s3://a:hunter2@b", "--resolutions", "8"], "command line: holds"),
         (["evaluate", "runs/tiny", "--reference", A], "--reference: holds"),
         (["evaluate", "runs/tiny", f"--reference={A}"], "--reference: holds"),
-        (["evaluate", "runs/tiny", "--set", f"data.path={A}"], "SET: data.path: holds"),
+        (
+            ["evaluate", "runs/tiny", "--set", f"data.dataset.path={A}"],
+            "SET: data.dataset.path: holds",
+        ),
         (["sample", "runs/tiny", "--allow", A], "--allow: holds"),
         (["import", "safetensors", A, "runs/x"], "command line: holds"),
         (["train", "tiny", "--from", A], "--from: holds"),
@@ -217,7 +226,7 @@ def test_no_experiment_holds_one(text, command, place, capsys):
 
 
 def test_a_malformed_setting_is_not_shown(place):
-    for text in (f"data.path {A}", f"={A}", f"a..b={A}"):
+    for text in (f"data.dataset.path {A}", f"={A}", f"a..b={A}"):
         with pytest.raises(ConfigError) as error:
             config.load("tiny", [text])
         assert "hunter2" not in str(error.value)
@@ -297,7 +306,7 @@ def test_a_run_of_before_opens_without_its_credential_and_hands_none_on(
     assert main(["sample", "old.ckpt", "--count", "1", "--out", "images"]) == 0
     assert main(["export", "old.ckpt", "old.safetensors"]) == 0
     with safe_open("old.safetensors", framework="pt") as file:
-        kept = json.loads(file.metadata()["diffusion_pl"])["config"]["data"]["path"]
+        kept = json.loads(file.metadata()["diffusion_pl"])["config"]["data"]["dataset"]["path"]
     assert kept == "https://***@host/set"
     assert main(["import", "safetensors", "old.safetensors", "runs/again"]) == 0
     capsys.readouterr()
@@ -316,7 +325,7 @@ def test_what_is_converted_holds_none(number, home, place, capsys):
     for path in Path("runs/old/checkpoints").glob("*.ckpt"):
         loaded = torch.load(path, weights_only=True)
         loaded["diffusion_pl"] |= {"format": number}
-        loaded["diffusion_pl"]["config"]["data"]["path"] = A
+        loaded["diffusion_pl"]["config"]["data"]["dataset"]["path"] = A
         torch.save(loaded, path) if number == 1 else checkpoints.save(loaded, path)
     settings = Path("runs/old/config.yaml")
     settings.write_text(f"# from {A}\n{settings.read_text()}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loaders import loader
 
 from diffusion_pl.data.crops import Crop
-from diffusion_pl.data.loader import Batches, Share
-from diffusion_pl.data.order import Order
-from diffusion_pl.data.source import Images
+from diffusion_pl.images import Images
 from diffusion_pl.positions import coordinates
 
 
@@ -77,7 +76,7 @@ def test_every_place_comes_and_rows_are_independent_of_columns():
 def test_a_batch_flips_first_so_positions_are_those_of_the_mirrored_image():
     image = ramps(1, 16, 16).round().to(torch.uint8)
     images = {16: Images("ramp", image.expand(32, -1, -1, -1).clone(), "f", None, 0)}
-    batch = Batches(images, Order(32, 0), Share(32), hflip=True, crop=Crop(8))[0]
+    batch = loader(images, 32, hflip=True, crop=Crop(8))[0]
     column, position = batch["image"][:, 1] / 255, batch["position"][:, 1]
     flipped = column[:, 0, 0] > column[:, 0, -1]
     assert 5 < flipped.sum() < 27
@@ -88,16 +87,14 @@ def test_a_batch_flips_first_so_positions_are_those_of_the_mirrored_image():
 
 def test_an_image_no_larger_than_the_crop_stays_whole_and_has_no_position():
     images = {8: Images("zeros", torch.zeros(4, 1, 8, 8, dtype=torch.uint8), "f", None, 0)}
-    batch = Batches(images, Order(4, 0), Share(4), crop=Crop(8))[0]
+    batch = loader(images, 4, crop=Crop(8))[0]
     assert set(batch) == {"image", "index"}
 
 
 def test_a_crop_may_be_cut_without_saying_where():
     pixels = torch.arange(4 * 64).to(torch.uint8).reshape(4, 1, 8, 8)
     images = {8: Images("ramp", pixels, "f", None, 0)}
-    told, untold = (
-        Batches(images, Order(4, 0), Share(4), crop=Crop(4, told=told))[0] for told in (True, False)
-    )
+    told, untold = (loader(images, 4, crop=Crop(4, told=told))[0] for told in (True, False))
     assert torch.equal(told["image"], untold["image"])
     assert "position" in told
     assert "position" not in untold

@@ -59,7 +59,7 @@ def subset() -> Path:
 
 
 def _open(path: Path, split: Any = "train") -> Any:
-    return CIFAR10(str(path), split, batch_size=4).open()
+    return CIFAR10(str(path), split).open()
 
 
 def test_the_real_subset_is_read_and_named_a_subset(subset: Path) -> None:
@@ -121,10 +121,10 @@ def test_archive_folder_and_unpacked_folder_are_the_same(archive: Path, tmp_path
 
 def test_prepare_leaves_what_is_there_and_names_what_is_not(archive: Path, tmp_path: Path) -> None:
     before = archive.read_bytes()
-    CIFAR10(str(tmp_path), batch_size=4).prepare()
+    CIFAR10(str(tmp_path)).prepare()
     assert archive.read_bytes() == before
     with pytest.raises(ValueError, match=r"nowhere: no CIFAR-10 archive here; put .* there"):
-        CIFAR10(str(tmp_path / "nowhere"), batch_size=4).prepare()
+        CIFAR10(str(tmp_path / "nowhere")).prepare()
 
 
 def test_without_a_network_prepare_says_where_the_archive_goes(
@@ -134,7 +134,7 @@ def test_without_a_network_prepare_says_where_the_archive_goes(
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: nobody listens
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(ValueError, match=r"put it at data/cifar10/cifar-10-python\.tar\.gz$"):
-        CIFAR10(batch_size=4).prepare()
+        CIFAR10().prepare()
 
 
 def _python2_array(data: bytes, rows: int) -> bytes:

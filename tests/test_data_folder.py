@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffusion_pl.data.decode import decode
 from diffusion_pl.data.folder import ImageFolder
-from diffusion_pl.data.source import Images
+from diffusion_pl.images import Images
 
 
 def _file(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
@@ -35,7 +35,7 @@ def _pixels(data: bytes) -> np.ndarray:
 
 
 def _open(path: Path, resolution: int = 8, **settings: Any) -> Images:
-    source = ImageFolder(str(path), resolution, batch_size=4, **settings)
+    source = ImageFolder(str(path), resolution, **settings)
     source.prepare()
     return source.open()
 
@@ -86,7 +86,7 @@ def test_the_fit_and_the_split_that_are_asked_for_are_taken(tmp_path: Path) -> N
     assert (padded[:, :2] == 255).all() and (padded[:, 6:] == 255).all()
     assert (padded[:, 2:6] == 0).all()
     assert (_open(wide).read(torch.tensor([0])) == 0).all()
-    assert ImageFolder(str(wide), 8, batch_size=4).open(4).shape == (3, 4, 4)
+    assert ImageFolder(str(wide), 8).open(4).shape == (1, 3, 4, 4)
     with pytest.raises(ValueError, match="a.png"):
         _open(wide, fit="exact")
     parts = {"train/a/0.png": _file(_noise(0)), "test/a/1.png": _file(_noise(1))}
@@ -118,9 +118,9 @@ def test_threads_and_reading_on_demand_change_nothing(
 ) -> None:
     paths = (_fill(tmp_path / "x", _four()), _zip(tmp_path / "x.zip", _four()))
     images = _open(paths[0])
-    monkeypatch.setattr("diffusion_pl.data.source.MEMORY_LIMIT", 100)
+    monkeypatch.setattr("diffusion_pl.data.dataset.MEMORY_LIMIT", 100)
     for path in paths:
-        on_demand = _open(path, workers=2)
+        on_demand = _open(path)
         assert not isinstance(on_demand.store, torch.Tensor)
         assert on_demand.fingerprint == images.fingerprint
         # Loader workers receive the store by fork or by pickle.
@@ -140,7 +140,7 @@ def test_forked_workers_read_one_zip_without_disturbing_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file opened before the fork has one position, which both processes would move."""
-    monkeypatch.setattr("diffusion_pl.data.source.MEMORY_LIMIT", 100)
+    monkeypatch.setattr("diffusion_pl.data.dataset.MEMORY_LIMIT", 100)
     files = {f"{number:03}.png": _file(_noise(number)) for number in range(300)}
     images = _open(_zip(tmp_path / "x.zip", files))
     arguments = (images, [_pixels(data) for data in files.values()])

@@ -175,7 +175,7 @@ def test_16_bits_of_which_a_fraction_is_used_get_one_line(
     notes = json.loads((tmp_path / "dest" / "dataset.json").read_bytes()).get("notes")
     assert (notes is None) == (said is None)
     # As a source of training the same.
-    ImageFolder(str(source), 8, batch_size=1, workers=2).open()
+    ImageFolder(str(source), 8).open()
     assert (f"hold {said}" in capsys.readouterr().err) if said else not capsys.readouterr().err
 
 

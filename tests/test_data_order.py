@@ -9,11 +9,11 @@ import tracemalloc
 
 import pytest
 import torch
+from loaders import loader
 
-from diffusion_pl.data.loader import Batches, Loader, Resolutions, Share
 from diffusion_pl.data.order import Order
-from diffusion_pl.data.source import Images
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import Images
 
 
 def numbered(count: int, labels: bool = True) -> Images:
@@ -28,10 +28,13 @@ def walk(count, batch_size, world_size=1, start=0, stop=12, workers=0, hflip=Fal
     """Every device's batch of every step, in the order of the run."""
     ranks = []
     for rank in range(world_size):
-        share = Share(batch_size, rank, world_size)
-        batches = Batches({2: numbered(count)}, Order(count, seed), share, hflip=hflip)
-        ranks.append(list(Loader(batches, start, stop, workers)))
+        settings = {"num_workers": workers, "hflip": hflip, "seed": seed}
+        place = {"start": start, "rank": rank, "world_size": world_size}
+        ranks.append(list(loader(numbered(count), batch_size, stop, **settings, **place)))
     return [batch for row in zip(*ranks, strict=True) for batch in row]
+
+
+IMAGE = numbered(1)
 
 
 def positions(batches):
@@ -93,7 +96,7 @@ def test_ranks_and_workers_share_a_walk_by_windows_exactly():
         for worker in range(workers):
             for step in range(worker, steps, workers):
                 for rank in range(world):
-                    share = Share(world * size, rank, world).positions(step)
+                    share = loader(IMAGE, world * size, rank=rank, world_size=world).positions(step)
                     seen += order(share.start, share.stop).tolist()
         assert sorted(seen) == sorted(order(0, steps * world * size).tolist())
         counts = torch.bincount(torch.tensor(seen), minlength=order.count)
@@ -155,7 +158,7 @@ def test_a_walk_by_windows_costs_the_same_however_many_images_there_are():
 
 
 def test_a_negative_window_is_refused():
-    with pytest.raises(ValueError, match="data.window must not be negative"):
+    with pytest.raises(ValueError, match="data.dataset.window must not be negative"):
         Order(8, 0, (4, 4), -1)
 
 
@@ -183,13 +186,12 @@ class Broken:
     def __init__(self, error):
         self.error = error
 
-    def __getitem__(self, indices):
+    def read(self, indices):
         raise self.error
 
 
 def read_from(store, workers):
-    batches = Batches({2: Images("broken", store, "f", None, 0)}, Order(8, 0), Share(4))
-    return next(iter(Loader(batches, 0, 2, workers)))
+    return next(iter(loader(Images("broken", store, "f"), 4, 2, num_workers=workers)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -200,7 +202,7 @@ def test_what_is_wrong_with_the_data_is_told_in_one_line(workers):
 
 
 def test_a_bug_in_a_reader_keeps_the_lines_where_it_happened():
-    with pytest.raises(RuntimeError, match=r"(?s)in __getitem__.*ValueError: not enough values"):
+    with pytest.raises(RuntimeError, match=r"(?s)in read.*ValueError: not enough values"):
         read_from(Broken(ValueError("not enough values to unpack")), 1)
 
 
@@ -225,30 +227,32 @@ def test_without_flips_images_stay_as_they_are():
 
 
 def test_images_without_labels_give_batches_without():
-    batches = Batches({2: numbered(8, labels=False)}, Order(8, 0), Share(4))
-    assert set(batches[0]) == {"image", "index"}
+    assert set(loader(numbered(8, labels=False), 4)[0]) == {"image", "index"}
 
 
 def test_the_length_is_the_whole_run_s():
-    batches = Batches({2: numbered(8)}, Order(8, 0), Share(4))
-    assert len(Loader(batches, 3, 10)) == 10
-    assert len(list(Loader(batches, 3, 10))) == 7
+    rest = loader(numbered(8), 4, 10, start=3)
+    assert len(rest) == 10
+    assert len(list(rest)) == 7
 
 
 def test_a_remainder_is_refused():
     with pytest.raises(ValueError, match="global batch of 10 does not divide over 4 devices"):
-        Share(10, 0, 4)
+        loader(IMAGE, 10, world_size=4)
 
 
 def test_pixels_reach_the_model_unchanged():
-    batches = Batches({2: numbered(8)}, Order(8, 0), Share(8))
-    assert batches[0]["image"].dtype == torch.uint8
-    assert sorted(batches[0]["image"][:, 0, 0, 0].tolist()) == list(range(8))
+    batch = loader(numbered(8), 8)[0]
+    assert batch["image"].dtype == torch.uint8
+    assert sorted(batch["image"][:, 0, 0, 0].tolist()) == list(range(8))
 
 
 def test_a_step_has_one_resolution_on_all_devices_and_resolutions_their_shares():
+    weights = {16: 1, 32: 3, 64: 4}
     chosen = [
-        Resolutions({16: 1, 32: 3, 64: 4}, seed)(step) for seed in (0, 1) for step in range(2000)
+        loader(IMAGE, 1, seed=seed, resolution_weights=weights).resolution(step)
+        for seed in (0, 1)
+        for step in range(2000)
     ]
     # Of 4,000 draws a share of 1/2 strays by 0.008 (a standard deviation).
     for resolution, share in ((16, 1 / 8), (32, 3 / 8), (64, 1 / 2)):
@@ -258,16 +262,22 @@ def test_a_step_has_one_resolution_on_all_devices_and_resolutions_their_shares()
         side: Images("n", torch.zeros(8, 1, side, side, dtype=torch.uint8), "f", None, 0)
         for side in (2, 4)
     }
-    resolutions = Resolutions({2: 0.5, 4: 0.5}, 0)
+    halves = {2: 0.5, 4: 0.5}
     ranks = [
-        Batches(images, Order(8, 0), Share(4, rank, 2), resolutions=resolutions) for rank in (0, 1)
+        loader(images, 4, rank=rank, world_size=2, resolution_weights=halves) for rank in (0, 1)
     ]
     sides = [[batches[step]["image"].shape[3] for step in range(20)] for batches in ranks]
     assert sides[0] == sides[1]
     assert set(sides[0]) == {2, 4}
 
 
-@pytest.mark.parametrize("shares", [{}, {16: 0.0, 32: 1.0}, {16: -1.0}])
-def test_shares_are_positive(shares):
-    with pytest.raises(ValueError, match="must be positive numbers"):
-        Resolutions(shares, 0)
+@pytest.mark.parametrize("weights", [{}, {16: 0.0, 32: 1.0}, {16: -1.0}])
+def test_weights_are_positive(weights):
+    with pytest.raises(ValueError, match="data.resolution_weights must be positive"):
+        loader(IMAGE, 1, resolution_weights=weights)
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("num_workers", -1)])
+def test_settings_of_the_batches_are_in_range(name, value):
+    with pytest.raises(ValueError, match=rf"data.{name} must be at least .* \(got {value}\)"):
+        loader(IMAGE, **{"batch_size": 1, name: value})

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_pl.data.dataset import reduced
 from diffusion_pl.data.means import block_means
-from diffusion_pl.data.source import Images, reduced
 from diffusion_pl.data.synthetic import Synthetic
+from diffusion_pl.images import Images
 
 
 def test_a_reduced_image_is_the_mean_of_its_blocks_rounded_to_the_nearest():
@@ -45,7 +46,7 @@ def test_other_fractions_are_refused(resolution):
 
 
 def test_synthetic_scenes_are_the_same_at_every_resolution():
-    source = Synthetic(20, 64, batch_size=1)
+    source = Synthetic(20, 64)
     whole = source.open().read(torch.arange(20)).numpy().astype(np.float64)
     small = source.open(16)
     assert small.resolution == 16

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_pl.data.dataset import load
 from diffusion_pl.data.scenes import GROUNDS, Latents, latents
 from diffusion_pl.data.shapes import SHAPES
-from diffusion_pl.data.source import load
 from diffusion_pl.data.synthetic import Synthetic, render
 
 
@@ -156,8 +156,8 @@ def test_a_heart_stands_on_its_point() -> None:
 
 
 def test_what_is_asked_for_in_opening_is_what_comes() -> None:
-    images = Synthetic(4, 32, shapes=("star", "disc"), batch_size=2).open(16)
-    assert images.shape == (3, 16, 16)
+    images = Synthetic(4, 32, shapes=("star", "disc")).open(16)
+    assert images.shape == (4, 3, 16, 16)
     assert list(images.class_names) == ["star", "disc"]
 
 
@@ -177,7 +177,7 @@ def test_fewer_grounds_change_the_ground_alone() -> None:
     for field in dataclasses.fields(Latents):
         if field.name != "ground":
             assert np.array_equal(getattr(every, field.name), getattr(some, field.name))
-    source = Synthetic(count=2, resolution=8, grounds=["linear", "blobs"], batch_size=2)
+    source = Synthetic(count=2, resolution=8, grounds=["linear", "blobs"])
     assert source.open().name == "synthetic-8-linear-blobs"
 
 
@@ -187,14 +187,14 @@ def test_fewer_shapes_are_labelled_by_their_place_in_the_list() -> None:
     names = np.array(list(SHAPES))[some.label]
     assert set(names) == set(wanted)
     assert np.array_equal(some.radius, latents(3, 0, 400).radius)
-    images = Synthetic(400, 8, seed=3, shapes=wanted, batch_size=2).open()
+    images = Synthetic(400, 8, seed=3, shapes=wanted).open()
     assert (images.name, images.classes) == ("synthetic-8-star-disc", 2)
     assert images.labels is not None
     assert [wanted[label] for label in images.labels.tolist()] == names.tolist()
 
 
 def test_opening_gives_named_labelled_images() -> None:
-    source = Synthetic(count=70, resolution=16, seed=1, batch_size=4)
+    source = Synthetic(count=70, resolution=16, seed=1)
     source.prepare()
     images = source.open()
     assert (images.name, len(images), images.classes) == ("synthetic-16", 70, 8)
@@ -209,7 +209,7 @@ def test_opening_gives_named_labelled_images() -> None:
 
 def test_the_fingerprint_names_the_content() -> None:
     """Equal content, equal fingerprint, in memory or not; any change of content changes it."""
-    images = Synthetic(count=50, resolution=16, batch_size=4).open()
+    images = Synthetic(count=50, resolution=16).open()
     pixels, labels = images.read(torch.arange(50)), images.labels
     assert load("other name", pixels, labels, classes=8).fingerprint == images.fingerprint
     brighter = pixels.clone()
@@ -227,15 +227,16 @@ def test_the_fingerprint_names_the_content() -> None:
 def test_images_read_in_pieces_stand_where_they_belong(
     monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    whole = Synthetic(count=50, resolution=16, batch_size=4).open()
-    monkeypatch.setattr("diffusion_pl.data.source.PIECE_BYTES", 7 * 3 * 16 * 16)
-    pieces = Synthetic(count=50, resolution=16, batch_size=4, workers=threads).open()
+    whole = Synthetic(count=50, resolution=16).open()
+    monkeypatch.setattr("diffusion_pl.data.dataset.PIECE_BYTES", 7 * 3 * 16 * 16)
+    monkeypatch.setattr("diffusion_pl.data.dataset.THREADS", threads)
+    pieces = Synthetic(count=50, resolution=16).open()
     assert pieces.fingerprint == whole.fingerprint
     assert torch.equal(pieces.read(torch.arange(50)), whole.read(torch.arange(50)))
 
 
 def test_images_beyond_memory_are_read_again_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = Synthetic(count=30, resolution=16, batch_size=4).open()
+    images = Synthetic(count=30, resolution=16).open()
     store = images.store
 
     class Counted:
@@ -244,13 +245,13 @@ def test_images_beyond_memory_are_read_again_on_demand(monkeypatch: pytest.Monke
         shape = (30, 3, 16, 16)
         readings = 0
 
-        def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:
+        def read(self, indices: torch.Tensor) -> torch.Tensor:
             self.readings += 1
             return store[indices]
 
-    monkeypatch.setattr("diffusion_pl.data.source.MEMORY_LIMIT", 1000)
+    monkeypatch.setattr("diffusion_pl.data.dataset.MEMORY_LIMIT", 1000)
     counted = Counted()
-    on_demand = load("x", counted, images.labels, classes=8, threads=2)
+    on_demand = load("x", counted, images.labels, classes=8)
     after_opening = counted.readings
     assert torch.equal(on_demand.read(torch.tensor([3, 1])), images.read(torch.tensor([3, 1])))
     assert counted.readings == after_opening + 1
@@ -260,12 +261,12 @@ def test_images_beyond_memory_are_read_again_on_demand(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("source", "complaint"),
     [
-        (Synthetic(count=0, batch_size=4), r"count must be at least 1 \(got 0\)"),
-        (Synthetic(resolution=4, batch_size=4), r"resolution must be at least 8 \(got 4\)"),
-        (Synthetic(seed=-1, batch_size=4), r"seed must be at least 0 \(got -1\)"),
-        (Synthetic(grounds=["plain"], batch_size=4), r"grounds are of flat, linear.*'plain'"),
-        (Synthetic(grounds=[], batch_size=4), r"grounds are of flat"),
-        (Synthetic(shapes=["disc", "disc"], batch_size=4), r"shapes are of disc.*each once"),
+        (Synthetic(count=0), r"count must be at least 1 \(got 0\)"),
+        (Synthetic(resolution=4), r"resolution must be at least 8 \(got 4\)"),
+        (Synthetic(seed=-1), r"seed must be at least 0 \(got -1\)"),
+        (Synthetic(grounds=["plain"]), r"grounds are of flat, linear.*'plain'"),
+        (Synthetic(grounds=[]), r"grounds are of flat"),
+        (Synthetic(shapes=["disc", "disc"]), r"shapes are of disc.*each once"),
     ],
 )
 def test_a_setting_out_of_range_is_one_clear_line(source: Synthetic, complaint: str) -> None:

@@ -20,7 +20,9 @@ from diffusion_pl.diffusion.timesteps import LinearBetas
 ROOT = Path(__file__).parents[1]
 TINY = """# A tiny pyramid for tests (no published number)
 defaults: base
-data: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 16, batch_size: 8}
+data:
+  dataset: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 16}
+  batch_size: 8
 network:
   _target_: diffusion_pl.networks.ddpm_unet.DDPMUNet
   resolution: 16

@@ -123,7 +123,7 @@ ALL = (Frechet(), InceptionScore(splits=2), Kernel(subsets=3, size=50), Precisio
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """Measure 100 images in a given way."""
-    images = Synthetic(200, 16, batch_size=8).open()
+    images = Synthetic(200, 16).open()
     extractor = shapes.load()
     folder = tmp_path_factory.mktemp("references")
 
@@ -228,7 +228,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(measured):
 
 
 def test_a_reference_file_takes_the_place_of_the_data(measured, tmp_path):
-    images = Synthetic(50, 16, seed=5, batch_size=8).open()
+    images = Synthetic(50, 16, seed=5).open()
     other = real_images.compute(images, shapes.load())
     other.save(tmp_path / "other.safetensors")
     rows, _ = measured(metrics=(Frechet(),), reference=str(tmp_path / "other.safetensors"))

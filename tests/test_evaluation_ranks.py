@@ -46,7 +46,7 @@ def measure(rank, world_size, folder, batch_size):
     drawing = Drawing(Denoiser(Smooth(), Karras(0.5)), sampler, (3, 16, 16), classes=3)
     settings = Evaluation(every=1, count=COUNT, metrics=METRICS, batch_size=batch_size, grid=100)
     extractor = shapes.load()
-    images = Synthetic(170, 16, batch_size=8).open()
+    images = Synthetic(170, 16).open()
     cache = folder / f"references-{world_size}-{batch_size}"
     reference = reference_of(images, settings, extractor, cache, torch.device("cpu"))
     rows, shown = evaluate(drawing, settings, extractor, reference)

@@ -46,7 +46,7 @@ def last(ranks, at):
 def words_of(precision, workers, accumulation, ranks):
     return [
         f"trainer.precision={precision}",
-        f"data.workers={workers}",
+        f"data.num_workers={workers}",
         f"trainer.device_batch_size={8 // ranks // accumulation}",
     ]
 

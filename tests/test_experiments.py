@@ -47,7 +47,7 @@ def test_it_binds_and_its_first_line_states_the_published_number(name):
 def test_its_network_builds_without_memory_and_takes_its_images(name):
     experiment = read(name)
     network = parts.meta_network(experiment)
-    data = config.build(experiment, "data")
+    data = config.build(experiment, "data.dataset")
     assert all(parameter.is_meta for parameter in network.parameters())
     assert network.channels == data.channels
     network.check_resolution(data.resolution, data.resolution)

@@ -53,7 +53,7 @@ def small(name):
     for metric in tree["evaluation"]["metrics"]:
         if "splits" in inspect.signature(targets.locate(metric["_target_"])).parameters:
             metric["splits"] = 1
-    tree["data"] |= {"batch_size": BATCH, "workers": 0}
+    tree["data"] |= {"batch_size": BATCH, "num_workers": 0}
     small_run = {"images": 2 * BATCH, "checkpoint_every": BATCH, "log_every": BATCH}
     here = {"accelerator": "cpu", "devices": 1, "loggers": []}
     tree["trainer"] |= small_run | here
@@ -89,22 +89,27 @@ def shrink_sides(experiment):
     """Images, and all that is said of them in pixels, as small as the network takes them."""
     tree = experiment.tree
     data, network, sampler = tree["data"], tree["network"], tree["sampler"]
-    if "resolution" not in data:  # CIFAR-10's is fixed
+    dataset = data["dataset"]
+    if "resolution" not in dataset:  # CIFAR-10's is fixed
         return
-    lowest = min(data.get("shares") or [data["resolution"]])
+    lowest = min(data.get("resolution_weights") or [dataset["resolution"]])
     factor = max(lowest // smallest(parts.meta_network(experiment)), 1)
-    for section, key in ((data, "resolution"), (network, "resolution"), (network, "dropout_from")):
+    for section, key in (
+        (dataset, "resolution"),
+        (network, "resolution"),
+        (network, "dropout_from"),
+    ):
         if key in section:
             section[key] //= factor
     network["attention"] = [at // factor for at in network.get("attention", ())]
     if not network["attention"]:
         del network["attention"]
-    if data.get("shares"):
-        data["shares"] = {at // factor: share for at, share in data["shares"].items()}
+    if weights := data.get("resolution_weights"):
+        data["resolution_weights"] = {at // factor: each for at, each in weights.items()}
     if data.get("crop"):
         data["crop"]["size"] //= factor
-    if data.get("made_of"):
-        recipe = data["made_of"]["recipe"]
+    if dataset.get("made_of"):
+        recipe = dataset["made_of"]["recipe"]
         recipe["resolutions"] = [at // factor for at in recipe["resolutions"]]
     if "levels" in sampler:
         sampler["levels"] = [at // factor for at in sampler["levels"]]
@@ -112,7 +117,8 @@ def shrink_sides(experiment):
 
 def provide(experiment, place):
     """Data of the experiment's own kind, made once for all experiments that can share them."""
-    data, network = experiment.tree["data"], experiment.tree["network"]
+    weights = experiment.tree["data"].get("resolution_weights")
+    data, network = experiment.tree["data"]["dataset"], experiment.tree["network"]
     kind = targets.locate(data["_target_"])
     archive = place / "cifar-10-python.tar.gz"
     if not archive.exists():
@@ -121,7 +127,7 @@ def provide(experiment, place):
         data["count"] = 8
     if kind is CIFAR10:
         data["path"] = str(archive)
-    sides = sorted(data.get("shares") or [data.get("resolution")])
+    sides = sorted(weights or [data.get("resolution")])
     if kind is ImageFolder:
         if network.get("classes"):
             network["classes"] = CLASSES

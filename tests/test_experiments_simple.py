@@ -30,7 +30,7 @@ def test_the_settings_are_the_known_ones(resolution, network, batch_size, near):
     experiment = read(f"imagenet{resolution}_simple_{network}")
     published = {
         "data.batch_size": batch_size,
-        "data.resolution": resolution,
+        "data.dataset.resolution": resolution,
         "network.resolution": resolution,
         "network.classes": 1000,
         "optimizer.lr": 1e-4,

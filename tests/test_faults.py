@@ -32,7 +32,7 @@ def place(tmp_path_factory):
 def straight(place):
     """By whether there are reading processes, which changes the config alone."""
     found = {}
-    for words in ((), ("data.workers=1",)):
+    for words in ((), ("data.num_workers=1",)):
         name = "-".join(["straight", *words])
         assert train(place, name, *words, ranks=2).codes == [0, 0]
         found[words] = left(place, name)

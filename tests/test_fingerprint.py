@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 import torch
 
+from diffusion_pl.data.dataset import load
 from diffusion_pl.data.fingerprint import fingerprint, image_digests
-from diffusion_pl.data.source import load
 
 
 def _set() -> tuple[np.ndarray, np.ndarray]:

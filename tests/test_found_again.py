@@ -35,7 +35,7 @@ def home(tmp_path_factory):
     homes.trained(folder, OURS)
     for side in (8, 16):
         (folder / f"real{side}").mkdir()
-        for i, image in enumerate(Synthetic(24, side, batch_size=8).open().read(torch.arange(24))):
+        for i, image in enumerate(Synthetic(24, side).open().read(torch.arange(24))):
             save_png(image, folder / f"real{side}" / f"{i:02d}.png")
     return folder
 

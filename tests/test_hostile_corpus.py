@@ -21,7 +21,9 @@ from diffusion_pl.cli import main
 ROOT = Path(__file__).parents[1]
 TINY = """# A tiny run for tests (no published number)
 defaults: base
-data: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 16, batch_size: 8}
+data:
+  dataset: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 16}
+  batch_size: 8
 network:
   _target_: diffusion_pl.networks.song_unet.SongUNet
   resolution: 16

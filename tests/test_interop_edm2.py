@@ -115,9 +115,10 @@ def test_an_imported_network_samples_is_tuned_and_guides(capsys):
     assert main(["sample", "runs/mine", *guided, "--guide", "runs/mine"]) == 0
     assert json.loads(capsys.readouterr().out)["evaluations"] == 6
     prepared.fill(Path("photos"), prepared.files(8, 8, 8))
-    settings = ["data.path=photos", "data.batch_size=4", "trainer.images=8", "evaluation.count=2",
+    settings = ["data.dataset.path=photos", "data.batch_size=4", "trainer.images=8",
                 "trainer.checkpoint_every=8", "trainer.accelerator=cpu", "trainer.loggers=[]",
-                "features.name=shapes", "evaluation.metrics=[]", "sampler.steps=2"]  # fmt: skip
+                "features.name=shapes", "evaluation.metrics=[]", "evaluation.count=2",
+                "sampler.steps=2"]  # fmt: skip
     tune = ["runs/mine/config.yaml", "--from", "runs/mine", "--run", "runs/tuned"]
     with torch.enable_grad():
         assert main(["train", *tune, *settings]) == 0

@@ -17,18 +17,19 @@ from diffusion_pl.training.history import History
 PYRAMID = """# A tiny pyramid for tests (no published number)
 defaults: base
 data:
-  _target_: diffusion_pl.data.shards.Shards
-  path: data/shapes
-  made_of:
-    _target_: diffusion_pl.data.prepare.Request
-    source: {_target_: diffusion_pl.data.sources.base.SourceSpec, path: synthetic, count: 50}
-    recipe:
-      _target_: diffusion_pl.data.recipe.Recipe
-      resolutions: [16, 8]
-      shard_images: 10
-  resolution: 16
-  window: 2
-  shares: {8: 1, 16: 1}
+  dataset:
+    _target_: diffusion_pl.data.shards.Shards
+    path: data/shapes
+    made_of:
+      _target_: diffusion_pl.data.prepare.Request
+      source: {_target_: diffusion_pl.data.sources.base.SourceSpec, path: synthetic, count: 50}
+      recipe:
+        _target_: diffusion_pl.data.recipe.Recipe
+        resolutions: [16, 8]
+        shard_images: 10
+    resolution: 16
+    window: 2
+  resolution_weights: {8: 1, 16: 1}
   crop: {_target_: diffusion_pl.data.crops.Crop, size: 12}
   batch_size: 8
   hflip: true
@@ -62,7 +63,7 @@ def place(tmp_path):
 
 def begin(place, run, workers):
     """Start the command in a group of its own, with a log beside."""
-    words = ["train", "pyramid", "--run", run, f"data.workers={workers}"]
+    words = ["train", "pyramid", "--run", run, f"data.num_workers={workers}"]
     (process,) = started.begin([place], words, log=place / "log")
     return process
 

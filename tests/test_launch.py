@@ -20,8 +20,8 @@ from diffusion_pl.commands import parts, preflight, sbatch
 from diffusion_pl.training import checkpoint as checkpoints
 
 SHARDS = TINY.replace(
-    "{_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 16, batch_size: 8}",
-    "{_target_: diffusion_pl.data.shards.Shards, path: data/s, resolution: 16, batch_size: 8}",
+    "{_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 16}",
+    "{_target_: diffusion_pl.data.shards.Shards, path: data/s, resolution: 16}",
 ).replace("classes: 8", "classes: 0")
 AUTO = "trainer.accelerator=auto"
 SCRIPT = Path("runs/tiny/job.sbatch")
@@ -93,7 +93,7 @@ def test_the_script_asks_for_what_was_asked(launch, place):
 
 
 def test_gpus_are_a_process_each_and_never_left_out(launch):
-    words = ("tiny", AUTO, "data.workers=3", "--nodes", "2", "--gpus", "2", "--cpus", "6")
+    words = ("tiny", AUTO, "data.num_workers=3", "--nodes", "2", "--gpus", "2", "--cpus", "6")
     assert launch(*words, "--sbatch=--partition=big", "--sbatch=--comment=a b")[0] == 0
     options = asked()
     assert (options["gpus-per-node"], options["ntasks-per-node"]) == ("2", "2")
@@ -107,7 +107,7 @@ def test_gpus_are_a_process_each_and_never_left_out(launch):
 
 
 def test_each_process_has_a_core_and_one_a_worker(launch):
-    assert launch("tiny", "data.workers=3", "--tasks", "2")[0] == 0
+    assert launch("tiny", "data.num_workers=3", "--tasks", "2")[0] == 0
     assert asked()["cpus-per-task"] == "4"
 
 
@@ -253,7 +253,7 @@ def test_a_checkpoint_is_as_large_as_was_said(place, capsys):
         (["trainer.devices=4"], "SET: trainer.devices: the job has 1 (got 4); remove it"),
         (["trainer.accelerator=gpu"], "SET: trainer.accelerator: the job has a cpu for each"),
         (["evaluation.reference=nope.npz"], "nope.npz"),
-        (["data.resolution=4"], "synthetic data: resolution must be at least 8 (got 4)"),
+        (["data.dataset.resolution=4"], "synthetic data: resolution must be at least 8 (got 4)"),
         (
             ["--time", "2"],
             "--time: the last 60 s are for stopping, and SLURM may be a minute early",
@@ -294,7 +294,7 @@ def test_shards_are_looked_at_and_not_decoded(launch, shards):
 
 
 def test_a_size_that_was_not_prepared_is_told(launch, shards):
-    code, _, err = launch("shards", "--tasks", "1", "data.shares={4: 1, 16: 1}")
+    code, _, err = launch("shards", "--tasks", "1", "data.resolution_weights={4: 1, 16: 1}")
     assert code == 2
     assert "prepared at 16, 8 px (got 4)" in err
 
@@ -396,16 +396,15 @@ def test_inside_a_job_missing_gpus_are_told(inside):
 
 def test_data_that_is_to_be_made_is_made_inside_the_job(launch, place, monkeypatch):
     made = """
-  made_of:
-    _target_: diffusion_pl.data.prepare.Request
-    source: {_target_: diffusion_pl.data.sources.base.SourceSpec, path: synthetic, count: 20}
-    recipe: {_target_: diffusion_pl.data.recipe.Recipe, resolutions: [16]}
+    made_of:
+      _target_: diffusion_pl.data.prepare.Request
+      source: {_target_: diffusion_pl.data.sources.base.SourceSpec, path: synthetic, count: 20}
+      recipe: {_target_: diffusion_pl.data.recipe.Recipe, resolutions: [16]}
 """
     text = SHARDS.replace(
-        "data: {_target_: diffusion_pl.data.shards.Shards, path: data/s, resolution: 16, "
-        "batch_size: 8}",
-        "data:\n  _target_: diffusion_pl.data.shards.Shards\n  path: data/s\n  resolution: 16\n"
-        "  batch_size: 8" + made,
+        "  dataset: {_target_: diffusion_pl.data.shards.Shards, path: data/s, resolution: 16}\n",
+        "  dataset:\n    _target_: diffusion_pl.data.shards.Shards\n    path: data/s\n"
+        "    resolution: 16" + made,
     )
     Path("experiments/made.yaml").write_text(text)
     code, out, _ = launch("made", "--tasks", "1")
@@ -419,7 +418,7 @@ def test_data_that_is_to_be_made_is_made_inside_the_job(launch, place, monkeypat
     assert Path("data/s/dataset.json").exists()
     # Once it is there it is looked at as any other.
     assert "data     synthetic-16: 20 images in 1 shards" in launch("made", "--tasks", "1")[1]
-    other = ("data.made_of.source.count=21", "--run", "runs/other")
+    other = ("data.dataset.made_of.source.count=21", "--run", "runs/other")
     code, _, err = launch("made", "--tasks", "1", *other)
     assert code == 2
     assert err.startswith("error: data/s") and len(err.splitlines()) == 1

@@ -174,7 +174,7 @@ def test_an_array_trains_the_run_of_its_number(job):
 
 
 def test_words_come_through_the_shell_as_they_were(job):
-    odd = ("augment={_target_: 'a b', x: \"$HOME\"}", "data.path=it's [here]", "a=*")
+    odd = ("augment={_target_: 'a b', x: \"$HOME\"}", "data.dataset.path=it's [here]", "a=*")
     code, log, _ = job((Task("runs/a b", ("tiny", *odd)),))
     assert code == 0
     assert log[-6:] == ["tiny", *odd, "--run", "runs/a b"]

@@ -294,7 +294,7 @@ def test_of_a_large_file_only_what_is_wanted_is_read(
     path = write(tmp_path / "a.npz", arr_0=pictures(600, 8), mu=mean, sigma=covariance, extra=mean)
     monkeypatch.setattr(npz, "SMALL", 1000)
     held = npz.arrays(path)
-    assert isinstance(held.array, np.memmap)
+    assert isinstance(held.store.array, np.memmap)
     indices = torch.tensor([5, 599, 0])
     expected = pictures(600, 8)[indices].transpose(0, 3, 1, 2)
     np.testing.assert_array_equal(held.read(indices), expected)
@@ -315,7 +315,7 @@ def test_what_unpacks_to_far_more_than_its_size_is_refused(
     with pytest.raises(ValueError, match="times its size"):
         npz.arrays(tmp_path / "bomb.npz")
     np.savez_compressed(tmp_path / "fine.npz", arr_0=pictures(50))
-    np.testing.assert_array_equal(npz.arrays(tmp_path / "fine.npz").array, pictures(50))
+    np.testing.assert_array_equal(npz.arrays(tmp_path / "fine.npz").store.array, pictures(50))
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_an_extractor_always_sees_tiles_of_one_size(images: Given) -> None:
 
 
 def test_a_source_of_data_can_be_measured(extractor: Shapes) -> None:
-    data = Synthetic(20, 16, 5, batch_size=1).open()
+    data = Synthetic(20, 16, 5).open()
     known = real_images.compute(data, extractor, keep=True)
     assert (known.name, known.resolution, known.count) == ("synthetic-16", 16, 20)
     assert known.fingerprint == data.fingerprint

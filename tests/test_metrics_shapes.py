@@ -34,7 +34,7 @@ def extractor() -> Shapes:
 
 @pytest.fixture(scope="module")
 def synthetic() -> Tensor:
-    return Synthetic(1000, 32, HELD_OUT, batch_size=1).open().read(torch.arange(1000))
+    return Synthetic(1000, 32, HELD_OUT).open().read(torch.arange(1000))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def grows(values: list[float]) -> bool:
 
 def test_held_out_shapes_are_recognised(extractor: Shapes) -> None:
     for resolution in (16, 32, 64):
-        data = Synthetic(400, resolution, HELD_OUT, batch_size=1).open()
+        data = Synthetic(400, resolution, HELD_OUT).open()
         logits = extractor(data.read(torch.arange(400))).logits
         assert data.labels is not None and logits is not None
         assert logits.shape == (400, data.classes)
@@ -106,7 +106,7 @@ def test_more_spoilt_images_among_good_ones_are_farther(
 
 @pytest.mark.skipif(not CIFAR.exists(), reason="the CIFAR-10 subset is not here")
 def test_real_photographs_order_the_same_way(extractor: Shapes) -> None:
-    photographs = CIFAR10(str(CIFAR), "train", batch_size=1).open().read(torch.arange(1000))
+    photographs = CIFAR10(str(CIFAR), "train").open().read(torch.arange(1000))
     real = real_images.compute(Given(photographs[:500]), extractor)
     other = photographs[500:]
     near = distance(extractor, real, other)

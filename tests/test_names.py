@@ -185,7 +185,7 @@ def test_the_signs_of_words_may_stand_in_the_names_of_classes(name, place, capsy
     [
         ["sample", "runs/{}"],
         ["evaluate", "runs/tiny", "--reference", "{}"],
-        ["train", "tiny", "data.path={}"],
+        ["train", "tiny", "data.dataset.path={}"],
         ["check", "{}.yaml"],
         ["prepare", "{}", "data/x", "--resolutions", "8"],
         ["sample", "runs/tiny", "--no-such-{}"],
@@ -255,14 +255,14 @@ def test_a_prepared_set_of_a_stranger_is_named_plainly(tmp_path, capsys):
     folder = write(tmp_path / "noise")
     name = "a$(touch ran)\x1b[31m/[red]\u202e"
     replace(Manifest.read(folder), name=name, source={}).write(folder)
-    images = Shards(str(folder), 16, batch_size=2).open()
+    images = Shards(str(folder), 16).open()
     assert images.name == "a__touch ran___31m__red__-16"
 
 
 def test_a_folder_of_photographs_is_named_plainly(place):
     photographs("a", "b")
     Path("photos").rename("my [red] $photos' (1)")
-    images = ImageFolder("my [red] $photos' (1)", 8, batch_size=2).open()
+    images = ImageFolder("my [red] $photos' (1)", 8).open()
     assert images.name == "folder-my _red_ _photos_ _1_-8"
 
 

@@ -30,13 +30,13 @@ EXPERIMENT = (
         "diffusion_pl.data.shards.Shards, path: data/dogs",
     )
     .replace("classes: 8", "classes: 3")
-    .replace("batch_size: 8}\nnetwork", "batch_size: 6}\nnetwork")
+    .replace("batch_size: 8\nnetwork", "batch_size: 6\nnetwork")
     .replace("images: 16, checkpoint_every: 16", "images: 12, checkpoint_every: 12")
     .replace("metrics: []", "metrics: [{_target_: diffusion_pl.metrics.kernel.Kernel, size: 5}]")
 )
 METRICS = ("--metrics", "frechet")
-FOLDER = ("data._target_=diffusion_pl.data.folder.ImageFolder", "data.labels=true",
-          "data.resolution=8", "data.batch_size=6")  # fmt: skip
+FOLDER = ("data.dataset._target_=diffusion_pl.data.folder.ImageFolder", "data.dataset.labels=true",
+          "data.dataset.resolution=8", "data.batch_size=6")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -312,16 +312,16 @@ def test_make_hands_every_folder_on_as_it_is(words, typed, tmp_path):
 
 
 def test_a_path_with_a_typing_error_is_answered_before_anything_is_built(run, monkeypatch):
-    code, _, err = run("train", "tiny", "--run", "runs/other", "data.path=data/dog")
+    code, _, err = run("train", "tiny", "--run", "runs/other", "data.dataset.path=data/dog")
     assert code == 2 and "data/dog: not prepared" in err and "data/dogs is there" in err
     assert not (Path("runs") / "other" / "config.yaml").exists()
-    code, _, err = run("train", "tiny", "--run", "runs/other", "data.path=data/dog",
+    code, _, err = run("train", "tiny", "--run", "runs/other", "data.dataset.path=data/dog",
                        "network.model_channels=7")  # fmt: skip
     assert code == 2 and "data/dog: not prepared" in err
 
 
 def test_a_folder_of_images_that_is_not_there_is_told_as_soon(run):
-    code, _, err = run("train", "tiny", "--run", "runs/other", "data.path=dog", *FOLDER)
+    code, _, err = run("train", "tiny", "--run", "runs/other", "data.dataset.path=dog", *FOLDER)
     assert code == 2 and "dog" in err and err.count("\n") == 1
 
 
@@ -329,11 +329,11 @@ def test_a_folder_of_images_that_is_not_there_is_told_as_soon(run):
     ("words", "code", "said"),
     [
         ([], 0, "data     data/dogs: 21 images at [8] px, 3 classes"),
-        (["data.path=data/dog"], 0, "data     data/dog is not there; data/dogs is"),
-        (["data.path=elsewhere/x"], 0, "data     elsewhere/x is not there\n"),
+        (["data.dataset.path=data/dog"], 0, "data     data/dog is not there; data/dogs is"),
+        (["data.dataset.path=elsewhere/x"], 0, "data     elsewhere/x is not there\n"),
         (["network.classes=4"], 2, "data/dogs: has 3 classes, network.classes is 4"),
-        (["data.resolution=16", "network.resolution=16"], 2, "data/dogs: prepared at 8 px"),
-        (["data.path=dogs"], 2, "dogs: not prepared"),
+        (["data.dataset.resolution=16", "network.resolution=16"], 2, "data/dogs: prepared at 8 px"),
+        (["data.dataset.path=dogs"], 2, "dogs: not prepared"),
     ],
 )
 def test_check_looks_where_the_data_should_be(words, code, said, home, monkeypatch, capsys):
@@ -345,7 +345,7 @@ def test_check_looks_where_the_data_should_be(words, code, said, home, monkeypat
 
 def test_check_of_a_folder_of_images(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
-    assert main(["check", "tiny", "data.path=dogs", *FOLDER]) == 0
+    assert main(["check", "tiny", "data.dataset.path=dogs", *FOLDER]) == 0
     assert "data     dogs is there" in capsys.readouterr().out
 
 
@@ -358,10 +358,10 @@ def test_a_run_that_was_copied_says_how_its_data_is_found(
     more = {"evaluate": METRICS, "losses": ("--levels", 2), "likelihood": ("--steps", 2)}[command]
     words = (command, "tiny", "--count", 12, *more)
     code, _, err = run(*words)
-    assert code == 2 and "--set data.path=PATH" in err and err.count("\n") == 1
-    code, *_ = run(*words, "--set", f"data.path={home}/data/dogs")
+    assert code == 2 and "--set data.dataset.path=PATH" in err and err.count("\n") == 1
+    code, *_ = run(*words, "--set", f"data.dataset.path={home}/data/dogs")
     assert code == 0
-    away = ("--set", "data.path=/nowhere/at/all")
+    away = ("--set", "data.dataset.path=/nowhere/at/all")
     code, _, err = run(*words, *away)
     assert code == 2 and "/nowhere/at/all: not prepared (no dataset.json here" in err
     shutil.move(tmp_path / "tiny", tmp_path / "moved")

@@ -105,12 +105,12 @@ def test_unlabelled_images_have_no_class_member(photographs, tmp_path):
 
 
 def test_fingerprints_are_those_of_the_same_images_as_a_source(photographs, shapes, tmp_path):
-    synthetic = Synthetic(90, 8, batch_size=1).open()
+    synthetic = Synthetic(90, 8).open()
     assert manifest(shapes)["fingerprints"] == {"8": synthetic.fingerprint}
     assert manifest(shapes)["class_names"][0] == "disc"
     prepare(photographs, tmp_path / "dest", "--labels", resolutions="16,8")
     for side in (16, 8):
-        folder = ImageFolder(str(photographs), side, labels=True, batch_size=1).open()
+        folder = ImageFolder(str(photographs), side, labels=True).open()
         assert manifest(tmp_path / "dest")["fingerprints"][str(side)] == folder.fingerprint
 
 
@@ -118,7 +118,7 @@ def test_synthetic_scenes_are_drawn_at_each_resolution(tmp_path):
     """A reduction of 32 px would not be what `Synthetic` draws at 16."""
     prepare("synthetic", tmp_path / "x", "--count", 5, "--seed", 3, resolutions="32,16")
     for side in (32, 16):
-        drawn = Synthetic(5, side, 3, batch_size=1).open()
+        drawn = Synthetic(5, side, 3).open()
         assert manifest(tmp_path / "x")["fingerprints"][str(side)] == drawn.fingerprint
     assert manifest(tmp_path / "x")["filter"] == "drawn"
 
@@ -129,7 +129,7 @@ def test_cifar10_as_raw_bytes_is_cifar10(split, count, tmp_path):
     archive, dest = cifar10(tmp_path / "cifar.tar.gz"), tmp_path / "dest"
     words = ("--split", split, "--encoding", "raw", "--filter", "area", "--shard-images", 4)
     assert prepare(archive, dest, *words, resolutions="32,16") == 0
-    source = CIFAR10(str(archive), split, batch_size=1)
+    source = CIFAR10(str(archive), split)
     said = manifest(dest)
     assert (said["name"], said["count"]) == (f"cifar10-{split}-subset{count}", count)
     assert (said["classes"], said["class_names"][9]) == (10, "truck")
@@ -151,7 +151,7 @@ def test_encodings_without_loss_hold_the_same_pixels(encoding, photographs, tmp_
     contents = members(tmp_path / "x")
     decoded = np.stack([pixels(contents[f"{key:09}.8.{ending}"]) for key in range(7)])
     loaded = fill(tmp_path / "again", {f"{i}.png": _png(each) for i, each in enumerate(decoded)})
-    again = ImageFolder(str(loaded), 8, fit="exact", batch_size=1).open()
+    again = ImageFolder(str(loaded), 8, fit="exact").open()
     assert other["fingerprints"]["8"] == again.fingerprint
 
 
@@ -420,7 +420,7 @@ def test_the_result_is_one_json_object_and_the_way_on(shapes, tmp_path, capsys):
     assert result["fingerprint"] == manifest(dest)["fingerprint"]
     assert result["fingerprint"] == manifest(shapes)["fingerprint"]
     assert output.err.endswith(f"next:\n  {result['train']}\n")
-    assert f"'data.path={dest}'" in result["train"]  # quoted for the shell
+    assert f"'data.dataset.path={dest}'" in result["train"]  # quoted for the shell
 
 
 @pytest.mark.parametrize(
@@ -497,7 +497,10 @@ def test_no_command_imports_torch_to_say_that_it_is_finished(photographs, tmp_pa
 def test_prepare_works_where_there_are_no_experiments(photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert prepare("photographs", Path("x")) == 0
-    assert "data.path=x data.resolution=8 data.batch_size=4 " in capsys.readouterr().err
+    assert (
+        "data.dataset.path=x data.dataset.resolution=8 data.batch_size=4 "
+        in capsys.readouterr().err
+    )
 
 
 def test_help_names_every_kind_of_source(capsys):

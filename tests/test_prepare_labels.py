@@ -74,7 +74,7 @@ def test_the_packing_tools_labels_are_read(kind, words, tmp_path, capsys):
     assert _levels(dest) == {str(label): {20 * label} for label in range(10)}
     assert manifest(dest)["class_counts"] == [4] * 10
     assert "10 classes by" in capsys.readouterr().err
-    images = ImageFolder(str(source), 4, labels=True, batch_size=1).open()
+    images = ImageFolder(str(source), 4, labels=True).open()
     assert images.classes == 10 and images.labels.tolist()[:12] == [*range(10), 0, 1]
 
 
@@ -83,7 +83,7 @@ def test_null_labels_are_none_and_not_the_folders(tmp_path, capsys):
     assert manifest(_prepared(source))["classes"] == 0
     assert "says that there are no labels" in _refused(source, capsys, "--labels")
     with pytest.raises(ValueError, match="says that there are no labels"):
-        ImageFolder(str(source), 4, labels=True, batch_size=1).prepare()
+        ImageFolder(str(source), 4, labels=True).prepare()
 
 
 def test_folders_that_number_images_are_no_classes(tmp_path, capsys):
@@ -180,7 +180,7 @@ def test_splits_are_never_classes(folders, kind, tmp_path, capsys):
         assert _levels(dest) == {"0": {100 * number}, "1": {100 * number + 10}}
         assert manifest(dest)["class_names"] == ["cat", "dog"]
         assert f"split {split}: 4 of 8 images" in manifest(dest)["notes"]
-        folder = ImageFolder(str(source), 4, labels=True, split=split, batch_size=1).open()
+        folder = ImageFolder(str(source), 4, labels=True, split=split).open()
         assert (len(folder), folder.class_names) == (4, ("cat", "dog"))
     assert _levels(_prepared(source, "--labels", "--split", "all")) == {
         "0": {0, 100},
@@ -189,7 +189,7 @@ def test_splits_are_never_classes(folders, kind, tmp_path, capsys):
     assert manifest(_prepared(source, "--split", "all"))["count"] == 8
     assert "no 'extra'" in _refused(source, capsys, "--split", "extra")
     with pytest.raises(ValueError, match="holds the splits"):
-        ImageFolder(str(source), 4, batch_size=1).prepare()
+        ImageFolder(str(source), 4).prepare()
 
 
 def test_splits_below_classes_are_seen(tmp_path, capsys):
@@ -221,7 +221,7 @@ def test_folders_named_by_numbers_are_ordered_as_numbers(tmp_path):
     dest = _prepared(source, "--labels")
     assert manifest(dest)["class_names"] == ["1", "2", "10", "33"]
     assert _levels(dest) == {"0": {1}, "1": {2}, "2": {10}, "3": {33}}
-    assert ImageFolder(str(source), 4, labels=True, batch_size=1).open().class_names[2] == "10"
+    assert ImageFolder(str(source), 4, labels=True).open().class_names[2] == "10"
     words = {f"{word}/0.png": grey(i) for i, word in enumerate(("10", "2", "ten"))}
     assert manifest(_prepared(fill(tmp_path / "y", words), "--labels"))["class_names"] == [
         "10", "2", "ten",
@@ -467,7 +467,7 @@ def test_the_overview_beside_drawn_images_is_no_image(inside, tmp_path, capsys):
     source = fill(tmp_path / "x", contents)
     assert manifest(_prepared(source))["count"] == 3
     assert "not read: 1 .png" in capsys.readouterr().err
-    assert len(ImageFolder(str(source), 4, fit="exact", batch_size=1).open()) == 3
+    assert len(ImageFolder(str(source), 4, fit="exact").open()) == 3
 
 
 def test_the_overview_in_a_zip_of_todays_samples_is_no_image(tmp_path):

@@ -112,7 +112,7 @@ def test_the_same_images_have_the_same_fingerprint_from_any_source(kind, tmp_pat
     # Labels are left out where they are not wanted.
     words = ["--no-labels"] if labelled else []
     assert prepare(source, tmp_path / "bare", *words, resolutions="4") == 0
-    bare = ImageFolder(str(tmp_path / "f"), 4, batch_size=1)
+    bare = ImageFolder(str(tmp_path / "f"), 4)
     assert manifest(tmp_path / "bare")["fingerprints"]["4"] == bare.open().fingerprint
 
 

@@ -12,27 +12,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from loaders import loader
 from test_bounded import gone
 
 from diffusion_pl.data.crops import Crop
-from diffusion_pl.data.loader import Batches, Loader, Share
 from diffusion_pl.data.order import Order
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import Images
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a service of Linux")
 
 
-def batches(crop=None):
-    images = {16: Synthetic(40, 16, batch_size=5).open()}
-    return Batches(images, Order(40, 0), Share(5), hflip=True, crop=crop)
+def loaded(stop, num_workers=0, **settings):
+    images = Synthetic(40, 16).open()
+    return loader(images, 5, stop, hflip=True, num_workers=num_workers, **settings)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_batches_are_those_read_here_however_long_they_wait(workers):
-    wanted = batches(Crop(8, told=True))
+    wanted = loaded(20, workers, crop=Crop(8, told=True), start=3)
     found = []
-    for batch in Loader(wanted, 3, 20, workers):
+    for batch in wanted:
         found.append(batch)  # kept, while the readers use their memory again
         if len(found) in (1, 7):
             time.sleep(0.3)  # they may be as far ahead as they like
@@ -47,7 +48,7 @@ def test_batches_are_those_read_here_however_long_they_wait(workers):
 
 def test_no_batch_takes_more_than_is_set_aside_for_it():
     for crop in (None, Crop(8, told=True), Crop(15, told=True)):
-        made = batches(crop)
+        made = loaded(1, crop=crop)
         taken = sum(tensor.nbytes for tensor in made[0].values())
         assert 0.5 * made.most_bytes * (crop is not None and crop.size == 15) < taken
         assert taken <= made.most_bytes
@@ -55,7 +56,7 @@ def test_no_batch_takes_more_than_is_set_aside_for_it():
 
 def test_who_stops_early_leaves_no_reader_behind():
     before = set(multiprocessing.active_children())
-    loader = iter(Loader(batches(), 0, 1000, workers=2))
+    loader = iter(loaded(1000, 2))
     next(loader)
     readers = set(multiprocessing.active_children()) - before
     assert len(readers) == 2
@@ -67,7 +68,7 @@ def test_who_stops_early_leaves_no_reader_behind():
 
 def test_a_reader_minds_no_signal_that_asks_the_run_to_stop():
     before = set(multiprocessing.active_children())
-    loader = iter(Loader(batches(), 0, 50, workers=1))
+    loader = iter(loaded(50, 1))
     found = [next(loader)["index"][0].item()]
     (reader,) = set(multiprocessing.active_children()) - before
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
@@ -77,39 +78,42 @@ def test_a_reader_minds_no_signal_that_asks_the_run_to_stop():
 
 
 class Broken:
-    """Batches of which the fourth cannot be made."""
+    """Images of which that in the fourth place of the run cannot be read."""
 
-    most_bytes = 64
-    images = {}  # noqa: RUF012
+    shape = (9, 1, 1, 1)
 
     def __init__(self, error):
         self.error = error
 
-    def __getitem__(self, step):
-        if step == 3:
+    def read(self, indices):
+        if indices.item() == Order(9, 0)(3, 4).item():
             raise self.error
-        return {"index": torch.tensor([step])}
+        return torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
+
+
+def broken(error, num_workers=1):
+    return loader(Images("broken", Broken(error), "f"), 1, 9, num_workers=num_workers)
 
 
 def test_what_a_reader_finds_wrong_is_said_as_it_would_be_here():
-    loader = iter(Loader(Broken(UserError("shard 7: ends within it")), 0, 9, workers=2))
+    loader = iter(broken(UserError("shard 7: ends within it"), 2))
     assert [next(loader)["index"].item() for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match=r"^shard 7: ends within it$"):
         next(loader)
-    with pytest.raises(RuntimeError, match=r"(?s)__getitem__.*ValueError: of the user's own"):
-        list(Loader(Broken(ValueError("of the user's own")), 0, 9, workers=1))
-    with pytest.raises(RuntimeError, match=r"(?s)__getitem__.*KeyError: 'label'"):
-        list(Loader(Broken(KeyError("label")), 0, 9, workers=1))
-    with pytest.raises(RuntimeError, match=r"(?s)__getitem__.*ConnectionResetError: by the server"):
-        list(Loader(Broken(ConnectionResetError("by the server")), 0, 9, workers=1))
+    with pytest.raises(RuntimeError, match=r"(?s)in read.*ValueError: of the user's own"):
+        list(broken(ValueError("of the user's own")))
+    with pytest.raises(RuntimeError, match=r"(?s)in read.*KeyError: 'label'"):
+        list(broken(KeyError("label")))
+    with pytest.raises(RuntimeError, match=r"(?s)in read.*ConnectionResetError: by the server"):
+        list(broken(ConnectionResetError("by the server")))
 
 
 READING = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
-from test_readers import Loader, batches
+from test_readers import loaded
 import multiprocessing
-loader = iter(Loader(batches(), 0, 1000, workers=2))
+loader = iter(loaded(1000, 2))
 next(loader), next(loader)
 pids = [reader.pid for reader in multiprocessing.active_children()]
 os.kill(pids[0], signal.SIGSTOP)

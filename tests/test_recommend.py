@@ -87,9 +87,9 @@ def test_the_command_binds_whatever_the_size(side, on, count, shapes):
     assert words[:4] == [interpreter(), "-m", "diffusion_pl", "train"]
     assert words[5:7] == ["--run", "runs/shapes"]
     experiment = parts.read(words[4], words[7:])
-    source = config.build(experiment, "data")
-    assert (source.path, source.resolution) == (str(shapes), side)
-    assert source.batch_size <= count
+    data = config.build(experiment, "data")
+    assert (data.dataset.path, data.dataset.resolution) == (str(shapes), side)
+    assert data.batch_size <= count and not data.hflip
     assert experiment.get("network.classes") == classes
     network = parts.meta_network(experiment)
     network.check_resolution(side, side)
@@ -151,13 +151,13 @@ def test_several_sizes_are_a_pyramid_on_a_gpu_and_the_smallest_on_cpus(sides, na
     assert words[4] == name
     read = parts.read(name, words[7:])
     if name.startswith("pyramidal"):
-        source = config.build(read, "data")
-        assert set(source.shares) == set(sides)
-        assert source.made_of is None
+        data = config.build(read, "data")
+        assert set(data.resolution_weights) == set(sides)
+        assert data.dataset.made_of is None
         assert list(config.build(read, "sampler").levels) == sorted(sides)
     words = shlex.split(plan(_as(shapes, *sides), shapes, CPU).command)
     smallest = min(side for side in sides if side >= 16)
-    assert words[4] == "cifar10_small" and f"data.resolution={smallest}" in words
+    assert words[4] == "cifar10_small" and f"data.dataset.resolution={smallest}" in words
 
 
 @pytest.mark.parametrize(("side", "whole"), [(63, 56), (66, 64), (225, 224)])

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from prepared import noise
 
+from diffusion_pl.data.dataset import reduced
 from diffusion_pl.data.decode import fit_square
 from diffusion_pl.data.reduce import FILTERS, area, box_bicubic, lanczos
 from diffusion_pl.data.scenes import latents
-from diffusion_pl.data.source import Images, reduced
 from diffusion_pl.data.synthetic import render
+from diffusion_pl.images import Images
 
 
 def _array(image: Image.Image) -> np.ndarray:

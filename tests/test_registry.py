@@ -91,6 +91,8 @@ def place_of(found: Any) -> str | None:
         if issubclass(found, nn.Module) and {"check_resolution", "forward"} <= members:
             return "network"
         if {"prepare", "open", "resolution"} <= members:
+            return "dataset"
+        if {"dataset", "batch_size"} <= set(fields(found)):
             return "data"
         if {"wants_features", "build"} <= members:
             return "metrics"

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from loaders import loader
 from servers import s3, served, upload
 from sharded import edit, pixels, source, write
 
-from diffusion_pl.data.loader import Batches, Loader, Share
 from diffusion_pl.data.order import Order
 from diffusion_pl.io import cache as remote
 from diffusion_pl.io.cache import Cache
@@ -83,8 +83,7 @@ def test_images_over_http_are_those_of_the_folder(made, tmp_path, ranges):
 def test_forked_workers_fetch_each_shard_once_between_them(server, tmp_path):
     images = at(server.url, tmp_path).open()
     images.read(torch.tensor([0]))
-    batches = Batches({16: images}, Order(20, 0), Share(5))
-    found = list(Loader(batches, 0, 8, workers=2))
+    found = list(loader(images, 5, 8, num_workers=2))
     expected = Order(20, 0)(0, 40)
     truth = pixels(range(20), 16)[expected]
     assert torch.equal(torch.cat([batch["image"] for batch in found]), truth)
@@ -180,7 +179,7 @@ def test_the_shards_of_a_window_must_fit_in_the_cache(server, tmp_path, made):
     two = sum(sizes[:2])
     at(server.url, tmp_path, window=2, cache_bytes=two).prepare()
     for window, bytes in ((3, two), (0, two), (2, two - 1)):
-        with pytest.raises(ValueError, match="raise it or lower data.window"):
+        with pytest.raises(ValueError, match="raise it or lower data.dataset.window"):
             at(server.url, tmp_path, window=window, cache_bytes=bytes).prepare()
 
 
@@ -199,7 +198,7 @@ def test_a_small_cache_serves_all_shards_and_leaves_no_removed_one_open(server, 
 
 
 def test_what_is_larger_than_the_cache_is_refused(files, tmp_path):
-    with pytest.raises(ValueError, match="1,000 bytes, and data.cache_bytes is 999"):
+    with pytest.raises(ValueError, match="1,000 bytes, and data.dataset.cache_bytes is 999"):
         fetch(Cache(tmp_path / "cache", 999), files, 0)
 
 
@@ -293,7 +292,7 @@ def test_a_disk_that_does_not_take_it_is_told_in_one_line(files, tmp_path):
     process.join()
     text = told.get()
     assert text.startswith(f"{folder}: {files.url}/0.tar cannot be kept here (File too large)")
-    assert "data.cache_folder" in text
+    assert "data.dataset.cache_folder" in text
     assert "\n" not in text
     assert kept(Cache(folder, 5000)) == []
 

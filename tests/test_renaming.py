@@ -31,9 +31,7 @@ GIVEN_UP = {
 }
 OLD = """defaults: base
 data:
-  _target_: diffusion_pl.data.synthetic.Synthetic
-  count: 8
-  resolution: 8
+  dataset: {_target_: diffusion_pl.data.synthetic.Synthetic, count: 8, resolution: 8}
   batch_size: 4
 network:
   _target_: diffusion_pl.unets.Song

@@ -38,7 +38,7 @@ class Exploding(nn.Module):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replay")
-    more = TINY.replace("count: 40", "count: 40, hflip: true") + "augment: null\n"
+    more = TINY.replace("  batch_size: 8\n", "  batch_size: 8\n  hflip: true\n") + "augment: null\n"
     return trained(folder, more, ["--run", "runs/passes", "trainer.device_batch_size=3"])
 
 
@@ -71,7 +71,7 @@ def test_it_starts_from_the_newest_checkpoint_before_the_step(answer):
 
 def test_it_names_the_images_of_the_step_and_draws_them(place, answer):
     _, result, _ = answer("replay", "runs/tiny", "--step", 1)
-    images = Synthetic(40, 16, batch_size=8).open()
+    images = Synthetic(40, 16).open()
     sheet = np.asarray(Image.open(place / result["picture"]))
     for column, image in enumerate(result["images"]):
         index = image["index"]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffusion_pl.data.crops import Crop
+from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.training.opening import open_for
 from diffusion_pl.training.run_data import RunData
@@ -29,7 +30,7 @@ class Net(nn.Module):
 
 
 def source(**settings):
-    return Synthetic(24, 16, batch_size=BATCH, **settings)
+    return DataConfig(Synthetic(24, 16), batch_size=BATCH, **settings)
 
 
 def loader(seed=1, step=0, rank=0, ranks=1, images=24, accelerator="cpu", **settings):
@@ -47,21 +48,25 @@ def loader(seed=1, step=0, rank=0, ranks=1, images=24, accelerator="cpu", **sett
 
 def test_the_data_are_opened_at_each_resolution_of_the_run():
     network = Net()
-    opened = open_for(network, source(shares={8: 1.0, 16: 2.0}))
+    opened = open_for(network, source(resolution_weights={8: 1.0, 16: 2.0}))
     assert {side: images.resolution for side, images in opened.items()} == {8: 8, 16: 16}
     assert sorted(network.asked) == [(8, 8), (16, 16)]
 
 
 def test_the_network_sees_windows_where_images_are_cut():
     network = Net()
-    open_for(network, source(shares={8: 1.0, 16: 2.0}, crop=Crop(12)))
+    open_for(network, source(resolution_weights={8: 1.0, 16: 2.0}, crop=Crop(12)))
     assert sorted(network.asked) == [(8, 8), (12, 12)]
 
 
 @pytest.mark.parametrize(
     ("network", "settings", "message"),
     [
-        (Net(), {"shares": {32: 1.0}}, "data.shares: 32 is more than data.resolution, 16"),
+        (
+            Net(),
+            {"resolution_weights": {32: 1.0}},
+            "data.resolution_weights: 32 is more than data.dataset.resolution, 16",
+        ),
         (Net(channels=1), {}, "network.channels is 1, synthetic-16 has 3"),
         (Net(classes=10), {}, "network.classes is 10, synthetic-16 has 8; set network.classes=8"),
     ],
@@ -92,7 +97,7 @@ def test_devices_share_a_batch_and_a_run_goes_on_where_it_stopped():
 
 def test_an_image_comes_with_its_label_and_each_once_an_epoch():
     batches = list(loader())
-    every = source().open()
+    every = source().dataset.open()
     seen = [bytes(image.numpy()) for batch in batches for image in batch["image"]]
     labels = torch.cat([batch["label"] for batch in batches]).tolist()
     truth = {
@@ -115,10 +120,13 @@ def test_settings_of_the_data_reach_the_batches():
     turned = [torch.equal(a.flip(-1), b) for a, b in zip(plain, flipped, strict=True)]
     assert 0 < sum(same) < 24 and all(a or b for a, b in zip(same, turned, strict=True))
     assert {batch["image"].shape[-1] for batch in loader(crop=Crop(12))} == {12}
-    sizes = {batch["image"].shape[-1] for batch in loader(shares={8: 1.0, 16: 1.0}, images=160)}
+    sizes = {
+        batch["image"].shape[-1]
+        for batch in loader(resolution_weights={8: 1.0, 16: 1.0}, images=160)
+    }
     assert sizes == {8, 16}
-    read = loader(workers=2)
-    assert (read.workers, read.timeout, read.pin, len(read)) == (2, 7.0, False, 6)
+    read = loader(num_workers=2)
+    assert (read.data.num_workers, read.timeout, read.pin, len(read)) == (2, 7.0, False, 6)
 
 
 def test_the_index_stays_on_the_host_where_it_seeds():

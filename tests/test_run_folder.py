@@ -16,7 +16,7 @@ from PIL import Image
 from diffusion_pl import locks, processes
 from diffusion_pl.cli import main
 from diffusion_pl.commands import parts, settling
-from diffusion_pl.data.source import Images
+from diffusion_pl.images import Images
 from diffusion_pl.signals import MARKER
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import sameness
@@ -28,9 +28,7 @@ RUN = (
     + SMALLEST
     + """\
 data:
-  _target_: diffusion_pl.data.folder.ImageFolder
-  path: photographs
-  resolution: 8
+  dataset: {_target_: diffusion_pl.data.folder.ImageFolder, path: photographs, resolution: 8}
   batch_size: 8
 ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20}
 sampler: {steps: 2}
@@ -132,7 +130,12 @@ def logged(run="a"):
 
 @pytest.mark.parametrize(
     "wrong",
-    [["data.path=fotos"], ["network.classes=3"], ["--from", "runs/gone"], ["sampler.steps=0"]],
+    [
+        ["data.dataset.path=fotos"],
+        ["network.classes=3"],
+        ["--from", "runs/gone"],
+        ["sampler.steps=0"],
+    ],
 )
 def test_a_start_that_failed_claims_nothing(wrong, place, train):
     code, err = train(*wrong, "optimizer.lr=0.5", run="new")
@@ -197,12 +200,13 @@ def test_a_run_is_extended_to_the_bits_of_one_that_was_longer_from_the_start(pla
 def test_a_run_goes_on_with_its_data_moved_and_measured_in_another_way(place, train):
     shutil.move(place / "photographs", place / "elsewhere")
     words = (
-        "data.path=elsewhere", "evaluation.count=6", "evaluation.every=16", "sampler.steps=3",
+        "data.dataset.path=elsewhere", "evaluation.count=6", "evaluation.every=16",
+        "sampler.steps=3",
         "features={name: shapes}", "trainer.keep_every=16", "trainer.images=24",
     )  # fmt: skip
     code, err = train(*words)
     assert code == 0, err
-    assert (16, 'data.path: "photographs" -> "elsewhere"') in changes()
+    assert (16, 'data.dataset.path: "photographs" -> "elsewhere"') in changes()
     assert (16, 'features.name: "pixels" -> "shapes"') in changes()
     assert {images for images, _ in changes()} == {16} and len(changes()) == 7
     for images in (8, 16):
@@ -434,7 +438,7 @@ def test_a_run_from_before_fingerprints_goes_on_and_other_code_is_told(place, tr
 def test_shards_cut_otherwise_are_other_data_where_they_are_shuffled_by_windows():
     def cut(shards, window):
         images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
-        return sameness.data_of({8: Images("x", images, "f", None, 0, shards, window)})
+        return sameness.data_of({8: Images("x", images, "f", shards=shards, window=window)})
 
     assert sameness.data_changed(cut((3, 3), 0), cut((2, 4), 0)) is None
     assert "in other shards" in sameness.data_changed(cut((3, 3), 1), cut((2, 4), 1))

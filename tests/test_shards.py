@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loaders import loader
 from sharded import damage, index_of, noise, pixels, source, write
 
 from diffusion_pl.data import tars
+from diffusion_pl.data.dataset import reduced
 from diffusion_pl.data.fingerprint import fingerprint, image_digests
-from diffusion_pl.data.loader import Batches, Loader, Share
-from diffusion_pl.data.order import Order
-from diffusion_pl.data.source import reduced
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def test_images_come_back_as_they_went_in(tmp_path, encoding, cache):
 
 def test_images_in_memory_need_no_shards_any_more(tmp_path):
     folder = write(tmp_path / "set")
-    images = source(folder, cache="memory", workers=2).open()
+    images = source(folder, cache="memory").open()
     shutil.rmtree(folder)
     assert torch.equal(images.read(torch.arange(20)), pixels(range(20), 16))
     assert images.shards == (6, 6, 6, 2)
@@ -136,17 +135,17 @@ def test_threads_and_forked_processes_read_the_same_open_files(made):
 def test_images_travel_to_another_process_without_their_index(made):
     images = source(made).open()
     images.read(torch.arange(3))
-    sent = pickle.dumps(images.store)
+    sent = pickle.dumps(images)
     assert b"offset_16" not in sent  # the index has such columns
-    assert torch.equal(pickle.loads(sent)[torch.arange(20)], pixels(range(20), 16))
+    assert torch.equal(pickle.loads(sent).read(torch.arange(20)), pixels(range(20), 16))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_loader_of_shards_resumes_exactly_with_any_workers(made, workers):
     images = source(made, window=2).open()
-    batches = Batches({16: images}, Order(20, 3, images.shards, images.window), Share(6))
-    whole = [batches[step] for step in range(9)]
-    rest = list(Loader(batches, 5, 9, workers))
+    resumed = loader(images, 6, 9, seed=3, start=5, num_workers=workers)
+    whole = [resumed[step] for step in range(9)]
+    rest = list(resumed)
     for old, new in zip(whole[5:], rest, strict=True):
         assert all(torch.equal(old[key], new[key]) for key in ("image", "label", "index"))
 
@@ -187,7 +186,7 @@ def test_a_broken_image_is_replaced_by_the_next_good_one_of_its_label(tmp_path):
     # 4 and 7 have label 1, as has 10; after 19 comes 1.
     truth = np.stack([noise(10, 16), noise(1, 16), noise(5, 16)])
     assert torch.equal(found, torch.from_numpy(truth))
-    assert images.store.broken == 3
+    assert images.broken == 3
 
 
 def test_one_broken_image_too_many_stops(tmp_path):
@@ -197,7 +196,9 @@ def test_one_broken_image_too_many_stops(tmp_path):
     images = source(folder, skip_broken=1).open()
     with pytest.warns(UserWarning, match="replaced"):
         images.read(torch.tensor([4]))
-    with pytest.raises(ValueError, match="2 broken images, data.skip_broken is 1: .*000000005"):
+    with pytest.raises(
+        ValueError, match="2 broken images, data.dataset.skip_broken is 1: .*000000005"
+    ):
         images.read(torch.tensor([5]))
 
 

@@ -14,11 +14,11 @@ from diffusion_pl.data.synthetic import Synthetic
 
 def made(path, *resolutions):
     request = Request(SourceSpec("synthetic", count=20), Recipe(resolutions))
-    return Shards(str(path), resolutions[0], batch_size=4, made_of=request)
+    return Shards(str(path), resolutions[0], made_of=request)
 
 
 def test_they_hold_the_scenes_of_the_synthetic_set_at_every_size(tmp_path):
-    shards, scenes = made(tmp_path / "set", 16, 8), Synthetic(20, 16, batch_size=4)
+    shards, scenes = made(tmp_path / "set", 16, 8), Synthetic(20, 16)
     shards.prepare()
     for side in (16, 8):
         written, drawn = shards.open(side), scenes.open(side)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import torch
 from PIL import Image
 from sharded import damage, edit, index_of, pixels, reindex, rewrite, source, write
 
+from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.member_images import decode_into, raw_header
+from diffusion_pl.training.opening import open_for
 
 
 @pytest.fixture
@@ -44,9 +47,8 @@ def test_a_folder_that_is_not_finished(folder):
     complaint(source(folder).prepare, "interrupted", "again to finish")
 
 
-@pytest.mark.parametrize("settings", [{"resolution": 32}, {"shares": {16: 1, 4: 1}}])
-def test_a_resolution_that_is_absent(folder, settings):
-    complaint(source(folder, **settings).prepare, "prepared at 16, 8 px (got", "--resolutions")
+def test_a_resolution_that_is_absent(folder):
+    complaint(source(folder, resolution=32).prepare, "prepared at 16, 8 px (got", "--resolutions")
 
 
 def test_opening_at_a_resolution_that_is_absent(folder):
@@ -61,21 +63,25 @@ def test_a_foreign_format_and_an_edited_description(folder):
 
 
 def test_fewer_images_than_a_batch(folder):
-    source(folder, batch_size=20).prepare()
-    complaint(source(folder, batch_size=21).prepare, "20 images are less than a batch of 21")
+    network = SimpleNamespace(channels=3, classes=0, check_resolution=lambda *sides: None)
+    open_for(network, DataConfig(source(folder), batch_size=20))
+    fewer = DataConfig(source(folder), batch_size=21)
+    complaint(lambda: open_for(network, fewer), "20 images are less than a batch of 21")
 
 
 def test_channels_that_are_not_there(folder):
-    complaint(source(folder, channels=1).prepare, "images of 3 channels; set data.channels=3")
+    complaint(
+        source(folder, channels=1).prepare, "images of 3 channels; set data.dataset.channels=3"
+    )
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"cache": "tape"}, {"window": -1}, {"skip_broken": -1}, {"batch_size": 0}],
+    [{"cache": "tape"}, {"window": -1}, {"skip_broken": -1}],
 )
 def test_settings_out_of_range(folder, settings):
     [name] = settings
-    complaint(source(folder, **settings).prepare, f"data.{name}", "got")
+    complaint(source(folder, **settings).prepare, f"data.dataset.{name}", "got")
 
 
 def test_a_shard_that_was_cut_short_or_is_gone(folder):
@@ -175,7 +181,9 @@ def test_what_decodes_to_other_pixels_than_were_prepared(folder):
 
 def test_what_does_not_fit_in_memory(folder, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 50)
-    complaint(lambda: source(folder, cache="memory").open(), "do not fit", "set data.cache=disk")
+    complaint(
+        lambda: source(folder, cache="memory").open(), "do not fit", "set data.dataset.cache=disk"
+    )
 
 
 def test_uncompressed_pixels_of_another_shape_or_size(tmp_path):

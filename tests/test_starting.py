@@ -15,7 +15,7 @@ from diffusion_pl.commands.options import TrainOptions
 from diffusion_pl.training import checkpoint as checkpoints
 
 TABLE = "T: 20, beta_1: 1e-3, beta_T: 0.4"
-FIVE = ("data.shapes=[disc, heart, triangle, square, star]", "network.classes=5")
+FIVE = ("data.dataset.shapes=[disc, heart, triangle, square, star]", "network.classes=5")
 
 
 @pytest.fixture(scope="module")

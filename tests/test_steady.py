@@ -44,7 +44,7 @@ def test_a_long_run_holds_no_more_at_its_end_than_at_its_beginning(tmp_path):
     (tmp_path / "experiments").mkdir()
     shutil.copy(ROOT / "experiments" / "base.yaml", tmp_path / "experiments")
     text = TINY.replace("diffusion_pl.networks.song_unet.SongUNet", "test_steady.Watched")
-    text = text.replace("batch_size: 8}", "batch_size: 2}")
+    text = text.replace("  batch_size: 8\n", "  batch_size: 2\n")
     text = text.replace("every: 16, count: 20", f"every: {2 * EVERY}, count: 10")
     text = text.replace("images: 32, checkpoint_every: 8, log_every: 8",
                         f"images: {2 * STEPS}, checkpoint_every: 400, log_every: 20")  # fmt: skip

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from diffusion_pl.data.crops import Crop
+from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.diffusion.timesteps import LinearBetas
@@ -63,7 +64,7 @@ def experiment(images=48, *, objective=None, sampler=None, settings=None, **part
         config={"experiment": "tiny"},
         seed=3,
         settings=Settings(**(defaults | (settings or {}))),
-        data=parts.get("data", Synthetic(40, 16, batch_size=BATCH, hflip=True)),
+        data=parts.get("data", DataConfig(Synthetic(40, 16), batch_size=BATCH, hflip=True)),
         network=parts.get("network") or network(classes=8),
         objective=objective or EDM(),
         optimizer=parts.get("optimizer", partial(torch.optim.Adam, lr=2e-3, fused=True)),
@@ -212,8 +213,12 @@ def test_several_resolutions_train_one_network_and_resume_to_the_same_bits(go):
     def made(images):
         return experiment(
             images,
-            data=Synthetic(
-                40, 16, batch_size=BATCH, hflip=True, shares={8: 1.0, 16: 1.0}, crop=Crop(12)
+            data=DataConfig(
+                Synthetic(40, 16),
+                batch_size=BATCH,
+                hflip=True,
+                resolution_weights={8: 1.0, 16: 1.0},
+                crop=Crop(12),
             ),
             network=network(classes=8, position_frequencies=2),
             settings={"device_batch_size": 3},
@@ -227,8 +232,9 @@ def test_several_resolutions_train_one_network_and_resume_to_the_same_bits(go):
 
 
 def test_a_share_above_the_resolution_is_refused(go):
-    data = Synthetic(40, 16, batch_size=BATCH, shares={32: 1.0, 16: 1.0})
-    with pytest.raises(ValueError, match="data.shares: 32 is more than data.resolution, 16"):
+    weights = {32: 1.0, 16: 1.0}
+    data = DataConfig(Synthetic(40, 16), batch_size=BATCH, resolution_weights=weights)
+    with pytest.raises(ValueError, match="32 is more than data.dataset.resolution, 16"):
         go(experiment(data=data))
 
 
@@ -237,7 +243,7 @@ def test_the_seed_decides_the_run(go):
     _, first = go(made, "first")
     _, again = go(experiment(), "again")
     same(first, again)
-    _, other = go(experiment(data=Synthetic(40, 16, seed=1, batch_size=BATCH)), "other")
+    _, other = go(experiment(data=DataConfig(Synthetic(40, 16, seed=1), batch_size=BATCH)), "other")
     key = "denoiser.network.stem.weight"
     assert not torch.equal(first["state_dict"][key], other["state_dict"][key])
 
@@ -339,7 +345,7 @@ def test_a_non_finite_loss_stops_the_run_before_the_weights(go, tmp_path):
     [
         ({"network": network(classes=5)}, "set network.classes=8"),
         ({"network": network(channels=1)}, "network.channels is 1, synthetic-16 has 3"),
-        ({"data": Synthetic(40, 15, batch_size=BATCH)}, "must be multiples of 2"),
+        ({"data": DataConfig(Synthetic(40, 15), batch_size=BATCH)}, "must be multiples of 2"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_before_training(go, tmp_path, change, message):

@@ -22,6 +22,7 @@ from diffusion_pl.cli import main
 from diffusion_pl.commands import import_, parts, trust
 from diffusion_pl.config import Config, ConfigError
 from diffusion_pl.config.reading import OF_TRAINING
+from diffusion_pl.config.renaming import DATA
 from diffusion_pl.config.strangers import is_strangers
 from diffusion_pl.training import checkpoint as checkpoints
 
@@ -188,7 +189,7 @@ def test_no_section_of_a_strangers_run_starts_anything(section, place, capsys):
         ("evaluation", "metrics"),
         ("evaluation", "guide"),
         ("data", "crop"),
-        ("data", "shapes"),
+        ("data", "dataset", "shapes"),
         ("objective", "reduce"),
         ("network", "channel_mult"),
     ],
@@ -240,7 +241,7 @@ def imported(nodes, like=None):
 
 def test_the_data_of_an_imported_model_come_from_a_strangers_file(place):
     handed_on(lambda tree: tree.__setitem__("data", PLANTED["the command line"]))
-    with pytest.raises(ConfigError, match=r"data\._target_: is outside"):
+    with pytest.raises(ConfigError, match=r"data\.dataset\._target_: is outside"):
         imported({}, "stranger/config.yaml")
     assert not Path("ran").exists()
 
@@ -431,8 +432,9 @@ def address():
 
 
 def shards(path, **more):
-    node = {"_target_": "diffusion_pl.data.shards.Shards", "path": path, "resolution": 8}
-    return lambda tree: tree.__setitem__("data", {**node, "batch_size": 4, **more})
+    node = {"_target_": "diffusion_pl.data.shards.Shards", "path": path, "resolution": 8, **more}
+    data = {"_target_": DATA, "dataset": node, "batch_size": 4}
+    return lambda tree: tree.__setitem__("data", data)
 
 
 def test_nothing_is_fetched_at_a_strangers_word(place, address, capsys):
@@ -448,10 +450,13 @@ def test_nothing_is_fetched_at_a_strangers_word(place, address, capsys):
         "launch",
     ):
         said = refused(OPENING[command], capsys)
-        assert "data.path: is an address, and nothing is fetched" in said
+        assert "data.dataset.path: is an address, and nothing is fetched" in said
         assert f"--allow {address}" in said
     assert not Asked.paths
-    for words in (["--allow", address.removesuffix("/set")], ["--set", f"data.path={address}"]):
+    for words in (
+        ["--allow", address.removesuffix("/set")],
+        ["--set", f"data.dataset.path={address}"],
+    ):
         Asked.paths.clear()
         assert main([*OPENING["evaluate"], *words]) == 2
         assert Asked.paths
@@ -466,16 +471,16 @@ def data_of(path, *allow, **more):
 
 def test_an_address_is_allowed_as_far_as_it_is_named():
     for path in ("s3://a/b", "s3://a"):
-        assert data_of(path, "s3://a").path == path
+        assert data_of(path, "s3://a").dataset.path == path
     for path in ("s3://ab", "s3://b/a", "http://s3://a", "s3://a/b::http://c/d", "zip://x::s3://a"):
-        with pytest.raises(ConfigError, match=r"x: data\.path: is an address"):
+        with pytest.raises(ConfigError, match=r"x: data\.dataset\.path: is an address"):
             data_of(path, "s3://a", "mine")
     assert data_of("zip://x::s3://a", "zip://x::s3://a")
 
 
 @pytest.mark.parametrize("folder", ["/etc", "../x", "a/../../x", ".."])
 def test_what_is_fetched_is_kept_in_the_present_folder(folder):
-    with pytest.raises(ConfigError, match=r"x: data\.cache_folder: is written to"):
+    with pytest.raises(ConfigError, match=r"x: data\.dataset\.cache_folder: is written to"):
         data_of("s3://a", "s3://a", cache_folder=folder)
     assert data_of("s3://a", "s3://a", cache_folder="data/other")
     assert data_of("s3://a", "s3://a", "/scratch", cache_folder="/scratch/x")

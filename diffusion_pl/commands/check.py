@@ -16,9 +16,9 @@ from diffusion_pl.commands.options import Allow
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.config import Config
 from diffusion_pl.data.folder import ImageFolder
+from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.shard_format import MANIFEST, Manifest
 from diffusion_pl.data.shards import Shards
-from diffusion_pl.data.source import Source
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.cache import is_remote
@@ -93,7 +93,7 @@ def meaning(
 
 
 def _network(experiment: Config, network: nn.Module) -> str:
-    data = config.build(experiment, "data")
+    data = config.build(experiment, "data.dataset")
     count = sum(parameter.numel() for parameter in network.parameters())
     try:
         network.check_resolution(data.resolution, data.resolution)  # type: ignore[operator]
@@ -105,7 +105,8 @@ def _network(experiment: Config, network: nn.Module) -> str:
 
 def _data(experiment: Config) -> str:
     """What lies at the data's path; nothing where only the start of a run can tell."""
-    source = config.build(experiment, "data")
+    data: DataConfig = config.build(experiment, "data")
+    source = data.dataset
     if not isinstance(source, Shards | ImageFolder) or is_remote(source.path):
         return ""
     path = Path(source.path)
@@ -121,6 +122,12 @@ def _data(experiment: Config) -> str:
     try:
         source.prepare()  # what is made already is only looked at
         manifest = Manifest.read(path)
+        for resolution in data.resolution_weights or ():
+            source.check_resolution(manifest, resolution)
+        if manifest.count < data.batch_size:
+            raise UserError(
+                f"{path}: {manifest.count:,} images are less than a batch of {data.batch_size:,}"
+            )
         classes = experiment.get("network").get("classes", 0)
         if classes not in (0, manifest.classes):
             raise UserError(
@@ -171,22 +178,23 @@ def _strategy(experiment: Config, objective: TrainingObjective) -> str:
 
 def _sizes(experiment: Config, network: nn.Module) -> str:
     """Which resolutions the steps take, how often, and in how many passes."""
-    data: Source = config.build(experiment, "data")
-    if not data.shares:
+    data: DataConfig = config.build(experiment, "data")
+    weights, whole = data.resolution_weights, data.dataset.resolution
+    if not weights:
         return ""
     settings: Settings = config.build(experiment, "trainer")
-    size, total = _share_size(experiment, settings), sum(data.shares.values())
+    size, total = _share_size(experiment, settings), sum(weights.values())
     words = []
-    for resolution, share in data.shares.items():
+    for resolution, weight in weights.items():
         crop = data.crop is not None and data.crop.size < resolution
         side = data.crop.size if data.crop is not None and crop else resolution
         try:
             network.check_resolution(side, side)  # type: ignore[operator]
         except ValueError as error:
-            raise experiment.error("data.shares", str(error)) from error
-        passes = settings.passes(size, (side / data.resolution) ** 2)
+            raise experiment.error("data.resolution_weights", str(error)) from error
+        passes = settings.passes(size, (side / whole) ** 2)
         cut = f", crops of {side}" if crop else ""
-        words.append(f"{resolution} px in {share / total:.0%} of the steps ({passes} passes{cut})")
+        words.append(f"{resolution} px in {weight / total:.0%} of the steps ({passes} passes{cut})")
     return ", ".join(words)
 
 
@@ -231,7 +239,7 @@ def _pyramid(experiment: Config, objective: TrainingObjective, network: nn.Modul
     sampler = parts.sampler_of(experiment, objective)
     if not isinstance(sampler, PyramidSampler):
         return ""
-    side = config.build(experiment, "data").resolution
+    side = config.build(experiment, "data.dataset").resolution
     sizes = sampler.sizes(side, side)
     try:
         for size in sizes:

@@ -11,13 +11,14 @@ from PIL import Image
 from diffusion_pl import config
 from diffusion_pl.commands import parts
 from diffusion_pl.data.cifar10 import CIFAR10
+from diffusion_pl.data.dataset import DatasetSpec
 from diffusion_pl.data.decode import Fit, decode
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.shard_format import MANIFEST, Manifest
 from diffusion_pl.data.shards import Shards
-from diffusion_pl.data.source import Images, Source
 from diffusion_pl.data.sources.open import kind_of
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import ImageDataset
 from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import published, real_images
 from diffusion_pl.metrics.features import Extractor
@@ -27,7 +28,7 @@ from diffusion_pl.names import shown
 STATISTICS = (".safetensors", ".npz", ".pkl")
 
 
-def source_of(named: str, resolution: int | None = None) -> Source:
+def source_of(named: str, resolution: int | None = None) -> DatasetSpec:
     """The data set that a word names.
 
     Args:
@@ -42,23 +43,23 @@ def source_of(named: str, resolution: int | None = None) -> Source:
     path = Path(named)
     if not path.exists():
         experiment = parts.read(named)
-        source: Source = config.build(experiment, "data")
+        source: DatasetSpec = config.build(experiment, "data.dataset")
         return source
     if (path / MANIFEST).is_file():
         largest = Manifest.read(path).resolutions[0]
-        return Shards(named, resolution or largest, batch_size=1)
+        return Shards(named, resolution or largest)
     kind = kind_of(named)[0]
     if kind == "cifar10":
-        return CIFAR10(named, batch_size=1)
+        return CIFAR10(named)
     if kind not in ("folder", "zip"):
         raise UserError(f"{named}: prepare it first: python -m diffusion_pl prepare {named} DEST")
     fit: Fit = "exact" if resolution is None else "crop"
     if resolution is None:
-        resolution = _side(ImageFolder(named, 1, "exact", batch_size=1))
-    return ImageFolder(named, resolution, fit, batch_size=1)
+        resolution = _side(ImageFolder(named, 1, "exact"))
+    return ImageFolder(named, resolution, fit)
 
 
-def images_of(named: str, resolution: int | None = None) -> Images:
+def images_of(named: str, resolution: int | None = None) -> ImageDataset:
     """The images of such a data set, at one resolution.
 
     Raises:

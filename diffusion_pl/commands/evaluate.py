@@ -28,13 +28,14 @@ from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, reference_of
 from diffusion_pl.evaluation.blocks import evaluate_blocks
-from diffusion_pl.evaluation.given import Given, arrays
+from diffusion_pl.evaluation.given import Given
 from diffusion_pl.evaluation.measuring import Drawn, Progress
 from diffusion_pl.evaluation.provenance import described, surroundings
 from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import extractors
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.frechet import Frechet
+from diffusion_pl.metrics.npz import arrays
 from diffusion_pl.metrics.real_images import KEPT
 from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.names import shown
@@ -321,10 +322,9 @@ def open_given(path: Path, device: str) -> Given:
         raise UserError(f"{path}: there is no such run, nor images; runs lie under {parts.RUNS}/")
     drawn = drawn_as(path)
     if path.suffix == ".npz":
-        found = arrays(path)
-        return Given(found, found.array.shape[3], str(path), torch.device(device), drawn)
+        return Given(arrays(path), str(path), torch.device(device), drawn)
     images = data_sets.images_of(str(path))
-    return Given(images, images.channels, str(path), torch.device(device), drawn)
+    return Given(images, str(path), torch.device(device), drawn)
 
 
 def drawn_by(drawn: Mapping[str, Any] | None, allow: Sequence[str]) -> config.Config | None:

@@ -51,7 +51,7 @@ def command(
         clip = getattr(sampler.integrate, "keywords", {}).get("clip")
         diffusers_export.write(
             model.denoiser,
-            build(model.config, "data").resolution,
+            build(model.config, "data.dataset").resolution,
             dest,
             # A step's own clipping is DDIM's; the library has one place for either.
             clip=sampler.clip or clip or False,

@@ -172,14 +172,15 @@ def experiment_of(
     tree["trainer"] = {**tree["trainer"], "label_dropout": label_dropout}
     if like is None:
         tree["data"] = {
-            "_target_": "diffusion_pl.data.folder.ImageFolder",
-            "path": f"data/{name}",
-            "resolution": network["resolution"],
-            "labels": bool(network.get("classes")),
-            "batch_size": 128,
+            **tree["data"],
+            "dataset": {
+                "_target_": "diffusion_pl.data.folder.ImageFolder",
+                "path": f"data/{name}",
+                "resolution": network["resolution"],
+                "labels": bool(network.get("classes")),
+                "channels": network.get("channels", 3),
+            },
         }
-        if network.get("channels", 3) != 3:
-            tree["data"]["channels"] = network["channels"]
         tree.setdefault("ema", {"_target_": "diffusion_pl.training.ema.EMA", "half_life": 500_000})
     experiment = config.load_resolved(tree, str(source), allow, overrides)
     experiment = dataclasses.replace(experiment, name=name)
@@ -188,7 +189,7 @@ def experiment_of(
         low, high = config.build(experiment, "objective").preconditioning.sigma_range
         limits = {"sigma_min": max(0.002, low), "sigma_max": min(80.0, high)}
         experiment.tree["sampler"]["schedule"].update(limits)
-    data = config.build(experiment, "data")
+    data = config.build(experiment, "data.dataset")
     wanted = network["resolution"], network.get("channels", 3)
     if (data.resolution, data.channels) != wanted:
         raise experiment.error(

@@ -95,7 +95,7 @@ def _inside(task: Task) -> Result:
     if found.faults:
         return _faulty(lines, found.faults)
     # By one process, and not by the first one of every machine.
-    trust.data_of(_read(task)).prepare()
+    trust.data_of(_read(task)).dataset.prepare()
     return Result({"run": str(task.run)}, lines, in_pipes=True)
 
 
@@ -128,7 +128,7 @@ def _job(words: tuple[str, ...], asked: JobOptions) -> Job:
         nodes=asked.nodes,
         ranks=asked.ranks,
         on_gpu=on_gpu,
-        cpus=asked.cpus or experiment.get("data").get("workers", 0) + 1,
+        cpus=asked.cpus or experiment.get("data").get("num_workers", 0) + 1,
         time=asked.time,
         margin=asked.margin or 0,
         command=_command(words, asked),

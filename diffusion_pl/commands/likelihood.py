@@ -20,14 +20,13 @@ from torch import Tensor
 from diffusion_pl.commands import latents, runs
 from diffusion_pl.commands.options import BaseAlone, RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result
-from diffusion_pl.data.source import Images
 from diffusion_pl.diffusion.guidance import conditioned
 from diffusion_pl.diffusion.objective import Denoise, trained_range
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.timesteps import Timesteps
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import batches
-from diffusion_pl.images import from_bytes
+from diffusion_pl.images import ImageDataset, from_bytes
 from diffusion_pl.names import shown
 from diffusion_pl.objectives.likelihood import Variance, chain_of, variational_bound
 from diffusion_pl.samplers.flow_likelihood import (
@@ -58,7 +57,7 @@ class Data:
     """
 
     opened: runs.Opened
-    images: Images
+    images: ImageDataset
     count: int
     batch_size: int
 
@@ -139,7 +138,7 @@ def _check_options(
         print("--sampler: the likelihood is the model's; no sampler changes it", file=sys.stderr)
 
 
-def _check_data(opened: runs.Opened, images: Images, count: int, by: str) -> None:
+def _check_data(opened: runs.Opened, images: ImageDataset, count: int, by: str) -> None:
     """See that the data are what the model is of.
 
     Raises:
@@ -149,11 +148,12 @@ def _check_data(opened: runs.Opened, images: Images, count: int, by: str) -> Non
     if count > len(images):
         raise UserError(f"--count: {images.name} has {len(images):,} images")
     network: Any = opened.model.denoiser.network
-    channels = images.shape[0]
-    if channels != network.channels:
-        raise UserError(f"{images.name} has {channels} channels, the model {network.channels}")
+    if images.channels != network.channels:
+        raise UserError(
+            f"{images.name} has {images.channels} channels, the model {network.channels}"
+        )
     try:
-        network.check_resolution(*images.shape[1:])
+        network.check_resolution(images.resolution, images.resolution)
     except ValueError as error:
         raise UserError(f"{images.name}: the model is not of its size: {error}") from error
     if drawing.classes and images.labels is None:
@@ -185,7 +185,9 @@ def _over(
     return bits
 
 
-def _batch(opened: runs.Opened, images: Images, piece: Sequence[int]) -> tuple[Tensor, Denoise]:
+def _batch(
+    opened: runs.Opened, images: ImageDataset, piece: Sequence[int]
+) -> tuple[Tensor, Denoise]:
     """Some images of the data and the model under their labels, unguided, in float32."""
     drawing = opened.drawing
     where = latents.device(drawing)

@@ -13,10 +13,9 @@ from diffusion_pl import config
 from diffusion_pl.commands import data_sets, runs
 from diffusion_pl.commands.options import RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result
-from diffusion_pl.data.source import Images
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.levels import LevelError, errors_by_level
-from diffusion_pl.images import from_bytes
+from diffusion_pl.images import ImageDataset, from_bytes
 from diffusion_pl.names import shown
 
 WEIGHTS = ("ema", "denoiser")
@@ -70,20 +69,22 @@ def command(
     return Result({**about, "plot": str(folder / "losses.png"), "levels": rows}, indent=2)
 
 
-def _images(data: str | None, experiment: config.Config) -> Images:
+def _images(data: str | None, experiment: config.Config) -> ImageDataset:
     if data is not None:
-        side = config.build(experiment, "data").resolution
+        side = config.build(experiment, "data.dataset").resolution
         return data_sets.images_of(data, side)
     return runs.images_of(experiment)
 
 
 def _curve(
-    opened: runs.Opened, images: Images, count: int, levels: int, batch_size: int | None
+    opened: runs.Opened, images: ImageDataset, count: int, levels: int, batch_size: int | None
 ) -> list[LevelError]:
     """The errors on images spread evenly over the set, at levels even in log sigma."""
     drawing = opened.drawing
-    if images.shape != drawing.shape:
-        raise UserError(f"{images.name}: images are {images.shape}, the run's {drawing.shape}")
+    if images.shape[1:] != drawing.shape:
+        raise UserError(
+            f"{images.name}: images are {tuple(images.shape[1:])}, the run's {drawing.shape}"
+        )
     indices = torch.arange(count) * len(images) // count
     clean = from_bytes(images.read(indices)).to(drawing.device)
     labels = None

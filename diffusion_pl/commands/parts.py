@@ -13,7 +13,7 @@ from torch import nn
 from diffusion_pl import config
 from diffusion_pl.commands import trust
 from diffusion_pl.config import Config
-from diffusion_pl.data.source import Source
+from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.diffusion.guidance import check_guidance
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.errors import UserError
@@ -33,7 +33,7 @@ REFERENCES = Path("data/references")
 
 SECTIONS: dict[str, Any] = {
     "seed": int,
-    "data": Source,
+    "data": DataConfig,
     "augment": Callable[..., Any] | None,
     "network": nn.Module,
     "objective": TrainingObjective,
@@ -145,10 +145,11 @@ def bind(experiment: Config) -> None:
         ConfigError: everything that is wrong, a line each.
     """
     config.check(experiment, known=SECTIONS, required=REQUIRED)
-    for name, least in {"batch_size": 1, "resolution": 1, "workers": 0}.items():
-        value = experiment.tree["data"].get(name)
+    for key, least in {"batch_size": 1, "dataset.resolution": 1, "num_workers": 0}.items():
+        section, _, name = f"data.{key}".rpartition(".")
+        value = experiment.get(section).get(name)
         if type(value) is int and value < least:
-            raise experiment.error(f"data.{name}", f"must be at least {least} (got {value})")
+            raise experiment.error(f"data.{key}", f"must be at least {least} (got {value})")
     trust.check_guide(experiment)
 
 
@@ -189,7 +190,7 @@ def sampler_of(
         if isinstance(sampler, PyramidSampler):
             if base is not None:
                 sampler = dataclasses.replace(sampler, base=base(sampler.base))
-            side = config.build(experiment, "data").resolution
+            side = config.build(experiment, "data.dataset").resolution
             sampler.sizes(side, side)
         elif base is not None:
             sampler = base(sampler)

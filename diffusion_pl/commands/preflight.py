@@ -22,11 +22,12 @@ from diffusion_pl import config, locks
 from diffusion_pl.commands import parts, settling, trust
 from diffusion_pl.commands.sbatch import Task
 from diffusion_pl.config import Config
+from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.shard_format import MANIFEST
 from diffusion_pl.data.shards import Shards
-from diffusion_pl.data.source import Images, Source
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
+from diffusion_pl.images import ImageDataset
 from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import published, real_images
 from diffusion_pl.training import checkpoint as checkpoints
@@ -81,7 +82,7 @@ def look(
     try:
         experiment = parts.read(task.words[0], task.words[1:], allow=task.allow)
         settings: Settings = config.build(experiment, "trainer")
-        source = trust.data_of(experiment)
+        data = trust.data_of(experiment)
         trust.check_training(experiment)
         network = parts.meta_network(experiment)
         found.checkpoint_bytes = checkpoint_bytes(experiment, network)
@@ -90,48 +91,49 @@ def look(
         return found
     if job is not None:
         found.note("job", lambda: _job(settings, job))
-    found.note("batch", lambda: _batch(experiment, settings, source))
+    found.note("batch", lambda: _batch(experiment, settings, data))
     same = json.dumps([experiment.get(name) for name in ("data", "features", "evaluation")])
     if checked is None or same not in checked:
-        images: dict[int, Images] = {}
-        found.note("data", lambda: _data(source, network, images))
-        found.note("compare", lambda: _reference(experiment, source, images))
+        images: dict[int, ImageDataset] = {}
+        found.note("data", lambda: _data(data, network, images))
+        found.note("compare", lambda: _reference(experiment, data, images))
     if checked is not None:
         checked.add(same)
     found.note("disk", lambda: _disk(task.run, found.checkpoint_bytes))
     if job is not None:
         found.note("lock", lambda: _lock(task.run))
-    found.note("run", lambda: _run(found, experiment, settings, source, task.run))
+    found.note("run", lambda: _run(found, experiment, settings, data, task.run))
     return found
 
 
-def _batch(experiment: Config, settings: Settings, source: Source) -> str:
+def _batch(experiment: Config, settings: Settings, data: DataConfig) -> str:
     assert isinstance(settings.devices, int)
     try:
-        size = settings.share_size(source.batch_size, settings.nodes * settings.devices)
+        size = settings.share_size(data.batch_size, settings.nodes * settings.devices)
     except ValueError as error:
         where = experiment.origin("data.batch_size")
         raise config.ConfigError(f"{where}: {error}") from error
     return (
-        f"{source.batch_size:,} images = {settings.nodes} nodes x {settings.devices} x {size}, "
+        f"{data.batch_size:,} images = {settings.nodes} nodes x {settings.devices} x {size}, "
         f"each in {settings.passes(size)} passes"
     )
 
 
-def _data(source: Source, network: nn.Module, opened: dict[int, Images]) -> str:
+def _data(data: DataConfig, network: nn.Module, opened: dict[int, ImageDataset]) -> str:
     """See that the data and its index are there; images that lie in shards are opened."""
+    source = data.dataset
     if not isinstance(source, Shards):
         source.prepare()
         return f"{type(source).__name__} of {source.resolution} px is there"
     if source.made_of is not None and not (Path(source.path) / MANIFEST).exists():
         return f"{source.path} is made when the job starts; sooner by `make train` or `prepare`"
     source.prepare()  # what is made already is only looked at
-    opened.update(open_for(cast(Network, network), source))
+    opened.update(open_for(cast(Network, network), data))
     images = opened[source.resolution]
     return f"{images.name}: {len(images):,} images in {len(images.shards):,} shards"
 
 
-def _reference(experiment: Config, source: Source, opened: dict[int, Images]) -> str:
+def _reference(experiment: Config, data: DataConfig, opened: dict[int, ImageDataset]) -> str:
     """See that there is something to measure with and to compare with."""
     settings: Evaluation = config.build(experiment, "evaluation")
     extractor = trust.extractor_of(experiment)
@@ -144,11 +146,11 @@ def _reference(experiment: Config, source: Source, opened: dict[int, Images]) ->
         else:
             reference = published.open_reference(file)
         if settings.metrics:
-            reference.check(extractor, source.resolution)
+            reference.check(extractor, data.dataset.resolution)
         return f"{settings.reference}, seen by {extractor.name}"
     if not opened:
         return f"seen by {extractor.name}; the real images' statistics are made where absent"
-    images = opened[source.resolution]
+    images = opened[data.dataset.resolution]
     path = real_images.path_of(parts.REFERENCES, images, extractor, keep=settings.wants_features)
     if path.exists():
         return f"{path}, seen by {extractor.name}"
@@ -175,13 +177,13 @@ def _lock(run: Path) -> str:
         return "nobody else writes to the run"
 
 
-def _run(found: Found, experiment: Config, settings: Settings, source: Source, run: Path) -> str:
+def _run(found: Found, experiment: Config, settings: Settings, data: DataConfig, run: Path) -> str:
     """See that the folder is free for this experiment."""
     newest = checkpoints.latest(run / "checkpoints")
     settling.check_name(run)
     settling.compare(experiment, run, None, newest)
     done = int(newest.stem) if newest else 0
-    budget = settings.steps(source.batch_size) * source.batch_size
+    budget = settings.steps(data.batch_size) * data.batch_size
     if newest and not done:
         raise UserError(f"{run}: holds imported weights; name another folder with --run")
     found.finished = done >= budget

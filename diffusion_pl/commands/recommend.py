@@ -159,10 +159,10 @@ def plan(manifest: Manifest, folder: Path, on: Machine) -> Plan:
 
 
 def _levels(sides: Sequence[int]) -> list[str]:
-    shares = ", ".join(f"{side}: 1" for side in sides)
+    weights = ", ".join(f"{side}: 1" for side in sides)
     return [
-        "data.made_of=null",
-        f"data.shares={{{shares}}}",
+        "data.dataset.made_of=null",
+        f"data.resolution_weights={{{weights}}}",
         f"sampler.levels={sorted(sides)}",
     ]
 
@@ -334,12 +334,17 @@ def _fitting(batch_size: int, count: int) -> int:
 
 def _data(manifest: Manifest, folder: Path, side: int, batch_size: int) -> list[str]:
     channels = manifest.channels
-    also = [f"data.channels={channels}", f"network.channels={channels}"] if channels != 3 else []
+    also = (
+        [f"data.dataset.channels={channels}", f"network.channels={channels}"]
+        if channels != 3
+        else []
+    )
     return [
-        "data._target_=diffusion_pl.data.shards.Shards",
-        f"data.path={folder}",
-        f"data.resolution={side}",
+        "data.dataset._target_=diffusion_pl.data.shards.Shards",
+        f"data.dataset.path={folder}",
+        f"data.dataset.resolution={side}",
         f"data.batch_size={batch_size}",
+        "data.hflip=false",
         f"network.resolution={side}",
         f"network.classes={manifest.classes}",
         *also,

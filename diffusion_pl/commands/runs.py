@@ -17,13 +17,13 @@ from diffusion_pl.commands import following, parts, sampling, trust
 from diffusion_pl.commands.labels import class_of
 from diffusion_pl.commands.options import RunOptions, SamplerOptions
 from diffusion_pl.config import Config
-from diffusion_pl.data.source import Images
 from diffusion_pl.diffusion.guidance import Guide
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing, Evaluation
 from diffusion_pl.evaluation.provenance import described
+from diffusion_pl.images import ImageDataset
 from diffusion_pl.names import plain, shown
 from diffusion_pl.samplers.sampler import Visiting, check_range
 from diffusion_pl.training import checkpoint as checkpoints
@@ -207,7 +207,7 @@ def drawing_of(model: Model, how: SamplerOptions, options: RunOptions, **drawing
     classes: int = model.denoiser.network.classes  # type: ignore[assignment]
     if "label" in drawing:
         drawing["label"] = class_of(drawing["label"], model.class_names, classes)
-    data = config.build(model.config, "data")
+    data = config.build(model.config, "data.dataset")
     _check_images(model, data.channels, data.resolution)
     settings: Settings = config.build(model.config, "trainer")
     precision = resolve_precision(settings.precision, torch.device(device).type)
@@ -235,11 +235,11 @@ def _check_images(model: Model, channels: int, side: int) -> None:
     network: Any = model.denoiser.network
     if network.channels != channels:
         problem = f"the network is of {network.channels} channels (got {channels})"
-        raise model.config.error("data", problem)
+        raise model.config.error("data.dataset", problem)
     try:
         network.check_resolution(side, side)
     except ValueError as error:
-        raise model.config.error("data.resolution", str(error)) from error
+        raise model.config.error("data.dataset.resolution", str(error)) from error
 
 
 def _origin(model: Model, weights: str) -> dict[str, Any]:
@@ -313,13 +313,13 @@ def device_named(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def images_of(experiment: Config) -> Images:
+def images_of(experiment: Config) -> ImageDataset:
     """The images that a run was trained on.
 
     Raises:
         UserError: they are not there, or unfit.
     """
-    source = trust.data_of(experiment)
+    source = trust.data_of(experiment).dataset
     try:
         source.prepare()
     except ValueError as error:
@@ -328,10 +328,9 @@ def images_of(experiment: Config) -> Images:
             raise
         raise UserError(
             f"{path}: not prepared in the present folder, where the run's data is looked for; go "
-            "where it lies, or say where: --set data.path=PATH"
+            "where it lies, or say where: --set data.dataset.path=PATH"
         ) from error
-    images: Images = source.open()
-    return images
+    return source.open()
 
 
 def data_elsewhere(experiment: Config) -> str | None:
@@ -339,7 +338,7 @@ def data_elsewhere(experiment: Config) -> str | None:
 
     So it is of a run that was copied, moved or imported, or of a command typed elsewhere.
     """
-    node = experiment.get("data")
+    node = experiment.get("data.dataset")
     path = node.get("path")
     if node.get("_target_") not in FOLDERS or type(path) is not str:
         return None

@@ -85,7 +85,7 @@ def command(
     if (data := runs.data_elsewhere(opened.model.config)) is None:
         after = following.line("evaluate", run)
     else:
-        words = following.command("evaluate", run, "--set", "data.path=PATH")
+        words = following.command("evaluate", run, "--set", "data.dataset.path=PATH")
         after = f"measure  {words}  ({data}, its data, is not here)"
     return Result(result, lines, [after])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from diffusion_pl import config
 from diffusion_pl.commands import parts, runs
 from diffusion_pl.config import Config
+from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import small, write_atomically
 from diffusion_pl.names import refuse_name, shown
@@ -24,12 +26,12 @@ from diffusion_pl.training.settings import Settings
 # an image is another draw, by the generator that is there.)
 FREE = {
     "callbacks",
-    "data.cache",
-    "data.cache_bytes",
-    "data.cache_folder",
-    "data.made_of",
-    "data.path",
-    "data.workers",
+    "data.dataset.cache",
+    "data.dataset.cache_bytes",
+    "data.dataset.cache_folder",
+    "data.dataset.made_of",
+    "data.dataset.path",
+    "data.num_workers",
     "evaluation",
     "features",
     "loggers",
@@ -111,7 +113,7 @@ def compare(experiment: Config, folder: Path, start: Path | None, done: Path | N
         _refuse_lost(folder, before)
     _compare_start(folder, start, done)
     images = 0 if done is None else int(done.stem)
-    changes = config.differences(before, experiment.tree)
+    changes = config.differences(*map(_with_defaults, (before, experiment.tree)))
     free = FREE | _free_rates(read, experiment, images)
     refused = [line for line in changes if not _is_free(line, free)]
     if refused:
@@ -164,6 +166,13 @@ def _refuse_lost(folder: Path, before: Mapping[str, Any]) -> None:
             f"{folder}: {_METRICS} tells of {rows[-1]['images']:,} images, but no checkpoint is "
             f"there; restore {folder / 'checkpoints'}, or remove {_METRICS} to begin anew"
         )
+
+
+def _with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with how its batches are made where it says nothing of it."""
+    usual = {each.name: each.default for each in dataclasses.fields(DataConfig)}
+    said = {name: value for name, value in usual.items() if value is not dataclasses.MISSING}
+    return {**tree, "data": {**said, **tree["data"]}}
 
 
 def _end_of(tree: Mapping[str, Any]) -> Settings:

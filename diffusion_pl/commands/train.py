@@ -19,11 +19,11 @@ from diffusion_pl.commands.options import TrainOptions
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.commands.settling import FAILED
 from diffusion_pl.config import Config
+from diffusion_pl.data.dataset import DatasetSpec
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.readers import ReaderLost
 from diffusion_pl.data.shard_workers import WorkerLost
 from diffusion_pl.data.shards import Shards
-from diffusion_pl.data.source import Source
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.cache import is_remote
 from diffusion_pl.io.files import sweep, write_atomically
@@ -152,7 +152,7 @@ def _train(
         for line in (*changes, f"going on from {done:,} of {budget:,} images"):
             print(shown(f"{folder}: {line}"), file=sys.stderr)
     if starter(os.environ, settings.nodes, settings.devices_a_node()) == "itself":
-        see_data(trust.data_of(experiment))
+        see_data(trust.data_of(experiment).dataset)
     built = build(experiment, **further)
     if weights is not None and not latest:
         weights.fill(built.objective.denoiser(built.network))
@@ -214,7 +214,7 @@ def see_ranks(settings: Settings) -> None:
         see_place(os.environ, by, ranks.leads_run(), settings.nodes)
 
 
-def see_data(source: Source) -> None:
+def see_data(source: DatasetSpec) -> None:
     """See that the data's folder is there, before its ranks are started and networks built.
 
     Raises:

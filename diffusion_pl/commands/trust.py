@@ -15,24 +15,24 @@ from diffusion_pl import config
 from diffusion_pl.config import Config
 from diffusion_pl.config.reading import OVERRIDE
 from diffusion_pl.config.registry import is_part
+from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.shards import Shards
-from diffusion_pl.data.source import Source
 from diffusion_pl.io.cache import is_remote
 from diffusion_pl.metrics.features import Extractor
 
 
-def data_of(experiment: Config) -> Source:
+def data_of(experiment: Config) -> DataConfig:
     """The experiment's data, to be prepared and read.
 
     Raises:
         ConfigError: as `check_data`.
     """
     check_data(experiment)
-    source: Source = config.build(experiment, "data")
-    if experiment.packages is not None and isinstance(source, Shards):
+    data: DataConfig = config.build(experiment, "data")
+    if experiment.packages is not None and isinstance(data.dataset, Shards):
         # Made at the word of whoever uses it: what is there is read, what is not is told.
-        return dataclasses.replace(source, made_of=None)
-    return source
+        return dataclasses.replace(data, dataset=dataclasses.replace(data.dataset, made_of=None))
+    return data
 
 
 def extractor_of(experiment: Config) -> Extractor:
@@ -68,11 +68,11 @@ def check_data(experiment: Config) -> None:
     Raises:
         ConfigError: it names an address, or a folder outside the present one for what is fetched.
     """
-    node = experiment.get("data")
+    node = experiment.get("data.dataset")
     path = str(node.get("path", ""))
     if is_part(node.get("_target_")) and is_remote(path):
-        _require(experiment, "data.path", path, "is an address, and nothing is fetched")
-        _require_folder(experiment, "data.cache_folder", str(node.get("cache_folder", ".")))
+        _require(experiment, "data.dataset.path", path, "is an address, and nothing is fetched")
+        _require_folder(experiment, "data.dataset.cache_folder", str(node.get("cache_folder", ".")))
 
 
 def check_features(experiment: Config) -> None:

@@ -13,7 +13,17 @@ from omegaconf import OmegaConf
 
 from diffusion_pl.addresses import masked, refuse_credentials, without_credentials
 from diffusion_pl.config.interpolation import interpolated
-from diffusion_pl.config.renaming import completed, former, key_in, renamed, renamed_node, said_once
+from diffusion_pl.config.renaming import (
+    DATA,
+    completed,
+    former,
+    is_dataset,
+    key_in,
+    renamed,
+    renamed_node,
+    replaces_data,
+    said_once,
+)
 from diffusion_pl.config.strangers import is_strangers
 from diffusion_pl.config.targets import check_allowed, untrusted
 from diffusion_pl.config.tree import (
@@ -90,7 +100,8 @@ def load(
     """Read an experiment: its defaults, its own keys over them, the overrides over both.
 
     A mapping merges into the one below it, unless both name a `_target_` and these differ, or its
-    keys are numbers, as those of `data.shares`: then it replaces it. Everything else replaces.
+    keys are numbers, as those of `data.resolution_weights`: then it replaces it. Everything else
+    replaces.
 
     Args:
         name_or_path: a name in the folder or of one of ours, or the path of a YAML file, anywhere;
@@ -172,6 +183,8 @@ def _merged(
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for path, own in lineage.items():
+        if replaces_data(own, tree):
+            tree["data"] = {}
         _merge(tree, renamed(own, tree, path if packages is None else None), "", path, origins)
     return Config(name, file, completed(tree), origins, packages)
 
@@ -421,12 +434,19 @@ def _set(config: Config, parts: list[str], value: Any, source: str = OVERRIDE) -
     Raises:
         ConfigError: the node it goes into does not exist, or is no mapping or list.
     """
+    node: Any
     key = ".".join(parts)
     where = f"{source}: {key}"
-    if (now := key_in(config.tree, key)) != key:
+    if key == "data._target_" and is_dataset(node := {"_target_": value}):
+        if replaces_data({"data": node}, config.tree):
+            config.tree["data"] = {"_target_": DATA, "dataset": {}}
+            _mark(config.origins, "data", source)
+        said_once(source, key, "data.dataset._target_")
+        parts = ["data", "dataset", "_target_"]
+    elif (now := key_in(config.tree, key)) != key:
         said_once(source, key, now)
         parts = now.split(".")
-    node: Any = config.tree
+    node = config.tree
     done = ""
     for index, part in enumerate(parts[:-1]):
         name = step(node, part)
@@ -443,6 +463,8 @@ def _set(config: Config, parts: list[str], value: Any, source: str = OVERRIDE) -
             node[name] = {}
         node = node[name]
         done = join(done, part)
+    if key == "data" and isinstance(value, dict):
+        value = renamed({"data": value}, source=source)["data"]
     value = renamed_node({parts[-1]: value}, node, done, source)[parts[-1]]
     last: Any = step(node, parts[-1])
     if isinstance(node, list) and last is not None:

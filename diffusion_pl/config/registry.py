@@ -45,7 +45,8 @@ _SAMPLERS = (*_of("samplers.sampler", "Sampler"), *_of("samplers.pyramid", "Pyra
 
 # What a node makes where it stands.
 MADE: Mapping[str, tuple[str, ...]] = {
-    "data": (
+    "data": _of("data.loader", "DataConfig"),
+    "dataset": (
         *_of("data.cifar10", "CIFAR10"),
         *_of("data.folder", "ImageFolder"),
         *_of("data.shards", "Shards"),

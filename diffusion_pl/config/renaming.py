@@ -34,9 +34,22 @@ RENAMED: dict[str, str] = {
     f"{PACKAGE}.objectives.rectified_flow.FlowError": (
         f"{PACKAGE}.objectives.rectified_flow.FlowWeight"
     ),
-}
+    "data.workers": "data.num_workers",
+    "data.shares": "data.resolution_weights",
+    # A data set's own arguments; where its `_target_` stands beside them, see `dataset_apart`.
+    **{
+        f"data.{name}": f"data.dataset.{name}"
+        for name in (
+            "cache", "cache_bytes", "cache_folder", "channels", "count", "fit", "grounds", "labels",
+            "made_of", "path", "resolution", "seed", "shapes", "skip_broken", "split", "window",
+        )
+    },
+}  # fmt: skip
 # Sections that an earlier version did not have, and what it did there.
 LATER = {"lr_schedule": f"{PACKAGE}.training.lr_schedule.WarmupDecay"}
+DATA = f"{PACKAGE}.data.loader.DataConfig"
+# What of the section `data` was and is about its batches.
+_BATCHES = ("batch_size", "workers", "num_workers", "hflip", "shares", "resolution_weights", "crop")
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +109,9 @@ def renamed(
     Raises:
         ConfigError: a new name stands beside its old one.
     """
+    if is_dataset(tree.get("data")):
+        said_once(source, "data._target_", "data.dataset._target_")
+        tree = {**tree, "data": dataset_apart(tree["data"])}
     for old in sorted(RENAMED, key=lambda name: -name.count(".")):
         if not old.startswith(PACKAGE):
             tree = _moved(tree, old, source)
@@ -109,6 +125,27 @@ def completed(tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(node, dict):
             node.setdefault("_target_", target)
     return tree
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether a section `data` is the data set itself, which took the batches' settings, too."""
+    return isinstance(data, Mapping) and data.get("_target_", DATA) != DATA
+
+
+def dataset_apart(data: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Such a section as it is written today."""
+    batches = {name: value for name, value in data.items() if name in _BATCHES}
+    dataset = {name: value for name, value in data.items() if name not in _BATCHES}
+    return {"_target_": DATA, "dataset": dataset, **batches}
+
+
+def replaces_data(own: Mapping[str, Any], below: Mapping[str, Any]) -> bool:
+    """Whether such a section is of another data set than that below: it then inherits nothing."""
+    node, lower = own.get("data"), (below.get("data") or {}).get("dataset")
+    if not is_dataset(node) or not isinstance(lower, Mapping):
+        return False
+    target = lower.get("_target_", "")
+    return bool(target) and target_now(node["_target_"]) != target  # type: ignore[index]
 
 
 def _moved(tree: dict[str, Any], old: str, source: str | None) -> dict[str, Any]:

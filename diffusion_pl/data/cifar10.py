@@ -3,8 +3,8 @@
 import gzip
 import tarfile
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from diffusion_pl.data.crops import Crop
-from diffusion_pl.data.source import Images, load, reduced
+from diffusion_pl.data.dataset import load, reduced
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import Images
 from diffusion_pl.io.download import fetch
 from diffusion_pl.io.files import regular
 from diffusion_pl.io.unpickle import read_plain
@@ -44,27 +44,16 @@ _LARGEST_ARCHIVE = 2 * 1024**3
 
 @dataclass(frozen=True)
 class CIFAR10:
-    """CIFAR-10 as a source: 32 x 32 RGB, ten classes.
+    """CIFAR-10: 32 x 32 RGB, ten classes.
 
     Args:
         path: the archive, a folder that holds it, or the unpacked `cifar-10-batches-py`. Where the
             default folder holds none of them, `prepare` fetches the official archive (163 MiB).
         split: the 50,000 training or the 10,000 test images; an archive with fewer is named so.
-        batch_size: images per optimizer step, over all devices.
-        workers: loader workers per device.
-        hflip: mirror images at random.
-        shares: share of the steps at each resolution, of 32, 16, 8, ...; None: all at 32.
-        crop: what window of each image a step sees; None: the whole.
     """
 
     path: str = DEFAULT_PATH
     split: Literal["train", "test"] = "train"
-    _: KW_ONLY
-    batch_size: int
-    workers: int = 0
-    hflip: bool = False
-    shares: Mapping[int, float] | None = None
-    crop: Crop | None = None
 
     @property
     def resolution(self) -> int:
@@ -90,7 +79,7 @@ class CIFAR10:
         """Read the split into memory, straight from the archive.
 
         Args:
-            resolution: 32, or less: the means of blocks.
+            resolution: 32, 16, 8, ...: the means of blocks.
 
         Raises:
             UserError: no archive, or one that is damaged or holds anything else.

@@ -1,8 +1,7 @@
 """Images of one's own: a folder or a zip file of PNG, JPEG and WebP."""
 
 import sys
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,13 @@ import torch
 from torch import Tensor
 
 from diffusion_pl import ranks
-from diffusion_pl.data.crops import Crop
+from diffusion_pl.data.dataset import load, reduced
 from diffusion_pl.data.decode import Fit, check_channels, read_square
 from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.files import Files
 from diffusion_pl.data.layout import Listing, list_images
-from diffusion_pl.data.source import Images, load, reduced
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import Images
 from diffusion_pl.names import plain, shown
 
 
@@ -36,7 +35,7 @@ class _Decoded:
     def shape(self) -> tuple[int, ...]:
         return (len(self.names), self.channels, self.resolution, self.resolution)
 
-    def __getitem__(self, indices: Tensor) -> Tensor:
+    def read(self, indices: Tensor) -> Tensor:
         images = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
         for row, index in enumerate(indices.tolist()):
             name = self.names[index]
@@ -55,7 +54,7 @@ class _Decoded:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A folder or .zip of images as a source, in the order of their relative paths.
+    """A folder or .zip of images, in the order of their relative paths.
 
     Conversion to RGB follows the table in `decode`. Opening decodes every image once, so a broken
     one is named before training begins; sets of more than 2 GiB are decoded again on each reading.
@@ -71,12 +70,6 @@ class ImageFolder:
         split: which of the folders train, val, test (and the like) to take, where there are such;
             `all` takes every one.
         channels: 3 for RGB, 1 for grey, 4 for RGB and a fourth, such as alpha.
-        batch_size: images per optimizer step, over all devices.
-        workers: loader workers per device, and threads that decode while opening.
-        hflip: mirror images at random.
-        shares: share of the steps at each resolution, whole fractions of `resolution`; None: all
-            at `resolution`.
-        crop: what window of each image a step sees; None: the whole.
     """
 
     path: str
@@ -84,13 +77,7 @@ class ImageFolder:
     fit: Fit = "crop"
     labels: bool = False
     split: str | None = None
-    _: KW_ONLY
     channels: int = 3
-    batch_size: int
-    workers: int = 0
-    hflip: bool = False
-    shares: Mapping[int, float] | None = None
-    crop: Crop | None = None
 
     def prepare(self) -> None:
         """Look through the names; nothing is written or decoded.
@@ -120,7 +107,7 @@ class ImageFolder:
         """Decode all images, into memory where they fit.
 
         Args:
-            resolution: less than the source's own: the means of blocks of its pixels.
+            resolution: less than its own, a whole fraction: the means of blocks of its pixels.
 
         Raises:
             UserError: as `prepare`, or an image that is broken or refused, by name.
@@ -138,9 +125,8 @@ class ImageFolder:
             None if listing.labels is None else torch.tensor(listing.labels),
             classes=listing.classes,
             class_names=listing.class_names,
-            threads=max(1, self.workers),
         )
         line = decoded.depths.line()
         if line and ranks.leads_machine():
             print(shown(f"{self.path}: {line}"), file=sys.stderr)
-        return reduced(whole, resolution, threads=max(1, self.workers))
+        return reduced(whole, resolution)

@@ -1,117 +1,133 @@
-"""Batches for one device: its share of every global batch, from any step of the run on."""
+"""What `data` of an experiment says, and its batches for one device from any step of the run on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
 
 from diffusion_pl.data.crops import Crop
+from diffusion_pl.data.dataset import DatasetSpec
 from diffusion_pl.data.draws import uniforms
 from diffusion_pl.data.order import Order
 from diffusion_pl.data.readers import AHEAD, Reader, ReaderLost
-from diffusion_pl.data.source import Images
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import ImageDataset
 
 
 @dataclass(frozen=True)
-class Share:
-    """One device's part of every global batch: a run of neighbours, as long as the others'.
+class DataConfig:
+    """The data of an experiment: a data set, and how its batches are made.
 
     Args:
-        batch_size: images of an optimizer step over all devices.
-        rank: this device, 0 .. world_size - 1.
-        world_size: number of devices.
+        dataset: which images; their largest resolution is the full frame.
+        batch_size: images per optimizer step, over all devices.
+        num_workers: processes per device that read ahead; 0 reads in the training process, best
+            for images in memory.
+        hflip: mirror half of the images left to right.
+        resolution_weights: how often a step takes each resolution, scaled to sum to 1; None: always
+            the largest.
+        crop: what window of each image a step sees; None: the whole.
 
     Raises:
-        UserError: world_size does not divide batch_size.
+        UserError: a number out of range.
     """
 
+    dataset: DatasetSpec
+    _: KW_ONLY
     batch_size: int
-    rank: int = 0
-    world_size: int = 1
+    num_workers: int = 0
+    hflip: bool = False
+    resolution_weights: Mapping[int, float] | None = None
+    crop: Crop | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.world_size:
-            raise UserError(
-                f"a global batch of {self.batch_size} does not divide over "
-                f"{self.world_size} devices"
-            )
-
-    def positions(self, step: int) -> range:
-        """Positions in the run of this device's images of a step, both counted from 0."""
-        size = self.batch_size // self.world_size
-        first = step * self.batch_size + self.rank * size
-        return range(first, first + size)
+        for name, value, least in (
+            ("batch_size", self.batch_size, 1),
+            ("num_workers", self.num_workers, 0),
+        ):
+            if value < least:
+                raise UserError(f"data.{name} must be at least {least} (got {value})")
+        weights = self.resolution_weights
+        if weights is not None and (not weights or min(weights.values()) <= 0):
+            raise UserError(f"data.resolution_weights must be positive (got {dict(weights)})")
 
 
-@dataclass(frozen=True)
-class Resolutions:
-    """Which resolution a step trains at: the same on every device, drawn from (seed, step).
+class Loader:
+    """A device's batches, from a step of the run to its end; `loader[step]` is that of any step.
+
+    Its length is the whole run's, whatever the start: Lightning, resuming, counts the steps that
+    are done as fetched.
 
     Args:
-        shares: of the steps, by resolution; scaled to sum to 1.
-        seed: of the run.
+        data: how the batches are made.
+        images: the data set, opened at every resolution of the run.
+        seed: of the order, the resolutions, the flips and the crops.
+        stop: the step after the last.
+        start: the first step.
+        rank: of this device, 0 .. world_size - 1.
+        world_size: number of devices.
+        pin: copy to page-locked memory, for transfers to a GPU.
+        timeout: seconds to wait for a batch of the workers.
 
     Raises:
-        UserError: no shares, or one that is not positive.
-    """
-
-    shares: Mapping[int, float]
-    seed: int
-
-    def __post_init__(self) -> None:
-        if not self.shares or min(self.shares.values()) <= 0:
-            raise UserError(f"data.shares must be positive numbers (got {dict(self.shares)})")
-
-    def __call__(self, step: int) -> int:
-        """The resolution of a step, counted from 0."""
-        wanted = float(uniforms(self.seed, "resolution", torch.tensor([step])))
-        wanted *= sum(self.shares.values())
-        for resolution, share in self.shares.items():
-            wanted -= share
-            if wanted < 0:
-                return resolution
-        return resolution  # wanted was within a rounding of the sum
-
-
-class Batches:
-    """The run as a map from a step to this device's images of it.
-
-    Args:
-        images: the data set at every resolution that `resolutions` may name.
-        order: which image stands where in the run.
-        share: this device's cut.
-        resolutions: which one a step takes; None: always the largest of `images`.
-        hflip: mirror half of the images left to right, by (seed, position).
-        crop: cut windows with their positions in a frame as wide as the largest of `images`.
+        UserError: world_size does not divide the batch.
     """
 
     def __init__(
         self,
-        images: Mapping[int, Images],
-        order: Order,
-        share: Share,
+        data: DataConfig,
+        images: Mapping[int, ImageDataset],
+        seed: int,
+        stop: int,
         *,
-        resolutions: Resolutions | None = None,
-        hflip: bool = False,
-        crop: Crop | None = None,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin: bool = False,
+        timeout: float = 300.0,
     ) -> None:
-        self.images = images
-        self.order = order
-        self.share = share
-        self.resolutions = resolutions
-        self.hflip = hflip
-        self.crop = crop
+        if data.batch_size % world_size:
+            raise UserError(
+                f"a global batch of {data.batch_size} does not divide over {world_size} devices"
+            )
+        self.data, self.images, self.seed = data, images, seed
+        self.start, self.stop = start, stop
+        self.rank, self.world_size = rank, world_size
+        self.pin, self.timeout = pin, timeout
+        self.frame = max(images)
+        whole = images[self.frame]
+        self.order = Order(len(whole), seed, whole.shards, whole.window)
+
+    def positions(self, step: int) -> range:
+        """Positions in the run of this device's images of a step, both counted from 0.
+
+        A device's part of a global batch is a run of neighbours, as long as the others'.
+        """
+        size = self.data.batch_size // self.world_size
+        first = step * self.data.batch_size + self.rank * size
+        return range(first, first + size)
+
+    def resolution(self, step: int) -> int:
+        """Which resolution a step takes: the same on every device, drawn from (seed, step)."""
+        weights = self.data.resolution_weights
+        if weights is None:
+            return self.frame
+        wanted = float(uniforms(self.seed, "resolution", torch.tensor([step])))
+        wanted *= sum(weights.values())
+        for resolution, weight in weights.items():
+            wanted -= weight
+            if wanted < 0:
+                return resolution
+        return resolution  # wanted was within a rounding of the sum
 
     @property
     def most_bytes(self) -> int:
         """No batch takes more: pixels and their coordinates at the largest size, two numbers."""
-        side = max(self.images)
-        channels, *_ = self.images[side].shape
-        return len(self.share.positions(0)) * ((channels + 8) * side**2 + 16)
+        pixel = self.images[self.frame].channels + 8
+        return len(self.positions(0)) * (pixel * self.frame**2 + 16)
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         """Args:
@@ -121,64 +137,31 @@ class Batches:
             "image" uint8 (B, C, R, R), "index" int64 (B,), the positions in the run; "label" int64
             (B,) where the data has labels; "position" float32 (B, 2, R, R) where a crop tells it.
         """
-        share = self.share.positions(step)
+        share, crop = self.positions(step), self.data.crop
         positions = torch.arange(share.start, share.stop)
         indices = self.order(share.start, share.stop)
-        frame = max(self.images)
-        resolution = frame if self.resolutions is None else self.resolutions(step)
+        resolution = self.resolution(step)
         images = self.images[resolution]
         image = images.read(indices)
-        if self.hflip:
+        if self.data.hflip:
             # Before the crop, so a window's position is that of the mirrored image.
-            flipped = uniforms(self.order.seed, "hflip", positions) < 0.5
+            flipped = uniforms(self.seed, "hflip", positions) < 0.5
             image = torch.where(flipped[:, None, None, None], image.flip(-1), image)
         batch = {"image": image, "index": positions}
-        if self.crop is not None and self.crop.size < resolution:
-            image, position = self.crop(image, positions, seed=self.order.seed, frame=frame)
-            batch = batch | {"image": image} | ({"position": position} if self.crop.told else {})
+        if crop is not None and crop.size < resolution:
+            image, position = crop(image, positions, seed=self.seed, frame=self.frame)
+            batch = batch | {"image": image} | ({"position": position} if crop.told else {})
         if images.labels is not None:
             batch["label"] = images.labels[indices]
         return batch
-
-
-class Loader:
-    """Iterates over a device's batches from a step of the run to its end.
-
-    Its length is the whole run's, whatever the start: Lightning, resuming, counts the steps that
-    are done as fetched.
-
-    Args:
-        batches: the run.
-        start: first step.
-        stop: the step after the last.
-        workers: processes that read ahead; 0 reads in this process, best for images in memory.
-        pin: copy to page-locked memory, for transfers to a GPU.
-        timeout: seconds to wait for a batch of the workers.
-    """
-
-    def __init__(
-        self,
-        batches: Batches,
-        start: int,
-        stop: int,
-        workers: int = 0,
-        pin: bool = False,
-        timeout: float = 300.0,
-    ) -> None:
-        self.batches = batches
-        self.start = start
-        self.stop = stop
-        self.workers = workers
-        self.pin = pin
-        self.timeout = timeout
 
     def __len__(self) -> int:
         return self.stop
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if self.workers:
+        if self.data.num_workers:
             return self._read_ahead()
-        read = (self.batches[step] for step in range(self.start, self.stop))
+        read = (self[step] for step in range(self.start, self.stop))
         if self.pin:
             return ({k: v.pin_memory() for k, v in batch.items()} for batch in read)
         return read
@@ -190,19 +173,19 @@ class Loader:
             UserError: what a reader finds wrong with the data.
             ReaderLost: a reader was killed, or gave nothing for too long.
         """
-        firsts = range(self.start, min(self.start + self.workers, self.stop))
+        workers = self.data.num_workers
         readers: list[Reader] = []
         try:
-            for first in firsts:
-                readers.append(Reader(self.batches, range(first, self.stop, self.workers)))
+            for first in range(self.start, min(self.start + workers, self.stop)):
+                readers.append(Reader(self, range(first, self.stop, workers)))
             for step in range(self.start, self.stop):
-                reader = readers[(step - self.start) % self.workers]
+                reader = readers[(step - self.start) % workers]
                 try:
                     batch = reader.next(self.timeout, self.pin)
                 except ReaderLost as error:
                     raise ReaderLost(
                         f"a reading process is lost at step {step}; from there it reads "
-                        f"{self._whence(step)}: {error}; look at that file's disk or server, at "
+                        f"{self._origins(step)}: {error}; look at that file's disk or server, at "
                         f"the memory"
                     ) from error
                 yield batch
@@ -210,13 +193,12 @@ class Loader:
             for reader in reversed(readers):  # later ones hold the lines of earlier ones, too
                 reader.end()
 
-    def _whence(self, step: int) -> str:
+    def _origins(self, step: int) -> str:
         """Which files hold the images of a step and those read ahead, as far as they are known."""
-        batches, names = self.batches, set()
-        images = batches.images[max(batches.images)]
-        for ahead in range(step, min(self.stop, step + 1 + AHEAD * self.workers)):
-            share = batches.share.positions(ahead)
-            names |= {images.whence(i) for i in batches.order(share.start, share.stop).tolist()}
+        images, names = self.images[self.frame], set()
+        for ahead in range(step, min(self.stop, step + 1 + AHEAD * self.data.num_workers)):
+            share = self.positions(ahead)
+            names |= {images.origin(i) for i in self.order(share.start, share.stop).tolist()}
         return ", ".join(sorted(names)[:4]) + (
             f" and {len(names) - 4} more" if len(names) > 4 else ""
         )

@@ -45,7 +45,7 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.window < 0:
-            raise UserError(f"data.window must not be negative (got {self.window})")
+            raise UserError(f"data.dataset.window must not be negative (got {self.window})")
         assert not self.shards or sum(self.shards) == self.count, "shards of another data set"
 
     def __call__(self, first: int, last: int) -> Tensor:

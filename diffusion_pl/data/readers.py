@@ -41,7 +41,7 @@ class ReaderLost(RuntimeError):
 
 
 class Steps(Protocol):
-    """A run as a map from a step to its batch."""
+    """A run as a map from a step to its batch, as `Loader` is."""
 
     @property
     def most_bytes(self) -> int:

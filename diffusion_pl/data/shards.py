@@ -1,20 +1,18 @@
-"""Prepared shards as a source, in a folder or at an address: what `prepare` has written."""
+"""Prepared shards, in a folder or at an address: what `prepare` has written."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from diffusion_pl.data.crops import Crop
-from diffusion_pl.data.members import Members
+from diffusion_pl.data.dataset import load
 from diffusion_pl.data.prepare import Request, prepare
 from diffusion_pl.data.prepare_progress import reported
 from diffusion_pl.data.shard_format import (
@@ -26,31 +24,24 @@ from diffusion_pl.data.shard_format import (
     Manifest,
     index_bytes,
 )
-from diffusion_pl.data.source import Images, load
+from diffusion_pl.data.shard_images import ShardImages
 from diffusion_pl.data.tars import Tars
 from diffusion_pl.errors import UserError
 from diffusion_pl.io import cache as remote
 from diffusion_pl.io.files import nearest, regular
-from diffusion_pl.names import plain
 
 _SETS = "sets"
 
 
 @dataclass(frozen=True)
 class Shards:
-    """A prepared data set as a source; of each step only the resolution it trains at is read.
+    """A prepared data set; of each step only the resolution it trains at is read.
 
     Args:
         path: the folder that `prepare` made, or an address of one that fsspec knows, such as
             s3://bucket/cats; its shards are then fetched when they are needed.
         resolution: side in pixels of the full frame; one that was prepared.
         channels: colour channels, known without the data.
-        batch_size: images per optimizer step, over all devices.
-        workers: loader workers per device, and threads that decode while opening.
-        hflip: mirror images at random.
-        shares: share of the steps at each resolution, each a prepared one; None: all at
-            `resolution`.
-        crop: what window of each image a step sees; None: the whole.
         cache: `disk` reads an image's bytes when it is wanted; `memory` decodes all on opening.
         cache_folder: where remote shards are kept.
         cache_bytes: how many bytes of them at most, over all processes of the machine.
@@ -64,11 +55,6 @@ class Shards:
     resolution: int
     _: KW_ONLY
     channels: int = 3
-    batch_size: int
-    workers: int = 0
-    hflip: bool = False
-    shares: Mapping[int, float] | None = None
-    crop: Crop | None = None
     cache: Literal["disk", "memory"] = "disk"
     cache_folder: str = "data/cache"
     cache_bytes: int = 64 * 1024**3
@@ -89,62 +75,44 @@ class Shards:
                 prepare(self.made_of, Path(self.path), workers=workers, report=report, relist=False)
         self._described()
 
-    def open(self, resolution: int | None = None) -> Images:
+    def open(self, resolution: int | None = None) -> ShardImages:
         """The images at one of the prepared resolutions.
 
         The index is checked against its digest and the shards against their sizes; every image is
         checked when it is read.
 
         Args:
-            resolution: of the images, the source's own when not given.
+            resolution: of the images, its own when not given.
 
         Raises:
             UserError: as `prepare`, or an index or shards other than those described.
         """
         resolution = resolution or self.resolution
         folder, manifest = self._described()
-        self._check_resolution(manifest, resolution)
+        self.check_resolution(manifest, resolution)
         cache = None
         if remote.is_remote(self.path):
             cache = remote.Cache(Path(self.cache_folder), self.cache_bytes)
-        members = Members(Tars(self.path, manifest, cache), folder, resolution, self.skip_broken)
-        labels = self._check_index(members, manifest)
-        images = Images(
-            f"{plain(manifest.name)}-{resolution}",
-            members,
-            manifest.fingerprints[resolution],
-            labels,
-            manifest.classes,
-            tuple(shard.count for shard in manifest.shards),
-            self.window,
-            members.file_of,
-            tuple(manifest.class_names or ()),
-        )
-        return images if self.cache == "disk" else self._in_memory(images, members)
+        tars = Tars(self.path, manifest, cache)
+        images = ShardImages(tars, folder, resolution, self.window, self.skip_broken)
+        images.labels = self._check_index(images, manifest)
+        if self.cache == "memory":
+            images.decoded = self._decoded(images)
+        return images
 
     def _described(self) -> tuple[Path, Manifest]:
         """The folder of the index, and what `dataset.json` says, checked against the settings."""
         if self.cache not in ("disk", "memory"):
-            raise UserError(f"data.cache is disk or memory (got {self.cache!r})")
-        for name, value, least in (
-            ("window", self.window, 0),
-            ("skip_broken", self.skip_broken, 0),
-            ("batch_size", self.batch_size, 1),
-        ):
-            if value < least:
-                raise UserError(f"data.{name} must be at least {least} (got {value})")
+            raise UserError(f"data.dataset.cache is disk or memory (got {self.cache!r})")
+        for name, value in (("window", self.window), ("skip_broken", self.skip_broken)):
+            if value < 0:
+                raise UserError(f"data.dataset.{name} must be at least 0 (got {value})")
         folder, manifest = self._remote() if remote.is_remote(self.path) else self._local()
-        for resolution in (self.resolution, *(self.shares or ())):
-            self._check_resolution(manifest, resolution)
+        self.check_resolution(manifest, self.resolution)
         if manifest.channels != self.channels:
             raise UserError(
                 f"{self.path}: images of {manifest.channels} channels; set "
-                f"data.channels={manifest.channels}"
-            )
-        if manifest.count < self.batch_size:
-            raise UserError(
-                f"{self.path}: {manifest.count:,} images are less than a batch of "
-                f"{self.batch_size:,}"
+                f"data.dataset.channels={manifest.channels}"
             )
         return folder, manifest
 
@@ -187,11 +155,16 @@ class Shards:
         most = sum(sizes[: self.window or None])
         if most > self.cache_bytes:
             raise UserError(
-                f"{self.path}: data.cache_bytes is {self.cache_bytes:,}, and the shards that are "
-                f"shuffled together take {most:,}; raise it or lower data.window"
+                f"{self.path}: data.dataset.cache_bytes is {self.cache_bytes:,}, and the shards "
+                f"that are shuffled together take {most:,}; raise it or lower data.dataset.window"
             )
 
-    def _check_resolution(self, manifest: Manifest, resolution: int) -> None:
+    def check_resolution(self, manifest: Manifest, resolution: int) -> None:
+        """See that images were prepared at a resolution.
+
+        Raises:
+            UserError: they were not.
+        """
         if resolution not in manifest.resolutions:
             there = ", ".join(map(str, manifest.resolutions))
             raise UserError(
@@ -199,49 +172,48 @@ class Shards:
                 f"prepare the data with --resolutions {resolution}"
             )
 
-    def _check_index(self, members: Members, manifest: Manifest) -> torch.Tensor | None:
+    def _check_index(self, images: ShardImages, manifest: Manifest) -> torch.Tensor | None:
         """Whether the index and local shards are those described; the labels."""
-        index = members.folder / INDEX
-        members.index  # noqa: B018 - an absent or foreign index is told first
+        index = images.folder / INDEX
+        images.index  # noqa: B018 - an absent or foreign index is told first
         with regular(index).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != manifest.index_sha256:
                 raise UserError(f"{index}: changed since the data was prepared; prepare it again")
-        if members.tars.cache is None:
+        if images.tars.cache is None:
             for number, shard in enumerate(manifest.shards):
-                _check_size(members.tars.name(number), shard.bytes)
+                _check_size(images.tars.name(number), shard.bytes)
         counts = [shard.count for shard in manifest.shards]
-        if not np.array_equal(members.index["shard"], np.repeat(np.arange(len(counts)), counts)):
+        if not np.array_equal(images.index["shard"], np.repeat(np.arange(len(counts)), counts)):
             raise UserError(f"{index}: not in the order of the shards; prepare the data again")
         if manifest.classes == 0:
             return None
-        labels = members.index["label"].astype(np.int64)
+        labels = images.index["label"].astype(np.int64)
         if labels.min() < 0 or labels.max() >= manifest.classes:
             raise UserError(f"{index}: labels beyond the {manifest.classes} classes")
         return torch.from_numpy(labels)
 
-    def _in_memory(self, images: Images, members: Members) -> Images:
-        """Decode everything, and take the fingerprint to hold it against the stated one."""
+    def _decoded(self, images: ShardImages) -> torch.Tensor:
+        """Decode everything, and hold its fingerprint against the stated one."""
         needed = len(images) * images.channels * images.resolution**2
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > there:
             raise UserError(
                 f"{self.path}: {needed / 2**30:.0f} GiB decoded do not fit in the "
-                f"{there / 2**30:.0f} GiB of memory; set data.cache=disk"
+                f"{there / 2**30:.0f} GiB of memory; set data.dataset.cache=disk"
             )
         loaded = load(
             images.name,
-            members,
+            images,
             images.labels,
-            classes=images.classes,
-            threads=max(1, self.workers),
             limit=needed,
         )
-        if loaded.fingerprint != images.fingerprint and not members.broken:
+        if loaded.fingerprint != images.fingerprint and not images.broken:
             raise UserError(
                 f"{self.path}: the images at {images.resolution} px decode to others than were "
                 f"prepared; prepare the data again, with the decoders that are here"
             )
-        return replace(images, store=loaded.store)
+        assert isinstance(loaded.store, torch.Tensor)
+        return loaded.store
 
 
 def _not_prepared(path: str) -> str:

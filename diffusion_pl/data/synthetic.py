@@ -5,18 +5,18 @@ that can be drawn at any resolution: 256 px averaged over 8x8 blocks is 32 px to
 levels.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from diffusion_pl.data.crops import Crop
+from diffusion_pl.data.dataset import load
 from diffusion_pl.data.scenes import GROUNDS, Ground, Latents, latents
 from diffusion_pl.data.shapes import SHAPES, Array
-from diffusion_pl.data.source import Images, load
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import Images
 
 # Scenes are sampled on at least this grid, then averaged to the pixels that were asked for.
 _FINEST = 160
@@ -151,13 +151,13 @@ class _Rendered:
     def shape(self) -> tuple[int, ...]:
         return (len(self.scenes), 3, self.resolution, self.resolution)
 
-    def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:
+    def read(self, indices: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(render(self.scenes[indices.numpy()], self.resolution))
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Synthetic images as a source; `count` images are the first ones of any longer set.
+    """Synthetic images; `count` images are the first ones of any longer set.
 
     Args:
         count: number of images.
@@ -167,11 +167,6 @@ class Synthetic:
             all when not given. Fewer are sooner learned.
         shapes: the same of the shapes: disc, ring, crescent, heart, triangle, square, cross, star.
             An image's label is its shape's place in this list.
-        batch_size: images per optimizer step, over all devices.
-        workers: loader workers per device.
-        hflip: mirror images at random.
-        shares: share of the steps at each resolution; None: all at `resolution`.
-        crop: what window of each image a step sees; None: the whole.
     """
 
     count: int = 10_000
@@ -179,12 +174,6 @@ class Synthetic:
     seed: int = 0
     grounds: Sequence[Ground] = GROUNDS
     shapes: Sequence[str] = tuple(SHAPES)
-    _: KW_ONLY
-    batch_size: int
-    workers: int = 0
-    hflip: bool = False
-    shares: Mapping[int, float] | None = None
-    crop: Crop | None = None
 
     @property
     def channels(self) -> int:
@@ -218,7 +207,7 @@ class Synthetic:
         """Draw the images, into memory where they fit, else on each reading.
 
         Args:
-            resolution: side in pixels, the source's own when not given.
+            resolution: side in pixels, its own when not given.
 
         Raises:
             UserError: a number out of range.
@@ -239,5 +228,4 @@ class Synthetic:
             torch.tensor([place[shape] for shape in scenes.label.tolist()]),
             classes=len(self.shapes),
             class_names=list(self.shapes),
-            threads=max(1, self.workers),
         )

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.metrics.npz import arrays
-from diffusion_pl.metrics.real_images import RealImages
-
-__all__ = ["Given", "arrays"]
+from diffusion_pl.images import ImageDataset
 
 
 @dataclass(frozen=True)
@@ -22,14 +19,12 @@ class Given:
 
     Args:
         real: the images.
-        channels: of an image.
         source: where they lie, for the numbers.
         device: where to measure them.
         drawn: how `sample` drew them, where it did.
     """
 
-    real: RealImages
-    channels: int
+    real: ImageDataset
     source: str
     device: torch.device
     drawn: Mapping[str, Any] | None = None
@@ -37,7 +32,7 @@ class Given:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
-        return self.channels, self.real.resolution, self.real.resolution
+        return self.real.channels, self.real.resolution, self.real.resolution
 
     def images(self, indices: Sequence[int]) -> tuple[Tensor, int]:
         """The images with these indices; no network is evaluated.

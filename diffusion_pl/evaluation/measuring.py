@@ -18,9 +18,10 @@ from diffusion_pl import ranks
 from diffusion_pl.evaluation.drawing import batches
 from diffusion_pl.evaluation.provenance import now, surroundings
 from diffusion_pl.evaluation.settings import Evaluation, Metric
+from diffusion_pl.images import ImageDataset
 from diffusion_pl.metrics import published
 from diffusion_pl.metrics.features import TILE, Extractor, tile
-from diffusion_pl.metrics.real_images import KEPT, RealImages
+from diffusion_pl.metrics.real_images import KEPT
 from diffusion_pl.metrics.reference import Reference
 
 Progress = Callable[[int, int], None]
@@ -49,7 +50,7 @@ class Drawn(Protocol):
 
 
 def reference_of(
-    images: RealImages,
+    images: ImageDataset,
     settings: Evaluation,
     extractor: Extractor,
     folder: Path,

@@ -162,7 +162,7 @@ class Cache:
             return final
         if size > self.limit:
             raise UserError(
-                f"{url}: {size:,} bytes, and data.cache_bytes is {self.limit:,}; raise it"
+                f"{url}: {size:,} bytes, and data.dataset.cache_bytes is {self.limit:,}; raise it"
             )
         try:
             with claimed(final, lambda: self.has(name, size), self._alone) as part:
@@ -172,7 +172,7 @@ class Cache:
             problem = getattr(error, "strerror", None) or error
             raise UserError(
                 f"{self.folder}: {url} cannot be kept here ({problem}); free space or set "
-                f"data.cache_folder"
+                f"data.dataset.cache_folder"
             ) from error
         return final
 
@@ -352,7 +352,7 @@ def _persist(
         _Unwritable: as `ask`.
         UserError: it does not.
     """
-    refuse_credentials(url, "data.path")
+    refuse_credentials(url, "data.dataset.path")
     if MASK in url:
         raise UserError(
             f"{url}: its credentials are not kept; name it anew, and set {instead(url)}"

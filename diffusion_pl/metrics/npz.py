@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import Images
 from diffusion_pl.io.files import regular, sha256_of
 from diffusion_pl.names import plain
 
@@ -109,36 +110,26 @@ def numbers(path: Path, entry: Entry) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Arrays:
-    """The images of an .npz file, as ADM's samples and our own `sample` write them.
+class _ChannelsLast:
+    """An array (N, R, R, C), perhaps still on the disk, as images."""
 
-    Args:
-        name: of the file.
-        fingerprint: sha256 (hex) of the file.
-        array: uint8 (N, R, R, C); of a large file that is not compressed, still on the disk.
-    """
-
-    name: str
-    fingerprint: str
     array: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.array)
-
     @property
-    def resolution(self) -> int:
-        """Side of an image in pixels."""
-        side: int = self.array.shape[1]
-        return side
+    def shape(self) -> tuple[int, ...]:
+        count, height, width, channels = self.array.shape
+        return count, channels, height, width
 
     def read(self, indices: Tensor) -> Tensor:
-        """uint8 (n, C, R, R)."""
         images = np.ascontiguousarray(self.array[indices.numpy()])
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def arrays(path: Path) -> Arrays:
+def arrays(path: Path) -> Images:
     """Open an .npz file of images: `images`, or `arr_0`, uint8 (N, R, R, C).
+
+    Its fingerprint is the sha256 (hex) of the file. A large array that is not compressed stays on
+    the disk.
 
     Raises:
         UserError: absent, damaged, or no such images in it.
@@ -161,7 +152,7 @@ def arrays(path: Path) -> Arrays:
         raise UserError(f"{path}: not an archive of images ({reason})") from error
     if content is None:
         raise UserError(f"{path}: images {problem}")
-    return Arrays(plain(path.stem), digest, content)
+    return Images(plain(path.stem), _ChannelsLast(content), digest)
 
 
 def _check_size(entry: Entry) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import ImageDataset, Images
 from diffusion_pl.io.files import sha256_of
 from diffusion_pl.metrics import npz, real_images
 from diffusion_pl.metrics.features import Extractor
@@ -57,7 +58,7 @@ class Measuring:
     device: torch.device | str = "cpu"
     progress: Callable[[int, int], None] | None = None
 
-    def of(self, images: real_images.RealImages) -> Reference:
+    def of(self, images: ImageDataset) -> Reference:
         """The statistics of images, once measured taken from the folder."""
         return real_images.cached(
             self.folder,
@@ -144,7 +145,7 @@ def load_npz(path: Path, measuring: Measuring | None = None) -> Reference:
     )
 
 
-def _images(path: Path, found: Mapping[str, npz.Entry]) -> npz.Arrays | None:
+def _images(path: Path, found: Mapping[str, npz.Entry]) -> Images | None:
     """The images of a file; None where it has none."""
     entry = next((found[name] for name in npz.IMAGES if name in found), None)
     if entry is None or ("mu" in found and npz.unfit(entry) is not None):

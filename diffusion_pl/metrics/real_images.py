@@ -7,13 +7,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from diffusion_pl import ranks
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import ImageDataset
 from diffusion_pl.metrics.features import TILE, Extractor, tile
 from diffusion_pl.metrics.moments import Moments, Rows, add_, moments
 from diffusion_pl.metrics.reference import Reference, load
@@ -41,25 +41,8 @@ class _Sums:
         return moments(ranks.summed(self.first), ranks.summed(self.second), count, self.shift)
 
 
-class RealImages(Protocol):
-    """A data set to measure; see data/."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def resolution(self) -> int: ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: Tensor) -> Tensor: ...
-
-
 def compute(
-    images: RealImages,
+    images: ImageDataset,
     extractor: Extractor,
     *,
     keep: bool = False,
@@ -141,7 +124,7 @@ def cache_path(
     return folder / f"reference-{digest[:32]}.safetensors"
 
 
-def path_of(folder: Path, images: RealImages, extractor: Extractor, *, keep: bool) -> Path:
+def path_of(folder: Path, images: ImageDataset, extractor: Extractor, *, keep: bool) -> Path:
     """Where the statistics of these images lie."""
     return cache_path(
         folder,
@@ -155,7 +138,7 @@ def path_of(folder: Path, images: RealImages, extractor: Extractor, *, keep: boo
 
 def cached(
     folder: Path,
-    images: RealImages,
+    images: ImageDataset,
     extractor: Extractor,
     *,
     keep: bool = False,

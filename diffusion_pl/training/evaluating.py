@@ -211,7 +211,7 @@ class Evaluate(Callback):
         return Drawing(
             denoiser=pl_module.ema,
             sampler=self.sampler,
-            shape=trainer.datamodule.opened().shape,  # type: ignore[attr-defined]
+            shape=trainer.datamodule.opened().shape[1:],  # type: ignore[attr-defined]
             classes=pl_module.classes,
             label_dropout=pl_module.settings.label_dropout,
             seed=self.settings.seed,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from diffusion_pl.data.source import Images, Source
+from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import ImageDataset
 
 
 class Network(Protocol):
@@ -17,26 +18,32 @@ class Network(Protocol):
     def check_resolution(self, height: int, width: int) -> None: ...
 
 
-def open_for(network: Network, source: Source) -> dict[int, Images]:
+def open_for(network: Network, data: DataConfig) -> dict[int, ImageDataset]:
     """Open the data at every resolution of the run.
 
     Args:
         network: what will see the images.
-        source: the data, prepared.
+        data: prepared.
 
     Raises:
         UserError: a resolution, channels or classes that the network was not built for.
     """
-    opened: dict[int, Images] = {}
-    for resolution in {source.resolution, *(source.shares or ())}:
-        if resolution > source.resolution:
+    opened: dict[int, ImageDataset] = {}
+    whole = data.dataset.resolution
+    for resolution in {whole, *(data.resolution_weights or ())}:
+        if resolution > whole:
             raise UserError(
-                f"data.shares: {resolution} is more than data.resolution, {source.resolution}"
+                f"data.resolution_weights: {resolution} is more than data.dataset.resolution, "
+                f"{whole}"
             )
-        opened[resolution] = source.open(resolution)
-        seen = resolution if source.crop is None else min(resolution, source.crop.size)
+        opened[resolution] = data.dataset.open(resolution)
+        seen = resolution if data.crop is None else min(resolution, data.crop.size)
         network.check_resolution(seen, seen)
-    images = opened[source.resolution]
+    images = opened[whole]
+    if images.shards and len(images) < data.batch_size:
+        raise UserError(
+            f"{images.name}: {len(images):,} images are less than a batch of {data.batch_size:,}"
+        )
     if network.channels != images.channels:
         raise UserError(
             f"network.channels is {network.channels}, {images.name} has {images.channels}"

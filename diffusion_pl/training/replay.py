@@ -65,13 +65,15 @@ def replay(experiment: Experiment, checkpoint: Path | None, step: int) -> Replay
         NonFinite: a number of a step before is not finite.
         UserError: the data is no longer the checkpoint's.
     """
-    settings, source = experiment.settings, experiment.data
-    share = settings.share_size(source.batch_size, settings.nodes * settings.devices_a_node())
+    settings = experiment.settings
+    share = settings.share_size(
+        experiment.data.batch_size, settings.nodes * settings.devices_a_node()
+    )
     settings = dataclasses.replace(
         settings, devices=1, nodes=1, device_batch_size=settings.device_batch_size or share
     )
     experiment = dataclasses.replace(experiment, settings=settings)
-    data = RunData(source, settings, experiment.network, experiment.seed)
+    data = RunData(experiment.data, settings, experiment.network, experiment.seed)
     if checkpoint is not None:
         _check_data(data, checkpoint)
     with quiet_lightning():
@@ -115,7 +117,7 @@ def _check_data(data: RunData, checkpoint: Path) -> None:
 
 def _look(module: DiffusionModule, data: RunData, step: int) -> Replayed:
     """What a step would do to a module that stands before it."""
-    batches = data.train_dataloader().batches
+    batches = data.train_dataloader()
     batch = data.transfer_batch_to_device(batches[step], module.device, 0)
     positions = batch["index"].tolist()
     module.zero_grad()
@@ -142,7 +144,7 @@ def _look(module: DiffusionModule, data: RunData, step: int) -> Replayed:
     return Replayed(
         positions=positions,
         indices=indices,
-        files=[images.whence(index) for index in indices],
+        files=[images.origin(index) for index in indices],
         labels=None if images.labels is None else images.labels[indices].tolist(),
         sigmas=sigma.cpu(),
         losses=torch.cat(losses).float().cpu(),

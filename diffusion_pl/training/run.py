@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import nn
 
-from diffusion_pl.data.source import Source
+from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.evaluation import Evaluation, Sampler
 from diffusion_pl.evaluation.provenance import described
@@ -62,7 +62,7 @@ class Experiment:
     config: Mapping[str, Any]
     seed: int
     settings: Settings
-    data: Source
+    data: DataConfig
     network: nn.Module
     objective: TrainingObjective
     optimizer: MakeOptimizer
@@ -116,18 +116,18 @@ def fit(
         NonFinite: names the step, its images and their noise levels.
         Stopped: told so before the first step.
     """
-    settings, source = experiment.settings, experiment.data
+    settings, batch_size = experiment.settings, experiment.data.batch_size
     settings.check_objective(experiment.objective)
     data = RunData(
-        source, settings, experiment.network, experiment.seed, on_read=wish.wait_for_steps
+        experiment.data, settings, experiment.network, experiment.seed, wish.wait_for_steps
     )
     with quiet_lightning():
         precision = resolve_precision(settings.precision, settings.device_type())
         trainer = make_trainer(experiment, run, precision)
-        settings.share_size(source.batch_size, trainer.world_size)  # or one line, before any work
+        settings.share_size(batch_size, trainer.world_size)  # or one line, before any work
         module = make_module(experiment)
         history = History(run / "metrics.jsonl")
-        progress = Progress(trainer.max_steps * source.batch_size)
+        progress = Progress(trainer.max_steps * batch_size)
         folder = run / "checkpoints"
         start = start or Start(checkpoints.latest(folder))
         log = Log(history, settings.log_every, progress, start.check)
@@ -237,7 +237,7 @@ def make_module(experiment: Experiment) -> DiffusionModule:
         experiment.ema,
         settings,
         batch_size=experiment.data.batch_size,
-        resolution=experiment.data.resolution,
+        resolution=experiment.data.dataset.resolution,
         classes=network.classes,
         augment=experiment.augment,
         lr_schedule=experiment.lr_schedule,

@@ -9,9 +9,8 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from diffusion_pl.data.loader import Batches, Loader, Resolutions, Share
-from diffusion_pl.data.order import Order
-from diffusion_pl.data.source import Images, Source
+from diffusion_pl.data.loader import DataConfig, Loader
+from diffusion_pl.images import ImageDataset
 from diffusion_pl.training.opening import Network, open_for
 from diffusion_pl.training.settings import Settings
 
@@ -20,7 +19,7 @@ class RunData(lightning.LightningDataModule):
     """Hands each device its share of every global batch, from the position of the run on.
 
     Args:
-        source: the data.
+        data: what is read, and how batches are made.
         settings: the run's settings.
         network: what will see the images.
         seed: of the order and the flips.
@@ -29,23 +28,23 @@ class RunData(lightning.LightningDataModule):
 
     def __init__(
         self,
-        source: Source,
+        data: DataConfig,
         settings: Settings,
         network: nn.Module,
         seed: int,
         on_read: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
-        self.source = source
+        self.data = data
         self.settings = settings
         self.network = cast(Network, network)
         self.seed = seed
         self.on_read = on_read
-        self.images: dict[int, Images] = {}
+        self.images: dict[int, ImageDataset] = {}
 
     def prepare_data(self) -> None:
         """Download or check the data, once a machine."""
-        self.source.prepare()
+        self.data.dataset.prepare()
 
     def setup(self, stage: str) -> None:
         """Open the data in this process, at every resolution of the run.
@@ -54,31 +53,25 @@ class RunData(lightning.LightningDataModule):
             UserError: a resolution, channels or classes that the network was not built for.
         """
         if not self.images:
-            self.images = open_for(self.network, self.source)
+            self.images = open_for(self.network, self.data)
 
-    def opened(self) -> Images:
+    def opened(self) -> ImageDataset:
         """The images at full resolution, once `setup` has opened them."""
-        return self.images[self.source.resolution]
+        return self.images[self.data.dataset.resolution]
 
     def train_dataloader(self) -> Loader:
         """This device's share of the steps that are still to come."""
-        trainer, source, images = self.trainer, self.source, self.opened()
+        trainer = self.trainer
         assert trainer is not None
         self.on_read()
-        shares = source.shares
-        batches = Batches(
-            self.images,
-            Order(len(images), self.seed, images.shards, images.window),
-            Share(source.batch_size, trainer.global_rank, trainer.world_size),
-            resolutions=Resolutions(shares, self.seed) if shares else None,
-            hflip=source.hflip,
-            crop=source.crop,
-        )
         return Loader(
-            batches,
+            self.data,
+            self.images,
+            self.seed,
+            self.settings.steps(self.data.batch_size),
             start=trainer.global_step,
-            stop=self.settings.steps(source.batch_size),
-            workers=source.workers,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
             pin=self.settings.device_type() == "cuda",
             timeout=self.settings.read_timeout,
         )

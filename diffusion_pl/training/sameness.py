@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from diffusion_pl import __version__, config, locks, ranks
-from diffusion_pl.data.source import Images
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import ImageDataset
 from diffusion_pl.training.history import History
 
 # Where a machine keeps what is compared by its content, or what no number depends on.
-LOCAL = {"data.path", "data.cache_folder", "features.weights"}
+LOCAL = {"data.dataset.path", "data.dataset.cache_folder", "features.weights"}
 
 CHANGES = "changes.jsonl"  # of a run's folder: what was changed on the way, a line a change
 
@@ -33,7 +33,7 @@ _SHOWN = 3  # differences that an error names
 _SHARED_WAIT = 30.0  # seconds for a network's file system to show what another machine wrote
 
 
-def data_of(opened: Mapping[int, Images]) -> dict[str, Any]:
+def data_of(opened: Mapping[int, ImageDataset]) -> dict[str, Any]:
     """What a run trains on, as plain containers for its checkpoints.
 
     Args:
@@ -111,7 +111,7 @@ def facts_of(tree: Mapping[str, Any], **more: Any) -> dict[str, str]:
     facts = {
         key: json.dumps(value)
         for key, value in config.leaves(dict(tree))
-        if key not in LOCAL and not key.startswith("data.made_of.source.")
+        if key not in LOCAL and not key.startswith("data.dataset.made_of.source.")
     }
     for name, value in more.items():
         facts |= {key: json.dumps(leaf) for key, leaf in config.leaves(value, name)}

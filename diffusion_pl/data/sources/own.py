@@ -34,7 +34,7 @@ def open_cifar10(path: str, split: str) -> Originals:
     Raises:
         UserError: as `CIFAR10`.
     """
-    images = CIFAR10(path, cast(Literal["train", "test"], split), batch_size=1).open()
+    images = CIFAR10(path, cast(Literal["train", "test"], split)).open()
     assert images.labels is not None
     return Originals(
         name=images.name,
@@ -67,7 +67,7 @@ def open_synthetic(count: int | None, seed: int | None, resolutions: Sequence[in
     """
     if count is None:
         raise UserError("synthetic: says not how many images; add --count 10000")
-    Synthetic(count, min(resolutions), seed or 0, batch_size=1).prepare()
+    Synthetic(count, min(resolutions), seed or 0).prepare()
     scenes = latents(seed or 0, 0, count, GROUNDS)
     return Originals(
         name="synthetic",

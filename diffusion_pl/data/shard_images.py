@@ -20,6 +20,8 @@ from diffusion_pl.data.member_images import RAW_HEADER, decode_into, raw_header
 from diffusion_pl.data.shard_format import ENDINGS, open_index
 from diffusion_pl.data.tars import Tars
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import ImageDataset
+from diffusion_pl.names import plain
 
 _TAR_BLOCK = 512
 
@@ -29,22 +31,36 @@ class BrokenImage(UserError):
 
 
 @dataclass
-class Members:
-    """The images of one resolution as a store: read and decoded when asked for.
+class ShardImages(ImageDataset):
+    """The images of prepared shards at one resolution: read and decoded when asked for.
 
     Args:
         tars: the shards.
         folder: where the index lies.
-        resolution: one of the manifest's.
+        side: in pixels, one of the manifest's resolutions.
+        window: shards to shuffle together; 0: all.
         skip_broken: how many broken images to replace by the next good one of the same label; a
             number of this process, which sees its share of the images.
+        labels: int64 (N,), as `Shards` has checked them.
+        decoded: all images, uint8 (N, C, R, R), where they are held in memory.
     """
 
     tars: Tars
     folder: Path
-    resolution: int
+    side: int
+    window: int = 0
     skip_broken: int = 0
+    labels: Tensor | None = None
+    decoded: Tensor | None = field(default=None, repr=False)
     _broken: set[int] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        manifest = self.tars.manifest
+        self.name = f"{plain(manifest.name)}-{self.side}"
+        self.fingerprint = manifest.fingerprints[self.side]
+        self.classes = manifest.classes
+        self.class_names = tuple(manifest.class_names or ())
+        self.shards = tuple(shard.count for shard in manifest.shards)
 
     def __getstate__(self) -> dict[str, Any]:
         # Each process maps the index by itself.
@@ -63,9 +79,9 @@ class Members:
     def shape(self) -> tuple[int, ...]:
         """(N, C, R, R)."""
         manifest = self.tars.manifest
-        return (manifest.count, manifest.channels, self.resolution, self.resolution)
+        return (manifest.count, manifest.channels, self.side, self.side)
 
-    def file_of(self, index: int) -> str:
+    def origin(self, index: int) -> str:
         """The shard that holds an image."""
         return self.tars.name(int(self.index["shard"][index]))
 
@@ -74,18 +90,20 @@ class Members:
         """How many images have been replaced in this process."""
         return len(self._broken)
 
-    def __getitem__(self, indices: Tensor) -> Tensor:
+    def read(self, indices: Tensor) -> Tensor:
         """uint8 (n, C, R, R).
 
         Raises:
             UserError: an image that is broken, by shard and key, or one more than `skip_broken`.
         """
+        if self.decoded is not None:
+            return self.decoded.index_select(0, indices)
         images = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
         rows = self.index[indices.numpy()]
         self.tars.fetch(np.unique(rows["shard"]).tolist())
         read = self._again_if_damaged
         # In the order of the disk.
-        places = np.lexsort((rows[f"offset_{self.resolution}"], rows["shard"]))
+        places = np.lexsort((rows[f"offset_{self.side}"], rows["shard"]))
         columns = zip(places.tolist(), *self._columns(rows[places]), strict=True)
         for place, number, offset, length, crc in columns:
             try:
@@ -95,7 +113,7 @@ class Members:
         return torch.from_numpy(images)
 
     def _columns(self, rows: npt.NDArray[np.void]) -> list[list[int]]:
-        names = ["shard", *(f"{name}_{self.resolution}" for name in ("offset", "length", "crc"))]
+        names = ["shard", *(f"{name}_{self.side}" for name in ("offset", "length", "crc"))]
         return [rows[name].tolist() for name in names]
 
     def _again_if_damaged(
@@ -151,13 +169,13 @@ class Members:
         block = bytearray(_TAR_BLOCK)
         self.tars.read(number, [block], max(0, offset - _TAR_BLOCK))
         name = bytes(block[:100]).split(b"\0")[0].decode("ascii", "replace")
-        ending = f".{self.resolution}.{ENDINGS[self.tars.manifest.encoding]}"
+        ending = f".{self.side}.{ENDINGS[self.tars.manifest.encoding]}"
         if not (name.endswith(ending) and name.isprintable()):
             name = f"byte {offset:,}"
-            problem = f"no {self.resolution} px image where the index has one"
+            problem = f"no {self.side} px image where the index has one"
         return BrokenImage(
             f"{self.tars.name(number)}: {name}: {problem}; fetch or prepare the data again, or "
-            f"set data.skip_broken"
+            f"set data.dataset.skip_broken"
         )
 
     def _replace(self, image: npt.NDArray[np.uint8], broken: int, complaint: BrokenImage) -> None:
@@ -187,17 +205,8 @@ class Members:
         self._broken.add(broken)
         if len(self._broken) > self.skip_broken:
             raise UserError(
-                f"{len(self._broken)} broken images, data.skip_broken is {self.skip_broken}: "
-                f"{complaint}"
+                f"{len(self._broken)} broken images, data.dataset.skip_broken is "
+                f"{self.skip_broken}: {complaint}"
             ) from complaint
         if first:
             warnings.warn(f"replaced by the next good image: {complaint}", stacklevel=4)
-
-
-_Reader = Callable[[Members, npt.NDArray[np.uint8], int, int, int, int], None]
-_READERS: dict[str, _Reader] = {
-    "raw": Members._raw,
-    "png": Members._encoded,
-    "webp": Members._encoded,
-    "jpeg": Members._encoded,
-}
