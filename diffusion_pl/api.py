@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # the heavy ones are imported where something is built
 
     from diffusion_pl.diffusion.preconditioning import Denoiser
     from diffusion_pl.evaluation import Drawing
+    from diffusion_pl.training.module import DiffusionModule
+    from diffusion_pl.training.run_data import RunData
 
 PYTHON = "Python"  # where messages say that a value comes from
 
@@ -197,6 +199,22 @@ class Experiment:
             UserError: everything that does not fit, a line each.
         """
         return Experiment.of(_changed(self.config, changes, sections))
+
+    def lightning(self) -> tuple[DiffusionModule, RunData]:
+        """The LightningModule and its data, for a Trainer of one's own: no run, nothing measured.
+
+        Raises:
+            UserError: parts that do not fit.
+        """
+        from diffusion_pl.commands import train as command
+        from diffusion_pl.training.run import make_module
+        from diffusion_pl.training.run_data import RunData
+
+        # No weights of Inception are fetched for what is not measured.
+        plain_features = lazy("diffusion_pl.metrics.features.load", name="pixels")
+        built = command.build(self.replace(features=plain_features).config)
+        data = RunData(built.data, built.settings, built.network, built.seed)
+        return make_module(built), data
 
     def __repr__(self) -> str:
         return f"<Experiment {self.name}>\n{self.yaml}"

@@ -66,4 +66,40 @@ MUTANTS = [
         ("file, completed(tree), origins", "file, tree, origins"),
         ("    changes = renamed(dict(changes), config.tree, source)\n", ""),
     ),
+    *at(
+        "training/adapter.py",
+        "lightning",
+        ("    if not isinstance(made, Profiler):", "    if False:"),
+        ("made.dirpath or run / PROFILES", "made.dirpath"),
+        ('made.filename or "report"', '"report"'),
+        ("    except MisconfigurationException as error:", "    except KeyError as error:"),
+    ),
+    *at(
+        "training/strategy.py",
+        "lightning",
+        ("        if given not in known:", "        if False:"),
+        ("    if not isinstance(given, Strategy):", "    if False:"),
+        ("isinstance(given, FSDPStrategy |", "isinstance(given, DeepSpeedStrategy |"),
+        ('getattr(given, "_start_method", "popen") != "popen"', "False"),
+    ),
+    *at(
+        "training/run.py",
+        "lightning",
+        ("    if made.world_size != (ranks", "    if made.world_size < 0 * (ranks"),
+    ),
+    *at(
+        "commands/trust.py",
+        "lightning",
+        ("    if isinstance(profiler, dict) and", "    if None is dict() and"),
+    ),
+    *at(
+        "config/reading.py",
+        "lightning",
+        ('        used["trainer"].pop(key, None)', "        pass"),
+    ),
+    *at(
+        "config/building.py",
+        "lightning",
+        ("ImportError, LookupError", "LookupError"),
+    ),
 ]  # fmt: skip

@@ -33,6 +33,7 @@ STANDARD = {
 }  # fmt: skip
 
 LIGHTNING = {
+    "adapter.py",
     "beginning.py",
     "bounded.py",
     "callbacks.py",

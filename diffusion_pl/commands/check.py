@@ -26,7 +26,7 @@ from diffusion_pl.io.files import nearest
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.lr_schedule import is_torch_s
-from diffusion_pl.training.settings import Settings, resolve_precision
+from diffusion_pl.training.settings import OURS, Settings, resolve_precision
 
 
 def command(experiment: str, /, *words: str, resolved: bool = False, allow: Allow = ()) -> Result:
@@ -169,6 +169,10 @@ def _strategy(experiment: Config, objective: TrainingObjective) -> str:
         settings.check_objective(objective)
     except ValueError as error:
         raise experiment.error("trainer", str(error)) from error
+    if settings.strategy not in OURS:
+        given = settings.strategy
+        name = given if isinstance(given, str) else type(given).__name__
+        return f"{name}, of Lightning's: see docs/scaling.md for what is not promised then"
     if settings.strategy == "ddp":
         return "" if devices == 1 else f"ddp: each of {devices} devices holds the whole model"
     if devices == 1:

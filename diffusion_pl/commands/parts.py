@@ -26,7 +26,7 @@ from diffusion_pl.training import lr_schedule
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.lr_schedule import LRSchedule
 from diffusion_pl.training.optimizers import Grouped, tried
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import OURS, Settings
 
 RUNS = Path("runs")
 REFERENCES = Path("data/references")
@@ -79,9 +79,29 @@ def checked(experiment: Config) -> Config:
         ConfigError: everything that is wrong, a line each.
     """
     bind(experiment)
+    _check_trainer(experiment)
     _check_optimizer(experiment)
     _check_guided(experiment)
     return experiment
+
+
+def _check_trainer(experiment: Config) -> None:
+    """See that a strategy and a profiler of Lightning's are such and fit.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    settings: Settings = config.build(experiment, "trainer")
+    if settings.strategy in OURS and settings.profiler is None:
+        return  # without the seconds that Lightning takes to import
+    from diffusion_pl.training import adapter, strategy
+
+    try:
+        strategy.make_strategy(settings)
+        adapter.profiler(settings, RUNS)
+    except UserError as error:
+        key, _, what = str(error).partition(": ")
+        raise experiment.error(key, what) from error
 
 
 def lr_schedule_of(experiment: Config) -> LRSchedule | None:

@@ -47,6 +47,7 @@ FREE = {
     "trainer.log_every",
     "trainer.loggers",
     "trainer.nodes",
+    "trainer.profiler",
     "trainer.read_timeout",
     "trainer.start_timeout",
     "trainer.strategy",

@@ -50,12 +50,15 @@ def check_training(experiment: Config) -> None:
     """See that a training reads and tells what it may, before its folder is made.
 
     Raises:
-        ConfigError: a file of others names Weights & Biases, which sends what is logged, or as
-            `check_data` and `check_features`.
+        ConfigError: a file of others names Weights & Biases, which sends what is logged, a folder
+            for a profiler's reports, or as `check_data` and `check_features`.
     """
     check_data(experiment)
     check_features(experiment)
     trainer = experiment.get("trainer")
+    profiler = trainer.get("profiler")
+    if isinstance(profiler, dict) and (folder := profiler.get("dirpath")) is not None:
+        _require(experiment, "trainer.profiler.dirpath", str(folder), "is written to")
     if "wandb" in (trainer.get("loggers") or ()):
         _require(experiment, "trainer.loggers", "wandb", "sends what is logged to others")
         if (entity := trainer.get("wandb_entity")) is not None:

@@ -12,7 +12,9 @@ from diffusion_pl.config.targets import locate
 from diffusion_pl.config.tree import Config, ConfigError, join
 
 # What a constructor raises for values that it was not made for.
-_MISTAKES = (ValueError, ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError)
+_MISTAKES = (
+    ValueError, ArithmeticError, ImportError, LookupError, MemoryError, RuntimeError, TypeError,
+)  # fmt: skip
 
 
 def build(config: Config, key: str, /, **extra: Any) -> Any:
@@ -69,7 +71,9 @@ def _called(config: Config, node: dict[Any, Any], key: str, extra: dict[str, Any
         return functools.partial(target, **arguments)
     try:
         return target(**arguments)
-    except _MISTAKES as error:
+    except Exception as error:
+        if not isinstance(error, _MISTAKES) and not type(error).__module__.startswith("lightning."):
+            raise
         reason = " ".join(str(error).split())
         if not isinstance(error, ValueError):
             reason = f"cannot be built from these values ({type(error).__name__}: {reason})"

@@ -45,6 +45,7 @@ BASE = "base"
 EXPERIMENTS = Path("experiments")
 # Sections of a run that only its training needs: who opens it has no use for them.
 OF_TRAINING = ("callbacks", "loggers")
+OF_TRAINER = ("profiler", "strategy")  # of the section trainer
 _PACKAGE = Path(__file__).parents[1]
 
 _MAX_BYTES = 1_000_000
@@ -196,7 +197,7 @@ def load_resolved(
 
     Args:
         tree: the plain containers; nothing in them is interpolated, and what is of training alone,
-            callbacks and loggers, is left out.
+            callbacks, loggers, profiler and strategy, is left out.
         source: the file they come from, for messages.
         allow: what the user trusts by name beside the parts of this package.
         overrides: as for `load`; they are the user's own and may name anything.
@@ -209,6 +210,8 @@ def load_resolved(
     used = completed(renamed(plain(tree, source)))
     for section in OF_TRAINING:
         used.pop(section, None)
+    for key in OF_TRAINER if isinstance(used.get("trainer"), dict) else ():
+        used["trainer"].pop(key, None)
     kept = without_credentials(used)  # none is written again
     config = finished(Config(Path(source).stem, source, kept, packages=packages))
     config = _overridden(config, overrides)

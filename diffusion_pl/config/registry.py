@@ -21,6 +21,10 @@ def _of(module: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{PACKAGE}.{module}.{name}" for name in names)
 
 
+def _lightning(module: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"lightning.pytorch.{module}.{name}" for name in names)
+
+
 _OBJECTIVES = (
     *_of("diffusion.objective", "Objective"),
     *_of("diffusion.uncertainty", "LearnedUncertainty"),
@@ -118,6 +122,8 @@ MADE: Mapping[str, tuple[str, ...]] = {
     ),
     "guide": _of("commands.runs", "guide"),
     "trainer": _of("training.settings", "Settings"),
+    "profiler": _lightning("profilers", "AdvancedProfiler", "PyTorchProfiler", "SimpleProfiler"),
+    "strategy": _lightning("strategies", "DDPStrategy", "SingleDeviceStrategy"),
 }
 
 # What is handed on to be called later, by `_partial_: true`; torch's optimizers and schedulers of

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast
 
-import lightning
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,6 +18,7 @@ from diffusion_pl.seeds import seed_of
 from diffusion_pl.training import ema as averaging
 from diffusion_pl.training import lr_schedule as schedules
 from diffusion_pl.training import power_ema, sharding
+from diffusion_pl.training.adapter import QuickModule
 from diffusion_pl.training.masks import DropoutMasks
 from diffusion_pl.training.optimizers import MakeOptimizer, optimizer_of
 from diffusion_pl.training.sanity import Place
@@ -35,7 +35,7 @@ class Augment(Protocol):
     def __call__(self, image: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-class DiffusionModule(lightning.LightningModule):
+class DiffusionModule(QuickModule):
     """Trains one denoiser and keeps its moving average beside it.
 
     `denoiser` is trained, `ema` is its average; both are registered, so a checkpoint holds both
@@ -101,14 +101,6 @@ class DiffusionModule(lightning.LightningModule):
         parts = [*self.denoiser.modules()]
         parts += objective.modules() if isinstance(objective, nn.Module) else ()
         self.memories = [part for part in parts if isinstance(part, RemembersSteps)]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning notes the name of the hook it calls some forty times a step; torch would each
-        # time ask whether it is a parameter, 0.1 ms in all.
-        if name == "_current_fx_name":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
     @property
     def images_seen(self) -> int:

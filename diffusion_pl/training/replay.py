@@ -14,14 +14,9 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.images import from_bytes, to_bytes
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import sameness
+from diffusion_pl.training.adapter import CheckpointFiles, precision_plugin, quiet_lightning
 from diffusion_pl.training.module import DiffusionModule
-from diffusion_pl.training.run import (
-    CheckpointFiles,
-    Experiment,
-    make_module,
-    precision_plugin,
-    quiet_lightning,
-)
+from diffusion_pl.training.run import Experiment, make_module
 from diffusion_pl.training.run_data import RunData
 from diffusion_pl.training.settings import resolve_precision
 

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import lightning
 import torch
-from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.profilers import PassThroughProfiler
 from torch import nn
 
 from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.diffusion.objective import TrainingObjective
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, Sampler
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.signals import Wish
+from diffusion_pl.training import adapter, power_ema
 from diffusion_pl.training import checkpoint as checkpoints
-from diffusion_pl.training import power_ema
 from diffusion_pl.training.beginning import Begin, Start
 from diffusion_pl.training.bounded import Bounded
 from diffusion_pl.training.callbacks import Checkpoints, ClassNames, Log, Snapshots, Stop
@@ -40,11 +35,7 @@ from diffusion_pl.training.opening import Network
 from diffusion_pl.training.optimizers import MakeOptimizer
 from diffusion_pl.training.progress import Progress
 from diffusion_pl.training.run_data import RunData
-from diffusion_pl.training.settings import (
-    AUTOCAST,
-    Settings,
-    resolve_precision,
-)
+from diffusion_pl.training.settings import AUTOCAST, Settings, resolve_precision
 from diffusion_pl.training.strategy import cluster, make_strategy
 
 
@@ -76,23 +67,6 @@ class Experiment:
     loggers: Sequence[Logger] = ()
 
 
-class CheckpointFiles(CheckpointIO):
-    """Lightning's way to the disk, through our atomic writer and our careful reader."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        checkpoints.save(checkpoint, Path(path))
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        return checkpoints.load(Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink()
-
-
 def fit(
     experiment: Experiment, run: Path, references: Path, wish: Wish, start: Start | None = None
 ) -> dict[str, Any]:
@@ -121,7 +95,7 @@ def fit(
     data = RunData(
         experiment.data, settings, experiment.network, experiment.seed, wish.wait_for_steps
     )
-    with quiet_lightning():
+    with adapter.quiet_lightning():
         precision = resolve_precision(settings.precision, settings.device_type())
         trainer = make_trainer(experiment, run, precision)
         settings.share_size(batch_size, trainer.world_size)  # or one line, before any work
@@ -179,50 +153,39 @@ def fit(
 
 
 def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning.Trainer:
-    """Lightning's Trainer with everything of its own that we replace switched off."""
+    """Lightning's Trainer with everything of its own that we replace switched off.
+
+    Raises:
+        UserError: settings that do not fit one another.
+    """
     settings = experiment.settings
     on_cpu = settings.device_type() == "cpu"
-    return lightning.Trainer(
-        accelerator=settings.accelerator,
-        devices=1 if on_cpu and settings.devices == "auto" else settings.devices,
-        num_nodes=settings.nodes,
-        strategy=make_strategy(settings),
-        max_steps=settings.steps(experiment.data.batch_size),
-        max_epochs=-1,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=2**31,  # rows are ours, by images
-        logger=make_loggers(settings, experiment.config, run, experiment.loggers),
-        profiler=Unprofiled(),
-        plugins=[CheckpointFiles(), precision_plugin(precision, settings), *cluster(settings)],
-        default_root_dir=run,
-        benchmark=True,
-    )
-
-
-class Unprofiled(PassThroughProfiler):
-    """No profiler, at no cost: Lightning asks it some seventy times a step, 0.1 ms in all."""
-
-    def profile(self, action_name: str) -> contextlib.nullcontext[str]:  # type: ignore[override]
-        """A context that does nothing."""
-        return _NOTHING
-
-
-_NOTHING = contextlib.nullcontext("")
-
-
-def precision_plugin(precision: str, settings: Settings) -> Precision:
-    """How a run computes; said outright, since on a CPU Lightning takes bf16 for fp16."""
-    device = settings.device_type()
-    if precision == "fp32":
-        return Precision()
-    if precision == "bf16":
-        return MixedPrecision("bf16-mixed", device)
-    return MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))
+    precision_plugin = adapter.precision_plugin(precision, settings)
+    with adapter.in_a_line():
+        made = lightning.Trainer(
+            accelerator=settings.accelerator,
+            devices=1 if on_cpu and settings.devices == "auto" else settings.devices,
+            num_nodes=settings.nodes,
+            strategy=make_strategy(settings),
+            max_steps=settings.steps(experiment.data.batch_size),
+            max_epochs=-1,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=2**31,  # rows are ours, by images
+            logger=make_loggers(settings, experiment.config, run, experiment.loggers),
+            profiler=adapter.profiler(settings, run),
+            plugins=[adapter.CheckpointFiles(), precision_plugin, *cluster(settings)],
+            default_root_dir=run,
+            benchmark=True,
+        )
+    if made.world_size != (ranks := settings.nodes * settings.devices_a_node()):
+        name = type(made.strategy).__name__
+        raise UserError(f"trainer.strategy: {name} is of {made.world_size} devices, not of {ranks}")
+    return made
 
 
 def make_module(experiment: Experiment) -> DiffusionModule:
@@ -253,28 +216,3 @@ def last_measurements(history: History) -> list[dict[str, Any]]:
     """The rows of the newest evaluation."""
     rows = [row for row in history.rows() if "name" in row]
     return [row for row in rows if row["images"] == rows[-1]["images"]]
-
-
-@contextlib.contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's banners and hints about its own progress bar off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # Workers are our choice: images in memory are read fastest without.
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            # The average is a registered module that never trains, as we want it.
-            warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
-            # The loader starts where the run stands, by the images seen.
-            warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
-            # A run shorter than the logging interval: rows are ours.
-            warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-            # Lightning's own use of torch's trees.
-            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -21,7 +21,21 @@ HIGHER = dict.fromkeys(("fid", "fd", "sfid", "sfd", "kid", "kd"), False) | dict.
     ("is", "cs", "precision", "recall", "density", "coverage"), True
 )
 
+OURS = ("ddp", "fsdp")  # strategies that keep all that this package promises
+
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Strategy(Protocol):
+    """Lightning's; not imported here."""
+
+    def setup_environment(self) -> None: ...
+
+
+class Profiler(Protocol):
+    """Lightning's; not imported here."""
+
+    def start(self, action_name: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -43,10 +57,13 @@ class Settings:
         devices: a node, or "auto" for all that are there.
         nodes: machines.
         strategy: "ddp", every device holds the whole model, or "fsdp", each its part of weights,
-            moments and averages; the same checkpoints, and the same numbers to rounding.
+            moments and averages; the same checkpoints, and the same numbers to rounding. Another
+            name of Lightning's, or a strategy of its, as docs/scaling.md says.
         accelerator: as Lightning names them: "auto", "cpu", "gpu".
         device_batch_size: largest batch of one forward pass at full resolution, and the pixels of
             so many at any other; more is accumulated. None: no limit.
+        profiler: "simple", "advanced" or "pytorch", or a profiler of Lightning's; its report lies
+            in RUN/profiler.
         compile: run the network through torch.compile; pays on GPUs.
         loggers: of "tensorboard" and "wandb", beside metrics.jsonl, which is always written.
         wandb_project: where W&B shows the run.
@@ -71,9 +88,10 @@ class Settings:
     precision: Precision = "auto"
     devices: int | Literal["auto"] = "auto"
     nodes: int = 1
-    strategy: Literal["ddp", "fsdp"] = "ddp"
+    strategy: str | Strategy = "ddp"
     accelerator: str = "auto"
     device_batch_size: int | None = None
+    profiler: Literal["simple", "advanced", "pytorch"] | Profiler | None = None
     compile: bool = False
     loggers: Sequence[Literal["tensorboard", "wandb"]] = ("tensorboard",)
     wandb_project: str = "diffusion_pl"

@@ -16,13 +16,23 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
+from diffusion_pl.config.tree import nearest
+from diffusion_pl.errors import UserError
 from diffusion_pl.training import meeting, sharding
+from diffusion_pl.training.adapter import in_a_line
 from diffusion_pl.training.module import DiffusionModule
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import OURS, Settings
 
 
 class Slurm(SLURMEnvironment):
@@ -99,11 +109,42 @@ class Sharded(DDPStrategy):
 
 
 def make_strategy(settings: Settings) -> Strategy | str:
-    """What a run's devices do together; one alone has nothing to share."""
+    """What a run's devices do together; one alone has nothing to share.
+
+    Raises:
+        UserError: a strategy that this training cannot follow.
+    """
+    if settings.strategy not in OURS:
+        return _lightnings(settings)
     if settings.nodes * settings.devices_a_node() == 1:
         return "auto"
     kind = Sharded if settings.strategy == "fsdp" else Copied
     return kind(timeout=timedelta(seconds=settings.start_timeout))
+
+
+def _lightnings(settings: Settings) -> Strategy:
+    """A strategy of Lightning's or the user's own, by its name or made."""
+    given: Any = settings.strategy
+    if isinstance(given, str):
+        known = StrategyRegistry.available_strategies()
+        if given not in known:
+            raise UserError(f"trainer.strategy: unknown {given!r}{nearest(given, known)}")
+        with in_a_line():
+            given = StrategyRegistry.get(given)
+    name = type(given).__name__
+    if not isinstance(given, Strategy):
+        raise UserError(f"trainer.strategy: must be one of Lightning's (got a {name})")
+    if isinstance(given, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise UserError(
+            f"trainer.strategy: {name} spreads the weights in a way that their average, clipping "
+            "and checkpoints do not follow; take fsdp, this package's own"
+        )
+    if getattr(given, "_start_method", "popen") != "popen":
+        raise UserError(
+            f"trainer.strategy: {name} starts its ranks in the middle of the training; take one "
+            "that starts them as processes of their own, such as ddp"
+        )
+    return given
 
 
 def cluster(settings: Settings) -> list[ClusterEnvironment]:
