@@ -48,7 +48,7 @@ def test_a_strategy_of_lightning_s_makes_the_run_of_ours(train):
         command = ["train", "tiny", "--run", f"runs/{run}", *words]
         done = subprocess.run(
             [sys.executable, "-m", "diffusion_pl", *command],
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         assert_equal(state(run), state("ours"))
@@ -167,7 +167,7 @@ def test_a_callback_that_raises_keeps_its_traceback_and_the_checkpoint(
     command = ["train", "tiny", "--run", "runs/a", "callbacks=[{_target_: mycall.Raises}]"]
     done = subprocess.run(
         [sys.executable, "-m", "diffusion_pl", *command], capture_output=True, text=True,
-        timeout=120, check=False, env={**__import__("os").environ, "PYTHONPATH": str(tmp_path)},
+        timeout=300, check=False, env={**__import__("os").environ, "PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 1
     assert "mycall.py" in done.stderr and "ValueError: of my own" in done.stderr
