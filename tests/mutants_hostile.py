@@ -102,7 +102,7 @@ MUTANTS = [
     *at(
         "config/building.py",
         "hostile_corpus",
-        ("RuntimeError, TypeError)", "TypeError)"),
+        ("RuntimeError, TypeError,", "TypeError,"),
     ),
     *at(
         "data/files.py",
