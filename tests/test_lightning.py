@@ -15,7 +15,6 @@ from test_api import own_module
 from test_lr_schedule import TINY, state, train  # noqa: F401 - a fixture
 from test_run_folder import assert_equal
 
-import diffusion_pl as dp
 from diffusion_pl import config
 from diffusion_pl.cli import main
 from diffusion_pl.training import checkpoint as checkpoints
@@ -149,52 +148,3 @@ def test_a_stranger_s_config_may_name_what_writes_into_the_run(train):
     Path("handed/config.yaml").write_text(config.dump(read))
     assert main(["train", "handed/config.yaml", "--run", "runs/b"]) == 0
     assert list(Path("runs/b/profiler").iterdir())
-
-
-def test_a_callback_that_raises_keeps_its_traceback_and_the_checkpoint(
-    train,
-    tmp_path,
-    monkeypatch,
-):
-    """From the shell: code 1, the traceback of the user's own file, a run that goes on."""
-    own_module(
-        tmp_path, monkeypatch, "mycall",
-        "from lightning.pytorch.callbacks import Callback\n"
-        "class Raises(Callback):\n"
-        "    def on_train_batch_end(self, trainer, pl_module, *rest):\n"
-        "        if pl_module.images_seen == 24: raise ValueError('of my own')\n",
-    )  # fmt: skip
-    command = ["train", "tiny", "--run", "runs/a", "callbacks=[{_target_: mycall.Raises}]"]
-    done = subprocess.run(
-        [sys.executable, "-m", "diffusion_pl", *command], capture_output=True, text=True,
-        timeout=300, check=False, env={**__import__("os").environ, "PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "mycall.py" in done.stderr and "ValueError: of my own" in done.stderr
-    assert [path.stem for path in checkpoints.found(Path("runs/a/checkpoints"))] == [f"{16:012d}"]
-    assert train("callbacks=null")[0] == 0
-    assert train(run="straight")[0] == 0
-    assert_equal(state("a"), state("straight"))
-
-
-def test_a_run_whose_classes_are_gone_is_refused_in_a_line(
-    train,
-    tmp_path,
-    monkeypatch,
-    capsys,
-):
-    own_module(
-        tmp_path, monkeypatch, "mygone",
-        "from diffusion_pl.networks.song_unet import SongUNet\nclass Net(SongUNet): pass\n",
-    )  # fmt: skip
-    assert train("network._target_=mygone.Net", "network.resolution=8")[0] == 0
-    Path("mygone.py").unlink()
-    monkeypatch.delitem(sys.modules, "mygone")
-    assert main(["sample", "runs/a", "--count", "1", "--allow", "mygone"]) == 2
-    err = capsys.readouterr().err
-    assert "network._target_: there is no module 'mygone'" in err and err.count("\n") == 1
-    code, err = train("network._target_=mygone.Net", run="b")
-    assert code == 2 and "network._target_: there is no module 'mygone'" in err
-    assert not Path("runs/b").exists()
-    with pytest.raises(dp.UserError, match="there is no module 'mygone'"):
-        dp.Run("runs/a", allow=["mygone"])
