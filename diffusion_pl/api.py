@@ -201,20 +201,15 @@ class Experiment:
         return Experiment.of(_changed(self.config, changes, sections))
 
     def lightning(self) -> tuple[DiffusionModule, RunData]:
-        """The LightningModule and its data, for a Trainer of one's own: no run, nothing measured.
-
-        Raises:
-            UserError: parts that do not fit.
-        """
+        """The LightningModule and its data, for a Trainer of one's own; see docs/python.md."""
         from diffusion_pl.commands import train as command
-        from diffusion_pl.training.run import make_module
-        from diffusion_pl.training.run_data import RunData
+        from diffusion_pl.training import run, run_data
 
         # No weights of Inception are fetched for what is not measured.
-        plain_features = lazy("diffusion_pl.metrics.features.load", name="pixels")
-        built = command.build(self.replace(features=plain_features).config)
-        data = RunData(built.data, built.settings, built.network, built.seed)
-        return make_module(built), data
+        seen = lazy("diffusion_pl.metrics.features.load", name="pixels")
+        built = command.build(self.replace(features=seen).config)
+        data = run_data.RunData(built.data, built.settings, built.network, built.seed)
+        return run.make_module(built), data
 
     def __repr__(self) -> str:
         return f"<Experiment {self.name}>\n{self.yaml}"
