@@ -99,7 +99,7 @@ MUTANTS = [
         ('["--data-changed"] if self.data_changed else []', '["--data-changed"]'),
     ),
     *at(
-        "training/progress.py",
+        "progress.py",
         "newcomer",
         ("            if done:\n", "            if not done:\n"),
     ),

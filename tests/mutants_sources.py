@@ -56,7 +56,7 @@ MUTANTS = [
         ("notes=listing.notes,", ""),
     ),
     *at(
-        "data/prepare_progress.py",
+        "progress.py",
         "prepare_progress",
         ("{earlier + done:,} of", "{done:,} of"),
         ("rate = done / (now - began)", "rate = (earlier + done) / (now - began)"),
@@ -64,7 +64,7 @@ MUTANTS = [
         ("        said = now\n", "        pass\n"),
         ("or not done:", "or False:"),
         ("completed=earlier + done, rate", "completed=done, rate"),
-        ("file=sys.stderr", "file=sys.stdout"),
+        ("            file=sys.stderr,", "            file=sys.stdout,"),
     ),
     *at(
         "data/scenes.py",

@@ -161,7 +161,7 @@ MUTANTS = [
         ("or s in _BIDI), None)", "), None)"),
     ),
     *at(
-        "training/progress.py",
+        "progress.py",
         "names",
         (
             "self.console.print(shown(line), highlight=False, markup=False)",

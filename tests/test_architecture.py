@@ -16,7 +16,7 @@ FLOORS = [
     {"addresses", "names", "processes"},
     {"io"},
     {"locks"},
-    {"images", "positions", "ranks", "seeds", "signals", "config"},
+    {"images", "positions", "progress", "ranks", "seeds", "signals", "config"},
     {"diffusion", "networks", "metrics", "data"},
     {"objectives", "samplers"},
     {"evaluation", "interop"},

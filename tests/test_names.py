@@ -30,7 +30,7 @@ from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.sources.base import SourceSpec
 from diffusion_pl.metrics import published, reference
 from diffusion_pl.names import plain, shown, unfit
-from diffusion_pl.training.progress import Progress
+from diffusion_pl.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 

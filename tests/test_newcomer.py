@@ -21,7 +21,7 @@ from test_commands_models import TINY
 
 from diffusion_pl.cli import main
 from diffusion_pl.commands import following, sample
-from diffusion_pl.training.progress import Progress
+from diffusion_pl.progress import Progress
 
 NAMES = ["Basset", "beagle", "night city"]
 EXPERIMENT = (

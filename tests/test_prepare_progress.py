@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from diffusion_pl.data import prepare_progress
+from diffusion_pl import progress
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def clock(monkeypatch):
 
 
 def test_lines_tell_the_rate_of_this_run_and_the_time_that_is_left(clock, capsys):
-    with prepare_progress.reported() as report:
+    with progress.reported() as report:
         clock[0] = 105.0
         report(600, 500, 2000)  # too soon after the beginning
         clock[0] = 110.0
@@ -37,7 +37,7 @@ def test_lines_tell_the_rate_of_this_run_and_the_time_that_is_left(clock, capsys
 
 
 def test_without_an_image_there_is_no_rate_to_tell(clock, capsys):
-    with prepare_progress.reported() as report:
+    with progress.reported() as report:
         clock[0] = 200.0
         report(600, 0, 2000)
     assert capsys.readouterr() == ("", "")
@@ -46,6 +46,6 @@ def test_without_an_image_there_is_no_rate_to_tell(clock, capsys):
 def test_a_person_sees_a_bar_that_counts_what_earlier_runs_did(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    with prepare_progress.reported() as report:
+    with progress.reported() as report:
         report(600, 400, 2000)
     assert "1000/2000" in capsys.readouterr().err

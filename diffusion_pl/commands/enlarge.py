@@ -11,8 +11,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from cyclopts import Parameter
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
@@ -29,6 +27,7 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing, batches
 from diffusion_pl.images import from_bytes, grid, save_png, to_bytes
 from diffusion_pl.io.files import regular
+from diffusion_pl.progress import track
 from diffusion_pl.samplers.pyramid import PyramidSampler
 
 BATCH = 16
@@ -93,7 +92,7 @@ def command(
     folder = out or opened.folder / "enlarge"
     folder.mkdir(parents=True, exist_ok=True)
     shown, rows = [], []
-    progress = track(tasks, "enlarging", console=Console(stderr=True), transient=True)
+    progress = track(tasks, "enlarging")
     for number, each in enumerate(progress):
         indices = [number * VARIATIONS + variation for variation in range(count)]
         pieces = batches(indices, options.batch_size or BATCH)

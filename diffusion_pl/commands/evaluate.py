@@ -7,15 +7,13 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +27,7 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, reference_of
 from diffusion_pl.evaluation.blocks import evaluate_blocks
 from diffusion_pl.evaluation.given import Given
-from diffusion_pl.evaluation.measuring import Drawn, Progress
+from diffusion_pl.evaluation.measuring import Drawn
 from diffusion_pl.evaluation.provenance import described, surroundings
 from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import extractors
@@ -39,9 +37,9 @@ from diffusion_pl.metrics.npz import arrays
 from diffusion_pl.metrics.real_images import KEPT
 from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.names import shown
+from diffusion_pl.progress import counted, in_words
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
-from diffusion_pl.training.progress import in_words
 
 ROWS = "evaluations.jsonl"
 
@@ -128,7 +126,7 @@ def measured(
         reference = reference_for(origin, drawn, settings, extractor, asked)
     reference.check(extractor, drawn.shape[1])
     settings = asked.possible(settings, lambda m: m.build(extractor, reference, settings.count))
-    with progress_bar("evaluation") as progress:
+    with counted("evaluation") as progress:
         rows, _ = evaluate_blocks(
             drawn,
             settings,
@@ -284,7 +282,7 @@ def reference_for(
     if settings.reference is None:
         real = min(len(images), KEPT)
         settings = asked.possible(settings, lambda m: m.check_count(settings.count, real))
-    with progress_bar("reference") as progress:
+    with counted("reference") as progress:
         return reference_of(
             images,
             settings,
@@ -356,24 +354,3 @@ def drawn_as(path: Path) -> dict[str, Any] | None:
         )
     about = ("run", "checkpoint", "first", "count", "settings")
     return None if said is None else {key: said.get(key) for key in about}
-
-
-@contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Progress]:
-    """A bar on stderr with the time that is left."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[text]}", markup=False),
-    )
-    console = Console(stderr=True)
-    options: dict[str, Any] = {"console": console, "disable": not console.is_terminal}
-    options["speed_estimate_period"] = 3600  # seconds; a tile may take minutes
-    bar = Bar(*columns, TimeRemainingColumn(), transient=True, **options)
-    with bar:
-        task: Any = bar.add_task(shown(what), total=None, text="")
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, total=total, completed=done, text=f"{done:,}/{total:,} images")
-
-        yield progress

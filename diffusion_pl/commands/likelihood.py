@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
@@ -29,6 +27,7 @@ from diffusion_pl.evaluation import batches
 from diffusion_pl.images import ImageDataset, from_bytes
 from diffusion_pl.names import shown
 from diffusion_pl.objectives.likelihood import Variance, chain_of, variational_bound
+from diffusion_pl.progress import track
 from diffusion_pl.samplers.flow_likelihood import (
     Refined,
     bits_per_dim,
@@ -174,10 +173,9 @@ def _over(
 ) -> Tensor:
     """What is measured of every image, a batch at a time: (count, probes) bits per dimension."""
     pieces = list(batches(range(data.count), data.batch_size))
-    console = Console(stderr=True)
     found = [
         measure(*_batch(data.opened, data.images, piece), piece).cpu()
-        for piece in track(pieces, what, console=console, transient=True)
+        for piece in track(pieces, what)
     ]
     bits = torch.cat(found)
     if not bool(torch.isfinite(bits).all()):

@@ -15,13 +15,13 @@ from cyclopts import Parameter
 from diffusion_pl.commands import recommend
 from diffusion_pl.commands.results import Result
 from diffusion_pl.data.prepare import Request, prepare
-from diffusion_pl.data.prepare_progress import reported
 from diffusion_pl.data.recipe import Recipe
 from diffusion_pl.data.shard_format import Manifest
 from diffusion_pl.data.shard_workers import WorkerLost
 from diffusion_pl.data.sources.base import SourceSpec
 from diffusion_pl.errors import UserError
 from diffusion_pl.names import shown
+from diffusion_pl.progress import reported
 
 FAILURES: tuple[type[Exception], ...] = (WorkerLost,)
 

@@ -9,6 +9,7 @@ from diffusion_pl.commands import data_sets, evaluate, parts, runs
 from diffusion_pl.commands.options import FeatureOptions
 from diffusion_pl.commands.results import Result
 from diffusion_pl.metrics import real_images
+from diffusion_pl.progress import counted
 
 
 def command(
@@ -35,7 +36,7 @@ def command(
     extractor = evaluate.extractor_of(features, None)
     images = data_sets.images_of(data, resolution)
     keep = not moments_only
-    with evaluate.progress_bar("reference") as progress:
+    with counted("reference") as progress:
         found = real_images.cached(
             parts.REFERENCES,
             images,

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress as Bar
 from torch import nn
 
 from diffusion_pl.commands import following, runs
@@ -22,6 +20,7 @@ from diffusion_pl.commands.sample_folder import OtherImages, SampleFolder
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Drawing, batches
 from diffusion_pl.images import grid, save_png
+from diffusion_pl.progress import bar
 
 BATCH = 64
 GRID = 64  # images on the grid at most
@@ -119,15 +118,13 @@ def watched(drawing: Drawing, count: int) -> Iterator[None]:
         drawing: how images are drawn.
         count: of images.
     """
-    console = Console(stderr=True)
-    if not console.is_terminal or not count:
-        yield
-        return
-    with Bar(console=console, transient=True) as bar:
-        task = bar.add_task("drawing", total=count * sum(drawing.calls().values()))
+    with bar("drawing", lambda: count * sum(drawing.calls().values())) as advance:
+        if advance is None:
+            yield
+            return
 
         def passed(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            bar.advance(task, len(inputs[0]))
+            advance(len(inputs[0]))
 
         denoisers = [drawing.denoiser, *([] if drawing.guide is None else [drawing.guide.denoiser])]
         hooks = [each.network.register_forward_hook(passed) for each in denoisers]

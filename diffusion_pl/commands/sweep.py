@@ -40,6 +40,7 @@ from diffusion_pl.evaluation.pareto import pareto
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.names import shown
+from diffusion_pl.progress import counted
 from diffusion_pl.training import checkpoint as kept
 from diffusion_pl.training.history import History
 
@@ -242,7 +243,7 @@ def _measured(
     reference: Reference,
 ) -> list[dict[str, Any]]:
     opened = runs.open_run(Path(point.checkpoint), point.sampling(), _at(options, point))
-    with evaluate.progress_bar(_words(point)) as progress:
+    with counted(_words(point)) as progress:
         rows, _ = measure(opened.drawing, settings, extractor, reference, progress=progress)
     return rows
 

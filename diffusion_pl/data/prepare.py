@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,15 +29,13 @@ from diffusion_pl.data.sources.open import open_originals
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import last_change, regular, write_atomically
 from diffusion_pl.names import refuse_class_names, refuse_name, shown
+from diffusion_pl.progress import Report
 
 if TYPE_CHECKING:
     from diffusion_pl.data.write_shards import Job, Written
 
 _SETTINGS = "settings.json"
 _LOCK = "lock"
-
-# Told of the images done before, in this run so far, and in all.
-Report = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Processes that write shards side by side, each one shard at a time."""
+"""Processes that write shards side by side, each one shard at a time.
+
+A worker ends with its parent, however that ends; those of concurrent.futures outlive one that was
+killed, and wait for ever.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ import torch
 
 from diffusion_pl.data.dataset import load
 from diffusion_pl.data.prepare import Request, prepare
-from diffusion_pl.data.prepare_progress import reported
 from diffusion_pl.data.shard_format import (
     INDEX,
     LARGEST_MANIFEST,
@@ -29,6 +28,7 @@ from diffusion_pl.data.tars import Tars
 from diffusion_pl.errors import UserError
 from diffusion_pl.io import cache as remote
 from diffusion_pl.io.files import nearest, regular
+from diffusion_pl.progress import reported
 
 _SETS = "sets"
 

@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import Callback
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import small, write_atomically
 from diffusion_pl.locks import Lock
+from diffusion_pl.progress import Progress
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import sameness
-from diffusion_pl.training.progress import Progress
 
 RECORD = "run.json"  # of a run's folder: what it is trained with now
 

@@ -11,13 +11,13 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from diffusion_pl.evaluation.provenance import now
+from diffusion_pl.progress import Progress
 from diffusion_pl.signals import Wish
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema, sharding
 from diffusion_pl.training.beginning import Begin
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
-from diffusion_pl.training.progress import Progress
 from diffusion_pl.training.sanity import Spikes
 from diffusion_pl.training.settings import Settings
 from diffusion_pl.training.stopping import Agreement

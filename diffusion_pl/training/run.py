@@ -19,6 +19,7 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, Sampler
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.metrics.features import Extractor
+from diffusion_pl.progress import Progress
 from diffusion_pl.signals import Wish
 from diffusion_pl.training import adapter, power_ema
 from diffusion_pl.training import checkpoint as checkpoints
@@ -33,7 +34,6 @@ from diffusion_pl.training.lr_schedule import LRSchedule
 from diffusion_pl.training.module import Augment, DiffusionModule
 from diffusion_pl.training.opening import Network
 from diffusion_pl.training.optimizers import MakeOptimizer
-from diffusion_pl.training.progress import Progress
 from diffusion_pl.training.run_data import RunData
 from diffusion_pl.training.settings import AUTOCAST, Settings, resolve_precision
 from diffusion_pl.training.strategy import cluster, make_strategy

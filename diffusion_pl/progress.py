@@ -1,20 +1,27 @@
-"""The progress of a run on the terminal: images seen of the budget, speed, loss, time left."""
+"""What takes time, on stderr: bars for a person at a terminal, a line now and then for a file."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from diffusion_pl.names import shown
 
 REFRESH = 0.25  # seconds between movements of the bar
 LINE = 15.0  # seconds between lines where there is no terminal
+PREPARE_LINE = 10.0  # the same of preparing
+
+# Told how many images earlier runs have done, this one, and of how many.
+Report = Callable[[int, int, int], None]
+
+T = TypeVar("T")
 
 
 def clock(seconds: float) -> str:
@@ -67,13 +74,7 @@ class Progress:
         self.begun = self.images = images
         self.last = self.shown = time.monotonic()
         if self.console.is_terminal:
-            self.bar = Bar(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TextColumn("{task.fields[text]}", markup=False),
-                console=self.console,
-                auto_refresh=False,
-            )
+            self.bar = Bar(*_columns(), console=self.console, auto_refresh=False)
             self.bar.start()
             begins = "the first step is being made ..."
             self.task = self.bar.add_task("training", total=self.total, text=begins)
@@ -142,3 +143,109 @@ class Progress:
             self.bar.update(self.task, completed=self.images, text=self.text(), refresh=True)
             self.bar.stop()
             self.bar = None
+
+
+def _columns() -> tuple[bars.ProgressColumn, ...]:
+    """What is done, a bar, and words."""
+    text = bars.TextColumn("{task.fields[text]}", markup=False)
+    return bars.TextColumn("{task.description}", markup=False), bars.BarColumn(), text
+
+
+def track(pieces: Sequence[T], what: str) -> Iterable[T]:
+    """Pieces of work one by one, with a bar that goes when they are done."""
+    return bars.track(pieces, what, console=Console(stderr=True), transient=True)
+
+
+@contextmanager
+def bar(what: str, total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
+    """A bar on a terminal that goes when it is done.
+
+    Args:
+        what: is done.
+        total: steps of it; asked at a terminal alone.
+
+    Yields:
+        Told how many steps more are done; None where there is no terminal.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with Bar(console=console, transient=True) as shown_bar:
+        task = shown_bar.add_task(what, total=total())
+        yield lambda steps: shown_bar.advance(task, steps)
+
+
+@contextmanager
+def counted(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of images on a terminal, nothing elsewhere.
+
+    Yields:
+        Told how many are done, of how many.
+    """
+    console = Console(stderr=True)
+    # A tile may take minutes, and the speed is of so long a time.
+    shown_bar = Bar(
+        *_columns(),
+        bars.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=3600,
+    )
+    with shown_bar:
+        task = shown_bar.add_task(shown(what), total=None, text="")
+
+        def progress(done: int, total: int) -> None:
+            shown_bar.update(task, total=total, completed=done, text=f"{done:,}/{total:,} images")
+
+        yield progress
+
+
+@contextmanager
+def reported() -> Iterator[Report]:
+    """What `prepare` reports to."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines()
+        return
+    columns = (
+        bars.TextColumn("prepare"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn("{task.fields[rate]}"),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("left"),
+    )
+    with Bar(*columns, console=console) as progress:
+        task = progress.add_task("", total=None, rate="", start=False)
+        began = time.monotonic()
+
+        def report(earlier: int, done: int, total: int) -> None:
+            rate = f"{done / max(time.monotonic() - began, 1e-3):,.0f} images/s"
+            if not progress.tasks[0].started:
+                progress.update(task, completed=earlier)
+                progress.start_task(task)
+            progress.update(task, total=total, completed=earlier + done, rate=rate)
+
+        yield report
+
+
+def _lines() -> Report:
+    began = said = time.monotonic()
+
+    def report(earlier: int, done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said < PREPARE_LINE or not done:
+            return
+        said = now
+        rate = done / (now - began)
+        left = (total - earlier - done) / rate
+        print(
+            f"prepare: {earlier + done:,} of {total:,} images, {rate:,.0f} images/s, "
+            f"{left:,.0f} s left",
+            file=sys.stderr,
+        )
+
+    return report
