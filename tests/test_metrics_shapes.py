@@ -139,6 +139,13 @@ def test_any_resolution_is_averaged_to_the_network_s(extractor: Shapes, syntheti
     assert shapes.resize(images[:, :, :16, :16]).shape == (4, 3, SIDE, SIDE)
 
 
+def test_the_input_is_the_mean_over_areas_channel_by_channel() -> None:
+    images = torch.randint(256, (2, 3, 64, 96), generator=torch.Generator().manual_seed(3))
+    means = images.double().reshape(2, 3, SIDE, 2, SIDE, 3).mean(dim=(3, 5))
+    expected = (means / 127.5 - 1).float()
+    torch.testing.assert_close(shapes.resize(images.to(torch.uint8)), expected)
+
+
 def test_features_do_not_depend_on_the_rest_of_the_batch(
     extractor: Shapes, synthetic: Tensor
 ) -> None:
