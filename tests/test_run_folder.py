@@ -463,6 +463,15 @@ def test_a_run_that_is_held_is_left_alone(place, train, capsys):
     assert not (place / "runs/a" / locks.NAME).exists()
 
 
+def test_what_a_killed_process_left_half_written_is_gone_at_the_next_start(place, train):
+    ours = processes.temporary(place / "runs/a/checkpoints/x")
+    left = ours.with_name(ours.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-"))  # of none
+    for path in (ours, left):
+        path.write_bytes(b"half")
+    assert train("trainer.images=24")[0] == 0
+    assert ours.exists() and not left.exists()
+
+
 @pytest.mark.parametrize(("every", "rows"), [(8, [8, 16, 24]), (1_000, [8, 16])])
 def test_a_run_that_another_has_taken_over_writes_no_more(every, rows, place, train, monkeypatch):
     step = DiffusionModule.training_step
