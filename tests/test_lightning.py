@@ -148,3 +148,29 @@ def test_a_stranger_s_config_may_name_what_writes_into_the_run(train):
     Path("handed/config.yaml").write_text(config.dump(read))
     assert main(["train", "handed/config.yaml", "--run", "runs/b"]) == 0
     assert list(Path("runs/b/profiler").iterdir())
+
+
+def test_a_callback_that_raises_keeps_its_traceback_and_the_checkpoint(
+    train,
+    tmp_path,
+    monkeypatch,
+):
+    """From the shell: code 1, the traceback of the user's own file, a run that goes on."""
+    own_module(
+        tmp_path, monkeypatch, "mycall",
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Raises(Callback):\n"
+        "    def on_train_batch_end(self, trainer, pl_module, *rest):\n"
+        "        if pl_module.images_seen == 24: raise ValueError('of my own')\n",
+    )  # fmt: skip
+    command = ["train", "tiny", "--run", "runs/a", "callbacks=[{_target_: mycall.Raises}]"]
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusion_pl", *command], capture_output=True, text=True,
+        timeout=300, check=False, env={**__import__("os").environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "mycall.py" in done.stderr and "ValueError: of my own" in done.stderr
+    assert [path.stem for path in checkpoints.found(Path("runs/a/checkpoints"))] == [f"{16:012d}"]
+    assert train("callbacks=null")[0] == 0
+    assert train(run="straight")[0] == 0
+    assert_equal(state("a"), state("straight"))
