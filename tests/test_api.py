@@ -20,6 +20,7 @@ import diffusion_pl as dp
 from diffusion_pl import api, config
 from diffusion_pl.cli import main
 from diffusion_pl.data.folder import ImageFolder
+from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.training.ema import EMA
 
@@ -215,10 +216,13 @@ def test_what_could_not_be_opened_again_is_refused_before_training(value, word):
 
 def test_objects_are_kept_by_what_they_are_made_from():
     folder = ImageFolder("photographs", 64, labels=True)
-    node = api.plain(folder, "data")
+    node = api.plain(folder, "data.dataset")
+    loader = api.plain(DataConfig(folder, batch_size=4), "data")
+    assert loader["dataset"] == node
     assert node["_target_"] == "diffusion_pl.data.folder.ImageFolder"
     assert node["path"] == "photographs" and node["channels"] == 3  # a default is kept, too
-    assert config.build(config.Config("x", "x", {"data": node}), "data") == folder
+    read = config.Config("x", "x", {"data": {**loader, "dataset": node}})
+    assert config.build(read, "data").dataset == folder
     assert api.plain(functools.partial(heun, S_churn=40), "x") == {
         "_target_": "diffusion_pl.samplers.heun.heun", "_partial_": True, "S_churn": 40,
     }  # fmt: skip

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from test_api import own_module
 from test_lr_schedule import TINY, state, train  # noqa: F401 - a fixture
 from test_run_folder import assert_equal
 
+import diffusion_pl as dp
 from diffusion_pl import config
 from diffusion_pl.cli import main
 from diffusion_pl.training import checkpoint as checkpoints
@@ -174,3 +176,27 @@ def test_a_callback_that_raises_keeps_its_traceback_and_the_checkpoint(
     assert train("callbacks=null")[0] == 0
     assert train(run="straight")[0] == 0
     assert_equal(state("a"), state("straight"))
+
+
+def test_a_run_whose_classes_are_gone_is_refused_in_a_line(
+    train,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    own_module(
+        tmp_path, monkeypatch, "mygone",
+        "from diffusion_pl.networks.song_unet import SongUNet\nclass Net(SongUNet): pass\n",
+    )  # fmt: skip
+    assert train("network._target_=mygone.Net", "network.resolution=8")[0] == 0
+    Path("mygone.py").unlink()
+    monkeypatch.delitem(sys.modules, "mygone")
+    importlib.invalidate_caches()
+    assert main(["sample", "runs/a", "--count", "1", "--allow", "mygone"]) == 2
+    err = capsys.readouterr().err
+    assert "network._target_: there is no module 'mygone'" in err and err.count("\n") == 1
+    code, err = train("network._target_=mygone.Net", run="b")
+    assert code == 2 and "network._target_: there is no module 'mygone'" in err
+    assert not Path("runs/b").exists()
+    with pytest.raises(dp.UserError, match="there is no module 'mygone'"):
+        dp.Run("runs/a", allow=["mygone"])
