@@ -37,7 +37,7 @@ def _find(rank, ranks, folder):
     def agree(mine):
         return said(lambda: sameness.agree(mine, device))
 
-    tree = {"optimizer": {"lr": 1e-3}, "data": {"path": f"/node{rank}/photographs"}}
+    tree = {"optimizer": {"lr": 1e-3}, "data": {"dataset": {"path": f"/node{rank}/photographs"}}}
     alike = sameness.facts_of(tree, training_data={"count": 40}, start={"checkpoint": "16 ab"})
     more = {f"network.{number}": str(rank) for number in range(5)}
     run = folder / "shared"

@@ -279,7 +279,7 @@ data: {name: shapes, rate: 1e-4, side: 16, many: &many [1, 2], more: *many, b: {
     def read(data: bytes, _: str) -> Any:
         path.write_bytes(data)
         loaded = configs.load(str(path))
-        known = {"seed": int, "network": object, "data": object, "trainer": object}
+        known = dict.fromkeys(("seed", "network", "data", "lr_schedule", "trainer"), object)
         configs.check(loaded, known=known)
         configs.check(configs.load_resolved(loaded.tree, "x.ckpt"), known=known)
         return loaded.tree
@@ -553,6 +553,8 @@ def weights(folder: Path) -> Kind:
 
 def arrays(folder: Path) -> Kind:
     """.npz files of images."""
+    import torch
+
     from diffusion_pl.metrics.npz import arrays as opened
 
     buffer = io.BytesIO()
@@ -563,7 +565,8 @@ def arrays(folder: Path) -> Kind:
 
     def read(data: bytes, _: str) -> Any:
         path.write_bytes(data)
-        return opened(path).array.tobytes()
+        images = opened(path)
+        return images.read(torch.arange(images.shape[0])).numpy().tobytes()
 
     return Kind({"compressed": buffer.getvalue(), "stored": plain.getvalue()}, read)
 
@@ -613,7 +616,7 @@ def edm(folder: Path) -> Kind:
     def read(data: bytes, which: str) -> Any:
         path.write_bytes(data)
         if which == "values":
-            found = pickles.read_plain(path)
+            found = pickles.read_pickle(path)
             return repr(found[0]) if isinstance(found, list) and found else None
         config, state = edm.read(path)
         return {name: value.numpy().tobytes() for name, value in edm.weights(config, state).items()}

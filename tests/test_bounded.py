@@ -17,6 +17,7 @@ from sharded import write as write_shards
 
 
 def python(code, **more):
+    more["env"] = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -17,8 +17,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from servers import served
 from sharded import pixels, source, write
 
-from diffusion_pl import download
 from diffusion_pl.io import cache as remote
+from diffusion_pl.io import download
 from diffusion_pl.io.cache import Cache
 from diffusion_pl.io.download import Patience, fetch
 

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_good_experiment_binds(folder: Path) -> None:
     config.check(
         config.load("edm", ["optimizer.either=x"], folder),
-        known=["seed", "data", "features", "objective", "optimizer", "trainer"],
+        known=["seed", "data", "features", "objective", "optimizer", "lr_schedule", "trainer"],
     )
 
 

@@ -283,7 +283,7 @@ def test_what_the_message_says_to_set_is_what_the_library_reads(gate, monkeypatc
 
 
 def test_a_library_call_is_refused_before_anything_is_asked():
-    with pytest.raises(ValueError, match=r"^data\.path: holds a password") as error:
+    with pytest.raises(ValueError, match=r"^data\.dataset\.path: holds a password") as error:
         remote.read(A)
     assert "hunter2" not in str(error.value)
 

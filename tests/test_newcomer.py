@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from test_commands_models import TINY
 
+from diffusion_pl import progress
 from diffusion_pl.cli import main
-from diffusion_pl.commands import following, sample
+from diffusion_pl.commands import following
 from diffusion_pl.progress import Progress
 
 NAMES = ["Basset", "beagle", "night city"]
@@ -181,7 +182,7 @@ def test_the_bar_of_drawing_ends_full_whatever_is_drawn(more, run, home, monkeyp
 
     monkeypatch.setattr(Bar, "advance", advanced)
     monkeypatch.setattr(Bar, "add_task", added)
-    monkeypatch.setattr(sample, "Console", lambda **words: Console(force_terminal=True, **words))
+    monkeypatch.setattr(progress, "Console", lambda **words: Console(force_terminal=True, **words))
     words = ("sample", "runs/tiny", "--count", 5, "--batch-size", 3, "--out", tmp_path / "x")
     code, *_ = run(*words, *more)
     assert code == 0, more

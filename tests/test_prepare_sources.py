@@ -99,9 +99,7 @@ def test_the_same_images_have_the_same_fingerprint_from_any_source(kind, tmp_pat
     """Across tars, files and row groups; whatever the shards and the workers."""
     source = _source(kind, tmp_path)
     labelled = kind != "lmdb"
-    expected = ImageFolder(
-        str(fill(tmp_path / "f", files(COUNT))), 4, labels=labelled, batch_size=1
-    )
+    expected = ImageFolder(str(fill(tmp_path / "f", files(COUNT))), 4, labels=labelled)
     words = ["--shard-images", 4, "--workers", 2, *(["--labels"] if labelled else [])]
     assert prepare(source, tmp_path / "dest", *words, resolutions="4") == 0
     said = manifest(tmp_path / "dest")
