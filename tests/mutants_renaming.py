@@ -41,7 +41,7 @@ MUTANTS = [
         "commands/settling.py",
         "former_data",
         (
-            "config.differences(*map(_with_defaults, (before, experiment.tree)))",
+            "config.differences(*map(_with_batches, (before, experiment.tree)))",
             "config.differences(before, experiment.tree)",
         ),
     ),

@@ -73,7 +73,6 @@ MUTANTS = [
         "starting",
         ('loaded, "ema", path), frozenset())', 'loaded, "denoiser", path), frozenset())'),
         ("if unfit and not options.accept_differences:", "if False:"),
-        ("usual = {each.name", "usual = {} and {each.name"),
         ("if bool((apart > SAME).any()):", "if bool((apart > 0.5).any()):"),
         ('HARMLESS = {"classes",', 'HARMLESS = {"groups", "classes",'),
         ("if then == now and not", "if not"),
@@ -113,8 +112,13 @@ MUTANTS = [
     ),
     *at(
         "commands/parts.py",
+        "starting",
+        ("usual = {each.name", "usual = {} and {each.name"),
+    ),
+    *at(
+        "commands/parts.py",
         "commands_sampling",
-        ("    _check_guided(experiment)", "    abs(0)"),
+        ("    _check_guided(experiment, settings)", "    abs(0)"),
         ('or evaluation.get("guide") is not None', ""),
     ),
     *at(

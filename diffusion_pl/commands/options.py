@@ -243,13 +243,15 @@ def grouped(command: str, given: Mapping[str, Any], *groups: type) -> list[Any]:
     Raises:
         UserError: an option that the command does not have.
     """
+    from diffusion_pl.config.words import at_home  # help answers without it
+
     group_of = {field.name: group for group in groups for field in fields(group)}
     for name in given:
         if name not in group_of:
             known = ", ".join(sorted(group_of))
             raise UserError(f"{name}: is no option of {command}; there are {known}")
     values = {
-        name: Path(value).expanduser() if name in PATHS else value
+        name: Path(at_home(str(value), name)) if name in PATHS else value
         for name, value in given.items()
         if value is not None
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 from diffusion_pl import config
 from diffusion_pl.commands import trust
 from diffusion_pl.config import Config
+from diffusion_pl.config.annotations import signature
+from diffusion_pl.config.targets import locate
 from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.diffusion.guidance import check_guidance
 from diffusion_pl.diffusion.objective import TrainingObjective
@@ -79,19 +82,19 @@ def checked(experiment: Config) -> Config:
         ConfigError: everything that is wrong, a line each.
     """
     bind(experiment)
-    _check_trainer(experiment)
-    _check_optimizer(experiment)
-    _check_guided(experiment)
+    settings: Settings = config.build(experiment, "trainer")
+    _check_trainer(experiment, settings)
+    _check_optimizer(experiment, settings)
+    _check_guided(experiment, settings)
     return experiment
 
 
-def _check_trainer(experiment: Config) -> None:
+def _check_trainer(experiment: Config, settings: Settings) -> None:
     """See that a strategy and a profiler of Lightning's are such and fit.
 
     Raises:
         ConfigError: they do not.
     """
-    settings: Settings = config.build(experiment, "trainer")
     if settings.strategy in OURS and settings.profiler is None:
         return  # without the seconds that Lightning takes to import
     from diffusion_pl.training import adapter, strategy
@@ -110,7 +113,7 @@ def lr_schedule_of(experiment: Config) -> LRSchedule | None:
     return config.build(experiment, "lr_schedule") if there else None
 
 
-def _check_optimizer(experiment: Config) -> None:
+def _check_optimizer(experiment: Config, settings: Settings) -> None:
     """See that the weights can be moved, before all else is made ready for it.
 
     Raises:
@@ -123,7 +126,7 @@ def _check_optimizer(experiment: Config) -> None:
     except UserError as error:
         raise experiment.error("optimizer", str(error)) from error
     if (schedule := lr_schedule_of(experiment)) is not None:
-        total = config.build(experiment, "trainer").total_images(experiment.get("data.batch_size"))
+        total = settings.total_images(experiment.get("data.batch_size"))
         try:
             lr_schedule.check(schedule, optimizer, total)
         except UserError as error:
@@ -140,7 +143,7 @@ def _dimensions(experiment: Config) -> dict[str, int]:
     return {name: each.ndim for name, each in whole.named_parameters() if each.requires_grad}
 
 
-def _check_guided(experiment: Config) -> None:
+def _check_guided(experiment: Config, settings: Settings) -> None:
     """See that an evaluation with guidance has what guides, before a model is trained for it.
 
     Raises:
@@ -150,7 +153,6 @@ def _check_guided(experiment: Config) -> None:
     weight = evaluation.get("guidance", 1.0)
     if weight == 1 or evaluation.get("guide") is not None:
         return
-    settings: Settings = config.build(experiment, "trainer")
     classes: Any = meta_network(experiment).classes
     try:
         check_guidance(weight, classes=classes, label_dropout=settings.label_dropout)
@@ -171,6 +173,18 @@ def bind(experiment: Config) -> None:
         if type(value) is int and value < least:
             raise experiment.error(f"data.{key}", f"must be at least {least} (got {value})")
     trust.check_guide(experiment)
+
+
+def with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A node, as JSON holds it, with what its signature says where the node says nothing."""
+    try:
+        known = signature(locate(node.get("_target_")))
+    except ValueError:  # another package's, which is not here: only what is written counts
+        known = None
+    parameters = () if known is None else known.parameters.values()
+    usual = {each.name: each.default for each in parameters if each.default is not each.empty}
+    plain: dict[str, Any] = json.loads(json.dumps({**usual, **node}, default=str))
+    return plain
 
 
 def meta_network(experiment: Config, most: int | None = None) -> nn.Module:

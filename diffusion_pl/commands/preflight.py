@@ -183,7 +183,7 @@ def _run(found: Found, experiment: Config, settings: Settings, data: DataConfig,
     settling.check_name(run)
     settling.compare(experiment, run, None, newest)
     done = int(newest.stem) if newest else 0
-    budget = settings.steps(data.batch_size) * data.batch_size
+    budget = settings.total_images(data.batch_size)
     if newest and not done:
         raise UserError(f"{run}: holds imported weights; name another folder with --run")
     found.finished = done >= budget

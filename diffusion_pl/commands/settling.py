@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from diffusion_pl import config
 from diffusion_pl.commands import parts, runs
 from diffusion_pl.config import Config
-from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import small, write_atomically
 from diffusion_pl.names import refuse_name, shown
@@ -114,7 +112,7 @@ def compare(experiment: Config, folder: Path, start: Path | None, done: Path | N
         _refuse_lost(folder, before)
     _compare_start(folder, start, done)
     images = 0 if done is None else int(done.stem)
-    changes = config.differences(*map(_with_defaults, (before, experiment.tree)))
+    changes = config.differences(*map(_with_batches, (before, experiment.tree)))
     free = FREE | _free_rates(read, experiment, images)
     refused = [line for line in changes if not _is_free(line, free)]
     if refused:
@@ -123,7 +121,7 @@ def compare(experiment: Config, folder: Path, start: Path | None, done: Path | N
             + "\n".join(f"  {line}" for line in refused)
         )
     budget = _end_of(experiment.tree)
-    if images > (most := budget.steps(batch := _batch(experiment.tree)) * batch):
+    if images > (most := budget.total_images(_batch(experiment.tree))):
         raise UserError(
             f"{folder}: has seen {images:,} images, more than trainer.images={most}; name a budget "
             f"of at least {images}, or another folder (RUN=...)"
@@ -169,11 +167,9 @@ def _refuse_lost(folder: Path, before: Mapping[str, Any]) -> None:
         )
 
 
-def _with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _with_batches(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A config with how its batches are made where it says nothing of it."""
-    usual = {each.name: each.default for each in dataclasses.fields(DataConfig)}
-    said = {name: value for name, value in usual.items() if value is not dataclasses.MISSING}
-    return {**tree, "data": {**said, **tree["data"]}}
+    return {**tree, "data": parts.with_defaults(tree["data"])}
 
 
 def _end_of(tree: Mapping[str, Any]) -> Settings:

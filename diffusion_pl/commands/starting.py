@@ -8,7 +8,6 @@ settings of the network that change its function and no weight's shape.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from diffusion_pl import config
 from diffusion_pl.commands import parts, runs
 from diffusion_pl.commands.options import TrainOptions
 from diffusion_pl.config import Config
-from diffusion_pl.config.annotations import signature
-from diffusion_pl.config.targets import locate
 from diffusion_pl.diffusion.objective import TrainingObjective, trained_range
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.diffusion.schedules import LogUniform
@@ -90,21 +87,9 @@ def weights(run: Path, experiment: Config, options: TrainOptions, leads: bool) -
 
 def _network(tree: Mapping[str, Any], experiment: Config) -> list[str]:
     """The settings in which the networks differ though their weights may fit, a line each."""
-    old, new = (_with_defaults(node) for node in (tree["network"], experiment.tree["network"]))
+    old, new = (parts.with_defaults(node) for node in (tree["network"], experiment.tree["network"]))
     lines = config.differences({"network": old}, {"network": new})
     return [line for line in lines if line.split(":")[0].split(".")[1] not in HARMLESS]
-
-
-def _with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A network's node with what its signature says where the node says nothing."""
-    try:
-        known = signature(locate(node.get("_target_")))
-    except ValueError:  # another package's, which is not here: only what is written counts
-        known = None
-    parameters = () if known is None else known.parameters.values()
-    usual = {each.name: each.default for each in parameters if each.default is not each.empty}
-    plain: dict[str, Any] = json.loads(json.dumps({**usual, **node}, default=str))
-    return plain
 
 
 def _coefficients(

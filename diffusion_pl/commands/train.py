@@ -133,8 +133,7 @@ def _train(
     leads = lock is not None
     latest = checkpoints.newest_sound(folder / "checkpoints", mend=leads)
     changes = settling.compare(experiment, folder, options.start, latest) if leads else []
-    batch_size = experiment.get("data.batch_size")
-    budget = settings.steps(batch_size) * batch_size
+    budget = settings.total_images(experiment.get("data.batch_size"))
     done = int(latest.stem) if latest else 0
     if done >= budget and is_evaluated(folder, config.build(experiment, "evaluation"), done):
         if not leads:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from dataclasses import KW_ONLY, dataclass
@@ -27,7 +26,7 @@ from diffusion_pl.data.shard_images import ShardImages
 from diffusion_pl.data.tars import Tars
 from diffusion_pl.errors import UserError
 from diffusion_pl.io import cache as remote
-from diffusion_pl.io.files import nearest, regular
+from diffusion_pl.io.files import nearest, regular, sha256_of
 from diffusion_pl.progress import reported
 
 _SETS = "sets"
@@ -176,9 +175,8 @@ class Shards:
         """Whether the index and local shards are those described; the labels."""
         index = images.folder / INDEX
         images.index  # noqa: B018 - an absent or foreign index is told first
-        with regular(index).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != manifest.index_sha256:
-                raise UserError(f"{index}: changed since the data was prepared; prepare it again")
+        if sha256_of(index) != manifest.index_sha256:
+            raise UserError(f"{index}: changed since the data was prepared; prepare it again")
         if images.tars.cache is None:
             for number, shard in enumerate(manifest.shards):
                 _check_size(images.tars.name(number), shard.bytes)

@@ -22,6 +22,7 @@ import torch
 from diffusion_pl import __version__, config, locks, ranks
 from diffusion_pl.errors import UserError
 from diffusion_pl.images import ImageDataset
+from diffusion_pl.io.files import sha256_of
 from diffusion_pl.training.history import History
 
 # Where a machine keeps what is compared by its content, or what no number depends on.
@@ -92,7 +93,7 @@ def code_of(tree: Mapping[str, Any]) -> str:
     for name in sorted(own):
         file = getattr(sys.modules.get(name), "__file__", None)
         if name.split(".")[0] not in ("diffusion_pl", "torch") and file:
-            parts.append(f"{name} {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]}")
+            parts.append(f"{name} {sha256_of(Path(file))[:12]}")
     return ", ".join(parts)
 
 
