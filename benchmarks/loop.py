@@ -26,10 +26,10 @@ from diffusion_pl.metrics import shapes
 from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Sampler
-from diffusion_pl.signals import Wish
+from diffusion_pl.signals import StopRequest
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.run import Experiment, fit
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import TrainerConfig
 
 BATCH = 8
 STEPS = 500
@@ -86,7 +86,7 @@ def ours(data: Synthetic) -> float:
         name="loop",
         config={},
         seed=0,
-        settings=Settings(
+        settings=TrainerConfig(
             images=images,
             checkpoint_every=images,
             log_every=50 * BATCH,
@@ -103,7 +103,7 @@ def ours(data: Synthetic) -> float:
         evaluation=Evaluation(every=images, count=2, grid=1),
     )
     with tempfile.TemporaryDirectory() as folder:
-        fit(made, Path(folder), Path(folder) / "references", Wish())
+        fit(made, Path(folder), Path(folder) / "references", StopRequest())
         rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()[1:]
     speeds = [json.loads(row)["images_per_second"] for row in rows if "loss" in row]
     return BATCH / median(speeds)

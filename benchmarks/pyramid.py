@@ -28,7 +28,7 @@ from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.consistency import consistent, nearest
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.resizing import resized
-from diffusion_pl.evaluation import Drawing, batches
+from diffusion_pl.evaluation import ImageGenerator, batches
 from diffusion_pl.images import from_bytes, grid, save_png, to_bytes
 from diffusion_pl.metrics import real_images, shapes
 from diffusion_pl.metrics.frechet import distance_to
@@ -80,9 +80,9 @@ class Bench:
 
     def drawn(self, sampler: PyramidSampler, side: int) -> tuple[Tensor, float]:
         """COUNT images, and the processor's seconds an image."""
-        drawing = Drawing(self.model.denoiser, sampler, (3, side, side))
+        generator = ImageGenerator(self.model.denoiser, sampler, (3, side, side))
         began = time.process_time()
-        images = [drawing.images(indices)[0] for indices in batches(range(COUNT), BATCH)]
+        images = [generator.images(indices)[0] for indices in batches(range(COUNT), BATCH)]
         return torch.cat(images), (time.process_time() - began) / COUNT
 
     def restarts(self, restarts: Sequence[Any] = (None, *RESTARTS)) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from diffusion_pl.commands.options import (
 )
 from diffusion_pl.config.targets import locate
 from diffusion_pl.errors import UserError
-from diffusion_pl.signals import RESUMABLE, Stopped, Wish
+from diffusion_pl.signals import RESUMABLE, StopError, StopRequest
 
 if TYPE_CHECKING:  # the heavy ones are imported where something is built
     import torch
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # the heavy ones are imported where something is built
     from lightning.pytorch.loggers import Logger
 
     from diffusion_pl.diffusion.preconditioning import Denoiser
-    from diffusion_pl.evaluation import Drawing
+    from diffusion_pl.evaluation import ImageGenerator
     from diffusion_pl.training.module import DiffusionModule
     from diffusion_pl.training.run_data import RunData
 
@@ -281,16 +281,16 @@ def train(
     what = exp if isinstance(exp, Experiment) else experiment(exp)
     folder = Path(run) if run is not None else parts.RUNS / what.name
     (chosen,) = grouped("train", {"start": start, **options}, TrainOptions)
-    with Wish() as wish:
+    with StopRequest() as stop_request:
         try:
             result = command.train(
-                what.config, folder, wish, chosen, callbacks=callbacks, loggers=loggers
+                what.config, folder, stop_request, chosen, callbacks=callbacks, loggers=loggers
             )
             code = result.code
-        except Stopped:
-            wish.mark_before_steps(folder)
+        except StopError:
+            stop_request.mark_before_steps(folder)
             code = RESUMABLE
-        stopped = wish.name
+        stopped = stop_request.name
     if not command.leads_run(config.build(what.config, "trainer")):
         raise SystemExit(code)
     if code:
@@ -400,9 +400,9 @@ class Run:
 
         if count < 1 or first < 0:
             raise UserError(f"count: must be positive, first at least 0 (got {count}, {first})")
-        drawing = self._drawing("sample", options, label=label)
+        generator = self._drawing("sample", options, label=label)
         pieces = batches(range(first, first + count), batch_size)
-        return torch.cat([drawing.images(piece)[0].cpu() for piece in pieces])
+        return torch.cat([generator.images(piece)[0].cpu() for piece in pieces])
 
     def evaluate(
         self,
@@ -433,8 +433,8 @@ class Run:
         how, of_run, wanted, features = grouped(
             "evaluate", given, SamplerOptions, RunOptions, MetricOptions, FeatureOptions
         )
-        drawing = runs.drawing_of(self.model, how, of_run).drawing
-        opened = runs.Opened(self.folder, self.model, drawing)
+        generator = runs.drawing_of(self.model, how, of_run).generator
+        opened = runs.OpenedRun(self.folder, self.model, generator)
         rows: list[dict[str, Any]] = evaluate.measured(opened, blocks, of_run, wanted, features)[
             "measures"
         ]
@@ -473,22 +473,22 @@ class Run:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             got = f"{images.dtype} {tuple(images.shape)}"
             raise UserError(f"images: must be uint8 (N, 3, h, w) (got {got})")
-        drawing = self._drawing("enlarge", options, label=label)
-        side = drawing.shape[1] if to is None else to
+        generator = self._drawing("enlarge", options, label=label)
+        side = generator.shape[1] if to is None else to
         found = []
         for number, image in enumerate(images):
             where = Path(f"images[{number}]")
-            task = enlarge.task_of(image, where, drawing, side, restart, consistent)
+            task = enlarge.task_of(image, where, generator, side, restart, consistent)
             indices = [number * enlarge.VARIATIONS]
-            found.append(enlarge.enlarged(drawing, task, indices, consistent)[0])
+            found.append(enlarge.enlarged(generator, task, indices, consistent)[0])
         return torch.cat(found)
 
-    def _drawing(self, command: str, given: Mapping[str, Any], **further: Any) -> Drawing:
+    def _drawing(self, command: str, given: Mapping[str, Any], **further: Any) -> ImageGenerator:
         """How images are sampled from the run, as a command's options say."""
         from diffusion_pl.commands import runs
 
         how, options = grouped(command, {**self._asked, **given}, SamplerOptions, RunOptions)
-        return runs.drawing_of(self.model, how, options, **further).drawing
+        return runs.drawing_of(self.model, how, options, **further).generator
 
     def __repr__(self) -> str:
         return f"<Run {self.folder}, {self.images_seen:,} images>"

@@ -35,7 +35,7 @@ from diffusion_pl.commands.safety import refuse_unsafe
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import of_the_machine
 from diffusion_pl.names import refuse_controls, shown
-from diffusion_pl.signals import RESUMABLE, Stopped, Wish, is_later_rank
+from diffusion_pl.signals import RESUMABLE, StopError, StopRequest, is_later_rank
 
 COMMANDS = (
     "prepare", "train", "launch", "sample", "evaluate", "reference", "sweep", "replay", "losses",
@@ -81,14 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(shown(f"{call.command}: interrupted{more}"), file=sys.stderr)
             return INTERRUPTED
     faulthandler.enable(file=2)  # a crash below Python shows where it was
-    with Wish() as wish:  # first of all: a signal while it starts must not lose the run's place
-        call.keywords["wish"] = wish
+    # First of all: a signal while it starts must not lose the run's place.
+    with StopRequest() as stop_request:
+        call.keywords["stop_request"] = stop_request
         try:
             return _run(call)
-        except Stopped:
+        except StopError:
             run = call.keywords.get("run") or Path("runs") / Path(call.words[0]).stem
             try:
-                wish.mark_before_steps(run)
+                stop_request.mark_before_steps(run)
             except UserError as error:
                 return _bad(error)
             print(

@@ -49,11 +49,11 @@ def is_later_rank() -> bool:
     return any(os.environ.get(name, "0") != "0" for name in names)
 
 
-class Stopped(BaseException):
+class StopError(BaseException):
     """The process was told to stop before it made a step; no Exception, so that nobody mends it."""
 
 
-class Wish:
+class StopRequest:
     """Whether this process was told to stop, while the `with` lasts."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Wish:
         self.patient = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Wish:
+    def __enter__(self) -> StopRequest:
         self.listen()
         return self
 
@@ -87,7 +87,7 @@ class Wish:
             os._exit(128 + number)  # the second Ctrl-C means now
         again, self.signal = self.signal is not None, number
         if not self.patient and not again:
-            raise Stopped
+            raise StopError
 
     @property
     def name(self) -> str:

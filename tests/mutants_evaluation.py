@@ -44,12 +44,12 @@ MUTANTS = [
     *at(
         "evaluation/cost.py",
         "evaluation",
-        ("self.images * (self.drawing + self.features)", "self.images * self.drawing"),
+        ("self.images * (self.sampling + self.features)", "self.images * self.sampling"),
         ("if settings.metrics else 0.0", "if True else 0.0"),
         ("calls * seconds_at(side)", "seconds_at(side) * 0"),
     ),
     *at(
-        "evaluation/drawing.py",
+        "evaluation/generator.py",
         "evaluation guidance",
         ("counted[x.shape[-1]] += len(x)", "counted[x.shape[-1]] += 1"),
         ('ImageNoise(self.seed, indices, "latent")', 'ImageNoise(0, indices, "latent")'),
@@ -62,7 +62,7 @@ MUTANTS = [
         ("if not torch.isfinite(drawn).all():", "if False:"),
     ),
     *at(
-        "evaluation/given.py",
+        "evaluation/image_files.py",
         "evaluation_given",
         ("if max(indices) >= len(self.real):", "if max(indices) > len(self.real):"),
     ),

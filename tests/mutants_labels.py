@@ -108,7 +108,7 @@ MUTANTS = [
     *at(
         "commands/runs.py",
         "class_names",
-        ('        drawing["label"] = class_of(', "        class_of("),
+        ('        generator["label"] = class_of(', "        class_of("),
         ("dropped, names)", "dropped)"),
     ),
     *at(

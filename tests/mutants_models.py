@@ -100,6 +100,6 @@ MUTANTS = [
     *at(
         "commands/progressive.py",
         "commands_models",
-        ('ImageNoise(drawing.seed, indices, "latent")', 'ImageNoise(1, indices, "latent")'),
+        ('ImageNoise(generator.seed, indices, "latent")', 'ImageNoise(1, indices, "latent")'),
     ),
 ]  # fmt: skip

@@ -30,8 +30,8 @@ MUTANTS = [
     *at(
         "commands/sample.py",
         "newcomer",
-        ("count * sum(drawing.calls().values())", "count"),
-        ("[] if drawing.guide is None else [drawing.guide.denoiser]", "[]"),
+        ("count * sum(generator.calls().values())", "count"),
+        ("[] if generator.guide is None else [generator.guide.denoiser]", "[]"),
     ),
     *at(
         "commands/train.py",

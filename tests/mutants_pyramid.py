@@ -74,7 +74,7 @@ MUTANTS = [
         "commands/enlarge.py",
         "enlarge",
         ("number * VARIATIONS + variation", "variation"),
-        ('ImageNoise(drawing.seed, indices, "latent")', 'ImageNoise(0, indices, "latent")'),
+        ('ImageNoise(generator.seed, indices, "latent")', 'ImageNoise(0, indices, "latent")'),
         ("consistent_with(counted, picture) if agree else counted", "counted"),
         ("nearest(image, picture) if agree else image", "image + 0.1"),
         ("if side >= to:", "if side > to:"),

@@ -26,7 +26,7 @@ MUTANTS = [
         "training/run.py",
         "stopping exact",
         ("if stop.stopped and trainer.is_global_zero:", "if trainer.is_global_zero:"),
-        ("experiment.seed, wish.wait_for_steps", "on_read=wish.listen"),
+        ("experiment.seed, stop_request.wait_for_steps", "on_read=stop_request.listen"),
         ("if not trainer.strategy.broadcast(done):", "if False:"),
     ),
     *at(

@@ -1,4 +1,4 @@
-"""Bugs at the joints of drawing: options against the run, the likelihood's own grid and chain."""
+"""Bugs at the joints of sampling: options against the run, the likelihood's own grid and chain."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MUTANTS = [
         ("SamplerOptions(guidance=1.0,", "SamplerOptions(guidance=1.0, steps=sampling.steps,"),
         ("min(TOLERANCE, error)", "1.0"),
         ("measure(steps // 2), measure", "measure(steps), measure"),
-        ("images.classes != drawing.classes:", "False:"),
-        ("grid(trained_range(opened.model.objective), steps)", "opened.drawing.sampler.sigmas()"),
+        ("images.classes != generator.classes:", "False:"),
+        ("grid(trained_range(opened.model.objective), steps)", "opened.generator.sampler.sigmas()"),
     ),
     *at(
         "diffusion/objective.py",

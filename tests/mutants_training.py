@@ -6,7 +6,7 @@ from mutant import at
 
 MUTANTS = [
     *at(
-        "evaluation/drawing.py",
+        "evaluation/generator.py",
         "calls",
         ("self._draw(_rehearsed(self.denoiser, counted), guide, [0])",
          "self._draw(_rehearsed(self.denoiser, counted), None, [0])"),

@@ -15,7 +15,7 @@ from torch import nn
 from diffusion_pl.diffusion.guidance import Guide
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.diffusion.schedules import Rho
-from diffusion_pl.evaluation import Drawing
+from diffusion_pl.evaluation import ImageGenerator
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.pyramid import PyramidSampler
@@ -43,12 +43,12 @@ class Telling(nn.Module):
         return self.gain * torch.cat([x, x[:, : self.more]], dim=1)
 
 
-def drawing(sampler, *, classes=0, more=3, guided_by=None, **options):
+def generator(sampler, *, classes=0, more=3, guided_by=None, **options):
     if guided_by is not None:
         guide = Denoiser(Telling(classes, guided_by), Karras(0.5))
         options |= {"guide": Guide("runs/bad", guide), "guidance": 2.0}
     denoiser = Denoiser(Telling(classes, more), Karras(0.5))
-    return Drawing(denoiser, sampler, (3, 16, 16), classes=classes, **options)
+    return ImageGenerator(denoiser, sampler, (3, 16, 16), classes=classes, **options)
 
 
 @pytest.mark.parametrize("sampler", [LEARNED, CHURN])
@@ -66,7 +66,7 @@ def drawing(sampler, *, classes=0, more=3, guided_by=None, **options):
 )
 def test_the_calls_that_are_foreseen_are_those_that_are_made(sampler, options):
     for made in (sampler, PyramidSampler(sampler, [0.5, 1], restart=0.5)):
-        before = drawing(made, **options)
+        before = generator(made, **options)
         _, evaluations = before.images([0])
         ran = before.denoiser.network.ran
         foreseen = before.calls()
@@ -77,7 +77,7 @@ def test_the_calls_that_are_foreseen_are_those_that_are_made(sampler, options):
 
 def test_what_the_network_cannot_answer_is_said_when_it_is_foreseen():
     with pytest.raises(ValueError, match="gives no variance: it has 3 output channels, 6 are"):
-        drawing(LEARNED, more=0).calls()
+        generator(LEARNED, more=0).calls()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from diffusion_pl.commands.import_ import experiment_of
 from diffusion_pl.diffusion.guidance import check_guidance
 from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.diffusion.timesteps import LinearBetas
-from diffusion_pl.evaluation import Drawing
+from diffusion_pl.evaluation import ImageGenerator
 from diffusion_pl.interop import edm
 from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.objectives.edm_iddpm import nearest
@@ -82,7 +82,7 @@ def test_another_sampler_replaces_the_integrator_alone(run, name, integrate):
     model = runs.open_model(Path("runs/tiny"))
     schedule = LinearBetas(20, 1e-3, 0.4)
     sampler = Sampler(integrate, schedule, 20, clip=True, unit_start=True)
-    images, _ = Drawing(model.denoiser, sampler, (3, 8, 8), classes=8).images(range(3))
+    images, _ = ImageGenerator(model.denoiser, sampler, (3, 8, 8), classes=8).images(range(3))
     assert np.array_equal(drawn(result), images.permute(0, 2, 3, 1).numpy())
 
 

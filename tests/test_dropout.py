@@ -20,7 +20,7 @@ from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.masks import DropoutMasks
 from diffusion_pl.training.module import DiffusionModule
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import TrainerConfig
 
 NETWORKS = {
     "song": partial(SongUNet, model_channels=8, channel_mult=(1, 2), blocks=1, attention=(8,)),
@@ -53,7 +53,7 @@ def module(name="song", *, dropout=0.3, seed=0, **settings):
         EDM(),
         partial(torch.optim.Adam, lr=1e-3),
         EMA(10),
-        Settings(images=1, checkpoint_every=1, **settings),
+        TrainerConfig(images=1, checkpoint_every=1, **settings),
         batch_size=8,
         resolution=16,
         seed=seed,
@@ -205,7 +205,7 @@ class Foreign(nn.Module):
 
 def test_other_dropout_is_drawn_anew_for_every_step_and_the_same_when_a_step_is_made_again():
     torch.manual_seed(0)
-    settings = Settings(images=1, checkpoint_every=1)
+    settings = TrainerConfig(images=1, checkpoint_every=1)
     made = DiffusionModule(
         Foreign(), EDM(), partial(torch.optim.Adam, lr=1e-3), EMA(10), settings,
         batch_size=8, resolution=16,

@@ -33,7 +33,7 @@ from diffusion_pl.networks.edm2_layers import (
 from diffusion_pl.networks.edm2_unet import Block, EDM2UNet
 from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.objectives.edm2 import EDM2
-from diffusion_pl.signals import Wish
+from diffusion_pl.signals import StopRequest
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import sharding
 from diffusion_pl.training.run import fit
@@ -260,7 +260,7 @@ def test_a_training_run_stores_normalised_weights(tmp_path):
                 layer.weight.mul_(30)
     settings = {"label_dropout": 0.0, "checkpoint_every": 8}
     made = experiment(16, network=network, objective=EDM2(channels=4), settings=settings)
-    fit(made, tmp_path, tmp_path / "references", Wish())
+    fit(made, tmp_path, tmp_path / "references", StopRequest())
     state = checkpoints.load(checkpoints.latest(tmp_path / "checkpoints"))["state_dict"]
     weights = [value for key, value in state.items()
                if key.startswith("denoiser.") and key.endswith("weight")]  # fmt: skip

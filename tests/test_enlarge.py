@@ -186,7 +186,7 @@ def test_what_is_of_one_size_takes_a_pyramids_base_only_if_told(run, words, tmp_
     out = () if words[0] == "likelihood" else ("--out", tmp_path / "out")
     code, result, err = run(*words, *out)
     assert code == 2 and not result
-    assert err.startswith(f"error: {words[0]}: the run draws over 3 sizes, and this is of one")
+    assert err.startswith(f"error: {words[0]}: the run samples over 3 sizes, this is of one")
     assert "--base-alone" in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
     code, _, err = run(*words, *out, "--base-alone")
     assert code == 0, err

@@ -14,7 +14,7 @@ from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.schedules import Rho
-from diffusion_pl.evaluation import Drawing, Evaluation, evaluate, reference_of
+from diffusion_pl.evaluation import Evaluation, ImageGenerator, evaluate, reference_of
 from diffusion_pl.evaluation.blocks import evaluate_blocks
 from diffusion_pl.evaluation.cost import Cost, estimate
 from diffusion_pl.evaluation.measuring import Pieces
@@ -48,50 +48,50 @@ class Tinted(nn.Module):
         return 0.3 * x + tint
 
 
-def drawing(sampler=CHURN, **options):
+def generator(sampler=CHURN, **options):
     denoiser = Denoiser(Tinted(), Karras(0.5))
     usual = {"classes": 4, "label_dropout": 0.1}
-    return Drawing(denoiser, sampler, (3, 16, 16), **(usual | options))
+    return ImageGenerator(denoiser, sampler, (3, 16, 16), **(usual | options))
 
 
 def test_an_image_depends_on_seed_and_index_alone():
-    whole, _ = drawing().images(range(6))
-    one, _ = drawing().images([4])
-    shuffled, _ = drawing().images([5, 0, 4])
+    whole, _ = generator().images(range(6))
+    one, _ = generator().images([4])
+    shuffled, _ = generator().images([5, 0, 4])
     assert torch.equal(one[0], whole[4])
     assert torch.equal(shuffled, whole[[5, 0, 4]])
     assert not torch.equal(whole[0], whole[1])
-    other, _ = drawing(seed=1).images([4])
+    other, _ = generator(seed=1).images([4])
     assert not torch.equal(other[0], whole[4])
 
 
 def test_the_first_noise_is_the_seeds_too():
     quiet = Sampler(heun, Rho(), 4)  # draws no noise of its own
-    one, other = (drawing(quiet, seed=seed, classes=0).images([4])[0] for seed in (0, 1))
+    one, other = (generator(quiet, seed=seed, classes=0).images([4])[0] for seed in (0, 1))
     assert not torch.equal(one, other)
 
 
 def test_labels_are_uniform_and_belong_to_the_index():
-    labels = drawing().labels(range(4000))
+    labels = generator().labels(range(4000))
     counts = torch.bincount(labels, minlength=4)
     assert counts.min() > 900  # 1000 expected, a standard deviation is 27
-    assert torch.equal(drawing().labels([7, 3]), labels[[7, 3]])
-    assert drawing(classes=0).labels([0]) is None
+    assert torch.equal(generator().labels([7, 3]), labels[[7, 3]])
+    assert generator(classes=0).labels([0]) is None
 
 
 def test_a_given_label_is_every_images():
-    dark, _ = drawing(label=0).images(range(4))
-    bright, _ = drawing(label=3).images(range(4))
+    dark, _ = generator(label=0).images(range(4))
+    bright, _ = generator(label=3).images(range(4))
     assert (bright.float().mean(dim=(1, 2, 3)) > dark.float().mean(dim=(1, 2, 3))).all()
 
 
 def test_an_evaluation_is_one_image_seen_once_by_the_network():
-    assert drawing().images([0])[1] == 7  # 2 x 4 - 1
-    assert drawing(guidance=2.0).images([0, 1])[1] == 14  # with the label and without
+    assert generator().images([0])[1] == 7  # 2 x 4 - 1
+    assert generator(guidance=2.0).images([0, 1])[1] == 14  # with the label and without
 
 
 def test_bytes_are_what_is_drawn():
-    images, _ = drawing().images([0, 1])
+    images, _ = generator().images([0, 1])
     assert images.dtype == torch.uint8
     assert images.shape == (2, 3, 16, 16)
 
@@ -106,11 +106,11 @@ def test_bytes_are_what_is_drawn():
 )
 def test_conditions_that_the_model_lacks_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        drawing(**options)
+        generator(**options)
 
 
 def test_images_that_are_not_finite_are_never_measured():
-    made = drawing()
+    made = generator()
     with torch.no_grad():
         made.denoiser.network.tint.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
@@ -132,7 +132,7 @@ def measured(tmp_path_factory):
         defaults = {"count": 100, "metrics": ALL, "batch_size": 100, "grid": 9}
         settings = Evaluation(every=1, **(defaults | options))
         reference = reference_of(images, settings, extractor, folder, torch.device("cpu"))
-        return measure(drawn or drawing(), settings, extractor, reference, **more)
+        return measure(drawn or generator(), settings, extractor, reference, **more)
 
     return run
 
@@ -151,7 +151,7 @@ def test_numbers_do_not_depend_on_the_batch_size(measured, batch_size):
 
 
 def test_images_are_handed_on_by_whole_tiles_from_the_first_on():
-    drawn = drawing()
+    drawn = generator()
     for batch_size in (1, 20, 100):
         pieces = list(Pieces(drawn, range(5, 80), batch_size))
         assert [piece.start for piece in pieces] == [5, 5 + TILE, 5 + 2 * TILE]
@@ -163,9 +163,9 @@ def test_images_are_handed_on_by_whole_tiles_from_the_first_on():
 
 def test_the_grid_is_of_the_first_images_measured(measured):
     _, shown = measured(grid=40, metrics=())  # a tile and a part of one
-    assert torch.equal(shown, drawing().images(range(40))[0])
+    assert torch.equal(shown, generator().images(range(40))[0])
     _, shown = measured(grid=9, metrics=(), first=100)
-    assert torch.equal(shown, drawing().images(range(100, 109))[0])
+    assert torch.equal(shown, generator().images(range(100, 109))[0])
 
 
 @pytest.mark.parametrize(("rank", "tiles"), [(0, [TILE, TILE]), (1, [TILE, TILE]), (2, [TILE])])
@@ -213,7 +213,7 @@ def test_blocks_are_disjoint_and_their_mean_least_and_spread_are_given(measured)
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(measured):
-    made = drawing()
+    made = generator()
     with torch.no_grad():
         made.denoiser.network.tint.fill_(float("nan"))  # drawing would fail otherwise
     for options, message in (
@@ -239,18 +239,18 @@ def test_a_reference_file_takes_the_place_of_the_data(measured, tmp_path):
 
 
 def test_the_cost_is_the_calls_at_every_size_times_their_seconds():
-    made = drawing()
+    made = generator()
     assert made.calls() == {16: 7}
-    assert drawing(guidance=2.0).calls() == {16: 14}
+    assert generator(guidance=2.0).calls() == {16: 14}
     pyramid = PyramidSampler(CHURN, levels=[8, 16], restart=0.5)
-    calls = drawing(sampler=pyramid).calls()
+    calls = generator(sampler=pyramid).calls()
     assert calls[8] == 7 and 0 < calls[16] <= 7
     settings = Evaluation(every=1, count=100, metrics=(Frechet(),))
     cost = estimate(made, settings, shapes.load())
     assert cost.images == 100
-    assert cost.drawing > 0 and cost.features > 0
-    assert cost.seconds == pytest.approx(100 * (cost.drawing + cost.features))
-    said = str(dataclasses.replace(cost, drawing=1e-3, features=2e-3))
+    assert cost.sampling > 0 and cost.features > 0
+    assert cost.seconds == pytest.approx(100 * (cost.sampling + cost.features))
+    said = str(dataclasses.replace(cost, sampling=1e-3, features=2e-3))
     assert "about 0 s each here: 100 images a process, 1 ms to draw one, 2 ms to" in said
     assert "about 4 min each" in str(Cost(1000, 0.2, 0.04))
     assert estimate(made, Evaluation(every=1, count=100), shapes.load()).features == 0

@@ -8,7 +8,7 @@ import torch
 
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.evaluation import Evaluation, evaluate
-from diffusion_pl.evaluation.given import Given
+from diffusion_pl.evaluation.image_files import ImageFiles
 from diffusion_pl.evaluation.pareto import pareto
 from diffusion_pl.metrics import real_images, shapes
 from diffusion_pl.metrics.frechet import Frechet
@@ -24,7 +24,7 @@ def real():
 
 def test_the_data_itself_is_no_distance_from_itself(real):
     extractor = shapes.load()
-    given = Given(real, "here", CPU)
+    given = ImageFiles(real, "here", CPU)
     settings = Evaluation(every=1, count=60, metrics=(Frechet(),))
     rows, shown = evaluate(given, settings, extractor, real_images.compute(real, extractor))
     assert rows[0]["value"] < 1e-6
@@ -34,7 +34,7 @@ def test_the_data_itself_is_no_distance_from_itself(real):
 
 
 def test_more_images_than_there_are_is_one_line(real):
-    given = Given(real, "here", CPU)
+    given = ImageFiles(real, "here", CPU)
     settings = Evaluation(every=1, count=61, metrics=(Frechet(),))
     extractor = shapes.load()
     with pytest.raises(ValueError, match="here: has 60 images, 61 are asked for"):
@@ -44,7 +44,7 @@ def test_more_images_than_there_are_is_one_line(real):
 def test_images_of_another_size_than_the_reference_are_refused(real):
     extractor = shapes.load()
     reference = real_images.compute(real, extractor)
-    given = Given(Synthetic(60, 32).open(), "here", CPU)
+    given = ImageFiles(Synthetic(60, 32).open(), "here", CPU)
     settings = Evaluation(every=1, count=60, metrics=(Frechet(),))
     with pytest.raises(ValueError, match="resolution is 16, the evaluation has 32"):
         evaluate(given, settings, extractor, reference)

@@ -12,7 +12,7 @@ from torch import nn
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.diffusion.schedules import Rho
-from diffusion_pl.evaluation import Drawing, Evaluation, evaluate, reference_of
+from diffusion_pl.evaluation import Evaluation, ImageGenerator, evaluate, reference_of
 from diffusion_pl.metrics import shapes
 from diffusion_pl.metrics.density_coverage import DensityCoverage
 from diffusion_pl.metrics.frechet import Frechet
@@ -43,13 +43,13 @@ def measure(rank, world_size, folder, batch_size):
     """Rows of one evaluation, and its grid, as plain lists."""
     torch.manual_seed(0)
     sampler = Sampler(partial(heun, S_churn=10.0), Rho(), 4)
-    drawing = Drawing(Denoiser(Smooth(), Karras(0.5)), sampler, (3, 16, 16), classes=3)
+    generator = ImageGenerator(Denoiser(Smooth(), Karras(0.5)), sampler, (3, 16, 16), classes=3)
     settings = Evaluation(every=1, count=COUNT, metrics=METRICS, batch_size=batch_size, grid=100)
     extractor = shapes.load()
     images = Synthetic(170, 16).open()
     cache = folder / f"references-{world_size}-{batch_size}"
     reference = reference_of(images, settings, extractor, cache, torch.device("cpu"))
-    rows, shown = evaluate(drawing, settings, extractor, reference)
+    rows, shown = evaluate(generator, settings, extractor, reference)
     values = {row["name"]: row["value"] for row in rows} | {"bias": rows[0]["bias"]}
     return {"values": values, "ranks": rows[0]["ranks"], "grid": shown.flatten().tolist()}
 

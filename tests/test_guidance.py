@@ -19,7 +19,7 @@ from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Counted, Recorded
 from diffusion_pl.diffusion.schedules import Rho, levels
-from diffusion_pl.evaluation import Drawing
+from diffusion_pl.evaluation import ImageGenerator
 from diffusion_pl.samplers.euler import euler
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Sampler
@@ -133,8 +133,10 @@ class Plain(nn.Module):
         return self.gain * x
 
 
-def drawing(**options):
-    return Drawing(Denoiser(Plain(), Karras(0.5)), Sampler(heun, Rho(), 4), (3, 6, 6), **options)
+def generator(**options):
+    return ImageGenerator(
+        Denoiser(Plain(), Karras(0.5)), Sampler(heun, Rho(), 4), (3, 6, 6), **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,16 +150,16 @@ def drawing(**options):
 )
 def test_a_guide_that_does_not_fit_is_refused(network, weight, message):
     with pytest.raises(ValueError, match=f"runs/bad: .*{message}"):
-        drawing(guidance=weight, guide=Guide("runs/bad", Denoiser(network, Karras(0.5))))
+        generator(guidance=weight, guide=Guide("runs/bad", Denoiser(network, Karras(0.5))))
 
 
 def test_images_drawn_with_a_guide_cost_both_networks():
     guide = Guide("runs/bad", Denoiser(Plain(), Karras(0.5)))
-    plain, seven = drawing().images([0, 1])
-    images, evaluations = drawing(guidance=3.0, guide=guide).images([0, 1])
+    plain, seven = generator().images([0, 1])
+    images, evaluations = generator(guidance=3.0, guide=guide).images([0, 1])
     assert (seven, evaluations) == (7, 14)  # 2 x 4 - 1 of each
     assert torch.equal(images, plain)  # the same weights: nothing to extrapolate
-    first = drawing(guidance=3.0, guide=guide, guidance_interval=(1.0, 1e9)).images([0, 1])[1]
+    first = generator(guidance=3.0, guide=guide, guidance_interval=(1.0, 1e9)).images([0, 1])[1]
     above = sum(sigma > 1 for sigma in levels(Rho(), 4).tolist())
     assert first == 7 + 2 * above - 1  # Heun asks twice at every level but the first
 

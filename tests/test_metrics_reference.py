@@ -20,7 +20,7 @@ from diffusion_pl.metrics.shapes import Shapes
 
 
 @dataclass(frozen=True)
-class Given:
+class ImageFiles:
     """Images at hand."""
 
     images: Tensor
@@ -38,7 +38,7 @@ class Given:
         return self.images[indices]
 
 
-class Untouchable(Given):
+class Untouchable(ImageFiles):
     """Images that must not be asked for."""
 
     def read(self, indices: Tensor) -> Tensor:
@@ -73,23 +73,23 @@ def extractor() -> Shapes:
 
 
 @pytest.fixture(scope="module")
-def images() -> Given:
-    return Given(draw(2 * TILE + 6))
+def images() -> ImageFiles:
+    return ImageFiles(draw(2 * TILE + 6))
 
 
 @pytest.fixture(scope="module")
-def computed(extractor: Shapes, images: Given) -> Reference:
+def computed(extractor: Shapes, images: ImageFiles) -> Reference:
     return real_images.compute(images, extractor)
 
 
 @pytest.fixture(scope="module")
-def full(images: Given) -> Reference:
+def full(images: ImageFiles) -> Reference:
     """With all that a reference may have."""
     return real_images.compute(images, Corners(), keep=True)
 
 
 def test_statistics_are_numpy_s_in_float64(
-    extractor: Shapes, images: Given, computed: Reference
+    extractor: Shapes, images: ImageFiles, computed: Reference
 ) -> None:
     pooled = extractor(images.images).pooled.double().numpy()
     np.testing.assert_allclose(computed.mean, pooled.mean(axis=0), rtol=1e-6)
@@ -101,7 +101,7 @@ def test_statistics_are_numpy_s_in_float64(
     assert (computed.spatial, computed.features) == (None, None)
 
 
-def test_spatial_moments_are_numpy_s_too(images: Given, full: Reference) -> None:
+def test_spatial_moments_are_numpy_s_too(images: ImageFiles, full: Reference) -> None:
     values = images.images[:, :, :2, :2].flatten(1).double().numpy() / 255
     assert full.spatial is not None
     np.testing.assert_allclose(full.spatial.mean, values.mean(axis=0), rtol=1e-6)
@@ -111,7 +111,7 @@ def test_spatial_moments_are_numpy_s_too(images: Given, full: Reference) -> None
     assert (full.spatial.count, full.pooled.count) == (len(images), len(images))
 
 
-def test_an_extractor_always_sees_tiles_of_one_size(images: Given) -> None:
+def test_an_extractor_always_sees_tiles_of_one_size(images: ImageFiles) -> None:
     extractor = Corners()
     real_images.compute(images, extractor)
     # The first tile gives the point that moments are summed about.
@@ -128,13 +128,13 @@ def test_a_source_of_data_can_be_measured(extractor: Shapes) -> None:
     assert torch.equal(known.features, expected)
 
 
-def test_progress_counts_images(extractor: Shapes, images: Given) -> None:
+def test_progress_counts_images(extractor: Shapes, images: ImageFiles) -> None:
     done: list[tuple[int, int]] = []
     real_images.compute(images, extractor, progress=lambda *counts: done.append(counts))
     assert done == [(TILE, 70), (2 * TILE, 70), (70, 70)]
 
 
-def test_few_images_are_all_kept_in_order(images: Given, full: Reference) -> None:
+def test_few_images_are_all_kept_in_order(images: ImageFiles, full: Reference) -> None:
     assert full.features is not None
     assert full.features.dtype == torch.float32
     assert torch.equal(full.features, Corners()(images.images).pooled)
@@ -142,7 +142,7 @@ def test_few_images_are_all_kept_in_order(images: Given, full: Reference) -> Non
 
 @pytest.mark.parametrize("kept", [1, 7, 33, 69, 70])
 def test_of_many_images_as_many_as_wanted_are_kept_evenly(
-    monkeypatch: pytest.MonkeyPatch, images: Given, full: Reference, kept: int
+    monkeypatch: pytest.MonkeyPatch, images: ImageFiles, full: Reference, kept: int
 ) -> None:
     monkeypatch.setattr(real_images, "KEPT", kept)
     known = real_images.compute(images, Corners(), keep=True)
@@ -228,7 +228,7 @@ def test_weights_are_no_reference() -> None:
 
 
 def test_the_cache_answers_without_reading_the_images_again(
-    extractor: Shapes, images: Given, computed: Reference, tmp_path: Path
+    extractor: Shapes, images: ImageFiles, computed: Reference, tmp_path: Path
 ) -> None:
     first = real_images.cached(tmp_path, images, extractor)
     again = real_images.cached(tmp_path, Untouchable(images.images, "other name"), extractor)
@@ -239,7 +239,7 @@ def test_the_cache_answers_without_reading_the_images_again(
 
 
 def test_features_are_cached_beside_moments_alone(
-    extractor: Shapes, images: Given, tmp_path: Path
+    extractor: Shapes, images: ImageFiles, tmp_path: Path
 ) -> None:
     real_images.cached(tmp_path, images, extractor)
     with_features = real_images.cached(tmp_path, images, extractor, keep=True)
@@ -287,17 +287,17 @@ def test_images_that_cannot_be_measured_leave_nothing_in_the_cache(
     extractor: Shapes, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"reference noise: needs at least 2 images \(got 1\)"):
-        real_images.cached(tmp_path, Given(draw(1)), extractor)
+        real_images.cached(tmp_path, ImageFiles(draw(1)), extractor)
     broken = shapes.load()
     for parameter in broken.network.texture.parameters():
         parameter.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="extractor shapes gave non-finite values"):
-        real_images.cached(tmp_path, Given(draw(4)), broken)
+        real_images.cached(tmp_path, ImageFiles(draw(4)), broken)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_file_in_the_cache_is_an_error_that_names_it(
-    extractor: Shapes, images: Given, tmp_path: Path
+    extractor: Shapes, images: ImageFiles, tmp_path: Path
 ) -> None:
     real_images.cached(tmp_path, images, extractor)
     (path,) = tmp_path.iterdir()
@@ -337,7 +337,7 @@ def test_single_images_are_given_only_where_they_were_kept(
 
 
 def test_moments_are_right_whatever_the_rows_that_wait(
-    monkeypatch: pytest.MonkeyPatch, images: Given, full: Reference
+    monkeypatch: pytest.MonkeyPatch, images: ImageFiles, full: Reference
 ) -> None:
     monkeypatch.setattr("diffusion_pl.metrics.moments.ROWS", 40)
     known = real_images.compute(images, Corners())

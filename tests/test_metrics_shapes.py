@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_metrics_reference import Given
+from test_metrics_reference import ImageFiles
 from torch import Tensor
 from torch.nn import functional
 
@@ -39,7 +39,7 @@ def synthetic() -> Tensor:
 
 @pytest.fixture(scope="module")
 def real(extractor: Shapes, synthetic: Tensor) -> Reference:
-    return real_images.compute(Given(synthetic[:500]), extractor)
+    return real_images.compute(ImageFiles(synthetic[:500]), extractor)
 
 
 def noised(images: Tensor, levels: float) -> Tensor:
@@ -107,7 +107,7 @@ def test_more_spoilt_images_among_good_ones_are_farther(
 @pytest.mark.skipif(not CIFAR.exists(), reason="the CIFAR-10 subset is not here")
 def test_real_photographs_order_the_same_way(extractor: Shapes) -> None:
     photographs = CIFAR10(str(CIFAR), "train").open().read(torch.arange(1000))
-    real = real_images.compute(Given(photographs[:500]), extractor)
+    real = real_images.compute(ImageFiles(photographs[:500]), extractor)
     other = photographs[500:]
     near = distance(extractor, real, other)
     assert near < 0.1 * torch.trace(real.covariance)

@@ -9,7 +9,7 @@ from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.diffusion.uncertainty import LearnedUncertainty
 from diffusion_pl.objectives.ddpm import DDPM
 from diffusion_pl.objectives.improved_ddpm import ImportanceSampled
-from diffusion_pl.signals import Wish
+from diffusion_pl.signals import StopRequest
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.run import fit
 
@@ -24,7 +24,7 @@ def objective(seed):
 def trained(folder, images, seed):
     folder.mkdir(exist_ok=True)
     made = experiment(images=images, objective=objective(seed))
-    fit(made, folder, folder.parent / "references", Wish())
+    fit(made, folder, folder.parent / "references", StopRequest())
     return checkpoints.load(checkpoints.latest(folder / "checkpoints"))
 
 

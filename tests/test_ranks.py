@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_metrics_frechet import Known, exact, moments_of, normal, reference_of
-from test_metrics_reference import Corners, Given, draw
+from test_metrics_reference import Corners, ImageFiles, draw
 from torch import Tensor, distributed
 
 from diffusion_pl import ranks
@@ -28,7 +28,7 @@ WORLD = 3
 MANY, FEW = 3 * TILE + 5, TILE + 1
 
 
-class Idle(Given):
+class Idle(ImageFiles):
     """Images that a rank without a share of them asks for the first tile of, and for no other."""
 
     def read(self, indices: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def among_others(rank: int, folder: Path) -> dict[str, Any]:
         key = {"fingerprint": "abc", "resolution": 16, "count": FEW, "keep": True}
         path = real_images.cache_path(place, extractor=Corners(), **key)
         seen[f"reference of {FEW}"].save(path)
-    seen["cached"] = real_images.cached(place, Given(draw(FEW)), Corners(), keep=True)
+    seen["cached"] = real_images.cached(place, ImageFiles(draw(FEW)), Corners(), keep=True)
     seen["written"] = [path.name for path in place.glob("*")]
     for count in (20, 4):
         # The last rank, and of four images the second too, sees none.
@@ -272,7 +272,7 @@ def assert_same(got: Reference, expected: Reference) -> None:
 def test_three_measure_the_reference_that_one_measures(
     seen: list[dict[str, Any]], count: int
 ) -> None:
-    expected = real_images.compute(Given(draw(count)), Corners(), keep=True)
+    expected = real_images.compute(ImageFiles(draw(count)), Corners(), keep=True)
     for one in seen:
         assert_same(one[f"reference of {count}"], expected)
 
@@ -286,7 +286,7 @@ def test_progress_is_of_each_rank_s_own_share(seen: list[dict[str, Any]]) -> Non
 def test_where_a_rank_lacks_the_file_all_measure_and_the_machine_s_first_writes(
     seen: list[dict[str, Any]],
 ) -> None:
-    expected = real_images.compute(Given(draw(FEW)), Corners(), keep=True)
+    expected = real_images.compute(ImageFiles(draw(FEW)), Corners(), keep=True)
     for one in seen:
         assert_same(one["cached"], expected)
     assert [len(one["written"]) for one in seen] == [1, 0, 0]

@@ -36,7 +36,7 @@ ELSEWHERE = {
     "diffusion_pl.training.lr_schedule.WarmupDecay",
     "diffusion_pl.training.optimizers.Group",
     "diffusion_pl.training.optimizers.Grouped",
-    "diffusion_pl.training.settings.Settings",
+    "diffusion_pl.training.settings.TrainerConfig",
 }
 ROOMS = ("data", "diffusion", "metrics", "networks", "objectives", "samplers")
 

@@ -13,7 +13,7 @@ from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.training.opening import open_for
 from diffusion_pl.training.run_data import RunData
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import TrainerConfig
 
 BATCH = 4
 
@@ -36,7 +36,9 @@ def source(**settings):
 def loader(seed=1, step=0, rank=0, ranks=1, images=24, accelerator="cpu", **settings):
     data = RunData(
         source(**settings),
-        Settings(images=images, checkpoint_every=images, accelerator=accelerator, read_timeout=7.0),
+        TrainerConfig(
+            images=images, checkpoint_every=images, accelerator=accelerator, read_timeout=7.0
+        ),
         Net(),
         seed,
     )
@@ -130,7 +132,7 @@ def test_settings_of_the_data_reach_the_batches():
 
 
 def test_the_index_stays_on_the_host_where_it_seeds():
-    data = RunData(source(), Settings(images=24, checkpoint_every=24), Net(), 0)
+    data = RunData(source(), TrainerConfig(images=24, checkpoint_every=24), Net(), 0)
     batch = {"image": torch.zeros(1), "label": torch.zeros(1), "index": torch.zeros(1)}
     moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
     places = {key: value.device.type for key, value in moved.items()}

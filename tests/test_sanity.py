@@ -15,7 +15,7 @@ from diffusion_pl.diffusion.objective import pixel_mean
 from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
-from diffusion_pl.training.sanity import NonFinite, Spikes
+from diffusion_pl.training.sanity import NonFiniteError, Spikes
 from diffusion_pl.training.totals import Totals
 
 
@@ -41,7 +41,7 @@ class Steep(nn.Module):
 def test_a_gradient_without_a_value_stops_the_run_before_the_weights(go, tmp_path):  # noqa: F811
     made = experiment(network=Steep(), settings={"label_dropout": 0.0, "checkpoint_every": 8})
     complaint = r"gradient's norm is (inf|nan) at step 2, 16 images; images 16 to 23"
-    with pytest.raises(NonFinite, match=complaint) as error:
+    with pytest.raises(NonFiniteError, match=complaint) as error:
         go(made)
     assert error.value.step == 2
     kept = checkpoints.load(checkpoints.latest(tmp_path / "run" / "checkpoints"))

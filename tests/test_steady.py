@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import shutil
@@ -28,6 +30,8 @@ class Watched(SongUNet):
     def forward(self, x, c_noise, **condition):
         Watched.calls += 1
         if Watched.calls % 100 == 0:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what is freed but not given back is no leak
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             held = {
                 "bytes": pages * os.sysconf("SC_PAGE_SIZE"),
@@ -54,6 +58,7 @@ def test_a_long_run_holds_no_more_at_its_end_than_at_its_beginning(tmp_path):
         "HELD": str(tmp_path / "held"),
         "PYTHONPATH": str(Path(__file__).parent),
         "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",  # glibc; an arena a thread adds up to a megabyte by chance
     }
     command = [sys.executable, "-m", "diffusion_pl", "train", "tiny"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=600)
@@ -65,7 +70,9 @@ def test_a_long_run_holds_no_more_at_its_end_than_at_its_beginning(tmp_path):
     for held in ("files", "threads"):
         counts = [row[held] for row in settled]
         assert max(counts[len(counts) // 2 :]) <= max(counts[: len(counts) // 2]), (held, counts)
-    # A line through what is left: less than a kilobyte a step, and one image has three.
-    steps = np.linspace(0, 0.75 * STEPS, len(settled))
-    slope = np.polyfit(steps, [row["bytes"] for row in settled], 1)[0]
-    assert slope < 1000, (slope, [row["bytes"] for row in settled])
+    # Medians, as an evaluation's own memory comes and goes. A step that kept its batch of two
+    # images would hold 6 kB more.
+    third = len(settled) // 3
+    held = [row["bytes"] for row in settled]
+    slope = (np.median(held[-third:]) - np.median(held[:third])) / (STEPS / 2)
+    assert slope < 2000, (slope, held)

@@ -137,11 +137,11 @@ def _alive(process):
 def test_a_second_interrupt_leaves_at_once():
     code = (
         "import signal, os, time\n"
-        "from diffusion_pl.signals import Wish\n"
-        "with Wish() as wish:\n"
-        "    wish.wait_for_steps()\n"
+        "from diffusion_pl.signals import StopRequest\n"
+        "with StopRequest() as stop_request:\n"
+        "    stop_request.wait_for_steps()\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    assert wish.signal == signal.SIGINT\n"
+        "    assert stop_request.signal == signal.SIGINT\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(30)\n"
     )
@@ -152,19 +152,19 @@ def test_a_second_interrupt_leaves_at_once():
 def test_a_signal_sets_a_flag_and_goes_back_to_whom_it_was_taken_from(name):
     number = signal.Signals[name]
     before = signal.getsignal(number)
-    with signals.Wish() as wish:
-        assert wish.signal is None
-        wish.wait_for_steps()  # takes them again, as after Lightning
+    with signals.StopRequest() as stop_request:
+        assert stop_request.signal is None
+        stop_request.wait_for_steps()  # takes them again, as after Lightning
         os.kill(os.getpid(), number)
-        assert (wish.signal, wish.name) == (number, name)
+        assert (stop_request.signal, stop_request.name) == (number, name)
     assert signal.getsignal(number) == before
 
 
 def test_a_signal_before_the_first_step_stops_at_once_but_a_second_one_not_again():
-    with signals.Wish() as wish:
-        with pytest.raises(signals.Stopped):
+    with signals.StopRequest() as stop_request:
+        with pytest.raises(signals.StopError):
             signal.raise_signal(signal.SIGTERM)
-        assert wish.name == "SIGTERM"
+        assert stop_request.name == "SIGTERM"
         signal.raise_signal(signal.SIGUSR1)  # while it is on its way out
 
 
@@ -181,12 +181,12 @@ def test_asking_costs_a_hundredth_of_a_step_at_most(monkeypatch):
         return yes
 
     monkeypatch.setattr(stopping.ranks, "all_agree", all_agree)
-    wish = signals.Wish()
-    agreement = stopping.Agreement(wish, torch.device("cpu"))
+    stop_request = signals.StopRequest()
+    agreement = stopping.Agreement(stop_request, torch.device("cpu"))
     for _ in range(1000):
         clock[0] += 1e-3  # a step
         assert not agreement.reached()
     assert agreement.every in (20, 21)  # rounded up
     assert len(asked) < 70
-    wish.signal = signal.SIGTERM
+    stop_request.signal = signal.SIGTERM
     assert sum(agreement.reached() for _ in range(agreement.every)) == 1

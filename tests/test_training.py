@@ -28,15 +28,15 @@ from diffusion_pl.objectives.improved_ddpm import ImportanceSampled
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Sampler
-from diffusion_pl.signals import Wish
+from diffusion_pl.signals import StopRequest
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import ema as averaging
 from diffusion_pl.training.history import History
 from diffusion_pl.training.lr_schedule import WarmupDecay
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.run import Experiment, fit
-from diffusion_pl.training.sanity import NonFinite
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.sanity import NonFiniteError
+from diffusion_pl.training.settings import TrainerConfig
 
 BATCH = 8
 
@@ -63,7 +63,7 @@ def experiment(images=48, *, objective=None, sampler=None, settings=None, **part
         name="tiny",
         config={"experiment": "tiny"},
         seed=3,
-        settings=Settings(**(defaults | (settings or {}))),
+        settings=TrainerConfig(**(defaults | (settings or {}))),
         data=parts.get("data", DataConfig(Synthetic(40, 16), batch_size=BATCH, hflip=True)),
         network=parts.get("network") or network(classes=8),
         objective=objective or EDM(),
@@ -89,7 +89,7 @@ def go(tmp_path):
     def run(made, name="run"):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        fit(made, folder, tmp_path / "references", Wish())
+        fit(made, folder, tmp_path / "references", StopRequest())
         return folder, checkpoints.load(checkpoints.latest(folder / "checkpoints"))
 
     return run
@@ -276,7 +276,7 @@ def test_the_newest_checkpoints_stay_and_one_in_every_so_many_for_good(go):
     images = [int(path.stem) for path in checkpoints.found(folder / "checkpoints")]
     assert images == [16, 32, 48, 56]
     with pytest.raises(ValueError, match="keep_every must be a multiple of checkpoint_every, 8"):
-        Settings(images=56, checkpoint_every=8, keep_every=12)
+        TrainerConfig(images=56, checkpoint_every=8, keep_every=12)
 
 
 def test_the_rate_falls_to_zero_over_the_cooldown():
@@ -284,7 +284,7 @@ def test_the_rate_falls_to_zero_over_the_cooldown():
     rates = [rate(images, 100) for images in range(0, 101, 10)]
     assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0])
     # The last step is whole, so the budget's end is that of the last step.
-    settings = Settings(images=100, checkpoint_every=100)
+    settings = TrainerConfig(images=100, checkpoint_every=100)
     assert rate(100, settings.total_images(30)) == pytest.approx(0.4)
     with pytest.raises(ValueError, match="cooldown must not be negative"):
         WarmupDecay(cooldown=-1)
@@ -330,7 +330,7 @@ class Exploding(torch.nn.Module):
 def test_a_non_finite_loss_stops_the_run_before_the_weights(go, tmp_path):
     made = experiment(network=Exploding(), settings={"label_dropout": 0.0})
     with pytest.raises(
-        NonFinite,
+        NonFiniteError,
         match=r"loss is (inf|nan) at step 2, 16 images; images 16 to 23 of the run, of 16 px; "
         r"noise levels of the batch: \d",
     ):
@@ -384,7 +384,7 @@ def module(batch_size, **settings):
         EDM(),
         partial(torch.optim.Adam, lr=1e-3),
         averaging.EMA(10),
-        Settings(images=1, checkpoint_every=1, **settings),
+        TrainerConfig(images=1, checkpoint_every=1, **settings),
         batch_size=batch_size,
         resolution=16,
     )
@@ -440,12 +440,12 @@ def test_training_noise_is_standard_normal():
     ],
 )
 def test_passes_follow_from_the_pixels_that_fit(size, limit, fraction, passes):
-    made = Settings(images=1, checkpoint_every=1, device_batch_size=limit)
+    made = TrainerConfig(images=1, checkpoint_every=1, device_batch_size=limit)
     assert made.passes(size, fraction) == passes
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_what_would():
-    made = Settings(images=1, checkpoint_every=1)
+    made = TrainerConfig(images=1, checkpoint_every=1)
     with pytest.raises(
         ValueError, match="data.batch_size: 100 does not divide over 8.*use 96 or 104"
     ):
@@ -457,7 +457,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would():
 )
 def test_impossible_settings_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
-        Settings(**({"images": 8, "checkpoint_every": 8} | change))
+        TrainerConfig(**({"images": 8, "checkpoint_every": 8} | change))
 
 
 def test_history_forgets_what_a_resumed_run_measures_again(tmp_path):
@@ -544,11 +544,11 @@ def test_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path):
         changed = bytearray(content)
         changed[position] ^= 1 << rng.integers(8)
         path.write_bytes(changed)
-        with pytest.raises(checkpoints.Damaged):
+        with pytest.raises(checkpoints.DamagedError):
             checkpoints.load(path)
     for cut in rng.integers(0, len(content), 20):
         path.write_bytes(content[:cut])
-        with pytest.raises(checkpoints.Damaged):
+        with pytest.raises(checkpoints.DamagedError):
             checkpoints.load(path)
 
 
@@ -556,7 +556,7 @@ def test_checkpoints_from_before_the_digest_are_still_read(tmp_path):
     torch.save({"diffusion_pl": {"format": 1}, "w": torch.ones(3)}, tmp_path / "old.ckpt")
     assert torch.equal(checkpoints.load(tmp_path / "old.ckpt")["w"], torch.ones(3))
     torch.save({"diffusion_pl": {"format": 2}}, tmp_path / "new.ckpt")
-    with pytest.raises(checkpoints.Damaged, match="its digest is missing"):
+    with pytest.raises(checkpoints.DamagedError, match="its digest is missing"):
         checkpoints.load(tmp_path / "new.ckpt")
 
 

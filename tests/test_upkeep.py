@@ -103,7 +103,7 @@ def test_old_checkpoints_are_converted_in_place_to_the_same_content(tmp_path, ca
     data = bytearray(old.read_bytes())
     data[700] ^= 1
     old.write_bytes(data)
-    with pytest.raises(checkpoints.Damaged):
+    with pytest.raises(checkpoints.DamagedError):
         checkpoints.load(old)
     assert answer(capsys, "convert", new)["converted"] == []
 

@@ -16,7 +16,7 @@ from diffusion_pl.objectives.ddpm import DDPM
 from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.module import DiffusionModule
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import TrainerConfig
 
 F64 = torch.float64
 SIGMA = torch.logspace(-2, 2, 41, dtype=F64)
@@ -105,7 +105,7 @@ def test_an_objective_with_weights_trains_and_is_kept():
         objective,
         lambda p: torch.optim.Adam(p, lr=1e-3),
         EMA(100),
-        Settings(images=4, checkpoint_every=4),
+        TrainerConfig(images=4, checkpoint_every=4),
         batch_size=4,
         resolution=16,
     )

@@ -26,7 +26,7 @@ from diffusion_pl.io.files import nearest
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.lr_schedule import is_torch_s
-from diffusion_pl.training.settings import OURS, Settings, resolve_precision
+from diffusion_pl.training.settings import OURS, TrainerConfig, resolve_precision
 
 
 def command(experiment: str, /, *words: str, resolved: bool = False, allow: Allow = ()) -> Result:
@@ -140,7 +140,7 @@ def _data(experiment: Config) -> str:
     return f"{path}: {manifest.count:,} images at {manifest.resolutions} px{of}"
 
 
-def _share_size(experiment: Config, settings: Settings) -> int:
+def _share_size(experiment: Config, settings: TrainerConfig) -> int:
     """Images of a step on one device."""
     try:
         return settings.share_size(
@@ -151,7 +151,7 @@ def _share_size(experiment: Config, settings: Settings) -> int:
 
 
 def _batch(experiment: Config) -> str:
-    settings: Settings = config.build(experiment, "trainer")
+    settings: TrainerConfig = config.build(experiment, "trainer")
     batch_size, devices = experiment.get("data.batch_size"), settings.devices_a_node()
     size = _share_size(experiment, settings)
     precision = resolve_precision(settings.precision, settings.device_type())
@@ -163,7 +163,7 @@ def _batch(experiment: Config) -> str:
 
 def _strategy(experiment: Config, objective: TrainingObjective) -> str:
     """What of the model each of several devices holds; nothing where one device holds it all."""
-    settings: Settings = config.build(experiment, "trainer")
+    settings: TrainerConfig = config.build(experiment, "trainer")
     devices = settings.devices_a_node() * settings.nodes
     try:
         settings.check_objective(objective)
@@ -186,7 +186,7 @@ def _sizes(experiment: Config, network: nn.Module) -> str:
     weights, whole = data.resolution_weights, data.dataset.resolution
     if not weights:
         return ""
-    settings: Settings = config.build(experiment, "trainer")
+    settings: TrainerConfig = config.build(experiment, "trainer")
     size, total = _share_size(experiment, settings), sum(weights.values())
     words = []
     for resolution, weight in weights.items():
@@ -203,7 +203,7 @@ def _sizes(experiment: Config, network: nn.Module) -> str:
 
 
 def _budget(experiment: Config) -> str:
-    settings: Settings = config.build(experiment, "trainer")
+    settings: TrainerConfig = config.build(experiment, "trainer")
     ema: EMA = config.build(experiment, "ema")
     batch_size = experiment.get("data.batch_size")
     return (
@@ -212,7 +212,7 @@ def _budget(experiment: Config) -> str:
     )
 
 
-def _rate(experiment: Config, settings: Settings) -> str:
+def _rate(experiment: Config, settings: TrainerConfig) -> str:
     """How the learning rate goes."""
     schedule, batch_size = parts.lr_schedule_of(experiment), experiment.get("data.batch_size")
     if schedule is None:

@@ -24,7 +24,7 @@ from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Counted
 from diffusion_pl.diffusion.resizing import resized
 from diffusion_pl.errors import UserError
-from diffusion_pl.evaluation import Drawing, batches
+from diffusion_pl.evaluation import ImageGenerator, batches
 from diffusion_pl.images import from_bytes, grid, save_png, to_bytes
 from diffusion_pl.io.files import regular
 from diffusion_pl.progress import track
@@ -86,9 +86,9 @@ def command(
         raise UserError(f"--count must be 1 to {VARIATIONS:,} (got {count})")
     paths = files(image)
     opened = runs.open_run(run, sampling, options, label=label)
-    drawing = opened.drawing
-    side = drawing.shape[1] if to is None else to
-    tasks = [task(path, drawing, side, restart, consistent) for path in paths]
+    generator = opened.generator
+    side = generator.shape[1] if to is None else to
+    tasks = [task(path, generator, side, restart, consistent) for path in paths]
     folder = out or opened.folder / "enlarge"
     folder.mkdir(parents=True, exist_ok=True)
     shown, rows = [], []
@@ -96,7 +96,7 @@ def command(
     for number, each in enumerate(progress):
         indices = [number * VARIATIONS + variation for variation in range(count)]
         pieces = batches(indices, options.batch_size or BATCH)
-        found = [enlarged(drawing, each, piece, consistent) for piece in pieces]
+        found = [enlarged(generator, each, piece, consistent) for piece in pieces]
         images = torch.cat([larger for larger, _ in found])
         names = [f"{number:06d}_{variation:03d}.png" for variation in range(count)]
         for name, larger in zip(names, images, strict=True):
@@ -140,12 +140,14 @@ def files(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def task(path: Path, drawing: Drawing, to: int, restart: float | None, agree: bool) -> Task:
+def task(
+    path: Path, generator: ImageGenerator, to: int, restart: float | None, agree: bool
+) -> Task:
     """Read a picture and say over which sizes it is enlarged.
 
     Args:
         path: PNG, JPEG or WebP.
-        drawing: of the model.
+        generator: of the model.
         to: longer side of the result.
         restart: sigma of every size; None for the run's own, or half the factor.
         agree: whether the result is to be consistent with the picture.
@@ -154,19 +156,24 @@ def task(path: Path, drawing: Drawing, to: int, restart: float | None, agree: bo
         UserError: a file that cannot be read, one as large as the result, one that is no whole
             part of it, or a size that the network does not take.
     """
-    if drawing.shape[0] != 3:
-        raise UserError(f"image files are read as RGB, the model has {drawing.shape[0]} channels")
+    if generator.shape[0] != 3:
+        raise UserError(f"image files are read as RGB, the model has {generator.shape[0]} channels")
     try:
         data = regular(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     image = np.array(decode(data, where=str(path)))
     picture = torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
-    return task_of(picture, path, drawing, to, restart, agree)
+    return task_of(picture, path, generator, to, restart, agree)
 
 
 def task_of(
-    picture: Tensor, path: Path, drawing: Drawing, to: int, restart: float | None, agree: bool
+    picture: Tensor,
+    path: Path,
+    generator: ImageGenerator,
+    to: int,
+    restart: float | None,
+    agree: bool,
 ) -> Task:
     """Say over which sizes a picture is enlarged: uint8 (C, h, w), and its name for messages.
 
@@ -180,8 +187,8 @@ def task_of(
             f"{path}: {width} x {height} pixels are not smaller than --to {to}; it only enlarges"
         )
     size = round(height * to / side), round(width * to / side)
-    pyramid = climb(drawing, side, to, restart, lambda level: not agree or level % side == 0)
-    network: Any = drawing.denoiser.network
+    pyramid = climb(generator, side, to, restart, lambda level: not agree or level % side == 0)
+    network: Any = generator.denoiser.network
     try:
         if agree:
             factor((height, width), size)
@@ -194,7 +201,7 @@ def task_of(
 
 
 def climb(
-    drawing: Drawing,
+    generator: ImageGenerator,
     side: int,
     to: int,
     restart: float | None,
@@ -203,7 +210,7 @@ def climb(
     """The pyramid from a picture's side to the result's, over the sizes of the run's own between.
 
     Args:
-        drawing: of the model.
+        generator: of the model.
         side: longer side of the picture.
         to: longer side of the result.
         restart: sigma of every size. Otherwise the run's own for its sizes, and half the factor for
@@ -212,16 +219,16 @@ def climb(
     """
     own: dict[int, float] = {}
     kernel = PyramidSampler.enlarge
-    sampler = drawing.sampler
+    sampler = generator.sampler
     if isinstance(sampler, PyramidSampler):
         kernel = sampler.enlarge
-        sides = [max(size) for size in sampler.sizes(*drawing.shape[1:])]
+        sides = [max(size) for size in sampler.sizes(*generator.shape[1:])]
         starts = [float(stage[0]) for stage in sampler.stages()]
         own = dict(zip(sides[1:], starts[1:], strict=True))
         between = [level for level in sides if side < level < to and fits(level)]
     else:
         between = []
-    base = latents.base_of(drawing)
+    base = latents.base_of(generator)
     levels = [side, *between, to]
     restarts = [
         own.get(level, level / smaller / 2) if restart is None else restart
@@ -231,21 +238,21 @@ def climb(
 
 
 def enlarged(
-    drawing: Drawing, task: Task, indices: Sequence[int], agree: bool
+    generator: ImageGenerator, task: Task, indices: Sequence[int], agree: bool
 ) -> tuple[Tensor, int]:
     """Draw variations of a picture; one depends on the picture, the seed and its index alone.
 
     Returns:
         uint8 (n, 3, H, W) on the CPU, and the network's evaluations of each, of any size.
     """
-    where = latents.device(drawing)
+    where = latents.device(generator)
     picture = from_bytes(task.picture).to(where).expand(len(indices), -1, -1, -1)
-    noise = ImageNoise(drawing.seed, indices, "latent")(torch.empty(len(indices), 3, *task.size))
-    counted = Counted(latents.denoise_of(drawing, latents.one_label(drawing, len(indices))))
+    noise = ImageNoise(generator.seed, indices, "latent")(torch.empty(len(indices), 3, *task.size))
+    counted = Counted(latents.denoise_of(generator, latents.one_label(generator, len(indices))))
     denoise = consistent_with(counted, picture) if agree else counted
-    with latents.drawn(drawing):
+    with latents.drawn(generator):
         image = task.pyramid.from_picture(
-            picture, denoise, noise.to(where), ImageNoise(drawing.seed, indices, "sampler", where)
+            picture, denoise, noise.to(where), ImageNoise(generator.seed, indices, "sampler", where)
         )
         # An integrator need not end in what is denoised.
         image = nearest(image, picture) if agree else image

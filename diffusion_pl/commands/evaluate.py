@@ -26,8 +26,8 @@ from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, reference_of
 from diffusion_pl.evaluation.blocks import evaluate_blocks
-from diffusion_pl.evaluation.given import Given
-from diffusion_pl.evaluation.measuring import Drawn
+from diffusion_pl.evaluation.image_files import ImageFiles
+from diffusion_pl.evaluation.measuring import GeneratedImages
 from diffusion_pl.evaluation.provenance import described, surroundings
 from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import extractors
@@ -75,7 +75,7 @@ def command(
 
 
 def measured(
-    what: runs.Opened | Path,
+    what: runs.OpenedRun | Path,
     blocks: int,
     options: RunOptions,
     wanted: MetricOptions,
@@ -100,14 +100,14 @@ def measured(
     if blocks < 1:
         raise UserError(f"--blocks: must be at least 1 (got {blocks})")
     kept: Kept | None = None
-    if isinstance(what, runs.Opened):
+    if isinstance(what, runs.OpenedRun):
         about = {
             "run": str(what.folder),
             "checkpoint": str(what.model.checkpoint),
             "images": what.model.images,
-            "weights": what.drawing.origin["weights"],
+            "weights": what.generator.origin["weights"],
         }
-        drawn: Drawn = what.drawing
+        drawn: GeneratedImages = what.generator
         extractor = extractor_of(features, what.model.config)
         settings = asked.settings(config.build(what.model.config, "evaluation"))
         reference = reference_for(what.model.config, drawn, settings, extractor, asked)
@@ -167,11 +167,17 @@ class Kept:
     """
 
     def __init__(
-        self, opened: runs.Opened, settings: Evaluation, extractor: Extractor, reference: Reference
+        self,
+        opened: runs.OpenedRun,
+        settings: Evaluation,
+        extractor: Extractor,
+        reference: Reference,
     ) -> None:
         self.history = History(opened.folder / ROWS)
         self.images = opened.model.images
-        about = {key: value for key, value in opened.drawing.about().items() if key != "checkpoint"}
+        about = {
+            key: value for key, value in opened.generator.about().items() if key != "checkpoint"
+        }
         self.depends = {
             **about,
             "digest": checkpoints.digest(opened.model.checkpoint),
@@ -179,7 +185,7 @@ class Kept:
             "metrics": [described(metric) for metric in settings.metrics],
             "extractor": f"{extractor.name}-{extractor.digest}-{extractor.precision}",
             "reference": [reference.fingerprint, reference.resolution, reference.count],
-            **surroundings(opened.drawing.device),
+            **surroundings(opened.generator.device),
         }
 
     def block(self, number: int) -> list[dict[str, Any]]:
@@ -255,7 +261,7 @@ def extractor_of(options: FeatureOptions, experiment: config.Config | None) -> E
 
 def reference_for(
     experiment: config.Config | None,
-    drawn: Drawn,
+    drawn: GeneratedImages,
     settings: Evaluation,
     extractor: Extractor,
     asked: Asked,
@@ -309,7 +315,7 @@ def refuse_drawing(run: Path, sampling: SamplerOptions, options: RunOptions) -> 
             )
 
 
-def open_given(path: Path, device: str) -> Given:
+def open_given(path: Path, device: str) -> ImageFiles:
     """Images in a folder, a .zip or an .npz, in the place of drawn ones.
 
     Raises:
@@ -320,9 +326,9 @@ def open_given(path: Path, device: str) -> Given:
         raise UserError(f"{path}: there is no such run, nor images; runs lie under {parts.RUNS}/")
     drawn = drawn_as(path)
     if path.suffix == ".npz":
-        return Given(arrays(path), str(path), torch.device(device), drawn)
+        return ImageFiles(arrays(path), str(path), torch.device(device), drawn)
     images = data_sets.images_of(str(path))
-    return Given(images, str(path), torch.device(device), drawn)
+    return ImageFiles(images, str(path), torch.device(device), drawn)
 
 
 def drawn_by(drawn: Mapping[str, Any] | None, allow: Sequence[str]) -> config.Config | None:

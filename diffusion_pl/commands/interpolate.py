@@ -53,28 +53,28 @@ def command(
     if count < 2:
         raise UserError(f"--count: both ends are included, so at least 2 (got {count})")
     opened = runs.open_run(run, sampling, options, label=label)
-    drawing = opened.drawing
-    sampler = latents.at_one_size(drawing, "interpolate", base_alone)
-    images = latents.pictures(image, drawing)
+    generator = opened.generator
+    sampler = latents.at_one_size(generator, "interpolate", base_alone)
+    images = latents.pictures(image, generator)
     by_flow = by == "flow"
     integrate = latents.along_the_flow(sampling.sampler) if by_flow else sampler.integrate
     highest = float(sampler.sigmas()[0])
     level = sigma or (highest if by_flow else min(PUBLISHED, highest))
     sigmas = below(sampler.sigmas(), level)
-    with latents.drawn(drawing):
+    with latents.drawn(generator):
         if by_flow:
-            denoise = latents.denoise_of(drawing, latents.one_label(drawing, 2))
+            denoise = latents.denoise_of(generator, latents.one_label(generator, 2))
             ends = invert(denoise, images, sigmas, integrate)
         else:
             ends = images + level * ImageNoise(options.seed, [0, 1], "ends")(images)
-        labels = latents.one_label(drawing, count)
+        labels = latents.one_label(generator, count)
         between = interpolate(
-            latents.denoise_of(drawing, labels, clip=sampler.clip and not by_flow),
+            latents.denoise_of(generator, labels, clip=sampler.clip and not by_flow),
             (ends[0], ends[1]),
             torch.linspace(0, 1, count),
             sigmas,
             # One stream for all, so that the images differ by their weight alone.
-            ImageNoise(options.seed, [0] * count, "sampler", latents.device(drawing)),
+            ImageNoise(options.seed, [0] * count, "sampler", latents.device(generator)),
             integrate=integrate,
             mix=great_circle if spherical else linear,
         )

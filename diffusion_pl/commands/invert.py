@@ -38,13 +38,13 @@ def command(
         out: folder of the latents; RUN/invert when not given.
     """
     opened = runs.open_run(run, sampling, options, label=label)
-    drawing = opened.drawing
-    sampler = latents.at_one_size(drawing, "invert", base_alone)
+    generator = opened.generator
+    sampler = latents.at_one_size(generator, "invert", base_alone)
     integrate = latents.along_the_flow(sampling.sampler)
-    images = latents.pictures(image, drawing)
+    images = latents.pictures(image, generator)
     sigmas = sampler.sigmas()
-    with latents.drawn(drawing):
-        denoise = latents.denoise_of(drawing, latents.one_label(drawing, len(images)))
+    with latents.drawn(generator):
+        denoise = latents.denoise_of(generator, latents.one_label(generator, len(images)))
         state = invert(denoise, images, sigmas, integrate)
         again = integrate(denoise, state, sigmas, torch.zeros_like)
     error = (again - images).square().flatten(1).mean(dim=1).sqrt() * 127.5

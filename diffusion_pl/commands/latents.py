@@ -13,7 +13,7 @@ from diffusion_pl.data.decode import read_square
 from diffusion_pl.diffusion.guidance import Clip, clipped, guided
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.errors import UserError
-from diffusion_pl.evaluation import Drawing
+from diffusion_pl.evaluation import ImageGenerator
 from diffusion_pl.images import from_bytes
 from diffusion_pl.io.files import regular
 from diffusion_pl.samplers.named import integrator
@@ -21,12 +21,12 @@ from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Integrator, Sampler
 
 
-def pictures(paths: Sequence[Path], drawing: Drawing) -> Tensor:
+def pictures(paths: Sequence[Path], generator: ImageGenerator) -> Tensor:
     """Image files of a model's size, on its device.
 
     Args:
         paths: PNG, JPEG or WebP.
-        drawing: of the model.
+        generator: of the model.
 
     Returns:
         float32 (n, 3, H, W) in [-1, 1].
@@ -34,7 +34,7 @@ def pictures(paths: Sequence[Path], drawing: Drawing) -> Tensor:
     Raises:
         UserError: a file that is unreadable or of another size.
     """
-    channels, side, _ = drawing.shape
+    channels, side, _ = generator.shape
     read = []
     for path in paths:
         try:
@@ -43,71 +43,71 @@ def pictures(paths: Sequence[Path], drawing: Drawing) -> Tensor:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
         square = read_square(data, side, "exact", where=str(path), channels=channels)
         read.append(torch.from_numpy(square.copy()))
-    return from_bytes(torch.stack(read)).to(device(drawing))
+    return from_bytes(torch.stack(read)).to(device(generator))
 
 
-def device(drawing: Drawing) -> torch.device:
+def device(generator: ImageGenerator) -> torch.device:
     """Where the model lies."""
-    return next(drawing.denoiser.parameters()).device
+    return next(generator.denoiser.parameters()).device
 
 
-def denoise_of(drawing: Drawing, labels: Tensor | None, *, clip: Clip = False) -> Denoise:
+def denoise_of(generator: ImageGenerator, labels: Tensor | None, *, clip: Clip = False) -> Denoise:
     """The model with its labels closed in, guided and clipped as it draws.
 
     Args:
-        drawing: of the model.
+        generator: of the model.
         labels: int64 (B,), None for a model without classes.
         clip: to images, as the sampler says.
     """
-    guide = None if drawing.guide is None else drawing.guide.denoiser.to(device(drawing))
+    guide = None if generator.guide is None else generator.guide.denoiser.to(device(generator))
     denoise = guided(
-        drawing.denoiser,
-        label=None if labels is None else labels.to(device(drawing)),
-        weight=drawing.guidance,
-        interval=drawing.guidance_interval,
+        generator.denoiser,
+        label=None if labels is None else labels.to(device(generator)),
+        weight=generator.guidance,
+        interval=generator.guidance_interval,
         guide=guide,
     )
     return clipped(denoise, clip) if clip else denoise
 
 
-def one_label(drawing: Drawing, count: int) -> Tensor | None:
+def one_label(generator: ImageGenerator, count: int) -> Tensor | None:
     """The class that the command line names, for each of some images.
 
     Raises:
         UserError: a model with classes, and no class named.
     """
-    if drawing.classes and drawing.label is None:
-        raise UserError(f"--label: name the images' class, 0 to {drawing.classes - 1}")
-    return drawing.labels(range(count))
+    if generator.classes and generator.label is None:
+        raise UserError(f"--label: name the images' class, 0 to {generator.classes - 1}")
+    return generator.labels(range(count))
 
 
-def at_one_size(drawing: Drawing, command: str, base_alone: bool) -> Sampler:
+def at_one_size(generator: ImageGenerator, command: str, base_alone: bool) -> Sampler:
     """The run's sampler; a pyramid's base, from noise at full size, where that is asked for.
 
     Args:
-        drawing: of the model.
+        generator: of the model.
         command: its name, for messages.
         base_alone: the option that consents to it.
 
     Raises:
         UserError: a pyramid, whose images are not its base's; or no pyramid, and its base.
     """
-    sampler = drawing.sampler
+    sampler = generator.sampler
     if isinstance(sampler, PyramidSampler) and len(sampler.levels) > 1:  # one level is its base
         if not base_alone:
             raise UserError(
-                f"{command}: the run draws over {len(sampler.levels)} sizes, and this is "
-                f"of one; --base-alone takes its base from noise at {drawing.shape[1]} pixels, as "
-                "no image of the run is drawn"
+                f"{command}: the run samples over {len(sampler.levels)} sizes, this is of one; "
+                f"--base-alone takes its base from noise at {generator.shape[1]} pixels, as no "
+                "image of the run is sampled"
             )
     elif base_alone:
         raise UserError("--base-alone: the run draws at one size; leave it out")
-    return base_of(drawing)
+    return base_of(generator)
 
 
-def base_of(drawing: Drawing) -> Sampler:
+def base_of(generator: ImageGenerator) -> Sampler:
     """The run's sampler of one size: of a pyramid its base."""
-    sampler = drawing.sampler
+    sampler = generator.sampler
     base = sampler.base if isinstance(sampler, PyramidSampler) else sampler
     assert isinstance(base, Sampler)
     return base
@@ -129,10 +129,10 @@ def along_the_flow(sampler: str | None) -> Integrator:
 
 
 @contextlib.contextmanager
-def drawn(drawing: Drawing) -> Iterator[None]:
+def drawn(generator: ImageGenerator) -> Iterator[None]:
     """The model's precision, without gradients."""
     autocast = torch.autocast(
-        device(drawing).type, drawing.precision, enabled=drawing.precision is not None
+        device(generator).type, generator.precision, enabled=generator.precision is not None
     )
     with torch.inference_mode(), autocast:
         yield

@@ -55,7 +55,7 @@ class Data:
         batch_size: images at a time.
     """
 
-    opened: runs.Opened
+    opened: runs.OpenedRun
     images: ImageDataset
     count: int
     batch_size: int
@@ -88,7 +88,7 @@ def command(
     # Unguided and by the run's own sampler, of which only the start is needed.
     opened = runs.open_run(run, SamplerOptions(guidance=1.0, weights=sampling.weights), options)
     # Of a pyramid there is no such number.
-    unit_start = latents.at_one_size(opened.drawing, "likelihood", base_alone).unit_start
+    unit_start = latents.at_one_size(opened.generator, "likelihood", base_alone).unit_start
     images = runs.images_of(opened.model.config)
     _check_data(opened, images, count, by)
     data = Data(opened, images, count, options.batch_size or BATCH)
@@ -137,13 +137,13 @@ def _check_options(
         print("--sampler: the likelihood is the model's; no sampler changes it", file=sys.stderr)
 
 
-def _check_data(opened: runs.Opened, images: ImageDataset, count: int, by: str) -> None:
+def _check_data(opened: runs.OpenedRun, images: ImageDataset, count: int, by: str) -> None:
     """See that the data are what the model is of.
 
     Raises:
         UserError: too few of them, of another shape, or without the model's labels.
     """
-    drawing = opened.drawing
+    generator = opened.generator
     if count > len(images):
         raise UserError(f"--count: {images.name} has {len(images):,} images")
     network: Any = opened.model.denoiser.network
@@ -155,11 +155,11 @@ def _check_data(opened: runs.Opened, images: ImageDataset, count: int, by: str) 
         network.check_resolution(images.resolution, images.resolution)
     except ValueError as error:
         raise UserError(f"{images.name}: the model is not of its size: {error}") from error
-    if drawing.classes and images.labels is None:
+    if generator.classes and images.labels is None:
         raise UserError(f"{images.name} has no labels, and the model is one of classes")
-    if drawing.classes and images.classes != drawing.classes:
+    if generator.classes and images.classes != generator.classes:
         raise UserError(
-            f"{images.name} has {images.classes} classes, and the model is of {drawing.classes}"
+            f"{images.name} has {images.classes} classes, and the model is of {generator.classes}"
         )
     table = getattr(opened.model.objective.preconditioning, "timesteps", None)
     if by == "bound" and not isinstance(table, Timesteps):
@@ -184,17 +184,17 @@ def _over(
 
 
 def _batch(
-    opened: runs.Opened, images: ImageDataset, piece: Sequence[int]
+    opened: runs.OpenedRun, images: ImageDataset, piece: Sequence[int]
 ) -> tuple[Tensor, Denoise]:
     """Some images of the data and the model under their labels, unguided, in float32."""
-    drawing = opened.drawing
-    where = latents.device(drawing)
+    generator = opened.generator
+    where = latents.device(generator)
     indices = torch.tensor(list(piece))
     image = from_bytes(images.read(indices)).to(where)
-    if not drawing.classes:
-        return image, drawing.denoiser
+    if not generator.classes:
+        return image, generator.denoiser
     assert images.labels is not None
-    return image, conditioned(drawing.denoiser, label=images.labels[indices].to(where))
+    return image, conditioned(generator.denoiser, label=images.labels[indices].to(where))
 
 
 def _flow(data: Data, probes: int, steps: int | None, prior_std: float) -> Refined:
@@ -223,7 +223,7 @@ def _flow(data: Data, probes: int, steps: int | None, prior_std: float) -> Refin
 
 
 def _flow_bits(
-    opened: runs.Opened,
+    opened: runs.OpenedRun,
     image: Tensor,
     denoise: Denoise,
     piece: Sequence[int],
@@ -232,7 +232,7 @@ def _flow_bits(
     prior_std: float,
 ) -> Tensor:
     """Of one batch, (B, probes); the bins' noise is the same for every probe and every grid."""
-    seed = opened.drawing.seed
+    seed = opened.generator.seed
     # The distribution function of normal noise is uniform.
     inside = torch.special.ndtr(ImageNoise(seed, piece, "bins")(image))
     spread = dequantised(image, inside)
@@ -250,7 +250,7 @@ def _flow_bits(
     return bits_per_dim(torch.stack(values, dim=1), image[0].numel())
 
 
-def _prior_std(opened: runs.Opened, unit_start: bool) -> float:
+def _prior_std(opened: runs.OpenedRun, unit_start: bool) -> float:
     """Of the state at the highest level: what the run's sampler begins from there."""
     highest = trained_range(opened.model.objective)[1]
     return math.sqrt(1 + highest**2) if unit_start else highest
@@ -270,7 +270,7 @@ def _bound(data: Data, variance: Variance | None) -> tuple[Tensor, dict[str, Any
     which: Variance = variance or ("large" if chain is None else chain.variance)
 
     def measure(image: Tensor, denoise: Denoise, piece: Sequence[int]) -> Tensor:
-        draw = ImageNoise(data.opened.drawing.seed, piece, "bound", image.device)
+        draw = ImageNoise(data.opened.generator.seed, piece, "bound", image.device)
         bound = variational_bound(denoise, image, table, draw, variance=which, clip=CLIP)
         return bound.total[:, None]
 
@@ -306,7 +306,7 @@ def _row(data: Data, by: str, weights: str) -> dict[str, Any]:
 
 
 def _flow_about(
-    opened: runs.Opened, probes: int, prior_std: float, flow: Refined
+    opened: runs.OpenedRun, probes: int, prior_std: float, flow: Refined
 ) -> dict[str, Any]:
     """What the flow's number depends on beside: range, grid, prior, and what half the grid says."""
     low, high = trained_range(opened.model.objective)

@@ -77,32 +77,34 @@ def _images(data: str | None, experiment: config.Config) -> ImageDataset:
 
 
 def _curve(
-    opened: runs.Opened, images: ImageDataset, count: int, levels: int, batch_size: int | None
+    opened: runs.OpenedRun, images: ImageDataset, count: int, levels: int, batch_size: int | None
 ) -> list[LevelError]:
     """The errors on images spread evenly over the set, at levels even in log sigma."""
-    drawing = opened.drawing
-    if images.shape[1:] != drawing.shape:
+    generator = opened.generator
+    if images.shape[1:] != generator.shape:
         raise UserError(
-            f"{images.name}: images are {tuple(images.shape[1:])}, the run's {drawing.shape}"
+            f"{images.name}: images are {tuple(images.shape[1:])}, the run's {generator.shape}"
         )
     indices = torch.arange(count) * len(images) // count
-    clean = from_bytes(images.read(indices)).to(drawing.device)
+    clean = from_bytes(images.read(indices)).to(generator.device)
     labels = None
-    if drawing.classes:
+    if generator.classes:
         if images.labels is None:
-            raise UserError(f"{images.name}: has no labels, and the run is of {drawing.classes}")
-        labels = images.labels[indices].to(drawing.device)
+            raise UserError(f"{images.name}: has no labels, and the run is of {generator.classes}")
+        labels = images.labels[indices].to(generator.device)
     low, high = opened.model.objective.preconditioning.sigma_range
     ends = torch.tensor([max(low, 0.002), min(high, 80.0)], dtype=torch.float64).log()
     sigmas = torch.linspace(ends[0].item(), ends[1].item(), levels).exp().tolist()
-    with torch.autocast(drawing.device.type, drawing.precision, enabled=bool(drawing.precision)):
+    with torch.autocast(
+        generator.device.type, generator.precision, enabled=bool(generator.precision)
+    ):
         return errors_by_level(
-            drawing.denoiser,
+            generator.denoiser,
             clean,
             sigmas,
             labels=labels,
             sigma_data=clean.std().item(),
-            seed=drawing.seed,
+            seed=generator.seed,
             batch_size=batch_size or 64,
         )
 

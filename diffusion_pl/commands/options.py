@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.signals import Wish
+from diffusion_pl.signals import StopRequest
 
 PATHS = ("guide", "start")
 
-__all__ = ["Annotated", "Literal", "Parameter", "Path", "Wish"]  # of the signatures, too
+__all__ = ["Annotated", "Literal", "Parameter", "Path", "StopRequest"]  # of the signatures, too
 
 
 def weights(text: str) -> str:

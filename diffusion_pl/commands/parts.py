@@ -29,7 +29,7 @@ from diffusion_pl.training import lr_schedule
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.lr_schedule import LRSchedule
 from diffusion_pl.training.optimizers import Grouped, tried
-from diffusion_pl.training.settings import OURS, Settings
+from diffusion_pl.training.settings import OURS, TrainerConfig
 
 RUNS = Path("runs")
 REFERENCES = Path("data/references")
@@ -46,7 +46,7 @@ SECTIONS: dict[str, Any] = {
     "sampler": Sampler | PyramidSampler,
     "features": Extractor,
     "evaluation": Evaluation,
-    "trainer": Settings,
+    "trainer": TrainerConfig,
     "callbacks": list[Any] | None,
     "loggers": list[Any] | None,
 }
@@ -82,14 +82,14 @@ def checked(experiment: Config) -> Config:
         ConfigError: everything that is wrong, a line each.
     """
     bind(experiment)
-    settings: Settings = config.build(experiment, "trainer")
+    settings: TrainerConfig = config.build(experiment, "trainer")
     _check_trainer(experiment, settings)
     _check_optimizer(experiment, settings)
     _check_guided(experiment, settings)
     return experiment
 
 
-def _check_trainer(experiment: Config, settings: Settings) -> None:
+def _check_trainer(experiment: Config, settings: TrainerConfig) -> None:
     """See that a strategy and a profiler of Lightning's are such and fit.
 
     Raises:
@@ -113,7 +113,7 @@ def lr_schedule_of(experiment: Config) -> LRSchedule | None:
     return config.build(experiment, "lr_schedule") if there else None
 
 
-def _check_optimizer(experiment: Config, settings: Settings) -> None:
+def _check_optimizer(experiment: Config, settings: TrainerConfig) -> None:
     """See that the weights can be moved, before all else is made ready for it.
 
     Raises:
@@ -143,7 +143,7 @@ def _dimensions(experiment: Config) -> dict[str, int]:
     return {name: each.ndim for name, each in whole.named_parameters() if each.requires_grad}
 
 
-def _check_guided(experiment: Config, settings: Settings) -> None:
+def _check_guided(experiment: Config, settings: TrainerConfig) -> None:
     """See that an evaluation with guidance has what guides, before a model is trained for it.
 
     Raises:

@@ -33,7 +33,7 @@ from diffusion_pl.metrics import published, real_images
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
 from diffusion_pl.training.opening import Network, open_for
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import TrainerConfig
 
 # Room for so many checkpoints must be free: those that are kept and the one that is being written.
 CHECKPOINTS = 3
@@ -45,7 +45,7 @@ ADAM_FLOATS = 2
 
 
 @dataclass
-class Found:
+class PreflightReport:
     """What a pre-flight found.
 
     Args:
@@ -70,7 +70,7 @@ class Found:
 
 def look(
     task: Task, *, job: Mapping[str, str] | None = None, checked: set[str] | None = None
-) -> Found:
+) -> PreflightReport:
     """Check a run in seconds: nothing is trained, drawn or decoded, and no run is changed.
 
     Args:
@@ -78,10 +78,10 @@ def look(
         job: the variables of the job that this process is in; None outside.
         checked: data and measures that earlier runs had and that are not looked at again; grows.
     """
-    found = Found()
+    found = PreflightReport()
     try:
         experiment = parts.read(task.words[0], task.words[1:], allow=task.allow)
-        settings: Settings = config.build(experiment, "trainer")
+        settings: TrainerConfig = config.build(experiment, "trainer")
         data = trust.data_of(experiment)
         trust.check_training(experiment)
         network = parts.meta_network(experiment)
@@ -106,7 +106,7 @@ def look(
     return found
 
 
-def _batch(experiment: Config, settings: Settings, data: DataConfig) -> str:
+def _batch(experiment: Config, settings: TrainerConfig, data: DataConfig) -> str:
     assert isinstance(settings.devices, int)
     try:
         size = settings.share_size(data.batch_size, settings.nodes * settings.devices)
@@ -177,7 +177,9 @@ def _lock(run: Path) -> str:
         return "nobody else writes to the run"
 
 
-def _run(found: Found, experiment: Config, settings: Settings, data: DataConfig, run: Path) -> str:
+def _run(
+    found: PreflightReport, experiment: Config, settings: TrainerConfig, data: DataConfig, run: Path
+) -> str:
     """See that the folder is free for this experiment."""
     newest = checkpoints.latest(run / "checkpoints")
     settling.check_name(run)
@@ -192,7 +194,7 @@ def _run(found: Found, experiment: Config, settings: Settings, data: DataConfig,
     return f"{run}, {'from' if done else 'begins at'} {done:,} of {budget:,} images"
 
 
-def _job(settings: Settings, job: Mapping[str, str]) -> str:
+def _job(settings: TrainerConfig, job: Mapping[str, str]) -> str:
     """See that SLURM starts as many tasks as the trainer has devices, and that they see them."""
     faults = []
     for option, variable, key, wanted in (

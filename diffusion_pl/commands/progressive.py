@@ -15,7 +15,7 @@ from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Recorded
 from diffusion_pl.diffusion.resizing import resized
 from diffusion_pl.errors import UserError
-from diffusion_pl.evaluation import Drawing
+from diffusion_pl.evaluation import ImageGenerator
 from diffusion_pl.images import grid, save_png, to_bytes
 from diffusion_pl.samplers.inversion import branch
 from diffusion_pl.samplers.pyramid import PyramidSampler
@@ -53,14 +53,14 @@ def command(
     if count < 1 or frames < 1:
         raise UserError(f"--count and --frames must be positive (got {count}, {frames})")
     opened = runs.open_run(run, sampling, options, label=label)
-    drawing = opened.drawing
-    with latents.drawn(drawing):
+    generator = opened.generator
+    with latents.drawn(generator):
         if share is None:
-            images, shown = _frames(drawing, count, frames, base_alone)
+            images, shown = _frames(generator, count, frames, base_alone)
         else:
-            sampler = latents.at_one_size(drawing, "progressive", base_alone)
-            images = _branches(drawing, sampler, count, share)[:, None]
-            shown = [(drawing.shape[1], 0.0)]
+            sampler = latents.at_one_size(generator, "progressive", base_alone)
+            images = _branches(generator, sampler, count, share)[:, None]
+            shown = [(generator.shape[1], 0.0)]
     folder = out or opened.folder / "progressive"
     folder.mkdir(parents=True, exist_ok=True)
     pixels = to_bytes(images).cpu()
@@ -82,28 +82,28 @@ def command(
 
 
 def _frames(
-    drawing: Drawing, count: int, frames: int, base_alone: bool
+    generator: ImageGenerator, count: int, frames: int, base_alone: bool
 ) -> tuple[Tensor, list[tuple[int, float]]]:
     """What is denoised at evenly spaced steps over all sizes, then the image.
 
     Returns:
         (count, frames + 1, C, H, W), smaller ones by repeated pixels, and side and sigma of each.
     """
-    side = drawing.shape[1]
+    side = generator.shape[1]
     sampler: Sampler | PyramidSampler
-    if isinstance(drawing.sampler, PyramidSampler) and not base_alone:
-        sampler = drawing.sampler
+    if isinstance(generator.sampler, PyramidSampler) and not base_alone:
+        sampler = generator.sampler
         stages = [(height, levels) for (height, _), levels in sampler.drawn(side, side)]
     else:
-        sampler = latents.at_one_size(drawing, "progressive", base_alone)
+        sampler = latents.at_one_size(generator, "progressive", base_alone)
         stages = [(side, sampler.sigmas())]
     visited = [(size, sigma) for size, levels in stages for sigma in levels[:-1].tolist()]
     steps = torch.linspace(0, len(visited) - 1, min(frames, len(visited))).round().long()
     wanted = [visited[step] for step in steps.tolist()]
     indices = range(count)
-    where = latents.device(drawing)
-    noise = ImageNoise(drawing.seed, indices, "latent")(torch.empty(count, *drawing.shape))
-    denoise = latents.denoise_of(drawing, drawing.labels(indices))
+    where = latents.device(generator)
+    noise = ImageNoise(generator.seed, indices, "latent")(torch.empty(count, *generator.shape))
+    denoise = latents.denoise_of(generator, generator.labels(indices))
     recorded = {
         size: Recorded(denoise, [sigma for at, sigma in wanted if at == size]) for size, _ in stages
     }
@@ -111,23 +111,23 @@ def _frames(
     def by_size(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
         return recorded[x.shape[-1]](x, sigma, **more)
 
-    end = sampler(by_size, noise.to(where), ImageNoise(drawing.seed, indices, "sampler", where))
+    end = sampler(by_size, noise.to(where), ImageNoise(generator.seed, indices, "sampler", where))
     small = [image for size, _ in stages for image in recorded[size].images]
     images = [resized(image.to(torch.float32), (side, side), "area") for image in small]
     return torch.stack([*images, end.to(torch.float32)], dim=1), [*wanted, (side, 0.0)]
 
 
-def _branches(drawing: Drawing, sampler: Sampler, count: int, level: float) -> Tensor:
+def _branches(generator: ImageGenerator, sampler: Sampler, count: int, level: float) -> Tensor:
     """Ends of image 0's beginning, each with noise of its own below the level."""
-    where = latents.device(drawing)
-    noise = ImageNoise(drawing.seed, [0], "latent")(torch.empty(1, *drawing.shape)).to(where)
-    shared = ImageNoise(drawing.seed, [0], "sampler", where)
-    own = ImageNoise(drawing.seed, range(count), "branch", where)
-    label = drawing.labels([0])
+    where = latents.device(generator)
+    noise = ImageNoise(generator.seed, [0], "latent")(torch.empty(1, *generator.shape)).to(where)
+    shared = ImageNoise(generator.seed, [0], "sampler", where)
+    own = ImageNoise(generator.seed, range(count), "branch", where)
+    label = generator.labels([0])
 
     def denoise(x: Tensor, sigma: Tensor, **more: bool) -> Tensor:
         labels = None if label is None else label.expand(len(x))
-        return latents.denoise_of(drawing, labels, clip=sampler.clip)(x, sigma, **more)
+        return latents.denoise_of(generator, labels, clip=sampler.clip)(x, sigma, **more)
 
     ends = branch(
         denoise,

@@ -15,9 +15,9 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.replay import replay
-from diffusion_pl.training.sanity import NonFinite
+from diffusion_pl.training.sanity import NonFiniteError
 
-FAILURES: tuple[type[Exception], ...] = (NonFinite,)
+FAILURES: tuple[type[Exception], ...] = (NonFiniteError,)
 
 
 def command(run: Path, /, *, step: int, out: Path | None = None, allow: Allow = ()) -> Result:

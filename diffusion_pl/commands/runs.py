@@ -21,14 +21,14 @@ from diffusion_pl.diffusion.guidance import Guide
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.errors import UserError
-from diffusion_pl.evaluation import Drawing, Evaluation
+from diffusion_pl.evaluation import Evaluation, ImageGenerator
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.images import ImageDataset
 from diffusion_pl.names import plain, shown
 from diffusion_pl.samplers.sampler import Visiting, check_range
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
-from diffusion_pl.training.settings import AUTOCAST, Settings, resolve_precision
+from diffusion_pl.training.settings import AUTOCAST, TrainerConfig, resolve_precision
 
 # Data that lies in a folder of the user's; other data is made or fetched where it is not there.
 FOLDERS = ("diffusion_pl.data.shards.Shards", "diffusion_pl.data.folder.ImageFolder")
@@ -59,22 +59,22 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedRun:
     """A run opened for drawing.
 
     Args:
         folder: the run's folder.
         model: of its newest checkpoint, or the one that was named.
-        drawing: the denoiser on its device, with its sampler.
+        generator: the denoiser on its device, with its sampler.
     """
 
     folder: Path
     model: Model
-    drawing: Drawing
+    generator: ImageGenerator
 
     def about(self) -> dict[str, Any]:
         """What a result says of where it comes from."""
-        guide, label = self.drawing.guide, self.drawing.label
+        guide, label = self.generator.guide, self.generator.label
         names = self.model.class_names
         named: dict[str, Any] = {} if label is None else {"label": label}
         if label is not None and label < len(names):
@@ -83,9 +83,9 @@ class Opened:
             **named,
             "checkpoint": str(self.model.checkpoint),
             "images_seen": self.model.images,
-            "seed": self.drawing.seed,
-            "sampler": described(self.drawing.sampler),
-            "guidance": self.drawing.guidance,
+            "seed": self.generator.seed,
+            "sampler": described(self.generator.sampler),
+            "guidance": self.generator.guidance,
             "guide": None if guide is None else guide.name,
         }
 
@@ -95,11 +95,11 @@ class Chosen:
     """How images are drawn, and what of the run's own way the command line changed.
 
     Args:
-        drawing: the denoiser with its sampler.
+        generator: the denoiser with its sampler.
         changed: in words; None for nothing.
     """
 
-    drawing: Drawing
+    generator: ImageGenerator
     changed: str | None
 
 
@@ -167,35 +167,35 @@ def _bound(
     return experiment
 
 
-def open_run(run: Path, how: SamplerOptions, options: RunOptions, **drawing: Any) -> Opened:
+def open_run(run: Path, how: SamplerOptions, options: RunOptions, **generator: Any) -> OpenedRun:
     """Open a run for drawing.
 
     Args:
         how: images are sampled.
         options: of the run.
-        drawing: further settings of the Drawing.
+        generator: further arguments of the ImageGenerator.
 
     Raises:
         UserError: no run there, one that is unfit, or a setting that does not fit it.
     """
     model = open_model(run, how.weights, options.allow, options.set)
-    drawn = drawing_of(model, how, options, **drawing)
+    drawn = drawing_of(model, how, options, **generator)
     if drawn.changed:
         print(shown(drawn.changed), file=sys.stderr)
-    unknown = sampling.beyond(drawn.drawing.sampler, model.objective)  # type: ignore[arg-type]
+    unknown = sampling.beyond(drawn.generator.sampler, model.objective)  # type: ignore[arg-type]
     if unknown:
         print(shown(unknown), file=sys.stderr)
-    return Opened(model.checkpoint.parent.parent, model, drawn.drawing)
+    return OpenedRun(model.checkpoint.parent.parent, model, drawn.generator)
 
 
-def drawing_of(model: Model, how: SamplerOptions, options: RunOptions, **drawing: Any) -> Chosen:
+def drawing_of(model: Model, how: SamplerOptions, options: RunOptions, **generator: Any) -> Chosen:
     """How the command line wants images drawn from a model.
 
     Args:
         model: opened; moved to the device.
         how: images are sampled.
         options: of the run.
-        drawing: further settings of the Drawing.
+        generator: further arguments of the ImageGenerator.
 
     Raises:
         UserError: a setting that does not fit the model.
@@ -205,13 +205,13 @@ def drawing_of(model: Model, how: SamplerOptions, options: RunOptions, **drawing
     device = device_named(options.device)
     model.denoiser.to(device)
     classes: int = model.denoiser.network.classes  # type: ignore[assignment]
-    if "label" in drawing:
-        drawing["label"] = class_of(drawing["label"], model.class_names, classes)
+    if "label" in generator:
+        generator["label"] = class_of(generator["label"], model.class_names, classes)
     data = config.build(model.config, "data.dataset")
     _check_images(model, data.channels, data.resolution)
-    settings: Settings = config.build(model.config, "trainer")
+    settings: TrainerConfig = config.build(model.config, "trainer")
     precision = resolve_precision(settings.precision, torch.device(device).type)
-    chosen = Drawing(
+    chosen = ImageGenerator(
         denoiser=model.denoiser,
         sampler=sampler,
         shape=(data.channels, data.resolution, data.resolution),
@@ -221,7 +221,7 @@ def drawing_of(model: Model, how: SamplerOptions, options: RunOptions, **drawing
         precision=AUTOCAST[precision],
         origin=_origin(model, how.weights),
         **_guidance(how, options, model.config, sampler),
-        **drawing,
+        **generator,
     )
     return Chosen(chosen, changed)
 

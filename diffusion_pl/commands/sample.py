@@ -18,7 +18,7 @@ from diffusion_pl.commands.options import RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.commands.sample_folder import OtherImages, SampleFolder
 from diffusion_pl.errors import UserError
-from diffusion_pl.evaluation import Drawing, batches
+from diffusion_pl.evaluation import ImageGenerator, batches
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.progress import bar
 
@@ -52,14 +52,14 @@ def command(
     if count < 1 or first < 0:
         raise UserError(f"--count must be positive, --first at least 0 (got {count}, {first})")
     opened = runs.open_run(run, sampling, options, label=label)
-    drawing = opened.drawing
+    generator = opened.generator
     wanted = range(first, first + count)
     folder, whole = folder_for(out, opened, wanted)
     missing = folder.missing(whole)
     pieces = list(batches(missing, options.batch_size or BATCH))
-    with watched(drawing, len(missing)):
+    with watched(generator, len(missing)):
         for piece in pieces:
-            images, folder.evaluations = drawing.images(piece)
+            images, folder.evaluations = generator.images(piece)
             folder.add(piece, images.cpu())
     folder.finish(whole)
     sheet = folder.folder / "grid.png"
@@ -89,7 +89,9 @@ def command(
     return Result(result, lines, [after])
 
 
-def folder_for(out: Path | None, opened: runs.Opened, wanted: range) -> tuple[SampleFolder, range]:
+def folder_for(
+    out: Path | None, opened: runs.OpenedRun, wanted: range
+) -> tuple[SampleFolder, range]:
     """Where the images go, and which it will hold: what is named, else one of the run's own.
 
     Those are RUN/drawn, and for images of other settings RUN/drawn-2, RUN/drawn-3, ...
@@ -111,14 +113,14 @@ def folder_for(out: Path | None, opened: runs.Opened, wanted: range) -> tuple[Sa
 
 
 @contextlib.contextmanager
-def watched(drawing: Drawing, count: int) -> Iterator[None]:
+def watched(generator: ImageGenerator, count: int) -> Iterator[None]:
     """A bar on a terminal that moves with every pass of a network: one batch may take minutes.
 
     Args:
-        drawing: how images are drawn.
+        generator: how images are drawn.
         count: of images.
     """
-    with bar("drawing", lambda: count * sum(drawing.calls().values())) as advance:
+    with bar("drawing", lambda: count * sum(generator.calls().values())) as advance:
         if advance is None:
             yield
             return
@@ -126,7 +128,10 @@ def watched(drawing: Drawing, count: int) -> Iterator[None]:
         def passed(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             advance(len(inputs[0]))
 
-        denoisers = [drawing.denoiser, *([] if drawing.guide is None else [drawing.guide.denoiser])]
+        denoisers = [
+            generator.denoiser,
+            *([] if generator.guide is None else [generator.guide.denoiser]),
+        ]
         hooks = [each.network.register_forward_hook(passed) for each in denoisers]
         try:
             yield

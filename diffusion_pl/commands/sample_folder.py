@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion_pl.commands.runs import Opened
+from diffusion_pl.commands.runs import OpenedRun
 from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.provenance import surroundings
@@ -40,7 +40,7 @@ class SampleFolder:
         opened: the run that draws them.
     """
 
-    def __init__(self, folder: Path, opened: Opened) -> None:
+    def __init__(self, folder: Path, opened: OpenedRun) -> None:
         self.folder = folder
         self.images = folder / PICTURES
         self.opened = opened
@@ -93,7 +93,7 @@ class SampleFolder:
 
     def finish(self, whole: range) -> None:
         """Write the same images as one array, and that all are there."""
-        labels = self.opened.drawing.labels(whole)
+        labels = self.opened.generator.labels(whole)
         arrays: dict[str, Any] = {
             "images": self.read(whole).permute(0, 2, 3, 1).numpy(),
             "labels": np.full(len(whole), -1) if labels is None else labels.numpy(),
@@ -108,7 +108,7 @@ class SampleFolder:
             yield torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
     def _write(self, whole: range, settings: Mapping[str, Any], *, complete: bool) -> None:
-        labels = self.opened.drawing.labels(whole)
+        labels = self.opened.generator.labels(whole)
         said = {
             "format": FORMAT,
             "complete": complete,
@@ -119,7 +119,7 @@ class SampleFolder:
             "checkpoint": str(self.opened.model.checkpoint),
             "settings": dict(settings),
             "evaluations": self.evaluations,
-            **surroundings(self.opened.drawing.device),
+            **surroundings(self.opened.generator.device),
         }
         text = json.dumps(said, indent=2) + "\n"
         write_atomically(self.folder / SAMPLE, lambda file: file.write(text.encode()))
@@ -147,15 +147,15 @@ class SampleFolder:
             )
 
 
-def settings_of(opened: Opened) -> dict[str, Any]:
+def settings_of(opened: OpenedRun) -> dict[str, Any]:
     """What decides an image beside its index, as it is written down; wherever the run lies."""
-    drawing = opened.drawing
-    about = {key: value for key, value in drawing.about().items() if key != "checkpoint"}
+    generator = opened.generator
+    about = {key: value for key, value in generator.about().items() if key != "checkpoint"}
     guide = about.pop("guide")
     return {
         **about,
-        "steps": drawing.sampler.steps,  # type: ignore[attr-defined]
-        "shape": list(drawing.shape),
+        "steps": generator.sampler.steps,  # type: ignore[attr-defined]
+        "shape": list(generator.shape),
         "digest": checkpoints.digest(opened.model.checkpoint),
         "guide": None if guide is None else checkpoints.digest(Path(guide)),
     }

@@ -16,7 +16,7 @@ from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
 from diffusion_pl.training.lr_schedule import WarmupDecay, is_torch_s
 from diffusion_pl.training.sameness import note
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import TrainerConfig
 
 # What a run may go on under otherwise than it began: where and how fast it computes, which changes
 # no more of it than rounding; where its data lies, which is known by its content; how often it
@@ -172,10 +172,10 @@ def _with_batches(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {**tree, "data": parts.with_defaults(tree["data"])}
 
 
-def _end_of(tree: Mapping[str, Any]) -> Settings:
+def _end_of(tree: Mapping[str, Any]) -> TrainerConfig:
     """What a config says of the budget and the checkpoints."""
     keys = ("images", "checkpoint_every")
-    return Settings(**{key: tree["trainer"][key] for key in keys if key in tree["trainer"]})
+    return TrainerConfig(**{key: tree["trainer"][key] for key in keys if key in tree["trainer"]})
 
 
 def _batch(tree: Mapping[str, Any]) -> int:

@@ -34,7 +34,7 @@ from diffusion_pl.commands.options import (
 )
 from diffusion_pl.commands.results import Result
 from diffusion_pl.errors import UserError
-from diffusion_pl.evaluation import Drawing, Evaluation
+from diffusion_pl.evaluation import Evaluation, ImageGenerator
 from diffusion_pl.evaluation import evaluate as measure
 from diffusion_pl.evaluation.pareto import pareto
 from diffusion_pl.metrics.features import Extractor
@@ -105,7 +105,7 @@ def command(
     model = runs.open_model(Path(first.checkpoint), first.weights, options.allow, options.set)
     # Every point is seen to be possible before the first is measured.
     drawings = {
-        point: runs.drawing_of(model, point.sampling(), _at(options, point)).drawing
+        point: runs.drawing_of(model, point.sampling(), _at(options, point)).generator
         for point in every
     }
     extractor = evaluate.extractor_of(features, model.config)
@@ -117,8 +117,8 @@ def command(
     folder.mkdir(parents=True, exist_ok=True)
     history = History(folder / "rows.jsonl", point=str)
     keys = {
-        point: _key(point, drawing, settings, extractor, reference)
-        for point, drawing in drawings.items()
+        point: _key(point, generator, settings, extractor, reference)
+        for point, generator in drawings.items()
     }
     rows = []
     for point, key in keys.items():
@@ -244,7 +244,7 @@ def _measured(
 ) -> list[dict[str, Any]]:
     opened = runs.open_run(Path(point.checkpoint), point.sampling(), _at(options, point))
     with counted(_words(point)) as progress:
-        rows, _ = measure(opened.drawing, settings, extractor, reference, progress=progress)
+        rows, _ = measure(opened.generator, settings, extractor, reference, progress=progress)
     return rows
 
 
@@ -257,13 +257,13 @@ def _at(options: RunOptions, point: Point) -> RunOptions:
 
 def _key(
     point: Point,
-    drawing: Drawing,
+    generator: ImageGenerator,
     settings: Evaluation,
     extractor: Extractor,
     reference: Reference,
 ) -> str:
     """All that decides a point's number, as one line."""
-    drawn = drawing.about()
+    drawn = generator.about()
     chosen = ("sampler", "guidance", "guidance_interval", "guide", "precision")
     parts = {"checkpoint": point.checkpoint, "weights": point.weights} | {
         **{key: drawn[key] for key in chosen},

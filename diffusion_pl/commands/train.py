@@ -21,14 +21,14 @@ from diffusion_pl.commands.settling import FAILED
 from diffusion_pl.config import Config
 from diffusion_pl.data.dataset import DatasetSpec
 from diffusion_pl.data.folder import ImageFolder
-from diffusion_pl.data.readers import ReaderLost
+from diffusion_pl.data.readers import ReaderLostError
 from diffusion_pl.data.shard_workers import WorkerLost
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.cache import is_remote
 from diffusion_pl.io.files import sweep, write_atomically
 from diffusion_pl.names import shown
-from diffusion_pl.signals import MARKER, RESUMABLE, Wish
+from diffusion_pl.signals import MARKER, RESUMABLE, StopRequest
 from diffusion_pl.training import bounds
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.beginning import Start, class_names
@@ -36,13 +36,13 @@ from diffusion_pl.training.evaluating import is_evaluated
 from diffusion_pl.training.history import History
 from diffusion_pl.training.meeting import NotMet, see_place, starter
 from diffusion_pl.training.run import Experiment, fit, last_measurements
-from diffusion_pl.training.sanity import NonFinite
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.sanity import NonFiniteError
+from diffusion_pl.training.settings import TrainerConfig
 
 FAILURES: tuple[type[Exception], ...] = (
-    NonFinite,
+    NonFiniteError,
     WorkerLost,
-    ReaderLost,
+    ReaderLostError,
     NotMet,
     locks.LostLock,
 )
@@ -56,7 +56,7 @@ def command(
     *overrides: str,
     run: Path | None = None,
     options: TrainOptions = TrainOptions(),
-    wish: Annotated[Wish | None, Parameter(parse=False)] = None,
+    stop_request: Annotated[StopRequest | None, Parameter(parse=False)] = None,
 ) -> Result:
     """Train an experiment, or go on where it stopped.
 
@@ -66,22 +66,26 @@ def command(
         experiment: a name, or a YAML file anywhere.
         overrides: KEY=VALUE over it, such as optimizer.lr=1e-4.
         run: the run's folder; runs/EXPERIMENT when not given.
-        wish: whether the process was told to stop.
+        stop_request: whether the process was told to stop.
     """
     bounds.end_with_parent()
     read = parts.read(experiment, overrides, allow=options.allow, beside=options.start)
-    return train(read, run or parts.RUNS / read.name, wish or Wish(), options)
+    return train(read, run or parts.RUNS / read.name, stop_request or StopRequest(), options)
 
 
 def train(
-    experiment: Config, folder: Path, wish: Wish, options: TrainOptions, **further: Any
+    experiment: Config,
+    folder: Path,
+    stop_request: StopRequest,
+    options: TrainOptions,
+    **further: Any,
 ) -> Result:
     """Train an experiment that is read, in its folder.
 
     Args:
         experiment: bound.
         folder: the run's.
-        wish: whether the process was told to stop.
+        stop_request: whether the process was told to stop.
         options: of the command.
         further: callbacks and loggers of Lightning that its config does not name.
 
@@ -89,7 +93,7 @@ def train(
         Where the run lies and what was measured, with the exit code.
     """
     trust.check_training(experiment)
-    settings: Settings = config.build(experiment, "trainer")
+    settings: TrainerConfig = config.build(experiment, "trainer")
     settling.check_name(folder)
     see_ranks(settings)
     weights = None
@@ -100,20 +104,20 @@ def train(
         # Refused before the folder is made.
         weights = starting.weights(options.start, experiment, options, leads)
     if not leads:  # the first rank writes for all of them
-        return _train(experiment, settings, folder, weights, None, wish, options, further)
+        return _train(experiment, settings, folder, weights, None, stop_request, options, further)
     with locks.hold(folder / locks.NAME, "training") as lock:
         sweep(folder)
         History(folder / "metrics.jsonl").mend()
-        return _train(experiment, settings, folder, weights, lock, wish, options, further)
+        return _train(experiment, settings, folder, weights, lock, stop_request, options, further)
 
 
 def _train(
     experiment: Config,
-    settings: Settings,
+    settings: TrainerConfig,
     folder: Path,
     weights: starting.Start | None,
     lock: locks.Lock | None,
-    wish: Wish,
+    stop_request: StopRequest,
     options: TrainOptions,
     further: Mapping[str, Any],
 ) -> Result:
@@ -126,7 +130,7 @@ def _train(
         weights: that a new run starts from, None for its own.
         lock: on it, where this process is the run's first; None on the others, which the first one
             tells when they meet whether all is alike.
-        wish: whether the process was told to stop.
+        stop_request: whether the process was told to stop.
         options: of the command.
         further: as for `train`.
     """
@@ -162,7 +166,7 @@ def _train(
         lock=lock,
         keep=lambda images: settling.keep(experiment, folder, options.start, images, changes),
     )
-    result = _fit(built, folder, wish, start)
+    result = _fit(built, folder, stop_request, start)
     if not result["stopped"]:
         if not leads:
             return NOTHING
@@ -175,16 +179,18 @@ def _train(
     return dataclasses.replace(NOTHING, code=0 if ranks.is_helper() else RESUMABLE)
 
 
-def _fit(built: Experiment, folder: Path, wish: Wish, start: Start) -> dict[str, Any]:
+def _fit(
+    built: Experiment, folder: Path, stop_request: StopRequest, start: Start
+) -> dict[str, Any]:
     """Train, and leave word of a failure that would come again."""
     try:
         if start.lock is not None:
             for name in (MARKER, FAILED):
                 (folder / name).unlink(missing_ok=True)
-        return fit(built, folder, parts.REFERENCES, wish, start)
-    except NonFinite as error:
+        return fit(built, folder, parts.REFERENCES, stop_request, start)
+    except NonFiniteError as error:
         kept = checkpoints.latest(folder / "checkpoints")
-        failed = NonFinite(
+        failed = NonFiniteError(
             error.step,
             f"{error}; the last good checkpoint is {kept or 'none'}; to look at the step: "
             f"python -m diffusion_pl replay {shlex.quote(str(folder))} --step {error.step}",
@@ -193,7 +199,7 @@ def _fit(built: Experiment, folder: Path, wish: Wish, start: Start) -> dict[str,
         raise failed from error
 
 
-def leads_run(settings: Settings) -> bool:
+def leads_run(settings: TrainerConfig) -> bool:
     """Whether this process writes for all of its run's.
 
     A run of one process has no later rank, whatever an allocation has left in the environment.
@@ -201,7 +207,7 @@ def leads_run(settings: Settings) -> bool:
     return settings.nodes * settings.devices_a_node() == 1 or ranks.leads_run()
 
 
-def see_ranks(settings: Settings) -> None:
+def see_ranks(settings: TrainerConfig) -> None:
     """See who started this process, and that its run's ranks can meet.
 
     Raises:

@@ -121,7 +121,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
         *_of("metrics.precision_recall", "PrecisionRecall"),
     ),
     "guide": _of("commands.runs", "guide"),
-    "trainer": _of("training.settings", "Settings"),
+    "trainer": _of("training.settings", "TrainerConfig"),
     "profiler": _lightning("profilers", "AdvancedProfiler", "PyTorchProfiler", "SimpleProfiler"),
     "strategy": _lightning("strategies", "DDPStrategy", "SingleDeviceStrategy"),
 }

@@ -34,6 +34,7 @@ RENAMED: dict[str, str] = {
     f"{PACKAGE}.objectives.rectified_flow.FlowError": (
         f"{PACKAGE}.objectives.rectified_flow.FlowWeight"
     ),
+    f"{PACKAGE}.training.settings.Settings": f"{PACKAGE}.training.settings.TrainerConfig",
     "data.workers": "data.num_workers",
     "data.shares": "data.resolution_weights",
     # A data set's own arguments; where its `_target_` stands beside them, see `dataset_apart`.

@@ -12,7 +12,7 @@ from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.dataset import DatasetSpec
 from diffusion_pl.data.draws import uniforms
 from diffusion_pl.data.order import Order
-from diffusion_pl.data.readers import AHEAD, Reader, ReaderLost
+from diffusion_pl.data.readers import AHEAD, Reader, ReaderLostError
 from diffusion_pl.errors import UserError
 from diffusion_pl.images import ImageDataset
 
@@ -182,8 +182,8 @@ class Loader:
                 reader = readers[(step - self.start) % workers]
                 try:
                     batch = reader.next(self.timeout, self.pin)
-                except ReaderLost as error:
-                    raise ReaderLost(
+                except ReaderLostError as error:
+                    raise ReaderLostError(
                         f"a reading process is lost at step {step}; from there it reads "
                         f"{self._origins(step)}: {error}; look at that file's disk or server, at "
                         f"the memory"

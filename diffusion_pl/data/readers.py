@@ -36,7 +36,7 @@ _SECONDS_TO_LEAVE = 2.0  # for a reader that is told, before it is killed
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
 
 
-class ReaderLost(RuntimeError):
+class ReaderLostError(RuntimeError):
     """A reading process that was killed, or that gave nothing for too long."""
 
 
@@ -89,12 +89,12 @@ class Reader:
             RuntimeError: any other error of it, with its traceback.
         """
         if not self._line.poll(limit):
-            raise ReaderLost(f"it gave nothing for {limit:g} s (trainer.read_timeout)")
+            raise ReaderLostError(f"it gave nothing for {limit:g} s (trainer.read_timeout)")
         try:
             answer: Layout | Exception = self._line.recv()
         except (EOFError, ConnectionError) as error:
             self._process.join(_SECONDS_TO_LEAVE)
-            raise ReaderLost(f"it ended with code {self._process.exitcode}") from error
+            raise ReaderLostError(f"it ended with code {self._process.exitcode}") from error
         if isinstance(answer, Exception):
             raise answer
         batch = {name: self._copy(place, pin) for name, place in answer.items()}

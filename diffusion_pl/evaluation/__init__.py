@@ -1,7 +1,7 @@
 """Draw images and measure them: one path for the training run and the commands."""
 
-from diffusion_pl.evaluation.drawing import Drawing, Sampler, batches
+from diffusion_pl.evaluation.generator import ImageGenerator, Sampler, batches
 from diffusion_pl.evaluation.measuring import evaluate, reference_of
 from diffusion_pl.evaluation.settings import Evaluation
 
-__all__ = ["Drawing", "Evaluation", "Sampler", "batches", "evaluate", "reference_of"]
+__all__ = ["Evaluation", "ImageGenerator", "Sampler", "batches", "evaluate", "reference_of"]

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.evaluation.measuring import Drawn, Progress, evaluate
+from diffusion_pl.evaluation.measuring import GeneratedImages, Progress, evaluate
 from diffusion_pl.evaluation.settings import Evaluation
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.reference import Reference
 
 
 def evaluate_blocks(
-    drawn: Drawn,
+    drawn: GeneratedImages,
     settings: Evaluation,
     extractor: Extractor,
     reference: Reference,

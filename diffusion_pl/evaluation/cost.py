@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusion_pl import ranks
-from diffusion_pl.evaluation.drawing import Drawing
+from diffusion_pl.evaluation.generator import ImageGenerator
 from diffusion_pl.evaluation.settings import Evaluation
 from diffusion_pl.metrics.features import TILE, Extractor
 
@@ -20,54 +20,56 @@ class Cost:
 
     Args:
         images: measured by every rank at most.
-        drawing: seconds an image takes to draw.
+        sampling: seconds that one image takes to sample.
         features: seconds an image's features take.
     """
 
     images: int
-    drawing: float
+    sampling: float
     features: float
 
     @property
     def seconds(self) -> float:
         """The whole evaluation, without the metrics' own seconds at its end."""
-        return self.images * (self.drawing + self.features)
+        return self.images * (self.sampling + self.features)
 
     def __str__(self) -> str:
         whole = f"{self.seconds / 60:.0f} min" if self.seconds >= 120 else f"{self.seconds:.0f} s"
         return (
             f"about {whole} each here: {self.images:,} images a process, "
-            f"{1e3 * self.drawing:.3g} ms to draw one, {1e3 * self.features:.3g} ms to measure it"
+            f"{1e3 * self.sampling:.3g} ms to draw one, {1e3 * self.features:.3g} ms to measure it"
         )
 
 
-def estimate(drawing: Drawing, settings: Evaluation, extractor: Extractor) -> Cost:
+def estimate(generator: ImageGenerator, settings: Evaluation, extractor: Extractor) -> Cost:
     """Time one call of the network at every size that the sampler visits, and the extractor once.
 
     The network is not evaluated at every step that is counted, so a thousand steps cost little
     more to foresee than ten.
 
     Args:
-        drawing: how images are drawn.
+        generator: how images are drawn.
         settings: how many.
         extractor: the features; moved to the denoiser's device.
     """
-    device = drawing.device
+    device = generator.device
     count = min(TILE, settings.batch_size, settings.count)
-    labels = drawing.labels(range(count))
+    labels = generator.labels(range(count))
     condition = {} if labels is None else {"label": labels.to(device)}
     sigma = torch.tensor(1.0, device=device)
 
     def seconds_at(side: int) -> float:
-        height = drawing.shape[1] * side // drawing.shape[2]
-        x = torch.zeros(count, drawing.shape[0], height, side, device=device)
-        autocast = torch.autocast(device.type, drawing.precision, enabled=bool(drawing.precision))
+        height = generator.shape[1] * side // generator.shape[2]
+        x = torch.zeros(count, generator.shape[0], height, side, device=device)
+        autocast = torch.autocast(
+            device.type, generator.precision, enabled=bool(generator.precision)
+        )
         with torch.inference_mode(), autocast:
-            return _timed(lambda: drawing.denoiser(x, sigma, **condition), device) / count
+            return _timed(lambda: generator.denoiser(x, sigma, **condition), device) / count
 
-    drawn = sum(calls * seconds_at(side) for side, calls in drawing.calls().items())
+    drawn = sum(calls * seconds_at(side) for side, calls in generator.calls().items())
     extractor.to(device)
-    bytes_seen = torch.zeros(count, *drawing.shape, dtype=torch.uint8, device=device)
+    bytes_seen = torch.zeros(count, *generator.shape, dtype=torch.uint8, device=device)
     seen = _timed(lambda: extractor(bytes_seen), device) / count if settings.metrics else 0.0
     return Cost(len(ranks.share(settings.count, TILE)), drawn, seen)
 

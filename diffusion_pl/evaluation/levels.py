@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.random import ImageNoise
-from diffusion_pl.evaluation.drawing import batches
+from diffusion_pl.evaluation.generator import batches
 
 
 @dataclass(frozen=True)

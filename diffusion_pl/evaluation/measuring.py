@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl import ranks
-from diffusion_pl.evaluation.drawing import batches
+from diffusion_pl.evaluation.generator import batches
 from diffusion_pl.evaluation.provenance import now, surroundings
 from diffusion_pl.evaluation.settings import Evaluation, Metric
 from diffusion_pl.images import ImageDataset
@@ -31,7 +31,7 @@ class Interrupted(Exception):
     """The evaluation was told to stop; nothing was measured."""
 
 
-class Drawn(Protocol):
+class GeneratedImages(Protocol):
     """Images to measure, drawn as they are asked for or lying in files."""
 
     @property
@@ -96,7 +96,7 @@ def check_counts(settings: Evaluation, real: int | None) -> None:
 
 
 def build(
-    drawn: Drawn, settings: Evaluation, extractor: Extractor, reference: Reference
+    drawn: GeneratedImages, settings: Evaluation, extractor: Extractor, reference: Reference
 ) -> list[Metric]:
     """The metrics of one evaluation.
 
@@ -111,7 +111,7 @@ def build(
 
 
 def evaluate(
-    drawn: Drawn,
+    drawn: GeneratedImages,
     settings: Evaluation,
     extractor: Extractor,
     reference: Reference,
@@ -223,7 +223,7 @@ class Pieces:
         batch_size: how many are drawn at a time.
     """
 
-    def __init__(self, drawn: Drawn, indices: range, batch_size: int) -> None:
+    def __init__(self, drawn: GeneratedImages, indices: range, batch_size: int) -> None:
         self.drawn, self.indices, self.batch_size = drawn, indices, batch_size
         self.evaluations = 0
 

@@ -30,7 +30,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from diffusion_pl.errors import UserError
 from diffusion_pl.training import checkpoint as checkpoints
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import TrainerConfig
 
 PROFILES = "profiler"  # the folder of a run where profilers write
 _PROFILERS = {
@@ -80,7 +80,7 @@ class Unprofiled(PassThroughProfiler):
 _NOTHING = contextlib.nullcontext("")
 
 
-def profiler(settings: Settings, run: Path) -> Profiler:
+def profiler(settings: TrainerConfig, run: Path) -> Profiler:
     """The profiler that a run is trained under; its report lies in the run's folder.
 
     Raises:
@@ -100,7 +100,7 @@ def profiler(settings: Settings, run: Path) -> Profiler:
     return made
 
 
-def precision_plugin(precision: str, settings: Settings) -> Precision:
+def precision_plugin(precision: str, settings: TrainerConfig) -> Precision:
     """How a run computes; said outright, since on a CPU Lightning takes bf16 for fp16."""
     device = settings.device_type()
     if precision == "fp32":

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from diffusion_pl import ranks
 from diffusion_pl.training.bounds import Watchdog
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import TrainerConfig
 
 
 class Bounded(Callback):
@@ -19,7 +19,7 @@ class Bounded(Callback):
         settings: how long may what take.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: TrainerConfig) -> None:
         self.settings = settings
         self.watchdog = Watchdog(settings.start_timeout)
         self.begun = False

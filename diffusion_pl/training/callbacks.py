@@ -12,14 +12,14 @@ from lightning.pytorch.callbacks import Callback
 
 from diffusion_pl.evaluation.provenance import now
 from diffusion_pl.progress import Progress
-from diffusion_pl.signals import Wish
+from diffusion_pl.signals import StopRequest
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema, sharding
 from diffusion_pl.training.beginning import Begin
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.sanity import Spikes
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import TrainerConfig
 from diffusion_pl.training.stopping import Agreement
 
 
@@ -150,7 +150,7 @@ class Checkpoints(Callback):
     """
 
     def __init__(
-        self, folder: Path, settings: Settings, config: Mapping[str, Any], begin: Begin
+        self, folder: Path, settings: TrainerConfig, config: Mapping[str, Any], begin: Begin
     ) -> None:
         self.folder = folder
         self.interval = Interval(settings.checkpoint_every)
@@ -256,16 +256,16 @@ class Stop(Callback):
     """Ends the training between two steps when any rank was told to stop.
 
     Args:
-        wish: this process's.
+        stop_request: this process's.
     """
 
-    def __init__(self, wish: Wish) -> None:
-        self.wish = wish
+    def __init__(self, stop_request: StopRequest) -> None:
+        self.stop_request = stop_request
         self.stopped = False
         self.agreement: Agreement | None = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
-        self.agreement = Agreement(self.wish, trainer.strategy.root_device)
+        self.agreement = Agreement(self.stop_request, trainer.strategy.root_device)
 
     def wanted(self) -> bool:
         """Whether any rank was told to stop; called by all of them at once."""

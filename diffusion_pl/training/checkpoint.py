@@ -51,7 +51,7 @@ _NAME = re.compile(r"([0-9]{12}|[1-9][0-9]{12,})\.ckpt")
 logger = logging.getLogger(__name__)
 
 
-class Damaged(UserError):
+class DamagedError(UserError):
     """A checkpoint that is not as it was written."""
 
 
@@ -91,7 +91,7 @@ def verify(path: Path) -> None:
     else:
         sound = end[-_END_BYTES:].startswith(_END)  # format 1 had no comment
     if not sound:
-        raise Damaged(f"{path}: is damaged; its bytes are not those that were written")
+        raise DamagedError(f"{path}: is damaged; its bytes are not those that were written")
 
 
 def _digest(path: Path, length: int) -> str:
@@ -198,7 +198,7 @@ def newest_sound(folder: Path, *, mend: bool = True) -> Path | None:
             verify(candidate)
         except FileNotFoundError:
             continue
-        except Damaged as error:
+        except DamagedError as error:
             if mend:
                 with contextlib.suppress(OSError):
                     candidate.rename(candidate.with_name(candidate.name + DAMAGED))
@@ -267,14 +267,16 @@ def load(path: Path) -> dict[str, Any]:
             problem = unfit_content(checkpoint)
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such checkpoint") from error
-    except Damaged:
+    except DamagedError:
         raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds more than tensors and plain data; refused ({reason_of(error)})"
         ) from error
     except Exception as error:  # a pickle that others have spoilt raises nearly anything
-        raise Damaged(f"{path}: cannot be read as a checkpoint ({reason_of(error)})") from error
+        raise DamagedError(
+            f"{path}: cannot be read as a checkpoint ({reason_of(error)})"
+        ) from error
     if problem is not None:
         raise UserError(f"{path}: {problem}; refused")
     section = checkpoint.get(SECTION) if isinstance(checkpoint, dict) else None
@@ -285,7 +287,7 @@ def load(path: Path) -> dict[str, Any]:
             f"{path}: not a checkpoint of diffusion_pl's format {FORMAT} (format: {number})"
         )
     if section["format"] >= 2 and not digested:
-        raise Damaged(f"{path}: is damaged; its digest is missing")
+        raise DamagedError(f"{path}: is damaged; its digest is missing")
     return checkpoint
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.evaluation import Drawing, Evaluation, Sampler, evaluate, reference_of
+from diffusion_pl.evaluation import Evaluation, ImageGenerator, Sampler, evaluate, reference_of
 from diffusion_pl.evaluation.cost import estimate
 from diffusion_pl.evaluation.measuring import Interrupted, build
 from diffusion_pl.images import grid, save_png
@@ -26,7 +26,7 @@ from diffusion_pl.training.callbacks import Interval, Log, Stop, log
 from diffusion_pl.training.history import History
 from diffusion_pl.training.loggers import show
 from diffusion_pl.training.module import DiffusionModule
-from diffusion_pl.training.sanity import NonFinite
+from diffusion_pl.training.sanity import NonFiniteError
 
 
 def grid_of(run: Path, images: int) -> Path:
@@ -120,12 +120,14 @@ class Evaluate(Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         images = pl_module.images_seen
         self.interval.start(images)
-        drawing = self._drawing(trainer, pl_module)
+        generator = self._drawing(trainer, pl_module)
         assert self.reference is not None
-        build(drawing, self.settings, self.extractor, self.reference)  # refused before the training
+        build(
+            generator, self.settings, self.extractor, self.reference
+        )  # refused before the training
         with sharding.assembled(pl_module.ema):
             # On every rank, so that a sampler which asks too much of the network ends them all.
-            cost = estimate(drawing, self.settings, self.extractor)
+            cost = estimate(generator, self.settings, self.extractor)
         if trainer.is_global_zero:
             self.training_log.progress.say(
                 f"evaluation every {self.settings.every:,} images: {cost}"
@@ -156,14 +158,14 @@ class Evaluate(Callback):
 
     def _evaluate(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> None:
         started = time.monotonic()
-        drawing = self._drawing(trainer, pl_module)
+        generator = self._drawing(trainer, pl_module)
         assert self.reference is not None
         progress = self.training_log.progress
         images = pl_module.images_seen
         try:
             with sharding.assembled(pl_module.ema):  # ranks draw as many images as fall to them
                 rows, shown = evaluate(
-                    drawing,
+                    generator,
                     self.settings,
                     self.extractor,
                     self.reference,
@@ -176,7 +178,7 @@ class Evaluate(Callback):
             return
         except ValueError as error:  # what was asked for was seen to be possible before
             problem = f"the evaluation after {images:,} images: {error}"
-            raise NonFinite(trainer.global_step, problem) from error
+            raise NonFiniteError(trainer.global_step, problem) from error
         self._keep_best(trainer, images, rows)  # before the rows, which say that all is done
         if trainer.is_global_zero:
             self.training_log.check()
@@ -207,8 +209,8 @@ class Evaluate(Callback):
         if trainer.is_global_zero:
             self.best.write(rows, images)
 
-    def _drawing(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> Drawing:
-        return Drawing(
+    def _drawing(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> ImageGenerator:
+        return ImageGenerator(
             denoiser=pl_module.ema,
             sampler=self.sampler,
             shape=trainer.datamodule.opened().shape[1:],  # type: ignore[attr-defined]

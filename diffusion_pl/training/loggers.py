@@ -19,14 +19,14 @@ from torch import Tensor
 from diffusion_pl import ranks
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import small, write_atomically
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import TrainerConfig
 from diffusion_pl.training.unfailing import Unfailing
 
 WANDB_ID = "wandb_id"  # the file in a run's folder that holds its W&B run's
 
 
 def make_loggers(
-    settings: Settings, config: Mapping[str, Any], run: Path, further: Sequence[Logger] = ()
+    settings: TrainerConfig, config: Mapping[str, Any], run: Path, further: Sequence[Logger] = ()
 ) -> list[Logger]:
     """The loggers that an experiment names; each run has one folder, resumed in place.
 

@@ -22,7 +22,7 @@ from diffusion_pl.training.adapter import QuickModule
 from diffusion_pl.training.masks import DropoutMasks
 from diffusion_pl.training.optimizers import MakeOptimizer, optimizer_of
 from diffusion_pl.training.sanity import Place
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import TrainerConfig
 from diffusion_pl.training.totals import Totals
 
 
@@ -64,7 +64,7 @@ class DiffusionModule(QuickModule):
         objective: TrainingObjective,
         optimizer: MakeOptimizer,
         ema: averaging.EMA,
-        settings: Settings,
+        settings: TrainerConfig,
         *,
         batch_size: int,
         resolution: int,

@@ -20,7 +20,7 @@ from diffusion_pl.evaluation import Evaluation, Sampler
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.progress import Progress
-from diffusion_pl.signals import Wish
+from diffusion_pl.signals import StopRequest
 from diffusion_pl.training import adapter, power_ema
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.beginning import Begin, Start
@@ -35,7 +35,7 @@ from diffusion_pl.training.module import Augment, DiffusionModule
 from diffusion_pl.training.opening import Network
 from diffusion_pl.training.optimizers import MakeOptimizer
 from diffusion_pl.training.run_data import RunData
-from diffusion_pl.training.settings import AUTOCAST, Settings, resolve_precision
+from diffusion_pl.training.settings import AUTOCAST, TrainerConfig, resolve_precision
 from diffusion_pl.training.strategy import cluster, make_strategy
 
 
@@ -52,7 +52,7 @@ class Experiment:
     name: str
     config: Mapping[str, Any]
     seed: int
-    settings: Settings
+    settings: TrainerConfig
     data: DataConfig
     network: nn.Module
     objective: TrainingObjective
@@ -68,7 +68,11 @@ class Experiment:
 
 
 def fit(
-    experiment: Experiment, run: Path, references: Path, wish: Wish, start: Start | None = None
+    experiment: Experiment,
+    run: Path,
+    references: Path,
+    stop_request: StopRequest,
+    start: Start | None = None,
 ) -> dict[str, Any]:
     """Train to the end of the budget, from the run's last checkpoint if there is one.
 
@@ -76,8 +80,8 @@ def fit(
         experiment: the parts.
         run: the run's folder; made if absent.
         references: where statistics of real images are kept.
-        wish: whether this process was told to stop; the run then ends between two steps, with a
-            checkpoint and after it the marker that it waits to go on.
+        stop_request: whether this process was told to stop; the run then ends between two steps,
+            with a checkpoint and after it the marker that it waits to go on.
         start: how the run begins or goes on; from its last checkpoint when not given.
 
     Returns:
@@ -93,7 +97,7 @@ def fit(
     settings, batch_size = experiment.settings, experiment.data.batch_size
     settings.check_objective(experiment.objective)
     data = RunData(
-        experiment.data, settings, experiment.network, experiment.seed, wish.wait_for_steps
+        experiment.data, settings, experiment.network, experiment.seed, stop_request.wait_for_steps
     )
     with adapter.quiet_lightning():
         precision = resolve_precision(settings.precision, settings.device_type())
@@ -112,7 +116,7 @@ def fit(
             snapshots = Snapshots(run / power_ema.FOLDER, experiment.ema.posthoc_every)
             trainer.callbacks.append(snapshots)  # type: ignore[attr-defined]
         trainer.callbacks.append(ClassNames())  # type: ignore[attr-defined]
-        stop, bounded = Stop(wish), Bounded(settings)
+        stop, bounded = Stop(stop_request), Bounded(settings)
         trainer.callbacks.extend(experiment.callbacks)  # type: ignore[attr-defined]
         evaluation = Evaluate(
             experiment.evaluation,
@@ -142,7 +146,7 @@ def fit(
             bounded.watchdog.stop()
             progress.stop()
     if stop.stopped and trainer.is_global_zero:
-        wish.mark(run)
+        stop_request.mark(run)
     if stop.stopped:  # srun ends the others when the first has left: not before the mark is there
         trainer.strategy.barrier()
     return {

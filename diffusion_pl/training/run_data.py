@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffusion_pl.data.loader import DataConfig, Loader
 from diffusion_pl.images import ImageDataset
 from diffusion_pl.training.opening import Network, open_for
-from diffusion_pl.training.settings import Settings
+from diffusion_pl.training.settings import TrainerConfig
 
 
 class RunData(lightning.LightningDataModule):
@@ -29,7 +29,7 @@ class RunData(lightning.LightningDataModule):
     def __init__(
         self,
         data: DataConfig,
-        settings: Settings,
+        settings: TrainerConfig,
         network: nn.Module,
         seed: int,
         on_read: Callable[[], None] = lambda: None,

@@ -15,7 +15,7 @@ SPIKE = 2.0
 REMEMBERED, NEEDED = 10, 5  # rows
 
 
-class NonFinite(RuntimeError):
+class NonFiniteError(RuntimeError):
     """The loss or its gradient is infinite or not a number; raised before the weights change.
 
     Args:
@@ -46,10 +46,12 @@ class Place:
     positions: list[int]
     u: Tensor
 
-    def complaint(self, what: str, value: float, schedule: Callable[[Tensor], Tensor]) -> NonFinite:
+    def complaint(
+        self, what: str, value: float, schedule: Callable[[Tensor], Tensor]
+    ) -> NonFiniteError:
         """That a number of this step is not finite."""
         levels = ", ".join(f"{level:.4g}" for level in schedule(self.u).tolist())
-        return NonFinite(
+        return NonFiniteError(
             self.step,
             f"the {what} is {value} at step {self.step}, {self.images:,} images; images "
             f"{self.positions[0]:,} to {self.positions[-1]:,} of the run, of {self.side} px; "

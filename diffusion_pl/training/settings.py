@@ -39,7 +39,7 @@ class Profiler(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainerConfig:
     """What the `trainer` node of an experiment says; every amount is in images, global.
 
     Args:

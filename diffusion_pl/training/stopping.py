@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from diffusion_pl import ranks
-from diffusion_pl.signals import Wish
+from diffusion_pl.signals import StopRequest
 
 # Asking all ranks takes at most this share of the time of a step.
 COST = 0.01
@@ -23,12 +23,12 @@ class Agreement:
     """Asks all ranks between steps whether one of them was told to stop, now and then.
 
     Args:
-        wish: this process's.
+        stop_request: this process's.
         device: one that the ranks can talk on.
     """
 
-    def __init__(self, wish: Wish, device: torch.device) -> None:
-        self.wish, self.device = wish, device
+    def __init__(self, stop_request: StopRequest, device: torch.device) -> None:
+        self.stop_request, self.device = stop_request, device
         self.steps, self.every = 0, 1
         self.asking, self.began = 0.0, time.monotonic()
 
@@ -46,7 +46,7 @@ class Agreement:
 
     def asked(self) -> bool:
         """Whether any rank was told to stop; called by all of them at once."""
-        wanted = self.wish.signal is not None
+        wanted = self.stop_request.signal is not None
         alone = ranks.world_size() == 1
         return wanted if alone else not ranks.all_agree(not wanted, self.device)
 

@@ -32,7 +32,7 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.training import meeting, sharding
 from diffusion_pl.training.adapter import in_a_line
 from diffusion_pl.training.module import DiffusionModule
-from diffusion_pl.training.settings import OURS, Settings
+from diffusion_pl.training.settings import OURS, TrainerConfig
 
 
 class Slurm(SLURMEnvironment):
@@ -108,7 +108,7 @@ class Sharded(DDPStrategy):
         self.checkpoint_io.teardown()
 
 
-def make_strategy(settings: Settings) -> Strategy | str:
+def make_strategy(settings: TrainerConfig) -> Strategy | str:
     """What a run's devices do together; one alone has nothing to share.
 
     Raises:
@@ -122,7 +122,7 @@ def make_strategy(settings: Settings) -> Strategy | str:
     return kind(timeout=timedelta(seconds=settings.start_timeout))
 
 
-def _lightnings(settings: Settings) -> Strategy:
+def _lightnings(settings: TrainerConfig) -> Strategy:
     """A strategy of Lightning's or the user's own, by its name or made."""
     given: Any = settings.strategy
     if isinstance(given, str):
@@ -147,7 +147,7 @@ def _lightnings(settings: Settings) -> Strategy:
     return given
 
 
-def cluster(settings: Settings) -> list[ClusterEnvironment]:
+def cluster(settings: TrainerConfig) -> list[ClusterEnvironment]:
     """How the ranks find one another, by who started this one; without Lightning's requeue.
 
     Told by a signal, that saves in the middle of a step; stops are `Stop`'s, jobs their script's.

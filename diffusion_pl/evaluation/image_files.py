@@ -14,7 +14,7 @@ from diffusion_pl.images import ImageDataset
 
 
 @dataclass(frozen=True)
-class Given:
+class ImageFiles:
     """Images of a data set or file in the place of drawn ones.
 
     Args:

@@ -41,7 +41,7 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
-class Drawing:
+class ImageGenerator:
     """How images are drawn from a trained denoiser.
 
     Args:
