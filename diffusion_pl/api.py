@@ -433,7 +433,7 @@ class Run:
         how, of_run, wanted, features = grouped(
             "evaluate", given, SamplerOptions, RunOptions, MetricOptions, FeatureOptions
         )
-        generator = runs.drawing_of(self.model, how, of_run).generator
+        generator = runs.make_generator(self.model, how, of_run).generator
         opened = runs.OpenedRun(self.folder, self.model, generator)
         rows: list[dict[str, Any]] = evaluate.measured(opened, blocks, of_run, wanted, features)[
             "measures"
@@ -488,7 +488,7 @@ class Run:
         from diffusion_pl.commands import runs
 
         how, options = grouped(command, {**self._asked, **given}, SamplerOptions, RunOptions)
-        return runs.drawing_of(self.model, how, options, **further).generator
+        return runs.make_generator(self.model, how, options, **further).generator
 
     def __repr__(self) -> str:
         return f"<Run {self.folder}, {self.images_seen:,} images>"

@@ -66,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         for before, word in itertools.pairwise(["", *words]):
-            refuse_controls(word, named(before, word))
-            refuse_credentials(word, named(before, word))
+            refuse_controls(word, argument_name(before, word))
+            refuse_credentials(word, argument_name(before, word))
         call = parse(words)
     except ValueError as error:
-        return _bad(error)
+        return _bad_input(error)
     if call is None:
         return 0
     if call.command != "train":
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 stop_request.mark_before_steps(run)
             except UserError as error:
-                return _bad(error)
+                return _bad_input(error)
             print(
                 f"{shown(str(run))}: stopped before a step; the same command goes on",
                 file=sys.stderr,
@@ -104,7 +104,7 @@ def _run(call: Call) -> int:
     try:
         refuse_unsafe(os.environ)
     except ValueError as error:
-        return _bad(error)
+        return _bad_input(error)
     if sys.stderr.isatty() and not is_later_rank():  # libraries take seconds to be read
         print(f"{shown(call.command)}: starting ...", file=sys.stderr, flush=True)
     module = importlib.import_module(module_of(call.command))
@@ -112,11 +112,11 @@ def _run(call: Call) -> int:
         result: results.Result = module.command(*call.words, **call.keywords)
         result.tell(call.json)
     except UserError as error:
-        return _bad(error)
+        return _bad_input(error)
     except ValueError as error:  # a library's word on what it was given, or a bug of the user's
-        if _is_theirs(error):
+        if _is_user_code(error):
             raise
-        return _bad(error)
+        return _bad_input(error)
     except getattr(module, "FAILURES", ()) as error:  # what a run may meet
         print(f"failed: {shown(masked(str(error)), keep=LINES)}", file=sys.stderr)
         return 1
@@ -127,11 +127,11 @@ def _run(call: Call) -> int:
         problem = of_the_machine(error)
         if problem is None:
             raise
-        return _bad(UserError(problem))
+        return _bad_input(UserError(problem))
     return result.code
 
 
-def _is_theirs(error: BaseException) -> bool:
+def _is_user_code(error: BaseException) -> bool:
     """Whether an error went through code of the user's own: neither ours nor installed."""
     known = [Path(__file__).parent, *map(Path, set(sysconfig.get_paths().values()))]
     frames = traceback.walk_tb(error.__traceback__)
@@ -139,13 +139,13 @@ def _is_theirs(error: BaseException) -> bool:
     return any(file.is_file() and not any(map(file.is_relative_to, known)) for file in files)
 
 
-def _bad(error: ValueError) -> int:
+def _bad_input(error: ValueError) -> int:
     """Say a user's mistake; libraries quote addresses with all that stands in them."""
     print(f"error: {shown(masked(str(error)), keep=LINES)}", file=sys.stderr)
     return 2
 
 
-def named(before: str, word: str) -> str:
+def argument_name(before: str, word: str) -> str:
     """What a word of the command line is, for messages that must not show it."""
     key, equals, _ = word.partition("=")
     if equals and "/" not in key:
@@ -192,7 +192,7 @@ def parse(words: Sequence[str]) -> Call | None:
         return None
     as_json = bound.arguments.pop("json", False)
     for name, value in bound.arguments.items():
-        bound.arguments[name] = _at_home(value, name)
+        bound.arguments[name] = _expand_home(value, name)
     return Call(words[0], bound.args, bound.kwargs, as_json)
 
 
@@ -210,7 +210,7 @@ def program(words: Sequence[str] = ()) -> App:
         ),
     )
     for place, name in enumerate(words[:1] if {*words[:1]} & {*COMMANDS} else COMMANDS):
-        app.command(declared(name), name=name, sort_key=place)
+        app.command(signature_of(name), name=name, sort_key=place)
     return app
 
 
@@ -219,7 +219,7 @@ def module_of(command: str) -> str:
     return f"diffusion_pl.commands.{command}{'_' * keyword.iskeyword(command)}"
 
 
-def declared(command: str) -> Callable[..., None]:
+def signature_of(command: str) -> Callable[..., None]:
     """A command's function without its body, with `--json`: read, for its module may need torch.
 
     Its annotations and defaults are those of `diffusion_pl.commands.options`, or Python's own.
@@ -240,16 +240,16 @@ def declared(command: str) -> Callable[..., None]:
     return function
 
 
-def _at_home(value: object, name: str) -> object:
+def _expand_home(value: object, name: str) -> object:
     """A path, or several, with the home folder for ~: a shell leaves that of --run=~/x.
 
     Raises:
         UserError: no such home, or an address, in whose stead a folder `s3:` would be made.
     """
     if isinstance(value, tuple):
-        return tuple(_at_home(each, name) for each in value)
+        return tuple(_expand_home(each, name) for each in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        said = {field: _at_home(each, field) for field, each in vars(value).items()}
+        said = {field: _expand_home(each, field) for field, each in vars(value).items()}
         return dataclasses.replace(value, **said)
     if isinstance(value, Path) and _ADDRESS.match(str(value)) and not value.exists():
         raise UserError(

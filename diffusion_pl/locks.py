@@ -40,7 +40,7 @@ _SETTLE_SECONDS = 1.0  # where the file system has no locks: of two takers one s
 _MOST_BYTES = 4096
 
 
-class LostLock(Exception):
+class LockLostError(Exception):
     """Another process has taken over what this one held."""
 
 
@@ -100,7 +100,7 @@ class Holder:
         return own is not None and own.token == self.token
 
 
-def myself(doing: str, path: Path | None = None) -> Holder:
+def this_process(doing: str, path: Path | None = None) -> Holder:
     """This process as the holder of a new lock.
 
     Args:
@@ -138,7 +138,7 @@ class Lock:
         """See that this process may still write; a lock file that somebody removed is made again.
 
         Raises:
-            LostLock: another has taken the lock over.
+            LockLostError: another has taken the lock over.
         """
         other = read(self.path)
         if other is None:
@@ -146,7 +146,7 @@ class Lock:
                 _take(self.path, self.holder, self.where)
             other = read(self.path)
         if other is not None and other.token != self.holder.token:
-            raise LostLock(
+            raise LockLostError(
                 f"{self.where}: {other} has taken it over from this process ({self.holder}), which "
                 "writes no more"
             )
@@ -186,7 +186,7 @@ def hold(path: Path, doing: str, where: Path | None = None) -> Iterator[Lock]:
     where, made = where or path.parent, not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = Lock(path, _take(path, myself(doing, path), where), where)
+        lock = Lock(path, _take(path, this_process(doing, path), where), where)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); free space or permissions, then run "
@@ -279,10 +279,10 @@ def read(path: Path) -> Holder | None:
         os.close(file)
 
 
-def living(path: Path, doing: str = "") -> Holder | None:
+def live_holder(path: Path, doing: str = "") -> Holder | None:
     """Who holds a lock and may be alive; None for nobody. Looks, and waits for nothing."""
     other = read(path)
-    return None if other is None or other.is_dead(myself(doing, path)) else other
+    return None if other is None or other.is_dead(this_process(doing, path)) else other
 
 
 def _read(file: int) -> Holder | None:

@@ -31,7 +31,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def in_words(row: Mapping[str, Any]) -> str:
+def format_row(row: Mapping[str, Any]) -> str:
     """A number with its name, and what must be known to read it."""
     words = f"{row['name']} = {row['value']:.4g}"
     if "blocks" in row:
@@ -134,7 +134,7 @@ class Progress:
             self.bar.remove_task(self.evaluation)
             self.evaluation = None
         for row in rows:
-            self.say(f"{images:,} images: {in_words(row)}")
+            self.say(f"{images:,} images: {format_row(row)}")
         self.last = time.monotonic()
 
     def stop(self) -> None:

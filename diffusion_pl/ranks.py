@@ -35,7 +35,7 @@ def leads_run() -> bool:
     return _started_as("RANK", "SLURM_PROCID") == 0
 
 
-def is_helper() -> bool:
+def is_started_by_lightning() -> bool:
     """Whether the run's first process started this one, and ends all when one ends in an error.
 
     Those that srun or torchrun start are all alike.
@@ -48,7 +48,7 @@ def _started_as(*names: str) -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
-def share(count: int, tile: int = 1, of: int | None = None) -> range:
+def rank_range(count: int, tile: int = 1, of: int | None = None) -> range:
     """A rank's share of `count` things: one block of whole tiles, none padded, none twice.
 
     Args:
@@ -63,7 +63,7 @@ def share(count: int, tile: int = 1, of: int | None = None) -> range:
     return range(min(first, count), min(last, count))
 
 
-def summed(values: Tensor) -> Tensor:
+def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum over the ranks; every rank calls it with the same shape.
 
     Args:
@@ -76,7 +76,7 @@ def summed(values: Tensor) -> Tensor:
     return total
 
 
-def gathered(rows: Tensor) -> Tensor:
+def gather(rows: Tensor) -> Tensor:
     """The rows of all ranks in the order of the ranks, on every rank.
 
     Args:
@@ -100,7 +100,7 @@ def all_agree(answer: bool, device: torch.device | str = "cpu") -> bool:
         answer: this rank's.
         device: one that the process group can talk on.
     """
-    return int(summed(torch.tensor(int(not answer), device=device))) == 0
+    return int(sum_over_ranks(torch.tensor(int(not answer), device=device))) == 0
 
 
 def wait_at_most(seconds: float) -> None:

@@ -104,7 +104,7 @@ class StopRequest:
         Raises:
             UserError: it cannot be written.
         """
-        if is_later_rank() or locks.living(run / locks.NAME) is None:
+        if is_later_rank() or locks.live_holder(run / locks.NAME) is None:
             self.mark(run)
 
     def mark(self, run: Path) -> None:

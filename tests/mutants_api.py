@@ -39,7 +39,7 @@ MUTANTS = [
     *at(
         "cli.py",
         "api",
-        ("        if _is_theirs(error):\n            raise\n", ""),
+        ("        if _is_user_code(error):\n            raise\n", ""),
         ("not any(map(file.is_relative_to, known))", "True"),
     ),
     *at(

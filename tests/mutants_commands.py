@@ -172,7 +172,7 @@ MUTANTS = [
         ("text if len(text) <= 80 else text[:80] + ' ...'", "text"),
     ),
     *at(
-        "commands/following.py",
+        "commands/hints.py",
         "class_names recommend",
         ("if program.is_relative_to(Path.cwd()):", "if False:"),
         ("run.parent.parent if run.is_file() else run", "run.parent"),

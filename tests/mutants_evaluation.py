@@ -27,9 +27,9 @@ MUTANTS = [
     *at(
         "evaluation/measuring.py",
         "evaluation evaluation_ranks",
-        ("ranks.share(settings.count, TILE)", "range(settings.count)"),
-        ("ranks.share(settings.count, TILE)", "ranks.share(settings.count)"),
-        ("ranks.gathered(torch.cat(shown))", "torch.cat(shown)"),
+        ("ranks.rank_range(settings.count, TILE)", "range(settings.count)"),
+        ("ranks.rank_range(settings.count, TILE)", "ranks.rank_range(settings.count)"),
+        ("ranks.gather(torch.cat(shown))", "torch.cat(shown)"),
     ),
     *at(
         "evaluation/blocks.py",

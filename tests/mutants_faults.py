@@ -116,7 +116,7 @@ MUTANTS = [
     *at(
         "commands/train.py",
         "meeting",
-        ("    see_ranks(settings)", "    abs(1)"),
+        ("    check_ranks(settings)", "    abs(1)"),
     ),
     *at(
         "commands/sbatch_options.py",
@@ -130,6 +130,6 @@ MUTANTS = [
     *at(
         "commands/launch.py",
         "sbatch_options",
-        ("    job.see_options()", "    pass"),
+        ("    job.check_options()", "    pass"),
     ),
 ]  # fmt: skip

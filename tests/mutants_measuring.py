@@ -57,7 +57,7 @@ MUTANTS = [
         ("except (OSError, ValueError) as error:", "except KeyError as error:"),
     ),
     *at(
-        "commands/asked.py",
+        "commands/metric_choice.py",
         "found_again",
         ("                if not self.everything:\n", "                if True:\n"),
         ("lambda metric: metric.check_count(settings.count)", "lambda metric: None"),

@@ -96,7 +96,7 @@ MUTANTS = [
         "commands_models",
         ("if latest and not done:", "if False:"),
     ),
-    *at("commands/settling.py", "commands_models", ("if wanted != origin:", "if False:")),
+    *at("commands/run_dir.py", "commands_models", ("if wanted != origin:", "if False:")),
     *at(
         "commands/progressive.py",
         "commands_models",

@@ -20,7 +20,7 @@ MUTANTS = [
         (" and not as_json:", ":"),
     ),
     *at(
-        "commands/following.py",
+        "commands/hints.py",
         "newcomer",
         ("or not _in_checkout()", ""),
         ('" -m diffusion_pl sample " in', '"" in'),

@@ -47,7 +47,7 @@ MUTANTS = [
         "evaluation/measuring.py",
         "exact",
         ("    if stop is not None and stop():", "    if False:"),
-        ("for _ in range(_tiles(ranks.share(settings.count, TILE, of=0)) - _tiles(share)):",
+        ("for _ in range(_tiles(ranks.rank_range(settings.count, TILE, of=0)) - _tiles(share)):",
          "for _ in range(0):"),
     ),
     *at(

@@ -38,7 +38,7 @@ MUTANTS = [
         ('if key == "data" and isinstance(value, dict):', "if False:"),
     ),
     *at(
-        "commands/settling.py",
+        "commands/run_dir.py",
         "former_data",
         (
             "config.differences(*map(_with_batches, (before, experiment.tree)))",

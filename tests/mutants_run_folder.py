@@ -109,7 +109,7 @@ MUTANTS = [
         ("differ[:_SHOWN]", "differ"),
     ),
     *at(
-        "commands/settling.py",
+        "commands/run_dir.py",
         "run_folder",
         ("bool(History(folder / _METRICS).rows())", "False"),
         ("(kept / checkpoints.LATEST).exists() or checkpoints.found(kept)", "False"),
@@ -134,8 +134,8 @@ MUTANTS = [
     *at(
         "commands/train.py",
         "run_folder",
-        ("        (folder / MARKER).unlink(missing_ok=True)\n        settling",
-         "        settling"),
+        ("        (folder / MARKER).unlink(missing_ok=True)\n        run_dir",
+         "        run_dir"),
         ("        sweep(folder)\n", "        (folder / MARKER).unlink(missing_ok=True)\n"),
         ("with locks.hold(folder / locks.NAME,", 'with locks.hold(folder / ".other",'),
     ),

@@ -43,8 +43,8 @@ MUTANTS = [
     *at(
         "commands/sampling.py",
         "commands_sampling",
-        ("dataclasses.replace(new, integrate=knowing(given, own.integrate))",
-         "dataclasses.replace(new, integrate=knowing(given, own.integrate), clip=False)"),
+        ("dataclasses.replace(new, integrate=with_levels(given, own.integrate))",
+         "dataclasses.replace(new, integrate=with_levels(given, own.integrate), clip=False)"),
         ("return partial(given, nearest=nearest)", "return given"),
         ('or "nearest" not in inspect.signature(given).parameters', ""),
         ("dataclasses.replace(new, steps=options.steps)", "new"),
@@ -71,7 +71,7 @@ MUTANTS = [
     *at(
         "commands/starting.py",
         "starting",
-        ('loaded, "ema", path), frozenset())', 'loaded, "denoiser", path), frozenset())'),
+        ('(wanted, loaded, "ema", path)', '(wanted, loaded, "denoiser", path)'),
         ("if unfit and not options.accept_differences:", "if False:"),
         ("if bool((apart > SAME).any()):", "if bool((apart > 0.5).any()):"),
         ('HARMLESS = {"classes",', 'HARMLESS = {"groups", "classes",'),
@@ -83,8 +83,8 @@ MUTANTS = [
     *at(
         "commands/train.py",
         "starting",
-        ("weights = starting.weights(",
-         "settling.announce(experiment, folder)\n        weights = starting.weights("),
+        ("weights = starting.load_weights(",
+         "run_dir.write_config(experiment, folder)\n        weights = starting.load_weights("),
         ("if weights is not None and not latest:", "if False:"),
     ),
     *at(

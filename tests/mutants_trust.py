@@ -96,7 +96,7 @@ MUTANTS = [
     *at(
         "cli.py",
         "credentials",
-        ("            refuse_credentials(word, named(before, word))", "            abs(1)"),
+        ("            refuse_credentials(word, argument_name(before, word))", "            abs(1)"),
         (
             '{shown(masked(str(error)), keep=LINES)}", file=sys.stderr)\n    return 2',
             '{shown(str(error), keep=LINES)}", file=sys.stderr)\n    return 2',
@@ -178,7 +178,7 @@ MUTANTS = [
         ("return shown(name).replace(", "return name or name.replace("),
     ),
     *at(
-        "commands/settling.py",
+        "commands/run_dir.py",
         "names",
         ("        refuse_name(name, shown", "        refuse_name('a', shown"),
         ("        name = folder.resolve().name", "        name = folder.name"),
@@ -189,7 +189,7 @@ MUTANTS = [
         ("print(shown(each), flush=True)", "print(each, flush=True)"),
     ),
     *at(
-        "commands/following.py",
+        "commands/hints.py",
         "names",
         ("re.fullmatch(r", "re.match(r"),
         ("{shlex.join(map(str, words))}", "{' '.join(map(str, words))}"),
@@ -233,7 +233,7 @@ MUTANTS = [
     *at(
         "cli.py",
         "names",
-        ("            refuse_controls(word, named(before, word))", "            abs(1)"),
+        ("            refuse_controls(word, argument_name(before, word))", "            abs(1)"),
         (
             '{shown(masked(str(error)), keep=LINES)}", file=sys.stderr)\n    return 2',
             '{masked(str(error))}", file=sys.stderr)\n    return 2',

@@ -149,7 +149,7 @@ def arguments(command):
 
 
 def defaults(command):
-    signature = inspect.signature(cli.declared(command))
+    signature = inspect.signature(cli.signature_of(command))
     return {
         name: each.default
         for name, each in signature.parameters.items()
@@ -196,10 +196,10 @@ def test_no_option_came_that_is_not_frozen():
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_what_help_reads_is_the_function_that_is_called(command):
     module = importlib.import_module(cli.module_of(command))
-    said, called = (inspect.signature(each) for each in (cli.declared(command), module.command))
+    said, called = (inspect.signature(each) for each in (cli.signature_of(command), module.command))
     kept = [each for name, each in said.parameters.items() if name != "json"]
     assert kept == list(called.parameters.values())
-    hints = get_type_hints(cli.declared(command), include_extras=True)
+    hints = get_type_hints(cli.signature_of(command), include_extras=True)
     own = get_type_hints(module.command, include_extras=True)
     assert (hints.pop("json"), own.pop("return")) == (options.Json, results.Result)
     assert hints == own

@@ -17,7 +17,7 @@ from PIL import Image
 import diffusion_pl
 from diffusion_pl import config
 from diffusion_pl.cli import main
-from diffusion_pl.commands import following
+from diffusion_pl.commands import hints
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
 
@@ -80,7 +80,7 @@ def test_training_ends_with_the_folder_the_numbers_and_what_to_type_next(trained
         "cs@20/synthetic-16/shapes",
         "cs_std@20/synthetic-16/shapes",
     ]
-    assert lines[-1] == f"next     {following.command('sample', 'runs/tiny', '--count', 64)}"
+    assert lines[-1] == f"next     {hints.command('sample', 'runs/tiny', '--count', 64)}"
     assert Path("runs/tiny/samples/000000000032.png").exists()
     assert list(Path("runs/tiny/tensorboard").glob("events*"))
 

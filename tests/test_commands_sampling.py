@@ -151,10 +151,10 @@ def test_a_sampler_of_the_users_own_goes_by_its_dotted_path(run):
 
 def test_the_levels_that_a_network_knows_go_over_to_another_integrator():
     own = partial(heun, S_churn=40.0, nearest=nearest)
-    churn = sampling.knowing(sampling.integrator_of("churn"), own)
+    churn = sampling.with_levels(sampling.integrator_of("churn"), own)
     assert churn.keywords["nearest"] is nearest and churn.keywords["S_churn"] == 40.0
-    assert sampling.knowing(euler, own) is euler
-    assert sampling.knowing(heun, partial(heun, S_churn=1.0)) is heun
+    assert sampling.with_levels(euler, own) is euler
+    assert sampling.with_levels(heun, partial(heun, S_churn=1.0)) is heun
 
 
 def test_a_sweep_compares_on_the_runs_own_levels(run):
@@ -290,7 +290,7 @@ def test_what_the_network_or_the_images_are_not_of_is_refused(run, home, words, 
 
 def test_levels_that_training_never_drew_are_told(capsys):
     def said(low, high):
-        return sampling.beyond(Sampler(heun, Rho(low, high), 4), EDM())
+        return sampling.untrained_levels(Sampler(heun, Rho(low, high), 4), EDM())
 
     assert said(0.002, 80.0) is None
     assert "visits noise 800 to 0.002, of which training drew 90.39 to 0.001" in said(0.002, 800.0)

@@ -204,7 +204,7 @@ def test_a_time_that_is_none_is_refused(time):
 
 def test_the_margin_is_three_saves_and_at_least_a_minute():
     # sbatch's manual: the signal may be sent up to 60 seconds early.
-    assert [sbatch.margin_of(save) for save in (0.01, 20.0, 20.1, 100.0)] == [60, 60, 61, 300]
+    assert [sbatch.stop_margin(save) for save in (0.01, 20.0, 20.1, 100.0)] == [60, 60, 61, 300]
 
 
 def test_a_save_is_timed_by_a_smaller_one(monkeypatch, tmp_path):

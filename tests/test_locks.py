@@ -56,7 +56,7 @@ def path(tmp_path):
 def write(path, **changes):
     """The lock of a holder like this process, but for changes."""
     path.parent.mkdir(exist_ok=True)
-    holder = replace(locks.myself("training"), **changes)
+    holder = replace(locks.this_process("training"), **changes)
     path.write_text(json.dumps(asdict(holder)))
     return holder
 
@@ -77,13 +77,13 @@ def assert_held(path, who):
 def test_a_living_holder_is_named_and_a_killed_one_gives_way_at_once(path):
     holder = start(HOLD, path)
     assert holder.stdout.readline() == "held\n"
-    assert_held(path, f"process {holder.pid} on {locks.myself('').host}")
-    assert locks.living(path).process == holder.pid
+    assert_held(path, f"process {holder.pid} on {locks.this_process('').host}")
+    assert locks.live_holder(path).process == holder.pid
     holder.send_signal(signal.SIGSTOP)  # it may go on, and then writes
     assert_held(path, f"process {holder.pid} on ")
     holder.kill()
     time.sleep(0.1)  # nobody has asked how it ended: its number is still taken
-    assert locks.living(path) is None
+    assert locks.live_holder(path) is None
     assert_free(path)
     holder.communicate()
 
@@ -94,7 +94,7 @@ def test_a_folder_that_was_copied_while_it_was_held_is_nobodys(path):
     assert holder.stdout.readline() == "held\n"
     copy, moved = (path.parent.with_name(name) / path.name for name in ("copy", "moved"))
     shutil.copytree(path.parent, copy.parent)
-    assert locks.living(copy) is None
+    assert locks.live_holder(copy) is None
     assert_free(copy)
     assert_held(path, f"process {holder.pid} on ")
     path.parent.rename(moved.parent)
@@ -128,7 +128,7 @@ def test_of_many_that_take_a_dead_ones_lock_one_wins(path):
 
 
 def test_another_process_of_the_same_number_is_not_the_holder(path):
-    mine = locks.myself("training")
+    mine = locks.this_process("training")
     write(path, began=mine.began - 1, token="before")
     assert_free(path)
     write(path, token="before")
@@ -196,7 +196,7 @@ def test_what_was_taken_over_is_neither_written_under_nor_given_back(path):
         lock.check()  # somebody removed it: it is made again
         assert locks.read(path) == lock.holder
         other = write(path, token="theirs", host="far")
-        with pytest.raises(locks.LostLock, match="on far has taken it over"):
+        with pytest.raises(locks.LockLostError, match="on far has taken it over"):
             lock.check()
     assert locks.read(path) == other
 

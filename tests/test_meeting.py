@@ -14,7 +14,7 @@ from faults import write
 from homes import ROOT
 
 from diffusion_pl.cli import main
-from diffusion_pl.training.meeting import port_of, see_place, starter
+from diffusion_pl.training.meeting import check_address, port_of, starter
 
 JOB = {"SLURM_JOB_ID": "4242", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}
 BATCH = JOB | {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "train"}
@@ -88,7 +88,7 @@ def test_jobs_of_the_same_last_digits_and_steps_of_a_job_meet_elsewhere():
 @pytest.mark.parametrize("port", ["0", "65536", "http", "-1", ""])
 def test_what_is_no_port_is_told(port):
     with pytest.raises(ValueError, match="^MASTER_PORT: "):
-        see_place({"MASTER_PORT": port}, "itself", leads=False, nodes=1)
+        check_address({"MASTER_PORT": port}, "itself", leads=False, nodes=1)
 
 
 @pytest.fixture
@@ -100,25 +100,25 @@ def taken():
 @pytest.mark.parametrize("by", ["itself", "srun", "torchrun"])
 def test_a_port_in_use_is_told_by_the_first_rank(taken, by):
     with pytest.raises(ValueError, match=f"MASTER_PORT: .*port {taken} .*in use"):
-        see_place({"MASTER_PORT": taken}, by, leads=True, nodes=2)
-    see_place({"MASTER_PORT": taken}, by, leads=False, nodes=2)
+        check_address({"MASTER_PORT": taken}, by, leads=True, nodes=2)
+    check_address({"MASTER_PORT": taken}, by, leads=False, nodes=2)
     # The port of torchrun's own process, which the ranks then meet at.
     agent = {"MASTER_PORT": taken, "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    see_place(agent, "torchrun", leads=True, nodes=2)
+    check_address(agent, "torchrun", leads=True, nodes=2)
 
 
 def test_the_port_that_follows_from_a_job_is_looked_at_too(monkeypatch):
     job = {"SLURM_JOB_ID": "77"}
     with socket.create_server(("", port_of(job))), pytest.raises(ValueError, match="in use"):
-        see_place(job, "srun", leads=True, nodes=1)
+        check_address(job, "srun", leads=True, nodes=1)
 
 
 def test_an_address_of_before_is_told():
     with pytest.raises(ValueError, match="no machine that is known here"):
-        see_place({"MASTER_ADDR": "no.such.machine.invalid"}, "srun", leads=False, nodes=2)
+        check_address({"MASTER_ADDR": "no.such.machine.invalid"}, "srun", leads=False, nodes=2)
     with pytest.raises(ValueError, match="MASTER_ADDR: 192.0.2.1 is not this machine"):
-        see_place({"MASTER_ADDR": "192.0.2.1"}, "itself", leads=True, nodes=1)
-    see_place({"MASTER_ADDR": "localhost"}, "itself", leads=True, nodes=1)
+        check_address({"MASTER_ADDR": "192.0.2.1"}, "itself", leads=True, nodes=1)
+    check_address({"MASTER_ADDR": "localhost"}, "itself", leads=True, nodes=1)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from test_launch_script import job  # noqa: F401 - a fixture
 from test_trust import TINY
 
 from diffusion_pl.cli import main
-from diffusion_pl.commands import following, sbatch, settling, sweep
+from diffusion_pl.commands import hints, run_dir, sbatch, sweep
 from diffusion_pl.commands.sbatch import Job, Task
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.prepare import Request
@@ -127,11 +127,11 @@ def test_a_run_may_lie_in_the_present_folder(place, monkeypatch):
     """Which has a name, though "." has none."""
     Path("x").mkdir()
     monkeypatch.chdir("x")
-    settling.check_name(Path("."))
+    run_dir.check_name(Path("."))
     Path("$x").mkdir()
     monkeypatch.chdir("$x")
     with pytest.raises(ValueError, match=r"^\.: holds \$"):
-        settling.check_name(Path("."))
+        run_dir.check_name(Path("."))
 
 
 def test_a_run_of_before_goes_on_whatever_its_name(home, place, capsys):
@@ -279,10 +279,10 @@ def test_statistics_of_others_are_named_plainly(tmp_path):
 @pytest.mark.parametrize("name", ["runs/a b", "runs/$(touch ran)", "runs/it's", "runs/[x]", "a;b"])
 def test_what_is_printed_to_be_typed_names_the_folder_and_runs_nothing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    command = following.sample(Path(name))  # with our Makefile at hand, as the tests run
+    command = hints.sample(Path(name))  # with our Makefile at hand, as the tests run
     assert "make" not in command  # which would split it or run it, however it is quoted
     done = subprocess.run(
-        ["bash", "-c", command.replace(following.command(), "printf '%s\\n' ")],
+        ["bash", "-c", command.replace(hints.command(), "printf '%s\\n' ")],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -294,7 +294,7 @@ def test_what_is_printed_to_be_typed_names_the_folder_and_runs_nothing(name, tmp
 
 def test_a_plain_folder_is_named_to_make(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert following.sample(Path("runs/a,b=1e-3")) == "make sample RUN=runs/a,b=1e-3 COUNT=64"
+    assert hints.sample(Path("runs/a,b=1e-3")) == "make sample RUN=runs/a,b=1e-3 COUNT=64"
 
 
 # The job's script.

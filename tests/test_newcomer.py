@@ -21,7 +21,7 @@ from test_commands_models import TINY
 
 from diffusion_pl import progress
 from diffusion_pl.cli import main
-from diffusion_pl.commands import following
+from diffusion_pl.commands import hints
 from diffusion_pl.progress import Progress
 
 NAMES = ["Basset", "beagle", "night city"]
@@ -238,10 +238,8 @@ def test_training_ends_with_the_classes_and_a_command_that_works_outside_a_check
 
 
 def test_a_class_whose_name_has_a_space_is_named_as_a_shell_takes_it():
-    assert following.classes(["night city"]).endswith("--label 'night city')")
-    assert following.classes([str(i) for i in range(9)]).startswith(
-        "0, 1, 2, 3, 4, 5, 6, 7, ... (9"
-    )
+    assert hints.classes(["night city"]).endswith("--label 'night city')")
+    assert hints.classes([str(i) for i in range(9)]).startswith("0, 1, 2, 3, 4, 5, 6, 7, ... (9")
 
 
 @pytest.mark.parametrize("said", [None, "all:\n\techo of another project\n"])
@@ -249,9 +247,9 @@ def test_make_is_named_where_it_knows_the_commands_alone(said, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     if said is not None:
         Path("Makefile").write_text(said)
-    assert following.sample(Path("runs/a")).endswith("-m diffusion_pl sample runs/a --count 64")
+    assert hints.sample(Path("runs/a")).endswith("-m diffusion_pl sample runs/a --count 64")
     shutil.copy(ROOT / "Makefile", tmp_path / "Makefile")
-    assert following.sample(Path("runs/a")) == "make sample RUN=runs/a COUNT=64"
+    assert hints.sample(Path("runs/a")) == "make sample RUN=runs/a COUNT=64"
 
 
 def test_a_record_of_others_names_no_classes(home, monkeypatch, capsys, tmp_path):

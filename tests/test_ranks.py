@@ -76,12 +76,12 @@ def among_others(rank: int, folder: Path) -> dict[str, Any]:
     mine = torch.tensor([[rank + 1.0, 10.0 * rank]], dtype=torch.float64)
     seen: dict[str, Any] = {
         "number": (ranks.rank(), ranks.world_size(), ranks.leads_machine()),
-        "shares": [ranks.share(count, TILE) for count in (MANY, FEW)],
-        "sum": ranks.summed(mine),
-        "sum of columns": ranks.summed(torch.arange(6).reshape(2, 3).T + rank),
+        "shares": [ranks.rank_range(count, TILE) for count in (MANY, FEW)],
+        "sum": ranks.sum_over_ranks(mine),
+        "sum of columns": ranks.sum_over_ranks(torch.arange(6).reshape(2, 3).T + rank),
         "own": mine,
-        "rows": ranks.gathered(rows_of(rank)),
-        "numbers": ranks.gathered(torch.full((rank,), rank)),
+        "rows": ranks.gather(rows_of(rank)),
+        "numbers": ranks.gather(torch.full((rank,), rank)),
         "agree": [
             ranks.all_agree(answer) for answer in (True, False, rank != 0, rank != 1, rank == 2)
         ],
@@ -164,7 +164,7 @@ def test_shares_are_whole_tiles_that_cover_everything_once_in_order(
             shares = []
             for rank in range(world):
                 monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-                shares.append(ranks.share(count, tile))
+                shares.append(ranks.rank_range(count, tile))
             case = (world, count, shares)
             assert [i for share in shares for i in share] == list(range(count)), case
             assert all(share.start % tile == 0 for share in shares if share), case
@@ -212,17 +212,17 @@ def test_whoever_starts_a_process_tells_it_its_place(
         monkeypatch.setenv(name, value)
     assert ranks.leads_machine() == leads_machine
     assert ranks.leads_run() == leads_run
-    assert ranks.is_helper() == is_helper
+    assert ranks.is_started_by_lightning() == is_helper
 
 
 def test_alone_a_process_answers_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NUMBERS:
         monkeypatch.delenv(name, raising=False)
     assert (ranks.rank(), ranks.world_size(), ranks.leads_machine()) == (0, 1, True)
-    assert ranks.share(70, TILE) == range(70)
+    assert ranks.rank_range(70, TILE) == range(70)
     values = torch.arange(6.0).reshape(3, 2)
-    assert torch.equal(ranks.summed(values), values)
-    assert torch.equal(ranks.gathered(values), values)
+    assert torch.equal(ranks.sum_over_ranks(values), values)
+    assert torch.equal(ranks.gather(values), values)
     assert ranks.all_agree(True) is True
     assert ranks.all_agree(False) is False
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_pl import cli, config
 from diffusion_pl.commands import parts, recommend
-from diffusion_pl.commands.following import interpreter
-from diffusion_pl.commands.recommend import Machine, operations, plan, spoken
+from diffusion_pl.commands.hints import interpreter
+from diffusion_pl.commands.recommend import Machine, duration, operations, plan
 from diffusion_pl.data.shard_format import Manifest
 from diffusion_pl.networks.song_unet import SongUNet
 
@@ -41,7 +41,11 @@ def _as(folder: Path, *sides: int, count: int = 40, classes: int = 8) -> Manifes
 
 def _network(side: int, channels: int = 16) -> SongUNet:
     return SongUNet(
-        side, model_channels=channels, channel_mult=recommend._widths(side), blocks=1, attention=[]
+        side,
+        model_channels=channels,
+        channel_mult=recommend._channel_mult(side),
+        blocks=1,
+        attention=[],
     )
 
 
@@ -52,7 +56,7 @@ def test_operations_are_those_that_torch_counts(side):
         network = _network(side)
         with FlopCounterMode(display=False) as counter:
             network(torch.zeros(1, 3, side, side), torch.zeros(1))
-    ratio = operations(side, 16, recommend._widths(side)) / counter.get_total_flops()
+    ratio = operations(side, 16, recommend._channel_mult(side)) / counter.get_total_flops()
     assert 0.88 < ratio <= 1
 
 
@@ -210,5 +214,5 @@ def test_the_interpreter_is_named_as_it_is_typed_from_here(tmp_path, monkeypatch
 
 
 def test_times_are_spoken_as_people_do():
-    found = [spoken(each) for each in (20, 120, 4000, 7200, 36_000, 900_000)]
+    found = [duration(each) for each in (20, 120, 4000, 7200, 36_000, 900_000)]
     assert found == ["20 seconds", "2 minutes", "67 minutes", "2.0 hours", "10.0 hours", "10 days"]

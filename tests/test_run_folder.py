@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusion_pl import locks, processes
 from diffusion_pl.cli import main
-from diffusion_pl.commands import parts, settling
+from diffusion_pl.commands import parts, run_dir
 from diffusion_pl.images import Images
 from diffusion_pl.signals import MARKER
 from diffusion_pl.training import checkpoint as checkpoints
@@ -257,12 +257,12 @@ def test_a_budget_below_what_was_seen_is_refused(place, train):
 )
 def test_the_interval_of_averages_is_free_where_they_were_taken(before, now, free, place):
     experiment = [parts.read("tiny", [f"ema.posthoc_every={value}"]) for value in (before, now)]
-    settling.keep(experiment[0], Path("runs/a"), None, 16, [])
+    run_dir.record(experiment[0], Path("runs/a"), None, 16, [])
     if free:
-        assert len(settling.compare(experiment[1], Path("runs/a"), None, file_of(16))) == 1
+        assert len(run_dir.compare(experiment[1], Path("runs/a"), None, file_of(16))) == 1
     else:
         with pytest.raises(ValueError, match="posthoc_every"):
-            settling.compare(experiment[1], Path("runs/a"), None, file_of(16))
+            run_dir.compare(experiment[1], Path("runs/a"), None, file_of(16))
 
 
 # Checkpoints
@@ -355,14 +355,14 @@ def test_a_history_without_a_checkpoint_is_refused(place, train):
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(rows, had_one, place):
     # Of batches of 8, the first past 12 images ends at 16.
     experiment = parts.read("tiny", ["trainer.checkpoint_every=12", "trainer.images=32"])
-    settling.keep(experiment, Path("runs/a"), None, 0, [])
+    run_dir.record(experiment, Path("runs/a"), None, 0, [])
     shutil.rmtree(place / "runs/a/checkpoints")
     (place / "runs/a/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if had_one:
         with pytest.raises(ValueError, match="but no checkpoint is there"):
-            settling.compare(experiment, Path("runs/a"), None, None)
+            run_dir.compare(experiment, Path("runs/a"), None, None)
     else:
-        assert settling.compare(experiment, Path("runs/a"), None, None) == []
+        assert run_dir.compare(experiment, Path("runs/a"), None, None) == []
 
 
 def test_a_finished_run_keeps_no_mark_that_it_waits(place, train):

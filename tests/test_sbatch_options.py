@@ -7,7 +7,7 @@ from homes import experiments
 from test_cli import TINY
 
 from diffusion_pl.cli import main
-from diffusion_pl.commands.sbatch_options import see_options
+from diffusion_pl.commands.sbatch_options import check_options
 
 OWN = {"--nodes": "2", "--ntasks-per-node": "4", "--ntasks": "8", "--cpus-per-task": "3",
        "--time": "24:00:00", "--gpus-per-node": "4", "--gpus": "8"}  # fmt: skip
@@ -23,7 +23,7 @@ OWN = {"--nodes": "2", "--ntasks-per-node": "4", "--ntasks": "8", "--cpus-per-ta
     ],
 )  # fmt: skip
 def test_what_agrees_with_the_job_is_passed_on(option):
-    see_options([option], OWN, 1)
+    check_options([option], OWN, 1)
 
 
 @pytest.mark.parametrize(
@@ -42,23 +42,23 @@ def test_what_agrees_with_the_job_is_passed_on(option):
 )  # fmt: skip
 def test_what_contradicts_the_job_is_told_with_what_to_say(option, instead):
     with pytest.raises(ValueError, match=f"^--sbatch: '{option}' contradicts .*{instead}") as told:
-        see_options([option], OWN, 1)
+        check_options([option], OWN, 1)
     assert "\n" not in str(told.value)
 
 
 def test_an_array_may_say_how_many_run_at_a_time():
-    see_options(["--array=0-3%2"], OWN, 4)
+    check_options(["--array=0-3%2"], OWN, 4)
     for other in ("--array=0-7%2", "--array=0-3", "-a1-3"):
         with pytest.raises(ValueError, match="say --sweep"):
-            see_options([other], OWN, 4 if other != "--array=0-3" else 1)
+            check_options([other], OWN, 4 if other != "--array=0-3" else 1)
 
 
 def test_two_of_one_and_what_is_no_option_are_told():
     with pytest.raises(ValueError, match=r"--partition is given twice \(a and b\); say one"):
-        see_options(["--partition=a", "-p b"], OWN, 1)
-    see_options(["--partition=a", "-p a"], OWN, 1)
+        check_options(["--partition=a", "-p b"], OWN, 1)
+    check_options(["--partition=a", "-p a"], OWN, 1)
     with pytest.raises(ValueError, match="'partition=a' is no option of sbatch"):
-        see_options(["partition=a"], OWN, 1)
+        check_options(["partition=a"], OWN, 1)
 
 
 @pytest.fixture

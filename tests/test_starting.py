@@ -31,7 +31,9 @@ def there(home, monkeypatch):
 
 
 def start(*overrides, run="runs/tiny", **consent):
-    return starting.weights(Path(run), parts.read("tiny", overrides), TrainOptions(**consent), True)
+    return starting.load_weights(
+        Path(run), parts.read("tiny", overrides), TrainOptions(**consent), True
+    )
 
 
 @pytest.mark.parametrize(

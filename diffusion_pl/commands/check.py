@@ -230,7 +230,7 @@ def _noise(experiment: Config, objective: TrainingObjective) -> str:
     quantiles = torch.tensor([0.001, 0.5, 0.999], dtype=torch.float64)
     low, middle, high = objective.schedule(quantiles).tolist()
     visited = sampler.sigmas()
-    unknown = sampling.beyond(sampler, objective)
+    unknown = sampling.untrained_levels(sampler, objective)
     return (
         f"training sigma {low:.4g} to {high:.4g} (99.8 %), median {middle:.4g}; sampling "
         f"{float(visited[0]):.4g} to {float(visited[-2]):.4g} in {sampler.steps} steps"

@@ -228,7 +228,7 @@ def climb(
         between = [level for level in sides if side < level < to and fits(level)]
     else:
         between = []
-    base = latents.base_of(generator)
+    base = latents.base_sampler(generator)
     levels = [side, *between, to]
     restarts = [
         own.get(level, level / smaller / 2) if restart is None else restart
@@ -248,7 +248,9 @@ def enlarged(
     where = latents.device(generator)
     picture = from_bytes(task.picture).to(where).expand(len(indices), -1, -1, -1)
     noise = ImageNoise(generator.seed, indices, "latent")(torch.empty(len(indices), 3, *task.size))
-    counted = Counted(latents.denoise_of(generator, latents.one_label(generator, len(indices))))
+    counted = Counted(
+        latents.denoise_of(generator, latents.required_labels(generator, len(indices)))
+    )
     denoise = consistent_with(counted, picture) if agree else counted
     with latents.drawn(generator):
         image = task.pyramid.from_picture(

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from diffusion_pl import config
-from diffusion_pl.commands import data_sets, following, parts, runs, trust
-from diffusion_pl.commands.asked import Asked
+from diffusion_pl.commands import data_sets, hints, parts, runs, trust
+from diffusion_pl.commands.metric_choice import MetricChoice
 from diffusion_pl.commands.options import FeatureOptions, MetricOptions, RunOptions, SamplerOptions
 from diffusion_pl.commands.results import Result
 from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
@@ -37,7 +37,7 @@ from diffusion_pl.metrics.npz import arrays
 from diffusion_pl.metrics.real_images import KEPT
 from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.names import shown
-from diffusion_pl.progress import counted, in_words
+from diffusion_pl.progress import counted, format_row
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
 
@@ -69,7 +69,7 @@ def command(
     rows = result["measures"]
     if rows:
         table(rows)
-    after = [following.line("export", run, following.beside(run))] if opened is not None else []
+    after = [hints.next_line("export", run, hints.beside(run))] if opened is not None else []
     # The lines for people are the last.
     return Result(result, [], [*after, *what_matters(run, rows, result)], indent=2)
 
@@ -96,7 +96,7 @@ def measured(
     Raises:
         UserError: settings that do not fit what is measured.
     """
-    asked = Asked(wanted, options)
+    choice = MetricChoice(wanted, options)
     if blocks < 1:
         raise UserError(f"--blocks: must be at least 1 (got {blocks})")
     kept: Kept | None = None
@@ -109,8 +109,8 @@ def measured(
         }
         drawn: GeneratedImages = what.generator
         extractor = extractor_of(features, what.model.config)
-        settings = asked.settings(config.build(what.model.config, "evaluation"))
-        reference = reference_for(what.model.config, drawn, settings, extractor, asked)
+        settings = choice.settings(config.build(what.model.config, "evaluation"))
+        reference = reference_for(what.model.config, drawn, settings, extractor, choice)
         kept = Kept(what, settings, extractor, reference)
     else:
         given = open_given(what, options.device)
@@ -120,12 +120,12 @@ def measured(
             raise UserError(f"{what}: images are compared with something: --reference DATA")
         extractor = extractor_of(features, origin)
         count = max(1, len(given.real) // blocks)
-        settings = asked.settings(of_images(origin, count))
+        settings = choice.settings(of_images(origin, count))
         if (several := settings.count * blocks) > len(given.real):
             raise UserError(f"{what}: has {len(given.real):,} images, {several:,} are asked for")
-        reference = reference_for(origin, drawn, settings, extractor, asked)
+        reference = reference_for(origin, drawn, settings, extractor, choice)
     reference.check(extractor, drawn.shape[1])
-    settings = asked.possible(settings, lambda m: m.build(extractor, reference, settings.count))
+    settings = choice.feasible(settings, lambda m: m.build(extractor, reference, settings.count))
     with counted("evaluation") as progress:
         rows, _ = evaluate_blocks(
             drawn,
@@ -138,8 +138,8 @@ def measured(
             keep=kept.keep_block if kept else show_block,
         )
     result = {**about, "measures": rows}
-    if asked.left_out:
-        result["left_out"] = asked.left_out
+    if choice.left_out:
+        result["left_out"] = choice.left_out
     if kept and rows:
         result["rows"] = kept.keep(rows)
     return result
@@ -218,7 +218,7 @@ class Kept:
 
 def show_block(number: int, rows: Sequence[Mapping[str, Any]]) -> None:
     """Say the numbers of a finished block, where there is no run to keep them in."""
-    print(shown(f"block {number}: {'; '.join(map(in_words, rows))}"), file=sys.stderr)
+    print(shown(f"block {number}: {'; '.join(map(format_row, rows))}"), file=sys.stderr)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -248,7 +248,7 @@ def what_matters(
     of = f"{result.get('checkpoint', target)}  {words}"
     alone = "nowhere but on stdout, with all that the number depends on: --json"
     where = f"kept     {result.get('rows') or alone}"
-    return [f"measured {in_words(first)}", f"of       {of}", where]
+    return [f"measured {format_row(first)}", f"of       {of}", where]
 
 
 def extractor_of(options: FeatureOptions, experiment: config.Config | None) -> Extractor:
@@ -264,7 +264,7 @@ def reference_for(
     drawn: GeneratedImages,
     settings: Evaluation,
     extractor: Extractor,
-    asked: Asked,
+    choice: MetricChoice,
 ) -> Reference:
     """What images are compared with: what is named, else the evaluation's file, else the data.
 
@@ -273,21 +273,21 @@ def reference_for(
         drawn: the images.
         settings: of the evaluation.
         extractor: the features.
-        asked: what the command line says.
+        choice: what the command line says.
     """
-    if asked.wanted.reference is not None or experiment is None:
+    if choice.wanted.reference is not None or experiment is None:
         return data_sets.reference_of(
-            str(asked.wanted.reference),
+            str(choice.wanted.reference),
             extractor,
             resolution=drawn.shape[1],
             keep=settings.wants_features,
             device=str(drawn.device),
-            resize=asked.wanted.resize,
+            resize=choice.wanted.resize,
         )
     images = runs.images_of(experiment)
     if settings.reference is None:
         real = min(len(images), KEPT)
-        settings = asked.possible(settings, lambda m: m.check_count(settings.count, real))
+        settings = choice.feasible(settings, lambda m: m.check_count(settings.count, real))
     with counted("reference") as progress:
         return reference_of(
             images,
@@ -321,7 +321,7 @@ def open_given(path: Path, device: str) -> ImageFiles:
     Raises:
         UserError: nothing there, or images that are broken or of different sizes.
     """
-    device = runs.device_named(device)
+    device = runs.resolve_device(device)
     if not path.exists():
         raise UserError(f"{path}: there is no such run, nor images; runs lie under {parts.RUNS}/")
     drawn = drawn_as(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from diffusion_pl.commands import following, parts, runs
+from diffusion_pl.commands import hints, parts, runs
 from diffusion_pl.commands.options import Allow, RunPath, Weights
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.config import build
@@ -62,5 +62,5 @@ def command(
         {"written": str(dest), "format": format, **about},
         [line("written", dest), line("of", of)],
         # Whoever gets it makes a run of it.
-        [following.line("import", format, dest, f"runs/{plain(dest.stem)}")],
+        [hints.next_line("import", format, dest, f"runs/{plain(dest.stem)}")],
     )

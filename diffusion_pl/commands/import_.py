@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from diffusion_pl import config
-from diffusion_pl.commands import following, parts
+from diffusion_pl.commands import hints, parts
 from diffusion_pl.commands.options import Allow, Repeated
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.config import Config, ConfigError
@@ -75,13 +75,13 @@ def command(
         "checkpoint": str(path),
         **about,
         "notes": notes,
-        "sample": following.command("sample", dest),
-        "fine-tune": following.command("train", f"{dest}/config.yaml", *starting),
+        "sample": hints.command("sample", dest),
+        "fine-tune": hints.command("train", f"{dest}/config.yaml", *starting),
     }
     lines = [line("run", dest), *(line("note", text) for text in notes)]
     if names:
-        lines.append(line("classes", following.classes(names)))
-    return Result(result, lines, [following.line("sample", dest)], indent=2)
+        lines.append(line("classes", hints.classes(names)))
+    return Result(result, lines, [hints.next_line("sample", dest)], indent=2)
 
 
 def published(

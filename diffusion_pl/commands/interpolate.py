@@ -54,20 +54,20 @@ def command(
         raise UserError(f"--count: both ends are included, so at least 2 (got {count})")
     opened = runs.open_run(run, sampling, options, label=label)
     generator = opened.generator
-    sampler = latents.at_one_size(generator, "interpolate", base_alone)
-    images = latents.pictures(image, generator)
+    sampler = latents.single_size_sampler(generator, "interpolate", base_alone)
+    images = latents.read_images(image, generator)
     by_flow = by == "flow"
-    integrate = latents.along_the_flow(sampling.sampler) if by_flow else sampler.integrate
+    integrate = latents.ode_integrator(sampling.sampler) if by_flow else sampler.integrate
     highest = float(sampler.sigmas()[0])
     level = sigma or (highest if by_flow else min(PUBLISHED, highest))
     sigmas = below(sampler.sigmas(), level)
     with latents.drawn(generator):
         if by_flow:
-            denoise = latents.denoise_of(generator, latents.one_label(generator, 2))
+            denoise = latents.denoise_of(generator, latents.required_labels(generator, 2))
             ends = invert(denoise, images, sigmas, integrate)
         else:
             ends = images + level * ImageNoise(options.seed, [0, 1], "ends")(images)
-        labels = latents.one_label(generator, count)
+        labels = latents.required_labels(generator, count)
         between = interpolate(
             latents.denoise_of(generator, labels, clip=sampler.clip and not by_flow),
             (ends[0], ends[1]),

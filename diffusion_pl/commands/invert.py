@@ -39,12 +39,12 @@ def command(
     """
     opened = runs.open_run(run, sampling, options, label=label)
     generator = opened.generator
-    sampler = latents.at_one_size(generator, "invert", base_alone)
-    integrate = latents.along_the_flow(sampling.sampler)
-    images = latents.pictures(image, generator)
+    sampler = latents.single_size_sampler(generator, "invert", base_alone)
+    integrate = latents.ode_integrator(sampling.sampler)
+    images = latents.read_images(image, generator)
     sigmas = sampler.sigmas()
     with latents.drawn(generator):
-        denoise = latents.denoise_of(generator, latents.one_label(generator, len(images)))
+        denoise = latents.denoise_of(generator, latents.required_labels(generator, len(images)))
         state = invert(denoise, images, sigmas, integrate)
         again = integrate(denoise, state, sigmas, torch.zeros_like)
     error = (again - images).square().flatten(1).mean(dim=1).sqrt() * 127.5

@@ -21,7 +21,7 @@ from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Integrator, Sampler
 
 
-def pictures(paths: Sequence[Path], generator: ImageGenerator) -> Tensor:
+def read_images(paths: Sequence[Path], generator: ImageGenerator) -> Tensor:
     """Image files of a model's size, on its device.
 
     Args:
@@ -70,7 +70,7 @@ def denoise_of(generator: ImageGenerator, labels: Tensor | None, *, clip: Clip =
     return clipped(denoise, clip) if clip else denoise
 
 
-def one_label(generator: ImageGenerator, count: int) -> Tensor | None:
+def required_labels(generator: ImageGenerator, count: int) -> Tensor | None:
     """The class that the command line names, for each of some images.
 
     Raises:
@@ -81,7 +81,7 @@ def one_label(generator: ImageGenerator, count: int) -> Tensor | None:
     return generator.labels(range(count))
 
 
-def at_one_size(generator: ImageGenerator, command: str, base_alone: bool) -> Sampler:
+def single_size_sampler(generator: ImageGenerator, command: str, base_alone: bool) -> Sampler:
     """The run's sampler; a pyramid's base, from noise at full size, where that is asked for.
 
     Args:
@@ -102,10 +102,10 @@ def at_one_size(generator: ImageGenerator, command: str, base_alone: bool) -> Sa
             )
     elif base_alone:
         raise UserError("--base-alone: the run draws at one size; leave it out")
-    return base_of(generator)
+    return base_sampler(generator)
 
 
-def base_of(generator: ImageGenerator) -> Sampler:
+def base_sampler(generator: ImageGenerator) -> Sampler:
     """The run's sampler of one size: of a pyramid its base."""
     sampler = generator.sampler
     base = sampler.base if isinstance(sampler, PyramidSampler) else sampler
@@ -113,7 +113,7 @@ def base_of(generator: ImageGenerator) -> Sampler:
     return base
 
 
-def along_the_flow(sampler: str | None) -> Integrator:
+def ode_integrator(sampler: str | None) -> Integrator:
     """What goes from images to noise and back: Heun's method, or what `--sampler` names.
 
     Raises:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion_pl.addresses import masked
-from diffusion_pl.commands import parts, preflight, sbatch, settling, trust
+from diffusion_pl.commands import parts, preflight, run_dir, sbatch, trust
 from diffusion_pl.commands.options import JobOptions
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.commands.sbatch import Job, Task
@@ -44,9 +44,9 @@ def command(
         run = asked.run or parts.RUNS / Path(experiment).stem
         return _inside(Task(run, words, asked.allow))
     job = _job(words, asked)
-    job.see_options()
+    job.check_options()
     checked: set[str] = set()
-    found = [preflight.look(task, checked=checked) for task in job.tasks]
+    found = [preflight.check_task(task, checked=checked) for task in job.tasks]
     lines = [line(*note) for note in found[0].notes]
     several = len(found) > 1
     faults = [
@@ -64,7 +64,7 @@ def command(
     told = f"USR1 {job.margin} s before the limit; a save takes about {save:.2g} s here"
     lines.append(line("signal", told))
     for task in job.tasks:
-        settling.announce(_read(task), task.run)
+        run_dir.write_config(_read(task), task.run)
     if several:
         lines += [line(f"task {number}", task.run) for number, task in enumerate(job.tasks)]
     return _submitted(job, lines, dry_run)
@@ -90,7 +90,7 @@ def _submitted(job: Job, lines: list[str], dry_run: bool) -> Result:
 
 def _inside(task: Task) -> Result:
     """The same check in the job itself, against the nodes that it got; then data that is made."""
-    found = preflight.look(task, job=preflight.variables())
+    found = preflight.check_task(task, job=preflight.variables())
     lines = [line(*note) for note in found.notes]
     if found.faults:
         return _faulty(lines, found.faults)
@@ -167,7 +167,7 @@ def _devices(overrides: Sequence[str], asked: JobOptions, experiment: Config) ->
 
 def _timed(job: Job, margin: int | None, save: float) -> Job:
     """The job with its margin: as asked for, or by the seconds that a save takes here."""
-    margin = margin or sbatch.margin_of(save)
+    margin = margin or sbatch.stop_margin(save)
     limit = sbatch.seconds_of(job.time)
     if limit <= margin + sbatch.CLOCK:
         raise UserError(

@@ -88,7 +88,7 @@ def command(
     # Unguided and by the run's own sampler, of which only the start is needed.
     opened = runs.open_run(run, SamplerOptions(guidance=1.0, weights=sampling.weights), options)
     # Of a pyramid there is no such number.
-    unit_start = latents.at_one_size(opened.generator, "likelihood", base_alone).unit_start
+    unit_start = latents.single_size_sampler(opened.generator, "likelihood", base_alone).unit_start
     images = runs.images_of(opened.model.config)
     _check_data(opened, images, count, by)
     data = Data(opened, images, count, options.batch_size or BATCH)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from diffusion_pl import config, locks
-from diffusion_pl.commands import parts, settling, trust
+from diffusion_pl.commands import parts, run_dir, trust
 from diffusion_pl.commands.sbatch import Task
 from diffusion_pl.config import Config
 from diffusion_pl.data.loader import DataConfig
@@ -68,7 +68,7 @@ class PreflightReport:
             self.faults += [line for line in str(error).splitlines() if line]
 
 
-def look(
+def check_task(
     task: Task, *, job: Mapping[str, str] | None = None, checked: set[str] | None = None
 ) -> PreflightReport:
     """Check a run in seconds: nothing is trained, drawn or decoded, and no run is changed.
@@ -182,8 +182,8 @@ def _run(
 ) -> str:
     """See that the folder is free for this experiment."""
     newest = checkpoints.latest(run / "checkpoints")
-    settling.check_name(run)
-    settling.compare(experiment, run, None, newest)
+    run_dir.check_name(run)
+    run_dir.compare(experiment, run, None, newest)
     done = int(newest.stem) if newest else 0
     budget = settings.total_images(data.batch_size)
     if newest and not done:

@@ -58,7 +58,7 @@ def command(
         if share is None:
             images, shown = _frames(generator, count, frames, base_alone)
         else:
-            sampler = latents.at_one_size(generator, "progressive", base_alone)
+            sampler = latents.single_size_sampler(generator, "progressive", base_alone)
             images = _branches(generator, sampler, count, share)[:, None]
             shown = [(generator.shape[1], 0.0)]
     folder = out or opened.folder / "progressive"
@@ -95,7 +95,7 @@ def _frames(
         sampler = generator.sampler
         stages = [(height, levels) for (height, _), levels in sampler.drawn(side, side)]
     else:
-        sampler = latents.at_one_size(generator, "progressive", base_alone)
+        sampler = latents.single_size_sampler(generator, "progressive", base_alone)
         stages = [(side, sampler.sigmas())]
     visited = [(size, sigma) for size, levels in stages for sigma in levels[:-1].tolist()]
     steps = torch.linspace(0, len(visited) - 1, min(frames, len(visited))).round().long()

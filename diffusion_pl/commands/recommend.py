@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_pl import config
-from diffusion_pl.commands.following import command
+from diffusion_pl.commands.hints import command
 from diffusion_pl.data.recipe import Recipe
 from diffusion_pl.data.shard_format import Manifest
 
@@ -43,11 +43,11 @@ DIVISORS = {32: 4, 64: 8, 128: 32, 256: 32, 512: 32}  # of the sides that their 
 PYRAMIDS = {32: "pyramidal_256", 4: "pyramidal_small"}
 
 LARGE = 10_000  # images from which on a published experiment is worth its time
-PASSES = 400
-LEAST = 20_000
-SECONDS = {"cpu": 3600.0, "gpu": 12 * 3600.0}
-SHARE = {"cpu": 0.55, "gpu": 1 / 7}
-STEP = 0.025  # seconds that a step takes beside its products
+EPOCHS = 400
+MIN_IMAGES = 20_000
+TIME_BUDGET = {"cpu": 3600.0, "gpu": 12 * 3600.0}
+UTILIZATION = {"cpu": 0.55, "gpu": 1 / 7}
+STEP_SECONDS = 0.025  # seconds that a step takes beside its products
 _MATRIX, _PRODUCTS = 64, 40
 
 BATCH_SIZE = 256  # of an experiment that is not at hand
@@ -55,8 +55,8 @@ _SMALL_BATCH = 32
 _BLOCKS = 1
 _MOST_PROCESSES = 4
 _LOWEST = 32  # pixels a side at which a network may still compare every place with every other
-_EASY = 64  # pixels a side that CPUs train in an hour or so
-_PATIENCE = 4 * 3600.0
+_CPU_SIDE = 64  # pixels a side that CPUs train in an hour or so
+_LONG_SECONDS = 4 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def machine() -> Machine:
     """This machine, its product timed for some hundredths of a second."""
     cores = len(os.sched_getaffinity(0))
     if any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
-        import torch  # only where there may be a GPU: a finished set is told at once elsewhere
+        import torch  # slow to import, so only where there may be a GPU
 
         if torch.cuda.is_available():
             return Machine("gpu", torch.cuda.get_device_name(), cores, _gpu_speed())
@@ -176,28 +176,28 @@ def _published(
         batch_size, images = int(tree.get("data.batch_size")), int(tree.get("trainer.images"))
     except config.ConfigError:  # called from a folder without experiments
         batch_size, images = BATCH_SIZE, 0
-    batch_size = _fitting(batch_size, manifest.count)
-    budget = max(LEAST, 10 * PASSES * manifest.count)
-    told = [*_data(manifest, folder, side, batch_size), *more]
+    batch_size = _fitting_batch(batch_size, manifest.count)
+    budget = max(MIN_IMAGES, 10 * EPOCHS * manifest.count)
+    overrides = [*_data(manifest, folder, side, batch_size), *more]
     if budget < images:
         images = budget
-        told += [f"trainer.images={images}"]
-    work = _counted(name, told, side)
-    seconds = work and images * 3 * work / (on.speed * SHARE[on.kind])
+        overrides += [f"trainer.images={images}"]
+    work = _counted(name, overrides, side)
+    seconds = work and images * 3 * work / (on.speed * UTILIZATION[on.kind])
     how_long = (
-        f"about {spoken(seconds)} (computed from a product timed just now and an assumed share of "
-        f"it; three times or a third is possible)"
+        f"about {duration(seconds)} (estimated from a matrix product "
+        "timed just now and an assumed utilization; it may be three times as long, or a third)"
         if seconds
-        else "how long is told by the run itself"
+        else "the run itself shows how long it takes"
     )
     lines = [
         f"for {manifest.count:,} images of {side} px and {on.name}: {name}, {images:,} images "
         f"seen, {how_long}"
     ]
-    return Plan(name, told, images, seconds, _command(name, folder, told), lines)
+    return Plan(name, overrides, images, seconds, _command(name, folder, overrides), lines)
 
 
-def _counted(name: str, told: Sequence[str], side: int) -> float | None:
+def _counted(name: str, overrides: Sequence[str], side: int) -> float | None:
     """Operations of a forward pass of an experiment's network; None where it cannot be had."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -205,7 +205,7 @@ def _counted(name: str, told: Sequence[str], side: int) -> float | None:
     from diffusion_pl.commands import parts
 
     try:
-        network: Any = parts.meta_network(parts.read(name, told))
+        network: Any = parts.meta_network(parts.read(name, overrides))
     except ValueError:
         return None
     image = torch.zeros(1, network.channels, side, side, device="meta")
@@ -220,25 +220,25 @@ def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
     """The small network, as deep as the side allows, for as long as the machine is worth."""
     count = manifest.count
     side = _side(manifest, on)
-    widths = _widths(side)
+    mults = _channel_mult(side)
     channels = 16 if on.kind == "cpu" else 32 if count < 2000 else 64
-    lowest = side >> (len(widths) - 1)
+    lowest = side >> (len(mults) - 1)
     if lowest > _LOWEST:
         whole = max(8, side - side % 8)
         line = (
-            f"no network here suits {side} px, which is halved {len(widths) - 1} times to "
+            f"no network here suits {side} px, which is halved {len(mults) - 1} times to "
             f"{lowest} px: prepare the images at {whole} px first"
         )
-        return Plan(SMALL, [], 0, None, _again(manifest, folder, whole), [line])
-    batch_size = _fitting(_SMALL_BATCH, count)
+        return Plan(SMALL, [], 0, None, _prepare_at(manifest, folder, whole), [line])
+    batch_size = _fitting_batch(_SMALL_BATCH, count)
     rate = _rate(on, side, channels, batch_size)
-    images = max(LEAST, min(PASSES * count, int(rate * SECONDS[on.kind])))
+    images = max(MIN_IMAGES, min(EPOCHS * count, int(rate * TIME_BUDGET[on.kind])))
     images -= images % 1000
     seconds = images / rate
-    told = [
+    overrides = [
         *_data(manifest, folder, side, batch_size),
         f"network.model_channels={channels}",
-        f"network.channel_mult={widths}",
+        f"network.channel_mult={mults}",
         f"network.attention={[lowest] if lowest <= 16 else []}",
         f"trainer.images={images}",
         f"trainer.checkpoint_every={images // 8}",
@@ -248,32 +248,32 @@ def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
         f"ema.half_life={images // 12}",
     ]
     if on.kind == "gpu":
-        told += ["trainer.accelerator=auto", "trainer.devices=1"]
+        overrides += ["trainer.accelerator=auto", "trainer.devices=1"]
     else:
         processes = min(_MOST_PROCESSES, on.cores)
         while batch_size % processes:
             processes -= 1
-        told += [f"trainer.devices={processes}"]
+        overrides += [f"trainer.devices={processes}"]
     lines = [
         f"for {count:,} images of {side} px and {on.name}: a U-Net of {channels} channels, "
-        f"{images:,} images seen ({images // count:,} times each), about {spoken(seconds)} "
-        f"where nothing else runs (computed from a product timed just now; half or twice is "
-        f"possible)"
+        f"{images:,} images seen ({images // count:,} times each), about {duration(seconds)} "
+        f"where nothing else runs (estimated from a matrix product timed just now; it may be "
+        "twice as long, or half)"
     ]
-    if on.kind == "cpu" and side > _EASY and seconds > _PATIENCE:
-        low = next((s for s in sorted(manifest.resolutions) if s <= _EASY), _EASY)
-        fewer = LEAST / _rate(on, low, channels, batch_size)
+    if on.kind == "cpu" and side > _CPU_SIDE and seconds > _LONG_SECONDS:
+        low = next((s for s in sorted(manifest.resolutions) if s <= _CPU_SIDE), _CPU_SIDE)
+        fewer = MIN_IMAGES / _rate(on, low, channels, batch_size)
         lines.append(
-            f"that is long without a GPU: at {low} px as many images take about {spoken(fewer)}; "
-            f"prepare them by: {_again(manifest, folder, low)}"
+            f"that is long without a GPU: at {low} px as many images take about {duration(fewer)}; "
+            f"prepare them by: {_prepare_at(manifest, folder, low)}"
         )
-    return Plan(SMALL, told, images, seconds, _command(SMALL, folder, told), lines)
+    return Plan(SMALL, overrides, images, seconds, _command(SMALL, folder, overrides), lines)
 
 
 def _rate(on: Machine, side: int, channels: int, batch_size: int) -> float:
     """Images a second in training."""
-    image = 3 * operations(side, channels, _widths(side)) / (on.speed * SHARE[on.kind])
-    return 1 / (image + STEP / batch_size)
+    image = 3 * operations(side, channels, _channel_mult(side)) / (on.speed * UTILIZATION[on.kind])
+    return 1 / (image + STEP_SECONDS / batch_size)
 
 
 def _side(manifest: Manifest, on: Machine) -> int:
@@ -283,7 +283,7 @@ def _side(manifest: Manifest, on: Machine) -> int:
     return min((s for s in manifest.resolutions if s >= 16), default=manifest.resolutions[0])
 
 
-def _widths(side: int) -> list[int]:
+def _channel_mult(side: int) -> list[int]:
     """Multipliers of the channels, a level a halving, down to 8 pixels or so."""
     levels = 1
     while side % 2**levels == 0 and side >> levels >= 8:
@@ -291,21 +291,21 @@ def _widths(side: int) -> list[int]:
     return [1] * (levels - 2) + [2, 4] if levels > 2 else [1, 2][-levels:]
 
 
-def operations(side: int, channels: int, widths: Sequence[int]) -> float:
+def operations(side: int, channels: int, mults: Sequence[int]) -> float:
     """Floating point operations of a forward pass of the small U-Net, its convolutions' alone.
 
     Args:
         side: pixels.
         channels: of the first level.
-        widths: their multipliers, a level.
+        mults: their multipliers, a level.
     """
 
     def block(pixels: int, before: int, after: int) -> int:
         beside = before * after if before != after else 0
         return 2 * pixels * (9 * (before + after) * after + beside)
 
-    sizes = [(side >> level) ** 2 for level in range(len(widths))]
-    wide = [channels * each for each in widths]
+    sizes = [(side >> level) ** 2 for level in range(len(mults))]
+    wide = [channels * each for each in mults]
     total = 2 * 9 * 2 * 3 * channels * sizes[0]  # from and to three colours
     width, skips = channels, [channels]
     for level, (wanted, pixels) in enumerate(zip(wide, sizes, strict=True)):
@@ -326,7 +326,7 @@ def operations(side: int, channels: int, widths: Sequence[int]) -> float:
     return float(total)
 
 
-def _fitting(batch_size: int, count: int) -> int:
+def _fitting_batch(batch_size: int, count: int) -> int:
     while batch_size > count:
         batch_size //= 2
     return max(1, batch_size)
@@ -351,8 +351,8 @@ def _data(manifest: Manifest, folder: Path, side: int, batch_size: int) -> list[
     ]
 
 
-def _command(experiment: str, folder: Path, told: Sequence[str]) -> str:
-    return command("train", experiment, "--run", f"runs/{folder.resolve().name}", *told)
+def _command(experiment: str, folder: Path, overrides: Sequence[str]) -> str:
+    return command("train", experiment, "--run", f"runs/{folder.resolve().name}", *overrides)
 
 
 def with_labels(manifest: Manifest, folder: Path) -> str:
@@ -361,7 +361,7 @@ def with_labels(manifest: Manifest, folder: Path) -> str:
     return _prepare(manifest, f"{folder}-labelled", sides, labels=True)
 
 
-def _again(manifest: Manifest, folder: Path, side: int) -> str:
+def _prepare_at(manifest: Manifest, folder: Path, side: int) -> str:
     """The command that prepares the same images at another size."""
     return _prepare(manifest, f"{folder}-{side}", str(side), manifest.source.get("labels"))
 
@@ -380,7 +380,7 @@ def _prepare(manifest: Manifest, folder: str, sides: str, labels: bool | None) -
     return command("prepare", *words)
 
 
-def spoken(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A time in words."""
     if seconds < 90:
         return f"{max(1, round(seconds))} seconds"

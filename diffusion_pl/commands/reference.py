@@ -42,7 +42,7 @@ def command(
             images,
             extractor,
             keep=keep,
-            device=runs.device_named(device),
+            device=runs.resolve_device(device),
             progress=progress,
         )
     path = real_images.path_of(parts.REFERENCES, images, extractor, keep=keep)

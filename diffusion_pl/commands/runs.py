@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl import config
-from diffusion_pl.commands import following, parts, sampling, trust
+from diffusion_pl.commands import hints, parts, sampling, trust
 from diffusion_pl.commands.labels import class_of
 from diffusion_pl.commands.options import RunOptions, SamplerOptions
 from diffusion_pl.config import Config
@@ -179,16 +179,18 @@ def open_run(run: Path, how: SamplerOptions, options: RunOptions, **generator: A
         UserError: no run there, one that is unfit, or a setting that does not fit it.
     """
     model = open_model(run, how.weights, options.allow, options.set)
-    drawn = drawing_of(model, how, options, **generator)
+    drawn = make_generator(model, how, options, **generator)
     if drawn.changed:
         print(shown(drawn.changed), file=sys.stderr)
-    unknown = sampling.beyond(drawn.generator.sampler, model.objective)  # type: ignore[arg-type]
+    unknown = sampling.untrained_levels(drawn.generator.sampler, model.objective)  # type: ignore[arg-type]
     if unknown:
         print(shown(unknown), file=sys.stderr)
     return OpenedRun(model.checkpoint.parent.parent, model, drawn.generator)
 
 
-def drawing_of(model: Model, how: SamplerOptions, options: RunOptions, **generator: Any) -> Chosen:
+def make_generator(
+    model: Model, how: SamplerOptions, options: RunOptions, **generator: Any
+) -> Chosen:
     """How the command line wants images drawn from a model.
 
     Args:
@@ -202,7 +204,7 @@ def drawing_of(model: Model, how: SamplerOptions, options: RunOptions, **generat
     """
     sampling.refuse_twice(how, options)
     sampler, changed = sampling.sampler_of(how, model.config, model.objective)
-    device = device_named(options.device)
+    device = resolve_device(options.device)
     model.denoiser.to(device)
     classes: int = model.denoiser.network.classes  # type: ignore[assignment]
     if "label" in generator:
@@ -306,7 +308,7 @@ def _check_interval(interval: tuple[float, float], weight: float, sigmas: Tensor
         )
 
 
-def device_named(name: str) -> str:
+def resolve_device(name: str) -> str:
     """The device of a word on the command line; "auto" is a GPU where there is one."""
     if name != "auto":
         return name
@@ -323,7 +325,7 @@ def images_of(experiment: Config) -> ImageDataset:
     try:
         source.prepare()
     except ValueError as error:
-        path = data_elsewhere(experiment)
+        path = missing_data(experiment)
         if path is None:
             raise
         raise UserError(
@@ -333,7 +335,7 @@ def images_of(experiment: Config) -> ImageDataset:
     return source.open()
 
 
-def data_elsewhere(experiment: Config) -> str | None:
+def missing_data(experiment: Config) -> str | None:
     """The path of a run's data, where it is none from the present folder; None where it is.
 
     So it is of a run that was copied, moved or imported, or of a command typed elsewhere.
@@ -361,7 +363,7 @@ def checkpoint_of(run: Path) -> Path:
     if run.suffix == ".safetensors" and run.exists():
         raise UserError(
             f"{run}: holds weights for others; make a run of it: "
-            f"{following.command('import', 'safetensors', run, parts.RUNS / plain(run.stem))}"
+            f"{hints.command('import', 'safetensors', run, parts.RUNS / plain(run.stem))}"
         )
     if run.is_file():
         return run

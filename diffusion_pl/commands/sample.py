@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from diffusion_pl.commands import following, runs
+from diffusion_pl.commands import hints, runs
 from diffusion_pl.commands.options import RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.commands.sample_folder import OtherImages, SampleFolder
@@ -80,11 +80,11 @@ def command(
         line("grid", sheet),
     ]
     if label is None and opened.model.class_names:
-        lines.append(line("classes", following.classes(opened.model.class_names)))
-    if (data := runs.data_elsewhere(opened.model.config)) is None:
-        after = following.line("evaluate", run)
+        lines.append(line("classes", hints.classes(opened.model.class_names)))
+    if (data := runs.missing_data(opened.model.config)) is None:
+        after = hints.next_line("evaluate", run)
     else:
-        words = following.command("evaluate", run, "--set", "data.dataset.path=PATH")
+        words = hints.command("evaluate", run, "--set", "data.dataset.path=PATH")
         after = f"measure  {words}  ({data}, its data, is not here)"
     return Result(result, lines, [after])
 

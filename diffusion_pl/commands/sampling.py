@@ -19,7 +19,7 @@ from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Integrator, Sampler, Visiting
 
 # What an option says that `--set` could say too.
-SAID: dict[str, str] = {
+OPTION_KEYS: dict[str, str] = {
     "sampler": r"sampler(\.base)?\.integrate(\..*)?",
     "steps": r"sampler(\.base)?\.steps",
     "guidance": r"evaluation\.guidance",
@@ -38,7 +38,7 @@ def refuse_twice(sampling: SamplerOptions, options: RunOptions) -> None:
         UserError: names both.
     """
     said = vars(sampling) | vars(options)
-    for name, pattern in SAID.items():
+    for name, pattern in OPTION_KEYS.items():
         value = said[name]
         for word in options.set:
             key = word.partition("=")[0].strip()
@@ -72,7 +72,7 @@ def sampler_of(
     def changed(own: Sampler) -> Sampler:
         new = own
         if given is not None:
-            new = dataclasses.replace(new, integrate=knowing(given, own.integrate))
+            new = dataclasses.replace(new, integrate=with_levels(given, own.integrate))
         if options.steps is not None:
             new = dataclasses.replace(new, steps=options.steps)
         said.append(difference(own, new))
@@ -82,7 +82,7 @@ def sampler_of(
     return sampler, None if given is None else said[0]
 
 
-def beyond(sampler: Visiting, objective: TrainingObjective) -> str | None:
+def untrained_levels(sampler: Visiting, objective: TrainingObjective) -> str | None:
     """Say that a sampler visits levels which training hardly ever drew; None where it does not."""
     low, high = trained_range(objective)
     visited = sampler.sigmas()[:-1]
@@ -115,7 +115,7 @@ def integrator_of(name: str) -> Integrator:
     return function
 
 
-def knowing(given: Integrator, own: Integrator) -> Integrator:
+def with_levels(given: Integrator, own: Integrator) -> Integrator:
     """An integrator told what the run's own knows of the network: the levels of its table."""
     nearest = getattr(own, "keywords", {}).get("nearest")
     if nearest is None or "nearest" not in inspect.signature(given).parameters:

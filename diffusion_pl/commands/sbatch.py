@@ -87,7 +87,7 @@ class Job:
         """Where the script lies."""
         return self.folder / SCRIPT
 
-    def see_options(self) -> None:
+    def check_options(self) -> None:
         """See that the further options agree with the job.
 
         Raises:
@@ -103,7 +103,7 @@ class Job:
         }
         if self.on_gpu:
             own |= {"--gpus-per-node": str(self.ranks), "--gpus": str(self.nodes * self.ranks)}
-        sbatch_options.see_options(self.options, own, len(self.tasks))
+        sbatch_options.check_options(self.options, own, len(self.tasks))
 
     def directives(self) -> list[str]:
         """The options in the script's head, each as sbatch takes it."""
@@ -287,7 +287,7 @@ def seconds_of(time: str) -> int:
     return (hours * 60 + minutes) * 60 + seconds
 
 
-def margin_of(save: float) -> int:
+def stop_margin(save: float) -> int:
     """Seconds before the limit at which a run must be told to stop.
 
     Args:

@@ -51,7 +51,7 @@ _VARIABLES = (
 )  # fmt: skip
 
 
-def see_options(options: Sequence[str], own: Mapping[str, str], tasks: int) -> None:
+def check_options(options: Sequence[str], own: Mapping[str, str], tasks: int) -> None:
     """See that further options agree with the job and with one another.
 
     Args:

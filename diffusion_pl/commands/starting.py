@@ -35,7 +35,7 @@ SAME = 1e-4  # relative, of the c's: float32 settings and rounded limits are the
 
 
 @dataclass(frozen=True)
-class Start:
+class StartWeights:
     """Weights that a run starts from.
 
     Args:
@@ -49,12 +49,12 @@ class Start:
     fresh: frozenset[str]
 
     def fill(self, denoiser: Denoiser) -> None:
-        """Put the weights into a denoiser as `weights` saw it built."""
+        """Put the weights into a denoiser as `load_weights` saw it built."""
         own = {key: value for key, value in denoiser.state_dict().items() if key in self.fresh}
         denoiser.load_state_dict({**self.state, **own})
 
 
-def weights(run: Path, experiment: Config, options: TrainOptions, leads: bool) -> Start:
+def load_weights(run: Path, experiment: Config, options: TrainOptions, leads: bool) -> StartWeights:
     """Read the averaged weights of `--from`, and refuse those that were trained for something else.
 
     Args:
@@ -69,7 +69,7 @@ def weights(run: Path, experiment: Config, options: TrainOptions, leads: bool) -
     path = runs.checkpoint_of(run)
     loaded = checkpoints.load(path)
     tree, _ = checkpoints.described(loaded, path)
-    start = _fitting(options.fresh_labels, experiment, loaded, tree, path)
+    start = _match(options.fresh_labels, experiment, loaded, tree, path)
     unfit = [*_network(tree, experiment), *_coefficients(options.allow, tree, experiment, path)]
     if unfit and not options.accept_differences:
         raise UserError(
@@ -116,13 +116,13 @@ def _coefficients(
     return []
 
 
-def _fitting(
+def _match(
     fresh_labels: bool,
     experiment: Config,
     loaded: Mapping[str, Any],
     tree: Mapping[str, Any],
     path: Path,
-) -> Start:
+) -> StartWeights:
     """The weights that the network takes; those of its labels begin anew where that is asked for.
 
     Raises:
@@ -132,7 +132,8 @@ def _fitting(
     wanted = objective.denoiser(parts.meta_network(experiment))
     then, now = tree["network"].get("classes", 0), experiment.tree["network"].get("classes", 0)
     if then == now and not fresh_labels:
-        return Start(path, checkpoints.match_weights(wanted, loaded, "ema", path), frozenset())
+        state = checkpoints.match_weights(wanted, loaded, "ema", path)
+        return StartWeights(path, state, frozenset())
     if not fresh_labels:
         raise UserError(
             f"--from {path}: it was trained on {then} classes, this network is of {now}; begin its "
@@ -154,4 +155,4 @@ def _fitting(
         if key not in state or state[key].shape != shape or compared[key].shape != shape
     }
     kept = {key: value for key, value in state.items() if key in shapes and key not in fresh}
-    return Start(path, kept, frozenset(fresh))
+    return StartWeights(path, kept, frozenset(fresh))

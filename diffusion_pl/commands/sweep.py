@@ -20,7 +20,7 @@ from rich.text import Text
 
 from diffusion_pl import config
 from diffusion_pl.commands import evaluate, runs
-from diffusion_pl.commands.asked import Asked
+from diffusion_pl.commands.metric_choice import MetricChoice
 from diffusion_pl.commands.options import (
     FeatureOptions,
     Integers,
@@ -104,21 +104,21 @@ def command(
     first = every[0]
     model = runs.open_model(Path(first.checkpoint), first.weights, options.allow, options.set)
     # Every point is seen to be possible before the first is measured.
-    drawings = {
-        point: runs.drawing_of(model, point.sampling(), _at(options, point)).generator
+    generators = {
+        point: runs.make_generator(model, point.sampling(), _at(options, point)).generator
         for point in every
     }
     extractor = evaluate.extractor_of(features, model.config)
-    asked = Asked(wanted, options)
-    settings = asked.settings(config.build(model.config, "evaluation"))
-    reference = evaluate.reference_for(model.config, drawings[first], settings, extractor, asked)
-    settings = asked.possible(settings, lambda m: m.build(extractor, reference, settings.count))
+    choice = MetricChoice(wanted, options)
+    settings = choice.settings(config.build(model.config, "evaluation"))
+    reference = evaluate.reference_for(model.config, generators[first], settings, extractor, choice)
+    settings = choice.feasible(settings, lambda m: m.build(extractor, reference, settings.count))
     folder = out or model.checkpoint.parent.parent / "sweep"
     folder.mkdir(parents=True, exist_ok=True)
     history = History(folder / "rows.jsonl", point=str)
     keys = {
         point: _key(point, generator, settings, extractor, reference)
-        for point, generator in drawings.items()
+        for point, generator in generators.items()
     }
     rows = []
     for point, key in keys.items():

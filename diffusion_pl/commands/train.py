@@ -14,10 +14,10 @@ import torch
 from cyclopts import Parameter
 
 from diffusion_pl import config, locks, ranks
-from diffusion_pl.commands import following, parts, settling, starting, trust
+from diffusion_pl.commands import hints, parts, run_dir, starting, trust
 from diffusion_pl.commands.options import TrainOptions
 from diffusion_pl.commands.results import Result, line
-from diffusion_pl.commands.settling import FAILED
+from diffusion_pl.commands.run_dir import FAILED
 from diffusion_pl.config import Config
 from diffusion_pl.data.dataset import DatasetSpec
 from diffusion_pl.data.folder import ImageFolder
@@ -34,7 +34,7 @@ from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.beginning import Start, class_names
 from diffusion_pl.training.evaluating import is_evaluated
 from diffusion_pl.training.history import History
-from diffusion_pl.training.meeting import NotMet, see_place, starter
+from diffusion_pl.training.meeting import NotMet, check_address, starter
 from diffusion_pl.training.run import Experiment, fit, last_measurements
 from diffusion_pl.training.sanity import NonFiniteError
 from diffusion_pl.training.settings import TrainerConfig
@@ -44,7 +44,7 @@ FAILURES: tuple[type[Exception], ...] = (
     WorkerLost,
     ReaderLostError,
     NotMet,
-    locks.LostLock,
+    locks.LockLostError,
 )
 
 NOTHING = Result({}, [])  # of a rank that does not lead, or a run that stopped
@@ -94,15 +94,15 @@ def train(
     """
     trust.check_training(experiment)
     settings: TrainerConfig = config.build(experiment, "trainer")
-    settling.check_name(folder)
-    see_ranks(settings)
+    run_dir.check_name(folder)
+    check_ranks(settings)
     weights = None
     if not options.start and (options.fresh_labels or options.accept_differences):
         raise UserError("--fresh-labels, --accept-differences: each belongs to --from RUN")
     leads = leads_run(settings)
     if options.start and not checkpoints.found(folder / "checkpoints"):
         # Refused before the folder is made.
-        weights = starting.weights(options.start, experiment, options, leads)
+        weights = starting.load_weights(options.start, experiment, options, leads)
     if not leads:  # the first rank writes for all of them
         return _train(experiment, settings, folder, weights, None, stop_request, options, further)
     with locks.hold(folder / locks.NAME, "training") as lock:
@@ -115,7 +115,7 @@ def _train(
     experiment: Config,
     settings: TrainerConfig,
     folder: Path,
-    weights: starting.Start | None,
+    weights: starting.StartWeights | None,
     lock: locks.Lock | None,
     stop_request: StopRequest,
     options: TrainOptions,
@@ -136,14 +136,14 @@ def _train(
     """
     leads = lock is not None
     latest = checkpoints.newest_sound(folder / "checkpoints", mend=leads)
-    changes = settling.compare(experiment, folder, options.start, latest) if leads else []
+    changes = run_dir.compare(experiment, folder, options.start, latest) if leads else []
     budget = settings.total_images(experiment.get("data.batch_size"))
     done = int(latest.stem) if latest else 0
     if done >= budget and is_evaluated(folder, config.build(experiment, "evaluation"), done):
         if not leads:
             return NOTHING
         (folder / MARKER).unlink(missing_ok=True)
-        settling.keep(experiment, folder, options.start, done, changes)
+        run_dir.record(experiment, folder, options.start, done, changes)
         print(f"{shown(str(folder))} is finished: {done:,} images", file=sys.stderr)
         return report(folder, done, last_measurements(History(folder / "metrics.jsonl")))
     if latest and not done:
@@ -155,7 +155,7 @@ def _train(
         for line in (*changes, f"going on from {done:,} of {budget:,} images"):
             print(shown(f"{folder}: {line}"), file=sys.stderr)
     if starter(os.environ, settings.nodes, settings.devices_a_node()) == "itself":
-        see_data(trust.data_of(experiment).dataset)
+        check_data_folder(trust.data_of(experiment).dataset)
     built = build(experiment, **further)
     if weights is not None and not latest:
         weights.fill(built.objective.denoiser(built.network))
@@ -164,7 +164,7 @@ def _train(
         origin=None if weights is None else weights.path,
         data_changed=options.data_changed,
         lock=lock,
-        keep=lambda images: settling.keep(experiment, folder, options.start, images, changes),
+        keep=lambda images: run_dir.record(experiment, folder, options.start, images, changes),
     )
     result = _fit(built, folder, stop_request, start)
     if not result["stopped"]:
@@ -176,7 +176,7 @@ def _train(
         images = f"{result['images']:,} of {budget:,} images"
         print(shown(f"{folder}: stopped at {images}; the same command goes on"), file=sys.stderr)
     # Lightning would kill the others if one that it started ended with any other code.
-    return dataclasses.replace(NOTHING, code=0 if ranks.is_helper() else RESUMABLE)
+    return dataclasses.replace(NOTHING, code=0 if ranks.is_started_by_lightning() else RESUMABLE)
 
 
 def _fit(
@@ -207,7 +207,7 @@ def leads_run(settings: TrainerConfig) -> bool:
     return settings.nodes * settings.devices_a_node() == 1 or ranks.leads_run()
 
 
-def see_ranks(settings: TrainerConfig) -> None:
+def check_ranks(settings: TrainerConfig) -> None:
     """See who started this process, and that its run's ranks can meet.
 
     Raises:
@@ -216,10 +216,10 @@ def see_ranks(settings: TrainerConfig) -> None:
     devices = settings.devices_a_node()
     by = starter(os.environ, settings.nodes, devices)
     if settings.nodes * devices > 1:
-        see_place(os.environ, by, ranks.leads_run(), settings.nodes)
+        check_address(os.environ, by, ranks.leads_run(), settings.nodes)
 
 
-def see_data(source: DatasetSpec) -> None:
+def check_data_folder(source: DatasetSpec) -> None:
     """See that the data's folder is there, before its ranks are started and networks built.
 
     Raises:
@@ -279,6 +279,6 @@ def report(folder: Path, images: int, rows: list[dict[str, Any]]) -> Result:
     if grids:
         lines.append(line("samples", grids[-1]))
     if names := class_names(folder):
-        lines.append(line("classes", following.classes(names)))
-    lines.append(line("next", following.sample(folder)))
+        lines.append(line("classes", hints.classes(names)))
+    lines.append(line("next", hints.sample(folder)))
     return Result({"run": str(folder), "images": images, "measures": rows}, lines, in_pipes=True)

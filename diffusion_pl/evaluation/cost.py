@@ -71,7 +71,7 @@ def estimate(generator: ImageGenerator, settings: Evaluation, extractor: Extract
     extractor.to(device)
     bytes_seen = torch.zeros(count, *generator.shape, dtype=torch.uint8, device=device)
     seen = _timed(lambda: extractor(bytes_seen), device) / count if settings.metrics else 0.0
-    return Cost(len(ranks.share(settings.count, TILE)), drawn, seen)
+    return Cost(len(ranks.rank_range(settings.count, TILE)), drawn, seen)
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:

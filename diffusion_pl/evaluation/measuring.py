@@ -147,7 +147,7 @@ def evaluate(
     started = time.monotonic()
     metrics = build(drawn, settings, extractor, reference)
     extractor.to(drawn.device)
-    share = ranks.share(settings.count, TILE)
+    share = ranks.rank_range(settings.count, TILE)
     shown: list[Tensor] = [torch.empty(0, *drawn.shape, dtype=torch.uint8, device=drawn.device)]
     if progress is not None:  # the first tile of a large network takes minutes
         progress(0, len(share))
@@ -164,7 +164,7 @@ def evaluate(
         if progress is not None:
             progress(position + len(piece.images) - share.start, len(share))
         _ask(stop)
-    for _ in range(_tiles(ranks.share(settings.count, TILE, of=0)) - _tiles(share)):
+    for _ in range(_tiles(ranks.rank_range(settings.count, TILE, of=0)) - _tiles(share)):
         _ask(stop)  # with those that have a tile more
     common = {
         "n": settings.count,
@@ -190,7 +190,7 @@ def evaluate(
     for row in rows:
         row["seconds"] = round(time.monotonic() - started, 2)
         row["time"] = now()
-    return rows, ranks.gathered(torch.cat(shown)).cpu()
+    return rows, ranks.gather(torch.cat(shown)).cpu()
 
 
 def _tiles(share: range) -> int:

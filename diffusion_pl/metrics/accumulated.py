@@ -143,7 +143,7 @@ class Summed(Metric):
         if self._kept is None:
             return None
         _never_empty(self._kept, len(self._shift), self.device)
-        return ranks.gathered(torch.cat(self._kept)).cpu()
+        return ranks.gather(torch.cat(self._kept)).cpu()
 
     def _sum(self, rows: Tensor | None) -> None:
         if rows is not None:
@@ -151,7 +151,7 @@ class Summed(Metric):
 
 
 def _added_up(sums: Tensor, group: object = None) -> list[Tensor]:
-    return [ranks.summed(sums)]  # torchmetrics takes a list, one of each rank, and adds
+    return [ranks.sum_over_ranks(sums)]  # torchmetrics takes a list, one of each rank, and adds
 
 
 def _of_kind(features: Features, of: Kind) -> Tensor:

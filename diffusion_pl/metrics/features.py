@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from diffusion_pl.errors import UserError
 
 # Images that an extractor sees at a time. A network's last digits depend on its batch, so it is the
-# same whatever the number of images drawn at a time and of devices; see `ranks.share`.
+# same whatever the number of images drawn at a time and of devices; see `ranks.rank_range`.
 TILE = 32
 
 

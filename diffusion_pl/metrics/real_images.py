@@ -38,7 +38,9 @@ class _Sums:
 
     def moments(self, count: int) -> Moments:
         self.add(self.rows.rest())
-        return moments(ranks.summed(self.first), ranks.summed(self.second), count, self.shift)
+        return moments(
+            ranks.sum_over_ranks(self.first), ranks.sum_over_ranks(self.second), count, self.shift
+        )
 
 
 def compute(
@@ -70,7 +72,7 @@ def compute(
     pooled = _Sums(about.pooled)
     spatial = None if about.spatial is None else _Sums(about.spatial)
     kept = [about.pooled[:0]]
-    share = ranks.share(count, TILE)
+    share = ranks.rank_range(count, TILE)
     for start in range(share.start, share.stop, TILE):
         indices = torch.arange(start, min(start + TILE, share.stop))
         seen = tile(extractor, images.read(indices).to(device))
@@ -98,7 +100,7 @@ def compute(
         covariance=measured.covariance,
         precision=extractor.precision,
         spatial=None if spatial is None else spatial.moments(count),
-        features=ranks.gathered(torch.cat(kept)).float().cpu() if keep else None,
+        features=ranks.gather(torch.cat(kept)).float().cpu() if keep else None,
     )
 
 

@@ -43,7 +43,7 @@ class Start:
         """See that this process may still write to the run.
 
         Raises:
-            LostLock: another has taken it over.
+            LockLostError: another has taken it over.
         """
         if self.lock is not None:
             self.lock.check()

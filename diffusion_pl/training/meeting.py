@@ -151,7 +151,7 @@ def port_of(environment: Mapping[str, str]) -> int | None:
     return _LOWEST + (job + 31 * step) * _SPREAD % _PORTS
 
 
-def see_place(environment: Mapping[str, str], by: Starter, leads: bool, nodes: int) -> None:
+def check_address(environment: Mapping[str, str], by: Starter, leads: bool, nodes: int) -> None:
     """See that the ranks can meet where they are told to; called where there are several.
 
     Args:

@@ -90,7 +90,7 @@ def fit(
     Raises:
         UserError: parts that do not fit one another, ranks that differ, data that is not the
             run's, or a folder that cannot be written.
-        LostLock: another process has taken the run over.
+        LockLostError: another process has taken the run over.
         NonFinite: names the step, its images and their noise levels.
         Stopped: told so before the first step.
     """

@@ -198,8 +198,8 @@ def _gathered(content: bytes, device: torch.device) -> list[bytes]:
     if ranks.world_size() == 1:
         return [content]
     rows = torch.tensor([*content, 0], dtype=torch.uint8, device=device)  # none is empty
-    ends = ranks.gathered(torch.tensor([len(rows)], device=device)).cumsum(0).tolist()
-    whole = bytes(ranks.gathered(rows).tolist())
+    ends = ranks.gather(torch.tensor([len(rows)], device=device)).cumsum(0).tolist()
+    whole = bytes(ranks.gather(rows).tolist())
     return [whole[first : end - 1] for first, end in zip([0, *ends], ends, strict=False)]
 
 

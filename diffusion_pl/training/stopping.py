@@ -54,5 +54,5 @@ class Agreement:
         """Steps between two askings, the same on all ranks."""
         whole = time.monotonic() - self.began
         mine: Any = torch.tensor([self.asking, whole - self.asking], device=self.device)
-        asking, computing = ranks.summed(mine).tolist()
+        asking, computing = ranks.sum_over_ranks(mine).tolist()
         return max(1, math.ceil(asking / max(computing, 1e-9) / COST))

@@ -25,7 +25,7 @@ class Totals:
     def read(self) -> dict[str, float]:
         """Means over the steps and the ranks since the last reading; every rank calls it."""
         means = {
-            name: float(ranks.summed(total)) / ranks.world_size() / self.steps
+            name: float(ranks.sum_over_ranks(total)) / ranks.world_size() / self.steps
             for name, total in self.sums.items()
         }
         self.sums, self.steps = {}, 0
@@ -33,7 +33,7 @@ class Totals:
 
     def state(self) -> dict[str, Any]:
         """The sums of all ranks, for a checkpoint; every rank calls it."""
-        sums = {name: ranks.gathered(total.reshape(1)).cpu() for name, total in self.sums.items()}
+        sums = {name: ranks.gather(total.reshape(1)).cpu() for name, total in self.sums.items()}
         return {"steps": self.steps, "sums": sums}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ def command(*words: object) -> str:
     return f"{interpreter()} -m diffusion_pl {shlex.join(map(str, words))}"
 
 
-def line(*words: object) -> str:
+def next_line(*words: object) -> str:
     """What to type next, as the last line of a command."""
     return f"next     {command(*words)}"
 

@@ -27,7 +27,7 @@ METRICS: Mapping[str, MetricSettings] = {
 }
 
 
-class Asked:
+class MetricChoice:
     """What is asked for, and of "all" what had to be left out.
 
     Args:
@@ -74,9 +74,9 @@ class Asked:
             seed=self.options.seed,
             metrics=metrics,
         )
-        return self.possible(settings, lambda metric: metric.check_count(settings.count))
+        return self.feasible(settings, lambda metric: metric.check_count(settings.count))
 
-    def possible(
+    def feasible(
         self, settings: Evaluation, look: Callable[[MetricSettings], object]
     ) -> Evaluation:
         """The settings with those metrics that pass a look; of "all" the others are left out.

@@ -223,13 +223,13 @@ def _free_rates(before: Config, now: Config, images: int) -> set[str]:
     return {*(["trainer.images"] * by_end), *(["lr_schedule"] * by_schedule)}
 
 
-def announce(experiment: Config, folder: Path) -> None:
+def write_config(experiment: Config, folder: Path) -> None:
     """Write into a folder that holds no run yet what is to be trained there."""
     if not is_claimed(folder):
         _write(experiment, folder)
 
 
-def keep(
+def record(
     experiment: Config, folder: Path, start: Path | None, images: int, changes: list[str]
 ) -> None:
     """Keep in a run's folder what it is trained by from now on.
