@@ -9,7 +9,7 @@ MUTANTS = [
         "io/download.py",
         "remote data_download",
         ("if self.total is not None and came < self.total:", "if False:"),
-        ("pace, came = Pace(self.patience), self.start", "pace, came = Pace(self.patience), 0"),
+        ("pace, came = _Pace(self.patience), self.start", "pace, came = _Pace(self.patience), 0"),
     ),
     *at(
         "data/layout.py",

@@ -108,11 +108,15 @@ MUTANTS = [
         ("isinstance(value, str) and (found := credential_in(value))", "(found := None)"),
     ),
     *at(
+        "io/download.py",
+        "credentials",
+        ("masked(str(problem)).splitlines()", "str(problem).splitlines()"),
+    ),
+    *at(
         "io/cache.py",
         "credentials",
         ('    refuse_credentials(url, "data.dataset.path")', "    abs(1)"),
         ("    if MASK in url:", "    if False:"),
-        ("masked(str(problem)).splitlines()", "str(problem).splitlines()"),
     ),
     *at(
         "addresses.py",

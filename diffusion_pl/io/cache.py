@@ -8,29 +8,31 @@ ends with the process; a `.part` has its final size from the start, so it counts
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import netrc
 import os
 import re
 import stat
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from diffusion_pl.addresses import MASK, instead, masked, refuse_credentials
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.download import (
     PATIENCE,
+    Copy,
     Patience,
     Unreachable,
+    UnwritableError,
     claimed,
     opened,
     part_of,
+    persist,
     within,
 )
 from diffusion_pl.io.files import open_lock, regular, sha256_of
@@ -41,16 +43,6 @@ _LARGEST = 128 * 1024**2  # bytes of what is read into memory
 
 # Files of a cache, which alone make room: a folder that a user names may hold others.
 _OURS = re.compile(r"([0-9a-f]{64}\.tar|index\.npy)(\.part)?")
-
-T = TypeVar("T")
-
-
-class _Unwritable(Exception):
-    """The cache, not the server, is at fault."""
-
-
-class _Unusable(Exception):
-    """An address that nothing here can open."""
 
 
 def is_remote(path: str) -> bool:
@@ -93,7 +85,16 @@ def read(
             return None
         return bytes(found)
 
-    return _persist(url, ask, attempts, backoff, given)
+    _refuse_credentials(url)
+    return persist(url, ask, attempts, backoff, given)
+
+
+def _refuse_credentials(url: str) -> None:
+    refuse_credentials(url, "data.dataset.path")
+    if MASK in url:
+        raise UserError(
+            f"{url}: its credentials are not kept; name it anew, and set {instead(url)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Cache:
             with claimed(final, lambda: self.has(name, size), self._alone) as part:
                 if part is not None:
                     self._fill(part, final, url, size, sha256)
-        except (OSError, _Unwritable) as error:
+        except (OSError, UnwritableError) as error:
             problem = getattr(error, "strerror", None) or error
             raise UserError(
                 f"{self.folder}: {url} cannot be kept here ({problem}); free space or set "
@@ -180,8 +181,20 @@ class Cache:
         try:
             self._reserve(part, final, size)
             patience = self.patience or PATIENCE
-            copy = _Copy(part, url, size, sha256, patience)
-            _persist(url, copy, self.attempts, self.backoff, patience)
+            copy = Copy(part, size)
+
+            def ask() -> None:
+                with _blocks(url, copy.done, patience) as answer:
+                    if answer is not None:
+                        copy.write(*answer)
+                if copy.done < size:
+                    raise ConnectionError(f"{copy.done:,} of {size:,} bytes came")
+                if copy.digest.hexdigest() != sha256:
+                    copy.restart()
+                    raise ConnectionError("what comes has another sha256 than dataset.json says")
+
+            _refuse_credentials(url)
+            persist(url, ask, self.attempts, self.backoff, patience, done=lambda: copy.done)
             os.fsync(part)
             with self._alone():
                 os.replace(part_of(final), final)
@@ -239,50 +252,6 @@ def _abandoned(part: Path) -> bool:
         return False
 
 
-class _Copy:
-    """Copies a file at an address; called again, it goes on where it broke off."""
-
-    def __init__(self, part: int, url: str, size: int, sha256: str, patience: Patience) -> None:
-        self.part, self.url, self.size, self.sha256 = part, url, size, sha256
-        self.patience = patience
-        self.done = 0
-        self.digest = hashlib.sha256()
-
-    def __call__(self) -> None:
-        """Ask for what is missing.
-
-        Raises:
-            Exception: what the server's library raises, or for what arrived.
-        """
-        with _blocks(self.url, self.done, self.patience) as answer:
-            if answer is not None:
-                start, blocks = answer
-                if start != self.done:  # a server that only sends whole files
-                    self._restart()
-                for block in blocks:
-                    self._write(block)
-        if self.done < self.size:
-            raise ConnectionError(f"{self.done:,} of {self.size:,} bytes came")
-        if self.digest.hexdigest() != self.sha256:
-            self._restart()
-            raise ConnectionError("what comes has another sha256 than dataset.json says")
-
-    def _restart(self) -> None:
-        self.done, self.digest = 0, hashlib.sha256()
-
-    def _write(self, block: bytes) -> None:
-        if self.done + len(block) > self.size:
-            self._restart()
-            raise ConnectionError(f"more than the {self.size:,} bytes of dataset.json come")
-        try:
-            if os.pwrite(self.part, block, self.done) < len(block):
-                raise _Unwritable("the disk is full")
-        except OSError as error:
-            raise _Unwritable(error.strerror) from error
-        self.digest.update(block)
-        self.done += len(block)
-
-
 @contextmanager
 def _blocks(
     url: str, start: int, patience: Patience
@@ -335,53 +304,10 @@ def _opened(url: str) -> tuple[Any, str]:
     try:
         system, path = url_to_fs(url)
     except ImportError as error:
-        raise _Unusable(
-            f"{masked(str(error))}; for s3:// pip install 'diffusion_pl[remote]'"
+        raise UserError(
+            f"{url}: cannot be opened ({masked(str(error))}; for s3:// pip install "
+            "'diffusion_pl[remote]')"
         ) from error
     except ValueError as error:
-        raise _Unusable(masked(str(error))) from error
+        raise UserError(f"{url}: cannot be opened ({masked(str(error))})") from error
     return system, path
-
-
-def _persist(
-    url: str, ask: Callable[[], T], attempts: int, backoff: float, patience: Patience
-) -> T:
-    """Ask a server until it answers, as often as it may be asked and as long as one has patience.
-
-    Raises:
-        _Unwritable: as `ask`.
-        UserError: it does not.
-    """
-    refuse_credentials(url, "data.dataset.path")
-    if MASK in url:
-        raise UserError(
-            f"{url}: its credentials are not kept; name it anew, and set {instead(url)}"
-        )
-    problem: Exception | None = None
-    asked, waited = 0, 0.0
-    while asked < attempts and waited <= patience.total:
-        before, begun = getattr(ask, "done", 0), time.monotonic()
-        if asked:
-            time.sleep(backoff * 2 ** (asked - 1))
-        asked += 1
-        try:
-            return ask()
-        except _Unwritable:
-            raise
-        except _Unusable as error:
-            raise UserError(f"{url}: cannot be opened ({error})") from error
-        except FileNotFoundError as error:
-            raise UserError(f"{url}: the server has no such file") from error
-        except Exception as error:
-            # Every kind of server has a library with errors of its own.
-            problem = error
-            if isinstance(error, Unreachable) and error.final:
-                break
-        seconds = time.monotonic() - begun
-        came = getattr(ask, "done", 0) - before
-        waited = waited + seconds if came < patience.slowest * seconds else 0.0
-    # Libraries quote addresses, also those that they were sent on to, which are signed.
-    lines = masked(str(problem)).splitlines() or [""]
-    raise UserError(
-        f"{url}: cannot be fetched in {asked} attempts ({type(problem).__name__}: {lines[0]})"
-    ) from problem

@@ -1,9 +1,10 @@
-"""Read addresses, bounded in time and bytes; fetch files of known digest, resumed and checked."""
+"""Downloads, bounded in time and bytes, resumed, and checked against a digest."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import http.client
 import os
 import queue
@@ -13,22 +14,22 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusion_pl.addresses import masked
 from diffusion_pl.errors import UserError
-from diffusion_pl.io.files import open_lock, sha256_of
+from diffusion_pl.io.files import open_lock, regular, sha256_of
 from diffusion_pl.names import shown
 
 _BLOCK = 1024**2
 _MIB = 1024**2
 _SECONDS_BETWEEN_REPORTS = 5.0
 
-# Answers that may be different a moment later; any other refusal is final.
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+# Statuses after which the same request may succeed a moment later; any other refusal is final.
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 # No file that this package fetches by itself is larger.
 _LARGEST = 1024**3
@@ -64,23 +65,18 @@ class Unreachable(Exception):
         self.final = final
 
 
-class Pace:
-    """Sees that a connection does not only drip.
+class UnwritableError(Exception):
+    """The disk, not the server, is at fault."""
 
-    Args:
-        patience: of which the window is measured.
-    """
+
+class _Pace:
+    """Refuses a connection on which bytes only drip."""
 
     def __init__(self, patience: Patience) -> None:
         self.patience = patience
         self.since, self.came = time.monotonic(), 0
 
     def note(self, count: int) -> None:
-        """So many bytes more have come.
-
-        Raises:
-            Unreachable: they come too slowly.
-        """
         self.came += count
         seconds = time.monotonic() - self.since
         if seconds < self.patience.window:
@@ -91,7 +87,7 @@ class Pace:
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """What a call gives; one that takes longer is left behind, in a thread of its own.
+    """Call with a time limit; a call that takes longer goes on in a thread of its own.
 
     Raises:
         TimeoutError: it took longer.
@@ -125,13 +121,14 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirections to other web addresses alone."""
 
     def redirect_request(self, *asked: Any) -> urllib.request.Request | None:
-        """As urllib's own, which would also go to ftp."""
         if not asked[-1].startswith(("https://", "http://")):
             asked[1].close()
-            raise Unreachable("the server redirects to what is no web address", final=True)
+            raise Unreachable(
+                "the server redirects to something other than a web address", final=True
+            )
         request, address = asked[0], asked[-1]
         further = super().redirect_request(*asked)
-        # What another machine is not to see stays with the one that it is meant for.
+        # Credentials go to no other machine.
         if further is not None and _origin(address) == _origin(request.full_url):
             further.unredirected_hdrs.update(request.unredirected_hdrs)
         return further
@@ -144,13 +141,13 @@ def _origin(url: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server sends.
+    """The answer to a request.
 
     Args:
-        start: place in the file of the first byte; 0 from a server that cannot resume.
+        start: offset in the file of the first byte sent; 0 from a server that cannot resume.
         total: bytes of the whole file, None where the server does not say.
-        response: the connection.
-        patience: with it.
+        response: the open connection.
+        patience: of its blocks.
     """
 
     start: int
@@ -164,7 +161,7 @@ class Answer:
         Raises:
             Unreachable: they come too slowly, or fewer than the server said.
         """
-        pace, came = Pace(self.patience), self.start
+        pace, came = _Pace(self.patience), self.start
         while True:
             try:
                 block = self.response.read1(_BLOCK)
@@ -187,13 +184,12 @@ def opened(
     patience: Patience = PATIENCE,
     headers: Mapping[str, str] | None = None,
 ) -> Iterator[Answer | None]:
-    """What a server sends of a file from byte `start` on; None where there is nothing beyond it.
+    """Request a file from byte `start` on; None where the file ends there.
 
     Args:
         url: http or https.
         start: bytes that are here already.
-        patience: with the server.
-        headers: to send with it, such as Authorization; to no other machine.
+        headers: such as Authorization; sent to no other machine.
 
     Raises:
         Unreachable: no answer, a refusal, or another part than was asked for.
@@ -221,7 +217,7 @@ def opened(
         message = f"the server answers {error.code} {error.reason}{sent_on}"
         if error.code == 404:
             raise FileNotFoundError(message) from error
-        raise Unreachable(message, final=error.code not in _PASSING) from error
+        raise Unreachable(message, final=error.code not in _TRANSIENT) from error
     except ValueError as error:  # no address at all
         raise Unreachable(str(error), final=True) from error
     except (OSError, http.client.HTTPException) as error:
@@ -256,14 +252,13 @@ def fetch(
 
     Args:
         url: http or https.
-        path: where the file is to lie; its folder is made.
+        path: of the file; its folder is made.
         sha256: hex digest the file must have.
         progress: report on stderr.
-        attempts: connections in a row that bring nothing before giving up.
-        backoff: seconds before the second of them, doubled each time.
-        timeout: seconds without a byte after which a connection counts as broken.
-        patience: with the server; `timeout` overrides its silence.
-        largest: bytes; a file of more is refused.
+        attempts, backoff: as for `persist`.
+        timeout: seconds without a byte after which a connection counts as broken; overrides the
+            silence of `patience`.
+        largest: bytes; a larger file is refused.
 
     Returns:
         `path`.
@@ -276,30 +271,38 @@ def fetch(
     given = patience or PATIENCE
     given = Patience(timeout or given.silence, given.slowest, given.window, given.total)
     if path.exists():
-        _check(path, sha256, f"{path}: is not the file at {url}; move it away")
+        if (found := sha256_of(path)) != sha256:
+            raise UserError(
+                f"{path}: is not the file at {url}; move it away (sha256 {found}, expected "
+                f"{sha256})"
+            )
         return path
     part = part_of(path)
     try:
-        with claimed(path, path.exists) as taken:
-            if taken is None:
+        with claimed(path, path.exists) as file:
+            if file is None:
                 return path
-            copy = _Copy(url, part, progress, given, largest)
+            with regular(part).open("rb") as earlier:  # hashed again, to be gone on with
+                copy = Copy(file, largest, hashlib.file_digest(earlier, "sha256"))
+            copy.done = os.fstat(file).st_size
+            report = _Report(part.stem) if progress else None
             try:
-                _complete(copy, attempts, backoff)
+                hint = f"; fetch it by other means and put it at {path}"
+                persist(url, lambda: _transfer(url, copy, given, report), attempts, backoff, given,
+                        done=lambda: copy.done, hint=hint)  # fmt: skip
             finally:
-                if not copy.bytes():
+                os.ftruncate(file, copy.done)
+                if not copy.done:
                     part.unlink(missing_ok=True)
-            try:
-                _check(part, sha256, f"{url}: what arrived is damaged or has changed; try again")
-            except ValueError:
+            if (found := copy.digest.hexdigest()) != sha256:
                 part.unlink()
-                raise
+                raise UserError(
+                    f"{url}: what arrived is damaged or has changed; try again (sha256 {found}, "
+                    f"expected {sha256})"
+                )
+            os.fsync(file)  # before the rename: a crash must leave no hole behind the name
             os.replace(part, path)
-    except Unreachable as error:
-        raise UserError(
-            f"{url}: cannot be fetched ({error}); fetch it by other means and put it at {path}"
-        ) from error
-    except OSError as error:
+    except (OSError, UnwritableError) as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
     return path
 
@@ -356,73 +359,121 @@ def _is_at(opened: int, path: Path) -> bool:
         return False
 
 
-def _check(path: Path, wanted: str, complaint: str) -> None:
-    if (found := sha256_of(path)) != wanted:
-        raise UserError(f"{complaint} (sha256 {found}, expected {wanted})")
+class Copy:
+    """A file at an address on its way into a `.part`.
+
+    Args:
+        part: its descriptor.
+        largest: bytes; a file of more is refused.
+        digest: sha256 of what an earlier run left in it.
+    """
+
+    def __init__(self, part: int, largest: int, digest: Any = None) -> None:
+        self.part, self.largest = part, largest
+        self.done, self.digest = 0, digest or hashlib.sha256()
+
+    def restart(self) -> None:
+        """Begin again at the first byte."""
+        self.done, self.digest = 0, hashlib.sha256()
+
+    def write(self, start: int, blocks: Iterable[bytes]) -> None:
+        """Write what a server sends from byte `start` of the file on.
+
+        Raises:
+            UnwritableError: the disk does not take it.
+            Unreachable: more than `largest` bytes come.
+        """
+        if start != self.done:  # a server that only sends whole files
+            self.restart()
+        for block in blocks:
+            if self.done + len(block) > self.largest:
+                self.restart()
+                raise Unreachable(f"it has more than {self.largest:,} bytes", final=True)
+            try:
+                if os.pwrite(self.part, block, self.done) < len(block):
+                    raise UnwritableError("the disk is full")
+            except OSError as error:
+                raise UnwritableError(error.strerror) from error
+            self.digest.update(block)
+            self.done += len(block)
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """What is fetched, and how."""
+def persist(
+    url: str,
+    ask: Callable[[], T],
+    attempts: int,
+    backoff: float,
+    patience: Patience,
+    *,
+    done: Callable[[], int] = lambda: 0,
+    hint: str = "",
+) -> T:
+    """Ask a server until it answers.
 
-    url: str
-    part: Path
-    progress: bool
-    patience: Patience
-    largest: int
+    Args:
+        url: for messages.
+        ask: asks once.
+        attempts: in a row that bring (next to) nothing, before the server is given up.
+        backoff: seconds before the second of them, doubled each time.
+        patience: with the server.
+        done: bytes that have come so far.
+        hint: end of the message.
 
-    def bytes(self) -> int:
-        """So many are here."""
-        return self.part.stat().st_size if self.part.exists() else 0
-
-
-def _complete(copy: _Copy, attempts: int, backoff: float) -> None:
-    """Append to the part until the server says it is whole."""
-    idle, since, before = 0, time.monotonic(), copy.bytes()
+    Raises:
+        UnwritableError: as `ask`.
+        UserError: the server was given up, or refuses.
+    """
+    asked, idle, since, before = 0, 0, time.monotonic(), done()
     while True:
         begun = time.monotonic()
+        asked += 1
         try:
-            _transfer(copy)
-            return
+            return ask()
+        except (UnwritableError, UserError):
+            raise
         except FileNotFoundError as error:
-            raise Unreachable(str(error), final=True) from error
-        except Unreachable as error:
-            if error.final:
-                raise
-            problem = str(error)
-        came, before = copy.bytes() - before, copy.bytes()
+            raise UserError(f"{url}: the server has no such file ({error}){hint}") from error
+        except Exception as error:  # every kind of server has a library with errors of its own
+            problem = error
+        came, before = done() - before, done()
         # A server that breaks off after a few bytes each time gets on no more than a silent one.
-        if came > copy.patience.slowest * (time.monotonic() - begun):
+        if came > patience.slowest * (time.monotonic() - begun):
             idle, since = 0, time.monotonic()
         else:
             idle += 1
-        if idle >= attempts or (idle and time.monotonic() - since > copy.patience.total):
-            raise Unreachable(problem)
+        out_of_patience = idle and time.monotonic() - since > patience.total
+        if getattr(problem, "final", False) or idle >= attempts or out_of_patience:
+            # Libraries quote addresses, also those that they were sent on to, which are signed.
+            lines = masked(str(problem)).splitlines() or [""]
+            raise UserError(
+                f"{url}: cannot be fetched in {asked} attempts ({type(problem).__name__}: "
+                f"{lines[0]}){hint}"
+            ) from problem
         time.sleep(backoff * 2 ** max(0, idle - 1))
 
 
-def _transfer(copy: _Copy) -> None:
-    """One connection, after which the part is whole.
-
-    Raises:
-        Unreachable: no answer, a refusal, one that drips or breaks off, or more than such a file
-            can have.
-        OSError: the part cannot be written.
-    """
-    with opened(copy.url, copy.bytes(), copy.patience) as answer:
+def _transfer(url: str, copy: Copy, patience: Patience, report: _Report | None) -> None:
+    """One connection, after which the copy is whole."""
+    with opened(url, copy.done, patience) as answer:
         if answer is None:
             return
-        done, reported = answer.start, time.monotonic()
-        with copy.part.open("ab" if answer.start else "wb") as file:
-            for block in answer.blocks():
-                done += len(block)
-                if max(done, answer.total or 0) > copy.largest:
-                    raise Unreachable(f"it has more than {copy.largest:,} bytes", final=True)
-                file.write(block)
-                if copy.progress and time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
-                    reported = time.monotonic()
-                    of = "" if answer.total is None else f" of {answer.total / _MIB:.0f}"
-                    print(shown(f"{copy.part.stem}: {done / _MIB:.0f}{of} MiB"), file=sys.stderr)
-            # On the disk before it gets its final name: a crash must leave no hole behind the name.
-            file.flush()
-            os.fsync(file.fileno())
+        if (answer.total or 0) > copy.largest:
+            raise Unreachable(f"it has more than {copy.largest:,} bytes", final=True)
+        if answer.start != copy.done:
+            os.ftruncate(copy.part, 0)
+        copy.write(answer.start, answer.blocks() if report is None else report(copy, answer))
+
+
+class _Report:
+    """A line on stderr every few seconds."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.last = name, time.monotonic()
+
+    def __call__(self, copy: Copy, answer: Answer) -> Iterator[bytes]:
+        of = "" if answer.total is None else f" of {answer.total / _MIB:.0f}"
+        for block in answer.blocks():
+            yield block
+            if time.monotonic() - self.last > _SECONDS_BETWEEN_REPORTS:
+                self.last = time.monotonic()
+                print(shown(f"{self.name}: {copy.done / _MIB:.0f}{of} MiB"), file=sys.stderr)
