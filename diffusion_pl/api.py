@@ -206,7 +206,7 @@ class Experiment:
         from diffusion_pl.training import run, run_data
 
         # No weights of Inception are fetched for what is not measured.
-        seen = lazy("diffusion_pl.metrics.features.load", name="pixels")
+        seen = lazy("diffusion_pl.metrics.extractors.load", name="pixels")
         built = command.build(self.replace(features=seen).config)
         data = run_data.RunData(built.data, built.settings, built.network, built.seed)
         return run.make_module(built), data

@@ -142,7 +142,7 @@ def test_of_the_ranks_that_one_command_starts_none_outlives_a_fault(fault, rank,
 SLOW = """
 import os, signal, time
 from pathlib import Path
-from diffusion_pl.data.readers import ReaderLost
+from diffusion_pl.data.readers import ReaderLostError
 from loaders import loader
 from diffusion_pl.data.shard_images import ShardImages
 from diffusion_pl.data.shards import Shards
@@ -164,7 +164,7 @@ seen = []
 try:
     for batch in read_ahead:
         seen.append(batch["index"].tolist())
-except ReaderLost as error:
+except ReaderLostError as error:
     print(len(seen), error)
 """
 

@@ -74,6 +74,8 @@ def test_all_problems_are_reported_in_order_a_line_each(folder: Path) -> None:
         ("nowhere_at_all.x", "there is no module 'nowhere_at_all'"),
         ("diffusion_pl.confg.load", "diffusion_pl has no module 'confg'; did you mean 'config'"),
         ("diffusion_pl.config.laod", "diffusion_pl.config has no 'laod'; did you mean 'load'"),
+        # Of `dataclass`, which that module imports, no part can be made.
+        ("diffusion_pl.data.shards.datacass", "shards has no 'datacass'; known: "),
         ("HERE.Linear.mak", "Linear has no 'mak'"),
         ("json", "must be the dotted path"),
         ("json..dumps", "must be the dotted path"),

@@ -61,5 +61,5 @@ def test_a_run_of_which_any_call_on_a_file_fails_comes_to_the_same_end(way, plac
 
 @pytest.mark.faults
 def test_some_calls_on_files_that_fail(place):
-    wrong, _ = check(place, ["the disk is full within a write", "killed"], sample=17)
+    wrong, _ = check(place, ["the disk is full within a write", "killed"], sample=11)
     assert not wrong

@@ -31,8 +31,8 @@ UVIT = """network:
   activation_checkpointing: true
 """
 # With this rate and eps Adam does not blow rounding up; see test_exact.py.
-GENTLE = ["trainer.images=800", "optimizer.lr=1e-4", "optimizer.eps=1e-3", "trainer.keep=5",
-          "trainer.checkpoint_every=200", "ema.posthoc_every=800", "evaluation.every=100000",
+GENTLE = ["trainer.images=480", "optimizer.lr=1e-4", "optimizer.eps=1e-3", "trainer.keep=5",
+          "trainer.checkpoint_every=120", "ema.posthoc_every=480", "evaluation.every=100000",
           "evaluation.count=32"]  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_stopped_and_gone_on_is_the_run_that_was_not(straight, small):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """100 steps of a U-ViT that recomputes, at two sizes, the larger one in two passes."""
+    """60 steps of a U-ViT that recomputes, at two sizes, the larger one in two passes."""
     before, rest = RUN.split("network:\n")
     after = rest[rest.index("\nema:") + 1 :]  # without augmentation, which it takes no labels of
     text = (before + UVIT + after).replace("OBJECTIVE", "{_target_: "
@@ -121,10 +121,10 @@ def large(tmp_path_factory):
     return place, words
 
 
-def test_100_steps_end_where_those_of_ranks_that_hold_all_end(large):
+def test_60_steps_end_where_those_of_ranks_that_hold_all_end(large):
     place, _ = large
     one, other = left(place, "ddp")[0], left(place, "fsdp")[0]
-    assert one["global_step"] == other["global_step"] == 100
+    assert one["global_step"] == other["global_step"] == 60
     near(one["state_dict"], other["state_dict"])
     for number, state in one["optimizer_states"][0]["state"].items():
         for name, value in state.items():
@@ -151,15 +151,15 @@ def test_a_run_goes_from_ddp_to_fsdp_to_one_process(large):
     place, words = large
     run = place / "runs" / "change"
     shutil.copytree(place / "runs" / "ddp", run)
-    for images in (600, 800):
+    for images in (360, 480):
         (run / "checkpoints" / f"{images:012d}.ckpt").unlink()
-    checkpoints.point_to(run / "checkpoints" / "000000000400.ckpt")
+    checkpoints.point_to(run / "checkpoints" / "000000000240.ckpt")
     history = History(run / "metrics.jsonl")
-    history.rewind(400)
-    allow(place, "change", images=600)  # the budget is not free to change
-    half = [*words, FSDP, "trainer.images=600"]
+    history.rewind(240)
+    allow(place, "change", images=360)  # the budget is not free to change
+    half = [*words, FSDP, "trainer.images=360"]
     assert train(place, "change", *half, ranks=2).codes == [0, 0]
-    assert int(newest(place, "change").stem) == 600
-    allow(place, "change", images=800)
+    assert int(newest(place, "change").stem) == 360
+    allow(place, "change", images=480)
     assert train(place, "change", *words).codes == [0]
     near(left(place, "ddp")[0]["state_dict"], left(place, "change")[0]["state_dict"])

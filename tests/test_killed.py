@@ -50,8 +50,8 @@ sampler:
   restart: 1.0
   by: sigma
 features: {name: shapes}
-evaluation: {every: 400, count: 10, batch_size: 10, grid: 4}
-trainer: {images: 400, checkpoint_every: 80, log_every: 400, accelerator: cpu, precision: fp32}
+evaluation: {every: 240, count: 10, batch_size: 10, grid: 4}
+trainer: {images: 240, checkpoint_every: 80, log_every: 240, accelerator: cpu, precision: fp32}
 """  # noqa: E501 - YAML
 
 
@@ -89,14 +89,14 @@ def test_a_killed_run_ends_at_the_bits_of_one_that_was_not(place):
     latest = place / "runs" / "killed" / "checkpoints" / "latest"
     kill_once(latest.exists, place, "runs/killed", workers=1)
     stopped = checkpoints.load(checkpoints.latest(latest.parent))["diffusion_pl"]["images"]
-    assert 0 < stopped < 400
+    assert 0 < stopped < 240
     finish(place, "runs/killed", workers=1)
 
     whole, resumed = (
         checkpoints.load(checkpoints.latest(place / "runs" / name / "checkpoints"))
         for name in ("straight", "killed")
     )
-    assert whole["global_step"] == resumed["global_step"] == 50
+    assert whole["global_step"] == resumed["global_step"] == 30
     for key, value in whole["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][key]), key
     first, second = (

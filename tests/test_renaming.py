@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import homes
@@ -17,6 +18,8 @@ from diffusion_pl.config.annotations import signature
 from diffusion_pl.config.registry import PACKAGE
 from diffusion_pl.config.targets import locate
 from diffusion_pl.training import checkpoint as checkpoints
+
+ROOT = Path(__file__).parents[1]
 
 # What could have been renamed since somebody wrote OLD.
 GIVEN_UP = {
@@ -180,3 +183,15 @@ def backwards(tree):
     network["base_width"] = network.pop("model_channels")
     trainer["budget"] = trainer.pop("images")
     return {**tree, "network": network, "trainer": trainer}
+
+
+def test_no_dotted_path_that_was_given_up_is_used_in_the_package():
+    former = [old for old in renaming.RENAMED if old.startswith(PACKAGE)]
+    used = [
+        f"{path}: {old}"
+        for path in (ROOT / PACKAGE).rglob("*.py")
+        if path.name != "renaming.py"
+        for old in former
+        if re.search(rf"{re.escape(old)}\b", path.read_text())
+    ]
+    assert former and not used

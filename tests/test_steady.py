@@ -1,4 +1,4 @@
-"""Two thousand steps with forty evaluations: memory, open files and threads stay as they are."""
+"""Twelve hundred steps with thirty evaluations: memory, open files and threads stay as they are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffusion_pl.networks.song_unet import SongUNet
 
 pytestmark = pytest.mark.faults
 
-STEPS, EVERY = 2000, 50  # steps in all, and between two evaluations
+STEPS, EVERY = 1200, 40  # steps in all, and between two evaluations
 
 
 class Watched(SongUNet):

@@ -20,9 +20,9 @@ from diffusion_pl.training import stopping
 from diffusion_pl.training.history import History
 
 # Long enough to be hit on the way, and quick to finish.
-LONG = TINY.replace("images: 32, checkpoint_every: 8, log_every: 8", "images: 1600, "
-                    "checkpoint_every: 800, log_every: 8, loggers: []")  # fmt: skip
-LONG = LONG.replace("every: 16, count: 20", "every: 800, count: 20")
+LONG = TINY.replace("images: 32, checkpoint_every: 8, log_every: 8", "images: 640, "
+                    "checkpoint_every: 320, log_every: 8, loggers: []")  # fmt: skip
+LONG = LONG.replace("every: 16, count: 20", "every: 320, count: 20")
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,8 @@ def test_a_stopped_run_goes_on_to_the_bits_of_one_that_was_not(place):
     folder = place / "runs" / name
     assert (folder / signals.MARKER).read_text().strip() == name
     step, *_ = weights(place, name)
-    assert 0 < step < 200
-    assert f"stopped at {8 * step:,} of 1,600 images; the same command goes on" in said(place, name)
+    assert 0 < step < 80
+    assert f"stopped at {8 * step:,} of 640 images; the same command goes on" in said(place, name)
     # Nothing is torn: Adam has made as many steps as the run.
     assert finish(place, name) == 0
     assert not (folder / signals.MARKER).exists()
@@ -123,7 +123,7 @@ def test_all_ranks_stop_at_one_step_whoever_was_told(place):
     assert not alive
     marker = (place / "runs" / run / signals.MARKER).read_text().strip()
     assert marker == "a signal to another rank"
-    assert 0 < weights(place, run)[0] < 200
+    assert 0 < weights(place, run)[0] < 80
 
 
 def _alive(process):

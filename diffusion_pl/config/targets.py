@@ -35,13 +35,22 @@ def locate(target: object, packages: Sequence[str] | None = None) -> Callable[..
             found = getattr(found, part)
         except AttributeError as error:
             where = getattr(found, "__name__", target)
-            public = [name for name in dir(found) if not name.startswith("_")]
+            public = [name for name in dir(found) if _is_own(found, name)]
             raise UserError(f"{where} has no {part!r}{nearest(part, public)}") from error
     if not callable(found):
         raise UserError(f"{target} is not a class or function (it is a {type(found).__name__})")
     if packages is not None:
         _refuse_foreign(target, found, packages)
     return found
+
+
+def _is_own(found: object, name: str) -> bool:
+    """Whether a public name is of the package that offers it, and not imported from another."""
+    value = getattr(found, name, None)
+    home = getattr(found, "__module__", None) or getattr(found, "__name__", "")
+    root = home.partition(".")[0]
+    origin = getattr(value, "__module__", None) or getattr(value, "__name__", None) or root
+    return not name.startswith("_") and str(origin).partition(".")[0] == root
 
 
 def untrusted(target: object, packages: Sequence[str]) -> str | None:

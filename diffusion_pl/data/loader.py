@@ -171,7 +171,7 @@ class Loader:
 
         Raises:
             UserError: what a reader finds wrong with the data.
-            ReaderLost: a reader was killed, or gave nothing for too long.
+            ReaderLostError: a reader was killed, or gave nothing for too long.
         """
         workers = self.data.num_workers
         readers: list[Reader] = []

@@ -84,7 +84,7 @@ class Reader:
             pin: into page-locked memory.
 
         Raises:
-            ReaderLost: it was killed, or gave nothing for so long.
+            ReaderLostError: it was killed, or gave nothing for so long.
             UserError: what it found wrong with the data.
             RuntimeError: any other error of it, with its traceback.
         """

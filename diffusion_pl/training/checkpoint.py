@@ -76,7 +76,7 @@ def verify(path: Path) -> None:
     """See that a checkpoint is as it was written.
 
     Raises:
-        Damaged: it is not.
+        DamagedError: it is not.
         OSError: it cannot be read.
     """
     size = path.stat().st_size

@@ -125,7 +125,7 @@ class DiffusionModule(QuickModule):
             batch_idx: steps done.
 
         Raises:
-            NonFinite: names the step, its images and their noise levels.
+            NonFiniteError: names the step, its images and their noise levels.
         """
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         optimizer.zero_grad()
@@ -182,7 +182,7 @@ class DiffusionModule(QuickModule):
             batch: see `image_losses`.
 
         Raises:
-            NonFinite: names the step, its images and their noise levels.
+            NonFiniteError: names the step, its images and their noise levels.
         """
         for passed in self.image_losses(batch):
             loss = passed.sum() / len(batch["image"])

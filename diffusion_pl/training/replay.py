@@ -57,7 +57,7 @@ def replay(experiment: Experiment, checkpoint: Path | None, step: int) -> Replay
         step: optimizer steps before the one that is looked at.
 
     Raises:
-        NonFinite: a number of a step before is not finite.
+        NonFiniteError: a number of a step before is not finite.
         UserError: the data is no longer the checkpoint's.
     """
     settings = experiment.settings

@@ -91,8 +91,8 @@ def fit(
         UserError: parts that do not fit one another, ranks that differ, data that is not the
             run's, or a folder that cannot be written.
         LockLostError: another process has taken the run over.
-        NonFinite: names the step, its images and their noise levels.
-        Stopped: told so before the first step.
+        NonFiniteError: names the step, its images and their noise levels.
+        StopError: told so before the first step.
     """
     settings, batch_size = experiment.settings, experiment.data.batch_size
     settings.check_objective(experiment.objective)
