@@ -47,7 +47,7 @@ def locate(target: object, packages: Sequence[str] | None = None) -> Callable[..
 def _is_own(found: object, name: str) -> bool:
     """Whether a public name is of the package that offers it, and not imported from another."""
     value = getattr(found, name, None)
-    home: str = getattr(found, "__module__", None) or getattr(found, "__name__", "")
+    home = str(getattr(found, "__module__", None) or getattr(found, "__name__", ""))
     root = home.partition(".")[0]
     origin = getattr(value, "__module__", None) or getattr(value, "__name__", None) or root
     return not name.startswith("_") and str(origin).partition(".")[0] == root
