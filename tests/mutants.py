@@ -140,10 +140,6 @@ MUTANTS = [
         ("clipped(denoise, self.clip) if self.clip else", "denoise if self.clip else"),
     ),
     *at(
-        "data/order.py",
-        "data_order",
-    ),
-    *at(
         "data/loader.py",
         "data_order",
         ("step * self.data.batch_size + self.rank * size", "step * size + self.rank * size"),

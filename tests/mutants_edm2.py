@@ -6,10 +6,6 @@ from mutant import at
 
 MUTANTS = [
     *at(
-        "networks/layers.py",
-        "edm2_unet",
-    ),
-    *at(
         "networks/edm2_layers.py",
         "edm2_unet",
         ("SILU = 0.596", "SILU = 0.6"),

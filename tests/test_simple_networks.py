@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion_pl.networks.position import coordinates
-from diffusion_pl.networks.simple_layers import Head, ResBlock, Stem
+from diffusion_pl.networks.simple_layers import Head, Stem, residual_block
 from diffusion_pl.networks.simple_unet import SimpleUNet
 from diffusion_pl.networks.uvit import Transformer, UViT
 from diffusion_pl.networks.wavelet import analyse, synthesise
@@ -63,7 +63,7 @@ def test_skip_connections_carry_the_image_past_the_middle(name):
 
 @torch.no_grad()
 def test_a_scale_of_minus_one_silences_what_a_layer_makes_of_x():
-    block, transformer = awake(ResBlock(8, 8, 4, 0.0)), awake(Transformer(16, 2, 4, 0.0))
+    block, transformer = awake(residual_block(8, 8, 4, 0.0)), awake(Transformer(16, 2, 4, 0.0))
     transformer.proj.weight.zero_()
     for layer, shape in ((block, (2, 8, 4, 4)), (transformer, (2, 9, 16))):
         layer.affine.weight.zero_()
@@ -94,7 +94,7 @@ def attended(q, k, v):
 def test_a_residual_block_is_what_its_parts_say():
     """Norm, silu, conv; norm scaled and shifted, silu, conv; plus x; then attention, plus x."""
     torch.manual_seed(0)
-    block = awake(ResBlock(8, 8, 4, 0.0, heads=2))
+    block = awake(residual_block(8, 8, 4, 0.0, heads=2))
     for norm in (block.norm0, block.norm1, block.attention.norm):
         norm.reset_parameters()
     x, vector = torch.randn(2, 8, 4, 4), torch.randn(2, 4)
@@ -284,12 +284,12 @@ def test_the_u_net_attends_at_16_and_8_and_drops_out_from_16_down():
     with torch.device("meta"):
         network = SimpleUNet(256, classes=1000, halvings=1)
     attends = [[bool(b.attention) for b in layers] for layers in network.encoder]
-    drops = [{b.dropout for b in layers} for layers in network.encoder]
+    drops = [{b.drop.p for b in layers} for layers in network.encoder]
     assert attends == [[False] * 3, [False] * 4, [False] * 4, [True] * 12, [True] * 4]
     assert drops == [{0.0}, {0.0}, {0.0}, {0.1}, {0.1}]
-    assert [{b.dropout for b in layers} for layers in network.decoder] == drops[::-1]
+    assert [{b.drop.p for b in layers} for layers in network.decoder] == drops[::-1]
     assert [b.attention is not None for b in network.middle] == [True, False]
-    assert [b.dropout for b in network.middle] == [0.1, 0.1]
+    assert [b.drop.p for b in network.middle] == [0.1, 0.1]
     with torch.device("meta"):
         networks = UNET(heads=2), UVIT(heads=2)
     for network in networks:
@@ -299,7 +299,7 @@ def test_the_u_net_attends_at_16_and_8_and_drops_out_from_16_down():
 def test_dropout_acts_in_training_only_and_not_at_high_resolution():
     x, vector = torch.randn(1, 8, 4, 4), torch.randn(1, 16)
     for layer, given in [
-        (ResBlock(8, 8, 16, dropout=0.5), x),
+        (residual_block(8, 8, 16, dropout=0.5), x),
         (Transformer(8, 2, 16, dropout=0.5), x.flatten(2).transpose(1, 2)),
     ]:
         awake(layer).eval()
@@ -308,8 +308,8 @@ def test_dropout_acts_in_training_only_and_not_at_high_resolution():
         assert not torch.equal(layer(given, vector), layer(given, vector))
     with torch.device("meta"):
         uvit = UVIT(dropout=0.3)
-    assert {b.dropout for layers in uvit.encoder for b in layers} == {0.0}
-    assert {b.dropout for b in uvit.middle} == {0.3}
+    assert {b.drop.p for layers in uvit.encoder for b in layers} == {0.0}
+    assert {b.drop.p for b in uvit.middle} == {0.3}
 
 
 @torch.no_grad()
@@ -352,7 +352,7 @@ def test_tokens_attend_to_all_tokens_and_blocks_read_their_condition():
     other[:, 4, 0] += 1
     assert (layer(other, vector) - out)[:, 0].abs().max() > 1e-4
     assert relative(layer(x, vector + 1), out) > 1e-3
-    resblock = awake(ResBlock(8, 16, 16, dropout=0.0, heads=2))
+    resblock = awake(residual_block(8, 16, 16, dropout=0.0, heads=2))
     images = torch.randn(1, 8, 4, 4)
     assert relative(resblock(images, vector + 1), resblock(images, vector)) > 1e-3
 

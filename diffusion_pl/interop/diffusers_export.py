@@ -23,7 +23,8 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.interop.diffusers import CONFIG, INDEX, NETWORK, SCHEDULER_CONFIG, STEM
 from diffusion_pl.interop.layouts import DIFFUSERS, size
 from diffusion_pl.io.files import write_atomically
-from diffusion_pl.networks.ddpm_unet import ACTIVATIONS, Block, DDPMUNet
+from diffusion_pl.networks.ddpm_unet import ACTIVATIONS, DDPMUNet
+from diffusion_pl.networks.residual import ResidualBlock
 from diffusion_pl.objectives.ddpm import PredictImage, PredictNoise, PredictVelocity
 
 PREDICTIONS: dict[str, Any] = {
@@ -131,7 +132,7 @@ def _config(network: DDPMUNet, resolution: int) -> dict[str, Any]:
         "freq_shift": int(network.map_noise.endpoint),
         "resnet_time_scale_shift": "scale_shift" if firsts[0].adaptive_scale else "default",
         "time_embedding_dim": embedding.out_features,
-        "dropout": firsts[0].dropout,
+        "dropout": firsts[0].drop.p,
         "center_input_sample": False,
         "time_embedding_type": "positional",
         "mid_block_scale_factor": 1,
@@ -148,7 +149,7 @@ def _head(network: DDPMUNet) -> int | None:
     found: list[Any] = [
         block.attention
         for block in network.modules()
-        if isinstance(block, Block) and block.attention is not None
+        if isinstance(block, ResidualBlock) and block.attention is not None
     ]
     if all(attention.heads == 1 for attention in found):
         return None

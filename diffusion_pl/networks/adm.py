@@ -14,16 +14,14 @@ U(+-1 / sqrt(fan in)) for weights and biases is what torch's layers begin with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
+    Layer,
     PositionalEmbedding,
     SelfAttention,
     double,
@@ -32,11 +30,11 @@ from diffusion_pl.networks.layers import (
     halve,
     one_hot,
 )
+from diffusion_pl.networks.residual import ResidualBlock
 from diffusion_pl.networks.unet import Place, UNet
 
 HEAD_CHANNELS = 64
 EPS = 1e-5  # of every normalisation
-Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 def zero(layer: Layer) -> Layer:
@@ -47,60 +45,20 @@ def zero(layer: Layer) -> Layer:
     return layer
 
 
-class Block(nn.Module):
-    """A residual block: norm, conv, scaled and shifted norm, dropout, conv, then attention.
+def initialise(layer: Layer, gain: float = 1.0) -> Layer:
+    """As torch's layers begin; exactly zero where other papers have a small gain."""
+    return layer if gain == 1 else zero(layer)
 
-    Args:
-        channels_in: channels of x.
-        channels_out: channels of the result.
-        embedding: length of the embedding vector.
-        dropout: probability, before the second convolution.
-        attention: whether self-attention follows; under 64 channels it has no head and is left out.
-        resample: `halve` or `double` to change the resolution in the block, or None.
-    """
 
-    def __init__(
-        self,
-        channels_in: int,
-        channels_out: int,
-        *,
-        embedding: int,
-        dropout: float,
-        attention: bool = False,
-        resample: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.drop = Dropout(dropout)
-        self.resample = resample
-        self.norm0 = group_norm(channels_in, EPS)
-        self.conv0 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.affine = nn.Linear(embedding, 2 * channels_out)
-        self.norm1 = group_norm(channels_out, EPS)
-        self.conv1 = zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
-        differ = channels_in != channels_out
-        self.skip = nn.Conv2d(channels_in, channels_out, 1) if differ else None
-        self.attention = None
-        heads = channels_out // HEAD_CHANNELS
-        if attention and heads:
-            self.attention = SelfAttention(group_norm(channels_out, EPS), heads)
-            self.attention.qkv.reset_parameters()
-            zero(self.attention.proj)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """(B, channels_in, H, W), (B, embedding) -> (B, channels_out, H', W')."""
-        hidden = self.conv0(self._resampled(F.silu(self.norm0(x))))
-        scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, dim=1)
-        hidden = torch.addcmul(shift, self.norm1(hidden), 1 + scale)
-        hidden = self.drop(F.silu(hidden))
-        x = self._resampled(x)
-        x = self.conv1(hidden) + (x if self.skip is None else self.skip(x))
-        return x if self.attention is None else self.attention(x)
-
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample is None:
-            return x
-        return halve(x) if self.resample == "halve" else double(x)
+def attend(norm: nn.GroupNorm) -> SelfAttention | None:
+    """Self-attention; under 64 channels it has no head and is left out."""
+    heads = norm.num_channels // HEAD_CHANNELS
+    if not heads:
+        return None
+    attention = SelfAttention(norm, heads)
+    attention.qkv.reset_parameters()
+    zero(attention.proj)
+    return attention
 
 
 class ADM(UNet):
@@ -146,19 +104,23 @@ class ADM(UNet):
             activation_checkpointing=activation_checkpointing,
         )  # fmt: skip
         self._make_embedding(model_channels, augment)
-        make = partial(Block, embedding=4 * model_channels, dropout=dropout)
+        make: Callable[..., ResidualBlock] = partial(
+            ResidualBlock, embedding=4 * model_channels, dropout=dropout, adaptive_scale=True,
+            norm=partial(group_norm, eps=EPS), initialise=initialise,
+        )  # fmt: skip
         widths = [model_channels * multiplier for multiplier in channel_mult]
 
-        def block(channels_in: int, channels_out: int, level: int, place: Place) -> Block:
-            return make(channels_in, channels_out, attention=resolution // 2**level in attention)
+        def block(channels_in: int, channels_out: int, level: int, place: Place) -> ResidualBlock:
+            attends = resolution // 2**level in attention
+            return make(channels_in, channels_out, attention=attend if attends else None)
 
         self.stem = nn.Conv2d(self.in_channels, widths[0], 3, padding=1)
         self.encoder, self.middle, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         width = self.fill(
             widths[0], widths, blocks, block,
-            down=lambda width: make(width, width, resample="halve"),
-            middle=lambda width: [make(width, width, attention=True), make(width, width)],
-            up=lambda width: make(width, width, resample="double"),
+            down=lambda width: make(width, width, resample=halve),
+            middle=lambda width: [make(width, width, attention=attend), make(width, width)],
+            up=lambda width: make(width, width, resample=double),
         )  # fmt: skip
         self.out_norm = group_norm(width, EPS)
         self.out_conv = zero(nn.Conv2d(width, self.out_channels, 3, padding=1))
@@ -188,8 +150,3 @@ class ADM(UNet):
                 assert self.map_label is not None  # `forward` sees to it
                 vector = vector + self.map_label(one_hot(label, self.classes))
             return F.silu(vector)
-
-    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
-        x = self.decode(self.encode(self.stem(x), embedding), embedding)
-        return self.out_conv(F.silu(self.out_norm(x)))

@@ -12,12 +12,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
     SelfAttention,
@@ -27,9 +25,9 @@ from diffusion_pl.networks.layers import (
     one_hot,
     xavier,
 )
+from diffusion_pl.networks.residual import ZERO, ResidualBlock
 from diffusion_pl.networks.unet import Place, UNet
 
-ZERO = 1e-5  # gain of the layers that begin near zero: variance scale 1e-10
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
@@ -41,89 +39,22 @@ Resample = Literal["right", "even", "block"]
 Middle = Literal["attention", "plain", "none"]
 
 
-class Block(nn.Module):
-    """A residual block: norm, conv, + embedding, norm, dropout, conv; then attention if asked.
+def attend(norm: nn.GroupNorm, heads: int, head_channels: int | None) -> SelfAttention:
+    """Self-attention of so many heads, or of heads of so many channels.
 
-    Args:
-        channels_in: channels of x.
-        channels_out: channels of the result.
-        embedding: length of the embedding vector.
-        dropout: probability, before the second convolution.
-        groups: of every normalisation.
-        attention: whether self-attention follows.
-        heads: of the attention.
-        head_channels: channels of a head, instead of their number; None for `heads`.
-        eps: of every normalisation.
-        activation: the nonlinearity.
-        adaptive_scale: the embedding scales and shifts what the second norm gives, instead of being
-            added before it.
-        resample: `halve` or `double` to change the resolution in the block, or None.
+    Raises:
+        UserError: the channels do not divide over the heads.
     """
-
-    def __init__(
-        self,
-        channels_in: int,
-        channels_out: int,
-        *,
-        embedding: int,
-        dropout: float,
-        groups: int,
-        attention: bool = False,
-        heads: int = 1,
-        head_channels: int | None = None,
-        eps: float = 1e-6,
-        activation: Activation = "silu",
-        adaptive_scale: bool = False,
-        resample: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.drop = Dropout(dropout)
-        self.activate = ACTIVATIONS[activation]
-        self.adaptive_scale = adaptive_scale
-        self.resample = resample
-        self.norm0 = nn.GroupNorm(groups, channels_in, eps=eps)
-        self.conv0 = xavier(nn.Conv2d(channels_in, channels_out, 3, padding=1))
-        self.affine = xavier(nn.Linear(embedding, channels_out * (2 if adaptive_scale else 1)))
-        self.norm1 = nn.GroupNorm(groups, channels_out, eps=eps)
-        self.conv1 = xavier(nn.Conv2d(channels_out, channels_out, 3, padding=1), ZERO)
-        differ = channels_in != channels_out
-        self.skip = xavier(nn.Conv2d(channels_in, channels_out, 1)) if differ else None
-        self.attention = None
-        if attention:
-            # Three layers of C to C in the paper's code are one of C to 3 C here; Xavier's bound
-            # counts outputs, and sqrt(2) gives each third the bound of its own layer.
-            norm = nn.GroupNorm(groups, channels_out, eps=eps)
-            heads = channels_out // head_channels if head_channels else heads
-            if (
-                heads < 1
-                or channels_out % heads
-                or channels_out // heads != (head_channels or channels_out // heads)
-            ):
-                raise UserError(
-                    f"{channels_out} channels are no whole number of attention heads (heads: "
-                    f"{heads}, head_channels: {head_channels})"
-                )
-            self.attention = SelfAttention(norm, heads, gain=math.sqrt(2))
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """(B, channels_in, H, W), (B, embedding) -> (B, channels_out, H', W')."""
-        hidden = self.conv0(self._resampled(self.activate(self.norm0(x))))
-        told = self.affine(self.activate(embedding))[:, :, None, None]
-        if self.adaptive_scale:
-            scale, shift = told.chunk(2, dim=1)
-            hidden = torch.addcmul(shift, self.norm1(hidden), 1 + scale)
-        else:
-            hidden = self.norm1(hidden + told)
-        hidden = self.drop(self.activate(hidden))
-        x = self._resampled(x)
-        x = self.conv1(hidden) + (x if self.skip is None else self.skip(x))
-        return x if self.attention is None else self.attention(x)
-
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample is None:
-            return x
-        return halve(x) if self.resample == "halve" else double(x)
+    channels = norm.num_channels
+    heads = channels // head_channels if head_channels else heads
+    if heads < 1 or channels % heads or (head_channels and channels // heads != head_channels):
+        raise UserError(
+            f"{channels} channels are no whole number of attention heads (heads: {heads}, "
+            f"head_channels: {head_channels})"
+        )
+    # Three layers of C to C in the paper's code are one of C to 3 C here; Xavier's bound counts
+    # outputs, and sqrt(2) gives each third the bound of its own layer.
+    return SelfAttention(norm, heads, gain=math.sqrt(2))
 
 
 class Down(nn.Module):
@@ -229,28 +160,31 @@ class DDPMUNet(UNet):
         self.map_layer1 = xavier(nn.Linear(embedding, embedding))
         self.map_label = xavier(nn.Linear(classes, embedding, bias=False)) if classes else None
 
-        make: Callable[..., Block] = partial(
-            Block, embedding=embedding, dropout=dropout, groups=groups, heads=heads,
-            head_channels=head_channels, eps=eps, activation=activation,
-            adaptive_scale=adaptive_scale,
+        attending = partial(attend, heads=heads, head_channels=head_channels)
+        make: Callable[..., ResidualBlock] = partial(
+            ResidualBlock, embedding=embedding, dropout=dropout, adaptive_scale=adaptive_scale,
+            norm=partial(nn.GroupNorm, groups, eps=eps), activate=ACTIVATIONS[activation],
+            activate_embedding=True,
         )  # fmt: skip
         within = resample == "block"
 
-        def block(channels_in: int, channels_out: int, level: int, place: Place) -> Block:
-            return make(channels_in, channels_out, attention=resolution // 2**level in attention)
+        def block(channels_in: int, channels_out: int, level: int, place: Place) -> ResidualBlock:
+            attends = resolution // 2**level in attention
+            return make(channels_in, channels_out, attention=attending if attends else None)
 
         def down(width: int) -> nn.Module:
             if within:
-                return make(width, width, resample="halve")
+                return make(width, width, resample=halve)
             return Down(width, even=resample == "even")
 
-        def core(width: int) -> list[Block]:
+        def core(width: int) -> list[ResidualBlock]:
             if middle == "none":
                 return []
-            return [make(width, width, attention=middle == "attention"), make(width, width)]
+            attention = attending if middle == "attention" else None
+            return [make(width, width, attention=attention), make(width, width)]
 
         def up(width: int) -> nn.Module:
-            return make(width, width, resample="double") if within else Up(width)
+            return make(width, width, resample=double) if within else Up(width)
 
         widths = [round(model_channels * multiplier) for multiplier in channel_mult]
         width = widths[0] if within else model_channels
@@ -271,8 +205,3 @@ class DDPMUNet(UNet):
                 return vector
             assert self.map_label is not None  # `forward` sees to it
             return vector + self.map_label(one_hot(label, self.classes) * math.sqrt(self.classes))
-
-    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
-        x = self.decode(self.encode(self.stem(x), embedding), embedding)
-        return self.out_conv(F.silu(self.out_norm(x)))

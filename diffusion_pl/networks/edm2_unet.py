@@ -81,7 +81,6 @@ class Block(nn.Module):
         self.decoder = decoder
         self.balance = balance
         self.clip = clip
-        self.dropout = dropout
         self.drop = Dropout(dropout)
         self.resample = None if resample is None else Resample(resample, taps)
         self.conv0 = UnitLayer(channels_in if decoder else channels_out, channels_out, 3)
@@ -235,7 +234,7 @@ class EDM2UNet(UNet):
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
         """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
-        x = self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         return self.out_conv(self.decode(self.encode(x, embedding), embedding), self.out_gain)
 
     def join(self, x: Tensor, skip: Tensor) -> Tensor:

@@ -48,7 +48,6 @@ class Block(nn.Module):
         self, channels_in: int, channels_out: int, *, embedding: int, dropout: float
     ) -> None:
         super().__init__()
-        self.dropout = dropout
         self.drop = Dropout(dropout)
         self.affine = nn.Linear(embedding, 2 * channels_out)
         self.conv0 = nn.Conv2d(channels_in, channels_out, 3, padding=1)

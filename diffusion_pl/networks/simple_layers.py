@@ -4,12 +4,12 @@ made small and large again, how the condition is embedded, and the residual bloc
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
     SelfAttention,
@@ -18,9 +18,8 @@ from diffusion_pl.networks.layers import (
     one_hot,
     xavier,
 )
+from diffusion_pl.networks.residual import ZERO, ResidualBlock
 from diffusion_pl.networks.wavelet import analyse, synthesise
-
-ZERO = 1e-5  # gain of the layers that begin near zero
 
 # How images are made smaller before the first level: the 5/3 wavelets of every channel, or one
 # strided convolution whose patches do not overlap; the paper found the former a little better.
@@ -112,37 +111,14 @@ class Condition(nn.Module):
             return F.silu(vector + self.label(known))
 
 
-class ResBlock(nn.Module):
-    """Norm, silu, conv; norm scaled and shifted by the condition, silu, dropout, conv; plus x.
+def residual_block(
+    channels_in: int, channels_out: int, length: int, dropout: float, heads: int = 0
+) -> ResidualBlock:
+    """A residual block under a condition's vector of a length; heads: of the attention, 0 for none.
 
-    Args:
-        channels_in: of x.
-        channels_out: of the result.
-        length: of the condition's vector.
-        dropout: probability, before the second convolution.
-        heads: of the self-attention that follows; 0 for none.
+    The scale and shift are two operations, with the roundings that trained weights have seen.
     """
-
-    def __init__(
-        self, channels_in: int, channels_out: int, length: int, dropout: float, heads: int = 0
-    ) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.drop = Dropout(dropout)
-        self.norm0 = group_norm(channels_in)
-        self.conv0 = xavier(nn.Conv2d(channels_in, channels_out, 3, padding=1))
-        self.affine = xavier(nn.Linear(length, 2 * channels_out))
-        self.norm1 = group_norm(channels_out)
-        self.conv1 = xavier(nn.Conv2d(channels_out, channels_out, 3, padding=1), ZERO)
-        differ = channels_in != channels_out
-        self.skip = xavier(nn.Conv2d(channels_in, channels_out, 1)) if differ else None
-        self.attention = SelfAttention(group_norm(channels_out), heads) if heads else None
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, channels_in, H, W), (B, length) -> (B, channels_out, H, W)."""
-        hidden = self.conv0(F.silu(self.norm0(x)))
-        scale, shift = self.affine(condition)[:, :, None, None].chunk(2, dim=1)
-        hidden = self.norm1(hidden) * (1 + scale) + shift
-        hidden = self.drop(F.silu(hidden))
-        x = self.conv1(hidden) + (x if self.skip is None else self.skip(x))
-        return x if self.attention is None else self.attention(x)
+    return ResidualBlock(
+        channels_in, channels_out, embedding=length, dropout=dropout, adaptive_scale=True,
+        fused=False, attention=partial(SelfAttention, heads=heads) if heads else None,
+    )  # fmt: skip

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from diffusion_pl.errors import UserError
 from diffusion_pl.networks.layers import double, halve, run
 from diffusion_pl.networks.network import Network
-from diffusion_pl.networks.simple_layers import Condition, Head, Reduction, ResBlock, Stem
+from diffusion_pl.networks.residual import ResidualBlock
+from diffusion_pl.networks.simple_layers import Condition, Head, Reduction, Stem, residual_block
 
 
 class SimpleUNet(Network):
@@ -76,10 +77,10 @@ class SimpleUNet(Network):
         sizes = [resolution // 2 ** (halvings + level) for level in range(len(blocks))]
         widths = [model_channels * multiplier for multiplier in channel_mult]
 
-        def block(channels_in: int, level: int) -> ResBlock:
+        def block(channels_in: int, level: int) -> ResidualBlock:
             dropped = dropout if sizes[level] <= dropout_from else 0.0
             attends = heads if sizes[level] in attention else 0
-            return ResBlock(channels_in, widths[level], embedding_channels, dropped, attends)
+            return residual_block(channels_in, widths[level], embedding_channels, dropped, attends)
 
         width, skips, encoder, decoder = model_channels, [], [], []
         for level, count in enumerate(blocks):
@@ -89,8 +90,8 @@ class SimpleUNet(Network):
                 width = widths[level]
                 skips.append(width)
             encoder.append(nn.ModuleList(here))
-        first = ResBlock(width, width, embedding_channels, dropout, heads)
-        second = ResBlock(width, width, embedding_channels, dropout)
+        first = residual_block(width, width, embedding_channels, dropout, heads)
+        second = residual_block(width, width, embedding_channels, dropout)
         self.middle = nn.ModuleList([first, second])
         for level, count in reversed(list(enumerate(blocks))):
             here = []

@@ -1,4 +1,4 @@
-"""Parts of Song's U-Nets in EDM's form (Karras 2022, Table 8): resampling, blocks, embeddings."""
+"""Parts of Song's U-Nets in EDM's form (Karras 2022, Table 8): resampling and embeddings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.networks.dropout import Dropout
-from diffusion_pl.networks.layers import SelfAttention, double, group_norm, halve, xavier
-
-SKIP_SCALE = math.sqrt(0.5)  # the sum of two unit-variance branches keeps unit variance
+from diffusion_pl.networks.layers import double, halve, xavier
 
 
 def kernel(taps: Sequence[int]) -> Tensor:
@@ -60,60 +57,6 @@ class Resample(nn.Module):
             return F.conv2d(x, each, stride=2, padding=self.pad, groups=channels)
         # Zeros between the pixels take three quarters of the sum.
         return F.conv_transpose2d(x, 4 * each, stride=2, padding=self.pad, groups=channels)
-
-
-class Block(nn.Module):
-    """A residual block: norm, conv, + embedding, norm, dropout, conv, then attention if asked.
-
-    Args:
-        channels_in: channels of x.
-        channels_out: channels of the result.
-        embedding: length of the embedding vector.
-        dropout: probability, before the second convolution.
-        attention: whether self-attention follows.
-        resample: to change the resolution in the block, or None.
-        taps: of the resampling filter.
-    """
-
-    def __init__(
-        self,
-        channels_in: int,
-        channels_out: int,
-        *,
-        embedding: int,
-        dropout: float,
-        attention: bool = False,
-        resample: Literal["halve", "double"] | None = None,
-        taps: Sequence[int] = (1, 1),
-    ) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.drop = Dropout(dropout)
-        self.resample = None if resample is None else Resample(resample, taps)
-        self.norm0 = group_norm(channels_in)
-        self.conv0 = xavier(nn.Conv2d(channels_in, channels_out, 3, padding=1))
-        self.affine = xavier(nn.Linear(embedding, channels_out))
-        self.norm1 = group_norm(channels_out)
-        self.conv1 = xavier(nn.Conv2d(channels_out, channels_out, 3, padding=1), gain=1e-5)
-        # A resampled skip has its own 1x1 convolution even where the channels agree (Table 8).
-        projected = channels_in != channels_out or resample is not None
-        self.skip = xavier(nn.Conv2d(channels_in, channels_out, 1)) if projected else None
-        self.attention = None
-        if attention:
-            self.attention = SelfAttention(
-                group_norm(channels_out), scale=SKIP_SCALE, gain=math.sqrt(0.2)
-            )
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """(B, channels_in, H, W), (B, embedding) -> (B, channels_out, H', W')."""
-        hidden = F.silu(self.norm0(x))
-        if self.resample is not None:
-            hidden, x = self.resample(hidden), self.resample(x)
-        hidden = self.conv0(hidden) + self.affine(embedding)[:, :, None, None]
-        hidden = self.drop(F.silu(self.norm1(hidden)))
-        hidden = self.conv1(hidden)
-        x = (hidden + (x if self.skip is None else self.skip(x))) * SKIP_SCALE
-        return x if self.attention is None else self.attention(x)
 
 
 class AuxiliaryHalving(nn.Module):

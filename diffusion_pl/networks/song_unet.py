@@ -14,7 +14,7 @@ Karras 2022 (arXiv:2206.00364), Table 8; what its text leaves out is as in the r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -23,19 +23,18 @@ from torch import Tensor, nn
 
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
+    SelfAttention,
     float32_region,
     group_norm,
     one_hot,
     run,
     xavier,
 )
-from diffusion_pl.networks.song_layers import (
-    SKIP_SCALE,
-    AuxiliaryHalving,
-    Block,
-    FourierEmbedding,
-)
+from diffusion_pl.networks.residual import ZERO, ResidualBlock
+from diffusion_pl.networks.song_layers import AuxiliaryHalving, FourierEmbedding, Resample
 from diffusion_pl.networks.unet import Place, UNet
+
+SKIP_SCALE = math.sqrt(0.5)  # the sum of two unit-variance branches keeps unit variance
 
 
 class SongUNet(UNet):
@@ -89,20 +88,24 @@ class SongUNet(UNet):
             activation_checkpointing=activation_checkpointing,
         )  # fmt: skip
         self._make_embedding(embedding, noise_mult * model_channels, 4 * model_channels, augment)
-        make = partial(
-            Block, embedding=4 * model_channels, dropout=dropout, taps=tuple(resample_filter)
-        )
+        # A resampled x has its own 1x1 convolution even where the channels agree (Table 8).
+        make: Callable[..., ResidualBlock] = partial(
+            ResidualBlock, embedding=4 * model_channels, dropout=dropout, scale=SKIP_SCALE,
+            project_resampled=True,
+        )  # fmt: skip
+        attend = partial(SelfAttention, scale=SKIP_SCALE, gain=math.sqrt(0.2))
+        resample = partial(Resample, taps=tuple(resample_filter))
 
-        def block(channels_in: int, channels_out: int, level: int, place: Place) -> Block:
+        def block(channels_in: int, channels_out: int, level: int, place: Place) -> ResidualBlock:
             # In the decoder only the last block of a level attends.
             attends = place != "decoder" and resolution // 2**level in attention
-            return make(channels_in, channels_out, attention=attends)
+            return make(channels_in, channels_out, attention=attend if attends else None)
 
         auxiliary = self.in_channels
 
-        def down(width: int) -> Block:
+        def down(width: int) -> ResidualBlock:
             nonlocal auxiliary
-            halving = make(width, width, resample="halve")
+            halving = make(width, width, resample=resample("halve"))
             if encoder == "residual":
                 self.auxiliary.append(AuxiliaryHalving(auxiliary, width, resample_filter))
                 auxiliary = width
@@ -115,11 +118,11 @@ class SongUNet(UNet):
         width = self.fill(
             model_channels, [model_channels * multiplier for multiplier in channel_mult],
             blocks, block, down,
-            middle=lambda width: [make(width, width, attention=True), make(width, width)],
-            up=lambda width: make(width, width, resample="double"),
+            middle=lambda width: [make(width, width, attention=attend), make(width, width)],
+            up=lambda width: make(width, width, resample=resample("double")),
         )  # fmt: skip
         self.out_norm = group_norm(width)
-        self.out_conv = xavier(nn.Conv2d(width, self.out_channels, 3, padding=1), gain=1e-5)
+        self.out_conv = xavier(nn.Conv2d(width, self.out_channels, 3, padding=1), ZERO)
 
     def _make_embedding(self, kind: str, noise: int, length: int, augment: int) -> None:
         fourier = kind == "fourier"
@@ -147,8 +150,8 @@ class SongUNet(UNet):
                 vector = vector + self.map_augment(augment)
             return F.silu(self.map_layer1(F.silu(self.map_layer0(vector))))
 
-    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
+    def encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
+        """As every U-Net; in a residual encoder the halved image joins each lower level."""
         auxiliary = x
         x = self.stem(x)
         skips, halvings = [x], iter(self.auxiliary)
@@ -157,4 +160,4 @@ class SongUNet(UNet):
             if self.auxiliary and block.resample is not None:
                 x = auxiliary = (x + next(halvings)(auxiliary)) * SKIP_SCALE
             skips.append(x)
-        return self.out_conv(F.silu(self.out_norm(self.decode(skips, embedding))))
+        return skips

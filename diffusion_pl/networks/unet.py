@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_pl.networks.layers import run
@@ -24,11 +25,14 @@ class MakesBlock(Protocol):
 
 
 class UNet(Network):
-    """A network of an encoder, a middle and a decoder; a subclass has them filled by `fill`."""
+    """A stem, an encoder, a middle, a decoder and an output; a subclass makes them (`fill`)."""
 
+    stem: nn.Module
     encoder: nn.ModuleList
     middle: nn.ModuleList
     decoder: nn.ModuleList
+    out_norm: nn.Module
+    out_conv: nn.Module
 
     def fill(
         self,
@@ -74,7 +78,8 @@ class UNet(Network):
         return width
 
     def encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
-        """Apply the encoder and keep what the decoder takes: x, then every layer's output."""
+        """Apply the stem and the encoder and keep what the decoder takes, every layer's output."""
+        x = self.stem(x)
         skips = [x]
         for layer in self.encoder:
             x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
@@ -96,6 +101,11 @@ class UNet(Network):
                 x = self.join(x, skips.pop())
             x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
         return x
+
+    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
+        x = self.decode(self.encode(x, embedding), embedding)
+        return self.out_conv(F.silu(self.out_norm(x)))
 
     def join(self, x: Tensor, skip: Tensor) -> Tensor:
         """Put a skip beside x."""

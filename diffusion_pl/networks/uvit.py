@@ -12,7 +12,8 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import double, halve, run, xavier
 from diffusion_pl.networks.network import Network
-from diffusion_pl.networks.simple_layers import ZERO, Condition, Head, Reduction, ResBlock, Stem
+from diffusion_pl.networks.residual import ZERO
+from diffusion_pl.networks.simple_layers import Condition, Head, Reduction, Stem, residual_block
 
 
 class Transformer(nn.Module):
@@ -31,7 +32,6 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.dropout = dropout
         self.drop = Dropout(dropout)
         self.norm0 = nn.LayerNorm(width)
         self.affine = xavier(nn.Linear(length, 2 * width))
@@ -122,12 +122,12 @@ class UViT(Network):
         for width, inner, count in zip(widths, widths[1:], blocks, strict=False):
             joined = width if residual else 2 * width
             self.encoder.append(
-                nn.ModuleList(ResBlock(width, width, length, 0.0) for _ in range(count))
+                nn.ModuleList(residual_block(width, width, length, 0.0) for _ in range(count))
             )
             self.down.append(xavier(nn.Conv2d(width, inner, 1)))
             self.up.insert(0, xavier(nn.Conv2d(inner, width, 1)))
             self.decoder.insert(
-                0, nn.ModuleList(ResBlock(joined, width, length, 0.0) for _ in range(count))
+                0, nn.ModuleList(residual_block(joined, width, length, 0.0) for _ in range(count))
             )
         self.middle = nn.ModuleList(
             Transformer(widths[-1], heads, length, dropout) for _ in range(transformers)
