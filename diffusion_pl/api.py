@@ -400,7 +400,7 @@ class Run:
 
         if count < 1 or first < 0:
             raise UserError(f"count: must be positive, first at least 0 (got {count}, {first})")
-        generator = self._drawing("sample", options, label=label)
+        generator = self._generator("sample", options, label)
         pieces = batches(range(first, first + count), batch_size)
         return torch.cat([generator.images(piece)[0].cpu() for piece in pieces])
 
@@ -433,7 +433,7 @@ class Run:
         how, of_run, wanted, features = grouped(
             "evaluate", given, SamplerOptions, RunOptions, MetricOptions, FeatureOptions
         )
-        generator = runs.make_generator(self.model, how, of_run).generator
+        generator, _ = runs.make_generator(self.model, how, of_run)
         opened = runs.OpenedRun(self.folder, self.model, generator)
         rows: list[dict[str, Any]] = evaluate.measured(opened, blocks, of_run, wanted, features)[
             "measures"
@@ -473,22 +473,24 @@ class Run:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             got = f"{images.dtype} {tuple(images.shape)}"
             raise UserError(f"images: must be uint8 (N, 3, h, w) (got {got})")
-        generator = self._drawing("enlarge", options, label=label)
+        generator = self._generator("enlarge", options, label)
         side = generator.shape[1] if to is None else to
         found = []
         for number, image in enumerate(images):
             where = Path(f"images[{number}]")
-            task = enlarge.task_of(image, where, generator, side, restart, consistent)
+            task = enlarge.make_task(image, where, generator, side, restart, consistent)
             indices = [number * enlarge.VARIATIONS]
             found.append(enlarge.enlarged(generator, task, indices, consistent)[0])
         return torch.cat(found)
 
-    def _drawing(self, command: str, given: Mapping[str, Any], **further: Any) -> ImageGenerator:
-        """How images are sampled from the run, as a command's options say."""
+    def _generator(
+        self, command: str, given: Mapping[str, Any], label: int | str | None
+    ) -> ImageGenerator:
+        """What samples images from the run, by the options of a command."""
         from diffusion_pl.commands import runs
 
         how, options = grouped(command, {**self._asked, **given}, SamplerOptions, RunOptions)
-        return runs.make_generator(self.model, how, options, **further).generator
+        return runs.make_generator(self.model, how, options, label)[0]
 
     def __repr__(self) -> str:
         return f"<Run {self.folder}, {self.images_seen:,} images>"

@@ -17,7 +17,7 @@ MUTANTS = [
         ('sorted(tops - {"diffusion_pl", "torch"})', "()"),
         ("raise KeyboardInterrupt if", "raise SystemExit(0) if"),
         ("range(first, first + count)", "range(count)"),
-        ("options, label=label)\n        pieces", "options)\n        pieces"),
+        ("options, label)\n        pieces", "options, None)\n        pieces"),
         ("consistent)[0])", "False)[0])"),
         ('if "\\n" in text else', "if False else"),
         ("images.dtype != torch.uint8 or", "False or"),

@@ -54,12 +54,12 @@ MUTANTS = [
         ("counted[x.shape[-1]] += len(x)", "counted[x.shape[-1]] += 1"),
         ('ImageNoise(self.seed, indices, "latent")', 'ImageNoise(0, indices, "latent")'),
         (
-            'ImageNoise(self.seed, indices, "sampler", device)',
-            'ImageNoise(self.seed, range(len(indices)), "sampler", device)',
+            'ImageNoise(self.seed, indices, "sampler", self.device)',
+            'ImageNoise(self.seed, range(len(indices)), "sampler", self.device)',
         ),
         ('seed_of(self.seed, "label", i) % self.classes', "i % 2"),
         ("seen = counted.seen + (guide.seen if guide is not None else 0)", "seen = counted.seen"),
-        ("if not torch.isfinite(drawn).all():", "if False:"),
+        ("if not torch.isfinite(found).all():", "if False:"),
     ),
     *at(
         "evaluation/image_files.py",

@@ -108,8 +108,8 @@ MUTANTS = [
     *at(
         "commands/runs.py",
         "class_names",
-        ('        generator["label"] = class_of(', "        class_of("),
-        ("dropped, names)", "dropped)"),
+        ("label=class_of(label, model.class_names, classes)", "label=None"),
+        ("label_dropout, names)", "label_dropout)"),
     ),
     *at(
         "training/callbacks.py",

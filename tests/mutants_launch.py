@@ -77,7 +77,7 @@ MUTANTS = [
         ("settings.nodes * settings.devices)", "settings.devices)"),
         ("seconds * size / written", "seconds"),
         ("min(size, PROBE_BYTES)", "PROBE_BYTES"),
-        ("source.made_of is not None and not", "False and not"),
+        ("if parts.is_made_later(source):", "if False:"),
         ("    source.prepare()  # what", "    abs(1)  # what"),
         ("opened.update(open_for(cast(Network, network), data))",
          "opened[source.resolution] = source.open()"),

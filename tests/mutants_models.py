@@ -100,6 +100,6 @@ MUTANTS = [
     *at(
         "commands/progressive.py",
         "commands_models",
-        ('ImageNoise(generator.seed, indices, "latent")', 'ImageNoise(1, indices, "latent")'),
+        ("generator.noise(indices), ", "generator.noise(range(1, count + 1)), "),
     ),
 ]  # fmt: skip

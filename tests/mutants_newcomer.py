@@ -36,7 +36,7 @@ MUTANTS = [
     *at(
         "commands/train.py",
         "newcomer",
-        ("if source.made_of is None and not is_remote(source.path):", "if False:"),
+        ("and folder is not None and source.made_of is None:", "and False:"),
         ("elif isinstance(source, ImageFolder) and not", "elif False and not"),
     ),
     *at(
@@ -50,15 +50,15 @@ MUTANTS = [
         "commands/check.py",
         "newcomer",
         ("if classes not in (0, manifest.classes):", "if False:"),
-        ('beside = "" if near is None', 'beside = "" if True'),
+        ("'' if near is None else", "'' if True else"),
         ("source.prepare()  # what is made already is only looked at", "pass"),
     ),
     *at(
         "commands/runs.py",
         "newcomer",
-        ("return None if Path(path).exists() else path", "return None"),
-        ("return None if Path(path).exists() else path", "return path"),
-        ("if os.path.isabs(path) or", "if"),
+        ("if folder is None or folder.is_absolute() or folder.exists():", "if True:"),
+        ("folder.is_absolute() or folder.exists():", "folder.is_absolute():"),
+        ("folder is None or folder.is_absolute() or", "folder is None or"),
     ),
     *at(
         "commands/evaluate.py",

@@ -58,7 +58,7 @@ MUTANTS = [
         "enlarge commands_models",
         ("if not base_alone:", "if False:"),
         ("elif base_alone:", "elif False:"),
-        ("if name not in both_ways:", "if False:"),
+        ("if name not in known:", "if False:"),
         ('sampler or "heun"', '"heun"'),
     ),
     *at(

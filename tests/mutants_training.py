@@ -8,10 +8,10 @@ MUTANTS = [
     *at(
         "evaluation/generator.py",
         "calls",
-        ("self._draw(_rehearsed(self.denoiser, counted), guide, [0])",
-         "self._draw(_rehearsed(self.denoiser, counted), None, [0])"),
+        ("self._sample([0], _rehearsed(self.denoiser, counted), guide)",
+         "self._sample([0], _rehearsed(self.denoiser, counted), None)"),
         ("self.counted[x.shape[-1]] += len(x)", "self.counted[x.shape[-1]] += 1"),
-        ("if size not in self.answered:", "if True:"),
+        ("if size not in self.outputs:", "if True:"),
         ("return like.new_zeros(len(x), *like.shape[1:])", "return torch.zeros_like(x)"),
         ("return like.new_zeros(len(x), *like.shape[1:])", "return torch.zeros_like(like)"),
         ("size = x.shape[1:]", "size = torch.Size([1])"),

@@ -104,7 +104,7 @@ def test_each_command_gives_the_next_from_a_run_to_another_users(run, home, tmp_
     shutil.move(shared, elsewhere / "runs")
     monkeypatch.chdir(elsewhere)
     code, _, err = run("sample", "runs/tiny.safetensors")
-    assert code == 2 and "make a run of it: " in err
+    assert code == 2 and "import them as a run: " in err
     code, _, err = run(*bring)
     assert code == 0
     code, said, _ = run(*_next(err), "--label", "beagle", "--count", 2)

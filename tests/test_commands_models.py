@@ -173,9 +173,9 @@ def test_images_go_along_the_flow_both_ways_by_what_can(run, pair):
     for command in (words, ("interpolate", *words[1:], "--by", "flow")):
         code, result, err = run(*command, "--sampler", "ancestral")
         assert (code, result) == (2, None)
-        assert "--sampler: ancestral does not go along the flow both ways; heun, midp" in err
+        assert "--sampler: ancestral cannot be run in both directions, as heun, midp" in err
     code, _, err = run(*words, "--base-alone")
-    assert code == 2 and "--base-alone: the run draws at one size" in err
+    assert code == 2 and "--base-alone: the run samples at one size" in err
 
 
 def test_branches_of_a_sampler_without_noise_are_refused(run):

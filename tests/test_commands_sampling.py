@@ -121,11 +121,14 @@ def test_what_is_set_of_the_sampler_counts_beside_another_one(run, setting):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--sampler", "euler", "--set", "sampler.integrate.variance=small"), "takes its place"),
-        (("--steps", "5", "--set", "sampler.steps=7"), "--steps 5 takes its place"),
-        (("--guidance", "2", "--set", "evaluation.guidance=3"), "--guidance 2.0 takes its place"),
+        (("--sampler", "euler", "--set", "sampler.integrate.variance=small"), "sets the same"),
+        (("--steps", "5", "--set", "sampler.steps=7"), "--steps 5 sets the same"),
+        (("--guidance", "2", "--set", "evaluation.guidance=3"), "--guidance 2.0 sets the same"),
         (("--sampler", "eulr"), "there is no sampler 'eulr'; there are heun, churn"),
-        (("--sampler", "my_samplers.other"), "is not called as (denoise, x, sigmas, randn_like)"),
+        (
+            ("--sampler", "my_samplers.other"),
+            "cannot be called with (denoise, x, sigmas,",
+        ),
         (("--sampler", "my_samplers.halve"), "has no 'halve'; did you mean 'halved'?"),
         (("--sampler", "my_samplers.number"), "is not a class or function"),
         (("--sampler", "no_such.module"), "there is no module 'no_such'"),
@@ -293,10 +296,10 @@ def test_levels_that_training_never_drew_are_told(capsys):
         return sampling.untrained_levels(Sampler(heun, Rho(low, high), 4), EDM())
 
     assert said(0.002, 80.0) is None
-    assert "visits noise 800 to 0.002, of which training drew 90.39 to 0.001" in said(0.002, 800.0)
-    assert "visits noise 80 to 0.0002, of which" in said(0.0002, 80.0)
+    assert "visits sigma 800 to 0.002, but training sampled 90.39 to 0.001" in said(0.002, 800.0)
+    assert "visits sigma 80 to 0.0002, but" in said(0.0002, 80.0)
     assert main(["check", "cifar10_edm", "sampler.schedule.sigma_max=800"]) == 0
-    assert "the network does not know the rest" in capsys.readouterr().out
+    assert "the network is untrained beyond" in capsys.readouterr().out
     for name in ("cifar10_edm", "cifar10_rectified_flow", "cifar10_edm_a_ve", "quickstart"):
         assert main(["check", name]) == 0
         assert "does not know" not in capsys.readouterr().out

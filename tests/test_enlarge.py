@@ -186,7 +186,7 @@ def test_what_is_of_one_size_takes_a_pyramids_base_only_if_told(run, words, tmp_
     out = () if words[0] == "likelihood" else ("--out", tmp_path / "out")
     code, result, err = run(*words, *out)
     assert code == 2 and not result
-    assert err.startswith(f"error: {words[0]}: the run samples over 3 sizes, this is of one")
+    assert err.startswith(f"error: {words[0]}: works at one size, and the run samples over 3")
     assert "--base-alone" in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
     code, _, err = run(*words, *out, "--base-alone")
     assert code == 0, err
@@ -370,7 +370,7 @@ def test_results_of_several_shapes_have_no_grid(run, tmp_path):
         (("a.png", "--count", 0), "--count must be 1 to 1,000 (got 0)"),
         (("missing.png",), "missing.png: cannot be read (No such file or directory)"),
         (("pictures/notes.txt",), "notes.txt: not a PNG, JPEG or WebP image"),
-        (("empty",), "empty: holds no picture (.jfif, .jpe, .jpeg, .jpg, "),
+        (("empty",), "empty: has no images (.jfif, .jpe, .jpeg, .jpg, "),
         (("a.png", "--label", 1), "label 1 is not one of the model's classes"),
     ],
 )

@@ -251,7 +251,7 @@ def test_the_cost_is_the_calls_at_every_size_times_their_seconds():
     assert cost.sampling > 0 and cost.features > 0
     assert cost.seconds == pytest.approx(100 * (cost.sampling + cost.features))
     said = str(dataclasses.replace(cost, sampling=1e-3, features=2e-3))
-    assert "about 0 s each here: 100 images a process, 1 ms to draw one, 2 ms to" in said
+    assert "about 0 s each here: 100 images a process, 1 ms to sample one, 2 ms to" in said
     assert "about 4 min each" in str(Cost(1000, 0.2, 0.04))
     assert estimate(made, Evaluation(every=1, count=100), shapes.load()).features == 0
 

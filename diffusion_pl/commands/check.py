@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +14,11 @@ from diffusion_pl.commands import parts, sampling
 from diffusion_pl.commands.options import Allow
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.config import Config
-from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.loader import DataConfig
-from diffusion_pl.data.shard_format import MANIFEST, Manifest
+from diffusion_pl.data.shard_format import Manifest
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.errors import UserError
-from diffusion_pl.io.cache import is_remote
 from diffusion_pl.io.files import nearest
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.training.ema import EMA
@@ -104,21 +101,19 @@ def _network(experiment: Config, network: nn.Module) -> str:
 
 
 def _data(experiment: Config) -> str:
-    """What lies at the data's path; nothing where only the start of a run can tell."""
+    """The data at its path; "" where it is known only when a run starts."""
     data: DataConfig = config.build(experiment, "data")
     source = data.dataset
-    if not isinstance(source, Shards | ImageFolder) or is_remote(source.path):
+    if isinstance(source, Shards) and parts.is_made_later(source):
+        return f"{source.path} is made at the first start"
+    path = parts.data_folder(source)
+    if path is None:
         return ""
-    path = Path(source.path)
-    made = isinstance(source, Shards) and source.made_of is not None
     if not path.exists():
         near = nearest(path)
-        beside = "" if near is None else f"; {near} is"
-        return f"{path} is made at the first start" if made else f"{path} is not there{beside}"
-    if isinstance(source, ImageFolder):
+        return f"{path} is not there{'' if near is None else f'; {near} is'}"
+    if not isinstance(source, Shards):
         return f"{path} is there"
-    if made and not (path / MANIFEST).exists():
-        return f"{path} is made at the first start"
     try:
         source.prepare()  # what is made already is only looked at
         manifest = Manifest.read(path)

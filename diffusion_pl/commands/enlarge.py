@@ -1,4 +1,4 @@
-"""`enlarge`: super-resolution, the pyramid begun from a picture; it stays consistent with it."""
+"""`enlarge`: super-resolution, a pyramid from an image that stays consistent with it."""
 
 from __future__ import annotations
 
@@ -20,35 +20,33 @@ from diffusion_pl.data.decode import decode
 from diffusion_pl.data.files import EXTENSIONS, ending_of, is_leftover
 from diffusion_pl.diffusion.consistency import consistent as consistent_with
 from diffusion_pl.diffusion.consistency import factor, nearest
-from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Counted
 from diffusion_pl.diffusion.resizing import resized
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import ImageGenerator, batches
 from diffusion_pl.images import from_bytes, grid, save_png, to_bytes
-from diffusion_pl.io.files import regular
 from diffusion_pl.progress import track
 from diffusion_pl.samplers.pyramid import PyramidSampler
 
 BATCH = 16
-ROWS = 16  # pictures on the grid at most
-# Variation v of picture p is drawn from index 1,000 p + v, so that neither depends on how many.
+ROWS = 16  # of the grid at most
+# Variation v of image i has index 1,000 i + v, so it does not depend on how many there are.
 VARIATIONS = 1_000
 
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to enlarge.
+    """One image to enlarge.
 
     Args:
         path: its file.
-        picture: uint8 (3, h, w).
+        image: uint8 (3, h, w).
         size: height and width of the result.
-        pyramid: from the picture's size to that.
+        pyramid: from the image's size to the result's.
     """
 
     path: Path
-    picture: Tensor
+    image: Tensor
     size: tuple[int, int]
     pyramid: PyramidSampler
 
@@ -67,17 +65,17 @@ def command(
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
 ) -> Result:
-    """Super-resolution: sample larger images of one's own.
+    """Super-resolution: sample larger versions of given images.
 
-    Written are the images and a grid, and how far they are from the given ones.
+    Writes the images and a grid, and prints their largest difference from the given ones.
 
     Example: diffusion_pl enlarge runs/mine small.png --to 64 --count 4
 
     Args:
         image: PNG, JPEG or WebP files, or folders.
         to: longer side, pixels; the run's when not given.
-        restart: sigma to begin from; half the factor when not given.
-        consistent: made smaller again, the result is the image.
+        restart: sigma to restart from at each size; half the factor when not given.
+        consistent: make the result, downsampled, equal the image.
         count: variations of each image.
         label: class of every image, its name or index.
         out: folder of the results; RUN/enlarge when not given.
@@ -88,9 +86,10 @@ def command(
     opened = runs.open_run(run, sampling, options, label=label)
     generator = opened.generator
     side = generator.shape[1] if to is None else to
-    tasks = [task(path, generator, side, restart, consistent) for path in paths]
+    tasks = [
+        make_task(read_rgb(path), path, generator, side, restart, consistent) for path in paths
+    ]
     folder = out or opened.folder / "enlarge"
-    folder.mkdir(parents=True, exist_ok=True)
     shown, rows = [], []
     progress = track(tasks, "enlarging")
     for number, each in enumerate(progress):
@@ -101,17 +100,15 @@ def command(
         names = [f"{number:06d}_{variation:03d}.png" for variation in range(count)]
         for name, larger in zip(names, images, strict=True):
             save_png(larger, folder / name)
-        rows.append({**about(each, images), "evaluations": found[0][1], "files": names})
-        shown.append(sheet_row(each, images))
-    sheet = None
+        rows.append({**describe(each, images), "evaluations": found[0][1], "files": names})
+        shown.append(grid_row(each, images))
+    result = opened.about(folder)
     if len({row.shape for row in shown}) == 1:
-        sheet = folder / "grid.png"
-        columns = count + 1
-        save_png(grid(torch.cat(shown[:ROWS]), columns=columns, zoom=1), sheet)
-    result = {
-        "folder": str(folder),
-        "grid": None if sheet is None else str(sheet),
-        **opened.about(),
+        sheet = grid(torch.cat(shown[:ROWS]), columns=count + 1, zoom=1)
+        save_png(sheet, folder / "grid.png")
+    else:
+        result["grid"] = None
+    result |= {
         "count": count,
         "consistent": consistent,
         "pictures": rows,
@@ -120,10 +117,10 @@ def command(
 
 
 def files(paths: Sequence[Path]) -> list[Path]:
-    """The files that are named, and the pictures of the folders that are, by name.
+    """The given files, and the images in the given folders in the order of their names.
 
     Raises:
-        UserError: a folder without pictures.
+        UserError: a folder has no images.
     """
     found: list[Path] = []
     for path in paths:
@@ -135,87 +132,83 @@ def files(paths: Sequence[Path]) -> list[Path]:
                 if ending_of(file.name) in EXTENSIONS and not is_leftover(file.name)
             )
             if not inside:
-                raise UserError(f"{path}: holds no picture ({', '.join(sorted(EXTENSIONS))})")
+                raise UserError(f"{path}: has no images ({', '.join(sorted(EXTENSIONS))})")
         found += inside
     return found
 
 
-def task(
-    path: Path, generator: ImageGenerator, to: int, restart: float | None, agree: bool
-) -> Task:
-    """Read a picture and say over which sizes it is enlarged.
-
-    Args:
-        path: PNG, JPEG or WebP.
-        generator: of the model.
-        to: longer side of the result.
-        restart: sigma of every size; None for the run's own, or half the factor.
-        agree: whether the result is to be consistent with the picture.
+def read_rgb(path: Path) -> Tensor:
+    """An image file, uint8 (3, h, w).
 
     Raises:
-        UserError: a file that cannot be read, one as large as the result, one that is no whole
-            part of it, or a size that the network does not take.
+        UserError: it cannot be read.
     """
-    if generator.shape[0] != 3:
-        raise UserError(f"image files are read as RGB, the model has {generator.shape[0]} channels")
-    try:
-        data = regular(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    image = np.array(decode(data, where=str(path)))
-    picture = torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
-    return task_of(picture, path, generator, to, restart, agree)
+    image = np.array(decode(latents.read_file(path), where=str(path)))
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous()
 
 
-def task_of(
-    picture: Tensor,
+def make_task(
+    image: Tensor,
     path: Path,
     generator: ImageGenerator,
     to: int,
     restart: float | None,
-    agree: bool,
+    consistent: bool,
 ) -> Task:
-    """Say over which sizes a picture is enlarged: uint8 (C, h, w), and its name for messages.
+    """Choose the sizes over which an image is enlarged.
+
+    Args:
+        image: uint8 (3, h, w).
+        path: its file, for messages.
+        generator: of the model.
+        to: longer side of the result.
+        restart: sigma of every size; None for the run's own, or half the factor.
+        consistent: whether the result is to be consistent with the image.
 
     Raises:
-        UserError: as `task`.
+        UserError: the image is as large as the result, or for a consistent one does not divide it;
+            or the network does not take a size.
     """
-    height, width = picture.shape[1:]
+    if generator.shape[0] != 3:
+        raise UserError(f"image files are read as RGB, the model has {generator.shape[0]} channels")
+    height, width = image.shape[1:]
     side = max(height, width)
     if side >= to:
         raise UserError(
             f"{path}: {width} x {height} pixels are not smaller than --to {to}; it only enlarges"
         )
     size = round(height * to / side), round(width * to / side)
-    pyramid = climb(generator, side, to, restart, lambda level: not agree or level % side == 0)
+    pyramid = pyramid_to(
+        generator, side, to, restart, lambda level: not consistent or level % side == 0
+    )
     network: Any = generator.denoiser.network
     try:
-        if agree:
+        if consistent:
             factor((height, width), size)
         for level in pyramid.sizes(*size)[1:]:
             network.check_resolution(*level)
         pyramid.stages()
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    return Task(path, picture, size, pyramid)
+    return Task(path, image, size, pyramid)
 
 
-def climb(
+def pyramid_to(
     generator: ImageGenerator,
     side: int,
     to: int,
     restart: float | None,
     fits: Callable[[int], bool],
 ) -> PyramidSampler:
-    """The pyramid from a picture's side to the result's, over the sizes of the run's own between.
+    """The pyramid from an image's side to the result's, over the run's own sizes in between.
 
     Args:
         generator: of the model.
-        side: longer side of the picture.
-        to: longer side of the result.
-        restart: sigma of every size. Otherwise the run's own for its sizes, and half the factor for
-            others: a picture's own pixels then see noise of a half.
-        fits: which sides may lie between.
+        side: longer side of the image, pixels.
+        to: longer side of the result, pixels.
+        restart: sigma of every size. None: the run's own at its sizes, and half the factor at
+            others, so that the image's own pixels have noise of std 0.5.
+        fits: which sides may lie in between.
     """
     own: dict[int, float] = {}
     kernel = PyramidSampler.enlarge
@@ -228,44 +221,41 @@ def climb(
         between = [level for level in sides if side < level < to and fits(level)]
     else:
         between = []
-    base = latents.base_sampler(generator)
     levels = [side, *between, to]
     restarts = [
         own.get(level, level / smaller / 2) if restart is None else restart
         for smaller, level in pairwise(levels)
     ]
-    return PyramidSampler(base, levels, restarts, by="sigma", enlarge=kernel)
+    return PyramidSampler(
+        latents.base_sampler(generator), levels, restarts, by="sigma", enlarge=kernel
+    )
 
 
 def enlarged(
-    generator: ImageGenerator, task: Task, indices: Sequence[int], agree: bool
+    generator: ImageGenerator, task: Task, indices: Sequence[int], consistent: bool
 ) -> tuple[Tensor, int]:
-    """Draw variations of a picture; one depends on the picture, the seed and its index alone.
+    """Sample variations of an image; each depends on the image, the seed and its index alone.
 
     Returns:
-        uint8 (n, 3, H, W) on the CPU, and the network's evaluations of each, of any size.
+        uint8 (n, 3, H, W) on the CPU, and network evaluations of each at all sizes together.
     """
-    where = latents.device(generator)
-    picture = from_bytes(task.picture).to(where).expand(len(indices), -1, -1, -1)
-    noise = ImageNoise(generator.seed, indices, "latent")(torch.empty(len(indices), 3, *task.size))
-    counted = Counted(
-        latents.denoise_of(generator, latents.required_labels(generator, len(indices)))
-    )
-    denoise = consistent_with(counted, picture) if agree else counted
-    with latents.drawn(generator):
+    small = from_bytes(task.image).to(generator.device).expand(len(indices), -1, -1, -1)
+    counted = Counted(generator.guided(latents.required_labels(generator, len(indices))))
+    denoise = consistent_with(counted, small) if consistent else counted
+    with generator.inference():
         image = task.pyramid.from_picture(
-            picture, denoise, noise.to(where), ImageNoise(generator.seed, indices, "sampler", where)
+            small, denoise, generator.noise(indices, task.size), generator.step_noise(indices)
         )
-        # An integrator need not end in what is denoised.
-        image = nearest(image, picture) if agree else image
+        # An integrator need not end in a denoised image.
+        image = nearest(image, small) if consistent else image
     if not torch.isfinite(image).all():
         raise UserError(f"{task.path}: the image is not finite; the weights are unfit")
     return to_bytes(image).cpu(), counted.seen // len(indices)
 
 
-def about(task: Task, images: Tensor) -> dict[str, Any]:
-    """What the result says of one picture."""
-    small = tuple(task.picture.shape[1:])
+def describe(task: Task, images: Tensor) -> dict[str, Any]:
+    """What the result says of one image."""
+    small = tuple(task.image.shape[1:])
     again = resized(images.to(torch.float64), (small[0], small[1]))
     return {
         "picture": str(task.path),
@@ -273,12 +263,12 @@ def about(task: Task, images: Tensor) -> dict[str, Any]:
         "to": list(task.size),
         "levels": [int(level) for level in task.pyramid.levels],
         "restart": [round(float(stage[0]), 6) for stage in task.pyramid.stages()[1:]],
-        # Between the picture and the area mean of what was saved, in levels of 255.
-        "largest_difference": round(float((again - task.picture).abs().max()), 4),
+        # Between the image and the area mean of the saved one, in levels of 255.
+        "largest_difference": round(float((again - task.image).abs().max()), 4),
     }
 
 
-def sheet_row(task: Task, images: Tensor) -> Tensor:
-    """The picture with its pixels repeated, then its variations: uint8 (n + 1, 3, H, W)."""
-    repeated = resized(task.picture[None].to(torch.float64), task.size)
+def grid_row(task: Task, images: Tensor) -> Tensor:
+    """The image with its pixels repeated, then its variations: uint8 (n + 1, 3, H, W)."""
+    repeated = resized(task.image[None].to(torch.float64), task.size)
     return torch.cat([repeated.round().to(torch.uint8), images])

@@ -1,4 +1,4 @@
-"""`interpolate`: images between two of one's own (Ho 2020, section 4.4)."""
+"""`interpolate`: images between two given ones (Ho et al. 2020, section 4.4)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffusion_pl.images import grid, save_png, to_bytes
 from diffusion_pl.samplers.inversion import below, interpolate, invert, linear
 from diffusion_pl.samplers.inversion import spherical as great_circle
 
-# Timestep 500 of 1,000 linear betas, where the paper's figure mixes.
+# Sigma at timestep 500 of 1,000 with linear betas, as in the paper's figure.
 PUBLISHED = 3.42
 
 
@@ -36,7 +36,7 @@ def command(
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
 ) -> Result:
-    """Draw images between two of one's own, in a row, both ends included.
+    """Interpolate between two images, both ends included.
 
     Example: diffusion_pl interpolate runs/mine a.png b.png --by flow
 
@@ -44,10 +44,10 @@ def command(
         image: two PNG files of the run's size.
         label: class of every image, its name or index.
         count: images, both ends included.
-        sigma: level at which they are mixed; by noise 3.42, timestep 500 of DDPM, by the flow the
-            highest, when not given.
-        by: how images get there.
-        spherical: along the great circle.
+        sigma: noise level at which they are mixed; when not given 3.42 with noise (timestep 500 of
+            DDPM), the highest with flow.
+        by: how images are brought to that level: added noise, or the probability-flow ODE.
+        spherical: spherical interpolation in place of linear.
         out: folder of the images; RUN/interpolate when not given.
     """
     if count < 2:
@@ -61,33 +61,30 @@ def command(
     highest = float(sampler.sigmas()[0])
     level = sigma or (highest if by_flow else min(PUBLISHED, highest))
     sigmas = below(sampler.sigmas(), level)
-    with latents.drawn(generator):
+    with generator.inference():
         if by_flow:
-            denoise = latents.denoise_of(generator, latents.required_labels(generator, 2))
+            denoise = generator.guided(latents.required_labels(generator, 2))
             ends = invert(denoise, images, sigmas, integrate)
         else:
             ends = images + level * ImageNoise(options.seed, [0, 1], "ends")(images)
         labels = latents.required_labels(generator, count)
         between = interpolate(
-            latents.denoise_of(generator, labels, clip=sampler.clip and not by_flow),
+            generator.guided(labels, clip=sampler.clip and not by_flow),
             (ends[0], ends[1]),
             torch.linspace(0, 1, count),
             sigmas,
-            # One stream for all, so that the images differ by their weight alone.
-            ImageNoise(options.seed, [0] * count, "sampler", latents.device(generator)),
+            # The same noise for all, so that the images differ by their weight alone.
+            generator.step_noise([0] * count),
             integrate=integrate,
             mix=great_circle if spherical else linear,
         )
     folder = out or opened.folder / "interpolate"
-    folder.mkdir(parents=True, exist_ok=True)
     pixels = to_bytes(between).cpu()
     for index, each in enumerate(pixels):
         save_png(each, folder / f"{index:06d}.png")
     save_png(grid(pixels, columns=count), folder / "grid.png")
     result = {
-        "folder": str(folder),
-        "grid": str(folder / "grid.png"),
-        **opened.about(),
+        **opened.about(folder),
         "images": [str(path) for path in image],
         "count": count,
         "sigma": level,

@@ -1,4 +1,4 @@
-"""`invert`: images to their latents along the probability-flow ODE, and back."""
+"""`invert`: encode images to latents along the probability-flow ODE, and decode them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def command(
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
 ) -> Result:
-    """Take images to noise along the flow, and back.
+    """Encode images to noise along the probability-flow ODE, and decode them.
 
-    Written are the latents in units of the highest level, what they give back, and its error.
+    Writes the latents divided by the highest sigma, a grid of the decoded images, and their error.
 
     Example: diffusion_pl invert runs/mine a.png b.png --label 3
 
@@ -43,8 +43,8 @@ def command(
     integrate = latents.ode_integrator(sampling.sampler)
     images = latents.read_images(image, generator)
     sigmas = sampler.sigmas()
-    with latents.drawn(generator):
-        denoise = latents.denoise_of(generator, latents.required_labels(generator, len(images)))
+    with generator.inference():
+        denoise = generator.guided(latents.required_labels(generator, len(images)))
         state = invert(denoise, images, sigmas, integrate)
         again = integrate(denoise, state, sigmas, torch.zeros_like)
     error = (again - images).square().flatten(1).mean(dim=1).sqrt() * 127.5
@@ -55,9 +55,7 @@ def command(
     pixels = to_bytes(torch.stack([images, again.to(images.dtype)]).flatten(0, 1)).cpu()
     save_png(grid(pixels, columns=len(images)), folder / "grid.png")
     result = {
-        "folder": str(folder),
-        "grid": str(folder / "grid.png"),
-        **opened.about(),
+        **opened.about(folder),
         "images": [str(path) for path in image],
         "integrate": described(integrate),
         "steps": len(sigmas) - 1,

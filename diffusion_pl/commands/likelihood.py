@@ -188,7 +188,7 @@ def _batch(
 ) -> tuple[Tensor, Denoise]:
     """Some images of the data and the model under their labels, unguided, in float32."""
     generator = opened.generator
-    where = latents.device(generator)
+    where = generator.device
     indices = torch.tensor(list(piece))
     image = from_bytes(images.read(indices)).to(where)
     if not generator.classes:

@@ -95,9 +95,7 @@ def _curve(
     low, high = opened.model.objective.preconditioning.sigma_range
     ends = torch.tensor([max(low, 0.002), min(high, 80.0)], dtype=torch.float64).log()
     sigmas = torch.linspace(ends[0].item(), ends[1].item(), levels).exp().tolist()
-    with torch.autocast(
-        generator.device.type, generator.precision, enabled=bool(generator.precision)
-    ):
+    with generator.inference():
         return errors_by_level(
             generator.denoiser,
             clean,

@@ -16,11 +16,16 @@ from diffusion_pl.commands import trust
 from diffusion_pl.config import Config
 from diffusion_pl.config.annotations import signature
 from diffusion_pl.config.targets import locate
+from diffusion_pl.data.dataset import DatasetSpec
+from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.loader import DataConfig
+from diffusion_pl.data.shard_format import MANIFEST
+from diffusion_pl.data.shards import Shards
 from diffusion_pl.diffusion.guidance import check_guidance
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
+from diffusion_pl.io.cache import is_remote
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.networks.counting import at_most
 from diffusion_pl.samplers.pyramid import PyramidSampler
@@ -185,6 +190,22 @@ def with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
     usual = {each.name: each.default for each in parameters if each.default is not each.empty}
     plain: dict[str, Any] = json.loads(json.dumps({**usual, **node}, default=str))
     return plain
+
+
+def is_made_later(source: DatasetSpec) -> bool:
+    """Whether a data set is prepared by the first training on it, and is not yet."""
+    return (
+        isinstance(source, Shards)
+        and source.made_of is not None
+        and not (Path(source.path) / MANIFEST).exists()
+    )
+
+
+def data_folder(source: DatasetSpec) -> Path | None:
+    """The local folder or archive that a data set reads; None: remote, generated or made later."""
+    if not isinstance(source, Shards | ImageFolder):
+        return None
+    return None if is_remote(source.path) or is_made_later(source) else Path(source.path)
 
 
 def meta_network(experiment: Config, most: int | None = None) -> nn.Module:

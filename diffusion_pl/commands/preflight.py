@@ -23,7 +23,6 @@ from diffusion_pl.commands import parts, run_dir, trust
 from diffusion_pl.commands.sbatch import Task
 from diffusion_pl.config import Config
 from diffusion_pl.data.loader import DataConfig
-from diffusion_pl.data.shard_format import MANIFEST
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
@@ -125,7 +124,7 @@ def _data(data: DataConfig, network: nn.Module, opened: dict[int, ImageDataset])
     if not isinstance(source, Shards):
         source.prepare()
         return f"{type(source).__name__} of {source.resolution} px is there"
-    if source.made_of is not None and not (Path(source.path) / MANIFEST).exists():
+    if parts.is_made_later(source):
         return f"{source.path} is made when the job starts; sooner by `make train` or `prepare`"
     source.prepare()  # what is made already is only looked at
     opened.update(open_for(cast(Network, network), data))

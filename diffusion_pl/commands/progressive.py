@@ -1,4 +1,4 @@
-"""`progressive`: what the network makes of the image from level to level (Ho 2020, section 4.3)."""
+"""`progressive`: the denoised image at each noise level (Ho et al. 2020, section 4.3)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from diffusion_pl.samplers.inversion import branch
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Sampler
 
-SAME = 1e-6  # far below a grey level: rounding alone
+SAME = 1e-6  # in [-1, 1]: differences below are rounding
 
 
 def command(
@@ -37,24 +37,24 @@ def command(
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
 ) -> Result:
-    """Draw what the network makes of the image from level to level.
+    """Sample images and show the denoised image at each noise level.
 
-    A sheet, an image a row and a level a column; with --share, several ends of one beginning.
+    The grid has an image a row and a level a column; with --share, images from one shared start.
 
     Example: diffusion_pl progressive runs/mine --count 8 --frames 10
 
     Args:
-        label: class of every image, its name or index; drawn when not given.
-        count: how many images.
-        frames: levels that are shown.
-        share: one image down to this sigma, then COUNT.
+        label: class of every image, its name or index; uniform when not given.
+        count: number of images.
+        frames: number of levels shown.
+        share: COUNT images that share their noise down to this sigma.
         out: folder of the images; RUN/progressive when not given.
     """
     if count < 1 or frames < 1:
         raise UserError(f"--count and --frames must be positive (got {count}, {frames})")
     opened = runs.open_run(run, sampling, options, label=label)
     generator = opened.generator
-    with latents.drawn(generator):
+    with generator.inference():
         if share is None:
             images, shown = _frames(generator, count, frames, base_alone)
         else:
@@ -62,7 +62,6 @@ def command(
             images = _branches(generator, sampler, count, share)[:, None]
             shown = [(generator.shape[1], 0.0)]
     folder = out or opened.folder / "progressive"
-    folder.mkdir(parents=True, exist_ok=True)
     pixels = to_bytes(images).cpu()
     for row, levels in enumerate(pixels):
         for column, image in enumerate(levels):
@@ -70,9 +69,7 @@ def command(
     columns = None if share is not None else len(shown)
     save_png(grid(pixels.flatten(0, 1), columns=columns), folder / "grid.png")
     result = {
-        "folder": str(folder),
-        "grid": str(folder / "grid.png"),
-        **opened.about(),
+        **opened.about(folder),
         "count": count,
         "sigmas": [sigma for _, sigma in shown],
         "sizes": [side for side, _ in shown],
@@ -84,10 +81,10 @@ def command(
 def _frames(
     generator: ImageGenerator, count: int, frames: int, base_alone: bool
 ) -> tuple[Tensor, list[tuple[int, float]]]:
-    """What is denoised at evenly spaced steps over all sizes, then the image.
+    """The denoised image at evenly spaced steps over all sizes, then the image itself.
 
     Returns:
-        (count, frames + 1, C, H, W), smaller ones by repeated pixels, and side and sigma of each.
+        (count, frames + 1, C, H, W), smaller ones by repeated pixels; side and sigma of each frame.
     """
     side = generator.shape[1]
     sampler: Sampler | PyramidSampler
@@ -101,9 +98,7 @@ def _frames(
     steps = torch.linspace(0, len(visited) - 1, min(frames, len(visited))).round().long()
     wanted = [visited[step] for step in steps.tolist()]
     indices = range(count)
-    where = latents.device(generator)
-    noise = ImageNoise(generator.seed, indices, "latent")(torch.empty(count, *generator.shape))
-    denoise = latents.denoise_of(generator, generator.labels(indices))
+    denoise = generator.guided(generator.labels(indices))
     recorded = {
         size: Recorded(denoise, [sigma for at, sigma in wanted if at == size]) for size, _ in stages
     }
@@ -111,37 +106,34 @@ def _frames(
     def by_size(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
         return recorded[x.shape[-1]](x, sigma, **more)
 
-    end = sampler(by_size, noise.to(where), ImageNoise(generator.seed, indices, "sampler", where))
+    end = sampler(by_size, generator.noise(indices), generator.step_noise(indices))
     small = [image for size, _ in stages for image in recorded[size].images]
     images = [resized(image.to(torch.float32), (side, side), "area") for image in small]
     return torch.stack([*images, end.to(torch.float32)], dim=1), [*wanted, (side, 0.0)]
 
 
 def _branches(generator: ImageGenerator, sampler: Sampler, count: int, level: float) -> Tensor:
-    """Ends of image 0's beginning, each with noise of its own below the level."""
-    where = latents.device(generator)
-    noise = ImageNoise(generator.seed, [0], "latent")(torch.empty(1, *generator.shape)).to(where)
-    shared = ImageNoise(generator.seed, [0], "sampler", where)
-    own = ImageNoise(generator.seed, range(count), "branch", where)
+    """Images that share image 0's noise down to the level, and have their own below it."""
+    own = ImageNoise(generator.seed, range(count), "branch", generator.device)
     label = generator.labels([0])
 
     def denoise(x: Tensor, sigma: Tensor, **more: bool) -> Tensor:
         labels = None if label is None else label.expand(len(x))
-        return latents.denoise_of(generator, labels, clip=sampler.clip)(x, sigma, **more)
+        return generator.guided(labels, clip=sampler.clip)(x, sigma, **more)
 
     ends = branch(
         denoise,
-        noise.to(torch.float64) * sampler.start_std,
+        generator.noise([0]).to(torch.float64) * sampler.start_std,
         sampler.sigmas(),
         level,
-        shared,
+        generator.step_noise([0]),
         own,
         integrate=sampler.integrate,
         count=count,
     )
     if count > 1 and float((ends - ends[:1]).abs().max()) < SAME:
         raise UserError(
-            f"--share {level:g}: the sampler adds no noise below it, so that all {count} ends are "
-            "one image; take one that does, such as --sampler ancestral"
+            f"--share {level:g}: the sampler adds no noise below it, so all {count} images are the "
+            "same; choose a stochastic one, such as --sampler ancestral"
         )
     return ends

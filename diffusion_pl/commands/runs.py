@@ -1,8 +1,7 @@
-"""A trained run opened for drawing: its config read with care, its weights, its sampler."""
+"""A trained run opened for sampling: its config, its weights, its sampler."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor
 
 from diffusion_pl import config
-from diffusion_pl.commands import hints, parts, sampling, trust
+from diffusion_pl.commands import hints, parts, trust
 from diffusion_pl.commands.labels import class_of
 from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.sampling import refuse_duplicates, sampler_of, untrained_levels
 from diffusion_pl.config import Config
 from diffusion_pl.diffusion.guidance import Guide
 from diffusion_pl.diffusion.objective import TrainingObjective
@@ -30,9 +30,6 @@ from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
 from diffusion_pl.training.settings import AUTOCAST, TrainerConfig, resolve_precision
 
-# Data that lies in a folder of the user's; other data is made or fetched where it is not there.
-FOLDERS = ("diffusion_pl.data.shards.Shards", "diffusion_pl.data.folder.ImageFolder")
-
 
 @dataclass(frozen=True)
 class Model:
@@ -40,13 +37,12 @@ class Model:
 
     Args:
         checkpoint: the file.
-        images: images that its weights have seen.
+        images: that its weights were trained on.
         config: the run's, with the command's overrides.
-        objective: what trained it.
-        denoiser: D, ready to draw.
-        label_dropout: share of the labels that were hidden from it in training, whatever the
-            command's overrides say.
-        class_names: of the classes in order, as the run's data had them; () where they had none.
+        objective: of its training.
+        denoiser: D, in evaluation mode.
+        label_dropout: of its training, whatever the command's overrides say.
+        class_names: in order, from the training data; () where it had none.
     """
 
     checkpoint: Path
@@ -60,11 +56,11 @@ class Model:
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run opened for drawing.
+    """A run opened for sampling.
 
     Args:
         folder: the run's folder.
-        model: of its newest checkpoint, or the one that was named.
+        model: from its newest checkpoint, or the one that was named.
         generator: the denoiser on its device, with its sampler.
     """
 
@@ -72,14 +68,16 @@ class OpenedRun:
     model: Model
     generator: ImageGenerator
 
-    def about(self) -> dict[str, Any]:
-        """What a result says of where it comes from."""
+    def about(self, folder: Path | None = None) -> dict[str, Any]:
+        """What a result says of its run; with a folder, of the grid that is written there too."""
+        written = {} if folder is None else {"folder": folder, "grid": folder / "grid.png"}
         guide, label = self.generator.guide, self.generator.label
         names = self.model.class_names
         named: dict[str, Any] = {} if label is None else {"label": label}
         if label is not None and label < len(names):
             named |= {"class_name": names[label]}
         return {
+            **{key: str(path) for key, path in written.items()},
             **named,
             "checkpoint": str(self.model.checkpoint),
             "images_seen": self.model.images,
@@ -88,19 +86,6 @@ class OpenedRun:
             "guidance": self.generator.guidance,
             "guide": None if guide is None else guide.name,
         }
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """How images are drawn, and what of the run's own way the command line changed.
-
-    Args:
-        generator: the denoiser with its sampler.
-        changed: in words; None for nothing.
-    """
-
-    generator: ImageGenerator
-    changed: str | None
 
 
 def open_model(
@@ -112,18 +97,18 @@ def open_model(
     """Open a run's newest checkpoint, or the checkpoint file that is named.
 
     Args:
-        weights: "ema" or "denoiser", averaged or raw; "ema:0.1" is the average of that relative
-            length, made from the run's snapshots.
+        weights: "ema" or "denoiser", averaged or raw; "ema:0.1" for the average of that relative
+            length, reconstructed from the run's snapshots.
         allow: packages to trust beside this one.
         overrides: `key=value` over the run's config.
 
     Raises:
-        UserError: no run there, or one that is unfit.
+        UserError: there is no run, or it is unfit.
     """
     path = checkpoint_of(run)
     loaded = checkpoints.load(path)
     tree, images = checkpoints.described(loaded, path)
-    experiment = _bound(tree, path, allow, overrides)
+    experiment = _read_config(tree, path, allow, overrides)
     objective: TrainingObjective = config.build(experiment, "objective")
     names = checkpoints.class_names(loaded)
     kind, _, length = weights.partition(":")
@@ -132,111 +117,105 @@ def open_model(
         source = path.parent.parent / power_ema.FOLDER
         state = power_ema.reconstruct(source, images, float(length))
         loaded = {"state_dict": {f"{kind}.{key}": value for key, value in state.items()}}
-    # Before memory is taken for a network that a config of others may have made huge.
-    small = objective.denoiser(parts.meta_network(experiment, len(loaded["state_dict"])))
-    state = checkpoints.match_weights(small, loaded, kind, source)
+    # Checked without memory first: the config of an untrusted file may describe a huge network.
+    meta = objective.denoiser(parts.meta_network(experiment, len(loaded["state_dict"])))
+    state = checkpoints.match_weights(meta, loaded, kind, source)
     denoiser = objective.denoiser(config.build(experiment, "network"))
     denoiser.load_state_dict(state)
     denoiser.to(memory_format=torch.channels_last)
     denoiser.eval().requires_grad_(False)
     own = config.load_resolved(tree, str(path), allow)
-    dropped: float = config.build(own, "trainer").label_dropout
-    return Model(path, images, experiment, objective, denoiser, dropped, names)
+    label_dropout: float = config.build(own, "trainer").label_dropout
+    return Model(path, images, experiment, objective, denoiser, label_dropout, names)
 
 
 def config_of(run: Path, allow: Sequence[str] = ()) -> Config:
-    """The config of a run's newest checkpoint; its network is not built.
+    """The config of a run's newest checkpoint.
 
     Args:
         allow: packages to trust beside this one.
 
     Raises:
-        UserError: no run there, or one that is unfit.
+        UserError: there is no run, or it is unfit.
     """
     path = checkpoint_of(run)
     tree, _ = checkpoints.described(checkpoints.load(path), path)
-    return _bound(tree, path, allow)
+    return _read_config(tree, path, allow)
 
 
-def _bound(
+def _read_config(
     tree: Mapping[str, Any], path: Path, allow: Sequence[str], overrides: Sequence[str] = ()
 ) -> Config:
-    """A checkpoint's config with overrides, all of its sections checked."""
+    """A checkpoint's config with overrides, checked."""
     experiment = config.load_resolved(tree, str(path), allow, overrides)
     parts.bind(experiment)
     return experiment
 
 
-def open_run(run: Path, how: SamplerOptions, options: RunOptions, **generator: Any) -> OpenedRun:
-    """Open a run for drawing.
+def open_run(
+    run: Path, sampling: SamplerOptions, options: RunOptions, label: str | int | None = None
+) -> OpenedRun:
+    """Open a run for sampling; what its sampler does otherwise than in training goes to stderr.
 
     Args:
-        how: images are sampled.
+        sampling: sampler and weights.
         options: of the run.
-        generator: further arguments of the ImageGenerator.
+        label: the class of every image, its name or index.
 
     Raises:
-        UserError: no run there, one that is unfit, or a setting that does not fit it.
+        UserError: there is no run, it is unfit, or a setting does not fit it.
     """
-    model = open_model(run, how.weights, options.allow, options.set)
-    drawn = make_generator(model, how, options, **generator)
-    if drawn.changed:
-        print(shown(drawn.changed), file=sys.stderr)
-    unknown = sampling.untrained_levels(drawn.generator.sampler, model.objective)  # type: ignore[arg-type]
-    if unknown:
-        print(shown(unknown), file=sys.stderr)
-    return OpenedRun(model.checkpoint.parent.parent, model, drawn.generator)
+    model = open_model(run, sampling.weights, options.allow, options.set)
+    generator, changed = make_generator(model, sampling, options, label)
+    unknown = untrained_levels(generator.sampler, model.objective)  # type: ignore[arg-type]
+    for text in filter(None, (changed, unknown)):
+        print(shown(text), file=sys.stderr)
+    return OpenedRun(model.checkpoint.parent.parent, model, generator)
 
 
 def make_generator(
-    model: Model, how: SamplerOptions, options: RunOptions, **generator: Any
-) -> Chosen:
-    """How the command line wants images drawn from a model.
+    model: Model, sampling: SamplerOptions, options: RunOptions, label: str | int | None = None
+) -> tuple[ImageGenerator, str | None]:
+    """The generator that the options ask for, and how its sampler differs from the run's, if so.
 
     Args:
         model: opened; moved to the device.
-        how: images are sampled.
+        sampling: sampler and weights.
         options: of the run.
-        generator: further arguments of the ImageGenerator.
+        label: the class of every image, its name or index.
 
     Raises:
-        UserError: a setting that does not fit the model.
+        UserError: a setting does not fit the model.
     """
-    sampling.refuse_twice(how, options)
-    sampler, changed = sampling.sampler_of(how, model.config, model.objective)
+    refuse_duplicates(sampling, options)
+    sampler, changed = sampler_of(sampling, model.config, model.objective)
     device = resolve_device(options.device)
     model.denoiser.to(device)
     classes: int = model.denoiser.network.classes  # type: ignore[assignment]
-    if "label" in generator:
-        generator["label"] = class_of(generator["label"], model.class_names, classes)
     data = config.build(model.config, "data.dataset")
     _check_images(model, data.channels, data.resolution)
     settings: TrainerConfig = config.build(model.config, "trainer")
     precision = resolve_precision(settings.precision, torch.device(device).type)
-    chosen = ImageGenerator(
+    generator = ImageGenerator(
         denoiser=model.denoiser,
         sampler=sampler,
         shape=(data.channels, data.resolution, data.resolution),
         classes=classes,
         label_dropout=model.label_dropout,
         seed=options.seed,
+        label=class_of(label, model.class_names, classes),
         precision=AUTOCAST[precision],
-        origin=_origin(model, how.weights),
-        **_guidance(how, options, model.config, sampler),
-        **generator,
+        origin=_origin(model, sampling.weights),
+        **_guidance(sampling, options, model.config, sampler),
     )
-    return Chosen(chosen, changed)
+    return generator, changed
 
 
 def _check_images(model: Model, channels: int, side: int) -> None:
-    """See that the network is of the images that the config says; an override may say others.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Refuse overrides of the data that do not fit the network."""
     network: Any = model.denoiser.network
     if network.channels != channels:
-        problem = f"the network is of {network.channels} channels (got {channels})"
+        problem = f"the network has {network.channels} channels (got {channels})"
         raise model.config.error("data.dataset", problem)
     try:
         network.check_resolution(side, side)
@@ -245,14 +224,14 @@ def _check_images(model: Model, channels: int, side: int) -> None:
 
 
 def _origin(model: Model, weights: str) -> dict[str, Any]:
-    """What numbers say of a checkpoint's weights."""
+    """What is recorded of a checkpoint's weights with every number."""
     ema: dict[str, Any] = {}
     if weights == "ema":
         ema["ema"] = described(config.build(model.config, "ema"))
     elif weights.startswith("ema:"):
         folder = model.checkpoint.parent.parent / power_ema.FOLDER
         made = power_ema.recipe(folder, model.images, float(weights.partition(":")[2]))
-        ema["ema_misfit"] = round(made.misfit, 4)  # how far its profile is from the one asked for
+        ema["ema_misfit"] = round(made.misfit, 4)  # of the reconstructed profile
     return {
         "weights": weights,
         **ema,
@@ -262,25 +241,25 @@ def _origin(model: Model, weights: str) -> dict[str, Any]:
 
 
 def guide(run: Path, weights: str = "ema", allow: Sequence[str] = ()) -> Guide:
-    """Open the weaker model of autoguidance; what `evaluation.guide` names in YAML.
+    """Open the weaker model of autoguidance, as `evaluation.guide` names it in YAML.
 
     Args:
         weights: "ema" or "denoiser", averaged or raw.
         allow: packages to trust beside this one.
 
     Raises:
-        UserError: no run there, or one that is unfit.
+        UserError: there is no run, or it is unfit.
     """
     model = open_model(run, weights, allow)
     return Guide(str(model.checkpoint), model.denoiser)
 
 
 def _guidance(
-    how: SamplerOptions, options: RunOptions, experiment: Config, sampler: Visiting
+    sampling: SamplerOptions, options: RunOptions, experiment: Config, sampler: Visiting
 ) -> dict[str, Any]:
-    """The guidance of the run's evaluation, and over it what the command line says."""
+    """The guidance of the run's evaluation, overridden by the options."""
     settings: Evaluation = config.build(experiment, "evaluation")
-    weight = settings.guidance if how.guidance is None else how.guidance
+    weight = settings.guidance if sampling.guidance is None else sampling.guidance
     chosen = guide(options.guide, allow=options.allow) if options.guide else settings.guide
     interval = options.guidance_interval or settings.guidance_interval
     if options.guidance_interval is not None:
@@ -289,15 +268,11 @@ def _guidance(
         return {"guidance": 1.0}
     if chosen is not None:
         check_range(sampler, chosen.denoiser.preconditioning.sigma_range)
-    return {
-        "guidance": weight,
-        "guidance_interval": interval,
-        "guide": chosen,
-    }
+    return {"guidance": weight, "guidance_interval": interval, "guide": chosen}
 
 
 def _check_interval(interval: tuple[float, float], weight: float, sigmas: Tensor) -> None:
-    """Refuse an interval on the command line in which nothing is guided."""
+    """Refuse an interval of the command line in which no level is guided."""
     low, high = interval
     if weight == 1:
         raise UserError("--guidance-interval does nothing at guidance 1; give --guidance WEIGHT")
@@ -309,17 +284,17 @@ def _check_interval(interval: tuple[float, float], weight: float, sigmas: Tensor
 
 
 def resolve_device(name: str) -> str:
-    """The device of a word on the command line; "auto" is a GPU where there is one."""
+    """The torch device that an option names; "auto" is a GPU where there is one."""
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def images_of(experiment: Config) -> ImageDataset:
-    """The images that a run was trained on.
+    """The training images of a run.
 
     Raises:
-        UserError: they are not there, or unfit.
+        UserError: they are missing or unfit.
     """
     source = trust.data_of(experiment).dataset
     try:
@@ -329,24 +304,21 @@ def images_of(experiment: Config) -> ImageDataset:
         if path is None:
             raise
         raise UserError(
-            f"{path}: not prepared in the present folder, where the run's data is looked for; go "
-            "where it lies, or say where: --set data.dataset.path=PATH"
+            f"{path}: the run's data is not in the present folder; go to the folder that has it, "
+            "or name its place: --set data.dataset.path=PATH"
         ) from error
     return source.open()
 
 
 def missing_data(experiment: Config) -> str | None:
-    """The path of a run's data, where it is none from the present folder; None where it is.
+    """The relative path of a run's data, where it does not exist in the present folder.
 
-    So it is of a run that was copied, moved or imported, or of a command typed elsewhere.
+    The run was copied, moved or imported, or the command is typed in another folder.
     """
-    node = experiment.get("data.dataset")
-    path = node.get("path")
-    if node.get("_target_") not in FOLDERS or type(path) is not str:
+    folder = parts.data_folder(config.build(experiment, "data.dataset"))
+    if folder is None or folder.is_absolute() or folder.exists():
         return None
-    if os.path.isabs(path) or "://" in path or node.get("made_of"):
-        return None
-    return None if Path(path).exists() else path
+    return str(folder)
 
 
 def is_run(path: Path) -> bool:
@@ -355,14 +327,14 @@ def is_run(path: Path) -> bool:
 
 
 def checkpoint_of(run: Path) -> Path:
-    """The checkpoint that a run's folder or a file names.
+    """The newest checkpoint of a run's folder, or the checkpoint file itself.
 
     Raises:
         UserError: there is none.
     """
     if run.suffix == ".safetensors" and run.exists():
         raise UserError(
-            f"{run}: holds weights for others; make a run of it: "
+            f"{run}: holds exported weights; import them as a run: "
             f"{hints.command('import', 'safetensors', run, parts.RUNS / plain(run.stem))}"
         )
     if run.is_file():

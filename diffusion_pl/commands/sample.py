@@ -1,7 +1,4 @@
-"""`sample`: draw images from a run: PNG files, a grid, an .npz; image i depends on (seed, i).
-
-The same command with more images goes on; see `sample_folder`.
-"""
+"""`sample`: sample images from a run into a folder; see `sample_folder`."""
 
 from __future__ import annotations
 
@@ -39,14 +36,14 @@ def command(
 ) -> Result:
     """Sample images from a run: PNG files, a grid, an .npz.
 
-    Image i depends on (seed, i), and the same command with more images goes on.
+    Image i depends on (seed, i) alone, and the same command with a larger count adds images.
 
     Example: diffusion_pl sample runs/mine --count 64 --sampler deis --steps 18
 
     Args:
-        count: how many images.
+        count: number of images.
         first: index of the first image.
-        label: class of every image, its name or index; drawn when not given.
+        label: class of every image, its name or index; uniform when not given.
         out: folder of the images; RUN/drawn when not given.
     """
     if count < 1 or first < 0:
@@ -57,7 +54,7 @@ def command(
     folder, whole = folder_for(out, opened, wanted)
     missing = folder.missing(whole)
     pieces = list(batches(missing, options.batch_size or BATCH))
-    with watched(generator, len(missing)):
+    with sampling_bar(generator, len(missing)):
         for piece in pieces:
             images, folder.evaluations = generator.images(piece)
             folder.add(piece, images.cpu())
@@ -65,10 +62,8 @@ def command(
     sheet = folder.folder / "grid.png"
     save_png(grid(folder.read(whole[:GRID])), sheet)
     result = {
-        "folder": str(folder.folder),
+        **opened.about(folder.folder),
         "images": str(folder.images),
-        "grid": str(sheet),
-        **opened.about(),
         "count": count,
         "drawn": len(missing),
         "total": len(whole),
@@ -76,7 +71,7 @@ def command(
     }
     lines = [
         line("of", f"{opened.model.checkpoint}, {opened.model.images:,} images seen"),
-        line("images", f"{folder.images}  ({len(whole):,}, of which {len(missing):,} drawn now)"),
+        line("images", f"{folder.images}  ({len(whole):,}, of which {len(missing):,} new)"),
         line("grid", sheet),
     ]
     if label is None and opened.model.class_names:
@@ -92,12 +87,12 @@ def command(
 def folder_for(
     out: Path | None, opened: runs.OpenedRun, wanted: range
 ) -> tuple[SampleFolder, range]:
-    """Where the images go, and which it will hold: what is named, else one of the run's own.
+    """The folder for the images and the range of images that it will hold.
 
-    Those are RUN/drawn, and for images of other settings RUN/drawn-2, RUN/drawn-3, ...
+    When not named, it is RUN/drawn, and for images of other settings RUN/drawn-2, RUN/drawn-3, ...
 
     Raises:
-        UserError: the folder that is named holds other images.
+        UserError: the named folder holds other images.
     """
     if out is not None:
         folder = SampleFolder(out, opened)
@@ -113,26 +108,26 @@ def folder_for(
 
 
 @contextlib.contextmanager
-def watched(generator: ImageGenerator, count: int) -> Iterator[None]:
-    """A bar on a terminal that moves with every pass of a network: one batch may take minutes.
+def sampling_bar(generator: ImageGenerator, count: int) -> Iterator[None]:
+    """A progress bar that advances with every network evaluation, as a batch may take minutes.
 
     Args:
-        generator: how images are drawn.
-        count: of images.
+        generator: samples the images.
+        count: number of images.
     """
-    with bar("drawing", lambda: count * sum(generator.calls().values())) as advance:
+    with bar("sampling", lambda: count * sum(generator.calls().values())) as advance:
         if advance is None:
             yield
             return
 
-        def passed(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def count_images(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             advance(len(inputs[0]))
 
         denoisers = [
             generator.denoiser,
             *([] if generator.guide is None else [generator.guide.denoiser]),
         ]
-        hooks = [each.network.register_forward_hook(passed) for each in denoisers]
+        hooks = [each.network.register_forward_hook(count_images) for each in denoisers]
         try:
             yield
         finally:

@@ -1,8 +1,7 @@
-"""A folder of drawn images: sample.json says how they came about, and images/ holds them alone.
+"""A folder of sampled images: sample.json has their settings, and images/ holds them alone.
 
-Image i depends on (seed, i) and on how it is drawn, not on what was drawn with it, so a folder
-grows by later draws of the same settings, and goes on where one was interrupted. Other settings
-are another folder.
+Image i depends on (seed, i) and the settings, not on the other images. So later commands with the
+same settings add images, or continue an interrupted one. Other settings need another folder.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ FORMAT = 1
 
 
 class OtherImages(UserError):
-    """A folder holds images that those to be drawn do not belong to."""
+    """The folder holds other images than those to be sampled."""
 
 
 class SampleFolder:
-    """One folder of drawn images.
+    """One folder of sampled images.
 
     Args:
         folder: made if absent.
-        opened: the run that draws them.
+        opened: the run that they are sampled from.
     """
 
     def __init__(self, folder: Path, opened: OpenedRun) -> None:
@@ -47,11 +46,11 @@ class SampleFolder:
         self.evaluations = 0  # of an image
 
     def begin(self, wanted: range) -> range:
-        """Make room for images; which the folder will then hold.
+        """Prepare the folder for the wanted images; returns the range that it will then hold.
 
         Raises:
-            OtherImages: it holds images of other settings, or of nobody knows which, or those that
-                are wanted do not follow them.
+            OtherImages: it holds images of other or unknown settings, or there would be a gap
+                between them and the wanted ones.
         """
         whole, settings = wanted, settings_of(self.opened)
         try:
@@ -66,7 +65,7 @@ class SampleFolder:
             if wanted.start > there.stop or wanted.stop < there.start:
                 raise OtherImages(
                     f"{self.folder}: holds images {there.start} to {there.stop - 1}; go on with "
-                    f"--first {there.stop}, or draw into another folder: --out"
+                    f"--first {there.stop}, or sample into another folder: --out"
                 )
             whole = range(min(there.start, wanted.start), max(there.stop, wanted.stop))
             self.evaluations = before.get("evaluations") or 0
@@ -75,11 +74,11 @@ class SampleFolder:
         return whole
 
     def missing(self, whole: range) -> list[int]:
-        """Images that are not there yet."""
+        """Indices of images that are not there yet."""
         return [index for index in whole if not self.path_of(index).exists()]
 
     def path_of(self, index: int) -> Path:
-        """Where an image lies."""
+        """The file of an image."""
         return self.images / f"{index:06d}.png"
 
     def add(self, indices: Sequence[int], images: Tensor) -> None:
@@ -92,7 +91,7 @@ class SampleFolder:
         return torch.stack(list(self._pixels(indices)))
 
     def finish(self, whole: range) -> None:
-        """Write the same images as one array, and that all are there."""
+        """Write the images as one array, and mark the folder complete."""
         labels = self.opened.generator.labels(whole)
         arrays: dict[str, Any] = {
             "images": self.read(whole).permute(0, 2, 3, 1).numpy(),
@@ -128,27 +127,27 @@ class SampleFolder:
         held = [*self.folder.glob("*.png"), *self.folder.glob("*.npz"), *self.images.glob("*")]
         if held:
             raise OtherImages(
-                f"{self.folder}: holds {held[0].name}, and no {SAMPLE} that says how it was drawn; "
-                "draw into another folder: --out"
+                f"{self.folder}: holds {held[0].name}, and no {SAMPLE} with its settings; sample "
+                "into another folder: --out"
             )
 
     def _refuse_others(self, before: Mapping[str, Any], settings: dict[str, Any]) -> None:
         known = before.get("settings")
         old: dict[str, Any] = known if isinstance(known, dict) else {}
-        other = [
+        differences = [
             f"{key} {old.get(key)} -> {settings.get(key)}"
             for key in old | settings
             if old.get(key) != settings.get(key)
         ]
-        if other:
+        if differences:
             raise OtherImages(
-                f"{self.folder}: holds {before['count']:,} images drawn otherwise "
-                f"({'; '.join(other)}); draw into another folder: --out"
+                f"{self.folder}: holds {before['count']:,} images of other settings "
+                f"({'; '.join(differences)}); sample into another folder: --out"
             )
 
 
 def settings_of(opened: OpenedRun) -> dict[str, Any]:
-    """What decides an image beside its index, as it is written down; wherever the run lies."""
+    """What an image depends on beside its index, independent of where the run lies."""
     generator = opened.generator
     about = {key: value for key, value in generator.about().items() if key != "checkpoint"}
     guide = about.pop("guide")

@@ -1,4 +1,4 @@
-"""How a run is drawn from: its own sampler, and over it what the command line says."""
+"""The sampler of a run, with the options of the command line over its own settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffusion_pl.samplers.named import integrator
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Integrator, Sampler, Visiting
 
-# What an option says that `--set` could say too.
+# The config keys that an option sets, which `--set` could set too.
 OPTION_KEYS: dict[str, str] = {
     "sampler": r"sampler(\.base)?\.integrate(\..*)?",
     "steps": r"sampler(\.base)?\.steps",
@@ -27,47 +27,46 @@ OPTION_KEYS: dict[str, str] = {
     "guide": r"evaluation\.guide(\..*)?",
 }
 
-# A level so much beyond those of the training is still one of them.
+# The sampler may exceed the trained range by this factor.
 SLACK = 1.1
 
 
-def refuse_twice(sampling: SamplerOptions, options: RunOptions) -> None:
-    """See that no setting is given by an option and by `--set`: one of them would do nothing.
+def refuse_duplicates(sampling: SamplerOptions, options: RunOptions) -> None:
+    """Refuse a setting that is given both by its option and by `--set`.
 
     Raises:
         UserError: names both.
     """
-    said = vars(sampling) | vars(options)
+    given = vars(sampling) | vars(options)
     for name, pattern in OPTION_KEYS.items():
-        value = said[name]
+        value = given[name]
         for word in options.set:
             key = word.partition("=")[0].strip()
             if value is not None and re.fullmatch(pattern, key):
                 option = f"--{name.replace('_', '-')} {value}"
-                raise UserError(f"--set {word}: {option} takes its place; leave one of them out")
+                raise UserError(f"--set {word}: {option} sets the same; leave one of them out")
 
 
 def sampler_of(
     options: SamplerOptions, experiment: Config, objective: TrainingObjective
 ) -> tuple[Sampler | PyramidSampler, str | None]:
-    """The run's sampler, with another integrator or other steps where the command line says so.
+    """The run's sampler, with the integrator and number of steps of the options.
 
-    Noise range, spacing, clipping and start stay the run's; of a pyramid its base is changed.
+    Noise range, spacing, clipping and start stay the run's; for a pyramid the base is changed.
 
     Args:
-        options: `sampler`, a name or the dotted path of a function, and `steps`; None for none.
+        options: `sampler`, a name or the dotted path of a function, and `steps`.
         experiment: bound.
-        objective: knows the network's levels.
+        objective: of the run.
 
     Returns:
-        The sampler, and what another integrator changed and what it left, in words.
+        The sampler; and for another integrator a line that says what changed and what did not.
 
     Raises:
-        UserError: no such name, or no such function.
-        ConfigError: as `parts.sampler_of`.
+        UserError: no such integrator, or a sampler that does not fit the run.
     """
     given = None if options.sampler is None else integrator_of(options.sampler)
-    said: list[str] = []
+    differences: list[str] = []
 
     def changed(own: Sampler) -> Sampler:
         new = own
@@ -75,31 +74,31 @@ def sampler_of(
             new = dataclasses.replace(new, integrate=with_levels(given, own.integrate))
         if options.steps is not None:
             new = dataclasses.replace(new, steps=options.steps)
-        said.append(difference(own, new))
+        differences.append(difference(own, new))
         return new
 
     sampler = parts.sampler_of(experiment, objective, changed)
-    return sampler, None if given is None else said[0]
+    return sampler, None if given is None else differences[0]
 
 
 def untrained_levels(sampler: Visiting, objective: TrainingObjective) -> str | None:
-    """Say that a sampler visits levels which training hardly ever drew; None where it does not."""
+    """A warning that the sampler visits noise levels outside the trained range; None inside."""
     low, high = trained_range(objective)
     visited = sampler.sigmas()[:-1]
     first, last = float(visited[0]), float(visited[-1])
     if first <= high * SLACK and last * SLACK >= low:
         return None
     return (
-        f"the sampler visits noise {first:.4g} to {last:.4g}, of which training drew {high:.4g} to "
-        f"{low:.4g}, but for one image in a million: the network does not know the rest"
+        f"the sampler visits sigma {first:.4g} to {last:.4g}, but training sampled {high:.4g} to "
+        f"{low:.4g} (all but one image in a million): the network is untrained beyond"
     )
 
 
 def integrator_of(name: str) -> Integrator:
-    """An integrator by its name, or by the dotted path of a function of the user's own.
+    """An integrator by its name, or by the dotted path of a user's function.
 
     Raises:
-        UserError: neither, or a function that is called otherwise.
+        UserError: there is none, or its signature is another.
     """
     if "." not in name:
         return integrator(name)
@@ -110,13 +109,13 @@ def integrator_of(name: str) -> Integrator:
         raise UserError(f"--sampler: {error}") from error
     except TypeError as error:
         raise UserError(
-            f"--sampler: {name} is not called as (denoise, x, sigmas, randn_like) ({error})"
+            f"--sampler: {name} cannot be called with (denoise, x, sigmas, randn_like) ({error})"
         ) from error
     return function
 
 
 def with_levels(given: Integrator, own: Integrator) -> Integrator:
-    """An integrator told what the run's own knows of the network: the levels of its table."""
+    """The integrator with the discrete levels of the network that the run's own rounds to."""
     nearest = getattr(own, "keywords", {}).get("nearest")
     if nearest is None or "nearest" not in inspect.signature(given).parameters:
         return given
@@ -124,7 +123,7 @@ def with_levels(given: Integrator, own: Integrator) -> Integrator:
 
 
 def difference(own: Sampler, new: Sampler) -> str:
-    """What differs between a run's sampler and the one that takes its place, and what does not."""
+    """What differs between the run's sampler and the one in its place, and what does not."""
     changes = [f"{described(own.integrate)} -> {described(new.integrate)}"]
     if new.steps != own.steps:
         changes.append(f"steps {own.steps} -> {new.steps}")

@@ -105,7 +105,7 @@ def command(
     model = runs.open_model(Path(first.checkpoint), first.weights, options.allow, options.set)
     # Every point is seen to be possible before the first is measured.
     generators = {
-        point: runs.make_generator(model, point.sampling(), _at(options, point)).generator
+        point: runs.make_generator(model, point.sampling(), _at(options, point))[0]
         for point in every
     }
     extractor = evaluate.extractor_of(features, model.config)

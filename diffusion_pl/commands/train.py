@@ -25,7 +25,6 @@ from diffusion_pl.data.readers import ReaderLostError
 from diffusion_pl.data.shard_workers import WorkerLost
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.errors import UserError
-from diffusion_pl.io.cache import is_remote
 from diffusion_pl.io.files import sweep, write_atomically
 from diffusion_pl.names import shown
 from diffusion_pl.signals import MARKER, RESUMABLE, StopRequest
@@ -225,10 +224,10 @@ def check_data_folder(source: DatasetSpec) -> None:
     Raises:
         UserError: it is not, or is no prepared set.
     """
-    if isinstance(source, Shards):
-        if source.made_of is None and not is_remote(source.path):
-            source.prepare()  # its description alone is read
-    elif isinstance(source, ImageFolder) and not Path(source.path).exists():
+    folder = parts.data_folder(source)
+    if isinstance(source, Shards) and folder is not None and source.made_of is None:
+        source.prepare()  # reads its manifest alone
+    elif isinstance(source, ImageFolder) and not (folder is None or folder.exists()):
         source.listing()
 
 

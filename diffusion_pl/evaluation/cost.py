@@ -1,4 +1,4 @@
-"""What an evaluation will cost, measured on a few images before it is paid."""
+"""The time that an evaluation will take, estimated from a few images."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from diffusion_pl.metrics.features import TILE, Extractor
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one evaluation, estimated.
+    """Estimated duration of one evaluation.
 
     Args:
-        images: measured by every rank at most.
-        sampling: seconds that one image takes to sample.
-        features: seconds an image's features take.
+        images: on the rank that has most.
+        sampling: seconds to sample an image.
+        features: seconds to extract the features of an image.
     """
 
     images: int
@@ -30,27 +30,25 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """The whole evaluation, without the metrics' own seconds at its end."""
+        """Of the evaluation, without what the metrics compute at its end."""
         return self.images * (self.sampling + self.features)
 
     def __str__(self) -> str:
         whole = f"{self.seconds / 60:.0f} min" if self.seconds >= 120 else f"{self.seconds:.0f} s"
         return (
             f"about {whole} each here: {self.images:,} images a process, "
-            f"{1e3 * self.sampling:.3g} ms to draw one, {1e3 * self.features:.3g} ms to measure it"
+            f"{1e3 * self.sampling:.3g} ms to sample one, "
+            f"{1e3 * self.features:.3g} ms to measure it"
         )
 
 
 def estimate(generator: ImageGenerator, settings: Evaluation, extractor: Extractor) -> Cost:
     """Time one call of the network at every size that the sampler visits, and the extractor once.
 
-    The network is not evaluated at every step that is counted, so a thousand steps cost little
-    more to foresee than ten.
-
     Args:
-        generator: how images are drawn.
-        settings: how many.
-        extractor: the features; moved to the denoiser's device.
+        generator: samples the images.
+        settings: their number and the batch size.
+        extractor: moved to the denoiser's device.
     """
     device = generator.device
     count = min(TILE, settings.batch_size, settings.count)
@@ -61,10 +59,7 @@ def estimate(generator: ImageGenerator, settings: Evaluation, extractor: Extract
     def seconds_at(side: int) -> float:
         height = generator.shape[1] * side // generator.shape[2]
         x = torch.zeros(count, generator.shape[0], height, side, device=device)
-        autocast = torch.autocast(
-            device.type, generator.precision, enabled=bool(generator.precision)
-        )
-        with torch.inference_mode(), autocast:
+        with generator.inference():
             return _timed(lambda: generator.denoiser(x, sigma, **condition), device) / count
 
     drawn = sum(calls * seconds_at(side) for side, calls in generator.calls().items())
@@ -75,7 +70,7 @@ def estimate(generator: ImageGenerator, settings: Evaluation, extractor: Extract
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the second call: the first one finds its algorithms."""
+    """Seconds of the second call; the first includes warm-up."""
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()

@@ -1,11 +1,12 @@
-"""Images drawn from a trained denoiser: image i's noise and label come from (seed, i) alone.
+"""Images sampled from a trained denoiser: image i's noise and label come from (seed, i) alone.
 
-So they depend neither on the batch size nor on the number of devices. Bytes are what is measured,
-as they would be saved.
+So they depend neither on the batch size nor on the number of devices. What is measured is uint8, as
+images are saved.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from diffusion_pl.diffusion.guidance import (
     EVERYWHERE,
+    Clip,
     Guide,
     check_guidance,
     check_interval,
+    clipped,
     guided,
 )
 from diffusion_pl.diffusion.objective import Denoise
@@ -42,26 +45,25 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class ImageGenerator:
-    """How images are drawn from a trained denoiser.
+    """Samples images from a trained denoiser.
 
     Args:
         denoiser: D.
-        sampler: the algorithm with its levels.
+        sampler: the algorithm with its noise levels.
         shape: (C, H, W) of an image.
-        classes: classes of a conditional model, 0 for none.
-        label_dropout: share of the labels that were hidden from it in training; with 0 it is not
-            known without its label, and guides nothing.
-        seed: of noise and labels.
-        guidance: weight of the guidance, 1 for none.
+        classes: number of classes, 0 for an unconditional model.
+        label_dropout: fraction of labels dropped in training; at 0 the model cannot be evaluated
+            without a label, so it cannot guide itself.
+        guidance: weight, 1 for none.
         guidance_interval: noise levels (low, high] that are guided.
         guide: the weaker model of autoguidance; None for the model itself without its label.
-        label: the class of every image, or None for a class drawn for each.
-        precision: torch dtype the network computes in under autocast, None for float32.
-        origin: what numbers say of the weights, such as {"weights": "ema"}.
+        label: the class of every image; None: uniform over the classes.
+        precision: autocast dtype, None for float32.
+        origin: recorded with every number, such as {"weights": "ema"}.
 
     Raises:
-        UserError: a label that is not one of the model's classes; guidance without a guide, and
-            without classes or label dropout; a guide of other images or classes.
+        UserError: the label is out of range; guidance without a guide, where the model has no
+            classes or was trained without label dropout; the guide has another shape or classes.
     """
 
     denoiser: Denoiser
@@ -101,44 +103,40 @@ class ImageGenerator:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser lies."""
+        """The denoiser's device."""
         return next(self.denoiser.parameters()).device
 
-    @torch.inference_mode()
     def images(self, indices: Sequence[int]) -> tuple[Tensor, int]:
-        """Draw the images with these indices.
+        """Sample the images with these indices.
 
         Returns:
-            uint8 (n, C, H, W) on the denoiser's device, and the network's evaluations per image.
+            uint8 (n, C, H, W) on the denoiser's device, and network evaluations per image.
+
+        Raises:
+            UserError: an image is not finite.
         """
         counted = Counted(self.denoiser)
         guide = None if self.guide is None else Counted(self.guide.denoiser.to(self.device))
-        with self._autocast():
-            drawn = self._draw(counted, guide, indices)
-        if not torch.isfinite(drawn).all():
+        found = self._sample(indices, counted, guide)
+        if not torch.isfinite(found).all():
             raise UserError("the sampler gave images that are not finite; the weights are unfit")
         seen = counted.seen + (guide.seen if guide is not None else 0)
-        return to_bytes(drawn), seen // len(indices)
+        return to_bytes(found), seen // len(indices)
 
-    @torch.inference_mode()
     def calls(self) -> Counter[int]:
-        """How often an image is seen, by the side at which the network sees it.
+        """Network evaluations of one image, by the width in pixels of the network's input.
 
-        The network is evaluated once at every side, not once a step.
-
-        Raises:
-            UserError: the network does not answer what the sampler asks of it.
+        The network runs once at each size, not at every step.
         """
         counted: Counter[int] = Counter()
         guide = None
         if self.guide is not None:
             guide = _rehearsed(self.guide.denoiser.to(self.device), counted)
-        with self._autocast():
-            self._draw(_rehearsed(self.denoiser, counted), guide, [0])
+        self._sample([0], _rehearsed(self.denoiser, counted), guide)
         return counted
 
     def about(self) -> dict[str, Any]:
-        """What a number says of how its images were drawn."""
+        """How the images were sampled, as recorded with every number."""
         interval = None if self.guidance_interval == EVERYWHERE else list(self.guidance_interval)
         return {
             **self.origin,
@@ -151,51 +149,86 @@ class ImageGenerator:
             "precision": "fp32" if self.precision is None else described(self.precision),
         }
 
-    def _autocast(self) -> torch.autocast:
-        """The precision in which the network computes."""
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Compute in the network's precision, without gradients."""
+        autocast = torch.autocast(
+            self.device.type, self.precision, enabled=self.precision is not None
+        )
+        with torch.inference_mode(), autocast:
+            yield
 
-    def _draw(self, denoise: Denoise, guide: Denoise | None, indices: Sequence[int]) -> Tensor:
-        device = self.device
-        # The first noise is drawn on the CPU, so that any hardware starts from the same state.
+    def noise(self, indices: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
+        """Standard normal start of each image, float32 (n, C, H, W), on the denoiser's device.
+
+        Args:
+            indices: of the images.
+            size: height and width; those of the images when not given.
+        """
+        shape = self.shape if size is None else (self.shape[0], *size)
+        # From the CPU, so that any hardware starts from the same noise.
         source = ImageNoise(self.seed, indices, "latent")
-        noise = source(torch.empty(len(indices), *self.shape)).to(device)
-        labels = self.labels(indices)
-        denoise = guided(
-            denoise,
-            label=None if labels is None else labels.to(device),
+        return source(torch.empty(len(indices), *shape)).to(self.device)
+
+    def step_noise(self, indices: Sequence[int]) -> ImageNoise:
+        """What a stochastic sampler adds to each image."""
+        return ImageNoise(self.seed, indices, "sampler", self.device)
+
+    def guided(
+        self,
+        labels: Tensor | None,
+        *,
+        clip: Clip = False,
+        denoise: Denoise | None = None,
+        guide: Denoise | None = None,
+    ) -> Denoise:
+        """The denoiser with labels and guidance applied.
+
+        Args:
+            labels: int64 (B,), None for an unconditional model.
+            clip: of the denoised images, as a sampler has it.
+            denoise: stands in for the denoiser, such as one that counts its evaluations.
+            guide: the same for the guide.
+        """
+        if guide is None and self.guide is not None:
+            guide = self.guide.denoiser.to(self.device)
+        result = guided(
+            self.denoiser if denoise is None else denoise,
+            label=None if labels is None else labels.to(self.device),
             weight=self.guidance,
             interval=self.guidance_interval,
             guide=guide,
         )
-        return self.sampler(denoise, noise, ImageNoise(self.seed, indices, "sampler", device))
+        return clipped(result, clip) if clip else result
+
+    def _sample(self, indices: Sequence[int], denoise: Denoise, guide: Denoise | None) -> Tensor:
+        with self.inference():
+            denoise = self.guided(self.labels(indices), denoise=denoise, guide=guide)
+            return self.sampler(denoise, self.noise(indices), self.step_noise(indices))
 
 
 class Rehearsal(nn.Module):
-    """A network that is asked once at each size of image; every later answer is zeros like it.
-
-    Around it stands the denoiser itself, so whatever a sampler may ask of a denoiser it may ask of
-    one whose network is only rehearsed.
+    """Counts the calls of a network, which it evaluates once at each size and then replaces by 0.
 
     Args:
         network: the raw F.
-        counted: grows by the images of every call, under their side in pixels.
+        counted: images of all calls by their width in pixels; updated in place.
     """
 
     def __init__(self, network: nn.Module, counted: Counter[int]) -> None:
         super().__init__()
         self.network = network
         self.counted = counted
-        self.answered: dict[torch.Size, Tensor] = {}
+        self.outputs: dict[torch.Size, Tensor] = {}
 
     def forward(self, x: Tensor, c_noise: Tensor, **condition: Tensor | None) -> Tensor:
-        """(B, C, H, W), (B,) -> zeros, shaped as the network's answer."""
+        """(B, C, H, W), (B,) -> zeros, shaped as the network's output."""
         self.counted[x.shape[-1]] += len(x)
         size = x.shape[1:]
-        if size not in self.answered:
-            # `forward` itself: a compiled network would be compiled for this batch.
-            self.answered[size] = self.network.forward(x, c_noise, **condition)
-        like = self.answered[size]
+        if size not in self.outputs:
+            # Not `network(...)`: a compiled network would be compiled again for this batch size.
+            self.outputs[size] = self.network.forward(x, c_noise, **condition)
+        like = self.outputs[size]
         return like.new_zeros(len(x), *like.shape[1:])
 
 
