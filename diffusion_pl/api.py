@@ -1,7 +1,4 @@
-"""The framework from Python: an experiment, a run of it on disk, and what a run can do.
-
-The commands do the same; every default is theirs. `import diffusion_pl as dp` and then `dp.train`.
-"""
+"""The Python interface: experiments, training, and runs. Defaults are those of the commands."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from diffusion_pl.config.targets import locate
 from diffusion_pl.errors import UserError
 from diffusion_pl.signals import RESUMABLE, StopError, StopRequest
 
-if TYPE_CHECKING:  # the heavy ones are imported where something is built
+if TYPE_CHECKING:  # slow to import, so only where they are used
     import torch
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.loggers import Logger
@@ -36,19 +33,19 @@ if TYPE_CHECKING:  # the heavy ones are imported where something is built
     from diffusion_pl.training.module import DiffusionModule
     from diffusion_pl.training.run_data import RunData
 
-PYTHON = "Python"  # where messages say that a value comes from
+PYTHON = "Python"  # the origin of a value, for messages
 
 Changes = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-    """A callable with its arguments, to be called when an experiment is built.
+    """A callable with its arguments, called when an experiment is built.
 
     Args:
         target: dotted path.
-        arguments: plain values, further ones of these, or objects as `Experiment` takes them.
-        partial: hand the callable on with these arguments instead of calling it.
+        arguments: plain values, `Lazy` ones, or objects as `Experiment` takes them.
+        partial: pass on a functools.partial instead of calling it.
     """
 
     target: str
@@ -57,56 +54,56 @@ class Lazy:
 
 
 def lazy(target: Callable[..., Any] | str, /, _partial_: bool = False, **arguments: Any) -> Lazy:
-    """Say what to build, for a run to keep: YAML's `_target_` with its arguments.
+    """A part of an experiment, recorded in its run as YAML's `_target_` and arguments.
 
     Args:
         target: a class or function that can be imported, or its dotted path.
-        _partial_: hand it on with these arguments instead of calling it, as optimizers are.
+        _partial_: pass on a functools.partial instead of calling it, as for optimizers.
         arguments: of the target.
 
     Raises:
         UserError: it cannot be imported by its name, so a run with it could not be opened again.
     """
-    return Lazy(target if isinstance(target, str) else path_of(target), arguments, _partial_)
+    return Lazy(target if isinstance(target, str) else import_path(target), arguments, _partial_)
 
 
-def path_of(target: Callable[..., Any]) -> str:
-    """The dotted path by which a class or function is imported.
+def import_path(target: Callable[..., Any]) -> str:
+    """The dotted path by which a class or function can be imported.
 
     Raises:
         UserError: there is none.
     """
     module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", None)
     if not module or not name:
-        raise UserError(f"{target!r}: is no class or function; hand one, or its dotted path")
+        raise UserError(f"{target!r}: is not a class or function; pass one, or its dotted path")
     if module == "__main__":
         raise UserError(
-            f"{name}: is defined in the script or notebook that runs, so that a run with it could "
-            f"not be opened again; put it into a module of its own and import it from there"
+            f"{name}: is defined in the running script or notebook, so a run with it could not be "
+            "opened again; move it to a module and import it from there"
         )
     path = f"{module}.{name}"
     try:
         found: Any = locate(path)
     except ValueError as error:
         raise UserError(
-            f"{path}: cannot be imported by this name ({error}), so that a run with it could not "
-            "be opened again; define it at the top of a module"
+            f"{path}: cannot be imported by this name ({error}), so a run with it could not be "
+            "opened again; define it at the top level of a module"
         ) from error
     if found is not target:
-        raise UserError(f"{path}: is another object than the one that was handed in")
+        raise UserError(f"{path}: imports another object than the one given")
     return path
 
 
 def plain(value: Any, where: str) -> Any:
-    """A value as YAML holds it: what was made by code becomes the code's name and arguments.
+    """A value as YAML holds it: an object becomes its `_target_` and arguments.
 
     Args:
-        value: plain, `lazy(...)`, a dataclass's object, a functools.partial, or a class or function
-            that is to be handed on.
-        where: it stands, for messages.
+        value: plain, `lazy(...)`, a dataclass instance, a functools.partial, or a class or function
+            to pass on.
+        where: its key, for messages.
 
     Raises:
-        UserError: an object of which nobody can tell what it was made from.
+        UserError: an object whose arguments cannot be known.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -118,40 +115,36 @@ def plain(value: Any, where: str) -> Any:
         return [plain(each, f"{where}.{index}") for index, each in enumerate(value)]
     partial, arguments = False, dict[str, Any]()
     if isinstance(value, functools.partial) and not value.args:
-        target, arguments, partial = path_of(value.func), value.keywords, True
+        target, arguments, partial = import_path(value.func), value.keywords, True
     elif isinstance(value, Lazy):
         target, arguments, partial = value.target, dict(value.arguments), value.partial
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        target, arguments = path_of(type(value)), _fields(value)
+        target = import_path(type(value))  # defaults are recorded too
+        arguments = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
     elif inspect.isclass(value) or inspect.isroutine(value):
-        target, partial = path_of(value), True
+        target, partial = import_path(value), True
     else:
         name = type(value).__name__
         raise UserError(
-            f"{where}: a run keeps what its parts are made from, and a {name} that is made already "
-            f"does not tell; hand in dp.lazy({name}, ...) with its arguments"
+            f"{where}: a run records the arguments of its parts, and those of this {name} are not "
+            f"known; pass dp.lazy({name}, ...) with its arguments"
         )
-    said = {name: plain(each, f"{where}.{name}") for name, each in arguments.items()}
-    return {"_target_": target, **({"_partial_": True} if partial else {}), **said}
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """The arguments that a dataclass's object was made with: a run keeps its defaults, too."""
-    return {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
+    node = {name: plain(each, f"{where}.{name}") for name, each in arguments.items()}
+    return {"_target_": target, **({"_partial_": True} if partial else {}), **node}
 
 
 class Experiment:
-    """What is trained, and how it is measured: the sections of an experiment's YAML.
+    """What is trained and how it is evaluated: the sections of an experiment's YAML.
 
     Args:
         name: of the experiment; its run lies in runs/NAME.
-        base: the experiment whose sections stand where none is given; one of ours, or a YAML file.
+        base: an experiment or YAML file, for the sections that are not given.
         changes: dotted key to value, over everything.
-        sections: data, network, objective, ... (docs/python.md): `lazy(...)`, an object of a
-            dataclass such as `training.ema.EMA`, or a mapping of what differs from the base.
+        sections: data, network, objective, ... (docs/python.md): `lazy(...)`, an instance of a
+            dataclass such as `training.ema.EMA`, or a mapping that is merged into the base.
 
     Raises:
-        UserError: everything that does not fit, a line each.
+        UserError: everything that is wrong, a line each.
     """
 
     def __init__(
@@ -168,10 +161,10 @@ class Experiment:
 
     @classmethod
     def of(cls, read: config.Config) -> Experiment:
-        """An experiment that is read already.
+        """An experiment of a configuration.
 
         Raises:
-            UserError: everything that does not fit, a line each.
+            UserError: everything that is wrong, a line each.
         """
         made = cls.__new__(cls)
         made.config = _checked(read)
@@ -184,7 +177,7 @@ class Experiment:
 
     @property
     def yaml(self) -> str:
-        """The resolved experiment, as its run keeps it."""
+        """The resolved experiment, as its run records it."""
         return config.dump(self.config)
 
     def replace(self, changes: Changes | None = None, **sections: Any) -> Experiment:
@@ -192,22 +185,22 @@ class Experiment:
 
         Args:
             changes: dotted key to value, such as {"optimizer.lr": 1e-4}.
-            sections: as for `Experiment`; `lazy(...)` and objects take the place of the whole
-                section, a mapping is merged into it.
+            sections: as for `Experiment`; `lazy(...)` and objects replace the whole section, a
+                mapping is merged into it.
 
         Raises:
-            UserError: everything that does not fit, a line each.
+            UserError: everything that is wrong, a line each.
         """
         return Experiment.of(_changed(self.config, changes, sections))
 
     def lightning(self) -> tuple[DiffusionModule, RunData]:
-        """The LightningModule and its data, for a Trainer of one's own; see docs/python.md."""
+        """The LightningModule and LightningDataModule, for your own Trainer; see docs/python.md."""
         from diffusion_pl.commands import train as command
         from diffusion_pl.training import run, run_data
 
-        # No weights of Inception are fetched for what is not measured.
-        seen = lazy("diffusion_pl.metrics.extractors.load", name="pixels")
-        built = command.build(self.replace(features=seen).config)
+        # Nothing is evaluated, so Inception's weights are not downloaded.
+        features = lazy("diffusion_pl.metrics.extractors.load", name="pixels")
+        built = command.build(self.replace(features=features).config)
         data = run_data.RunData(built.data, built.settings, built.network, built.seed)
         return run.make_module(built), data
 
@@ -224,7 +217,7 @@ def experiment(
         name_or_yaml: a name, such as "quickstart"; the path of a YAML file; or YAML text of more
             than a line.
         changes: dotted key to value, such as {"optimizer.lr": 1e-4}.
-        allow: what a file that others may have made is trusted with, by name.
+        allow: packages, addresses or files to trust in a file that others may have written.
 
     Raises:
         UserError: everything that is wrong, a line each.
@@ -237,9 +230,9 @@ def experiment(
 def _changed(
     read: config.Config, changes: Changes | None, sections: Mapping[str, Any]
 ) -> config.Config:
-    """A configuration with sections, and over them single values."""
-    said = {name: plain(value, name) for name, value in {**sections, **(changes or {})}.items()}
-    return config.replaced(read, said, PYTHON)
+    """A configuration with replaced sections, and over them single values."""
+    values = {name: plain(value, name) for name, value in {**sections, **(changes or {})}.items()}
+    return config.replaced(read, values, PYTHON)
 
 
 def _checked(read: config.Config) -> config.Config:
@@ -257,49 +250,48 @@ def train(
     start: str | Path | None = None,
     **options: Any,
 ) -> Run:
-    """Train an experiment, or go on where its run stopped; a finished one is opened.
+    """Train an experiment, or resume its run; a finished run is opened.
 
-    A signal stops the run with a checkpoint, and the same call goes on: Ctrl-C then ends in
-    KeyboardInterrupt, any other signal in SystemExit(75). Of a run of several processes all but the
-    first leave by SystemExit when it is done, so that the script goes on once.
+    A signal stops the run with a checkpoint, and the same call resumes it: Ctrl-C raises
+    KeyboardInterrupt, other signals SystemExit(75). With several processes, all but the first exit
+    when training ends, so the rest of a script runs once.
 
     Args:
         exp: an experiment, its name, or a YAML file.
         run: its folder; runs/NAME when not given.
-        callbacks: of Lightning, beside those that the experiment names; the run does not keep them.
-        loggers: the same.
-        start: a run or checkpoint from whose weights a new run starts: fine-tuning.
-        options: further ones of the command `train`: allow, data_changed, fresh_labels,
-            accept_differences.
+        callbacks: of Lightning, beside the experiment's; not recorded in the run.
+        loggers: of Lightning, likewise.
+        start: a run or checkpoint whose weights a new run starts from: fine-tuning.
+        options: of the command `train`: allow, data_changed, fresh_labels, accept_differences.
 
     Raises:
-        UserError: what does not fit, before the first step.
+        UserError: something does not fit; raised before the first step.
     """
     from diffusion_pl.commands import parts
     from diffusion_pl.commands import train as command
 
-    what = exp if isinstance(exp, Experiment) else experiment(exp)
-    folder = Path(run) if run is not None else parts.RUNS / what.name
+    exp = exp if isinstance(exp, Experiment) else experiment(exp)
+    folder = Path(run) if run is not None else parts.RUNS / exp.name
     (chosen,) = grouped("train", {"start": start, **options}, TrainOptions)
     with StopRequest() as stop_request:
         try:
             result = command.train(
-                what.config, folder, stop_request, chosen, callbacks=callbacks, loggers=loggers
+                exp.config, folder, stop_request, chosen, callbacks=callbacks, loggers=loggers
             )
             code = result.code
         except StopError:
             stop_request.mark_before_steps(folder)
             code = RESUMABLE
         stopped = stop_request.name
-    if not command.leads_run(config.build(what.config, "trainer")):
+    if not command.leads_run(config.build(exp.config, "trainer")):
         raise SystemExit(code)
     if code:
         raise KeyboardInterrupt if stopped == "SIGINT" else SystemExit(code)
-    return Run(folder, allow=foreign(what.config))
+    return Run(folder, allow=packages_of(exp.config))
 
 
-def foreign(read: config.Config) -> tuple[str, ...]:
-    """The packages beside this one and torch that a configuration's parts come from."""
+def packages_of(read: config.Config) -> tuple[str, ...]:
+    """The packages other than this one and torch that a configuration's parts come from."""
     leaves = config.leaves(read.tree)
     targets = (str(value) for key, value in leaves if key.rpartition(".")[2] == "_target_")
     tops = {target.partition(".")[0] for target in targets}
@@ -307,16 +299,16 @@ def foreign(read: config.Config) -> tuple[str, ...]:
 
 
 class Run:
-    """A trained run, from its newest checkpoint.
+    """A trained run, opened at its newest checkpoint.
 
     Args:
         path: the run's folder, or a checkpoint file.
         weights: "ema", "denoiser" (raw), or "ema:0.1" for the average of that relative length.
-        allow: packages to trust beside this one: those of your own parts.
+        allow: packages to trust, such as your own.
         changes: dotted key to value, over the run's config.
 
     Raises:
-        UserError: no run there, one that is unfit, or one with parts that are not trusted.
+        UserError: there is no run, it is unfit, or it has parts that are not trusted.
     """
 
     def __init__(
@@ -328,13 +320,13 @@ class Run:
     ) -> None:
         from diffusion_pl.commands import runs
 
-        said = [f"{key}={_word(value)}" for key, value in (changes or {}).items()]
-        self._asked = {"weights": weights, "allow": tuple(allow), "set": tuple(said)}
-        self.model = runs.open_model(Path(path), weights, allow, said)
+        overrides = [f"{k}={json.dumps(plain(v, k))}" for k, v in (changes or {}).items()]
+        self._options = {"weights": weights, "allow": tuple(allow), "set": tuple(overrides)}
+        self.model = runs.open_model(Path(path), weights, allow, overrides)
 
     @classmethod
     def open(cls, path: str | Path, **options: Any) -> Run:
-        """Open a run, as the class does."""
+        """Open a run; arguments as of the class."""
         return cls(path, **options)
 
     @property
@@ -344,27 +336,27 @@ class Run:
 
     @property
     def images_seen(self) -> int:
-        """In training, by the weights that are open."""
+        """Images that the weights were trained on."""
         return self.model.images
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of the classes in order; () where the data had none."""
+        """In order; () where the data had none."""
         return self.model.class_names
 
     @property
     def denoiser(self) -> Denoiser:
-        """D(x; sigma): called (x, sigma, label=...), x of (B, C, H, W), sigma of (B,)."""
+        """D(x, sigma, label=...) with x (B, C, H, W) and sigma (B,)."""
         return self.model.denoiser
 
     def rows(self) -> list[dict[str, Any]]:
-        """What was measured in training, a row a line of metrics.jsonl."""
+        """The rows of metrics.jsonl: what was logged and measured in training."""
         from diffusion_pl.training.history import History
 
         return History(self.folder / "metrics.jsonl").rows()
 
     def checkpoints(self) -> list[Path]:
-        """The run's checkpoints, the oldest first."""
+        """The run's checkpoints, oldest first."""
         from diffusion_pl.training import checkpoint
 
         return checkpoint.found(self.folder / "checkpoints")
@@ -381,12 +373,12 @@ class Run:
         """Sample images; image i depends on (seed, i) alone.
 
         Args:
-            count: of images.
-            label: the class of every image, its name or index; drawn for each otherwise.
+            count: number of images.
+            label: the class of every image, its name or index; uniform when not given.
             first: index of the first image.
-            batch_size: images at a time; changes no image.
-            options: those of the command `sample`: sampler, steps, seed, guidance,
-                guidance_interval, guide, device.
+            batch_size: images per batch; changes no image.
+            options: of the command `sample`: sampler, steps, seed, guidance, guidance_interval,
+                guide, device.
 
         Returns:
             uint8 (count, C, H, W) on the CPU.
@@ -411,33 +403,33 @@ class Run:
         blocks: int = 1,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """Measure the run; the rows are kept in its folder too.
+        """Evaluate the run; the rows are also written to its folder.
 
         Args:
-            count: of images; the experiment's when not given.
+            count: number of images; the experiment's when not given.
             metrics: frechet, spatial, score, kernel, precision_recall, density_coverage, or all;
                 the experiment's when not given.
-            blocks: disjoint blocks of images: mean, least, spread.
-            options: further ones of the command `evaluate`: reference, features, sampler, steps,
-                seed, guidance, device, ...
+            blocks: number of disjoint blocks of images; gives mean, minimum and range.
+            options: of the command `evaluate`: reference, features, sampler, steps, seed, guidance,
+                device, ...
 
         Returns:
-            A row a number, with all that it depends on.
+            One row for each number, with all that it depends on.
 
         Raises:
             UserError: a setting that does not fit the run.
         """
         from diffusion_pl.commands import evaluate, runs
 
-        given = {**self._asked, "count": count, "metrics": metrics, **options}
-        how, of_run, wanted, features = grouped(
+        given = {**self._options, "count": count, "metrics": metrics, **options}
+        sampling, run_options, metric_options, features = grouped(
             "evaluate", given, SamplerOptions, RunOptions, MetricOptions, FeatureOptions
         )
-        generator, _ = runs.make_generator(self.model, how, of_run)
+        generator, _ = runs.make_generator(self.model, sampling, run_options)
         opened = runs.OpenedRun(self.folder, self.model, generator)
-        rows: list[dict[str, Any]] = evaluate.measured(opened, blocks, of_run, wanted, features)[
-            "measures"
-        ]
+        rows: list[dict[str, Any]] = evaluate.measured(
+            opened, blocks, run_options, metric_options, features
+        )["measures"]
         return rows
 
     def enlarge(
@@ -450,15 +442,15 @@ class Run:
         label: int | str | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """Super-resolution: sample larger images that agree with the given ones.
+        """Super-resolution: sample larger images that are consistent with the given ones.
 
         Args:
             images: uint8 (N, 3, h, w).
             to: longer side of the result in pixels; the run's when not given.
-            restart: sigma to begin from; half the factor when not given.
-            consistent: made smaller again, the result is the image.
+            restart: sigma to restart from at each size; half the factor when not given.
+            consistent: make the result, downsampled, equal the image.
             label: the class of every image, its name or index.
-            options: those of the command `enlarge`: sampler, steps, seed, device, ...
+            options: of the command `enlarge`: sampler, steps, seed, device, ...
 
         Returns:
             uint8 (N, 3, H, W) on the CPU.
@@ -489,13 +481,8 @@ class Run:
         """What samples images from the run, by the options of a command."""
         from diffusion_pl.commands import runs
 
-        how, options = grouped(command, {**self._asked, **given}, SamplerOptions, RunOptions)
-        return runs.make_generator(self.model, how, options, label)[0]
+        sampling, options = grouped(command, {**self._options, **given}, SamplerOptions, RunOptions)
+        return runs.make_generator(self.model, sampling, options, label)[0]
 
     def __repr__(self) -> str:
         return f"<Run {self.folder}, {self.images_seen:,} images>"
-
-
-def _word(value: Any) -> str:
-    """A value as an override writes it."""
-    return json.dumps(plain(value, "changes"))

@@ -13,7 +13,7 @@ MUTANTS = [
         ("isinstance(value, functools.partial) and not value.args", "False"),
         (" and not value.args", ""),
         ('**({"_partial_": True} if partial else {})', "**{}"),
-        ("if each.init}", "if not each.init}"),
+        ("if f.init}", "if not f.init}"),
         ('sorted(tops - {"diffusion_pl", "torch"})', "()"),
         ("raise KeyboardInterrupt if", "raise SystemExit(0) if"),
         ("range(first, first + count)", "range(count)"),
