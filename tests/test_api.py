@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import signal
@@ -97,7 +98,7 @@ def test_a_run_by_name_is_the_command_s(tmp_path, monkeypatch, capsys):
     """Same config, same bits: the function and the command are one."""
     monkeypatch.chdir(tmp_path)
     run = dp.train(dp.experiment("quickstart", TINY), "runs/a")
-    words = [f"{key}={api._word(value)}" for key, value in TINY.items()]
+    words = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
     assert main(["train", "quickstart", *words, "--run", "runs/b"]) == 0
     other = dp.Run("runs/b")
     assert run.images_seen == other.images_seen == 64
@@ -153,7 +154,7 @@ def test_a_mistake_of_the_user_s_own_class_keeps_its_traceback(tmp_path, monkeyp
     )
     monkeypatch.chdir(tmp_path)
     small = {key: value for key, value in TINY.items() if not key.startswith("network")}
-    words = [f"{key}={api._word(value)}" for key, value in small.items()]
+    words = [f"{key}={json.dumps(value)}" for key, value in small.items()]
     net = ["network._target_=mynets.Net"]
     with pytest.raises(ValueError, match="of the user") as caught:
         main(["train", "quickstart", *words, *net])
@@ -202,7 +203,7 @@ class Same:
     [
         (nn.Conv2d(3, 3, 1), "dp.lazy(Conv2d"),
         (type("Local", (nn.Module,), {"__qualname__": "f.<locals>.Local"}), "cannot be imported"),
-        (type("Main", (nn.Module,), {"__module__": "__main__"}), "module of its own"),
+        (type("Main", (nn.Module,), {"__module__": "__main__"}), "move it to a module"),
         (type("Same", (nn.Module,), {}), "another object"),
         (lambda: None, "cannot be imported"),
         (functools.partial(heun, 1), "dp.lazy(partial"),
