@@ -87,7 +87,7 @@ def ours(data: Synthetic) -> float:
         config={},
         seed=0,
         settings=TrainerConfig(
-            images=images,
+            total_images=images,
             checkpoint_every=images,
             log_every=50 * BATCH,
             accelerator="cpu",

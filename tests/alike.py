@@ -50,7 +50,7 @@ def _find(rank, ranks, folder):
             "config": agree(alike | ({"optimizer.lr": "0.01"} if rank == 2 else {})),
             "data": agree(alike | {"training_data.count": "20" if rank else "40"}),
             "checkpoint": agree(alike | ({"start.checkpoint": "8 cd"} if rank == 1 else {})),
-            "absent": agree(alike if rank else alike | {"trainer.clip": "1"}),
+            "absent": agree(alike if rank else alike | {"trainer.grad_clip": "1"}),
             "much": agree(alike | more),
             "shared": said(lambda: sameness.share_folder(run, token, device)),
         }

@@ -48,7 +48,8 @@ sampler: {steps: 1}
 features: {name: shapes}
 evaluation: {every: 16, count: 12, batch_size: 12, grid: 1}
 trainer:
-  {images: 32, checkpoint_every: 16, log_every: 16, keep: 1, accelerator: cpu, precision: fp32}
+  {total_images: 32, checkpoint_every: 16, log_every: 16, keep: 1, accelerator: cpu,
+   precision: fp32}
 """
 )
 

@@ -51,11 +51,11 @@ features: {name: shapes}
 evaluation: {every: 48, count: 40, batch_size: 16, grid: 9}
 lr_schedule: {warmup: 40}
 trainer:
-  images: 96
+  total_images: 96
   checkpoint_every: 32
   log_every: 24
   label_dropout: 0.2
-  clip: 1.0
+  grad_clip: 1.0
   accelerator: cpu
   precision: fp32
   loggers: []

@@ -114,7 +114,7 @@ def config_of_a_package_that_is_not_there(place):
     return written("defaults: tiny\nnetwork: {_target_: nowhere.Network}\n")
 
 
-@case("SET: trainer.imagse", "did you mean 'images'")
+@case("SET: trainer.imagse", "did you mean 'total_images'")
 def setting_misspelt(place):
     return [*CHECK, "trainer.imagse=3"]
 
@@ -149,9 +149,9 @@ def learning_rate_below_zero(place):
     return [*CHECK, "optimizer.lr=-1.0"]
 
 
-@case("trainer", "images must be at least 1 (got -1)")
+@case("trainer", "total_images must be at least 1 (got -1)")
 def budget_below_zero(place):
-    return [*CHECK, "trainer.images=-1"]
+    return [*CHECK, "trainer.total_images=-1"]
 
 
 @case("network", "cannot be built from these values (RuntimeError")

@@ -227,7 +227,7 @@ MUTANTS = [
         ("uniform[:, 1] < self", "uniform[:, 1] > self"),
         ('passed.sum() / len(batch["image"])', "passed.mean()"),
         ("resolution**2", "resolution"),
-        ("nn.utils.clip_grads_with_norm_(trained, self.settings.clip, norm)", "pass"),
+        ("nn.utils.clip_grads_with_norm_(trained, self.settings.grad_clip, norm)", "pass"),
         ("if not torch.isfinite(value):", "if False:"),
         ("            update(decay)", "            abs(decay)"),
     ),

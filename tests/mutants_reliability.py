@@ -65,8 +65,8 @@ MUTANTS = [
         ("self.totals.restore(checkpoint", "str(checkpoint"),
         ("            norm = norm / scaler.get_scale()", "            pass"),
         ('self.refuse_non_finite("gradient\'s norm", norm)', "pass"),
-        ("nn.utils.clip_grads_with_norm_(trained, self.settings.clip, norm)",
-         "nn.utils.clip_grads_with_norm_(trained, self.settings.clip, 2 * norm)"),
+        ("nn.utils.clip_grads_with_norm_(trained, self.settings.grad_clip, norm)",
+         "nn.utils.clip_grads_with_norm_(trained, self.settings.grad_clip, 2 * norm)"),
         ('self.refuse_non_finite("loss", loss.detach())', "pass"),
     ),
     *at(

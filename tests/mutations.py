@@ -273,7 +273,7 @@ network:
   dropout: 1.3e-1
 data: {name: shapes, rate: 1e-4, side: 16, many: &many [1, 2], more: *many, b: {8: null}}
 """
-    (folder / "base.yaml").write_text("seed: 0\ntrainer: {images: 10}\n")
+    (folder / "base.yaml").write_text("seed: 0\ntrainer: {total_images: 10}\n")
     seeds = {"experiment": text.encode(), "child": b"defaults: base\n" + text.encode()}
 
     def read(data: bytes, _: str) -> Any:

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 TINY = {
-    "trainer.images": 64,
+    "trainer.total_images": 64,
     "trainer.checkpoint_every": 32,
     "trainer.log_every": 32,
     "lr_schedule.warmup": 0,
@@ -113,7 +113,7 @@ def test_a_run_by_name_is_the_command_s(tmp_path, monkeypatch, capsys):
     assert [path.stem for path in run.checkpoints()] == ["000000000032", "000000000064"]
     # A finished run is opened, one with a larger budget goes on.
     assert dp.train(dp.experiment("quickstart", TINY), "runs/a").images_seen == 64
-    longer = dp.train(dp.experiment("quickstart", {**TINY, "trainer.images": 96}), "runs/a")
+    longer = dp.train(dp.experiment("quickstart", {**TINY, "trainer.total_images": 96}), "runs/a")
     assert longer.images_seen == 96
 
 
@@ -246,12 +246,12 @@ def test_objects_are_kept_by_what_they_are_made_from():
 
 def test_replacing_takes_whole_sections_and_merges_dictionaries():
     exp = dp.experiment("quickstart")
-    merged = exp.replace({"optimizer.lr": 1e-4}, trainer={"images": 5})
+    merged = exp.replace({"optimizer.lr": 1e-4}, trainer={"total_images": 5})
     assert merged.config.get("optimizer.lr") == 1e-4
     assert merged.config.get("optimizer.betas") == [0.9, 0.95]
-    assert merged.config.get("trainer.images") == 5
+    assert merged.config.get("trainer.total_images") == 5
     assert merged.config.get("lr_schedule.warmup") == 2_000
-    assert exp.config.get("trainer.images") == 56_000  # the first one is as it was
+    assert exp.config.get("trainer.total_images") == 56_000  # the first one is as it was
     whole = exp.replace(ema=EMA(half_life=9))
     assert whole.config.get("ema.half_life") == 9
     assert whole.config.get("ema.ramp_up") == EMA(9).ramp_up != exp.config.get("ema.ramp_up")

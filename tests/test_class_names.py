@@ -20,7 +20,7 @@ EXPERIMENT = (
     TINY.replace("diffusion_pl.data.synthetic.Synthetic, count: 40", "diffusion_pl.data.X, path: d")
     .replace("classes: 8", "classes: 3")
     .replace("batch_size: 8\nnetwork", "batch_size: 6\nnetwork")
-    .replace("images: 16, checkpoint_every: 16", "images: 12, checkpoint_every: 12")
+    .replace("total_images: 16, checkpoint_every: 16", "total_images: 12, checkpoint_every: 12")
 )
 
 

@@ -40,7 +40,7 @@ ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20}
 sampler: {steps: 3}
 features: {name: shapes}
 evaluation: {every: 16, count: 20, batch_size: 10, grid: 9}
-trainer: {images: 32, checkpoint_every: 8, log_every: 8, accelerator: cpu, precision: fp32,
+trainer: {total_images: 32, checkpoint_every: 8, log_every: 8, accelerator: cpu, precision: fp32,
   label_dropout: 0.1}
 """
 
@@ -252,7 +252,7 @@ def test_experiments_are_listed_with_their_first_line(run):
     [
         (["train", "tinny"], "tiny"),
         (["check", "tiny", "objective.P_sdt=1"], "did you mean 'P_std'?"),
-        (["check", "tiny", "trainer.images=many"], "trainer.images"),
+        (["check", "tiny", "trainer.total_images=many"], "trainer.total_images"),
         (["check", "tiny", "optimzer.lr=1"], "optimizer"),
         (["check", "tiny", "data.batch_size=7", "trainer.devices=2"], "use 6 or 8"),
         (["check", "tiny", "network.resolution=15"], "must be multiples of 2"),

@@ -21,7 +21,7 @@ optimizer: {{lr: 1e-12}}
 ema: {{_target_: diffusion_pl.training.ema.EMA, half_life: 8}}
 features: {{name: shapes}}
 evaluation: {{every: 1000, count: 8, metrics: []}}
-trainer: {{images: 8, checkpoint_every: 8, log_every: 8, accelerator: cpu, precision: fp32,
+trainer: {{total_images: 8, checkpoint_every: 8, log_every: 8, accelerator: cpu, precision: fp32,
   loggers: []}}
 """
 GREYS = (100, 160)

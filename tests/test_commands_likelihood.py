@@ -67,7 +67,7 @@ ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20}
 sampler: {steps: 18, schedule: {sigma_min: 0.02, sigma_max: 15.0}}
 features: {name: shapes}
 evaluation: {every: 1000, count: 4, batch_size: 4, grid: 4, metrics: []}
-trainer: {images: 8, checkpoint_every: 8, log_every: 8, accelerator: cpu, precision: fp32,
+trainer: {total_images: 8, checkpoint_every: 8, log_every: 8, accelerator: cpu, precision: fp32,
   loggers: []}
 """
 

@@ -51,7 +51,7 @@ sampler:
   unit_start: true
 features: {name: shapes}
 evaluation: {every: 1000, count: 8, batch_size: 8, grid: 4, metrics: []}
-trainer: {images: 16, checkpoint_every: 16, log_every: 16, accelerator: cpu, precision: fp32,
+trainer: {total_images: 16, checkpoint_every: 16, log_every: 16, accelerator: cpu, precision: fp32,
   loggers: [], label_dropout: 0.2}
 """
 
@@ -64,7 +64,9 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(["train", "tiny"]) == 0
-        assert main(["train", "tiny", "seed=1", "trainer.images=8", "--run", "runs/weak"]) == 0
+        assert (
+            main(["train", "tiny", "seed=1", "trainer.total_images=8", "--run", "runs/weak"]) == 0
+        )
     return folder
 
 
@@ -260,7 +262,7 @@ def test_an_imported_run_is_fine_tuned_from_its_weights(run, parity):
     assert code == 0, err
     data = [
         "data.dataset._target_=diffusion_pl.data.synthetic.Synthetic", "data.dataset.count=16",
-        "data.dataset.resolution=16", "trainer.images=8", "evaluation.metrics=[]",
+        "data.dataset.resolution=16", "trainer.total_images=8", "evaluation.metrics=[]",
         "evaluation.count=2", "sampler.steps=2", "features.name=shapes", "trainer.accelerator=cpu",
         "trainer.loggers=[]", "optimizer.lr=1e-12",
     ]  # fmt: skip
@@ -288,7 +290,7 @@ def test_hos_converted_weights_become_a_run(run):
 
 
 def test_fine_tuning_starts_network_and_average_at_the_others_average(run, capsys):
-    words = ["train", "tiny", "trainer.images=8", "optimizer.lr=1e-12"]
+    words = ["train", "tiny", "trainer.total_images=8", "optimizer.lr=1e-12"]
     assert main([*words, "--from", "runs/tiny", "--run", "runs/tuned2"]) == 0
     wanted, found = weights("runs/tiny"), weights("runs/tuned2")
     for key, value in wanted.items():

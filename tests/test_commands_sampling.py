@@ -43,7 +43,7 @@ number = 3
 def home(tmp_path_factory):
     """A run whose labels were dropped, and one of the same whose were not."""
     folder = tmp_path_factory.mktemp("home")
-    plain = ("trainer.label_dropout=0", "trainer.images=8", "--run", "runs/plain")
+    plain = ("trainer.label_dropout=0", "trainer.total_images=8", "--run", "runs/plain")
     homes.trained(folder, TINY, plain)
     (folder / "my_samplers.py").write_text(OWN)
     return folder

@@ -40,10 +40,13 @@ def said(tmp_path, monkeypatch, capsys):
         ("data.sizes=[None, 1]", "SET: data.sizes: None is a word to YAML"),
         ("augment=abc", "SET: augment: must be null or a node with _target_ (got 'abc')"),
         ("optimizer=abc", "SET: optimizer: must be a node with _target_ (got 'abc')"),
-        ("trainer.images=010", "SET: trainer.images: 010 is 8 to YAML, as octal; write 10, or"),
-        ("trainer.images=-0017", "-0017 is -15 to YAML, as octal; write -017, or '-0017'"),
+        (
+            "trainer.total_images=010",
+            "SET: trainer.total_images: 010 is 8 to YAML, as octal; write 10, or",
+        ),
+        ("trainer.total_images=-0017", "-0017 is -15 to YAML, as octal; write -017, or '-0017'"),
         ("sampler.levels=[16, 032]", "SET: sampler.levels: 032 is 26 to YAML"),
-        ("trainer.images=1:30", "1:30 is a number to base 60 to YAML; write it out"),
+        ("trainer.total_images=1:30", "1:30 is a number to base 60 to YAML; write it out"),
         (
             "data.resolution_weights={16:1}",
             "SET: data.resolution_weights: '16:1' is one word to YAML; write a space, 16:",
@@ -53,7 +56,7 @@ def said(tmp_path, monkeypatch, capsys):
         ("lr=abc", "SET: lr: unknown section; did you mean 'optimizer.lr'?"),
         ("steps=9", "SET: steps: unknown section; did you mean 'sampler.steps'?"),
         ("evaluation.guidance_interval=[-inf, 1]", "guidance_interval.0: must be finite"),
-        ("trainer.clip=inf", "trainer.clip: must be finite (got inf)"),
+        ("trainer.grad_clip=inf", "trainer.grad_clip: must be finite (got inf)"),
         ("evaluation.guidance_interval=[0, .nan]", "guidance_interval.1: must be finite"),
         ("data.dataset.path=~nobody-at-all/x", "~nobody-at-all is nobody's home here"),
     ],
@@ -65,10 +68,10 @@ def test_what_was_typed_gets_a_sentence(said, typed: str, says: str) -> None:
 
 
 def test_every_wrong_word_is_told_at_once(said) -> None:
-    code, err = said("foo=", "trainer.images=010", "optimzer.lr=1", "seed=1")
+    code, err = said("foo=", "trainer.total_images=010", "optimzer.lr=1", "seed=1")
     assert code == 2
     assert [line.split(": ")[1] for line in err.removeprefix("error: ").splitlines()] == [
-        "foo", "trainer.images", "optimzer.lr",
+        "foo", "trainer.total_images", "optimzer.lr",
     ]  # fmt: skip
 
 
@@ -135,7 +138,7 @@ def test_an_experiment_may_lie_anywhere_over_one_of_ours(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "far").mkdir()
     own = tmp_path / "far" / "mine.yaml"
-    own.write_text("defaults: quickstart\ntrainer: {images: 1600}\n")
+    own.write_text("defaults: quickstart\ntrainer: {total_images: 1600}\n")
     assert main(["check", str(own)]) == 0
     assert "1,600 images = 100 steps" in capsys.readouterr().out
     loaded = config.load(own)

@@ -53,7 +53,7 @@ def module(name="song", *, dropout=0.3, seed=0, **settings):
         EDM(),
         partial(torch.optim.Adam, lr=1e-3),
         EMA(10),
-        TrainerConfig(images=1, checkpoint_every=1, **settings),
+        TrainerConfig(total_images=1, checkpoint_every=1, **settings),
         batch_size=8,
         resolution=16,
         seed=seed,
@@ -205,7 +205,7 @@ class Foreign(nn.Module):
 
 def test_other_dropout_is_drawn_anew_for_every_step_and_the_same_when_a_step_is_made_again():
     torch.manual_seed(0)
-    settings = TrainerConfig(images=1, checkpoint_every=1)
+    settings = TrainerConfig(total_images=1, checkpoint_every=1)
     made = DiffusionModule(
         Foreign(), EDM(), partial(torch.optim.Adam, lr=1e-3), EMA(10), settings,
         batch_size=8, resolution=16,

@@ -52,7 +52,7 @@ sampler:
   restart: [0.5, 0.25]
 features: {name: shapes}
 evaluation: {every: 1000, count: 8, batch_size: 8, grid: 4, metrics: []}
-trainer: {images: 16, checkpoint_every: 16, log_every: 16, accelerator: cpu, precision: fp32,
+trainer: {total_images: 16, checkpoint_every: 16, log_every: 16, accelerator: cpu, precision: fp32,
   loggers: []}
 """
 # 20 timesteps, then those from 0.5 T = 10 and 0.25 T = 5 on.
@@ -219,7 +219,7 @@ def test_export_says_what_the_base_is(run, tmp_path):
     words = (
         "network.position_frequencies=0",
         "sampler.base.integrate.variance=large",
-        "trainer.images=8",
+        "trainer.total_images=8",
     )
     code, _, err = run("train", "tiny", *words, "--run", "runs/plain")
     assert code == 0, err

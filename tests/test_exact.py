@@ -136,7 +136,7 @@ def test_an_evaluation_stops_on_all_ranks_whoever_was_told(place):
 def test_the_batch_is_the_same_however_it_is_spread(place):
     # Rounding alone differs: with a rate that Adam cannot blow up, 1e-6 after 100 steps.
     write(place)
-    common = ["trainer.images=800", "network.dropout=0.0", "optimizer.lr=1e-4",
+    common = ["trainer.total_images=800", "network.dropout=0.0", "optimizer.lr=1e-4",
               "optimizer.eps=1e-3", "evaluation.every=100000", "trainer.checkpoint_every=400",
               "trainer.keep=3", "ema.posthoc_every=800", "evaluation.count=32"]  # fmt: skip
     spread = {

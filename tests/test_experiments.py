@@ -66,7 +66,7 @@ def test_its_budget_divides_into_whole_batches_on_the_published_devices(name):
     batch_size = experiment.get("data.batch_size")
     assert settings.share_size(batch_size, 1) > 0
     assert settings.share_size(batch_size, 2) > 0
-    assert settings.images % batch_size == 0
+    assert settings.total_images % batch_size == 0
 
 
 def shrink(node):
@@ -163,7 +163,7 @@ def test_the_papers_settings_are_the_published_ones():
     published = [
         (edm, "data.batch_size", 512),
         (edm, "optimizer.lr", 1e-3),
-        (edm, "trainer.images", 200_000_000),
+        (edm, "trainer.total_images", 200_000_000),
         (edm, "lr_schedule.warmup", 10_000_000),
         (edm, "ema.half_life", 500_000),
         (edm, "network.dropout", 0.13),
@@ -171,9 +171,9 @@ def test_the_papers_settings_are_the_published_ones():
         (edm, "sampler.steps", 18),
         (ddpm, "data.batch_size", 128),
         (ddpm, "optimizer.lr", 2e-4),
-        (ddpm, "trainer.images", 800_000 * 128),
+        (ddpm, "trainer.total_images", 800_000 * 128),
         (ddpm, "lr_schedule.warmup", 5_000 * 128),
-        (ddpm, "trainer.clip", 1.0),
+        (ddpm, "trainer.grad_clip", 1.0),
         (ddpm, "network.dropout", 0.1),
         (ddpm, "sampler.steps", 1000),
         (ddpm, "data.hflip", True),

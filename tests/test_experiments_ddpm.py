@@ -39,9 +39,9 @@ def test_the_large_images_are_trained_as_published(name, steps, hflip):
         "data.hflip": hflip,
         "network.dropout": 0.0,
         "optimizer.lr": 2e-5,
-        "trainer.images": steps * 64,
+        "trainer.total_images": steps * 64,
         "lr_schedule.warmup": 5_000 * 64,
-        "trainer.clip": 1.0,
+        "trainer.grad_clip": 1.0,
         "sampler.steps": 1000,
         "sampler.integrate.variance": "small",
         "objective.T": 1000,
@@ -80,7 +80,7 @@ def test_improved_ddpm_is_trained_as_published_and_sampled_on_its_own_table(name
         "network.blocks": 3,
         "network.dropout": dropout,
         "optimizer.lr": 1e-4,
-        "trainer.images": steps * 128,
+        "trainer.total_images": steps * 128,
         "objective.T": 1000 if "1000" in name else 4000,
     }
     assert {key: experiment.get(key) for key in published} == published

@@ -63,9 +63,9 @@ def test_each_letter_changes_only_its_own_sections(kind):
 def test_config_a_is_the_published_baseline_and_b_on_are_edms(kind):
     published = {
         "a": {"data.batch_size": 128, "optimizer.lr": 2e-4, "lr_schedule.warmup": 640_000,
-              "trainer.clip": 1.0, "network.dropout": 0.1},
+              "trainer.grad_clip": 1.0, "network.dropout": 0.1},
         "b": {"data.batch_size": 512, "optimizer.lr": 1e-3, "lr_schedule.warmup": 10_000_000,
-              "trainer.clip": None, "network.dropout": 0.13, "ema.half_life": 500_000,
+              "trainer.grad_clip": None, "network.dropout": 0.13, "ema.half_life": 500_000,
               "ema.ramp_up": 0.05},
     }  # fmt: skip
     for letter, settings in published.items():
@@ -104,7 +104,7 @@ def test_the_64_pixel_runs_have_the_published_settings():
                            "sampler.integrate.S_noise": 1.003, "network.dropout": 0.1},
         # Karras 2024, Table 6, and the released preset edm2-img64-s.
         "imagenet64_edm2": {"data.batch_size": 2048, "optimizer.lr": 1e-2, "network.dropout": 0.0,
-                            "optimizer.betas": [0.9, 0.99], "trainer.images": 1024 << 20,
+                            "optimizer.betas": [0.9, 0.99], "trainer.total_images": 1024 << 20,
                             "lr_schedule.decay_from": 35_000 * 2048,
                             "lr_schedule.warmup": 10_000_000,
                             "objective.P_mean": -0.8, "objective.P_std": 1.6, "sampler.steps": 32},

@@ -22,7 +22,9 @@ def listed(tmp_path, monkeypatch, capsys):
 
 def own():
     config.EXPERIMENTS.mkdir()
-    (config.EXPERIMENTS / "flowers.yaml").write_text("# Flowers at 64 px\ntrainer: {images: 1}\n")
+    (config.EXPERIMENTS / "flowers.yaml").write_text(
+        "# Flowers at 64 px\ntrainer: {total_images: 1}\n"
+    )
 
 
 def test_ones_own_are_listed_and_the_others_counted(listed):

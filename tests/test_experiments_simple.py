@@ -37,7 +37,7 @@ def test_the_settings_are_the_known_ones(resolution, network, batch_size, near):
         "optimizer.betas": [0.9, 0.99],
         "optimizer.eps": 1e-12,
         "lr_schedule.warmup": 10_000 * batch_size,
-        "trainer.clip": 1.0,
+        "trainer.grad_clip": 1.0,
         "sampler.steps": 512,
         "sampler.clip": True,
     }

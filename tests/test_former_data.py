@@ -28,7 +28,8 @@ ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20}
 features: {name: pixels}
 evaluation: {every: 16, count: 4, batch_size: 4, grid: 4, metrics: []}
 sampler: {steps: 2}
-trainer: {images: 16, checkpoint_every: 8, log_every: 8, accelerator: cpu, devices: 1, loggers: []}
+trainer: {total_images: 16, checkpoint_every: 8, log_every: 8, accelerator: cpu, devices: 1,
+  loggers: []}
 """
 FORMER = f"""defaults: base
 data:

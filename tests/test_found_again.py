@@ -287,7 +287,7 @@ def test_a_run_that_cannot_be_written_is_measured_all_the_same(run, monkeypatch)
 def test_the_best_checkpoint_by_a_number_stays(every, tmp_path, monkeypatch, capsys):
     words = (
         "trainer.loggers=[tensorboard]", "trainer.keep_best=fd",
-        "trainer.images=48", f"trainer.checkpoint_every={every}", "trainer.keep=1",
+        "trainer.total_images=48", f"trainer.checkpoint_every={every}", "trainer.keep=1",
         "evaluation.every=8",
         "evaluation.count=12", "evaluation.metrics=[{_target_: "
         "diffusion_pl.metrics.frechet.Frechet}]", "--run", "runs/best",

@@ -31,7 +31,7 @@ UVIT = """network:
   activation_checkpointing: true
 """
 # With this rate and eps Adam does not blow rounding up; see test_exact.py.
-GENTLE = ["trainer.images=480", "optimizer.lr=1e-4", "optimizer.eps=1e-3", "trainer.keep=5",
+GENTLE = ["trainer.total_images=480", "optimizer.lr=1e-4", "optimizer.eps=1e-3", "trainer.keep=5",
           "trainer.checkpoint_every=120", "ema.posthoc_every=480", "evaluation.every=100000",
           "evaluation.count=32"]  # fmt: skip
 
@@ -156,10 +156,10 @@ def test_a_run_goes_from_ddp_to_fsdp_to_one_process(large):
     checkpoints.point_to(run / "checkpoints" / "000000000240.ckpt")
     history = History(run / "metrics.jsonl")
     history.rewind(240)
-    allow(place, "change", images=360)  # the budget is not free to change
-    half = [*words, FSDP, "trainer.images=360"]
+    allow(place, "change", total_images=360)  # the budget is not free to change
+    half = [*words, FSDP, "trainer.total_images=360"]
     assert train(place, "change", *half, ranks=2).codes == [0, 0]
     assert int(newest(place, "change").stem) == 360
-    allow(place, "change", images=480)
+    allow(place, "change", total_images=480)
     assert train(place, "change", *words).codes == [0]
     near(left(place, "ddp")[0]["state_dict"], left(place, "change")[0]["state_dict"])

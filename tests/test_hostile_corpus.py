@@ -35,7 +35,7 @@ objective: {_target_: diffusion_pl.objectives.edm.EDM}
 ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 20}
 sampler: {steps: 3}
 features: {name: shapes}
-trainer: {images: 32, checkpoint_every: 8, accelerator: cpu, precision: fp32}
+trainer: {total_images: 32, checkpoint_every: 8, accelerator: cpu, precision: fp32}
 """
 
 

@@ -115,7 +115,7 @@ def test_an_imported_network_samples_is_tuned_and_guides(capsys):
     assert main(["sample", "runs/mine", *guided, "--guide", "runs/mine"]) == 0
     assert json.loads(capsys.readouterr().out)["evaluations"] == 6
     prepared.fill(Path("photos"), prepared.files(8, 8, 8))
-    settings = ["data.dataset.path=photos", "data.batch_size=4", "trainer.images=8",
+    settings = ["data.dataset.path=photos", "data.batch_size=4", "trainer.total_images=8",
                 "trainer.checkpoint_every=8", "trainer.accelerator=cpu", "trainer.loggers=[]",
                 "features.name=shapes", "evaluation.metrics=[]", "evaluation.count=2",
                 "sampler.steps=2"]  # fmt: skip

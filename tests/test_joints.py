@@ -61,7 +61,7 @@ def test_labels_are_dropped_by_numbers_that_the_augmentation_does_not_see():
     augment = Recorded()
     made = DiffusionModule(
         Passing(), EDM(), partial(torch.optim.Adam, lr=1e-3), EMA(10),
-        TrainerConfig(images=1, checkpoint_every=1, label_dropout=0.5),
+        TrainerConfig(total_images=1, checkpoint_every=1, label_dropout=0.5),
         batch_size=2048, resolution=4, classes=4, augment=augment,
     )  # fmt: skip
     label = torch.zeros(2048, dtype=torch.long)

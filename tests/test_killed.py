@@ -51,7 +51,7 @@ sampler:
   by: sigma
 features: {name: shapes}
 evaluation: {every: 240, count: 10, batch_size: 10, grid: 4}
-trainer: {images: 240, checkpoint_every: 80, log_every: 240, accelerator: cpu, precision: fp32}
+trainer: {total_images: 240, checkpoint_every: 80, log_every: 240, accelerator: cpu, precision: fp32}
 """  # noqa: E501 - YAML
 
 

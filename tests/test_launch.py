@@ -227,7 +227,7 @@ def test_a_save_is_timed_by_a_smaller_one(monkeypatch, tmp_path):
 
 
 def test_a_checkpoint_is_as_large_as_was_said(place, capsys):
-    words = ["tiny", "ema.posthoc_every=16", "trainer.images=16", "trainer.loggers=[]"]
+    words = ["tiny", "ema.posthoc_every=16", "trainer.total_images=16", "trainer.loggers=[]"]
     words += ["evaluation.metrics=[]", "evaluation.count=1"]
     assert main(["train", *words, "trainer.nodes=1", "trainer.devices=1"]) == 0
     capsys.readouterr()

@@ -38,7 +38,7 @@ def test_a_profiler_reports_into_the_run_and_changes_no_number(train):
         assert "[LightningModule]DiffusionModule.optimizer_step" in text or "run_training" in text
         assert_equal(state(run), state("plain"))
     # Free from one start to the next, and not needed to open the run.
-    assert train("trainer.images=40", "trainer.profiler=advanced", run="simple")[0] == 0
+    assert train("trainer.total_images=40", "trainer.profiler=advanced", run="simple")[0] == 0
     assert main(["sample", "runs/simple", "--count", "1"]) == 0
 
 

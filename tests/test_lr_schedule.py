@@ -31,7 +31,7 @@ sampler: {steps: 2}
 features: {name: pixels}
 evaluation: {every: 10_000, count: 4, batch_size: 4, grid: 4, metrics: []}
 trainer:
-  images: 32
+  total_images: 32
   checkpoint_every: 16
   log_every: 4
   accelerator: cpu
@@ -82,7 +82,7 @@ def test_the_cosine_is_torch_s():
 
 
 def test_a_schedule_of_torch_s_counts_steps_and_resumes_to_the_same_bits(train):
-    for run, words in {"a": ["trainer.images=16"], "whole": []}.items():
+    for run, words in {"a": ["trainer.total_images=16"], "whole": []}.items():
         assert train(STEP, *words, run=run)[0] == 0
     assert train(STEP)[0] == 0  # on from step 4, in the middle of a level
     expected = [0.01] * 3 + [0.001] * 3 + [0.0001] * 2  # a tenth after every three
@@ -110,10 +110,10 @@ def test_a_factor_of_one_s_own_is_called_with_the_images(train, tmp_path, monkey
 
 
 def test_what_changes_no_rate_so_far_is_free(train):
-    assert train(COSINE, "trainer.images=16")[0] == 0
+    assert train(COSINE, "trainer.total_images=16")[0] == 0
     code, err = train(COSINE)  # half a cosine to another end
-    assert code == 2 and "  trainer.images: 16 -> 32" in err and "lr_schedule" not in err
-    assert train("lr_schedule.warmup=8", "trainer.images=16", run="b")[0] == 0
+    assert code == 2 and "  trainer.total_images: 16 -> 32" in err and "lr_schedule" not in err
+    assert train("lr_schedule.warmup=8", "trainer.total_images=16", run="b")[0] == 0
     assert train("lr_schedule.warmup=8", "lr_schedule.cooldown=8", run="b")[0] == 0
     assert rates("b")[-2:] == pytest.approx([0.01, 0.005])  # 8 and 4 images before the end
     code, err = train("lr_schedule.warmup=4", "lr_schedule.cooldown=8", run="b")
@@ -168,7 +168,7 @@ def test_keys_of_earlier_versions_are_read_under_the_new_names(train, tmp_path, 
 def test_a_run_of_an_earlier_version_goes_on_under_either_name(train):
     """Its config.yaml and checkpoints say trainer.warmup, or have no schedule at all."""
     for run, words in {"a": ["lr_schedule.warmup=8"], "level": []}.items():
-        assert train("trainer.images=16", *words, run=run)[0] == 0
+        assert train("trainer.total_images=16", *words, run=run)[0] == 0
         path = checkpoints.latest(Path(f"runs/{run}/checkpoints"))
         loaded = checkpoints.load(path)
         tree = loaded["diffusion_pl"]["config"]
@@ -178,7 +178,7 @@ def test_a_run_of_an_earlier_version_goes_on_under_either_name(train):
         kept = Path(f"runs/{run}/config.yaml")
         kept.write_text(config.dump(config.Config("x", "x", tree)))
         assert "lr_schedule" not in kept.read_text()
-        for new in ([], ["trainer.images=24"]) if run == "level" else ([],):
+        for new in ([], ["trainer.total_images=24"]) if run == "level" else ([],):
             assert train(*words, *new, run=run)[0] == (2 if "24" in str(new) else 0)
     for run, words in {"b": ["trainer.warmup=8"], "plain": []}.items():
         assert train(*words, run=run)[0] == 0
@@ -186,7 +186,7 @@ def test_a_run_of_an_earlier_version_goes_on_under_either_name(train):
     assert_equal(state("level"), state("plain"))
     assert rates("a")[:2] == pytest.approx([0, 0.005])
     changed = Path("runs/level/changes.jsonl").read_text()
-    assert "lr_schedule" not in changed and "trainer.images: 16 -> 32" in changed
+    assert "lr_schedule" not in changed and "trainer.total_images: 16 -> 32" in changed
 
 
 def test_a_schedule_that_counts_steps_is_built_on_the_run_s_optimizer():

@@ -32,7 +32,7 @@ EXPERIMENT = (
     )
     .replace("classes: 8", "classes: 3")
     .replace("batch_size: 8\nnetwork", "batch_size: 6\nnetwork")
-    .replace("images: 16, checkpoint_every: 16", "images: 12, checkpoint_every: 12")
+    .replace("total_images: 16, checkpoint_every: 16", "total_images: 12, checkpoint_every: 12")
     .replace("metrics: []", "metrics: [{_target_: diffusion_pl.metrics.kernel.Kernel, size: 5}]")
 )
 METRICS = ("--metrics", "frechet")

@@ -35,7 +35,7 @@ optimizer:
     - {_target_: diffusion_pl.training.optimizers.Group, names: ["*.bias"], weight_decay: 0.0}
     - {_target_: diffusion_pl.training.optimizers.Group, names: ["stem.*"], lr: 0.003}
 """
-MUON = TINY.replace("optimizer: {lr: 0.01}\n", GROUPED) + "  clip: 0.5\n"
+MUON = TINY.replace("optimizer: {lr: 0.01}\n", GROUPED) + "  grad_clip: 0.5\n"
 
 
 class Small(nn.Module):
@@ -125,7 +125,7 @@ def test_several_optimizers_are_saved_as_one_and_go_on_to_the_same_bits():
 def test_a_run_with_muon_and_adam_resumes_to_the_same_bits(train, tmp_path):  # noqa: F811
     (tmp_path / "experiments" / "tiny.yaml").write_text(MUON)
     warm = "lr_schedule.warmup=24"
-    for run, words in {"a": ["trainer.images=16"], "whole": []}.items():
+    for run, words in {"a": ["trainer.total_images=16"], "whole": []}.items():
         assert train(warm, *words, run=run)[0] == 0
     assert train(warm)[0] == 0
     assert_equal(state("a"), state("whole"))
@@ -146,7 +146,7 @@ def test_the_gradient_of_all_groups_is_clipped_together(go):  # noqa: F811
         network=network(dropout=0.0, classes=8),
         optimizer=Grouped(partial(SGD, lr=0.5), groups),
         lr_schedule=None,
-        settings={"clip": 1e-3, "label_dropout": 0.0},
+        settings={"grad_clip": 1e-3, "label_dropout": 0.0},
     )
     before = {name: value.clone() for name, value in made.network.state_dict().items()}
     _, after = go(made)

@@ -189,7 +189,9 @@ def home(tmp_path_factory):
     """A run that keeps snapshots, and the same stopped half way and gone on with."""
     folder = tmp_path_factory.mktemp("home")
     yaml = TINY.replace("half_life: 20}", "half_life: 20, posthoc_every: 8}")
-    yaml = yaml.replace("images: 16, checkpoint_every: 16", "images: 32, checkpoint_every: 8")
+    yaml = yaml.replace(
+        "total_images: 16, checkpoint_every: 16", "total_images: 32, checkpoint_every: 8"
+    )
     return homes.trained(folder, yaml, ("--run", "runs/again"))
 
 

@@ -98,7 +98,7 @@ def test_the_command_binds_whatever_the_size(side, on, count, shapes):
     network = parts.meta_network(experiment)
     network.check_resolution(side, side)
     settings = config.build(experiment, "trainer")
-    assert settings.images == found.images and found.seconds > 0
+    assert settings.total_images == found.images and found.seconds > 0
     assert (words[4] == "cifar10_small") == (on is CPU or count < 10_000 or side == 30)
 
 
@@ -137,9 +137,9 @@ def test_the_time_of_a_published_run_is_that_of_its_network(shapes):
 
 def test_a_published_budget_is_cut_to_the_data(shapes):
     small = plan(_as(shapes, 32, count=12_000), shapes, GPU)
-    assert "trainer.images=48000000" in small.overrides
+    assert "trainer.total_images=48000000" in small.overrides
     large = plan(_as(shapes, 32, count=50_000), shapes, GPU)
-    assert not any(each.startswith("trainer.images") for each in large.overrides)
+    assert not any(each.startswith("trainer.total_images") for each in large.overrides)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_the_printed_command_works_when_it_is_typed(tmp_path, monkeypatch, capsy
     program, *rest = shlex.split(result["train"])
     assert os.path.samefile(program, sys.executable)
     assert rest[:3] == ["-m", "diffusion_pl", "train"]
-    short = ["trainer.images=64", "trainer.devices=1", "evaluation.metrics=[]"]
+    short = ["trainer.total_images=64", "trainer.devices=1", "evaluation.metrics=[]"]
     assert cli.main([*rest[2:], *short]) == 0
     assert cli.main(["sample", "runs/my data", "--count", "2", "--label", "b"]) == 0
 

@@ -63,7 +63,9 @@ def home(tmp_path_factory):
     """A folder with a run of one checkpoint."""
     return trained(
         tmp_path_factory.mktemp("home"),
-        TINY.replace("images: 32", "images: 8").replace("count: 20", "count: 20, metrics: []"),
+        TINY.replace("total_images: 32", "total_images: 8").replace(
+            "count: 20", "count: 20, metrics: []"
+        ),
     )
 
 

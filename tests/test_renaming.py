@@ -28,7 +28,7 @@ GIVEN_UP = {
     "diffusion_pl.networks.song_unet.SongUNet:width": "model_channels",
     "diffusion_pl.networks.song_unet.SongUNet:base_width": "width",
     "trainer.total": "trainer.budget",
-    "trainer.budget": "trainer.images",
+    "trainer.budget": "trainer.total_images",
     "trainer.scored_every": "evaluation.every",
     "mean": "ema",
 }
@@ -81,7 +81,7 @@ def test_an_old_experiment_is_the_new_one(given_up):
     tree = config.load("old").tree
     assert tree["network"]["_target_"] == "diffusion_pl.networks.song_unet.SongUNet"
     assert tree["network"]["model_channels"] == 8
-    assert tree["trainer"]["images"] == tree["ema"]["half_life"] == 8
+    assert tree["trainer"]["total_images"] == tree["ema"]["half_life"] == 8
     assert tree["evaluation"]["every"] == 100
     text = yaml.safe_dump(tree)
     assert not [
@@ -101,7 +101,7 @@ def test_each_old_name_is_said_once(given_up, caplog):
         "experiments/old.yaml: mean is now called ema; rename it there",
         "experiments/old.yaml: network.base_width is now called network.model_channels; "
         "rename it there",
-        "experiments/old.yaml: trainer.budget is now called trainer.images; rename it there",
+        "experiments/old.yaml: trainer.budget is now called trainer.total_images; rename it there",
         "experiments/old.yaml: trainer.scored_every is now called evaluation.every; "
         "rename it there",
     ]
@@ -119,16 +119,18 @@ def test_an_argument_is_renamed_where_the_target_stands_in_the_file_below(given_
 def test_overrides_and_changes_from_python_take_old_names(given_up):
     words = ("trainer.total=16", "network.base_width=16", "mean.half_life=${trainer.budget}")
     tree = config.load("old", words).tree
-    assert (tree["trainer"]["images"], tree["network"]["model_channels"]) == (16, 16)
+    assert (tree["trainer"]["total_images"], tree["network"]["model_channels"]) == (16, 16)
     assert tree["ema"]["half_life"] == 16
     experiment = dp.experiment("old", {"trainer.budget": 32, "network.width": 24})
-    assert experiment.config.tree["trainer"]["images"] == 32
+    assert experiment.config.tree["trainer"]["total_images"] == 32
     assert experiment.config.tree["network"]["model_channels"] == 24
 
 
 def test_an_old_name_beside_its_new_one_is_refused(given_up):
-    Path("experiments/new.yaml").write_text("defaults: old\ntrainer: {budget: 4, images: 8}\n")
-    with pytest.raises(config.ConfigError, match="new.yaml: trainer.budget: is what trainer.ima"):
+    Path("experiments/new.yaml").write_text(
+        "defaults: old\ntrainer: {budget: 4, total_images: 8}\n"
+    )
+    with pytest.raises(config.ConfigError, match="new.yaml: trainer.budget: is what trainer.tot"):
         config.load("new")
     both = "defaults: old\nnetwork: {base_width: 4, model_channels: 8}\n"
     Path("experiments/new.yaml").write_text(both)
@@ -140,7 +142,7 @@ def test_an_old_name_beside_its_new_one_is_refused(given_up):
     ("word", "near"),
     [
         ("network.bas_width=16", "did you mean 'model_channels'"),
-        ("trainer.budgets=16", "did you mean 'images'"),
+        ("trainer.budgets=16", "did you mean 'total_images'"),
         ("meen={}", "did you mean 'ema'"),
         ("meen.half_life=3", "did you mean 'ema'"),
     ],
@@ -181,7 +183,7 @@ def backwards(tree):
     network, trainer = dict(tree["network"]), dict(tree["trainer"])
     network["_target_"] = "diffusion_pl.unets.Song"
     network["base_width"] = network.pop("model_channels")
-    trainer["budget"] = trainer.pop("images")
+    trainer["budget"] = trainer.pop("total_images")
     return {**tree, "network": network, "trainer": trainer}
 
 

@@ -37,7 +37,7 @@ def loader(seed=1, step=0, rank=0, ranks=1, images=24, accelerator="cpu", **sett
     data = RunData(
         source(**settings),
         TrainerConfig(
-            images=images, checkpoint_every=images, accelerator=accelerator, read_timeout=7.0
+            total_images=images, checkpoint_every=images, accelerator=accelerator, read_timeout=7.0
         ),
         Net(),
         seed,
@@ -132,7 +132,7 @@ def test_settings_of_the_data_reach_the_batches():
 
 
 def test_the_index_stays_on_the_host_where_it_seeds():
-    data = RunData(source(), TrainerConfig(images=24, checkpoint_every=24), Net(), 0)
+    data = RunData(source(), TrainerConfig(total_images=24, checkpoint_every=24), Net(), 0)
     batch = {"image": torch.zeros(1), "label": torch.zeros(1), "index": torch.zeros(1)}
     moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
     places = {key: value.device.type for key, value in moved.items()}

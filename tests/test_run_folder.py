@@ -35,7 +35,7 @@ sampler: {steps: 2}
 features: {name: pixels}
 evaluation: {every: 10_000, count: 4, batch_size: 4, grid: 4, metrics: []}
 trainer:
-  images: 16
+  total_images: 16
   checkpoint_every: 8
   log_every: 8
   keep: 9
@@ -62,7 +62,7 @@ def begun(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(["train", "tiny", "--run", "runs/a"]) == 0
-        assert main(["train", "tiny", "--run", "runs/straight", "trainer.images=32"]) == 0
+        assert main(["train", "tiny", "--run", "runs/straight", "trainer.total_images=32"]) == 0
     return folder
 
 
@@ -149,15 +149,15 @@ def test_what_was_to_be_trained_is_no_claim_but_the_first_step_is(place, train):
     folder.mkdir()
     shutil.copy(place / "runs/a/config.yaml", folder)  # as `launch` leaves it
     (folder / "from").write_text("elsewhere.ckpt\n")
-    assert train("optimizer.lr=0.01", "trainer.images=8", run="new")[0] == 0
+    assert train("optimizer.lr=0.01", "trainer.total_images=8", run="new")[0] == 0
     assert "lr: 0.01" in (folder / "config.yaml").read_text()
     assert not (folder / "from").exists()
     shutil.rmtree(folder / "checkpoints")
     (folder / "metrics.jsonl").write_text('{"images": 4, "loss": 1.0}\n')
-    code, err = train("trainer.images=8", run="new")
+    code, err = train("trainer.total_images=8", run="new")
     assert code == 2 and "optimizer.lr: 0.01 -> 0.001" in err
     # It had no checkpoint yet: from the beginning.
-    assert train("optimizer.lr=0.01", "trainer.images=8", run="new")[0] == 0
+    assert train("optimizer.lr=0.01", "trainer.total_images=8", run="new")[0] == 0
     assert logged("new") == [8]
 
 
@@ -168,31 +168,31 @@ def test_a_run_without_its_config_is_refused(place, train):
 
 
 def test_a_start_from_other_weights_is_said_again_until_there_is_a_checkpoint(place, train):
-    assert train("--from", "runs/a", "trainer.images=8", run="new")[0] == 0
+    assert train("--from", "runs/a", "trainer.total_images=8", run="new")[0] == 0
     shutil.rmtree(place / "runs/new/checkpoints")
     (place / "runs/new/metrics.jsonl").write_text('{"images": 4, "loss": 1.0}\n')
-    code, err = train("trainer.images=8", run="new")
+    code, err = train("trainer.total_images=8", run="new")
     assert code == 2 and "say so again: --from runs/a/checkpoints/000000000016.ckpt" in err
-    assert train("--from", "runs/straight", "trainer.images=8", run="new")[0] == 2
+    assert train("--from", "runs/straight", "trainer.total_images=8", run="new")[0] == 2
 
 
 # What may change
 
 
 def test_a_run_is_extended_to_the_bits_of_one_that_was_longer_from_the_start(place, train):
-    words = ("trainer.images=32", "trainer.log_every=16", "trainer.checkpoint_every=16")
+    words = ("trainer.total_images=32", "trainer.log_every=16", "trainer.checkpoint_every=16")
     code, err = train(*words)
     assert code == 0, err
-    assert "going on from 16 of 32 images" in err and "trainer.images: 16 -> 32" in err
+    assert "going on from 16 of 32 images" in err and "trainer.total_images: 16 -> 32" in err
     assert_equal(state(32), state(32, "straight"))
     noted = [
-        (16, "trainer.images: 16 -> 32"),
+        (16, "trainer.total_images: 16 -> 32"),
         (16, "trainer.checkpoint_every: 8 -> 16"),
         (16, "trainer.log_every: 8 -> 16"),
     ]
     assert changes() == noted
     assert logged() == [8, 16, 32]
-    assert checkpoints.load(file_of(32))["diffusion_pl"]["config"]["trainer"]["images"] == 32
+    assert checkpoints.load(file_of(32))["diffusion_pl"]["config"]["trainer"]["total_images"] == 32
     assert train(*words)[0] == 0  # finished: nothing is changed
     assert changes() == noted
 
@@ -202,7 +202,7 @@ def test_a_run_goes_on_with_its_data_moved_and_measured_in_another_way(place, tr
     words = (
         "data.dataset.path=elsewhere", "evaluation.count=6", "evaluation.every=16",
         "sampler.steps=3",
-        "features={name: shapes}", "trainer.keep_every=16", "trainer.images=24",
+        "features={name: shapes}", "trainer.keep_every=16", "trainer.total_images=24",
     )  # fmt: skip
     code, err = train(*words)
     assert code == 0, err
@@ -226,29 +226,31 @@ def test_a_run_goes_on_with_its_data_moved_and_measured_in_another_way(place, tr
     ],
 )
 def test_what_changes_the_numbers_is_refused_by_its_key(word, line, place, train):
-    code, err = train("trainer.images=32", "trainer.log_every=16", word)
+    code, err = train("trainer.total_images=32", "trainer.log_every=16", word)
     assert code == 2 and f"  {line}\n" in err
-    assert "trainer.images" not in err and not Path("runs/a/changes.jsonl").exists()
+    assert "trainer.total_images" not in err and not Path("runs/a/changes.jsonl").exists()
 
 
 def test_the_budget_is_free_until_the_learning_rate_falls_towards_its_end(place, train):
     cool = "lr_schedule.cooldown=12"
     # The step after 24 images is made at 8/12 of the rate, the one after 16 at all of it.
-    assert train(cool, "trainer.images=32", run="cool")[0] == 0
-    code, err = train(cool, "trainer.images=48", run="cool")
-    assert code == 2 and "  trainer.images: 32 -> 48" in err
-    code, err = train("trainer.images=48", run="cool")
+    assert train(cool, "trainer.total_images=32", run="cool")[0] == 0
+    code, err = train(cool, "trainer.total_images=48", run="cool")
+    assert code == 2 and "  trainer.total_images: 32 -> 48" in err
+    code, err = train("trainer.total_images=48", run="cool")
     assert code == 2 and "  lr_schedule.cooldown: 12 -> absent" in err
     # From where it had not begun to fall the run goes on as one without.
     checkpoints.point_to(file_of(24, "cool"))
-    assert train("trainer.images=32", run="cool")[0] == 0
+    assert train("trainer.total_images=32", run="cool")[0] == 0
     assert_equal(state(32, "cool"), state(32, "straight"))
 
 
 def test_a_budget_below_what_was_seen_is_refused(place, train):
-    code, err = train("trainer.images=8")
+    code, err = train("trainer.total_images=8")
     assert code == 2
-    assert "has seen 16 images, more than trainer.images=8; name a budget of at least 16" in err
+    assert (
+        "has seen 16 images, more than trainer.total_images=8; name a budget of at least 16" in err
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,7 @@ def test_pruning_touches_only_what_the_run_has_written(place, train):
     for name in own:
         shutil.copy(file_of(16), folder / name)
     shutil.copy(file_of(16), file_of(900))  # newer than the run itself: another has been here
-    assert train("trainer.images=24", "trainer.keep=1")[0] == 0
+    assert train("trainer.total_images=24", "trainer.keep=1")[0] == 0
     assert kept() == sorted(["000000000024.ckpt", "000000000900.ckpt", "latest", *own])
     assert checkpoints.latest(folder) == file_of(24).absolute()
 
@@ -321,7 +323,7 @@ def test_a_run_whose_newest_checkpoint_or_pointer_is_gone_takes_the_newest_that_
         pointer.unlink()
     if lost != "pointer":
         file_of(16).unlink()
-    code, err = train("trainer.images=24")
+    code, err = train("trainer.total_images=24")
     seen = 16 if lost == "pointer" else 8
     assert code == 0 and f"going on from {seen} of 24 images" in err
     assert "latest: " in caplog.text and "taking the newest checkpoint" in caplog.text
@@ -354,7 +356,7 @@ def test_a_history_without_a_checkpoint_is_refused(place, train):
 )
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(rows, had_one, place):
     # Of batches of 8, the first past 12 images ends at 16.
-    experiment = parts.read("tiny", ["trainer.checkpoint_every=12", "trainer.images=32"])
+    experiment = parts.read("tiny", ["trainer.checkpoint_every=12", "trainer.total_images=32"])
     run_dir.record(experiment, Path("runs/a"), None, 0, [])
     shutil.rmtree(place / "runs/a/checkpoints")
     (place / "runs/a/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -378,12 +380,12 @@ def test_a_finished_run_keeps_no_mark_that_it_waits(place, train):
 def test_other_data_is_refused_until_the_user_says_so(place, train):
     photograph(place / "photographs" / "more.png", 7)
     before = {path: path.read_bytes() for path in place.glob("runs/a/**/*") if path.is_file()}
-    code, err = train("trainer.images=24")
+    code, err = train("trainer.total_images=24")
     assert code == 2
     assert "runs/a: the training data has changed since the run was begun (12 images of " in err
     assert " -> 13 images of " in err and "go on with it: --data-changed" in err
     assert {path: path.read_bytes() for path in before} == before
-    code, err = train("--data-changed", "trainer.images=24")
+    code, err = train("--data-changed", "trainer.total_images=24")
     assert code == 0, err
     (images, line), *rest = [row for row in changes() if "training data" in row[1]]
     assert (images, rest) == (16, []) and line.startswith("training data: 12 images of ")
@@ -392,7 +394,7 @@ def test_other_data_is_refused_until_the_user_says_so(place, train):
     # From then on this is the run's data, even if the checkpoint is still one of before.
     file_of(24).unlink()
     checkpoints.point_to(file_of(16))
-    assert train("trainer.images=24")[0] == 0
+    assert train("trainer.total_images=24")[0] == 0
     assert len([row for row in changes() if "training data" in row[1]]) == 1
 
 
@@ -415,7 +417,7 @@ def test_the_checkpoint_knows_its_data_where_the_run_does_not(place, train):
     image = np.array(Image.open("photographs/03.png"))
     image[0, 0, 0] += 1
     Image.fromarray(image).save("photographs/03.png")
-    code, err = train("trainer.images=24")
+    code, err = train("trainer.total_images=24")
     assert code == 2 and "the training data has changed" in err
     assert main(["replay", "runs/a", "--step", "2"]) == 2  # nor is a step looked at with others
     assert main(["replay", "runs/a", "--step", "0"]) == 0  # which no checkpoint precedes
@@ -429,7 +431,7 @@ def test_a_run_from_before_fingerprints_goes_on_and_other_code_is_told(place, tr
     for key in ("data", "code"):
         del old["diffusion_pl"][key]
     checkpoints.save(old, file_of(16))
-    code, err = train("trainer.images=24")
+    code, err = train("trainer.total_images=24")
     assert code == 0 and "code: diffusion_pl 0.0.1, torch 2.0 -> diffusion_pl 0." in err
     assert checkpoints.load(file_of(24))["diffusion_pl"]["data"]["count"] == 12
     assert changes()[-1][0] == 16 and changes()[-1][1].startswith("code: diffusion_pl 0.0.1")
@@ -468,7 +470,7 @@ def test_what_a_killed_process_left_half_written_is_gone_at_the_next_start(place
     left = ours.with_name(ours.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-"))  # of none
     for path in (ours, left):
         path.write_bytes(b"half")
-    assert train("trainer.images=24")[0] == 0
+    assert train("trainer.total_images=24")[0] == 0
     assert ours.exists() and not left.exists()
 
 
@@ -485,7 +487,7 @@ def test_a_run_that_another_has_taken_over_writes_no_more(every, rows, place, tr
 
     monkeypatch.setattr(DiffusionModule, "training_step", taken_over)
     before = kept()
-    code, err = train("trainer.images=48", f"trainer.log_every={every}")
+    code, err = train("trainer.total_images=48", f"trainer.log_every={every}")
     assert code == 1 and "failed: runs/a: process " in err and "has taken it over" in err
     assert (kept(), logged()) == ([*before[:2], "000000000024.ckpt", "latest"], rows)
     assert locks.read(place / "runs/a" / locks.NAME).token == "another"
@@ -519,7 +521,7 @@ def test_a_pointer_that_names_nothing_is_one_line(said, tmp_path):
 def test_a_pipe_in_a_runs_folder_is_not_waited_for(name, place, train):
     (place / "runs/a" / name).unlink(missing_ok=True)
     os.mkfifo(place / "runs/a" / name)
-    code, said = train("trainer.images=24")
+    code, said = train("trainer.total_images=24")
     assert (code, name in said) == ((0, False) if name == "run.json" else (2, True)), said
 
 
@@ -528,6 +530,6 @@ def test_a_later_task_of_srun_is_no_rank_of_a_run_of_one_and_takes_the_lock(
 ):
     monkeypatch.setenv("SLURM_PROCID", "3")
     with locks.hold(place / "runs/a" / locks.NAME, "training"):
-        code, said = train("trainer.images=24")
+        code, said = train("trainer.total_images=24")
     assert code == 2 and "holds it" in said
     assert not file_of(24).exists()

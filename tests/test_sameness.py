@@ -29,7 +29,7 @@ def test_ranks_that_are_alike_go_on_wherever_their_data_lies(answers):
         ("config", 2, "optimizer.lr is 0.01 there and 0.001 on rank 0"),
         ("data", 1, "training_data.count is 20 there and 40 on rank 0"),
         ("checkpoint", 1, 'start.checkpoint is 8 cd there and "16 ab" on rank 0'),
-        ("absent", 1, "trainer.clip is absent there and 1 on rank 0"),
+        ("absent", 1, "trainer.grad_clip is absent there and 1 on rank 0"),
         ("much", 1, "network.2 is 1 there and 0 on rank 0; and 2 more; start all ranks by one"),
     ],
 )

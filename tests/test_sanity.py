@@ -52,7 +52,7 @@ def test_a_gradient_without_a_value_stops_the_run_before_the_weights(go, tmp_pat
 def test_the_logged_gradient_is_the_norm_before_it_is_clipped(go):  # noqa: F811
     # Plain descent: the first weights and those after a step give the gradient that was taken.
     rate, clip = 0.5, 1e-3
-    settings = {"clip": clip, "label_dropout": 0.0, "log_every": 8, "images": 8}
+    settings = {"grad_clip": clip, "label_dropout": 0.0, "log_every": 8, "total_images": 8}
     made = experiment(
         8,
         network=network(dropout=0.0, classes=8),
@@ -75,7 +75,7 @@ def test_fp16_measures_and_clips_the_gradient_and_not_its_scaled_double(go):  # 
     # A mean over pixels, so that nothing overflows; plain descent, so that weights show the clip.
     norms, weights = {}, {}
     for precision in ("fp32", "fp16"):
-        settings = {"clip": 1e-3, "precision": precision, "log_every": 8}
+        settings = {"grad_clip": 1e-3, "precision": precision, "log_every": 8}
         made = experiment(
             16,
             objective=dataclasses.replace(EDM(), reduce=pixel_mean),

@@ -68,8 +68,8 @@ def test_every_block_of_a_network_is_a_unit():
 
 def test_fp16_and_weights_of_an_objective_are_refused_in_a_line():
     with pytest.raises(ValueError, match="fp16 does not go with strategy: fsdp"):
-        TrainerConfig(images=8, checkpoint_every=8, strategy="fsdp", precision="fp16")
-    settings = TrainerConfig(images=8, checkpoint_every=8, strategy="fsdp")
+        TrainerConfig(total_images=8, checkpoint_every=8, strategy="fsdp", precision="fp16")
+    settings = TrainerConfig(total_images=8, checkpoint_every=8, strategy="fsdp")
     settings.check_objective(EDM())
     with pytest.raises(ValueError, match="LearnedUncertainty has weights of its own; use ddp"):
         settings.check_objective(LearnedUncertainty(EDM()))
@@ -77,7 +77,7 @@ def test_fp16_and_weights_of_an_objective_are_refused_in_a_line():
 
 def test_ranks_are_spread_only_if_so_set_and_one_alone_never():
     def made(strategy, devices):
-        settings = TrainerConfig(images=8, checkpoint_every=8, accelerator="cpu",
+        settings = TrainerConfig(total_images=8, checkpoint_every=8, accelerator="cpu",
                             strategy=strategy, devices=devices)  # fmt: skip
         return make_strategy(settings)
 

@@ -21,7 +21,7 @@ FIVE = ("data.dataset.shapes=[disc, heart, triangle, square, star]", "network.cl
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A run of 8 classes, and one of none."""
-    plain = ("network.classes=0", "trainer.images=8", "--run", "runs/plain")
+    plain = ("network.classes=0", "trainer.total_images=8", "--run", "runs/plain")
     return homes.trained(tmp_path_factory.mktemp("home"), TINY, plain)
 
 
@@ -62,7 +62,7 @@ def test_weights_of_another_objective_or_network_are_refused(overrides, what, ca
     ("overrides", "told"),
     [
         ((), ""),
-        (("network.dropout=0.3", "trainer.images=8", "seed=3"), ""),
+        (("network.dropout=0.3", "trainer.total_images=8", "seed=3"), ""),
         (("network.heads=1",), ""),  # what it is without a word
         (("objective.predict=noise",), "objective.predict: absent -> \"noise\""),
         (("objective.weight={_target_: diffusion_pl.diffusion.weights.X0Weight}",),
@@ -95,7 +95,7 @@ def test_as_many_classes_can_begin_anew_too():
 def test_another_sigma_data_is_another_denoiser(tmp_path, monkeypatch):
     """Two EDMs of one name: their c's differ."""
     karras = "{_target_: diffusion_pl.objectives.edm.EDM, sigma_data: 0.5}"
-    words = (f"objective={karras}", "trainer.images=8", "--run", "runs/edm")
+    words = (f"objective={karras}", "trainer.total_images=8", "--run", "runs/edm")
     assert main(["train", "tiny", *words]) == 0
     with pytest.raises(ValueError, match="objective.sigma_data: 0.5 -> 0.6: at sigma .* was"):
         start(f"objective={karras.replace('0.5', '0.6')}", run="runs/edm")
@@ -118,7 +118,7 @@ def test_a_refused_start_claims_no_folder(capsys):
     assert not Path("runs/v").exists()
     assert main(["train", "tiny", "--fresh-labels", "--run", "runs/v"]) == 2
     assert "each belongs to --from RUN" in capsys.readouterr().err
-    assert main([*words, "--accept-differences", "trainer.images=8"]) == 0
+    assert main([*words, "--accept-differences", "trainer.total_images=8"]) == 0
 
 
 def weights(folder):
@@ -146,7 +146,7 @@ def test_other_classes_begin_their_labels_anew_where_that_is_asked_for(overrides
 
 
 def test_a_model_of_three_classes_more_is_trained_on_from_the_other_weights(capsys):
-    words = ["train", "tiny", *FIVE, "trainer.images=8", "optimizer.lr=1e-12"]
+    words = ["train", "tiny", *FIVE, "trainer.total_images=8", "optimizer.lr=1e-12"]
     assert main([*words, "--from", "runs/tiny", "--fresh-labels", "--run", "runs/five"]) == 0
     then, now = weights("runs/tiny"), weights("runs/five")
     others = {key for key in now if "label" not in key}

@@ -20,7 +20,7 @@ from diffusion_pl.training import stopping
 from diffusion_pl.training.history import History
 
 # Long enough to be hit on the way, and quick to finish.
-LONG = TINY.replace("images: 32, checkpoint_every: 8, log_every: 8", "images: 640, "
+LONG = TINY.replace("total_images: 32, checkpoint_every: 8, log_every: 8", "total_images: 640, "
                     "checkpoint_every: 320, log_every: 8, loggers: []")  # fmt: skip
 LONG = LONG.replace("every: 16, count: 20", "every: 320, count: 20")
 

@@ -51,7 +51,7 @@ def network(dropout=0.2, seed=0, **options):
 
 def experiment(images=48, *, objective=None, sampler=None, settings=None, **parts):
     defaults = {
-        "images": images,
+        "total_images": images,
         "checkpoint_every": 16,
         "log_every": 16,
         "precision": "fp32",
@@ -203,7 +203,7 @@ def test_the_gradient_is_clipped_to_its_norm(go):
 
     for clip in (None, 0.01):
         parts = {"optimizer": partial(Steps, lr=1e-3), "lr_schedule": None}
-        go(experiment(8, settings={"clip": clip}, **parts), f"clip {clip}")
+        go(experiment(8, settings={"grad_clip": clip}, **parts), f"clip {clip}")
     free, clipped = norms
     assert free > 0.1
     assert clipped == pytest.approx(0.01, rel=1e-3)
@@ -276,7 +276,7 @@ def test_the_newest_checkpoints_stay_and_one_in_every_so_many_for_good(go):
     images = [int(path.stem) for path in checkpoints.found(folder / "checkpoints")]
     assert images == [16, 32, 48, 56]
     with pytest.raises(ValueError, match="keep_every must be a multiple of checkpoint_every, 8"):
-        TrainerConfig(images=56, checkpoint_every=8, keep_every=12)
+        TrainerConfig(total_images=56, checkpoint_every=8, keep_every=12)
 
 
 def test_the_rate_falls_to_zero_over_the_cooldown():
@@ -284,8 +284,8 @@ def test_the_rate_falls_to_zero_over_the_cooldown():
     rates = [rate(images, 100) for images in range(0, 101, 10)]
     assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0])
     # The last step is whole, so the budget's end is that of the last step.
-    settings = TrainerConfig(images=100, checkpoint_every=100)
-    assert rate(100, settings.total_images(30)) == pytest.approx(0.4)
+    settings = TrainerConfig(total_images=100, checkpoint_every=100)
+    assert rate(100, settings.rounded_images(30)) == pytest.approx(0.4)
     with pytest.raises(ValueError, match="cooldown must not be negative"):
         WarmupDecay(cooldown=-1)
 
@@ -384,7 +384,7 @@ def module(batch_size, **settings):
         EDM(),
         partial(torch.optim.Adam, lr=1e-3),
         averaging.EMA(10),
-        TrainerConfig(images=1, checkpoint_every=1, **settings),
+        TrainerConfig(total_images=1, checkpoint_every=1, **settings),
         batch_size=batch_size,
         resolution=16,
     )
@@ -440,12 +440,12 @@ def test_training_noise_is_standard_normal():
     ],
 )
 def test_passes_follow_from_the_pixels_that_fit(size, limit, fraction, passes):
-    made = TrainerConfig(images=1, checkpoint_every=1, device_batch_size=limit)
+    made = TrainerConfig(total_images=1, checkpoint_every=1, device_batch_size=limit)
     assert made.passes(size, fraction) == passes
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_what_would():
-    made = TrainerConfig(images=1, checkpoint_every=1)
+    made = TrainerConfig(total_images=1, checkpoint_every=1)
     with pytest.raises(
         ValueError, match="data.batch_size: 100 does not divide over 8.*use 96 or 104"
     ):
@@ -453,11 +453,11 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would():
 
 
 @pytest.mark.parametrize(
-    "change", [{"images": 0}, {"log_every": 0}, {"clip": 0.0}, {"checkpoint_every": 0}]
+    "change", [{"total_images": 0}, {"log_every": 0}, {"grad_clip": 0.0}, {"checkpoint_every": 0}]
 )
 def test_impossible_settings_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
-        TrainerConfig(**({"images": 8, "checkpoint_every": 8} | change))
+        TrainerConfig(**({"total_images": 8, "checkpoint_every": 8} | change))
 
 
 def test_history_forgets_what_a_resumed_run_measures_again(tmp_path):

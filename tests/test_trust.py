@@ -40,7 +40,7 @@ evaluation:
   batch_size: 8
   grid: 4
   metrics: [{_target_: diffusion_pl.metrics.frechet.Frechet}]
-trainer: {images: 8, checkpoint_every: 4, accelerator: cpu, precision: fp32, loggers: []}
+trainer: {total_images: 8, checkpoint_every: 4, accelerator: cpu, precision: fp32, loggers: []}
 """
 )
 MINE = '''"""A package of the user's own; that it was imported shows."""

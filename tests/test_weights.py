@@ -105,7 +105,7 @@ def test_an_objective_with_weights_trains_and_is_kept():
         objective,
         lambda p: torch.optim.Adam(p, lr=1e-3),
         EMA(100),
-        TrainerConfig(images=4, checkpoint_every=4),
+        TrainerConfig(total_images=4, checkpoint_every=4),
         batch_size=4,
         resolution=16,
     )

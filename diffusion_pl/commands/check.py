@@ -202,7 +202,7 @@ def _budget(experiment: Config) -> str:
     ema: EMA = config.build(experiment, "ema")
     batch_size = experiment.get("data.batch_size")
     return (
-        f"{settings.images:,} images = {settings.steps(batch_size):,} steps; "
+        f"{settings.total_images:,} images = {settings.steps(batch_size):,} steps; "
         f"{_rate(experiment, settings)}, EMA half-life {ema.half_life:,.0f} images"
     )
 
@@ -214,7 +214,7 @@ def _rate(experiment: Config, settings: TrainerConfig) -> str:
         return "constant learning rate"
     if is_torch_s(schedule):
         return f"learning rate by {schedule.func.__name__}, in steps"  # type: ignore[attr-defined]
-    total = settings.total_images(batch_size)
+    total = settings.rounded_images(batch_size)
     seen = (0, total // 4, total // 2, total * 3 // 4, total - batch_size)
     factors = ", ".join(f"{schedule(images, total):.3g}" for images in seen)
     return f"learning rate times {factors} from quarter to quarter"

@@ -131,7 +131,7 @@ def _check_optimizer(experiment: Config, settings: TrainerConfig) -> None:
     except UserError as error:
         raise experiment.error("optimizer", str(error)) from error
     if (schedule := lr_schedule_of(experiment)) is not None:
-        total = settings.total_images(experiment.get("data.batch_size"))
+        total = settings.rounded_images(experiment.get("data.batch_size"))
         try:
             lr_schedule.check(schedule, optimizer, total)
         except UserError as error:

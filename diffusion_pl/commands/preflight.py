@@ -184,7 +184,7 @@ def _run(
     run_dir.check_name(run)
     run_dir.compare(experiment, run, None, newest)
     done = int(newest.stem) if newest else 0
-    budget = settings.total_images(data.batch_size)
+    budget = settings.rounded_images(data.batch_size)
     if newest and not done:
         raise UserError(f"{run}: holds imported weights; name another folder with --run")
     found.finished = done >= budget

@@ -173,7 +173,7 @@ def _published(
     """A published experiment, its budget no larger than so many passes are worth."""
     try:
         tree = config.load(name)
-        batch_size, images = int(tree.get("data.batch_size")), int(tree.get("trainer.images"))
+        batch_size, images = int(tree.get("data.batch_size")), int(tree.get("trainer.total_images"))
     except config.ConfigError:  # called from a folder without experiments
         batch_size, images = BATCH_SIZE, 0
     batch_size = _fitting_batch(batch_size, manifest.count)
@@ -181,7 +181,7 @@ def _published(
     overrides = [*_data(manifest, folder, side, batch_size), *more]
     if budget < images:
         images = budget
-        overrides += [f"trainer.images={images}"]
+        overrides += [f"trainer.total_images={images}"]
     work = _counted(name, overrides, side)
     seconds = work and images * 3 * work / (on.speed * UTILIZATION[on.kind])
     how_long = (
@@ -240,7 +240,7 @@ def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
         f"network.model_channels={channels}",
         f"network.channel_mult={mults}",
         f"network.attention={[lowest] if lowest <= 16 else []}",
-        f"trainer.images={images}",
+        f"trainer.total_images={images}",
         f"trainer.checkpoint_every={images // 8}",
         f"trainer.log_every={images // 40}",
         f"evaluation.every={images // 4}",

@@ -121,10 +121,10 @@ def compare(experiment: Config, folder: Path, start: Path | None, done: Path | N
             + "\n".join(f"  {line}" for line in refused)
         )
     budget = _end_of(experiment.tree)
-    if images > (most := budget.total_images(_batch(experiment.tree))):
+    if images > (most := budget.rounded_images(_batch(experiment.tree))):
         raise UserError(
-            f"{folder}: has seen {images:,} images, more than trainer.images={most}; name a budget "
-            f"of at least {images}, or another folder (RUN=...)"
+            f"{folder}: has seen {images:,} images, more than trainer.total_images={most}; name "
+            f"a budget of at least {images}, or another folder (RUN=...)"
         )
     return changes
 
@@ -174,7 +174,7 @@ def _with_batches(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _end_of(tree: Mapping[str, Any]) -> TrainerConfig:
     """What a config says of the budget and the checkpoints."""
-    keys = ("images", "checkpoint_every")
+    keys = ("total_images", "checkpoint_every")
     return TrainerConfig(**{key: tree["trainer"][key] for key in keys if key in tree["trainer"]})
 
 
@@ -201,7 +201,7 @@ def _free_rates(before: Config, now: Config, images: int) -> set[str]:
     """
     configs = (before, now)
     nodes = [each.tree.get("lr_schedule") for each in configs]
-    ends = [_end_of(each.tree).total_images(_batch(each.tree)) for each in configs]
+    ends = [_end_of(each.tree).rounded_images(_batch(each.tree)) for each in configs]
 
     def rates(number: int, end: int) -> Any:
         # A schedule that has not changed is built as the user names it, and trusted so.
@@ -220,7 +220,7 @@ def _free_rates(before: Config, now: Config, images: int) -> set[str]:
     same = table[0][0] == table[1][1]  # else name the one that makes the difference
     by_end = same or all(row[0] == row[1] for row in table)
     by_schedule = same or all(column[0] == column[1] for column in zip(*table, strict=True))
-    return {*(["trainer.images"] * by_end), *(["lr_schedule"] * by_schedule)}
+    return {*(["trainer.total_images"] * by_end), *(["lr_schedule"] * by_schedule)}
 
 
 def write_config(experiment: Config, folder: Path) -> None:

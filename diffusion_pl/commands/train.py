@@ -136,7 +136,7 @@ def _train(
     leads = lock is not None
     latest = checkpoints.newest_sound(folder / "checkpoints", mend=leads)
     changes = run_dir.compare(experiment, folder, options.start, latest) if leads else []
-    budget = settings.total_images(experiment.get("data.batch_size"))
+    budget = settings.rounded_images(experiment.get("data.batch_size"))
     done = int(latest.stem) if latest else 0
     if done >= budget and is_evaluated(folder, config.build(experiment, "evaluation"), done):
         if not leads:

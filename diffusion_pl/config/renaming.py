@@ -16,13 +16,15 @@ from diffusion_pl.config.tree import ConfigError, join, names, step
 
 # The old name to the new one, of
 # - a module, class or function, by its dotted path: a `_target_` that begins with it is renamed;
-# - a key, by its dotted path, such as "trainer.images"; it may move to another section;
+# - a key, by its dotted path, such as "trainer.total_images"; it may move to another section;
 # - an argument, "<path of its target today>:<argument>" to the new argument, wherever the target
 #   stands.
 # A new name that is given up in turn gets an entry of its own; the older one stays.
 RENAMED: dict[str, str] = {
     "diffusion_pl.data.originals.Asked": "diffusion_pl.data.sources.base.SourceSpec",
     "diffusion_pl.metrics.features.load": "diffusion_pl.metrics.extractors.load",
+    "trainer.images": "trainer.total_images",
+    "trainer.clip": "trainer.grad_clip",
     "trainer.warmup": "lr_schedule.warmup",
     "trainer.decay_from": "lr_schedule.decay_from",
     "trainer.cooldown": "lr_schedule.cooldown",

@@ -261,7 +261,7 @@ class DiffusionModule(QuickModule):
 
     def set_rate(self, optimizer: torch.optim.Optimizer, images: int) -> None:
         """Give the optimizer the learning rate of the step that follows `images` images."""
-        rate = self.lr_schedule(images, self.settings.total_images(self.batch_size))
+        rate = self.lr_schedule(images, self.settings.rounded_images(self.batch_size))
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
 
@@ -276,8 +276,8 @@ class DiffusionModule(QuickModule):
             # fp16: such an optimizer unscales within its step, which it leaves out if not finite.
             norm = norm / scaler.get_scale()
         self.totals.add(gradient_norm=norm.nan_to_num(posinf=0.0))  # of a step that is left out
-        if self.settings.clip is not None:
-            nn.utils.clip_grads_with_norm_(trained, self.settings.clip, norm)
+        if self.settings.grad_clip is not None:
+            nn.utils.clip_grads_with_norm_(trained, self.settings.grad_clip, norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the next row of the log is made of."""

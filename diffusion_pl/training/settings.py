@@ -43,7 +43,7 @@ class TrainerConfig:
     """What the `trainer` node of an experiment says; every amount is in images, global.
 
     Args:
-        images: the budget, images to train on.
+        total_images: the training budget; training ends with the step that reaches it.
         checkpoint_every: images between checkpoints.
         keep: newest checkpoints that stay, at least 1.
         keep_every: images between checkpoints that stay for good, a multiple of checkpoint_every;
@@ -51,7 +51,7 @@ class TrainerConfig:
         keep_best: a number of the evaluation, such as `fid`; the checkpoint with its best value so
             far stays as RUN/best/fid.ckpt.
         log_every: images between rows of the log.
-        clip: largest global norm of the gradient, None for no clipping.
+        grad_clip: largest global norm of the gradient, None for no clipping.
         label_dropout: share of the labels hidden from the network, for guidance.
         precision: "auto" is bf16 where the device has matrix units for it, else fp32.
         devices: a node, or "auto" for all that are there.
@@ -77,13 +77,13 @@ class TrainerConfig:
             compute longer on few cores and want more here.
     """
 
-    images: int
+    total_images: int
     checkpoint_every: int
     log_every: int = 5_000
     keep: int = 2
     keep_every: int | None = None
     keep_best: str | None = None
-    clip: float | None = None
+    grad_clip: float | None = None
     label_dropout: float = 0.0
     precision: Precision = "auto"
     devices: int | Literal["auto"] = "auto"
@@ -102,7 +102,7 @@ class TrainerConfig:
     watchdog: float = 600.0
 
     def __post_init__(self) -> None:
-        for key in ("images", "checkpoint_every", "log_every", "keep", "nodes"):
+        for key in ("total_images", "checkpoint_every", "log_every", "keep", "nodes"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 1 (got {getattr(self, key)})")
         if self.devices != "auto" and self.devices < 1:
@@ -130,8 +130,8 @@ class TrainerConfig:
             )
         if not 0 <= self.label_dropout <= 1:
             raise UserError(f"label_dropout must be in [0, 1] (got {self.label_dropout})")
-        if self.clip is not None and self.clip <= 0:
-            raise UserError(f"clip must be positive or null (got {self.clip})")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise UserError(f"grad_clip must be positive or null (got {self.grad_clip})")
 
     def best(self, run: Path) -> Best | None:
         """Keeps the best checkpoint in a run's folder, where that is asked for."""
@@ -140,9 +140,9 @@ class TrainerConfig:
 
     def steps(self, batch_size: int) -> int:
         """Optimizer steps that the budget takes, the last one whole."""
-        return math.ceil(self.images / batch_size)
+        return math.ceil(self.total_images / batch_size)
 
-    def total_images(self, batch_size: int) -> int:
+    def rounded_images(self, batch_size: int) -> int:
         """Images of all steps."""
         return self.steps(batch_size) * batch_size
 

@@ -235,11 +235,11 @@ def test_a_job_that_misses_its_gpus_says_so_and_does_not_come_back(cluster, plac
 @pytest.mark.slow
 def test_a_job_goes_on_over_the_limits_of_its_time(cluster, place, launch, straight):
     """SLURM itself sends the signal, a minute or two before a limit of three."""
-    job = launch("long", f"trainer.images={8 * LONG}", "--time", "3", "--margin", "60")
+    job = launch("long", f"trainer.total_images={8 * LONG}", "--time", "3", "--margin", "60")
     assert ended(cluster, place, "long", job, limit=1800) == "COMPLETED", log(place, "long")
     print(f"long: {restarts(cluster, job)} restarts")
     assert restarts(cluster, job) >= 1
-    whole = launch("whole", f"trainer.images={8 * LONG}", "--time", "60")
+    whole = launch("whole", f"trainer.total_images={8 * LONG}", "--time", "60")
     assert ended(cluster, place, "whole", whole, limit=1800) == "COMPLETED", log(place, "whole")
     assert restarts(cluster, whole) == 0
     assert_equal(state(place, "long"), state(place, "whole"))
