@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.io.files import open_lock
+from diffusion_pl.io.files import open_lock, unwritable
 from diffusion_pl.names import shown
 from diffusion_pl.processes import began_at, is_running, place
 
@@ -188,10 +188,7 @@ def hold(path: Path, doing: str, where: Path | None = None) -> Iterator[Lock]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = Lock(path, _take(path, this_process(doing, path), where), where)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free space or permissions, then run "
-            "again"
-        ) from error
+        raise unwritable(path, error) from error
     threading.Thread(target=lock.beat, name="lock", daemon=True).start()
     try:
         yield lock

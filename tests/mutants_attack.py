@@ -54,7 +54,11 @@ MUTANTS = [
         "prepare_labels",
         ("changed=[listing.files.changed(each) for each in listing.names],", ""),
     ),
-    *at("data/sources/tars.py", "prepare_labels", ("changed=_changes(files, places),", "")),
+    *at(
+        "data/sources/tars.py",
+        "prepare_labels",
+        ("changed=times[[number for number, *_ in places]],", ""),
+    ),
     *at(
         "data/sources/tables.py",
         "prepare_labels",

@@ -39,13 +39,11 @@ class _Decoded:
         images = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
         for row, index in enumerate(indices.tolist()):
             name = self.names[index]
-            data = self.files.read(name)
-            where = f"{self.where}/{name}"
             images[row] = read_square(
-                data,
+                self.files.read(name),
                 self.resolution,
                 self.fit,
-                where=where,
+                where=f"{self.where}/{name}",
                 depths=self.depths,
                 channels=self.channels,
             )
@@ -119,12 +117,13 @@ class ImageFolder:
             listing.files, listing.names, self.path, self.resolution, self.fit, self.channels
         )
         kind = {1: "-grey", 4: "-rgba"}.get(self.channels, "")
+        found = listing.labels
         whole = load(
             f"folder-{plain(stem)}-{self.resolution}{kind}",
             decoded,
-            None if listing.labels is None else torch.tensor(listing.labels),
-            classes=listing.classes,
-            class_names=listing.class_names,
+            None if found is None else torch.tensor(found.labels),
+            classes=0 if found is None else found.classes,
+            class_names=() if found is None else found.names or (),
         )
         line = decoded.depths.line()
         if line and ranks.leads_machine():

@@ -1,4 +1,4 @@
-"""Labels as sources write them, numbers or words, become classes from 0 on."""
+"""Class numbers, from 0 on, from the labels of a source, which are numbers or words."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ LIKE_LABELS = re.compile(r"(.*_)?(label|class|category|target)s?(_?(id|idx|index
 
 
 @dataclass
-class Numbered:
-    """Classes of images.
+class ImageLabels:
+    """The class of each image.
 
     Args:
         labels: of each image, in [0, classes).
         classes: how many.
         names: of the classes in order; None where the source has only numbers.
-        source: what they were read from.
-        notes: what the user should know of them.
+        source: what they were read from, in words.
+        notes: for the user.
     """
 
     labels: list[int]
@@ -38,25 +38,27 @@ class Numbered:
     notes: list[str] = field(default_factory=list)
 
 
-def in_order(words: Iterable[str]) -> list[str]:
-    """Names of classes in the order of their numbers: 2 before 10 where all are numbers."""
+def sort_class_names(words: Iterable[str]) -> list[str]:
+    """Sort the names of classes: 2 before 10 where all are numbers."""
     every = set(words)
     if all(word.isascii() and word.isdecimal() for word in every):
         return sorted(every, key=lambda word: (int(word), word))
     return sorted(every)
 
 
-def numbered(values: Sequence[Any], where: str, names: Sequence[str] | None = None) -> Numbered:
-    """Number labels.
+def number_labels(
+    values: Sequence[Any], where: str, names: Sequence[str] | None = None
+) -> ImageLabels:
+    """Turn labels as a source has them into class numbers.
 
     Args:
-        values: whole numbers, as such or as floats, which stay what they are; or words, which are
-            numbered in order.
-        where: names their source in a complaint.
-        names: of all the classes in order, where the values are words and it is known.
+        values: whole numbers, as int or float, which are kept; or words, which are numbered in
+            sorted order.
+        where: their source, for error messages.
+        names: of all the classes in order, where the values are words and they are known.
 
     Raises:
-        UserError: labels that are missing, negative, no whole numbers, or of both kinds.
+        UserError: labels that are missing, negative, not whole numbers, or of both kinds.
     """
     missing = sum(_is_missing(value) for value in values)
     if missing:
@@ -66,14 +68,14 @@ def numbered(values: Sequence[Any], where: str, names: Sequence[str] | None = No
             f"--no-labels leaves all labels out"
         )
     if all(isinstance(value, str) for value in values):
-        known = list(names or in_order(values))
+        known = list(names or sort_class_names(values))
         if names is None and all(_is_number(word) for word in known):
             # A table of text holds numbers as words.
-            return numbered([int(value.partition(".")[0]) for value in values], where)
+            return number_labels([int(value.partition(".")[0]) for value in values], where)
         for word in known:
             _check_name(word, where)
         places = {word: number for number, word in enumerate(known)}
-        return Numbered([places[value] for value in values], len(known), known, where)
+        return ImageLabels([places[value] for value in values], len(known), known, where)
     numbers = []
     for value in values:
         whole = isinstance(value, float) and value.is_integer()
@@ -90,7 +92,7 @@ def numbered(values: Sequence[Any], where: str, names: Sequence[str] | None = No
             f"{where}: labels are 0 to {LARGEST_CLASS - 1:,} (got {bad}, {count:,} such of "
             f"{len(numbers):,}); --no-labels leaves them out"
         )
-    found = Numbered(numbers, max(numbers) + 1, None, where)
+    found = ImageLabels(numbers, max(numbers) + 1, None, where)
     used = len(set(numbers))
     if used < found.classes:
         found.notes.append(
@@ -104,6 +106,20 @@ def counts(labels: Iterable[int], classes: int) -> list[int]:
     """How many images each class has."""
     found = Counter(labels)
     return [found[number] for number in range(classes)]
+
+
+def folders_note(folders: Iterable[str]) -> str:
+    """The note that images lie in folders which are not taken as classes."""
+    names = sort_class_names(folders)
+    return (
+        f"the images lie in {len(names):,} folders ({first_few(names)}), which are not taken as "
+        "classes; --labels takes them, in a new folder"
+    )
+
+
+def first_few(words: Sequence[str]) -> str:
+    """The first three words, and dots for the others."""
+    return ", ".join(words[:3]) + (", ..." if len(words) > 3 else "")
 
 
 def _is_missing(value: Any) -> bool:

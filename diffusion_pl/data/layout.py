@@ -17,7 +17,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -33,7 +33,13 @@ from diffusion_pl.data.files import (
     refuse_control,
     says_nothing,
 )
-from diffusion_pl.data.labels import Numbered, in_order, numbered
+from diffusion_pl.data.labels import (
+    ImageLabels,
+    first_few,
+    folders_note,
+    number_labels,
+    sort_class_names,
+)
 from diffusion_pl.data.splits import ALL, is_split, split_of
 from diffusion_pl.errors import UserError
 
@@ -59,22 +65,16 @@ class Listing:
     Args:
         files: to read from.
         names: of the images, in order.
-        labels: class of each image, None without labels.
-        classes: number of classes, 0 without labels.
-        class_names: of the classes in order, empty where they have none.
-        labels_from: what the labels were read from, in words.
+        labels: of the images.
         unread: how many files of each ending are not read.
-        notes: what the user should know.
+        notes: for the user.
     """
 
     files: Files
     names: list[str]
-    labels: list[int] | None = None
-    classes: int = 0
-    class_names: list[str] = field(default_factory=list)
-    labels_from: str = ""
-    unread: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    labels: ImageLabels | None
+    unread: dict[str, int]
+    notes: list[str]
 
 
 def list_images(
@@ -110,7 +110,7 @@ def list_images(
     foreign = next((name for name in others if ending_of(name) in FOREIGN), None)
     if foreign is not None:
         raise UserError(f"{path}/{foreign}: not PNG, JPEG or WebP; convert it or remove it")
-    found: Numbered | None = None
+    found: ImageLabels | None = None
     read: set[str] = set()
     if labels is not False:
         found, read = _written_down(path, files, others, images, column, notes)
@@ -122,18 +122,7 @@ def list_images(
     unread = dict(Counter(ending_of(name) or "no ending" for name in rest).most_common())
     if rest:
         notes.append(_not_read(rest, images))
-    if found is None:
-        return Listing(files, images, unread=unread, notes=notes)
-    return Listing(
-        files,
-        images,
-        found.labels,
-        found.classes,
-        found.names or [],
-        found.source,
-        unread,
-        [*found.notes, *notes],
-    )
+    return Listing(files, images, found, unread, [*(found.notes if found else ()), *notes])
 
 
 def _sorted_out(path: str, files: Files, every: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -270,7 +259,7 @@ def _written_down(
     images: Sequence[str],
     column: str | None,
     notes: list[str],
-) -> tuple[Numbered | None, set[str]]:
+) -> tuple[ImageLabels | None, set[str]]:
     """The labels that a file beside the images holds, and which files were read for them."""
     there = set(others)
     for folder in reversed(PurePosixPath(images[0]).parents):  # the outermost first
@@ -291,7 +280,7 @@ def _written_down(
     return None, set()
 
 
-def _packed(files: Files, start: str, images: Sequence[str]) -> tuple[bool, Numbered | None]:
+def _packed(files: Files, start: str, images: Sequence[str]) -> tuple[bool, ImageLabels | None]:
     """Whether a dataset.json speaks of labels, and those of the images."""
     name = start + _PACKED
     content = _json(files.read(name), name)
@@ -306,7 +295,7 @@ def _packed(files: Files, start: str, images: Sequence[str]) -> tuple[bool, Numb
     return True, _of_names(pairs, start, images, name)
 
 
-def _of_names(pairs: dict[str, Any], start: str, images: Sequence[str], source: str) -> Numbered:
+def _of_names(pairs: dict[str, Any], start: str, images: Sequence[str], source: str) -> ImageLabels:
     """Number the labels that a file gives by name.
 
     Raises:
@@ -319,7 +308,7 @@ def _of_names(pairs: dict[str, Any], start: str, images: Sequence[str], source: 
             f"{source}: no label for {len(missing):,} of {len(images):,} images ({missing[0]}); "
             f"leave labels out (--no-labels), or mend it"
         )
-    found = numbered(given, source)
+    found = number_labels(given, source)
     gone = len(pairs.keys() - {name.removeprefix(start) for name in images})
     if gone:
         found.notes.append(f"{source} names {gone:,} files that are not here")
@@ -333,7 +322,7 @@ def _tabled(
     images: Sequence[str],
     column: str | None,
     notes: list[str],
-) -> Numbered | None:
+) -> ImageLabels | None:
     """Labels of a metadata table; None where it has no column of labels."""
     where = start + name
     rows = list(_rows(files.read(where), where))
@@ -399,25 +388,21 @@ def _folders(
     layers: _Layers,
     labels: bool | None,
     notes: list[str],
-) -> Numbered | None:
+) -> ImageLabels | None:
     """Classes by folders where they are wanted; a note that there may be some, elsewhere."""
     parts = [PurePosixPath(name).parts[:-1] for name in images]
     tops = [each[layers.class_] if len(each) > layers.class_ else None for each in parts]
     packed = _are_index_folders(images)
     if not labels:
-        words = in_order({top for top in tops if top is not None})
-        if None not in tops and len(words) > 1 and not packed:
-            notes.append(
-                f"the images lie in {len(words):,} folders ({_some(words)}), which are not taken "
-                f"as classes; --labels takes them, in a new folder"
-            )
+        if None not in tops and len(set(tops)) > 1 and not packed:
+            notes.append(folders_note(map(str, tops)))
         return None
     if None in tops:
         raise UserError(
             f"{path}/{images[tops.index(None)]}: in no folder, so without a class; move it into "
             f"one or set labels: false"
         )
-    classes = in_order({str(top) for top in tops})
+    classes = sort_class_names({str(top) for top in tops})
     if len(classes) < 2:
         raise UserError(
             f"{path}: the only class is {classes[0]!r}; folders of classes must lie at the top, or "
@@ -425,10 +410,10 @@ def _folders(
         )
     if packed:
         raise UserError(
-            f"{path}: its folders {_some(classes)} number the images and are no classes, and it "
-            f"has no {_PACKED} with labels; leave labels out (--no-labels)"
+            f"{path}: its folders {first_few(classes)} number the images and are no classes, and "
+            f"it has no {_PACKED} with labels; leave labels out (--no-labels)"
         )
-    found = numbered([str(top) for top in tops], "folders", classes)
+    found = number_labels([str(top) for top in tops], "folders", classes)
     inside = f" in {prefix}/" if prefix else ""
     found.source = f"folders{inside}"
     _look_around(files, prefix, layers, images, classes, found.notes)
@@ -446,23 +431,19 @@ def _look_around(
     """Say what the names of the folders may hide."""
     if layers.split is None or layers.split < layers.class_:
         above = "/".join(PurePosixPath(images[0]).parts[: layers.class_])
-        empty = in_order(set(files.folders(above)) - set(classes))
+        empty = sort_class_names(set(files.folders(above)) - set(classes))
         if empty:
-            notes.append(f"folders without an image are no classes: {_some(empty)}")
+            notes.append(f"folders without an image are no classes: {first_few(empty)}")
     alike = Counter(name.casefold().strip() for name in classes)
     twins = [name for name in classes if alike[name.casefold().strip()] > 1]
     if twins:
-        notes.append(f"classes whose names differ by case or spaces alone: {_some(twins)}")
+        notes.append(f"classes whose names differ by case or spaces alone: {first_few(twins)}")
 
 
 def _are_index_folders(images: Sequence[str]) -> bool:
     """Whether every image is where the packing tools put the image of its number."""
     found = (_INDEX_FOLDER.fullmatch(name) for name in images)
     return all(each is not None and int(each[1]) == int(each[2]) // 1000 for each in found)
-
-
-def _some(words: Sequence[str]) -> str:
-    return ", ".join(words[:_SHOWN]) + (", ..." if len(words) > _SHOWN else "")
 
 
 def _not_read(names: Sequence[str], images: Sequence[str]) -> str:

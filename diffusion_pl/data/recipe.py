@@ -20,6 +20,7 @@ from diffusion_pl.data.decode import (
     planes_of,
 )
 from diffusion_pl.data.depths import Depths
+from diffusion_pl.data.member_images import raw_header
 from diffusion_pl.data.reduce import FILTERS
 from diffusion_pl.data.shard_format import ENDINGS, LARGEST_RESOLUTION
 from diffusion_pl.data.sources.base import Original, Pixels
@@ -38,7 +39,6 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "webp": ("WEBP", {"lossless": True, "quality": 50, "method": 2, "exact": True}),
     "jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
 }
-_RAW_HEADER = 128
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,8 @@ class Recipe:
         """
         if isinstance(original.picture, Mapping):
             drawn = {side: self._of_pixels(original.picture[side]) for side in self.descending}
-            return {side: joined(each, self.channels) for side, each in drawn.items()}, [
-                self.descending[0]
-            ] * 2
+            found = {side: joined(each, self.channels) for side, each in drawn.items()}
+            return found, [self.descending[0]] * 2
         if isinstance(original.picture, bytes):
             images = planes(original.picture, self.channels, where=where, depths=depths)
         else:
@@ -140,12 +139,10 @@ class Recipe:
         Args:
             pixels: uint8 (channels, R, R).
         """
-        buffer = io.BytesIO()
         if self.encoding == "raw":
-            np.save(buffer, np.ascontiguousarray(pixels), allow_pickle=False)
-            assert len(buffer.getvalue()) == _RAW_HEADER + pixels.size
-            return buffer.getvalue(), pixels
+            return raw_header(pixels.shape) + pixels.tobytes(), pixels
         name, options = _OPTIONS[self.encoding]
+        buffer = io.BytesIO()
         grey = len(pixels) == 1
         image = Image.fromarray(
             pixels[0] if grey else np.ascontiguousarray(pixels.transpose(1, 2, 0))

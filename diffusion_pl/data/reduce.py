@@ -33,18 +33,21 @@ def lanczos(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def box_bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize an RGB image to (width, height) by halving, then by an antialiased bicubic filter."""
+    return _halve(image, size).resize(size, Image.Resampling.BICUBIC)
+
+
+def _halve(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Halve an image while it is at least twice (width, height)."""
     width, height = image.size
     while width >= 2 * size[0] and height >= 2 * size[1]:
         width, height = width // 2, height // 2
         image = image.resize((width, height), Image.Resampling.BOX)
-    return image.resize(size, Image.Resampling.BICUBIC)
+    return image
 
 
 def _to_shorter_side(image: Image.Image, side: int) -> Image.Image:
     """ADM's steps: halve while the shorter side is twice too long, then bring it to `side`."""
-    while min(image.size) >= 2 * side:
-        half = (image.size[0] // 2, image.size[1] // 2)
-        image = image.resize(half, Image.Resampling.BOX)
+    image = _halve(image, (side, side))
     shorter = min(image.size)
     # A quotient first, as there: its rounding decides where a length falls between two pixels.
     width, height = (round(length * (side / shorter)) for length in image.size)

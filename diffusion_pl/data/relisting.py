@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffusion_pl.data.labels import first_few
 from diffusion_pl.data.recipe import Recipe, versions
 from diffusion_pl.data.shard_format import Manifest, key_of, open_index
 from diffusion_pl.data.sources.base import Originals, SourceSpec, digest_of
@@ -24,7 +25,6 @@ from diffusion_pl.io.files import last_change, regular
 _MOST_NAMED = 100_000
 # Images that are made again to be held against what was made of them: half a minute of large ones.
 _MOST_MADE = 2_000
-_SHOWN = 3
 
 
 def listed(originals: Originals) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _contents(
     looked = newer[::step]
     others = [i for i in looked if not is_as_made(originals, recipe, i, rows[places[i]])]
     if others:
-        which = f" ({_some([originals.names[i] for i in others])})" if originals.names else ""
+        which = f" ({first_few([originals.names[i] for i in others])})" if originals.names else ""
         return f"{len(others):,} of the same name and size are other images{which}", None
     if step > 1:
         return "", (
@@ -139,7 +139,7 @@ def _difference(manifest: Manifest, originals: Originals, folder: Path) -> str:
     new = sorted(name for name in now - before if f"/{name}: " not in left_out)
     gone = sorted(before - now)
     changes = (("new", new), ("gone", gone))
-    parts = [f"{len(names):,} {word} ({_some(names)})" for word, names in changes if names]
+    parts = [f"{len(names):,} {word} ({first_few(names)})" for word, names in changes if names]
     return ", ".join(parts) or "the same names in another order or state"
 
 
@@ -158,7 +158,3 @@ def _names(folder: Path, manifest: Manifest) -> set[str]:
         except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); prepare the data again") from error
     return found
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

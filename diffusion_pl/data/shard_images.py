@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -101,13 +101,12 @@ class ShardImages(ImageDataset):
         images = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
         rows = self.index[indices.numpy()]
         self.tars.fetch(np.unique(rows["shard"]).tolist())
-        read = self._again_if_damaged
         # In the order of the disk.
         places = np.lexsort((rows[f"offset_{self.side}"], rows["shard"]))
         columns = zip(places.tolist(), *self._columns(rows[places]), strict=True)
         for place, number, offset, length, crc in columns:
             try:
-                read(images[place], number, offset, length, crc)
+                self._again_if_damaged(images[place], number, offset, length, crc)
             except BrokenImage as error:
                 self._replace(images[place], int(indices[place]), error)
         return torch.from_numpy(images)
@@ -120,49 +119,37 @@ class ShardImages(ImageDataset):
         self, image: npt.NDArray[np.uint8], number: int, offset: int, length: int, crc: int
     ) -> None:
         """Read an image; a second time where its shard in the cache was not what had come."""
-        read = self._reader()
         try:
-            read(image, number, offset, length, crc)
+            self._read(image, number, offset, length, crc)
         except ValueError:  # broken, or the disk cannot read it any more
             if not self.tars.renew(number):
                 raise
-            read(image, number, offset, length, crc)
+            self._read(image, number, offset, length, crc)
 
-    def _reader(self) -> Callable[[npt.NDArray[np.uint8], int, int, int, int], None]:
-        return self._raw if self.tars.manifest.encoding == "raw" else self._encoded
-
-    def _raw(
+    def _read(
         self, image: npt.NDArray[np.uint8], number: int, offset: int, length: int, crc: int
     ) -> None:
-        """Read uncompressed pixels to where they belong."""
-        header = bytearray(RAW_HEADER)
+        """Read and decode an image; uncompressed pixels are read to where they belong."""
+        encoding = self.tars.manifest.encoding
+        raw = encoding == "raw"
         wanted = RAW_HEADER + image.size
-        if length != wanted:
+        if raw and length != wanted:
             raise self._complaint(number, offset, f"{length} bytes in place of {wanted}")
-        self._check(number, offset, self.tars.read(number, [header, image], offset), length)
-        if zlib.crc32(image.data, zlib.crc32(header)) != crc:
-            raise self._complaint(number, offset, "its check sum is wrong")
-        if header != self._header:
-            raise self._complaint(number, offset, "not the array it should be")
-
-    def _encoded(
-        self, image: npt.NDArray[np.uint8], number: int, offset: int, length: int, crc: int
-    ) -> None:
-        """Read and decode a compressed image."""
         if not 0 < length <= self.tars.manifest.shards[number].bytes:
             raise self._complaint(number, offset, f"{length} bytes long in the index")
-        data = bytearray(length)
-        self._check(number, offset, self.tars.read(number, [data], offset), length)
-        if zlib.crc32(data) != crc:
+        data = bytearray(RAW_HEADER if raw else length)
+        if self.tars.read(number, [data, image] if raw else [data], offset) != length:
+            raise self._complaint(number, offset, "the shard ends within it")
+        if zlib.crc32(image.data if raw else b"", zlib.crc32(data)) != crc:
             raise self._complaint(number, offset, "its check sum is wrong")
+        if raw:
+            if data != self._header:
+                raise self._complaint(number, offset, "not the array it should be")
+            return
         try:
-            decode_into(image, data, self.tars.manifest.encoding)
+            decode_into(image, data, encoding)
         except ValueError as error:
             raise self._complaint(number, offset, str(error)) from error
-
-    def _check(self, number: int, offset: int, found: int, wanted: int) -> None:
-        if found != wanted:
-            raise self._complaint(number, offset, "the shard ends within it")
 
     def _complaint(self, number: int, offset: int, problem: str) -> BrokenImage:
         """Name the member as the tar does, in the block before its contents."""
@@ -183,11 +170,10 @@ class ShardImages(ImageDataset):
         if self.skip_broken == 0:
             raise complaint
         self._note(broken, complaint)
-        read = self._reader()
         for other in self._next(broken):
             [number], [offset], [length], [crc] = self._columns(self.index[other : other + 1])
             try:
-                read(image, number, offset, length, crc)
+                self._read(image, number, offset, length, crc)
             except BrokenImage as error:
                 self._note(other, error)
             else:

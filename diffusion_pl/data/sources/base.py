@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from diffusion_pl.data.labels import ImageLabels
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -99,6 +101,18 @@ class SourceSpec:
     split: str | None = None
     image: str | None = None
     label: str | None = None
+
+
+def label_fields(found: ImageLabels | None) -> dict[str, Any]:
+    """The fields of `Originals` that say what the labels are."""
+    if found is None:
+        return {}
+    return {
+        "labels": np.array(found.labels, dtype=np.int32),
+        "classes": found.classes,
+        "class_names": found.names,
+        "labels_from": found.source,
+    }
 
 
 def digest_of(lines: Iterable[object]) -> str:

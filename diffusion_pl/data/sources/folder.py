@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from diffusion_pl.data.files import Files
 from diffusion_pl.data.layout import list_images
-from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of
+from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of, label_fields
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,7 @@ def open_folder(asked: SourceSpec, name: str) -> Originals:
         reader=_FileReader(listing.files, listing.names),
         count=len(listing.names),
         listing=digest_of(listing.names),
-        labels=None if listing.labels is None else np.array(listing.labels, dtype=np.int32),
-        classes=listing.classes,
-        class_names=listing.class_names or None,
-        labels_from=listing.labels_from,
+        **label_fields(listing.labels),
         unread=listing.unread,
         notes=listing.notes,
         names=listing.names,

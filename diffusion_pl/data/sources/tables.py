@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion_pl.data.files import LARGEST_FILE
-from diffusion_pl.data.labels import LIKE_LABELS, Numbered, numbered
+from diffusion_pl.data.labels import LIKE_LABELS, ImageLabels, number_labels
 from diffusion_pl.data.layout import columns_named
 from diffusion_pl.data.lmdb_reading import Child
-from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of
+from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of, label_fields
 from diffusion_pl.data.splits import of_split
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import last_change, regular
@@ -190,12 +190,6 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: damaged or not a parquet file ({line})") from error
 
 
-def _parquet(path: Path, use: Any) -> Any:
-    """What `use` makes of an opened file; raises as `_opened`."""
-    with _opened(path) as opened:
-        return use(opened)
-
-
 def open_parquet(files: Sequence[Path], name: str, asked: SourceSpec) -> Originals:
     """Tables whose rows hold an image file's bytes, alone or as {bytes, path}, and maybe a label.
 
@@ -209,7 +203,12 @@ def open_parquet(files: Sequence[Path], name: str, asked: SourceSpec) -> Origina
         UserError: as above, columns that are not there or differ, files of several splits.
     """
     files = of_split(files, asked.split)
-    schemas = [_parquet(file, lambda opened: opened.schema_arrow) for file in files]
+    schemas, group_rows = [], []
+    for file in files:
+        with _opened(file) as opened:
+            schemas.append(opened.schema_arrow)
+            groups_of = map(opened.metadata.row_group, range(opened.metadata.num_row_groups))
+            group_rows.append([group.num_rows for group in groups_of])
     column = asked.image or _image_column(schemas[0], files[0])
     label = None if asked.labels is False else asked.label or _label_column(schemas[0], files[0])
     for file, schema in zip(files, schemas, strict=True):
@@ -224,8 +223,7 @@ def open_parquet(files: Sequence[Path], name: str, asked: SourceSpec) -> Origina
     groups: list[tuple[int, int]] = []
     firsts: list[int] = []
     counts: list[int] = []
-    for number, file in enumerate(files):
-        rows = _parquet(file, _group_rows)
+    for number, rows in enumerate(group_rows):
         firsts.append(sum(counts))
         groups += [(number, group) for group in range(len(rows))]
         counts += rows
@@ -238,10 +236,7 @@ def open_parquet(files: Sequence[Path], name: str, asked: SourceSpec) -> Origina
         count=int(starts[-1]),
         listing=digest_of([*((f.name, f.stat().st_size) for f in files), column, label]),
         changed=np.repeat([last_change(f) for f in files], np.diff([*firsts, starts[-1]])),
-        labels=None if found is None else np.array(found.labels, dtype=np.int32),
-        classes=0 if found is None else found.classes,
-        class_names=None if found is None else found.names,
-        labels_from="" if found is None else found.source,
+        **label_fields(found),
         unread={f"column {name}": int(starts[-1]) for name in rest},
         notes=[
             *(found.notes if found else []),
@@ -276,11 +271,6 @@ def _label_column(schema: Any, file: Path) -> str | None:
     return found[0] if found else None
 
 
-def _group_rows(opened: Any) -> list[int]:
-    metadata = opened.metadata
-    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-
-
 def _image_column(schema: Any, file: Path) -> str:
     """The one column that can hold image files."""
     from pyarrow import types
@@ -301,7 +291,7 @@ def _image_column(schema: Any, file: Path) -> str:
     return str(found[0])
 
 
-def _table_labels(files: Sequence[Path], label: str, schema: Any) -> Numbered:
+def _table_labels(files: Sequence[Path], label: str, schema: Any) -> ImageLabels:
     """Labels of all rows, with the classes' names where the tables know them."""
     values: list[Any] = []
     for file in files:
@@ -313,10 +303,10 @@ def _table_labels(files: Sequence[Path], label: str, schema: Any) -> Numbered:
                         "bytes; --no-labels leaves it out"
                     )
                 values += batch.column(0).to_pylist()
-    found = numbered(values, f"{files[0].parent}: column {label!r}")
+    found = number_labels(values, f"{files[0].parent}: column {label!r}")
     found.source = f"column {label!r}"
     known = _known_names(schema, label)
-    # A test split may have -1 for every label, which `numbered` refuses.
+    # A test split may have -1 for every label, which `number_labels` refuses.
     if known and found.names is None and found.classes <= len(known):
         found.classes, found.names, found.notes = len(known), known, []
     return found

@@ -13,10 +13,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from diffusion_pl.data.files import (
     CONTROL,
@@ -28,8 +27,14 @@ from diffusion_pl.data.files import (
     is_leftover,
     says_nothing,
 )
-from diffusion_pl.data.labels import LIKE_LABELS, Numbered, in_order, numbered
-from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of
+from diffusion_pl.data.labels import (
+    LIKE_LABELS,
+    ImageLabels,
+    folders_note,
+    number_labels,
+    sort_class_names,
+)
+from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of, label_fields
 from diffusion_pl.data.splits import ALL, of_split
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import last_change, regular
@@ -43,15 +48,9 @@ _LARGEST_LABEL = 256
 _LARGEST_JSON = 1024**2
 
 
-@dataclass(frozen=True)
-class _Member:
+class _Member(NamedTuple):
     offset: int
     size: int
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Offset and size."""
-        return self.offset, self.size
 
 
 @dataclass
@@ -79,14 +78,6 @@ class _TarReader:
         )
 
 
-def _changes(
-    files: Sequence[Path], places: Sequence[tuple[int, str, int, int]]
-) -> npt.NDArray[np.int64]:
-    """When the tar of each image last changed, ns."""
-    times = np.array([last_change(file) for file in files], dtype=np.int64)
-    return times[[number for number, *_ in places]]
-
-
 def open_tars(files: Sequence[Path], name: str, asked: SourceSpec) -> Originals:
     """Samples in the order of the tars' names, then of the tar.
 
@@ -107,14 +98,14 @@ def open_tars(files: Sequence[Path], name: str, asked: SourceSpec) -> Originals:
     picked = _pick(files, samples, asked.image, label)
     if not picked:
         raise UserError(f"{files[0]}: no images here")
-    found: Numbered | None = None
+    found: ImageLabels | None = None
     read: set[tuple[int, str, str]] = set()
     if asked.labels is not False:
         found, read = _labels(files, picked, asked.label)
         if found is None and asked.labels:
             found = _folders(files, picked)
     places = [
-        (number, _name(sample, ending), *sample.members[ending].place)
+        (number, _name(sample, ending), *sample.members[ending])
         for number, sample, ending in picked
     ]
     taken = {(number, sample.key, ending) for number, sample, ending in picked} | read
@@ -124,16 +115,14 @@ def open_tars(files: Sequence[Path], name: str, asked: SourceSpec) -> Originals:
         for ending in sample.members
         if (number, sample.key, ending) not in taken
     )
+    times = np.array([last_change(file) for file in files], dtype=np.int64)
     return Originals(
         name=name,
         reader=_TarReader([str(file) for file in files], places),
         count=len(places),
         listing=digest_of(places),
-        changed=_changes(files, places),
-        labels=None if found is None else np.array(found.labels, dtype=np.int32),
-        classes=0 if found is None else found.classes,
-        class_names=None if found is None else found.names,
-        labels_from="" if found is None else found.source,
+        changed=times[[number for number, *_ in places]],
+        **label_fields(found),
         unread=dict(unread.most_common()),
         notes=[*(found.notes if found else []), *_hints(files, picked, unread, found is None)],
         names=[f"{files[number].name}/{each}" for number, each, _, _ in places],
@@ -180,7 +169,7 @@ def _beside(image: str, ending: str) -> str:
 
 def _labels(
     files: Sequence[Path], picked: Sequence[_Picked], asked: str | None
-) -> tuple[Numbered | None, set[tuple[int, str, str]]]:
+) -> tuple[ImageLabels | None, set[tuple[int, str, str]]]:
     """The labels of the images that were picked, and the members that were read for them."""
     label = (asked or "cls").lower()
     field = asked[5:] if asked and label.startswith("json.") else None
@@ -203,14 +192,14 @@ def _labels(
     for (number, sample, _), member in zip(picked, members, strict=True):
         assert member is not None
         where = f"{files[number]}: {sample.key}"
-        place = sample.members[member].place
+        place = sample.members[member]
         if field is None:
             values.append(_word(_bytes(str(files[number]), *_small(place, _LARGEST_LABEL, where))))
         else:
             data = _bytes(str(files[number]), *_small(place, _LARGEST_JSON, where))
             values.append(_parsed(data, where).get(field))
     source = f"field {field!r} of .json" if field is not None else f"members .{ending}"
-    found = numbered(values, f"{files[0].parent}: {source}")
+    found = number_labels(values, f"{files[0].parent}: {source}")
     found.source = source
     read = {
         (number, sample.key, str(member))
@@ -228,7 +217,7 @@ def _tops(picked: Sequence[_Picked]) -> list[str]:
     return [each[depth] if len(each) > depth else "" for each in folders]
 
 
-def _folders(files: Sequence[Path], picked: Sequence[_Picked]) -> Numbered | None:
+def _folders(files: Sequence[Path], picked: Sequence[_Picked]) -> ImageLabels | None:
     """Classes by the folders in the tars, which the user has asked for; None where there are none.
 
     Raises:
@@ -243,7 +232,7 @@ def _folders(files: Sequence[Path], picked: Sequence[_Picked]) -> Numbered | Non
             f"{files[number]}: {_name(sample, ending)} has no label beside it and lies in no "
             f"folder of a class; leave out --labels"
         )
-    return numbered(tops, "folders", in_order(tops))
+    return number_labels(tops, "folders", sort_class_names(tops))
 
 
 def _member(sample: _Sample, image: str, ending: str) -> str | None:
@@ -251,9 +240,9 @@ def _member(sample: _Sample, image: str, ending: str) -> str | None:
     return next((e for e in (_beside(image, ending), ending) if e in sample.members), None)
 
 
-def _small(place: tuple[int, int], most: int, where: str) -> tuple[int, int]:
-    if place[1] > most:
-        raise UserError(f"{where}: a label of {place[1]:,} bytes is none")
+def _small(place: _Member, most: int, where: str) -> _Member:
+    if place.size > most:
+        raise UserError(f"{where}: a label of {place.size:,} bytes is none")
     return place
 
 
@@ -263,7 +252,7 @@ def _fields(files: Sequence[Path], pick: _Picked) -> dict[str, Any]:
     member = _member(sample, image, "json")
     if member is None or sample.members[member].size > _LARGEST_JSON:
         return {}
-    data = _bytes(str(files[number]), *sample.members[member].place)
+    data = _bytes(str(files[number]), *sample.members[member])
     return _parsed(data, f"{files[number]}: {sample.key}")
 
 
@@ -282,12 +271,7 @@ def _hints(
     notes = []
     tops = _tops(picked) if bare else []
     if bare and "" not in tops:
-        words = in_order(tops)
-        notes.append(
-            f"the images lie in {len(words):,} folders ({', '.join(words[:3])}"
-            f"{', ...' if len(words) > 3 else ''}), which are not taken as classes; --labels "
-            f"takes them, in a new folder"
-        )
+        notes.append(folders_note(tops))
     if bare and ".json" in unread:
         fields = _fields(files, picked[0])
         like = [n for n, v in fields.items() if LIKE_LABELS.fullmatch(n) and type(v) in (int, str)]
