@@ -35,9 +35,7 @@ def format_row(row: Mapping[str, Any]) -> str:
     """A number with its name, and what must be known to read it."""
     words = f"{row['name']} = {row['value']:.4g}"
     if "blocks" in row:
-        words += (
-            f" (mean of {len(row['blocks'])}; least {row['min']:.4g}, spread {row['spread']:.2g})"
-        )
+        words += f" (mean of {len(row['blocks'])}; min {row['min']:.4g}, range {row['range']:.2g})"
     if "bias" in row:
         words += f", of which about {row['bias']:.2g} for so few images"
     if "warning" in row:

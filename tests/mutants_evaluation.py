@@ -38,7 +38,7 @@ MUTANTS = [
         ("sum(values) / len(values)", "sum(values)"),
         ("max(values) - min(values)", "max(values) - values[0]"),
         ('"min": min(values)', '"min": values[0]'),
-        ("pictures = shown if pictures is None else pictures", "pictures = shown"),
+        ("images = shown if images is None else images", "images = shown"),
         ("if blocks < 1:", "if False:"),
     ),
     *at(
@@ -108,7 +108,7 @@ MUTANTS = [
         "commands/evaluate.py",
         "commands_measure",
         ("if wanted.reference is None and origin is None:", "if False:"),
-        ("len(given.real) // blocks)", "len(given.real))"),
+        ("len(files.real) // blocks)", "len(files.real))"),
     ),
     *at(
         "commands/data_sets.py",

@@ -103,7 +103,7 @@ MUTANTS = [
             "        return index\n    if len",
             "        return same[0] if same else index\n    if len",
         ),
-        ("*(by_case[each] for each in near), *names", "*names"),
+        ("dict.fromkeys([*near, *names])", "dict.fromkeys(names)"),
     ),
     *at(
         "commands/runs.py",

@@ -51,7 +51,7 @@ MUTANTS = [
         "commands/evaluate.py",
         "found_again",
         ('not said.get("complete")', "False"),
-        ("(several := settings.count * blocks)", "(several := settings.count)"),
+        ("(total := settings.count * blocks)", "(total := settings.count)"),
         ('parts = {**self.depends, "block": number}', 'parts = {"block": number}'),
         ('parts = {**self.depends, "block": number}', "parts = self.depends"),
         ("except (OSError, ValueError) as error:", "except KeyError as error:"),

@@ -65,7 +65,7 @@ MUTANTS = [
         "newcomer",
         ("not runs.is_run(Path(named))", "False"),
         ("type(named) is not str", "False"),
-        ("metrics=own.metrics or usual.metrics", "metrics=usual.metrics"),
+        ("metrics=own.metrics or default.metrics", "metrics=default.metrics"),
     ),
     *at(
         "commands/losses.py",

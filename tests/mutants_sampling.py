@@ -113,7 +113,7 @@ MUTANTS = [
     *at(
         "commands/parts.py",
         "starting",
-        ("usual = {each.name", "usual = {} and {each.name"),
+        ("defaults = {each.name", "usual = {} and {each.name"),
     ),
     *at(
         "commands/parts.py",
@@ -134,7 +134,7 @@ MUTANTS = [
     *at(
         "commands/evaluate.py",
         "commands_sampling",
-        ("        refuse_drawing(run, sampling, options)", "        abs(0)"),
+        ("        refuse_sampling_options(run, sampling, options)", "        abs(0)"),
     ),
     *at(
         "evaluation/provenance.py",

@@ -154,9 +154,9 @@ def test_names_that_are_numbers_leave_the_index_first(capsys):
 @pytest.mark.parametrize(
     ("word", "names", "classes", "complaint"),
     [
-        ("cat", [], 3, "keeps no names of its classes; give the index, 0 to 2"),
+        ("cat", [], 3, "has no names of its classes; give the index, 0 to 2"),
         ("cat", [], 0, "the model has no classes"),
-        ("cat", ["cat", "cat"], 2, "2 classes are called so; give the index"),
+        ("cat", ["cat", "cat"], 2, "2 classes have this name; give the index"),
         ("xyz", ["cat", "dog"], 2, "nearest: cat, dog"),
         ("tench", ["tench, Tinca tinca", "goldfish"], 2, "nearest: tench, Tinca tinca"),
     ],

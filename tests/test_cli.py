@@ -185,7 +185,7 @@ def test_check_says_what_an_experiment_means(run):
     code, out, _ = run("check", "tiny", "data.batch_size=16", "trainer.device_batch_size=4")
     assert code == 0
     assert "SongUNet, " in out
-    assert "16 images = 1 nodes x 1 devices x 16 images, each in 4 passes; fp32 on cpu" in out
+    assert "16 images = 1 nodes x 1 devices x 16 images, each in 4 micro-batches; fp32" in out
     assert "32 images = 2 steps" in out
     assert "sampling 80 to 0.002 in 3 steps" in out
 
@@ -215,8 +215,11 @@ def test_check_says_which_sizes_the_steps_take(run):
     ]
     crop = "data.crop={_target_: diffusion_pl.data.crops.Crop, size: 8}"
     whole, cut = (run("check", "tiny", *words, *more)[1] for more in ((), (crop,)))
-    assert "8 px in 25% of the steps (1 passes), 16 px in 75% of the steps (4 passes)" in whole
-    assert "16 px in 75% of the steps (1 passes, crops of 8)" in cut
+    assert (
+        "8 px in 25% of the steps (1 micro-batches), 16 px in 75% of the steps (4 micro-batches)"
+        in whole
+    )
+    assert "16 px in 75% of the steps (1 micro-batches, crops of 8)" in cut
 
 
 def test_what_is_told_in_lines_is_json_where_it_is_asked_for(trained, run):

@@ -67,7 +67,7 @@ def test_a_run_is_measured_by_what_is_asked_for(run):
     }  # fmt: skip
     code, result, err = run(*words, "frechett")
     assert (code, result) == (2, None)
-    assert "there is no frechett; choose of frechet, spatial," in err and err.count("\n") == 1
+    assert "there is no frechett; choose from frechet, spatial," in err and err.count("\n") == 1
 
 
 def test_the_raw_weights_and_other_blocks_give_other_numbers(run):
@@ -78,7 +78,7 @@ def test_the_raw_weights_and_other_blocks_give_other_numbers(run):
     assert values(raw) != values(averaged)
     _, blocks, err = run(*words, "--blocks", 3)
     assert blocks["measures"][0]["blocks"][0] == pytest.approx(values(averaged)["fd"], rel=1e-12)
-    assert "(mean of 3; least" in err
+    assert "(mean of 3; min" in err
 
 
 def test_sampled_files_measure_like_the_run_that_drew_them(run, tmp_path):
@@ -124,9 +124,9 @@ def test_statistics_of_any_data_are_made_once_and_compared_with(run, home, tmp_p
     ("words", "message"),
     [
         (["evaluate", "nowhere"], "nowhere: there is no such run, nor images"),
-        (["evaluate", "pictures"], "images are compared with something: --reference DATA"),
+        (["evaluate", "pictures"], "name what to compare the images with: --reference DATA"),
         (["evaluate", "pictures", "--reference", "nothing"], "no such experiment (got 'nothing')"),
-        (["evaluate", "pictures", "--reference", "tiny", "--count", "41"], "has 40 images, 41"),
+        (["evaluate", "pictures", "--reference", "tiny", "--count", "41"], "has 40 images (need"),
         (["evaluate", "mixed", "--reference", "tiny"], "exact"),
         (["evaluate", "notes", "--reference", "tiny"], "no images"),
         (["evaluate", "runs/tiny", "--reference", "other.safetensors"], "resolution is 16"),
@@ -226,7 +226,7 @@ def test_the_error_by_level_of_both_weights_is_given_with_a_plot(run, home):
     for curve in result["levels"].values():
         sigmas = [level["sigma"] for level in curve]
         assert len(sigmas) == 5 and sigmas == sorted(sigmas)
-        assert all(level["error"] > 0 and level["spread"] > 0 for level in curve)
+        assert all(level["error"] > 0 and level["standard_error"] > 0 for level in curve)
     assert result["levels"]["ema"] != result["levels"]["denoiser"]
     assert width(home / result["plot"]) > 600
 

@@ -205,7 +205,7 @@ def test_blocks_are_disjoint_and_their_mean_least_and_spread_are_given(measured)
         values = [block["value"] for block in blocks]
         assert row["blocks"] == pytest.approx(values, rel=1e-12)
         assert row["value"] == pytest.approx(sum(values) / 3)
-        assert (row["min"], row["spread"]) == (min(values), max(values) - min(values))
+        assert (row["min"], row["range"]) == (min(values), max(values) - min(values))
     assert len({block[0]["value"] for block in alone}) == 3
     assert torch.equal(shown, measured()[1])
     with pytest.raises(ValueError, match="blocks must be at least 1"):

@@ -24,8 +24,8 @@ def images():
 def test_the_best_denoiser_of_a_gaussian_leaves_the_posterior_variance(images):
     for level in errors_by_level(wiener, images, LEVELS, sigma_data=STD):
         variance = level.sigma**2 * STD**2 / (level.sigma**2 + STD**2)
-        assert abs(level.error - variance) < 4 * level.spread
-        assert level.spread < 0.02 * variance  # 49,152 pixels: sqrt(2 / 49152) = 0.6 %
+        assert abs(level.error - variance) < 4 * level.standard_error
+        assert level.standard_error < 0.02 * variance  # 49,152 pixels: sqrt(2 / 49152) = 0.6 %
         assert level.loss == pytest.approx(1.0, abs=0.03)
 
 

@@ -135,7 +135,7 @@ def test_an_interrupted_draw_is_refused_as_samples_and_goes_on(run, tmp_path):
     (out / "sample.json").write_text(json.dumps(said))
     (out / "images" / "000003.png").unlink()
     code, _, err = run("evaluate", out, "--reference", "real8")
-    assert code == 2 and "not all drawn yet; the same `sample` command goes on" in err
+    assert code == 2 and "not all of its images are sampled; run the same `sample`" in err
     assert run(*words)[1]["drawn"] == 1
     assert run("evaluate", out, "--reference", "real8", "--features", "pixels")[0] == 0
 
@@ -164,13 +164,13 @@ def test_a_runs_own_folders_hold_one_kind_of_images_each(run):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["real8", "--count", 25], "has 24 images, 25 are asked for"),
-        (["real8", "--count", 9, "--blocks", 3], "has 24 images, 27 are asked for"),
+        (["real8", "--count", 25], "has 24 images (need 25)"),
+        (["real8", "--count", 9, "--blocks", 3], "has 24 images (need 27)"),
         (["real8", "--count", 3, "--metrics", "kernel"], "at least 4 images"),
         (["real8", "--count", 3, "--metrics", "precision_recall"], "neighbour 3 needs more"),
         (["real8", "--metrics", "score", "--count", 9], "in each of 10 splits (got 9)"),
         (["real8", "--metrics", "kernel", "--subset-size", 25], "subsets of 25 need as many"),
-        (["real8", "--metrics", "frechet", "--subset-size", 5], "is of the kernel distance"),
+        (["real8", "--metrics", "frechet", "--subset-size", 5], "is for the kernel distance"),
         (["real8", "--blocks", 0], "--blocks: must be at least 1"),
         (["real16", "--reference", "real8"], "is of 8 px, and the images to be measured of 16"),
         (["runs/tiny", "--count", 3, "--metrics", "kernel"], "at least 4 images"),

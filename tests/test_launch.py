@@ -84,7 +84,7 @@ def test_the_script_asks_for_what_was_asked(launch, place):
         "output": f"{place}/runs/tiny/slurm-%j.out",
     }
     assert line_of() == "RUN=runs/tiny WORDS=(tiny trainer.nodes=2 trainer.devices=4) ;;"
-    assert "batch    8 images = 2 nodes x 4 x 1, each in 1 passes" in out
+    assert "batch    8 images = 2 nodes x 4 x 1, each in 1 micro-batches" in out
     assert "submit it with: sbatch runs/tiny/job.sbatch" in out
     # The folder is the run's before any process starts.
     kept = Path("runs/tiny/config.yaml").read_text()
@@ -285,7 +285,7 @@ def test_shards_are_looked_at_and_not_decoded(launch, shards):
     code, out, _ = launch("shards", "--tasks", "1")
     assert code == 0
     assert "data     synthetic-16: 20 images in 1 shards" in out
-    assert "the statistics of 20 real images are made when the job starts" in out
+    assert "the statistics of 20 real images are computed when the job" in out
     tar = next((shards / "shards").iterdir())
     tar.write_bytes(tar.read_bytes()[:-512])
     code, _, err = launch("shards", "--tasks", "1")
@@ -409,7 +409,7 @@ def test_data_that_is_to_be_made_is_made_inside_the_job(launch, place, monkeypat
     Path("experiments/made.yaml").write_text(text)
     code, out, _ = launch("made", "--tasks", "1")
     assert code == 0
-    assert "data     data/s is made when the job starts" in out
+    assert "data     data/s is prepared when the job starts" in out
     assert not Path("data/s").exists()
     for name in ("SLURM_NNODES", "SLURM_NTASKS_PER_NODE"):
         monkeypatch.setenv(name, "1")

@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_a_line_before_training(
 
 def test_check_says_that_a_strategy_is_lightning_s(train, capsys):
     assert main(["check", "tiny", "trainer.strategy=ddp_find_unused_parameters_true"]) == 0
-    assert "ddp_find_unused_parameters_true, of Lightning's" in capsys.readouterr().out
+    assert "ddp_find_unused_parameters_true, Lightning's own" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

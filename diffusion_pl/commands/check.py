@@ -1,4 +1,4 @@
-"""`check`: bind an experiment and say what it means, in seconds and without data or memory."""
+"""`check`: check an experiment and describe it, in seconds, without data or a GPU."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from diffusion_pl.training.settings import OURS, TrainerConfig, resolve_precisio
 
 
 def command(experiment: str, /, *words: str, resolved: bool = False, allow: Allow = ()) -> Result:
-    """Bind an experiment's YAML, build its network without memory, show what it means.
+    """Check an experiment's YAML and describe its network, batch, noise levels and budget.
 
-    Of several experiments every one is looked at, whatever is wrong with those before.
+    With several experiments all are checked, whatever is wrong with those before.
 
     Example: diffusion_pl check cifar10_edm data.batch_size=256
 
     Args:
         experiment: a name, or a YAML file anywhere.
         words: further experiments, and KEY=VALUE over all of them, such as optimizer.lr=1e-4.
-        resolved: print the resolved YAML, all defaults merged, which `train` takes as it is.
+        resolved: print the resolved YAML, with all defaults; `train` accepts it.
     """
     names = [word for word in (experiment, *words) if "=" not in word]
     overrides = [word for word in (experiment, *words) if "=" in word]
@@ -52,7 +52,7 @@ def command(experiment: str, /, *words: str, resolved: bool = False, allow: Allo
                 continue
             lines += [f"{name}:"] * (len(names) > 1)
             values[name] = {}
-            for title, text in meaning(name, overrides, allow):
+            for title, text in describe(name, overrides, allow):
                 values[name][title] = text
                 lines.append(line(title, text))
         except ValueError as error:
@@ -64,10 +64,10 @@ def command(experiment: str, /, *words: str, resolved: bool = False, allow: Allo
     return Result(values, lines, after, code=2 if wrong else 0, in_pipes=True)
 
 
-def meaning(
+def describe(
     name: str, overrides: Sequence[str], allow: Sequence[str] = ()
 ) -> Iterator[tuple[str, str]]:
-    """What an experiment means, by title.
+    """What an experiment will do, as (title, text).
 
     Raises:
         ConfigError: everything that is wrong, a line each.
@@ -135,29 +135,20 @@ def _data(experiment: Config) -> str:
     return f"{path}: {manifest.count:,} images at {manifest.resolutions} px{of}"
 
 
-def _share_size(experiment: Config, settings: TrainerConfig) -> int:
-    """Images of a step on one device."""
-    try:
-        return settings.share_size(
-            experiment.get("data.batch_size"), settings.devices_a_node() * settings.nodes
-        )
-    except ValueError as error:
-        raise experiment.error("data.batch_size", str(error)) from error
-
-
 def _batch(experiment: Config) -> str:
     settings: TrainerConfig = config.build(experiment, "trainer")
     batch_size, devices = experiment.get("data.batch_size"), settings.devices_a_node()
-    size = _share_size(experiment, settings)
+    size = parts.device_batch(experiment, settings, settings.nodes * devices)
     precision = resolve_precision(settings.precision, settings.device_type())
     return (
         f"{batch_size:,} images = {settings.nodes} nodes x {devices} devices x {size} images, "
-        f"each in {settings.passes(size)} passes; {precision} on {settings.device_type()} here"
+        f"each in {settings.passes(size)} micro-batches; "
+        f"{precision} on {settings.device_type()} here"
     )
 
 
 def _strategy(experiment: Config, objective: TrainingObjective) -> str:
-    """What of the model each of several devices holds; nothing where one device holds it all."""
+    """How the model is distributed over devices; "" for one device."""
     settings: TrainerConfig = config.build(experiment, "trainer")
     devices = settings.devices_a_node() * settings.nodes
     try:
@@ -167,7 +158,7 @@ def _strategy(experiment: Config, objective: TrainingObjective) -> str:
     if settings.strategy not in OURS:
         given = settings.strategy
         name = given if isinstance(given, str) else type(given).__name__
-        return f"{name}, of Lightning's: see docs/scaling.md for what is not promised then"
+        return f"{name}, Lightning's own: docs/scaling.md says what is not guaranteed with it"
     if settings.strategy == "ddp":
         return "" if devices == 1 else f"ddp: each of {devices} devices holds the whole model"
     if devices == 1:
@@ -176,13 +167,14 @@ def _strategy(experiment: Config, objective: TrainingObjective) -> str:
 
 
 def _sizes(experiment: Config, network: nn.Module) -> str:
-    """Which resolutions the steps take, how often, and in how many passes."""
+    """The resolutions of the steps, their frequencies and micro-batches."""
     data: DataConfig = config.build(experiment, "data")
     weights, whole = data.resolution_weights, data.dataset.resolution
     if not weights:
         return ""
     settings: TrainerConfig = config.build(experiment, "trainer")
-    size, total = _share_size(experiment, settings), sum(weights.values())
+    devices = settings.devices_a_node() * settings.nodes
+    size, total = parts.device_batch(experiment, settings, devices), sum(weights.values())
     words = []
     for resolution, weight in weights.items():
         crop = data.crop is not None and data.crop.size < resolution
@@ -193,7 +185,9 @@ def _sizes(experiment: Config, network: nn.Module) -> str:
             raise experiment.error("data.resolution_weights", str(error)) from error
         passes = settings.passes(size, (side / whole) ** 2)
         cut = f", crops of {side}" if crop else ""
-        words.append(f"{resolution} px in {weight / total:.0%} of the steps ({passes} passes{cut})")
+        words.append(
+            f"{resolution} px in {weight / total:.0%} of the steps ({passes} micro-batches{cut})"
+        )
     return ", ".join(words)
 
 
@@ -208,7 +202,7 @@ def _budget(experiment: Config) -> str:
 
 
 def _rate(experiment: Config, settings: TrainerConfig) -> str:
-    """How the learning rate goes."""
+    """The learning-rate schedule."""
     schedule, batch_size = parts.lr_schedule_of(experiment), experiment.get("data.batch_size")
     if schedule is None:
         return "constant learning rate"
@@ -217,7 +211,7 @@ def _rate(experiment: Config, settings: TrainerConfig) -> str:
     total = settings.rounded_images(batch_size)
     seen = (0, total // 4, total // 2, total * 3 // 4, total - batch_size)
     factors = ", ".join(f"{schedule(images, total):.3g}" for images in seen)
-    return f"learning rate times {factors} from quarter to quarter"
+    return f"learning rate times {factors} at each quarter"
 
 
 def _noise(experiment: Config, objective: TrainingObjective) -> str:
@@ -234,7 +228,7 @@ def _noise(experiment: Config, objective: TrainingObjective) -> str:
 
 
 def _pyramid(experiment: Config, objective: TrainingObjective, network: nn.Module) -> str:
-    """The sizes that a pyramid draws at; nothing for another sampler."""
+    """The sizes of a pyramid's sampling; "" for another sampler."""
     sampler = parts.sampler_of(experiment, objective)
     if not isinstance(sampler, PyramidSampler):
         return ""

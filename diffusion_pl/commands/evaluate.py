@@ -1,4 +1,4 @@
-"""`evaluate`: measure a run, a checkpoint, or images in files; prints one JSON object."""
+"""`evaluate`: measure a run, a checkpoint, or image files; prints one JSON object."""
 
 from __future__ import annotations
 
@@ -54,24 +54,23 @@ def command(
     wanted: MetricOptions = MetricOptions(),
     features: FeatureOptions = FeatureOptions(),
 ) -> Result:
-    """Measure a run, or images in a folder or .npz: every number with all that it depends on.
+    """Evaluate a run, or images in a folder or .npz; records what every number depends on.
 
     Example: diffusion_pl evaluate runs/mine --count 10000 --metrics frechet,kernel
 
     Args:
         run: a run's folder, a checkpoint file, or images.
-        blocks: disjoint blocks of images: mean, least, spread.
+        blocks: number of disjoint blocks of images; gives mean, minimum and range.
     """
     opened = runs.open_run(run, sampling, options) if runs.is_run(run) else None
     if opened is None:
-        refuse_drawing(run, sampling, options)
+        refuse_sampling_options(run, sampling, options)
     result = measured(run if opened is None else opened, blocks, options, wanted, features)
     rows = result["measures"]
     if rows:
-        table(rows)
+        print_table(rows)
     after = [hints.next_line("export", run, hints.beside(run))] if opened is not None else []
-    # The lines for people are the last.
-    return Result(result, [], [*after, *what_matters(run, rows, result)], indent=2)
+    return Result(result, [], [*after, *summary_lines(run, rows, result)], indent=2)
 
 
 def measured(
@@ -81,17 +80,17 @@ def measured(
     wanted: MetricOptions,
     features: FeatureOptions,
 ) -> dict[str, Any]:
-    """Measure a run, and keep the rows in its folder; or images that are there.
+    """Evaluate a run, keeping the rows in its folder, or image files.
 
     Args:
-        what: the run, or where images lie.
-        blocks: disjoint blocks of images.
+        what: the run, or the path of images.
+        blocks: number of disjoint blocks of images.
         options: of the run.
-        wanted: what is measured, and against what.
+        wanted: metrics and reference.
         features: the extractor.
 
     Returns:
-        What was measured; "measures" are the rows.
+        The result of the command; "measures" are the rows.
 
     Raises:
         UserError: settings that do not fit what is measured.
@@ -99,7 +98,7 @@ def measured(
     choice = MetricChoice(wanted, options)
     if blocks < 1:
         raise UserError(f"--blocks: must be at least 1 (got {blocks})")
-    kept: Kept | None = None
+    log: EvaluationLog | None = None
     if isinstance(what, runs.OpenedRun):
         about = {
             "run": str(what.folder),
@@ -107,63 +106,63 @@ def measured(
             "images": what.model.images,
             "weights": what.generator.origin["weights"],
         }
-        drawn: GeneratedImages = what.generator
+        images: GeneratedImages = what.generator
         extractor = extractor_of(features, what.model.config)
         settings = choice.settings(config.build(what.model.config, "evaluation"))
-        reference = reference_for(what.model.config, drawn, settings, extractor, choice)
-        kept = Kept(what, settings, extractor, reference)
+        reference = reference_for(what.model.config, images, settings, extractor, choice)
+        log = EvaluationLog(what, settings, extractor, reference)
     else:
-        given = open_given(what, options.device)
-        drawn, about = given, {"source": given.source}
-        origin = drawn_by(given.drawn, options.allow) if wanted.reference is None else None
+        images = files = open_files(what, options.device)
+        about = {"source": files.source}
+        origin = sampled_run(files.drawn, options.allow) if wanted.reference is None else None
         if wanted.reference is None and origin is None:
-            raise UserError(f"{what}: images are compared with something: --reference DATA")
+            raise UserError(f"{what}: name what to compare the images with: --reference DATA")
         extractor = extractor_of(features, origin)
-        count = max(1, len(given.real) // blocks)
-        settings = choice.settings(of_images(origin, count))
-        if (several := settings.count * blocks) > len(given.real):
-            raise UserError(f"{what}: has {len(given.real):,} images, {several:,} are asked for")
-        reference = reference_for(origin, drawn, settings, extractor, choice)
-    reference.check(extractor, drawn.shape[1])
+        count = max(1, len(files.real) // blocks)
+        settings = choice.settings(settings_for_files(origin, count))
+        if (total := settings.count * blocks) > len(files.real):
+            raise UserError(f"{what}: has {len(files.real):,} images (need {total:,})")
+        reference = reference_for(origin, images, settings, extractor, choice)
+    reference.check(extractor, images.shape[1])
     settings = choice.feasible(settings, lambda m: m.build(extractor, reference, settings.count))
     with counted("evaluation") as progress:
         rows, _ = evaluate_blocks(
-            drawn,
+            images,
             settings,
             extractor,
             reference,
             blocks=blocks,
             progress=progress,
-            known=kept.block if kept else None,
-            keep=kept.keep_block if kept else show_block,
+            known=log.block if log else None,
+            keep=log.add_block if log else print_block,
         )
     result = {**about, "measures": rows}
     if choice.left_out:
         result["left_out"] = choice.left_out
-    if kept and rows:
-        result["rows"] = kept.keep(rows)
+    if log and rows:
+        result["rows"] = log.add(rows)
     return result
 
 
-def of_images(origin: config.Config | None, count: int) -> Evaluation:
-    """What is measured of so many images: what their run measures, else the Frechet distance."""
-    usual = Evaluation(every=1, count=count, metrics=[Frechet()])
+def settings_for_files(origin: config.Config | None, count: int) -> Evaluation:
+    """The evaluation of image files: that of the run they come from, else the Frechet distance."""
+    default = Evaluation(every=1, count=count, metrics=[Frechet()])
     if origin is None:
-        return usual
+        return default
     own: Evaluation = config.build(origin, "evaluation")
-    return dataclasses.replace(own, count=count, metrics=own.metrics or usual.metrics)
+    return dataclasses.replace(own, count=count, metrics=own.metrics or default.metrics)
 
 
-class Kept:
-    """The rows of a run's evaluations, in its folder: each block as it is finished, then the whole.
+class EvaluationLog:
+    """The rows of a run's evaluations, in its folder: of each finished block, then of all.
 
-    A block that was measured before, by the same code on the same machine, is not measured again.
+    A block with the same settings, code and hardware is not evaluated again.
 
     Args:
         opened: the run.
         settings: of this evaluation.
-        extractor: the features.
-        reference: what is compared with.
+        extractor: of the features.
+        reference: of the real images.
     """
 
     def __init__(
@@ -189,23 +188,23 @@ class Kept:
         }
 
     def block(self, number: int) -> list[dict[str, Any]]:
-        """The rows of a block that was finished before; none where there is no such."""
+        """The rows of a block that was evaluated before; [] for none."""
         key = self._key(number)
         rows = [row for row in self.history.rows() if row.get("block") == key]
         return [{k: v for k, v in row.items() if k not in ("block", "images")} for row in rows]
 
-    def keep_block(self, number: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def add_block(self, number: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the rows of a finished block."""
         self._write({"images": self.images, **row, "block": self._key(number)} for row in rows)
 
-    def keep(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
-        """Write the rows of the whole, and say where they are; None where they cannot be."""
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
+        """Write the rows of the evaluation; returns their file, None where it cannot be written."""
         return self._write({"images": self.images, **row} for row in rows)
 
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> str | None:
         try:
             self.history.append(*rows)
-        # Somebody else's run, or a full disk: the numbers are shown all the same.
+        # Another user's run, or a full disk: the numbers are printed all the same.
         except (OSError, ValueError) as error:
             print(shown(f"{self.history.path}: not kept ({error})"), file=sys.stderr)
             return None
@@ -216,43 +215,42 @@ class Kept:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def show_block(number: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Say the numbers of a finished block, where there is no run to keep them in."""
+def print_block(number: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the numbers of a finished block of image files."""
     print(shown(f"block {number}: {'; '.join(map(format_row, rows))}"), file=sys.stderr)
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the numbers on stderr."""
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the numbers as a table on stderr."""
     first = rows[0]
     lines = Table(title=Text(shown(first["name"].partition("@")[2])), box=box.SIMPLE_HEAD)
     lines.add_column("number")
     lines.add_column("value", justify="right")
     several = "blocks" in first
-    for column in ("least", "spread") if several else ():
+    for column in ("min", "range") if several else ():
         lines.add_column(column, justify="right")
     for row in rows:
-        more = [f"{row['min']:.4g}", f"{row['spread']:.2g}"] if several else []
+        more = [f"{row['min']:.4g}", f"{row['range']:.2g}"] if several else []
         lines.add_row(Text(shown(row["name"].partition("@")[0])), f"{row['value']:.4g}", *more)
     Console(stderr=True).print(lines)
 
 
-def what_matters(
+def summary_lines(
     target: Path, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
 ) -> list[str]:
-    """The last three lines: the number, what it is of, and where it is kept or what comes next."""
+    """The last three lines: the first number, what it is of, and where it is kept."""
     if not rows:
-        return [f"{target}: its evaluation measures nothing; name what: --metrics NAME"]
+        return [f"{target}: its evaluation has no metrics; name some: --metrics NAME"]
     first = rows[0]
     model = [str(first[key]) for key in ("weights", "sampler") if first.get(key)]
     words = ", ".join([*model, f"{first['n']:,} images"])
     of = f"{result.get('checkpoint', target)}  {words}"
-    alone = "nowhere but on stdout, with all that the number depends on: --json"
-    where = f"kept     {result.get('rows') or alone}"
+    where = f"kept     {result.get('rows') or 'only on stdout: --json prints all of it'}"
     return [f"measured {format_row(first)}", f"of       {of}", where]
 
 
 def extractor_of(options: FeatureOptions, experiment: config.Config | None) -> Extractor:
-    """The extractor that the command line names, else the experiment's, else what there is."""
+    """The extractor of the options, else the experiment's, else the best one available."""
     if options.features is not None or experiment is None:
         name = options.features or "auto"
         return extractors.load(name, options.feature_weights, options.feature_precision)
@@ -261,93 +259,88 @@ def extractor_of(options: FeatureOptions, experiment: config.Config | None) -> E
 
 def reference_for(
     experiment: config.Config | None,
-    drawn: GeneratedImages,
+    images: GeneratedImages,
     settings: Evaluation,
     extractor: Extractor,
     choice: MetricChoice,
 ) -> Reference:
-    """What images are compared with: what is named, else the evaluation's file, else the data.
+    """The reference: that of the options, else the evaluation's file, else the training data.
 
     Args:
-        experiment: of the run that drew them; None: something is named.
-        drawn: the images.
+        experiment: of the run that the images come from; None: the options name a reference.
+        images: to be evaluated.
         settings: of the evaluation.
-        extractor: the features.
-        choice: what the command line says.
+        extractor: of the features.
+        choice: of the command line.
     """
     if choice.wanted.reference is not None or experiment is None:
         return data_sets.reference_of(
             str(choice.wanted.reference),
             extractor,
-            resolution=drawn.shape[1],
+            resolution=images.shape[1],
             keep=settings.wants_features,
-            device=str(drawn.device),
+            device=str(images.device),
             resize=choice.wanted.resize,
         )
-    images = runs.images_of(experiment)
+    data = runs.images_of(experiment)
     if settings.reference is None:
-        real = min(len(images), KEPT)
+        real = min(len(data), KEPT)
         settings = choice.feasible(settings, lambda m: m.check_count(settings.count, real))
     with counted("reference") as progress:
         return reference_of(
-            images,
+            data,
             settings,
             extractor,
             parts.REFERENCES,
-            drawn.device,
+            images.device,
             progress,
             open_file=statistics.open_any,
         )
 
 
-def refuse_drawing(run: Path, sampling: SamplerOptions, options: RunOptions) -> None:
-    """See that nothing is said of how images are drawn that are there already.
+def refuse_sampling_options(run: Path, sampling: SamplerOptions, options: RunOptions) -> None:
+    """Refuse options of sampling where existing images are evaluated.
 
     Raises:
         UserError: names the option.
     """
-    said = vars(sampling) | vars(options)
+    given = vars(sampling) | vars(options)
     for name in ("sampler", "steps", "guidance", "guidance_interval", "guide", "set"):
-        if said[name] not in (None, ()):
+        if given[name] not in (None, ()):
             raise UserError(
-                f"--{name.replace('_', '-')} is of a run that draws; {run} holds images, "
-                "which are measured as they are"
+                f"--{name.replace('_', '-')}: is for sampling from a run, and {run} holds images; "
+                "leave it out"
             )
 
 
-def open_given(path: Path, device: str) -> ImageFiles:
-    """Images in a folder, a .zip or an .npz, in the place of drawn ones.
+def open_files(path: Path, device: str) -> ImageFiles:
+    """Images in a folder, a .zip or an .npz.
 
     Raises:
-        UserError: nothing there, or images that are broken or of different sizes.
+        UserError: there are none, or they are broken or of different sizes.
     """
     device = runs.resolve_device(device)
     if not path.exists():
         raise UserError(f"{path}: there is no such run, nor images; runs lie under {parts.RUNS}/")
-    drawn = drawn_as(path)
-    if path.suffix == ".npz":
-        return ImageFiles(arrays(path), str(path), torch.device(device), drawn)
-    images = data_sets.images_of(str(path))
+    drawn = sampling_record(path)
+    images = arrays(path) if path.suffix == ".npz" else data_sets.images_of(str(path))
     return ImageFiles(images, str(path), torch.device(device), drawn)
 
 
-def drawn_by(drawn: Mapping[str, Any] | None, allow: Sequence[str]) -> config.Config | None:
-    """The config of the run that drew images, as `sample` noted it: they are measured as it is.
-
-    None where the images are of no run that is here.
-    """
+def sampled_run(drawn: Mapping[str, Any] | None, allow: Sequence[str]) -> config.Config | None:
+    """The config of the run that images were sampled from; None where there is none here."""
     named = None if drawn is None else drawn.get("run")
     if type(named) is not str or not runs.is_run(Path(named)):
         return None
-    print(shown(f"as {named}, which drew them, is measured: its data, metrics"), file=sys.stderr)
+    print(shown(f"evaluated as their run {named}: its data and metrics"), file=sys.stderr)
     return runs.config_of(Path(named), allow)
 
 
-def drawn_as(path: Path) -> dict[str, Any] | None:
-    """How images were drawn that `sample` wrote: its folder, that of the images, or its .npz.
+def sampling_record(path: Path) -> dict[str, Any] | None:
+    """What `sample` recorded of images, given its folder, its folder of images or its .npz.
 
     Raises:
-        UserError: not all of them are there yet.
+        UserError: the images are not complete.
     """
     ours = path.name in (PICTURES, "images.npz") and (path.parent / SAMPLE).is_file()
     folder = path.parent if ours else path
@@ -356,7 +349,7 @@ def drawn_as(path: Path) -> dict[str, Any] | None:
         said = read_sample(folder) if (folder / PICTURES).is_dir() else None
     if said is not None and not said.get("complete"):
         raise UserError(
-            f"{folder}: its images are not all drawn yet; the same `sample` command goes on"
+            f"{folder}: not all of its images are sampled; run the same `sample` command again"
         )
     about = ("run", "checkpoint", "first", "count", "settings")
     return None if said is None else {key: said.get(key) for key in about}

@@ -17,15 +17,15 @@ def class_of(word: str | int | None, names: Sequence[str], classes: int) -> int 
     """The index of the class that a word names.
 
     Args:
-        word: an index, which comes first, or a name; None: no class was named.
-        names: of the classes in order, as the run's data had them; empty where they had none.
-        classes: how many the model knows.
+        word: an index, which takes precedence, or a name; None: no class was named.
+        names: of the classes in order; empty where the run's data had none.
+        classes: number of the model's classes.
 
     Returns:
         The index, which may be out of range, or None.
 
     Raises:
-        UserError: a name that no class or that several classes have.
+        UserError: no class, or several, have this name.
     """
     if word is None:
         return None
@@ -45,21 +45,22 @@ def class_of(word: str | int | None, names: Sequence[str], classes: int) -> int 
     if len(same) == 1:
         return same[0]
     if same:
-        raise UserError(f"--label {text}: {len(same)} classes are called so; give the index")
+        raise UserError(f"--label {text}: {len(same)} classes have this name; give the index")
     if not classes:
         raise UserError(f"--label {text}: the model has no classes; leave it out")
     if not names:
         raise UserError(
-            f"--label {text}: the run keeps no names of its classes; give the index, 0 to "
+            f"--label {text}: the run has no names of its classes; give the index, 0 to "
             f"{classes - 1}"
         )
     by_case = {name.casefold(): name for name in names}
-    near = difflib.get_close_matches(text.casefold(), by_case, _NEAREST, cutoff=0.4)
-    known = ", ".join(by_case[each] for each in near) or ", ".join(names[:_NEAREST])
-    if len(names) > _NEAREST and not near:
-        known += ", ..."
-    elif len(names) <= _NEAREST:  # all of them are soon said
-        known = ", ".join(dict.fromkeys([*(by_case[each] for each in near), *names]))
+    near = [
+        by_case[each]
+        for each in difflib.get_close_matches(text.casefold(), by_case, _NEAREST, cutoff=0.4)
+    ]
+    if len(names) <= _NEAREST:
+        near = list(dict.fromkeys([*near, *names]))
+    known = ", ".join(near or [*names[:_NEAREST], "..."])
     raise UserError(
         f"--label {text}: no class of that name among {len(names):,}; nearest: {known}; an index, "
         f"0 to {classes - 1}, is taken too"

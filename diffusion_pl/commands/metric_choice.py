@@ -1,4 +1,4 @@
-"""Which numbers a command measures: those that it names, or all that can be."""
+"""Which metrics a command computes: those that it names, or all that can be."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ METRICS: Mapping[str, MetricSettings] = {
 
 
 class MetricChoice:
-    """What is asked for, and of "all" what had to be left out.
+    """The metrics of the options; with "all", those that can be computed.
 
     Args:
-        wanted: what is asked for.
+        wanted: metrics and reference.
         options: of the run.
+
+    Attributes:
+        left_out: reason by metric, where "all" is asked for.
     """
 
     def __init__(self, wanted: MetricOptions, options: RunOptions) -> None:
@@ -42,10 +45,10 @@ class MetricChoice:
         self.left_out: dict[str, str] = {}
 
     def settings(self, own: Evaluation) -> Evaluation:
-        """The experiment's evaluation, and over it what the command line says.
+        """The experiment's evaluation, overridden by the options.
 
         Raises:
-            UserError: a metric that is not known, or one that so many images cannot give.
+            UserError: a metric is unknown, or cannot be computed from so many images.
         """
         wanted, metrics = self.wanted, list(own.metrics)
         if wanted.metrics:
@@ -53,14 +56,14 @@ class MetricChoice:
             if unknown:
                 raise UserError(
                     f"--metrics: there is no {', '.join(sorted(unknown))}; "
-                    f"choose of {', '.join(METRICS)} or all"
+                    f"choose from {', '.join(METRICS)}, all"
                 )
             metrics = [METRICS[name] for name in wanted.metrics if name != "all"]
             if self.everything:
                 metrics = list(METRICS.values())
         if wanted.subset_size is not None:
             if not any(isinstance(metric, Kernel) for metric in metrics):
-                raise UserError("--subset-size: is of the kernel distance; add --metrics kernel")
+                raise UserError("--subset-size: is for the kernel distance; add --metrics kernel")
             metrics = [
                 dataclasses.replace(metric, size=wanted.subset_size)
                 if isinstance(metric, Kernel)
@@ -77,17 +80,17 @@ class MetricChoice:
         return self.feasible(settings, lambda metric: metric.check_count(settings.count))
 
     def feasible(
-        self, settings: Evaluation, look: Callable[[MetricSettings], object]
+        self, settings: Evaluation, check: Callable[[MetricSettings], object]
     ) -> Evaluation:
-        """The settings with those metrics that pass a look; of "all" the others are left out.
+        """The settings with the metrics that pass a check; others are left out with "all".
 
         Raises:
-            UserError: one that was asked for by its name does not pass, or none is left.
+            UserError: a metric that is asked for by name does not pass, or none is left.
         """
         kept = []
         for metric in settings.metrics:
             try:
-                look(metric)
+                check(metric)
             except ValueError as error:
                 if not self.everything:
                     raise
@@ -96,12 +99,12 @@ class MetricChoice:
             else:
                 kept.append(metric)
         if not kept and settings.metrics:
-            raise UserError("--metrics all: nothing of it can be measured, for the reasons above")
+            raise UserError("--metrics all: none can be computed, for the reasons above")
         return dataclasses.replace(settings, metrics=kept)
 
 
 def _name_of(metric: MetricSettings) -> str:
-    """The command line's word for a metric, else its class."""
+    """The metric's name on the command line, else its class."""
     for name, known in METRICS.items():
         if type(known) is type(metric) and getattr(known, "of", 0) == getattr(metric, "of", 0):
             return name

@@ -1,4 +1,4 @@
-"""The sections of an experiment, bound and built; light enough for `check`, without lightning."""
+"""The sections of an experiment, checked and built; imports no lightning, so `check` is fast."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def read(
     allow: Sequence[str] = (),
     beside: Path | None = None,
 ) -> Config:
-    """Read an experiment and bind all of it.
+    """Read an experiment and check all of it.
 
     Args:
-        name: in experiments/, or of a YAML file.
+        name: of an experiment, or of a YAML file.
         overrides: `key=value` over it.
-        allow: what a file that others may have made is trusted with, by name.
+        allow: packages, addresses or files to trust in a file that others may have written.
         beside: the run or checkpoint that training starts from.
 
     Raises:
@@ -81,7 +81,7 @@ def read(
 
 
 def checked(experiment: Config) -> Config:
-    """See that all of an experiment fits together, and hand it back.
+    """Check that all parts of an experiment fit together, and return it.
 
     Raises:
         ConfigError: everything that is wrong, a line each.
@@ -95,21 +95,19 @@ def checked(experiment: Config) -> Config:
 
 
 def _check_trainer(experiment: Config, settings: TrainerConfig) -> None:
-    """See that a strategy and a profiler of Lightning's are such and fit.
-
-    Raises:
-        ConfigError: they do not.
-    """
+    """Check a strategy and a profiler of Lightning's."""
     if settings.strategy in OURS and settings.profiler is None:
-        return  # without the seconds that Lightning takes to import
+        return  # Lightning takes seconds to import
     from diffusion_pl.training import adapter, strategy
 
-    try:
-        strategy.make_strategy(settings)
-        adapter.profiler(settings, RUNS)
-    except UserError as error:
-        key, _, what = str(error).partition(": ")
-        raise experiment.error(key, what) from error
+    for key, build in {
+        "trainer.strategy": lambda: strategy.make_strategy(settings),
+        "trainer.profiler": lambda: adapter.profiler(settings, RUNS),
+    }.items():
+        try:
+            build()
+        except UserError as error:
+            raise experiment.error(key, str(error).removeprefix(f"{key}: ")) from error
 
 
 def lr_schedule_of(experiment: Config) -> LRSchedule | None:
@@ -119,11 +117,7 @@ def lr_schedule_of(experiment: Config) -> LRSchedule | None:
 
 
 def _check_optimizer(experiment: Config, settings: TrainerConfig) -> None:
-    """See that the weights can be moved, before all else is made ready for it.
-
-    Raises:
-        ConfigError: a rate out of range, or a schedule that cannot be followed.
-    """
+    """Check that the optimizer and the learning-rate schedule can be built."""
     maker = config.build(experiment, "optimizer")
     try:
         grouped = isinstance(maker, Grouped)
@@ -139,7 +133,7 @@ def _check_optimizer(experiment: Config, settings: TrainerConfig) -> None:
 
 
 def _dimensions(experiment: Config) -> dict[str, int]:
-    """The dimensions of every parameter that is trained, by its name in the module."""
+    """The number of dimensions of every trained parameter, by its name in the module."""
     objective: TrainingObjective = config.build(experiment, "objective")
     whole = nn.Module()
     if isinstance(objective, nn.Module):
@@ -149,11 +143,7 @@ def _dimensions(experiment: Config) -> dict[str, int]:
 
 
 def _check_guided(experiment: Config, settings: TrainerConfig) -> None:
-    """See that an evaluation with guidance has what guides, before a model is trained for it.
-
-    Raises:
-        ConfigError: the model will have no classes, or never be without its label.
-    """
+    """Check that the trained model can be evaluated with the guidance that is asked for."""
     evaluation = experiment.tree["evaluation"]  # building it would open the guide
     weight = evaluation.get("guidance", 1.0)
     if weight == 1 or evaluation.get("guide") is not None:
@@ -166,7 +156,7 @@ def _check_guided(experiment: Config, settings: TrainerConfig) -> None:
 
 
 def bind(experiment: Config) -> None:
-    """Check every section against what it configures.
+    """Check every section against the signature of what it configures.
 
     Raises:
         ConfigError: everything that is wrong, a line each.
@@ -181,15 +171,27 @@ def bind(experiment: Config) -> None:
 
 
 def with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A node, as JSON holds it, with what its signature says where the node says nothing."""
+    """A node as JSON, completed by the defaults of its target's signature."""
     try:
         known = signature(locate(node.get("_target_")))
-    except ValueError:  # another package's, which is not here: only what is written counts
+    except ValueError:  # of a package that is not installed: its defaults are not known
         known = None
     parameters = () if known is None else known.parameters.values()
-    usual = {each.name: each.default for each in parameters if each.default is not each.empty}
-    plain: dict[str, Any] = json.loads(json.dumps({**usual, **node}, default=str))
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    plain: dict[str, Any] = json.loads(json.dumps({**defaults, **node}, default=str))
     return plain
+
+
+def device_batch(experiment: Config, settings: TrainerConfig, devices: int) -> int:
+    """Images of a step on each of all devices.
+
+    Raises:
+        ConfigError: the batch size cannot be divided so.
+    """
+    try:
+        return settings.share_size(experiment.get("data.batch_size"), devices)
+    except ValueError as error:
+        raise experiment.error("data.batch_size", str(error)) from error
 
 
 def is_made_later(source: DatasetSpec) -> bool:
@@ -209,12 +211,11 @@ def data_folder(source: DatasetSpec) -> Path | None:
 
 
 def meta_network(experiment: Config, most: int | None = None) -> nn.Module:
-    """The network without memory for its weights, for counting.
+    """The network on torch's meta device, without memory for its weights.
 
     Args:
         experiment: bound.
-        most: tensors that it may have; without this limit a config of others could have modules
-            made for ever.
+        most: tensors that it may have, so that an untrusted config cannot build modules endlessly.
 
     Raises:
         ConfigError: it has more.
@@ -229,16 +230,16 @@ def sampler_of(
     objective: TrainingObjective,
     base: Callable[[Sampler], Sampler] | None = None,
 ) -> Sampler | PyramidSampler:
-    """The experiment's sampler, known to visit only levels that the network was trained for.
+    """The experiment's sampler.
 
     Args:
         experiment: bound.
-        objective: knows the network's levels.
-        base: puts another sampler in its place; of a pyramid, in the place of its base.
+        objective: of the experiment.
+        base: replaces the sampler; for a pyramid, its base.
 
     Raises:
-        ConfigError: the noise range is outside the network's, or the pyramid of another size than
-            the data.
+        ConfigError: its noise range is outside the network's, or its pyramid does not end in the
+            resolution of the data.
     """
     sampler: Sampler | PyramidSampler = config.build(experiment, "sampler")
     try:

@@ -1,6 +1,6 @@
-"""What is checked before a job waits in a queue, and again first of all inside it; no lightning.
+"""Checks before a job is submitted, and again at its start; imports no lightning.
 
-Every fault is a line, `where: what is wrong (what was got); what to do`, and all are told at once.
+Every fault is a line, `where: what is wrong (what was got); what to do`, and all are reported.
 """
 
 from __future__ import annotations
@@ -34,23 +34,20 @@ from diffusion_pl.training import power_ema
 from diffusion_pl.training.opening import Network, open_for
 from diffusion_pl.training.settings import TrainerConfig
 
-# Room for so many checkpoints must be free: those that are kept and the one that is being written.
-CHECKPOINTS = 3
-# Bytes that are written to time a save.
-PROBE_BYTES = 32 * 1024**2
+CHECKPOINTS = 3  # that must fit on the disk: those kept and the one being written
+PROBE_BYTES = 32 * 1024**2  # written to time a save
 FLOAT_BYTES = 4
-# What Adam keeps of a weight; other optimizers keep less.
-ADAM_FLOATS = 2
+ADAM_FLOATS = 2  # of each weight; other optimizers have fewer
 
 
 @dataclass
 class PreflightReport:
-    """What a pre-flight found.
+    """The result of the checks.
 
     Args:
         faults: a line each.
-        notes: what is good to know, as (title, text).
-        checkpoint_bytes: of the run.
+        notes: (title, text) pairs.
+        checkpoint_bytes: size of a checkpoint of the run.
         finished: whether the run is.
     """
 
@@ -59,10 +56,10 @@ class PreflightReport:
     checkpoint_bytes: int = 0
     finished: bool = False
 
-    def note(self, title: str, look: Callable[[], str]) -> None:
-        """Take down what a look says, or what it finds wrong."""
+    def add(self, title: str, check: Callable[[], str]) -> None:
+        """Run a check; keep its text as a note, or the lines of its error as faults."""
         try:
-            self.notes.append((title, look()))
+            self.notes.append((title, check()))
         except ValueError as error:
             self.faults += [line for line in str(error).splitlines() if line]
 
@@ -70,62 +67,58 @@ class PreflightReport:
 def check_task(
     task: Task, *, job: Mapping[str, str] | None = None, checked: set[str] | None = None
 ) -> PreflightReport:
-    """Check a run in seconds: nothing is trained, drawn or decoded, and no run is changed.
+    """Check a run in seconds; nothing is trained, sampled or decoded, and no run is changed.
 
     Args:
-        task: what is to be trained, and where.
-        job: the variables of the job that this process is in; None outside.
-        checked: data and measures that earlier runs had and that are not looked at again; grows.
+        task: the run.
+        job: SLURM's variables of the job that this process runs in; None outside.
+        checked: keys of data and evaluations that were checked for earlier runs; updated in place.
     """
-    found = PreflightReport()
+    report = PreflightReport()
     try:
         experiment = parts.read(task.words[0], task.words[1:], allow=task.allow)
         settings: TrainerConfig = config.build(experiment, "trainer")
         data = trust.data_of(experiment)
         trust.check_training(experiment)
         network = parts.meta_network(experiment)
-        found.checkpoint_bytes = checkpoint_bytes(experiment, network)
-    except ValueError as error:  # what follows would be about another run
-        found.faults += str(error).splitlines()
-        return found
+        report.checkpoint_bytes = checkpoint_bytes(experiment, network)
+    except ValueError as error:  # the other checks need these parts
+        report.faults += str(error).splitlines()
+        return report
     if job is not None:
-        found.note("job", lambda: _job(settings, job))
-    found.note("batch", lambda: _batch(experiment, settings, data))
+        report.add("job", lambda: _job(settings, job))
+    report.add("batch", lambda: _batch(experiment, settings, data))
     same = json.dumps([experiment.get(name) for name in ("data", "features", "evaluation")])
     if checked is None or same not in checked:
         images: dict[int, ImageDataset] = {}
-        found.note("data", lambda: _data(data, network, images))
-        found.note("compare", lambda: _reference(experiment, data, images))
+        report.add("data", lambda: _data(data, network, images))
+        report.add("compare", lambda: _reference(experiment, data, images))
     if checked is not None:
         checked.add(same)
-    found.note("disk", lambda: _disk(task.run, found.checkpoint_bytes))
+    report.add("disk", lambda: _disk(task.run, report.checkpoint_bytes))
     if job is not None:
-        found.note("lock", lambda: _lock(task.run))
-    found.note("run", lambda: _run(found, experiment, settings, data, task.run))
-    return found
+        report.add("lock", lambda: _lock(task.run))
+    report.add("run", lambda: _run(report, experiment, settings, data, task.run))
+    return report
 
 
 def _batch(experiment: Config, settings: TrainerConfig, data: DataConfig) -> str:
     assert isinstance(settings.devices, int)
-    try:
-        size = settings.share_size(data.batch_size, settings.nodes * settings.devices)
-    except ValueError as error:
-        where = experiment.origin("data.batch_size")
-        raise config.ConfigError(f"{where}: {error}") from error
+    size = parts.device_batch(experiment, settings, settings.nodes * settings.devices)
     return (
         f"{data.batch_size:,} images = {settings.nodes} nodes x {settings.devices} x {size}, "
-        f"each in {settings.passes(size)} passes"
+        f"each in {settings.passes(size)} micro-batches"
     )
 
 
 def _data(data: DataConfig, network: nn.Module, opened: dict[int, ImageDataset]) -> str:
-    """See that the data and its index are there; images that lie in shards are opened."""
+    """Check that the data is there; opens the images of shards."""
     source = data.dataset
     if not isinstance(source, Shards):
         source.prepare()
         return f"{type(source).__name__} of {source.resolution} px is there"
     if parts.is_made_later(source):
-        return f"{source.path} is made when the job starts; sooner by `make train` or `prepare`"
+        return f"{source.path} is prepared when the job starts, or before by `prepare`"
     source.prepare()  # what is made already is only looked at
     opened.update(open_for(cast(Network, network), data))
     images = opened[source.resolution]
@@ -133,12 +126,12 @@ def _data(data: DataConfig, network: nn.Module, opened: dict[int, ImageDataset])
 
 
 def _reference(experiment: Config, data: DataConfig, opened: dict[int, ImageDataset]) -> str:
-    """See that there is something to measure with and to compare with."""
+    """Check the feature extractor and the reference statistics."""
     settings: Evaluation = config.build(experiment, "evaluation")
     extractor = trust.extractor_of(experiment)
     if settings.reference is not None:
         if published.only_images(Path(settings.reference)):
-            return f"{settings.reference}: its images are measured when the job starts"
+            return f"{settings.reference}: its statistics are computed when the job starts"
         file = Path(settings.reference)
         if file.suffix == ".pkl":
             reference = statistics.open_reference(file, extractor)
@@ -146,40 +139,44 @@ def _reference(experiment: Config, data: DataConfig, opened: dict[int, ImageData
             reference = published.open_reference(file)
         if settings.metrics:
             reference.check(extractor, data.dataset.resolution)
-        return f"{settings.reference}, seen by {extractor.name}"
+        return f"{settings.reference}, features of {extractor.name}"
     if not opened:
-        return f"seen by {extractor.name}; the real images' statistics are made where absent"
+        return f"features of {extractor.name}; missing statistics of real images are computed"
     images = opened[data.dataset.resolution]
     path = real_images.path_of(parts.REFERENCES, images, extractor, keep=settings.wants_features)
     if path.exists():
-        return f"{path}, seen by {extractor.name}"
+        return f"{path}, features of {extractor.name}"
     return (
-        f"seen by {extractor.name}; the statistics of {len(images):,} real images are made when "
-        "the job starts"
+        f"features of {extractor.name}; the statistics of {len(images):,} real images are "
+        "computed when the job starts"
     )
 
 
 def _disk(run: Path, size: int) -> str:
-    """See that checkpoints fit; a quota below the disk's room is not seen."""
+    """Check that checkpoints fit on the disk; quotas are not known."""
     free = shutil.disk_usage(_existing(run)).free
     if free < CHECKPOINTS * size:
         raise UserError(
-            f"{run}: {CHECKPOINTS} checkpoints of {_words(size)} must fit "
-            f"(free: {_words(free)}); free some, or name a folder elsewhere with --run"
+            f"{run}: {CHECKPOINTS} checkpoints of {_format_bytes(size)} must fit "
+            f"(free: {_format_bytes(free)}); free some, or name a folder elsewhere with --run"
         )
-    return f"{_words(free)} free, a checkpoint takes {_words(size)}"
+    return f"{_format_bytes(free)} free, a checkpoint takes {_format_bytes(size)}"
 
 
 def _lock(run: Path) -> str:
-    """See that nobody else trains here, or wait until that is known."""
+    """Check that no other process writes to the run, waiting for its heartbeat if need be."""
     with locks.hold(run / locks.NAME, "looking"):
-        return "nobody else writes to the run"
+        return "no other process writes to the run"
 
 
 def _run(
-    found: PreflightReport, experiment: Config, settings: TrainerConfig, data: DataConfig, run: Path
+    report: PreflightReport,
+    experiment: Config,
+    settings: TrainerConfig,
+    data: DataConfig,
+    run: Path,
 ) -> str:
-    """See that the folder is free for this experiment."""
+    """Check that the folder is empty or holds this experiment's run."""
     newest = checkpoints.latest(run / "checkpoints")
     run_dir.check_name(run)
     run_dir.compare(experiment, run, None, newest)
@@ -187,14 +184,14 @@ def _run(
     budget = settings.rounded_images(data.batch_size)
     if newest and not done:
         raise UserError(f"{run}: holds imported weights; name another folder with --run")
-    found.finished = done >= budget
-    if found.finished:
+    report.finished = done >= budget
+    if report.finished:
         return f"{run} is finished: {done:,} images"
     return f"{run}, {'from' if done else 'begins at'} {done:,} of {budget:,} images"
 
 
 def _job(settings: TrainerConfig, job: Mapping[str, str]) -> str:
-    """See that SLURM starts as many tasks as the trainer has devices, and that they see them."""
+    """Check that SLURM starts as many tasks as the trainer has devices, and that they see GPUs."""
     faults = []
     for option, variable, key, wanted in (
         ("nodes", "SLURM_NNODES", "trainer.nodes", settings.nodes),
@@ -218,11 +215,11 @@ def _job(settings: TrainerConfig, job: Mapping[str, str]) -> str:
 
 
 def checkpoint_bytes(experiment: Config, network: nn.Module) -> int:
-    """Bytes of a checkpoint: the weights, their averages and what Adam keeps of each.
+    """Bytes of a checkpoint: the weights, their averages and Adam's moments.
 
     Args:
         experiment: bound.
-        network: without memory.
+        network: on the meta device.
     """
     floats = sum(each.numel() for each in [*network.parameters(), *network.buffers()])
     trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
@@ -231,14 +228,9 @@ def checkpoint_bytes(experiment: Config, network: nn.Module) -> int:
 
 
 def save_seconds(run: Path, size: int) -> float:
-    """How long a checkpoint takes to write where the run lies, from a smaller one that is timed.
-
-    Args:
-        run: the run's folder.
-        size: bytes of the checkpoint.
-    """
+    """Seconds to write a checkpoint of `size` bytes to the run's folder, from a smaller one."""
     written = min(size, PROBE_BYTES)
-    # Noise, since some file systems pack what can be packed.
+    # Random bytes, since some file systems compress.
     content = torch.empty(written, dtype=torch.uint8).random_(256)
     with tempfile.TemporaryDirectory(dir=_existing(run), prefix=".probe") as folder:
         started = time.monotonic()
@@ -248,19 +240,15 @@ def save_seconds(run: Path, size: int) -> float:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder, or its nearest existing parent."""
     return next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
 
 
-def _words(size: int) -> str:
-    """Bytes for people."""
-    for unit in ("KiB", "MiB", "GiB"):
-        size_in = size / 1024 ** (("KiB", "MiB", "GiB").index(unit) + 1)
-        if size_in < 1024 or unit == "GiB":
-            return f"{size_in:,.3g} {unit}"
-    raise AssertionError
+def _format_bytes(size: int) -> str:
+    power = min(3, max(1, (size.bit_length() - 1) // 10))
+    return f"{size / 1024**power:,.3g} {('KiB', 'MiB', 'GiB')[power - 1]}"
 
 
 def variables() -> Mapping[str, str]:
-    """SLURM's variables of the job that this process is in."""
+    """SLURM's variables in this process's environment."""
     return {key: value for key, value in os.environ.items() if key.startswith("SLURM_")}

@@ -1,4 +1,4 @@
-"""Several disjoint blocks of seeds, as papers report: mean, least, and how far apart they lie."""
+"""Evaluations of several disjoint blocks of images, as papers report: mean, minimum and range."""
 
 from __future__ import annotations
 
@@ -25,28 +25,26 @@ def evaluate_blocks(
     known: Callable[[int], list[dict[str, Any]]] | None = None,
     keep: Callable[[int, list[dict[str, Any]]], object] | None = None,
 ) -> tuple[list[dict[str, Any]], Tensor | None]:
-    """Measure images 0 to n - 1, n to 2 n - 1, ... apart; see `evaluate`.
+    """Evaluate images 0 to n - 1, n to 2 n - 1, ... separately; see `evaluate`.
 
-    Karras 2022, section 5, reports the least of three such blocks.
+    Karras et al. 2022, section 5, report the minimum of three such blocks.
 
     Args:
         blocks: how many, at least 1.
-        known: of several, the rows of a block that was finished before, by its number; or none.
-        keep: told the rows of each of several as it is finished, so that a later failure loses
-            nothing.
+        known: the rows of a block that was evaluated before, by its number; [] for none.
+        keep: called with the number and rows of each finished block, if there are several.
 
     Returns:
-        One row a number, its "value" the mean over the blocks when there are several, with "min",
-        "spread" (largest less least) and "blocks" beside it; and the first images, None where
-        nothing was drawn.
+        One row for each number. With several blocks "value" is their mean, beside "min", "range"
+        (maximum less minimum) and "blocks". And the first images, None where all was known.
 
     Raises:
-        UserError: no block, or as `evaluate`.
+        UserError: `blocks` is below 1, or as `evaluate`.
     """
     if blocks < 1:
         raise UserError(f"blocks must be at least 1 (got {blocks})")
     measured = []
-    pictures: Tensor | None = None
+    images: Tensor | None = None
     for block in range(blocks):
         found = known(block) if known is not None and blocks > 1 else []
         if found:
@@ -61,22 +59,22 @@ def evaluate_blocks(
             progress=progress,
         )
         measured.append(rows)
-        pictures = shown if pictures is None else pictures
+        images = shown if images is None else images
         if keep is not None and blocks > 1:
             keep(block, rows)
     if blocks == 1:
-        return measured[0], pictures
-    return [summary(rows) for rows in zip(*measured, strict=True)], pictures
+        return measured[0], images
+    return [summary(rows) for rows in zip(*measured, strict=True)], images
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One row for the same number of several blocks."""
+    """One row from those of the same number in several blocks."""
     values = [row["value"] for row in rows]
     return {
         **rows[0],
         "value": sum(values) / len(values),
         "min": min(values),
-        "spread": max(values) - min(values),
+        "range": max(values) - min(values),
         "blocks": values,
         "seconds": round(sum(row["seconds"] for row in rows), 2),
     }

@@ -1,4 +1,4 @@
-"""Images that lie in files, to be measured like drawn ones: numbers of anybody's model."""
+"""Image files, to be evaluated like sampled images: numbers of any model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from diffusion_pl.images import ImageDataset
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images of a data set or file in the place of drawn ones.
+    """Images of a data set or file, in place of an ImageGenerator.
 
     Args:
         real: the images.
-        source: where they lie, for the numbers.
-        device: where to measure them.
-        drawn: how `sample` drew them, where it did.
+        source: their path, recorded with the numbers.
+        device: to evaluate them on.
+        drawn: what `sample` recorded of them, if it made them.
     """
 
     real: ImageDataset
@@ -35,18 +35,18 @@ class ImageFiles:
         return self.real.channels, self.real.resolution, self.real.resolution
 
     def images(self, indices: Sequence[int]) -> tuple[Tensor, int]:
-        """The images with these indices; no network is evaluated.
+        """uint8 (n, C, H, W) with these indices, and 0 network evaluations.
 
         Raises:
             UserError: there are fewer.
         """
         if max(indices) >= len(self.real):
             raise UserError(
-                f"{self.source}: has {len(self.real):,} images, {max(indices) + 1:,} are asked for"
+                f"{self.source}: has {len(self.real):,} images (need {max(indices) + 1:,})"
             )
         return self.real.read(torch.tensor(indices)).to(self.device), 0
 
     def about(self) -> Mapping[str, Any]:
-        """What a number says of these images."""
+        """What is recorded of these images with every number."""
         drawn = {} if self.drawn is None else {"drawn": self.drawn}
         return {"source": self.source, "source_fingerprint": self.real.fingerprint, **drawn}

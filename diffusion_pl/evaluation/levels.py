@@ -1,4 +1,4 @@
-"""The denoiser's error at each noise level: where a model is weak, without drawing an image."""
+"""The denoiser's error at each noise level, without sampling an image."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ class LevelError:
     """The error at one level.
 
     Args:
-        sigma: the level.
+        sigma: the noise level.
         error: mean of (D(x + sigma n; sigma) - x)^2 over images and pixels; x in [-1, 1].
-        spread: standard error of that mean, from image to image.
-        loss: error / (sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2)), Karras 2022's lambda over
-            the pixels: 1 for the best linear denoiser of white pixels of that variance, and less
-            for one that knows more.
+        standard_error: of that mean, over images.
+        loss: error / (sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2)), weighted as in Karras et
+            al. 2022: 1 for the best linear denoiser of white pixels of that variance.
     """
 
     sigma: float
     error: float
-    spread: float
+    standard_error: float
     loss: float
 
 
@@ -43,7 +42,7 @@ def errors_by_level(
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[LevelError]:
-    """Measure a denoiser at given levels; the same noise serves all levels.
+    """Measure a denoiser at given noise levels, with the same noise at all of them.
 
     Args:
         denoise: D.
@@ -51,8 +50,8 @@ def errors_by_level(
         sigmas: the levels.
         labels: int64 (N,), or None.
         sigma_data: standard deviation of the pixels, for `loss`.
-        seed: of the noise, which belongs to the image's index.
-        batch_size: images at a time; not the numbers.
+        seed: of the noise of each image.
+        batch_size: images per batch; changes no number.
     """
     found = []
     for sigma in sigmas:
@@ -68,6 +67,6 @@ def errors_by_level(
         values = torch.cat(each)
         error = values.mean().item()
         variance = sigma**2 * sigma_data**2 / (sigma**2 + sigma_data**2)
-        spread = (values.std() / len(values) ** 0.5).item()
-        found.append(LevelError(sigma, error, spread, error / variance))
+        standard_error = (values.std() / len(values) ** 0.5).item()
+        found.append(LevelError(sigma, error, standard_error, error / variance))
     return found
