@@ -33,7 +33,7 @@ from diffusion_pl.addresses import masked, refuse_credentials
 from diffusion_pl.commands import options, results
 from diffusion_pl.commands.safety import refuse_unsafe
 from diffusion_pl.errors import UserError
-from diffusion_pl.io.files import of_the_machine
+from diffusion_pl.io.files import machine_problem
 from diffusion_pl.names import refuse_controls, shown
 from diffusion_pl.signals import RESUMABLE, StopError, StopRequest, is_later_rank
 
@@ -124,7 +124,7 @@ def _run(call: Call) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, a folder that may not be written, a file that is gone
-        problem = of_the_machine(error)
+        problem = machine_problem(error)
         if problem is None:
             raise
         return _bad_input(UserError(problem))
@@ -258,6 +258,6 @@ def _expand_home(value: object, name: str) -> object:
         )
     if not isinstance(value, str | Path) or not str(value).startswith("~"):
         return value
-    from diffusion_pl.config.words import at_home  # help answers without it
+    from diffusion_pl.config.words import expand_home  # help answers without it
 
-    return type(value)(at_home(str(value), name))
+    return type(value)(expand_home(str(value), name))

@@ -49,7 +49,7 @@ MUTANTS = [
         ("type(number) is not int or ", ""),
         ("or images < 0:", "or False:"),
         ("if not _NAME.fullmatch(path.name):", "if False:"),
-        ('small(pointer).decode(errors="replace")', "pointer.read_text()"),
+        ('read_small(pointer).decode(errors="replace")', "pointer.read_text()"),
         ("path.parent != folder or ", ""),
         ('if not isinstance(checkpoint.get("state_dict"), Mapping):', "if False:"),
         (

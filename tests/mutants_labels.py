@@ -46,7 +46,7 @@ MUTANTS = [
         ("    if twins:", "    if False:"),
         ("int(each[1]) == int(each[2]) // 1000", "True and int(each[1]) < 0"),
         ("if rest:\n        notes.append(f", "if False:\n        notes.append(f"),
-        ("ending in EXTENSIONS or (says", "ending in EXTENSIONS or (False and says"),
+        ("ending in EXTENSIONS or (needs", "ending in EXTENSIONS or (False and needs"),
         ("if len(images) < total:", "if False:"),
     ),
     *at(

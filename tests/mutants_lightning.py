@@ -62,8 +62,8 @@ MUTANTS = [
     *at(
         "config/reading.py",
         "lr_schedule",
-        ("completed(renamed(plain(tree, source)))", "renamed(plain(tree, source))"),
-        ("file, completed(tree), origins", "file, tree, origins"),
+        ("with_later_sections(renamed(plain(tree, source)))", "renamed(plain(tree, source))"),
+        ("file, with_later_sections(tree), origins", "file, tree, origins"),
         ("    changes = renamed(dict(changes), config.tree, source)\n", ""),
     ),
     *at(

@@ -20,17 +20,17 @@ MUTANTS = [
     *at(
         "config/reading.py",
         "config_words",
-        ("(folder, ours()):\n        if (file", "(folder,):\n        if (file"),
-        ("places = (file.parent, folder, ours())", "places = (folder, ours(), file.parent)"),
+        ("(folder, packaged_experiments()):\n        if (file", "(folder,):\n        if (file"),
+        ("(file.parent, folder, packaged_experiments())", "(folder, folder, folder)"),
         ("if not each.samefile(file)]", "if True]"),
         ("        raise ConfigError(\"\\n\".join(wrong))", "        raise ConfigError(wrong[0])"),
-        ("    own = meant(own, where)\n", ""),
+        ("    own = expand_values(own, where)\n", ""),
     ),
     *at(
         "config/binding.py",
         "config_words",
         ("        if value not in infinite:", "        if not infinite:"),
-        (" if found else nearest(name, known,", " if False else nearest(name, known,"),
+        ("    if found:\n        return nearest", "    if False:\n        return nearest"),
     ),
     *at(
         "commands/sample_folder.py",
@@ -45,7 +45,7 @@ MUTANTS = [
     *at(
         "data/files.py",
         "found_again",
-        ("FolderFiles(place if drawn is None else place / PICTURES)", "FolderFiles(place)"),
+        ("FolderFiles(place if drawn is None else place / IMAGES)", "FolderFiles(place)"),
     ),
     *at(
         "commands/evaluate.py",

@@ -38,7 +38,7 @@ MUTANTS = [
         ("image = resize(image, (size[0], size[1]))", "image = lanczos(image, (size[0], size[1]))"),
     ),
     *at(
-        "data/bare.py",
+        "data/image_metadata.py",
         "data_metadata",
         ("if not kind[0] & 32 or kind in", "if True or kind in"),
         ('_PNG_KEPT = (b"tRNS", b"acTL")', "_PNG_KEPT = ()"),
@@ -162,8 +162,8 @@ MUTANTS = [
         "prepare_sources",
         ("if len(kinds) > 1:", "if False:"),
         ("if kinds or (", "if ("),
-        ("asked.labels is False and", "False and"),
-        ("if asked.labels and originals.labels is None:", "if False:"),
+        ("spec.labels is False and", "False and"),
+        ("if spec.labels and originals.labels is None:", "if False:"),
         ("not in SETTINGS[kind]:", "in SETTINGS[kind]:"),
         ("sorted(map(Path, glob.glob(path)))", "[]"),
     ),
@@ -188,7 +188,7 @@ MUTANTS = [
         ("row = index - int(self.starts[group])", "row = index"),
         ("self._kept[0] != group", "False"),
         ("if not isinstance(data, bytes):", "if False:"),
-        ("label = None if asked.labels is False else", "label = "),
+        ("label = None if spec.labels is False else", "label = "),
         ("index - self.firsts[file]", "index"),
     ),
     *at(

@@ -49,14 +49,17 @@ MUTANTS = [
         "config/reading.py",
         "renaming",
         ("path if packages is None else None", "path"),
-        ("completed(renamed(plain(tree, source)))", "completed(plain(tree, source))"),
+        (
+            "with_later_sections(renamed(plain(tree, source)))",
+            "with_later_sections(plain(tree, source))",
+        ),
         ("parts = now.split", "now.split"),
     ),
     *at(
         "config/binding.py",
         "renaming",
-        ("former=former(key, target)", "former={}"),
-        ('former=former("")', "former={}"),
+        ("former=former_names(key, target)", "former={}"),
+        ('former=former_names("")', "former={}"),
     ),
     *at(
         "config/interpolation.py",

@@ -120,7 +120,7 @@ MUTANTS = [
         ("os.utime(final)", "pass"),
         ("if size > self.limit:", "if size > self.limit + 1:"),
         ("lambda: self.has(name, size)", "lambda: False"),
-        ("part_of(final).unlink(missing_ok=True)", "pass"),
+        ("part_path(final).unlink(missing_ok=True)", "pass"),
         ("os.ftruncate(part, size)", "pass"),
         ("if total + size <= self.limit:", "if total <= self.limit:"),
         ("return total + size <= self.limit", "return True"),
@@ -133,7 +133,7 @@ MUTANTS = [
             'raise ConnectionError("what',
         ),
         ("FileNotFoundError:\n            return None", "KeyError:\n            return None"),
-        ("os.replace(part_of(final), final)", "part_of(final).rename(final.with_suffix('.x'))"),
+        ("os.replace(part_path(final), final)", "part_path(final).rename(final.with_suffix('.x'))"),
         ("except ValueError as error:", "except KeyError as error:"),
     ),
 ]  # fmt: skip

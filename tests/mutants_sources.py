@@ -46,8 +46,8 @@ MUTANTS = [
     *at(
         "data/sources/folder.py",
         "prepare_labels prepare",
-        ("split=asked.split, ", ""),
-        (", column=asked.label", ""),
+        ("split=spec.split, ", ""),
+        (", column=spec.label", ""),
         ("**label_fields(listing.labels),", ""),
         ("states=[listing.files.state(each) for each in listing.names],", ""),
         ("unread=listing.unread,", ""),

@@ -40,7 +40,7 @@ MUTANTS = [
         ("str(name) if ours else None if is_node(value) else place", "str(name)"),
     ),
     *at(
-        "config/strangers.py",
+        "config/untrusted.py",
         "trust",
         ("real.is_relative_to(_home(beside.resolve()))", "real.parent == beside.resolve()"),
         ("if folder.name == CHECKPOINTS else folder", "if False else folder"),
@@ -56,9 +56,9 @@ MUTANTS = [
         "config/reading.py",
         "trust config_building",
         ("theirs = any(", "theirs = all("),
-        ("packages = (*allow, *_named(overrides)) if theirs else None", "packages = None"),
+        ("packages = (*allow, *_named_targets(overrides)) if theirs else None", "packages = None"),
         ('named.partition(".")[0] not in sys.stdlib_module_names', "named"),
-        ("(reason := untrusted(value, packages))", "(reason := None)"),
+        ("(reason := why_untrusted(value, packages))", "(reason := None)"),
     ),
     *at(
         "commands/trust.py",

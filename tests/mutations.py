@@ -482,7 +482,7 @@ def archive(folder: Path) -> Kind:
         _, originals = open_originals(SourceSpec(str(path)), [4])
         read = [originals.reader.read(number) for number in range(originals.count)]
         labels = None if originals.labels is None else originals.labels.tolist()
-        return labels, [(o.name, decode(o.picture, where="x").tobytes()) for o in read]
+        return labels, [(o.name, decode(o.image, where="x").tobytes()) for o in read]
 
     return Kind(seeds, read)
 

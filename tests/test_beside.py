@@ -21,7 +21,7 @@ from test_cli import TINY
 from diffusion_pl import processes
 from diffusion_pl.cli import main
 from diffusion_pl.images import save_png
-from diffusion_pl.io.files import of_the_machine
+from diffusion_pl.io.files import machine_problem
 from diffusion_pl.training.history import History
 from diffusion_pl.training.unfailing import Unfailing
 
@@ -140,9 +140,9 @@ def test_a_picture_on_a_full_disk_leaves_the_one_before(tmp_path):
 def test_an_error_of_the_disk_is_one_line_and_any_other_is_not():
     full = OSError(errno.ENOSPC, "No space left on device")
     named = PermissionError(errno.EACCES, "Permission denied", "/some/where")
-    assert "a file: cannot be read or written (No space left on device)" in of_the_machine(full)
-    assert of_the_machine(named).startswith("/some/where: cannot be read or written (Permission")
-    assert of_the_machine(ConnectionResetError(errno.ECONNRESET, "reset")) is None
+    assert "a file: cannot be read or written (No space left on device)" in machine_problem(full)
+    assert machine_problem(named).startswith("/some/where: cannot be read or written (Permission")
+    assert machine_problem(ConnectionResetError(errno.ECONNRESET, "reset")) is None
 
 
 class Failing(Logger):

@@ -94,7 +94,9 @@ def test_an_image_no_larger_than_the_crop_stays_whole_and_has_no_position():
 def test_a_crop_may_be_cut_without_saying_where():
     pixels = torch.arange(4 * 64).to(torch.uint8).reshape(4, 1, 8, 8)
     images = {8: Images("ramp", pixels, "f", None, 0)}
-    told, untold = (loader(images, 4, crop=Crop(4, told=told))[0] for told in (True, False))
+    told, untold = (
+        loader(images, 4, crop=Crop(4, return_position=told))[0] for told in (True, False)
+    )
     assert torch.equal(told["image"], untold["image"])
     assert "position" in told
     assert "position" not in untold

@@ -56,7 +56,7 @@ def place(tmp_path, monkeypatch):
     homes.experiments(tmp_path, FORMER, "former")
     Path(tmp_path, "experiments/today.yaml").write_text(TODAY)
     monkeypatch.chdir(tmp_path)
-    renaming.said_once.cache_clear()
+    renaming.warn_once.cache_clear()
     return Path("experiments")
 
 
@@ -77,6 +77,7 @@ def test_it_is_the_experiment_of_today_and_a_run_of_it_goes_on(place, capsys):
         ("data.workers=3", "data.num_workers=3"),
         ("data={workers: 3, count: 9}", "data={num_workers: 3, dataset: {count: 9}}"),
         ("data.shares={16: 1}", "data.resolution_weights={16: 1}"),
+        ("data.crop.told=false", "data.crop.return_position=false"),
         ("data.path=x", "data.dataset.path=x"),
         ("data.count=9", "data.dataset.count=9"),
         ("data.made_of.source.count=9", "data.dataset.made_of.source.count=9"),

@@ -145,7 +145,7 @@ def test_a_schedule_that_does_not_fit_is_a_line_before_training(words, says, tra
 
 
 def test_keys_of_earlier_versions_are_read_under_the_new_names(train, tmp_path, caplog):
-    renaming.said_once.cache_clear()
+    renaming.warn_once.cache_clear()
     old = TINY.replace("trainer:\n", "trainer:\n  warmup: 8\n  decay_from: 16\n")
     with caplog.at_level(logging.WARNING, "diffusion_pl"):
         dp.experiment(old)

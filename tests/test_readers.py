@@ -31,7 +31,7 @@ def loaded(stop, num_workers=0, **settings):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_batches_are_those_read_here_however_long_they_wait(workers):
-    wanted = loaded(20, workers, crop=Crop(8, told=True), start=3)
+    wanted = loaded(20, workers, crop=Crop(8, return_position=True), start=3)
     found = []
     for batch in wanted:
         found.append(batch)  # kept, while the readers use their memory again
@@ -47,7 +47,7 @@ def test_batches_are_those_read_here_however_long_they_wait(workers):
 
 
 def test_no_batch_takes_more_than_is_set_aside_for_it():
-    for crop in (None, Crop(8, told=True), Crop(15, told=True)):
+    for crop in (None, Crop(8, return_position=True), Crop(15, return_position=True)):
         made = loaded(1, crop=crop)
         taken = sum(tensor.nbytes for tensor in made[0].values())
         assert 0.5 * made.most_bytes * (crop is not None and crop.size == 15) < taken

@@ -17,7 +17,7 @@ from torch import nn
 from diffusion_pl import config
 from diffusion_pl.config import Config, ConfigError
 from diffusion_pl.config.registry import HANDED_ON, MADE, PARTS, is_part, misplaced
-from diffusion_pl.config.targets import locate, untrusted
+from diffusion_pl.config.targets import locate, why_untrusted
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Coefficients
 from diffusion_pl.errors import UserError
@@ -164,7 +164,7 @@ def test_everything_else_of_the_package_is_refused():
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 target = f"{name_of(file)}.{node.name}"
                 if target not in PARTS:
-                    assert untrusted(target, ()), target
+                    assert why_untrusted(target, ()), target
                     refused.append(target)
     assert {
         "diffusion_pl.cli.main",

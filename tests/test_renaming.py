@@ -58,7 +58,7 @@ def given_up(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     homes.experiments(tmp_path, OLD, "old")
     monkeypatch.setattr(renaming, "RENAMED", GIVEN_UP)
-    renaming.said_once.cache_clear()
+    renaming.warn_once.cache_clear()
 
 
 def test_every_entry_leads_to_what_is_there():

@@ -42,7 +42,7 @@ def test_a_whole_lmdb_is_read_in_a_child_as_it_is(base, tmp_path):
     data, content = base
     _, originals = open_originals(SourceSpec(put(tmp_path, data)), [8])
     found = [originals.reader.read(number) for number in range(originals.count)]
-    assert {each.name.encode(): each.picture for each in found} == content
+    assert {each.name.encode(): each.image for each in found} == content
 
 
 LEAF = 2  # of lmdb's flags of a page, at byte 10 of its head
@@ -74,7 +74,7 @@ def test_mutants_that_would_end_the_process_are_one_line(base, tmp_path):
             _, originals = open_originals(SourceSpec(path), [8])
             for number in range(originals.count):
                 found = originals.reader.read(number)
-                assert isinstance(found.picture, bytes)
+                assert isinstance(found.image, bytes)
         except ValueError as error:
             told.append(str(error))
             assert "data.mdb: " in told[-1] and "\n" not in told[-1]
@@ -125,10 +125,10 @@ def test_a_cell_of_more_than_an_image_is_refused_by_its_row(tmp_path, monkeypatc
     monkeypatch.setattr(tables, "LARGEST_FILE", 10_000)
     cells = [b"a" * 10_000, b"b" * 10_001, b"c"]
     originals = opened(table(tmp_path, image=pyarrow.array(cells, kind)))
-    assert originals.reader.read(0).picture == cells[0]
+    assert originals.reader.read(0).image == cells[0]
     with pytest.raises(ValueError, match=r"x.parquet:1 is too large for an image"):
         originals.reader.read(1)
-    assert originals.reader.read(2).picture == cells[2]
+    assert originals.reader.read(2).image == cells[2]
 
 
 def test_a_path_as_long_as_a_book_is_refused(tmp_path, monkeypatch):
@@ -154,7 +154,7 @@ def test_rows_are_read_one_at_a_time(tmp_path):
     originals = opened(path)
     before = pyarrow.total_allocated_bytes()
     for number in (0, 90, 3):
-        assert originals.reader.read(number).picture == cell
+        assert originals.reader.read(number).image == cell
     assert pyarrow.total_allocated_bytes() - before < 2**25
 
 
@@ -162,7 +162,7 @@ def test_rows_in_any_order_are_those_of_the_table(tmp_path):
     cells = [b"%03d" % number for number in range(30)]
     originals = opened(table(tmp_path, image=cells))
     order = [*range(30), *random.Random(0).sample(range(30), 30)]
-    assert [originals.reader.read(number).picture for number in order] == [
+    assert [originals.reader.read(number).image for number in order] == [
         cells[number] for number in order
     ]
 

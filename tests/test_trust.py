@@ -23,7 +23,7 @@ from diffusion_pl.commands import import_, parts, trust
 from diffusion_pl.config import Config, ConfigError
 from diffusion_pl.config.reading import OF_TRAINING
 from diffusion_pl.config.renaming import DATA
-from diffusion_pl.config.strangers import is_strangers
+from diffusion_pl.config.untrusted import is_untrusted
 from diffusion_pl.training import checkpoint as checkpoints
 
 TINY = (
@@ -308,15 +308,15 @@ def test_files_of_the_users_own_and_of_others(tmp_path, monkeypatch):
     make("run/config.yaml")
     make("saved/checkpoints/1.txt")
     for path in own:
-        assert not is_strangers(Path(path), experiments), path
-        assert not is_strangers(tmp_path / path, experiments), path
+        assert not is_untrusted(Path(path), experiments), path
+        assert not is_untrusted(tmp_path / path, experiments), path
     for path in theirs:
-        assert is_strangers(Path(path), experiments), path
-        assert is_strangers(tmp_path / path, experiments), path
+        assert is_untrusted(Path(path), experiments), path
+        assert is_untrusted(tmp_path / path, experiments), path
     Path("experiments/link.yaml").symlink_to(tmp_path / "got/config.yaml")
-    assert is_strangers(Path("experiments/link.yaml"), experiments)
+    assert is_untrusted(Path("experiments/link.yaml"), experiments)
     Path("linked").symlink_to(tmp_path / "run")
-    assert is_strangers(Path("linked/settings/x.yaml"), experiments)
+    assert is_untrusted(Path("linked/settings/x.yaml"), experiments)
 
 
 @pytest.mark.parametrize("start", ["given", "given/checkpoints", "given/checkpoints/1.ckpt"])
@@ -327,9 +327,9 @@ def test_what_lies_with_the_weights_that_training_starts_from_is_of_others(
     make("given/checkpoints/1.ckpt")
     for path in ("given/experiments/a.yaml", "given/deep/er/a.yaml"):
         file = make(path)
-        assert not is_strangers(file, file.parent)
-        assert is_strangers(file, file.parent, Path(start))
-    assert not is_strangers(make("experiments/a.yaml"), Path("experiments"), Path(start))
+        assert not is_untrusted(file, file.parent)
+        assert is_untrusted(file, file.parent, Path(start))
+    assert not is_untrusted(make("experiments/a.yaml"), Path("experiments"), Path(start))
 
 
 def test_a_yaml_that_lies_with_the_weights_is_of_others(place, capsys):
@@ -339,7 +339,7 @@ def test_a_yaml_that_lies_with_the_weights_is_of_others(place, capsys):
     tree = config.load("tiny").tree | {"objective": dict(PLANTED["the command line"])}
     text = config.dump(Config("x", "x", tree))
     file = make("stranger/experiments/x.yaml", text)
-    assert not is_strangers(file, Path("experiments"))
+    assert not is_untrusted(file, Path("experiments"))
     words = ["train", str(file), "--from", "stranger", "--run", "runs/new"]
     assert "objective._target_: is outside" in refused(words, capsys)
 

@@ -14,9 +14,9 @@ from diffusion_pl import config, locks
 from diffusion_pl.addresses import masked, without_credentials
 from diffusion_pl.commands.results import Result
 from diffusion_pl.config.renaming import renamed
-from diffusion_pl.config.strangers import RESOLVED
+from diffusion_pl.config.untrusted import RESOLVED
 from diffusion_pl.errors import UserError
-from diffusion_pl.io.files import small, write_atomically
+from diffusion_pl.io.files import read_small, write_atomically
 from diffusion_pl.training import checkpoint as checkpoints
 
 
@@ -68,7 +68,7 @@ def _mask(settings: Path) -> bool:
         UserError: they cannot be read or written; they are then as before.
     """
     try:
-        before = small(settings).decode().splitlines(keepends=True)
+        before = read_small(settings).decode().splitlines(keepends=True)
     except UnicodeDecodeError as error:
         raise UserError(f"{settings}: is not UTF-8 text; restore it") from error
     after = [masked(line) for line in before]
@@ -84,7 +84,7 @@ def _rename(settings: Path) -> bool:
         UserError: they cannot be read or written; they are then as before.
     """
     today = config.dump(config.load(settings)).encode()  # bounded, and refused where it is no YAML
-    before = yaml.safe_load(small(settings))
+    before = yaml.safe_load(read_small(settings))
     if renamed(before) == before:
         return False
     write_atomically(settings, lambda file: file.write(today))

@@ -22,7 +22,7 @@ from diffusion_pl.commands import data_sets, hints, parts, runs, trust
 from diffusion_pl.commands.metric_choice import MetricChoice
 from diffusion_pl.commands.options import FeatureOptions, MetricOptions, RunOptions, SamplerOptions
 from diffusion_pl.commands.results import Result
-from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
+from diffusion_pl.data.files import IMAGES, SAMPLE, read_sample
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, reference_of
 from diffusion_pl.evaluation.blocks import evaluate_blocks
@@ -342,11 +342,11 @@ def sampling_record(path: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the images are not complete.
     """
-    ours = path.name in (PICTURES, "images.npz") and (path.parent / SAMPLE).is_file()
+    ours = path.name in (IMAGES, "images.npz") and (path.parent / SAMPLE).is_file()
     folder = path.parent if ours else path
     said = None
     with contextlib.suppress(ValueError):  # somebody else's file of that name
-        said = read_sample(folder) if (folder / PICTURES).is_dir() else None
+        said = read_sample(folder) if (folder / IMAGES).is_dir() else None
     if said is not None and not said.get("complete"):
         raise UserError(
             f"{folder}: not all of its images are sampled; run the same `sample` command again"

@@ -132,7 +132,7 @@ def divided(settings: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, A
     own: list[tuple[str, str]] = []
     said: dict[str, Any] = {}
     for text in settings:
-        key, value = config.assigned(text)
+        key, value = config.parse_assignment(text)
         first, _, rest = key.partition(".")
         if first in parts.SECTIONS:
             own.append((key, text))

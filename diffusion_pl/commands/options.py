@@ -243,7 +243,7 @@ def grouped(command: str, given: Mapping[str, Any], *groups: type) -> list[Any]:
     Raises:
         UserError: an option that the command does not have.
     """
-    from diffusion_pl.config.words import at_home  # help answers without it
+    from diffusion_pl.config.words import expand_home  # help answers without it
 
     group_of = {field.name: group for group in groups for field in fields(group)}
     for name in given:
@@ -251,7 +251,7 @@ def grouped(command: str, given: Mapping[str, Any], *groups: type) -> list[Any]:
             known = ", ".join(sorted(group_of))
             raise UserError(f"{name}: is no option of {command}; there are {known}")
     values = {
-        name: Path(at_home(str(value), name)) if name in PATHS else value
+        name: Path(expand_home(str(value), name)) if name in PATHS else value
         for name, value in given.items()
         if value is not None
     }

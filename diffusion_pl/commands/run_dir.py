@@ -10,7 +10,7 @@ from diffusion_pl import config
 from diffusion_pl.commands import parts, runs
 from diffusion_pl.config import Config
 from diffusion_pl.errors import UserError
-from diffusion_pl.io.files import small, write_atomically
+from diffusion_pl.io.files import read_small, write_atomically
 from diffusion_pl.names import refuse_name, shown
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
@@ -136,7 +136,7 @@ def _compare_start(folder: Path, start: Path | None, done: Path | None) -> None:
         UserError: it does not.
     """
     begun = folder / _FROM
-    origin = small(begun).decode(errors="replace").strip() if begun.exists() else None
+    origin = read_small(begun).decode(errors="replace").strip() if begun.exists() else None
     if start is None:
         if origin is not None and done is None:
             raise UserError(f"{folder}: started from {origin}; say so again: --from {origin}")

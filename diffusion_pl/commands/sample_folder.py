@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_pl.commands.runs import OpenedRun
-from diffusion_pl.data.files import PICTURES, SAMPLE, read_sample
+from diffusion_pl.data.files import IMAGES, SAMPLE, read_sample
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.provenance import surroundings
 from diffusion_pl.images import save_png
@@ -41,7 +41,7 @@ class SampleFolder:
 
     def __init__(self, folder: Path, opened: OpenedRun) -> None:
         self.folder = folder
-        self.images = folder / PICTURES
+        self.images = folder / IMAGES
         self.opened = opened
         self.evaluations = 0  # of an image
 

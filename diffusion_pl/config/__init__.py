@@ -5,11 +5,11 @@ from diffusion_pl.config.building import build
 from diffusion_pl.config.reading import (
     EXPERIMENTS,
     all_experiments,
-    assigned,
     experiments,
     load,
     load_resolved,
     load_text,
+    parse_assignment,
     replaced,
 )
 from diffusion_pl.config.tree import Config, ConfigError, differences, dump, leaves
@@ -19,7 +19,6 @@ __all__ = [
     "Config",
     "ConfigError",
     "all_experiments",
-    "assigned",
     "build",
     "check",
     "differences",
@@ -29,5 +28,6 @@ __all__ = [
     "load",
     "load_resolved",
     "load_text",
+    "parse_assignment",
     "replaced",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion_pl.config.annotations import described, fits, is_node, signature
 from diffusion_pl.config.registry import PLACES, is_part, misplaced
-from diffusion_pl.config.renaming import former
+from diffusion_pl.config.renaming import former_names
 from diffusion_pl.config.targets import locate
 from diffusion_pl.config.tree import Config, ConfigError, join, names, nearest
 
@@ -78,9 +78,9 @@ def report(config: Config, problems: Sequence[Problem]) -> None:
 def _within(tree: Mapping[str, Any], name: str, known: Collection[str]) -> str:
     """End an error line with the keys that lie deeper under this name, else the likeliest."""
     found = [key for key in _keys(tree) if key.rpartition(".")[2] == name and "." in key]
-    return (
-        nearest(found[0], found[:3], count=3) if found else nearest(name, known, former=former(""))
-    )
+    if found:
+        return nearest(found[0], found[:3], count=3)
+    return nearest(name, known, former=former_names(""))
 
 
 def _keys(node: Any, key: str = "") -> Iterator[str]:
@@ -175,7 +175,7 @@ def _node(
             yield join(key, name), f"is handed to {target} by the program; remove it"
         elif name not in accepted:
             if not open_ended:
-                near = nearest(name, accepted, former=former(key, target))
+                near = nearest(name, accepted, former=former_names(key, target))
                 yield join(key, name), f"unknown argument of {target}{near}"
         elif not fits(value, bound.parameters[name].annotation, config.packages):
             yield join(key, name), _wrong_type(value, bound.parameters[name].annotation, target)

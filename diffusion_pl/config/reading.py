@@ -15,22 +15,21 @@ from diffusion_pl.addresses import masked, refuse_credentials, without_credentia
 from diffusion_pl.config.interpolation import interpolated
 from diffusion_pl.config.renaming import (
     DATA,
-    completed,
-    former,
+    former_names,
     is_dataset,
     key_in,
     renamed,
     renamed_node,
     replaces_data,
-    said_once,
+    warn_once,
+    with_later_sections,
 )
-from diffusion_pl.config.strangers import is_strangers
-from diffusion_pl.config.targets import check_allowed, untrusted
+from diffusion_pl.config.targets import check_allowed, why_untrusted
 from diffusion_pl.config.tree import (
     OVERRIDE,
     Config,
     ConfigError,
-    finished,
+    check_storable,
     join,
     leaves,
     names,
@@ -38,7 +37,8 @@ from diffusion_pl.config.tree import (
     plain,
     step,
 )
-from diffusion_pl.config.words import meant, refuse_misread
+from diffusion_pl.config.untrusted import is_untrusted
+from diffusion_pl.config.words import expand_values, refuse_misread
 from diffusion_pl.io.files import regular
 
 BASE = "base"
@@ -55,7 +55,7 @@ _MAX_OPENINGS = 5_000
 _OPENING = re.compile(r"[\[{]|[-?:]\s")
 
 
-def ours() -> Path:
+def packaged_experiments() -> Path:
     """The experiments that come with the package, installed with it or beside it in a checkout."""
     installed = _PACKAGE / "experiments"
     return installed if installed.is_dir() else _PACKAGE.parent / "experiments"
@@ -64,7 +64,7 @@ def ours() -> Path:
 def all_experiments(folder: Path = EXPERIMENTS) -> dict[str, str]:
     """List the experiments that a name finds from here: those in the folder, then ours."""
     found: dict[str, str] = {}
-    for place in (folder, ours()):
+    for place in (folder, packaged_experiments()):
         for name, line in (experiments(place) if place.is_dir() else {}).items():
             found.setdefault(name, line)
     return found
@@ -111,7 +111,7 @@ def load(
         overrides: `dotted.key=value`, the value written as in YAML. The outer keys are set before
             the inner ones and a `_target_` before its arguments, whatever their order.
         folder: where experiments are looked up by name.
-        allow: what a file that others may have made is trusted with, by name; see `strangers`.
+        allow: what a file that others may have made is trusted with, by name; see `untrusted`.
         beside: the run or checkpoint that training starts from: what lies with it is of others.
 
     Returns:
@@ -123,8 +123,8 @@ def load(
     file = _file(str(name_or_path), folder)
     lineage = _lineage(file, (), folder)
     check_allowed(allow)
-    theirs = any(is_strangers(Path(path), folder, beside) for path in lineage)
-    packages = (*allow, *_named(overrides)) if theirs else None
+    theirs = any(is_untrusted(Path(path), folder, beside) for path in lineage)
+    packages = (*allow, *_named_targets(overrides)) if theirs else None
     return _overridden(_merged(file.stem, file.as_posix(), lineage, packages), overrides)
 
 
@@ -145,7 +145,7 @@ def load_text(
     Raises:
         ConfigError: one line on what is wrong.
     """
-    own, listed = _own(text, name)
+    own, listed = _parse_experiment(text, name)
     lineage: dict[str, dict[str, Any]] = {}
     for each in listed:
         for path, tree in _lineage(_file(str(each), folder), (), folder).items():
@@ -174,7 +174,7 @@ def replaced(config: Config, changes: Mapping[str, Any], source: str) -> Config:
         if isinstance(value, dict) and "_target_" in value:
             _set(copy, parts, None, source)
         _set(copy, parts, value, source)
-    return finished(replace(copy, tree=plain(copy.tree, config.file)))
+    return check_storable(replace(copy, tree=plain(copy.tree, config.file)))
 
 
 def _merged(
@@ -187,7 +187,7 @@ def _merged(
         if replaces_data(own, tree):
             tree["data"] = {}
         _merge(tree, renamed(own, tree, path if packages is None else None), "", path, origins)
-    return Config(name, file, completed(tree), origins, packages)
+    return Config(name, file, with_later_sections(tree), origins, packages)
 
 
 def load_resolved(
@@ -206,22 +206,22 @@ def load_resolved(
         ConfigError: a `_target_` that is not trusted, or a tree that `load` cannot make.
     """
     check_allowed(allow)
-    packages = (*allow, *_named(overrides))
-    used = completed(renamed(plain(tree, source)))
+    packages = (*allow, *_named_targets(overrides))
+    used = with_later_sections(renamed(plain(tree, source)))
     for section in OF_TRAINING:
         used.pop(section, None)
     for key in OF_TRAINER if isinstance(used.get("trainer"), dict) else ():
         used["trainer"].pop(key, None)
     kept = without_credentials(used)  # none is written again
-    config = finished(Config(Path(source).stem, source, kept, packages=packages))
+    config = check_storable(Config(Path(source).stem, source, kept, packages=packages))
     config = _overridden(config, overrides)
     for key, value in leaves(config.tree):
-        if "_target_" in key.split(".") and (reason := untrusted(value, packages)):
+        if "_target_" in key.split(".") and (reason := why_untrusted(value, packages)):
             raise config.error(key, reason)
     return config
 
 
-def assigned(text: str) -> tuple[str, Any]:
+def parse_assignment(text: str) -> tuple[str, Any]:
     """The key and the value of one `key=value`, the value written as in YAML.
 
     Raises:
@@ -266,7 +266,7 @@ def _file(name: str, folder: Path) -> Path:
         if not Path(name).is_file():
             raise ConfigError(f"{name}: no such file")
         return Path(name)
-    for place in (folder, ours()):
+    for place in (folder, packaged_experiments()):
         if (file := place / f"{name}.yaml").is_file():
             return file
     near = nearest(name, all_experiments(folder), count=3)
@@ -281,7 +281,7 @@ def _lineage(file: Path, children: tuple[Path, ...], folder: Path) -> dict[str, 
     defaults named before it changed.
     """
     where = file.as_posix()
-    own, listed = _own(_text(file), where)
+    own, listed = _parse_experiment(_text(file), where)
     lineage: dict[str, dict[str, Any]] = {}
     for name in listed:
         parent = _parent(name, file, folder)
@@ -292,7 +292,7 @@ def _lineage(file: Path, children: tuple[Path, ...], folder: Path) -> dict[str, 
     return {**lineage, where: own}
 
 
-def _own(text: str, where: str) -> tuple[dict[str, Any], list[Any]]:
+def _parse_experiment(text: str, where: str) -> tuple[dict[str, Any], list[Any]]:
     """What one text of YAML says itself, and the names of its defaults.
 
     Raises:
@@ -304,7 +304,7 @@ def _own(text: str, where: str) -> tuple[dict[str, Any], list[Any]]:
         raise ConfigError(f"{where}: must be a mapping of sections (got {next(iter(container))!r})")
     own = plain(container, where)
     refuse_misread(text, where)
-    own = meant(own, where)
+    own = expand_values(own, where)
     listed = own.pop("defaults", [])
     return own, listed if isinstance(listed, list) else [listed]
 
@@ -317,7 +317,7 @@ def _parent(name: object, file: Path, folder: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    places = (file.parent, folder, ours())
+    places = (file.parent, folder, packaged_experiments())
     if isinstance(name, str) and Path(name).name == name:
         found = [at for place in places if (at := place / f"{name}.yaml").is_file()]
         others = [each for each in found if not each.samefile(file)]
@@ -382,7 +382,7 @@ def _overridden(config: Config, overrides: Sequence[str]) -> Config:
             wrong.append(str(error))
     if wrong:
         raise ConfigError("\n".join(wrong))
-    return finished(replace(config, tree=plain(interpolated(config), config.file)))
+    return check_storable(replace(config, tree=plain(interpolated(config), config.file)))
 
 
 def _pair(text: str) -> tuple[list[str], Any]:
@@ -403,10 +403,10 @@ def _pair(text: str) -> tuple[list[str], Any]:
     where = f"{OVERRIDE}: {key.strip()}"
     parsed = plain(_parsed(written, _from_override, where), where)
     refuse_misread(written, where)
-    return parts, meant(parsed["value"], where)
+    return parts, expand_values(parsed["value"], where)
 
 
-def _named(overrides: Sequence[str]) -> Iterator[str]:
+def _named_targets(overrides: Sequence[str]) -> Iterator[str]:
     """The callables that overrides name, as they are written: no reference to what others wrote.
 
     Python's own library has no part of an experiment, but all that a pasted line would start.
@@ -444,10 +444,10 @@ def _set(config: Config, parts: list[str], value: Any, source: str = OVERRIDE) -
         if replaces_data({"data": node}, config.tree):
             config.tree["data"] = {"_target_": DATA, "dataset": {}}
             _mark(config.origins, "data", source)
-        said_once(source, key, "data.dataset._target_")
+        warn_once(source, key, "data.dataset._target_")
         parts = ["data", "dataset", "_target_"]
     elif (now := key_in(config.tree, key)) != key:
-        said_once(source, key, now)
+        warn_once(source, key, now)
         parts = now.split(".")
     node = config.tree
     done = ""
@@ -455,12 +455,9 @@ def _set(config: Config, parts: list[str], value: Any, source: str = OVERRIDE) -
         name = step(node, part)
         if name is None:
             known = [join(done, each) for each in names(node)]
+            former = {join(done, old): join(done, new) for old, new in former_names(done).items()}
             missing = join(done, part)
-            near = nearest(
-                missing,
-                known,
-                former={join(done, old): join(done, new) for old, new in former(done).items()},
-            )
+            near = nearest(missing, known, former=former)
             raise ConfigError(f"{where}: there is no {missing!r} in {config.file}{near}")
         if node[name] is None and parts[index + 1 :] == ["_target_"]:
             node[name] = {}

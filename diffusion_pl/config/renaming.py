@@ -39,6 +39,7 @@ RENAMED: dict[str, str] = {
     f"{PACKAGE}.training.settings.Settings": f"{PACKAGE}.training.settings.TrainerConfig",
     "data.workers": "data.num_workers",
     "data.shares": "data.resolution_weights",
+    f"{PACKAGE}.data.crops.Crop:told": "return_position",
     # A data set's own arguments; where its `_target_` stands beside them, see `dataset_apart`.
     **{
         f"data.{name}": f"data.dataset.{name}"
@@ -82,7 +83,7 @@ def argument_now(node: Any, name: Any) -> Any:
     return argument_now(node, new) if new else name
 
 
-def former(key: str, target: object = None) -> dict[str, str]:
+def former_names(key: str, target: object = None) -> dict[str, str]:
     """The names that were given up below a dotted key, each with what it is called today.
 
     Args:
@@ -113,7 +114,7 @@ def renamed(
         ConfigError: a new name stands beside its old one.
     """
     if is_dataset(tree.get("data")):
-        said_once(source, "data._target_", "data.dataset._target_")
+        warn_once(source, "data._target_", "data.dataset._target_")
         tree = {**tree, "data": dataset_apart(tree["data"])}
     for old in sorted(RENAMED, key=lambda name: -name.count(".")):
         if not old.startswith(PACKAGE):
@@ -121,7 +122,7 @@ def renamed(
     return renamed_node(tree, below, "", source)
 
 
-def completed(tree: dict[str, Any]) -> dict[str, Any]:
+def with_later_sections(tree: dict[str, Any]) -> dict[str, Any]:
     """A whole configuration with the sections that came later, as it was without them."""
     for section, target in LATER.items() if "trainer" in tree else ():
         node = tree.setdefault(section, {})
@@ -159,7 +160,7 @@ def _moved(tree: dict[str, Any], old: str, source: str | None) -> dict[str, Any]
             return tree
         node = node[part]
     new = key_now(old)
-    said_once(source, old, new)
+    warn_once(source, old, new)
     rest = _set(tree, old.split("."))
     taken: Any = rest
     for part in new.split("."):
@@ -188,14 +189,14 @@ def renamed_node(value: Any, below: Any, key: str, source: str | None) -> Any:
     for name, child in value.items():
         new = argument_now({**lower, **value}, name)
         if new != name:
-            said_once(source, join(key, name), join(key, new))
+            warn_once(source, join(key, name), join(key, new))
         if new in now or (new != name and new in value):
             raise _twice(source, join(key, name), new)
         now[new] = renamed_node(child, lower.get(new), join(key, name), source)
     if "_target_" in now:
         now["_target_"] = target_now(value["_target_"])
         if now["_target_"] != value["_target_"]:
-            said_once(source, value["_target_"], now["_target_"])
+            warn_once(source, value["_target_"], now["_target_"])
     return now
 
 
@@ -215,7 +216,7 @@ def _twice(source: str | None, old: str, new: str) -> ConfigError:
 
 
 @functools.cache
-def said_once(source: str | None, old: str, new: str) -> None:
+def warn_once(source: str | None, old: str, new: str) -> None:
     """Say in a line that a name in the user's own file was given up; once a name and file."""
     if source is not None:
         logger.warning("%s: %s is now called %s; rename it there", source, old, new)

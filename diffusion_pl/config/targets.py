@@ -27,7 +27,7 @@ def locate(target: object, packages: Sequence[str] | None = None) -> Callable[..
     """
     if not isinstance(target, str) or not all(target.split(".")) or "." not in target:
         raise UserError(f"must be the dotted path of a class or function (got {target!r})")
-    if packages is not None and (reason := untrusted(target, packages)):
+    if packages is not None and (reason := why_untrusted(target, packages)):
         raise UserError(reason)
     found, rest = _module(target)
     for part in rest:
@@ -53,7 +53,7 @@ def _is_own(found: object, name: str) -> bool:
     return not name.startswith("_") and str(origin).partition(".")[0] == root
 
 
-def untrusted(target: object, packages: Sequence[str]) -> str | None:
+def why_untrusted(target: object, packages: Sequence[str]) -> str | None:
     """Why a configuration of others may not name a dotted path; None where it may.
 
     Args:

@@ -177,7 +177,7 @@ def plain(tree: object, file: str) -> dict[str, Any]:
     return copied(tree, "", 0)
 
 
-def finished(config: Config) -> Config:
+def check_storable(config: Config) -> Config:
     """Refuse what would not survive being written and read again, and hand the config back.
 
     Raises:

@@ -41,7 +41,7 @@ def refuse_misread(text: str, where: str) -> None:
         raise ConfigError("\n".join(found))
 
 
-def meant(value: Any, where: str) -> Any:
+def expand_values(value: Any, where: str) -> Any:
     """Texts that stand for something else in it: a home folder's ~, and inf.
 
     Args:
@@ -52,17 +52,17 @@ def meant(value: Any, where: str) -> Any:
         ConfigError: the home of somebody who is not known here.
     """
     if isinstance(value, dict):
-        value.update({name: meant(child, where) for name, child in value.items()})
+        value.update({name: expand_values(child, where) for name, child in value.items()})
     elif isinstance(value, list):
-        value[:] = [meant(child, where) for child in value]
+        value[:] = [expand_values(child, where) for child in value]
     elif isinstance(value, str):
         if value in _INFINITE:
             return _INFINITE[value]
-        return at_home(value, where)
+        return expand_home(value, where)
     return value
 
 
-def at_home(text: str, where: str) -> str:
+def expand_home(text: str, where: str) -> str:
     """A path with the home folder in the place of its ~; a shell leaves it behind `KEY=`.
 
     Raises:

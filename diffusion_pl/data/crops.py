@@ -1,4 +1,4 @@
-"""Windows of images with their place in the full frame: patch-wise training, resized crops."""
+"""Random crops of images with their coordinates in the full frame, for patch-wise training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Crop:
         scale: smallest and largest side of the window as a share of the image's, drawn uniformly,
             the window then resized to `size` (bilinear, antialiased); None: `size` pixels as they
             are.
-        told: whether the network is told where the window lies, as a condition `position`.
+        return_position: whether the network is given where the window lies, as the condition
+            `position`.
 
     Raises:
         UserError: a size or a scale out of range.
@@ -30,7 +31,7 @@ class Crop:
 
     size: int
     scale: tuple[float, float] | None = None
-    told: bool = True
+    return_position: bool = True
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -44,7 +45,7 @@ class Crop:
         """Cut the windows.
 
         Args:
-            image: uint8 (B, C, R, R), R above `size`.
+            image: uint8 (B, C, R, R), R > `size`.
             positions: int64 (B,), of the images in the run; with `seed` they choose the windows.
             seed: of the run.
             frame: D, side of the full-resolution grid.
@@ -61,8 +62,8 @@ class Crop:
             for axis in ("row", "column")
         )
         pieces, places = [], []
-        for picture, top, left, side in zip(image, tops, lefts, sides.tolist(), strict=True):
-            pieces.append(self._resized(picture[:, top : top + side, left : left + side]))
+        for pixels, top, left, side in zip(image, tops, lefts, sides.tolist(), strict=True):
+            pieces.append(self._resized(pixels[:, top : top + side, left : left + side]))
             window = (top / whole, left / whole, side / whole, side / whole)
             places.append(coordinates(self.size, self.size, frame, window=window))
         return torch.stack(pieces), torch.stack(places)

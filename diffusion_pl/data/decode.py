@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from diffusion_pl.data.bare import bare, upright
 from diffusion_pl.data.depths import Depths
+from diffusion_pl.data.image_metadata import split_metadata, upright
 from diffusion_pl.data.reduce import WHOLE_FIRST, Resize, lanczos
 from diffusion_pl.errors import UserError
 
@@ -89,7 +89,7 @@ def planes_of(image: Image.Image, channels: int) -> list[Image.Image]:
     return [Image.merge("RGB", bands), Image.merge("RGB", (alpha, alpha, alpha))]
 
 
-def joined(found: list[Image.Image], channels: int) -> npt.NDArray[np.uint8]:
+def join_planes(found: list[Image.Image], channels: int) -> npt.NDArray[np.uint8]:
     """The pixels that the RGB images of `planes` carry, uint8 (C, H, W)."""
     arrays = [np.array(image).transpose(2, 0, 1) for image in found]
     if channels == 1:
@@ -111,7 +111,7 @@ def check_channels(channels: int, where: str) -> None:
 
 
 def _upright(data: bytes, where: str, depths: Depths | None) -> Image.Image:
-    parts = bare(data)
+    parts = split_metadata(data)
     image = _loaded(parts.data, where)
     if depths is not None:
         depths.note(image, data)
@@ -242,4 +242,6 @@ def read_square(
         UserError: as `decode` and `fit_square`.
     """
     found = planes(data, channels, where=where, depths=depths)
-    return joined([fit_square(image, resolution, fit, where=where) for image in found], channels)
+    return join_planes(
+        [fit_square(image, resolution, fit, where=where) for image in found], channels
+    )

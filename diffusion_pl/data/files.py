@@ -30,7 +30,7 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LARGEST_FILE = 256 * 1024**2
 
 # What `sample` writes into its folder: how the images were drawn, and the folder that holds them.
-SAMPLE, PICTURES = "sample.json", "images"
+SAMPLE, IMAGES = "sample.json", "images"
 
 # What systems and programs leave in folders, beside names that begin with a point.
 _LEFTOVERS = frozenset(
@@ -61,7 +61,7 @@ def ending_of(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
 
 
-def says_nothing(ending: str) -> bool:
+def needs_content(ending: str) -> bool:
     """Whether only a file's first bytes can tell if it is an image."""
     return ending not in EXTENSIONS and not _PLAIN_ENDING.fullmatch(ending)
 
@@ -125,10 +125,10 @@ def opened(path: str) -> Files:
     place = Path(path)
     if place.is_dir():
         drawn = None
-        if (place / PICTURES).is_dir():  # else a sample.json is somebody else's
+        if (place / IMAGES).is_dir():  # else a sample.json is somebody else's
             with contextlib.suppress(ValueError):
                 drawn = read_sample(place)
-        return FolderFiles(place if drawn is None else place / PICTURES)
+        return FolderFiles(place if drawn is None else place / IMAGES)
     if place.is_file():
         return ZipFiles(place)
     raise UserError(f"{path}: no such folder or zip file")

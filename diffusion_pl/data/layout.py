@@ -24,14 +24,14 @@ from typing import Any
 from diffusion_pl.data.files import (
     EXTENSIONS,
     FOREIGN,
-    PICTURES,
+    IMAGES,
     SAMPLE,
     Files,
     begins_as_image,
     ending_of,
+    needs_content,
     opened,
     refuse_control,
-    says_nothing,
 )
 from diffusion_pl.data.labels import (
     ImageLabels,
@@ -134,7 +134,7 @@ def _sorted_out(path: str, files: Files, every: Sequence[str]) -> tuple[list[str
         ending = ending_of(name)
         if name in overviews:
             others.append(name)
-        elif ending in EXTENSIONS or (says_nothing(ending) and begins_as_image(files.head(name))):
+        elif ending in EXTENSIONS or (needs_content(ending) and begins_as_image(files.head(name))):
             images.append(name)
         else:
             others.append(name)
@@ -162,7 +162,7 @@ def _overviews(every: Sequence[str]) -> set[str]:
         siblings.setdefault(place.parent, []).append(place)
     found = set()
     for folder, files in siblings.items():
-        below = siblings.get(folder / PICTURES, [])
+        below = siblings.get(folder / IMAGES, [])
         numbered_below = any(_NUMBERED.fullmatch(file.name) for file in below)
         own = bool(below) and (folder / SAMPLE in files or numbered_below)
         drawn = [file for file in files if _NUMBERED.fullmatch(file.name)]

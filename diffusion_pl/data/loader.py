@@ -150,7 +150,9 @@ class Loader:
         batch = {"image": image, "index": positions}
         if crop is not None and crop.size < resolution:
             image, position = crop(image, positions, seed=self.seed, frame=self.frame)
-            batch = batch | {"image": image} | ({"position": position} if crop.told else {})
+            batch["image"] = image
+            if crop.return_position:
+                batch["position"] = position
         if images.labels is not None:
             batch["label"] = images.labels[indices]
         return batch

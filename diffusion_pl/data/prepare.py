@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_pl import locks
 from diffusion_pl.data.files import is_leftover
 from diffusion_pl.data.recipe import CHANGED, STEPS, Recipe
-from diffusion_pl.data.relisting import check_unchanged, is_as_made, listed, written_since
+from diffusion_pl.data.relisting import check_unchanged, is_as_made, source_state, written_since
 from diffusion_pl.data.shard_format import (
     MANIFEST,
     PROGRESS,
@@ -100,7 +100,7 @@ def prepare(
     """
     if (folder / MANIFEST).exists():
         manifest = Manifest.read(folder)
-        _same(asdict(manifest), request.settings(), folder)
+        _refuse_difference(asdict(manifest), request.settings(), folder)
         note = check_unchanged(manifest, request.source, request.recipe, folder) if relist else None
         shutil.rmtree(folder / PROGRESS, ignore_errors=True)
         if note:
@@ -109,7 +109,7 @@ def prepare(
     refuse_name(folder.resolve().name, shown(str(folder)), "prepare the data in another folder")
     _check_place(folder, request.source.path)
     # webdataset takes torch along, which a finished folder and a wrong setting need not wait for.
-    from diffusion_pl.data.write_shards import Job, finish, write_shard, written
+    from diffusion_pl.data.write_shards import Job, finish, read_written, write_shard
 
     kind, originals = open_originals(request.source, request.recipe.descending)
     refuse_class_names(
@@ -118,14 +118,14 @@ def prepare(
         written=kind not in ("folder", "zip"),
     )
     settings = request.settings() | {"name": request.name or originals.name}
-    settings["source"] |= {"kind": kind} | listed(originals)
+    settings["source"] |= {"kind": kind} | source_state(originals)
     # As folders that were begun before there was a choice have it.
     begun = {k: v for k, v in settings.items() if (k, v) != ("channels", 3)}
     if request.recipe.filter in CHANGED:
         begun |= {"recipe": STEPS}
     with _claimed(folder, begun):
         job = Job(folder, originals, request.recipe, request.source.path)
-        before = [(number, written(job, number)) for number in range(job.shards)]
+        before = [(number, read_written(job, number)) for number in range(job.shards)]
         _check_written(job, before)
         missing = [number for number, shard in before if shard is None]
         skipped = [text for _, shard in before if shard for text in shard.skipped.values()]
@@ -182,7 +182,7 @@ def _check_place(folder: Path, source: str) -> None:
         raise UserError(f"{folder}: holds other files ({', '.join(others[:3])}); name a new folder")
 
 
-def _same(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+def _refuse_difference(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Refuse to mix data sets.
 
     Raises:
@@ -231,7 +231,7 @@ def _claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     with locks.hold(progress / _LOCK, "preparing", folder):
         if any(progress.glob("*.npz")):
-            _same(_begun(noted), settings, folder)
+            _refuse_difference(_read_settings(noted), settings, folder)
         else:
             write_atomically(noted, lambda file: file.write(json.dumps(settings).encode()))
         _sweep(folder)
@@ -248,7 +248,7 @@ def _sweep(folder: Path) -> None:
             part.unlink()
 
 
-def _begun(noted: Path) -> dict[str, Any]:
+def _read_settings(noted: Path) -> dict[str, Any]:
     try:
         settings = json.loads(regular(noted).read_bytes())
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from diffusion_pl.data.decode import (
     Fit,
     check_channels,
     fit_square,
-    joined,
+    join_planes,
     planes,
     planes_of,
 )
@@ -108,14 +108,14 @@ class Recipe:
         Raises:
             UserError: an image that is broken, refused or far too small.
         """
-        if isinstance(original.picture, Mapping):
-            drawn = {side: self._of_pixels(original.picture[side]) for side in self.descending}
-            found = {side: joined(each, self.channels) for side, each in drawn.items()}
+        if isinstance(original.image, Mapping):
+            drawn = {side: self._of_pixels(original.image[side]) for side in self.descending}
+            found = {side: join_planes(each, self.channels) for side, each in drawn.items()}
             return found, [self.descending[0]] * 2
-        if isinstance(original.picture, bytes):
-            images = planes(original.picture, self.channels, where=where, depths=depths)
+        if isinstance(original.image, bytes):
+            images = planes(original.image, self.channels, where=where, depths=depths)
         else:
-            images = self._of_pixels(original.picture)
+            images = self._of_pixels(original.image)
         size = list(images[0].size)
         fit = cast(Fit, self.fit)
         if fit == "exact":
@@ -125,7 +125,7 @@ class Recipe:
         found = {}
         for side in self.descending:
             squares = [fit_square(each, side, fit, where=where, resize=resize) for each in images]
-            found[side] = joined(squares, self.channels)
+            found[side] = join_planes(squares, self.channels)
         return found, size
 
     def _of_pixels(self, pixels: Pixels) -> list[Image.Image]:

@@ -27,7 +27,7 @@ _MOST_NAMED = 100_000
 _MOST_MADE = 2_000
 
 
-def listed(originals: Originals) -> dict[str, Any]:
+def source_state(originals: Originals) -> dict[str, Any]:
     """What a manifest keeps of a source, to hold it against later."""
     states = originals.states
     kept = {"originals": originals.count, "listing": originals.listing}
@@ -35,13 +35,13 @@ def listed(originals: Originals) -> dict[str, Any]:
 
 
 def check_unchanged(
-    manifest: Manifest, asked: SourceSpec, recipe: Recipe, folder: Path
+    manifest: Manifest, spec: SourceSpec, recipe: Recipe, folder: Path
 ) -> str | None:
     """List the source again and hold it against what was prepared.
 
     Args:
         manifest: of the data set.
-        asked: its source.
+        spec: its source.
         recipe: what was made of each image.
         folder: the data set's.
 
@@ -51,12 +51,12 @@ def check_unchanged(
     Raises:
         UserError: the source holds other images now; which, in one line.
     """
-    if asked.path == "synthetic":
+    if spec.path == "synthetic":
         return None
-    if not Path(asked.path).exists() and not glob.glob(asked.path):
-        return f"{asked.path} is not there any more, so it was not compared"
-    _, originals = open_originals(asked, manifest.resolutions)
-    then, now = manifest.source, listed(originals)
+    if not Path(spec.path).exists() and not glob.glob(spec.path):
+        return f"{spec.path} is not there any more, so it was not compared"
+    _, originals = open_originals(spec, manifest.resolutions)
+    then, now = manifest.source, source_state(originals)
     note = None
     if all(then.get(key, value) == value for key, value in now.items()):
         difference, note = _contents(manifest, originals, recipe, folder)
@@ -65,7 +65,7 @@ def check_unchanged(
     else:
         difference = _difference(manifest, originals, folder)
     raise UserError(
-        f"{folder}: prepared from {then.get('originals'):,} images of {asked.path}, which holds "
+        f"{folder}: prepared from {then.get('originals'):,} images of {spec.path}, which holds "
         f"{originals.count:,} now: {difference}; prepare into a new folder, or remove {folder} "
         f"and prepare it again"
     )

@@ -45,7 +45,7 @@ def is_split(word: str, split: str) -> bool:
     return word.lower() == split.lower() or (known is not None and split_of(word) == known)
 
 
-def of_split(files: Sequence[Path], split: str | None) -> list[Path]:
+def files_of_split(files: Sequence[Path], split: str | None) -> list[Path]:
     """The files of one split, where their names hold several: `train-00000.tar`.
 
     Raises:

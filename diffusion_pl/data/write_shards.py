@@ -220,7 +220,7 @@ def _note(
     write_atomically(_sidecar(folder, number), lambda file: file.write(buffer.getvalue()))
 
 
-def written(job: Job, number: int) -> Written | None:
+def read_written(job: Job, number: int) -> Written | None:
     """A shard that an earlier run finished; None where there is none, or no whole one."""
     try:
         with np.load(regular(_sidecar(job.folder, number)), allow_pickle=False) as noted:
@@ -248,7 +248,7 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
     Raises:
         UserError: no image is left, or the disk is full.
     """
-    parts = [written(job, number) for number in range(job.shards)]
+    parts = [read_written(job, number) for number in range(job.shards)]
     shards = [part for part in parts if part is not None]
     assert len(shards) == job.shards
     rows = np.concatenate([part.rows for part in shards])

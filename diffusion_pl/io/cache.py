@@ -29,11 +29,11 @@ from diffusion_pl.io.download import (
     Patience,
     Unreachable,
     UnwritableError,
-    claimed,
-    opened,
-    part_of,
+    call_within,
+    claim_file,
+    open_url,
+    part_path,
     persist,
-    within,
 )
 from diffusion_pl.io.files import open_lock, regular, sha256_of
 
@@ -166,7 +166,7 @@ class Cache:
                 f"{url}: {size:,} bytes, and data.dataset.cache_bytes is {self.limit:,}; raise it"
             )
         try:
-            with claimed(final, lambda: self.has(name, size), self._alone) as part:
+            with claim_file(final, lambda: self.has(name, size), self._alone) as part:
                 if part is not None:
                     self._fill(part, final, url, size, sha256)
         except (OSError, UnwritableError) as error:
@@ -197,10 +197,10 @@ class Cache:
             persist(url, ask, self.attempts, self.backoff, patience, done=lambda: copy.done)
             os.fsync(part)
             with self._alone():
-                os.replace(part_of(final), final)
+                os.replace(part_path(final), final)
         except BaseException:
             with self._alone():
-                part_of(final).unlink(missing_ok=True)
+                part_path(final).unlink(missing_ok=True)
             raise
 
     @contextmanager
@@ -262,21 +262,21 @@ def _blocks(
         Exception: what the server's library raises.
     """
     if url.startswith(("http://", "https://")):
-        with opened(url, start, patience, _headers(url)) as answer:
+        with open_url(url, start, patience, _headers(url)) as answer:
             yield None if answer is None else (answer.start, answer.blocks())
         return
     # Libraries of other kinds of servers wait as long as they like, so each call is timed. A block
     # may come as slowly as a connection may be.
     limit = patience.silence + patience.window
     system, path = _opened(url)
-    file = within(limit, lambda: system.open(path, "rb", block_size=_BLOCK, cache_type="none"))
+    file = call_within(limit, lambda: system.open(path, "rb", block_size=_BLOCK, cache_type="none"))
     with file:
         if start:
             try:
                 file.seek(start)
             except (ValueError, OSError):
                 start = 0
-        yield start, iter(lambda: within(limit, lambda: bytes(file.read(_BLOCK))), b"")
+        yield start, iter(lambda: call_within(limit, lambda: bytes(file.read(_BLOCK))), b"")
 
 
 def _headers(url: str) -> dict[str, str]:

@@ -86,7 +86,7 @@ class _Pace:
         self.since, self.came = time.monotonic(), 0
 
 
-def within(seconds: float, call: Callable[[], T]) -> T:
+def call_within(seconds: float, call: Callable[[], T]) -> T:
     """Call with a time limit; a call that takes longer goes on in a thread of its own.
 
     Raises:
@@ -178,7 +178,7 @@ class Answer:
 
 
 @contextlib.contextmanager
-def opened(
+def open_url(
     url: str,
     start: int = 0,
     patience: Patience = PATIENCE,
@@ -203,7 +203,7 @@ def opened(
     opener = urllib.request.build_opener(_Redirects)
     try:
         # Each byte of an answer's head may take as long as any other.
-        response = within(
+        response = call_within(
             patience.silence + patience.window,
             lambda: opener.open(request, timeout=patience.silence),
         )
@@ -277,9 +277,9 @@ def fetch(
                 f"{sha256})"
             )
         return path
-    part = part_of(path)
+    part = part_path(path)
     try:
-        with claimed(path, path.exists) as file:
+        with claim_file(path, path.exists) as file:
             if file is None:
                 return path
             with regular(part).open("rb") as earlier:  # hashed again, to be gone on with
@@ -307,13 +307,13 @@ def fetch(
     return path
 
 
-def part_of(path: Path) -> Path:
+def part_path(path: Path) -> Path:
     """Where a file lies while it is fetched."""
     return path.with_name(path.name + ".part")
 
 
 @contextlib.contextmanager
-def claimed(
+def claim_file(
     path: Path,
     is_there: Callable[[], bool],
     alone: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
@@ -333,7 +333,7 @@ def claimed(
         OSError: the folder cannot be written or has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(path)
+    part = part_path(path)
     while True:
         file = open_lock(part)
         try:
@@ -454,7 +454,7 @@ def persist(
 
 def _transfer(url: str, copy: Copy, patience: Patience, report: _Report | None) -> None:
     """One connection, after which the copy is whole."""
-    with opened(url, copy.done, patience) as answer:
+    with open_url(url, copy.done, patience) as answer:
         if answer is None:
             return
         if (answer.total or 0) > copy.largest:

@@ -158,7 +158,7 @@ def nearest(path: Path) -> Path | None:
     return path.parent / found[0] if found else None
 
 
-def small(path: Path, most: int = 1_000_000) -> bytes:
+def read_small(path: Path, most: int = 1_000_000) -> bytes:
     """The content of a file of a few words, which others may have put there.
 
     Args:
@@ -205,7 +205,7 @@ def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
-def of_the_machine(error: OSError) -> str | None:
+def machine_problem(error: OSError) -> str | None:
     """What the disk or permissions did to a command, in one line; None for any other error."""
     if error.filename is None and error.errno not in _OF_THE_MACHINE:
         return None

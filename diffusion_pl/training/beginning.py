@@ -12,7 +12,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.io.files import small, write_atomically
+from diffusion_pl.io.files import read_small, write_atomically
 from diffusion_pl.locks import Lock
 from diffusion_pl.progress import Progress
 from diffusion_pl.training import checkpoint as checkpoints
@@ -52,7 +52,7 @@ class Start:
 def class_names(run: Path) -> list[str]:
     """The classes of a run's data by name, as its record has them; none where it has none."""
     try:
-        names = json.loads(small(run / RECORD))["class_names"]
+        names = json.loads(read_small(run / RECORD))["class_names"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return []
     return names if isinstance(names, list) and all(type(name) is str for name in names) else []
@@ -106,7 +106,7 @@ class Begin(Callback):
     def _record(self) -> dict[str, Any]:
         """What the run was trained with until now; empty where it does not say."""
         try:
-            record = json.loads(small(self.run / RECORD))
+            record = json.loads(read_small(self.run / RECORD))
         except (OSError, ValueError, RecursionError):
             return {}
         return record if isinstance(record, dict) else {}

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_pl.io.files import aside, small, write_atomically
+from diffusion_pl.io.files import aside, read_small, write_atomically
 
 FOLDER = "best"
 
@@ -42,7 +42,7 @@ class Best:
         if not (self.note.exists() and self.path.exists()):
             return True
         try:
-            before = float(json.loads(small(self.note))["value"])
+            before = float(json.loads(read_small(self.note))["value"])
         except (ValueError, KeyError, TypeError):
             return True  # of a note that was cut off the checkpoint says nothing
         value = self.value(rows)

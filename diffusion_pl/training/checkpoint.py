@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from diffusion_pl.config.renaming import renamed
 from diffusion_pl.config.tree import plain
 from diffusion_pl.errors import UserError
-from diffusion_pl.io.files import regular, sha256_of, small, write_atomically
+from diffusion_pl.io.files import read_small, regular, sha256_of, write_atomically
 from diffusion_pl.io.unpickle import reason_of, unfit_content, unfit_entries
 from diffusion_pl.names import shown
 
@@ -162,7 +162,7 @@ def _pointed(folder: Path) -> str | None:
     """What the `latest` pointer says, None where there is none."""
     pointer = folder / LATEST
     try:
-        return small(pointer).decode(errors="replace").strip()
+        return read_small(pointer).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
 

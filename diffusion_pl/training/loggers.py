@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion_pl import ranks
 from diffusion_pl.errors import UserError
-from diffusion_pl.io.files import small, write_atomically
+from diffusion_pl.io.files import read_small, write_atomically
 from diffusion_pl.training.settings import TrainerConfig
 from diffusion_pl.training.unfailing import Unfailing
 
@@ -72,7 +72,7 @@ def wandb_id(run: Path) -> str:
     if not path.exists():
         known = run.name if (run / "wandb").is_dir() else uuid.uuid4().hex[:8]
         write_atomically(path, lambda file: file.write(f"{known}\n".encode()))
-    return small(path).decode(errors="replace").strip()
+    return read_small(path).decode(errors="replace").strip()
 
 
 class Described(Callback):

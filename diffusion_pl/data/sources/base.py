@@ -25,12 +25,12 @@ class Original:
 
     Args:
         name: names it in complaints and in the shards.
-        picture: an image file's bytes; or pixels uint8 (3, H, W); or such pixels drawn at each
+        image: an image file's bytes; or pixels uint8 (3, H, W); or such pixels drawn at each
             resolution.
     """
 
     name: str
-    picture: bytes | Pixels | Mapping[int, Pixels]
+    image: bytes | Pixels | Mapping[int, Pixels]
 
 
 class Reader(Protocol):

@@ -19,17 +19,17 @@ class _FileReader:
         return Original(name, self.files.read(name))
 
 
-def open_folder(asked: SourceSpec, name: str) -> Originals:
+def open_folder(spec: SourceSpec, name: str) -> Originals:
     """A folder or a zip file of images, in the order of their relative paths.
 
     Args:
-        asked: with the split, where there are several, and the column of labels.
+        spec: with the split, where there are several, and the column of labels.
         name: of the set.
 
     Raises:
         UserError: as `list_images`.
     """
-    listing = list_images(asked.path, labels=asked.labels, split=asked.split, column=asked.label)
+    listing = list_images(spec.path, labels=spec.labels, split=spec.split, column=spec.label)
     return Originals(
         name=name,
         reader=_FileReader(listing.files, listing.names),

@@ -107,55 +107,55 @@ def _is_prepared(folder: Path) -> bool:
     return (folder / INDEX).is_file() and (folder / MANIFEST).is_file()
 
 
-def open_originals(asked: SourceSpec, resolutions: Sequence[int]) -> tuple[Kind, Originals]:
+def open_originals(spec: SourceSpec, resolutions: Sequence[int]) -> tuple[Kind, Originals]:
     """Look through a source; images are decoded later.
 
     Args:
-        asked: what the user named.
-        resolutions: sides at which a set that is drawn is drawn.
+        spec: the source as the user named it.
+        resolutions: sides in pixels at which the synthetic set is rendered.
 
     Raises:
         UserError: nothing there, unfit or damaged, or a setting that the source does not know.
     """
-    kind, files = kind_of(asked.path)
+    kind, files = kind_of(spec.path)
     for setting in ("count", "seed", "split", "image", "label"):
-        if getattr(asked, setting) is not None and setting not in SETTINGS[kind]:
-            raise UserError(f"{asked.path}: --{setting} does not apply to a source of kind {kind}")
-    originals = _opened(kind, asked, files, resolutions)
+        if getattr(spec, setting) is not None and setting not in SETTINGS[kind]:
+            raise UserError(f"{spec.path}: --{setting} does not apply to a source of kind {kind}")
+    originals = _opened(kind, spec, files, resolutions)
     if originals.count < 1:
-        raise UserError(f"{asked.path}: no images here")
-    if asked.labels and originals.labels is None:
-        raise UserError(f"{asked.path}: has no labels; leave out --labels")
-    if asked.labels is False and originals.labels is not None:
+        raise UserError(f"{spec.path}: no images here")
+    if spec.labels and originals.labels is None:
+        raise UserError(f"{spec.path}: has no labels; leave out --labels")
+    if spec.labels is False and originals.labels is not None:
         bare = replace(originals, labels=None, classes=0, class_names=None, labels_from="")
         return kind, bare
     return kind, originals
 
 
 def _opened(
-    kind: Kind, asked: SourceSpec, files: list[Path], resolutions: Sequence[int]
+    kind: Kind, spec: SourceSpec, files: list[Path], resolutions: Sequence[int]
 ) -> Originals:
-    # Imported when they are asked for: tables need packages that others do without.
+    # Imported only when needed: tables need packages that others do without.
     if kind == "tars":
         from diffusion_pl.data.sources.tars import open_tars
 
-        return open_tars(files, set_name("tars", asked.path), asked)
+        return open_tars(files, set_name("tars", spec.path), spec)
     if kind == "lmdb":
         from diffusion_pl.data.sources.tables import open_lmdb
 
-        return open_lmdb(files[0], set_name("lsun", asked.path))
+        return open_lmdb(files[0], set_name("lsun", spec.path))
     if kind == "parquet":
         from diffusion_pl.data.sources.tables import open_parquet
 
-        return open_parquet(files, set_name("table", asked.path), asked)
+        return open_parquet(files, set_name("table", spec.path), spec)
     if kind in ("folder", "zip"):
-        return folder.open_folder(asked, set_name("folder", asked.path))
+        return folder.open_folder(spec, set_name("folder", spec.path))
     # These wait for torch, which a folder's listing does not.
     from diffusion_pl.data.sources import own
 
     if kind == "synthetic":
-        return own.open_synthetic(asked.count, asked.seed, resolutions)
-    return own.open_cifar10(asked.path, asked.split or "train")
+        return own.open_synthetic(spec.count, spec.seed, resolutions)
+    return own.open_cifar10(spec.path, spec.split or "train")
 
 
 def set_name(kind: str, path: str) -> str:

@@ -21,7 +21,7 @@ from diffusion_pl.data.labels import LIKE_LABELS, ImageLabels, number_labels
 from diffusion_pl.data.layout import columns_named
 from diffusion_pl.data.lmdb_reading import Child
 from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of, label_fields
-from diffusion_pl.data.splits import of_split
+from diffusion_pl.data.splits import files_of_split
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import last_change, regular
 
@@ -190,27 +190,27 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: damaged or not a parquet file ({line})") from error
 
 
-def open_parquet(files: Sequence[Path], name: str, asked: SourceSpec) -> Originals:
+def open_parquet(files: Sequence[Path], name: str, spec: SourceSpec) -> Originals:
     """Tables whose rows hold an image file's bytes, alone or as {bytes, path}, and maybe a label.
 
     Args:
         files: in order; rows in the order of the files.
         name: of the set.
-        asked: with the columns of the images, where there are several, and of the labels, `label`
+        spec: with the columns of the images, where there are several, and of the labels, `label`
             when not given and there; whole numbers or words.
 
     Raises:
         UserError: as above, columns that are not there or differ, files of several splits.
     """
-    files = of_split(files, asked.split)
+    files = files_of_split(files, spec.split)
     schemas, group_rows = [], []
     for file in files:
         with _opened(file) as opened:
             schemas.append(opened.schema_arrow)
             groups_of = map(opened.metadata.row_group, range(opened.metadata.num_row_groups))
             group_rows.append([group.num_rows for group in groups_of])
-    column = asked.image or _image_column(schemas[0], files[0])
-    label = None if asked.labels is False else asked.label or _label_column(schemas[0], files[0])
+    column = spec.image or _image_column(schemas[0], files[0])
+    label = None if spec.labels is False else spec.label or _label_column(schemas[0], files[0])
     for file, schema in zip(files, schemas, strict=True):
         for wanted in (column, *([label] if label else [])):
             if wanted not in schema.names:

@@ -25,7 +25,7 @@ from diffusion_pl.data.files import (
     LARGEST_FILE,
     begins_as_image,
     is_leftover,
-    says_nothing,
+    needs_content,
 )
 from diffusion_pl.data.labels import (
     LIKE_LABELS,
@@ -35,7 +35,7 @@ from diffusion_pl.data.labels import (
     sort_class_names,
 )
 from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of, label_fields
-from diffusion_pl.data.splits import ALL, of_split
+from diffusion_pl.data.splits import ALL, files_of_split
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import last_change, regular
 
@@ -78,13 +78,13 @@ class _TarReader:
         )
 
 
-def open_tars(files: Sequence[Path], name: str, asked: SourceSpec) -> Originals:
+def open_tars(files: Sequence[Path], name: str, spec: SourceSpec) -> Originals:
     """Samples in the order of the tars' names, then of the tar.
 
     Args:
         files: the tars.
         name: of the set.
-        asked: with the endings of the images, such as `256.png`, where a sample has several, or
+        spec: with the endings of the images, such as `256.png`, where a sample has several, or
             `all` to take each as an image of its own; and of the labels, `cls` when not given, or
             `json.FIELD` for a field of a member `.json`.
 
@@ -92,17 +92,17 @@ def open_tars(files: Sequence[Path], name: str, asked: SourceSpec) -> Originals:
         UserError: a tar that is damaged or has odd members, a sample without an image or with
             several, labels that are none or only sometimes there, tars of several splits.
     """
-    files = of_split(files, asked.split)
+    files = files_of_split(files, spec.split)
     samples = [(number, each) for number, file in enumerate(files) for each in _samples(file)]
-    label = (asked.label or "cls").lower()
-    picked = _pick(files, samples, asked.image, label)
+    label = (spec.label or "cls").lower()
+    picked = _pick(files, samples, spec.image, label)
     if not picked:
         raise UserError(f"{files[0]}: no images here")
     found: ImageLabels | None = None
     read: set[tuple[int, str, str]] = set()
-    if asked.labels is not False:
-        found, read = _labels(files, picked, asked.label)
-        if found is None and asked.labels:
+    if spec.labels is not False:
+        found, read = _labels(files, picked, spec.label)
+        if found is None and spec.labels:
             found = _folders(files, picked)
     places = [
         (number, _name(sample, ending), *sample.members[ending])
@@ -168,17 +168,17 @@ def _beside(image: str, ending: str) -> str:
 
 
 def _labels(
-    files: Sequence[Path], picked: Sequence[_Picked], asked: str | None
+    files: Sequence[Path], picked: Sequence[_Picked], wanted: str | None
 ) -> tuple[ImageLabels | None, set[tuple[int, str, str]]]:
     """The labels of the images that were picked, and the members that were read for them."""
-    label = (asked or "cls").lower()
-    field = asked[5:] if asked and label.startswith("json.") else None
+    label = (wanted or "cls").lower()
+    field = wanted[5:] if wanted and label.startswith("json.") else None
     ending = "json" if field is not None else label
     members = [_member(sample, image, ending) for _, sample, image in picked]
     if field is None and not any(members):
-        if asked is None:
+        if wanted is None:
             field = "label" if "label" in _fields(files, picked[0]) else None
-        if field is None and asked is None:
+        if field is None and wanted is None:
             return None, set()
         if field is not None:
             ending = "json"
@@ -354,7 +354,7 @@ def _images(sample: _Sample, label: str, file: Path) -> list[str]:
         ending
         for ending, member in sample.members.items()
         if _last(ending) in EXTENSIONS
-        or (says_nothing(_last(ending)) and begins_as_image(_head(file, member)))
+        or (needs_content(_last(ending)) and begins_as_image(_head(file, member)))
     ]
     if found:
         return found

@@ -41,7 +41,7 @@ _TURNS = {
 
 
 @dataclass
-class Bare:
+class ImageParts:
     """A file parted into its pixels and the two records that may tell its orientation.
 
     Args:
@@ -55,17 +55,17 @@ class Bare:
     xmp: bytes = b""
 
 
-def bare(data: bytes) -> Bare:
+def split_metadata(data: bytes) -> ImageParts:
     """Part a PNG's or a JPEG's bytes; others stay whole."""
     if data.startswith(_PNG):
         return _png(data)
     if data.startswith(b"\xff\xd8"):
         return _jpeg(data)
-    return Bare(data)
+    return ImageParts(data)
 
 
-def _png(data: bytes) -> Bare:
-    found, pieces, place = Bare(b""), [_PNG], len(_PNG)
+def _png(data: bytes) -> ImageParts:
+    found, pieces, place = ImageParts(b""), [_PNG], len(_PNG)
     while place + 12 <= len(data):
         kind = data[place + 4 : place + 8]
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")
@@ -92,8 +92,8 @@ def _from_hexadecimal(packed: bytes) -> bytes:
     return b""
 
 
-def _jpeg(data: bytes) -> Bare:
-    found, pieces, place = Bare(b""), [data[:2]], 2
+def _jpeg(data: bytes) -> ImageParts:
+    found, pieces, place = ImageParts(b""), [data[:2]], 2
     while place + 4 <= len(data) and data[place] == 0xFF:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
         if marker == 0xFF:  # a byte to fill up
@@ -115,10 +115,10 @@ def _jpeg(data: bytes) -> Bare:
     return found
 
 
-def upright(image: Image.Image, parts: Bare) -> Image.Image:
+def upright(image: Image.Image, parts: ImageParts) -> Image.Image:
     """Turn a decoded image as its file's orientation says."""
     if image.format == "WEBP":
-        parts = Bare(b"", image.info.get("exif") or b"", image.info.get("xmp") or b"")
+        parts = ImageParts(b"", image.info.get("exif") or b"", image.info.get("xmp") or b"")
     turn = _TURNS.get(_exif_orientation(parts.exif) or _xmp_orientation(parts.xmp))
     return image if turn is None else image.transpose(turn)
 

@@ -12,7 +12,7 @@ CHECKPOINTS = "checkpoints"
 WEIGHTS = (".ckpt", ".safetensors")
 
 
-def is_strangers(file: Path, experiments: Path, beside: Path | None = None) -> bool:
+def is_untrusted(file: Path, experiments: Path, beside: Path | None = None) -> bool:
     """Tell whether others may have made a file of settings.
 
     A run and its checkpoints are handed on from one to another, and the settings in them say what
