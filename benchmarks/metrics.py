@@ -23,7 +23,7 @@ from benchmarks.measure import interleaved, median, record
 from diffusion_pl.metrics import inception
 from diffusion_pl.metrics.accumulated import Summed
 from diffusion_pl.metrics.features import Features
-from diffusion_pl.metrics.frechet import distance
+from diffusion_pl.metrics.fid import distance
 from diffusion_pl.metrics.moments import Moments
 from diffusion_pl.metrics.precision_recall import covered
 

@@ -31,7 +31,7 @@ from diffusion_pl.diffusion.resizing import resized
 from diffusion_pl.evaluation import ImageGenerator, batches
 from diffusion_pl.images import from_bytes, grid, save_png, to_bytes
 from diffusion_pl.metrics import real_images, shapes
-from diffusion_pl.metrics.frechet import distance_to
+from diffusion_pl.metrics.fid import distance_to
 from diffusion_pl.metrics.pixels import Pixels
 from diffusion_pl.samplers.pyramid import PyramidSampler
 

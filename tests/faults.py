@@ -178,7 +178,7 @@ KINDS = {
     "all ranks are killed": Kind("KILL", "all"),
     "a node is lost, its rank with all it started": Kind("node", **READ),
     "the job's time ends, after a signal": Kind("limit", "all", **STOPPED),
-    # The others end; who started the stopped one ends it, see test_bounded.py.
+    # The others end; who started the stopped one ends it, see test_watchdog.py.
     "a rank is stopped": Kind("STOP", codes=(1, -9, None)),
     "a rank hangs": Kind("hang"),
     "an exception on one rank": Kind("raise"),

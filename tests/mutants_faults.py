@@ -35,7 +35,7 @@ MUTANTS = [
         ("self.history.measure(images, rows)", "self.history.append(*rows)"),
     ),
     *at(
-        "training/unfailing.py",
+        "training/loggers.py",
         "beside",
         ("            self.logger = None\n", ""),
         ("except Exception as error:", "except KeyError as error:"),

@@ -28,7 +28,7 @@ MUTANTS = [
         ("denoiser.set_requires_gradient_sync(False)", "denoiser.set_requires_gradient_sync(True)"),
         ("    finally:\n        denoiser.set_requires_gradient_sync(True)",
          "    finally:\n        denoiser.set_requires_gradient_sync(False)"),
-        ("nn.Parameter(gathered(parameter), req", "nn.Parameter(parameter.detach(), req"),
+        ("nn.Parameter(gather(parameter), req", "nn.Parameter(parameter.detach(), req"),
         ("in owned:\n            setattr(owner, name, parameter)", "in owned:\n            pass"),
     ),
     *at(
@@ -38,14 +38,14 @@ MUTANTS = [
         ("return sharding.saved(self.lightning_module.state_dict())",
          "return self.lightning_module.state_dict()"),
         ("return sharding.saved_optimizer(plain.state_dict())", "return plain.state_dict()"),
-        ("sharding.spread_optimizer(state, optimizer)", "state"),
+        ("sharding.shard_optimizer(state, optimizer)", "state"),
     ),
     *at(
         "training/strategy.py",
         "sharding",
         ('Sharded if settings.strategy == "fsdp" else', "Sharded if False else"),
         ('Sharded if settings.strategy == "fsdp" else', "Sharded if True else"),
-        ("settings.devices_a_node() == 1", "settings.devices_a_node() == 0"),
+        ("settings.devices_per_node() == 1", "settings.devices_per_node() == 0"),
     ),
     *at(
         "training/evaluating.py",

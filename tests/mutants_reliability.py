@@ -78,8 +78,8 @@ MUTANTS = [
         ("statistics.median(self.losses)", "statistics.fmean(self.losses)"),
     ),
     *at(
-        "training/bounds.py",
-        "bounded",
+        "training/watchdog.py",
+        "watchdog",
         ("exit=True", "exit=False"),
         ("> _ARMED_AGAIN_AFTER * self.limit", "> 2 * self.limit"),
         ("faulthandler.cancel_dump_traceback_later()", "abs(1)"),
@@ -87,7 +87,7 @@ MUTANTS = [
     ),
     *at(
         "signals.py",
-        "bounded readers",
+        "watchdog readers",
         ("ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)", "abs(1)"),
         ("_PR_SET_PDEATHSIG = 1", "_PR_SET_PDEATHSIG = 2"),
     ),
@@ -99,7 +99,7 @@ MUTANTS = [
         ("            stream.flush()", "            pass"),
     ),
     *at(
-        "training/bounded.py",
+        "training/callbacks.py",
         "faults",
         ("self.watchdog.limit = self.settings.watchdog", "abs(1)"),
         ("            self.watchdog.stop()\n", ""),
@@ -111,7 +111,7 @@ MUTANTS = [
     ),
     *at(
         "data/loader.py",
-        "bounded",
+        "watchdog",
         ("for ahead in range(step, min(self.stop, step + 1 + AHEAD * self.data.num_workers)):",
          "for ahead in range(step, step + 1):"),
     ),
@@ -125,7 +125,7 @@ MUTANTS = [
     ),
     *at(
         "data/readers.py",
-        "readers bounded",
+        "readers watchdog",
         ("if not self._line.poll(limit):", "if False:"),
         ("weakref.finalize(self, self._process.kill)", "self._process.terminate"),
         ("            self._line.send(None)", "            pass"),

@@ -37,8 +37,8 @@ def _find(rank, ranks):
     plain_average = averaged_copy(plain)
     trained, average = copy.deepcopy(plain), copy.deepcopy(plain_average)
     mesh = DeviceMesh.from_group(distributed.group.WORLD, "cpu")
-    sharding.spread_trained(trained, mesh)
-    sharding.spread_average(average, mesh)
+    sharding.shard_trained(trained, mesh)
+    sharding.shard_average(average, mesh)
     told = {
         "whole": sum(p.numel() for p in plain.parameters()),
         "trained": sum(sharding.part(p).numel() for p in trained.parameters()),
@@ -78,7 +78,7 @@ def _find(rank, ranks):
     told["saved"], told["kind"] = (len(state[0]), len(saved)), type(saved).__name__
     distributed.broadcast_object_list(state)
     fresh = torch.optim.Adam(trained.parameters(), lr=0.1, eps=0.1, fused=True)
-    fresh.load_state_dict(sharding.spread_optimizer(state[0], fresh))
+    fresh.load_state_dict(sharding.shard_optimizer(state[0], fresh))
     told["moments"] = all(
         torch.equal(sharding.part(value), sharding.part(fresh.state[p][name]))
         for p in trained.parameters()
@@ -105,6 +105,6 @@ def _find(rank, ranks):
 def _farthest(spread, plain):
     """The largest difference of two sequences of tensors, of which one is spread."""
     return max(
-        float((sharding.gathered(one.detach()) - other.detach()).abs().max())
+        float((sharding.gather(one.detach()) - other.detach()).abs().max())
         for one, other in zip(spread, plain, strict=True)
     )

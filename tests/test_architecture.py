@@ -35,7 +35,6 @@ STANDARD = {
 LIGHTNING = {
     "adapter.py",
     "beginning.py",
-    "bounded.py",
     "callbacks.py",
     "evaluating.py",
     "loggers.py",
@@ -44,7 +43,6 @@ LIGHTNING = {
     "run.py",
     "run_data.py",
     "strategy.py",
-    "unfailing.py",
 }  # the only files that may import it
 
 

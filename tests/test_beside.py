@@ -23,7 +23,7 @@ from diffusion_pl.cli import main
 from diffusion_pl.images import save_png
 from diffusion_pl.io.files import machine_problem
 from diffusion_pl.training.history import History
-from diffusion_pl.training.unfailing import Unfailing
+from diffusion_pl.training.loggers import Unfailing
 
 EXPERIMENT = TINY.replace("half_life: 20", "half_life: 20, posthoc_every: 8")
 

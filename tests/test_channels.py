@@ -68,7 +68,7 @@ def test_from_a_folder_to_images_of_its_own_kind(channels, mode, capsys):
         f"network.channels={channels}", "network.classes=2", "network.model_channels=16",
         "network.channel_mult=[1]", "network.attention=[]", "network.blocks=1", "augment=null",
         "network.augment=0", "trainer.total_images=16", "evaluation.every=16", "evaluation.count=4",
-        "evaluation.metrics=[{_target_: diffusion_pl.metrics.frechet.Frechet}]",
+        "evaluation.metrics=[{_target_: diffusion_pl.metrics.fid.Frechet}]",
         "features.name=shapes", "trainer.accelerator=cpu", "trainer.devices=1",
         "trainer.loggers=[]", "sampler.steps=2", "data.batch_size=8",
     ])  # fmt: skip

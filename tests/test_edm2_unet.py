@@ -152,7 +152,7 @@ def test_a_weight_that_is_spread_over_devices_is_normalised_in_its_parts():
     expected = layer.normalized().detach()
     distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        spread = sharding.spread(layer.weight, DeviceMesh("cpu", [0]))
+        spread = sharding.shard(layer.weight, DeviceMesh("cpu", [0]))
         layer.weight = nn.Parameter(spread)
         layer.force()
         assert isinstance(layer.weight.data, DTensor)

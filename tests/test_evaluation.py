@@ -21,9 +21,9 @@ from diffusion_pl.evaluation.measuring import Pieces
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.metrics import real_images, shapes
 from diffusion_pl.metrics.features import TILE
-from diffusion_pl.metrics.frechet import Frechet
+from diffusion_pl.metrics.fid import Frechet
 from diffusion_pl.metrics.inception_score import InceptionScore
-from diffusion_pl.metrics.kernel import Kernel
+from diffusion_pl.metrics.kid import Kernel
 from diffusion_pl.metrics.precision_recall import PrecisionRecall
 from diffusion_pl.samplers.deis import deis
 from diffusion_pl.samplers.heun import heun

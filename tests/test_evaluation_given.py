@@ -11,7 +11,7 @@ from diffusion_pl.evaluation import Evaluation, evaluate
 from diffusion_pl.evaluation.image_files import ImageFiles
 from diffusion_pl.evaluation.pareto import pareto
 from diffusion_pl.metrics import real_images, shapes
-from diffusion_pl.metrics.frechet import Frechet
+from diffusion_pl.metrics.fid import Frechet
 from diffusion_pl.metrics.npz import arrays
 
 CPU = torch.device("cpu")

@@ -15,9 +15,9 @@ from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.evaluation import Evaluation, ImageGenerator, evaluate, reference_of
 from diffusion_pl.metrics import shapes
 from diffusion_pl.metrics.density_coverage import DensityCoverage
-from diffusion_pl.metrics.frechet import Frechet
+from diffusion_pl.metrics.fid import Frechet
 from diffusion_pl.metrics.inception_score import InceptionScore
-from diffusion_pl.metrics.kernel import Kernel
+from diffusion_pl.metrics.kid import Kernel
 from diffusion_pl.metrics.precision_recall import PrecisionRecall
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Sampler

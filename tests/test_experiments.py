@@ -64,8 +64,8 @@ def test_its_budget_divides_into_whole_batches_on_the_published_devices(name):
     experiment = read(name)
     settings = config.build(experiment, "trainer")
     batch_size = experiment.get("data.batch_size")
-    assert settings.share_size(batch_size, 1) > 0
-    assert settings.share_size(batch_size, 2) > 0
+    assert settings.per_device_batch(batch_size, 1) > 0
+    assert settings.per_device_batch(batch_size, 2) > 0
     assert settings.total_images % batch_size == 0
 
 

@@ -290,7 +290,7 @@ def test_the_best_checkpoint_by_a_number_stays(every, tmp_path, monkeypatch, cap
         "trainer.total_images=48", f"trainer.checkpoint_every={every}", "trainer.keep=1",
         "evaluation.every=8",
         "evaluation.count=12", "evaluation.metrics=[{_target_: "
-        "diffusion_pl.metrics.frechet.Frechet}]", "--run", "runs/best",
+        "diffusion_pl.metrics.fid.Frechet}]", "--run", "runs/best",
     )  # fmt: skip
     homes.trained(tmp_path, OURS, words)
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from diffusion_pl.metrics import extractors, inception
 from diffusion_pl.metrics.features import Features
-from diffusion_pl.metrics.frechet import Frechet
+from diffusion_pl.metrics.fid import Frechet
 from diffusion_pl.metrics.inception import PUBLISHED, Inception
 from diffusion_pl.metrics.inception_score import InceptionScore
 from diffusion_pl.metrics.reference import Reference

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from test_metrics_frechet import Known, normal, reference_of
+from test_metrics_fid import Known, normal, reference_of
 from torch import Tensor
 from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -261,7 +261,7 @@ def test_the_reference_must_have_features_of_the_same_extractor(
 ) -> None:
     real = normal(20, 4, seed=6)
     known = dataclasses.replace(reference_of(real), features=real)
-    with pytest.raises(ValueError, match="need a reference"):
+    with pytest.raises(ValueError, match="needs a reference"):
         kind().build(Known(4), None, 20)
     with pytest.raises(ValueError, match="has moments only"):
         kind().build(Known(4), reference_of(real), 20)

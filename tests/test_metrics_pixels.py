@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.metrics import extractors, real_images
-from diffusion_pl.metrics.frechet import Frechet
+from diffusion_pl.metrics.fid import Frechet
 from diffusion_pl.metrics.inception_score import InceptionScore
 from diffusion_pl.metrics.pixels import SIDE, Pixels
 

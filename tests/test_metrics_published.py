@@ -17,9 +17,9 @@ from diffusion_pl.evaluation import Evaluation, reference_of
 from diffusion_pl.interop import statistics as interop_statistics
 from diffusion_pl.metrics import npz, published
 from diffusion_pl.metrics.features import Features
-from diffusion_pl.metrics.frechet import Frechet
+from diffusion_pl.metrics.fid import Frechet
 from diffusion_pl.metrics.inception import PUBLISHED, Inception
-from diffusion_pl.metrics.reference import Reference
+from diffusion_pl.metrics.reference import Reference, real_features
 
 WIDE, PLACES = 2048, 2023
 
@@ -257,7 +257,7 @@ def test_images_beside_moments_are_what_single_images_are_compared_with(
     np.testing.assert_array_equal(known.mean, pooled[0])  # of all images, which the file has not
     assert known.resolution == 4
     expected = pictures(40).mean(axis=(1, 2)) / 255
-    features = known.images_for("precision and recall", measuring.extractor)
+    features = real_features(known, measuring.extractor, "precision and recall")
     np.testing.assert_allclose(features[:, :3], expected, rtol=1e-5)
     with pytest.raises(ValueError, match="resolution is 4, the evaluation has 8"):
         known.check(measuring.extractor, 8)

@@ -15,7 +15,7 @@ from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.metrics import real_images, reference, shapes
 from diffusion_pl.metrics.features import TILE, Features
 from diffusion_pl.metrics.moments import Moments
-from diffusion_pl.metrics.reference import Reference
+from diffusion_pl.metrics.reference import Reference, real_features
 from diffusion_pl.metrics.shapes import Shapes
 
 
@@ -159,17 +159,17 @@ def test_of_many_images_as_many_as_wanted_are_kept_evenly(
 def test_no_more_images_than_wanted_are_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_images, "KEPT", 100)
     for count in (2, 3, 51, 99, 100):
-        assert real_images.spread(torch.arange(count), count).all()
+        assert real_images.evenly_kept(torch.arange(count), count).all()
 
 
 @pytest.mark.parametrize("count", [100, 101, 137, 10_000])
-def test_exactly_so_many_are_spread(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_exactly_so_many_are_kept(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(real_images, "KEPT", 100)
     indices = torch.arange(count)
-    whole = real_images.spread(indices, count)
+    whole = real_images.evenly_kept(indices, count)
     assert whole.sum() == 100
     # Whatever the pieces that they are asked for in.
-    pieces = [real_images.spread(part, count) for part in indices.split(7)]
+    pieces = [real_images.evenly_kept(part, count) for part in indices.split(7)]
     assert torch.equal(torch.cat(pieces), whole)
 
 
@@ -262,7 +262,7 @@ def test_the_cache_is_keyed_by_everything_that_moves_the_number(
     base: dict[str, Any] = {
         "fingerprint": "abc",
         "resolution": 16,
-        "count": 24,
+        "images": range(24),
         "extractor": extractor,
         "keep": False,
     }
@@ -270,7 +270,7 @@ def test_the_cache_is_keyed_by_everything_that_moves_the_number(
         {},
         {"fingerprint": "abd"},
         {"resolution": 8},
-        {"count": 2},
+        {"images": range(2)},
         {"keep": True},
         {"extractor": changed(name="other")},
         {"extractor": changed(digest="f" * 12)},
@@ -278,9 +278,20 @@ def test_the_cache_is_keyed_by_everything_that_moves_the_number(
         {"extractor": changed(precision="bf16")},
         {"extractor": changed(spatial=7)},
     )
-    paths = {real_images.cache_path(tmp_path, **(base | change)) for change in changes}
+
+    def path_of(known: dict[str, Any]) -> Path:
+        class Known:
+            fingerprint, resolution = known["fingerprint"], known["resolution"]
+
+            def __len__(self) -> int:
+                return len(known["images"])
+
+        images: Any = Known()
+        return real_images.path_of(tmp_path, images, known["extractor"], keep=known["keep"])
+
+    paths = {path_of(base | change) for change in changes}
     assert len(paths) == len(changes)
-    assert real_images.cache_path(tmp_path, **base) in paths
+    assert path_of(base) in paths
 
 
 def test_images_that_cannot_be_measured_leave_nothing_in_the_cache(
@@ -329,11 +340,11 @@ def test_single_images_are_given_only_where_they_were_kept(
     computed: Reference, full: Reference, extractor: Shapes
 ) -> None:
     assert full.features is not None
-    assert full.images_for("a metric", Corners()) is full.features
-    with pytest.raises(ValueError, match="noise: has moments only, and a metric compares"):
-        computed.images_for("a metric", extractor)
+    assert real_features(full, Corners(), "metric") is full.features
+    with pytest.raises(ValueError, match="metric: reference noise has moments only"):
+        real_features(computed, extractor, "metric")
     with pytest.raises(ValueError, match="extractor is corners, the evaluation has shapes"):
-        full.images_for("a metric", extractor)
+        real_features(full, extractor, "metric")
 
 
 def test_moments_are_right_whatever_the_rows_that_wait(

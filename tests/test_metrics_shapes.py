@@ -17,7 +17,7 @@ from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.images import from_bytes, to_bytes
 from diffusion_pl.metrics import extractors, real_images, shapes
 from diffusion_pl.metrics.features import Features
-from diffusion_pl.metrics.frechet import Frechet
+from diffusion_pl.metrics.fid import Frechet
 from diffusion_pl.metrics.reference import Reference
 from diffusion_pl.metrics.shapes import SIDE, Shapes, ShapesNetwork
 
@@ -198,7 +198,7 @@ def test_no_metric_imports_lightning_and_the_extractor_is_light() -> None:
         "import sys, diffusion_pl.metrics.reference, diffusion_pl.metrics.shapes as shapes;"
         "shapes.load();"
         "print([name for name in ('torchmetrics', 'torchvision') if name in sys.modules]);"
-        "import diffusion_pl.metrics.frechet, diffusion_pl.metrics.inception_score;"
+        "import diffusion_pl.metrics.fid, diffusion_pl.metrics.inception_score;"
         "print([name for name in ('lightning', 'pytorch_lightning') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -33,7 +33,7 @@ EXPERIMENT = (
     .replace("classes: 8", "classes: 3")
     .replace("batch_size: 8\nnetwork", "batch_size: 6\nnetwork")
     .replace("total_images: 16, checkpoint_every: 16", "total_images: 12, checkpoint_every: 12")
-    .replace("metrics: []", "metrics: [{_target_: diffusion_pl.metrics.kernel.Kernel, size: 5}]")
+    .replace("metrics: []", "metrics: [{_target_: diffusion_pl.metrics.kid.Kernel, size: 5}]")
 )
 METRICS = ("--metrics", "frechet")
 FOLDER = ("data.dataset._target_=diffusion_pl.data.folder.ImageFolder", "data.dataset.labels=true",

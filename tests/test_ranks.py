@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_metrics_frechet import Known, exact, moments_of, normal, reference_of
+from test_metrics_fid import Known, exact, moments_of, normal, reference_of
 from test_metrics_reference import Corners, ImageFiles, draw
 from torch import Tensor, distributed
 
@@ -19,7 +19,7 @@ from diffusion_pl import ranks
 from diffusion_pl.metrics import real_images
 from diffusion_pl.metrics.accumulated import Kept, Summed
 from diffusion_pl.metrics.features import TILE, Features
-from diffusion_pl.metrics.frechet import Frechet, expected_bias
+from diffusion_pl.metrics.fid import Frechet, expected_bias
 from diffusion_pl.metrics.reference import Reference
 
 WORLD = 3
@@ -98,8 +98,7 @@ def among_others(rank: int, folder: Path) -> dict[str, Any]:
     # The first process has its answer already, and must not leave the others waiting.
     place = folder / str(rank)
     if ranks.rank() == 0:
-        key = {"fingerprint": "abc", "resolution": 16, "count": FEW, "keep": True}
-        path = real_images.cache_path(place, extractor=Corners(), **key)
+        path = real_images.path_of(place, ImageFiles(draw(FEW)), Corners(), keep=True)
         seen[f"reference of {FEW}"].save(path)
     seen["cached"] = real_images.cached(place, ImageFiles(draw(FEW)), Corners(), keep=True)
     seen["written"] = [path.name for path in place.glob("*")]

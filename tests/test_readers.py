@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from loaders import loader
-from test_bounded import gone
+from test_watchdog import gone
 
 from diffusion_pl.data.crops import Crop
 from diffusion_pl.data.order import Order

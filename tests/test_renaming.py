@@ -47,7 +47,7 @@ objective: {_target_: diffusion_pl.objectives.edm.EDM}
 mean: {_target_: diffusion_pl.training.ema.EMA, half_life: "${trainer.budget}"}
 sampler: {steps: 2}
 features: {name: pixels}
-evaluation: {count: 4, batch_size: 4, metrics: [{_target_: diffusion_pl.metrics.frechet.Frechet}]}
+evaluation: {count: 4, batch_size: 4, metrics: [{_target_: diffusion_pl.metrics.fid.Frechet}]}
 trainer: {budget: 8, scored_every: 100, checkpoint_every: 4, log_every: 4, devices: 1,
           accelerator: cpu, loggers: []}
 """

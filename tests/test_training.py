@@ -20,7 +20,7 @@ from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.io.files import write_atomically
 from diffusion_pl.metrics import shapes
-from diffusion_pl.metrics.frechet import Frechet
+from diffusion_pl.metrics.fid import Frechet
 from diffusion_pl.networks.song_unet import SongUNet
 from diffusion_pl.objectives.ddpm import DDPM
 from diffusion_pl.objectives.edm import EDM
@@ -441,7 +441,7 @@ def test_training_noise_is_standard_normal():
 )
 def test_passes_follow_from_the_pixels_that_fit(size, limit, fraction, passes):
     made = TrainerConfig(total_images=1, checkpoint_every=1, device_batch_size=limit)
-    assert made.passes(size, fraction) == passes
+    assert made.micro_batches(size, fraction) == passes
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_what_would():
@@ -449,7 +449,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would():
     with pytest.raises(
         ValueError, match="data.batch_size: 100 does not divide over 8.*use 96 or 104"
     ):
-        made.share_size(100, 8)
+        made.per_device_batch(100, 8)
 
 
 @pytest.mark.parametrize(

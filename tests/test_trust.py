@@ -39,7 +39,7 @@ evaluation:
   count: 8
   batch_size: 8
   grid: 4
-  metrics: [{_target_: diffusion_pl.metrics.frechet.Frechet}]
+  metrics: [{_target_: diffusion_pl.metrics.fid.Frechet}]
 trainer: {total_images: 8, checkpoint_every: 4, accelerator: cpu, precision: fp32, loggers: []}
 """
 )

@@ -137,12 +137,12 @@ def _data(experiment: Config) -> str:
 
 def _batch(experiment: Config) -> str:
     settings: TrainerConfig = config.build(experiment, "trainer")
-    batch_size, devices = experiment.get("data.batch_size"), settings.devices_a_node()
+    batch_size, devices = experiment.get("data.batch_size"), settings.devices_per_node()
     size = parts.device_batch(experiment, settings, settings.nodes * devices)
     precision = resolve_precision(settings.precision, settings.device_type())
     return (
         f"{batch_size:,} images = {settings.nodes} nodes x {devices} devices x {size} images, "
-        f"each in {settings.passes(size)} micro-batches; "
+        f"each in {settings.micro_batches(size)} micro-batches; "
         f"{precision} on {settings.device_type()} here"
     )
 
@@ -150,7 +150,7 @@ def _batch(experiment: Config) -> str:
 def _strategy(experiment: Config, objective: TrainingObjective) -> str:
     """How the model is distributed over devices; "" for one device."""
     settings: TrainerConfig = config.build(experiment, "trainer")
-    devices = settings.devices_a_node() * settings.nodes
+    devices = settings.devices_per_node() * settings.nodes
     try:
         settings.check_objective(objective)
     except ValueError as error:
@@ -173,7 +173,7 @@ def _sizes(experiment: Config, network: nn.Module) -> str:
     if not weights:
         return ""
     settings: TrainerConfig = config.build(experiment, "trainer")
-    devices = settings.devices_a_node() * settings.nodes
+    devices = settings.devices_per_node() * settings.nodes
     size, total = parts.device_batch(experiment, settings, devices), sum(weights.values())
     words = []
     for resolution, weight in weights.items():
@@ -183,10 +183,10 @@ def _sizes(experiment: Config, network: nn.Module) -> str:
             network.check_resolution(side, side)  # type: ignore[operator]
         except ValueError as error:
             raise experiment.error("data.resolution_weights", str(error)) from error
-        passes = settings.passes(size, (side / whole) ** 2)
+        count = settings.micro_batches(size, (side / whole) ** 2)
         cut = f", crops of {side}" if crop else ""
         words.append(
-            f"{resolution} px in {weight / total:.0%} of the steps ({passes} micro-batches{cut})"
+            f"{resolution} px in {weight / total:.0%} of the steps ({count} micro-batches{cut})"
         )
     return ", ".join(words)
 

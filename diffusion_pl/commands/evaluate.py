@@ -32,7 +32,7 @@ from diffusion_pl.evaluation.provenance import described, surroundings
 from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import extractors
 from diffusion_pl.metrics.features import Extractor
-from diffusion_pl.metrics.frechet import Frechet
+from diffusion_pl.metrics.fid import Frechet
 from diffusion_pl.metrics.npz import arrays
 from diffusion_pl.metrics.real_images import KEPT
 from diffusion_pl.metrics.reference import Reference

@@ -11,9 +11,9 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.evaluation.settings import MetricSettings
 from diffusion_pl.metrics.density_coverage import DensityCoverage
-from diffusion_pl.metrics.frechet import Frechet
+from diffusion_pl.metrics.fid import Frechet
 from diffusion_pl.metrics.inception_score import InceptionScore
-from diffusion_pl.metrics.kernel import Kernel
+from diffusion_pl.metrics.kid import Kernel
 from diffusion_pl.metrics.precision_recall import PrecisionRecall
 from diffusion_pl.names import shown
 

@@ -189,7 +189,7 @@ def device_batch(experiment: Config, settings: TrainerConfig, devices: int) -> i
         ConfigError: the batch size cannot be divided so.
     """
     try:
-        return settings.share_size(experiment.get("data.batch_size"), devices)
+        return settings.per_device_batch(experiment.get("data.batch_size"), devices)
     except ValueError as error:
         raise experiment.error("data.batch_size", str(error)) from error
 

@@ -107,7 +107,7 @@ def _batch(experiment: Config, settings: TrainerConfig, data: DataConfig) -> str
     size = parts.device_batch(experiment, settings, settings.nodes * settings.devices)
     return (
         f"{data.batch_size:,} images = {settings.nodes} nodes x {settings.devices} x {size}, "
-        f"each in {settings.passes(size)} micro-batches"
+        f"each in {settings.micro_batches(size)} micro-batches"
     )
 
 

@@ -28,21 +28,21 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import sweep, write_atomically
 from diffusion_pl.names import shown
 from diffusion_pl.signals import MARKER, RESUMABLE, StopRequest
-from diffusion_pl.training import bounds
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.beginning import Start, class_names
 from diffusion_pl.training.evaluating import is_evaluated
 from diffusion_pl.training.history import History
-from diffusion_pl.training.meeting import NotMet, check_address, starter
+from diffusion_pl.training.meeting import RendezvousError, check_address, starter
 from diffusion_pl.training.run import Experiment, fit, last_measurements
 from diffusion_pl.training.sanity import NonFiniteError
 from diffusion_pl.training.settings import TrainerConfig
+from diffusion_pl.training.watchdog import end_with_parent
 
 FAILURES: tuple[type[Exception], ...] = (
     NonFiniteError,
     WorkerLost,
     ReaderLostError,
-    NotMet,
+    RendezvousError,
     locks.LockLostError,
 )
 
@@ -67,7 +67,7 @@ def command(
         run: the run's folder; runs/EXPERIMENT when not given.
         stop_request: whether the process was told to stop.
     """
-    bounds.end_with_parent()
+    end_with_parent()
     read = parts.read(experiment, overrides, allow=options.allow, beside=options.start)
     return train(read, run or parts.RUNS / read.name, stop_request or StopRequest(), options)
 
@@ -153,7 +153,7 @@ def _train(
     if latest and leads:
         for line in (*changes, f"going on from {done:,} of {budget:,} images"):
             print(shown(f"{folder}: {line}"), file=sys.stderr)
-    if starter(os.environ, settings.nodes, settings.devices_a_node()) == "itself":
+    if starter(os.environ, settings.nodes, settings.devices_per_node()) == "itself":
         check_data_folder(trust.data_of(experiment).dataset)
     built = build(experiment, **further)
     if weights is not None and not latest:
@@ -203,7 +203,7 @@ def leads_run(settings: TrainerConfig) -> bool:
 
     A run of one process has no later rank, whatever an allocation has left in the environment.
     """
-    return settings.nodes * settings.devices_a_node() == 1 or ranks.leads_run()
+    return settings.nodes * settings.devices_per_node() == 1 or ranks.leads_run()
 
 
 def check_ranks(settings: TrainerConfig) -> None:
@@ -212,7 +212,7 @@ def check_ranks(settings: TrainerConfig) -> None:
     Raises:
         UserError: they cannot, or the environment speaks of other ranks.
     """
-    devices = settings.devices_a_node()
+    devices = settings.devices_per_node()
     by = starter(os.environ, settings.nodes, devices)
     if settings.nodes * devices > 1:
         check_address(os.environ, by, ranks.leads_run(), settings.nodes)

@@ -115,9 +115,9 @@ MADE: Mapping[str, tuple[str, ...]] = {
     "evaluation": (*_of("evaluation", "Evaluation"), *_of("evaluation.settings", "Evaluation")),
     "metrics": (
         *_of("metrics.density_coverage", "DensityCoverage"),
-        *_of("metrics.frechet", "Frechet"),
+        *_of("metrics.fid", "Frechet"),
         *_of("metrics.inception_score", "InceptionScore"),
-        *_of("metrics.kernel", "Kernel"),
+        *_of("metrics.kid", "Kernel"),
         *_of("metrics.precision_recall", "PrecisionRecall"),
     ),
     "guide": _of("commands.runs", "guide"),

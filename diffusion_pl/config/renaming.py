@@ -23,6 +23,8 @@ from diffusion_pl.config.tree import ConfigError, join, names, step
 RENAMED: dict[str, str] = {
     "diffusion_pl.data.originals.Asked": "diffusion_pl.data.sources.base.SourceSpec",
     "diffusion_pl.metrics.features.load": "diffusion_pl.metrics.extractors.load",
+    f"{PACKAGE}.metrics.frechet": f"{PACKAGE}.metrics.fid",
+    f"{PACKAGE}.metrics.kernel": f"{PACKAGE}.metrics.kid",
     "trainer.images": "trainer.total_images",
     "trainer.clip": "trainer.grad_clip",
     "trainer.warmup": "lr_schedule.warmup",

@@ -19,7 +19,7 @@ from torch import Tensor
 from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.metrics.neighbours import Distinct, distinct, held
-from diffusion_pl.metrics.reference import Reference
+from diffusion_pl.metrics.reference import Reference, real_features
 
 if TYPE_CHECKING:
     from diffusion_pl.metrics.accumulated import Kept
@@ -84,9 +84,7 @@ class DensityCoverage:
         Raises:
             UserError: no reference with features of the same extractor, or too few images.
         """
-        if reference is None:
-            raise UserError("density and coverage: need a reference; name one or compute it")
-        real = reference.images_for("density and coverage", extractor)
+        real = real_features(reference, extractor, "density and coverage")
         self.check_count(count, len(real))
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
 

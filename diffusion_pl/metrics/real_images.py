@@ -80,7 +80,7 @@ def compute(
         if spatial is not None and seen.spatial is not None:
             spatial.add(spatial.rows.add(seen.spatial))
         if keep:
-            kept.append(seen.pooled[spread(indices, count)])
+            kept.append(seen.pooled[evenly_kept(indices, count)])
         if progress is not None:
             progress(int(indices[-1]) + 1 - share.start, len(share))
     measured = pooled.moments(count)
@@ -104,38 +104,20 @@ def compute(
     )
 
 
-def spread(indices: Tensor, count: int) -> Tensor:
-    """Which of the images are among KEPT that lie evenly over all `count`, bool (n,)."""
-    # i k / n passes a whole number, as it does at each image of no more than k.
+def evenly_kept(indices: Tensor, count: int) -> Tensor:
+    """Which images are among KEPT at even distances over all `count`, bool (n,)."""
+    # Those at which i KEPT / count passes a whole number: all of them where count <= KEPT.
     return (indices + 1) * KEPT // count > indices * KEPT // count
 
 
-def cache_path(
-    folder: Path,
-    *,
-    fingerprint: str,
-    resolution: int,
-    count: int,
-    extractor: Extractor,
-    keep: bool = False,
-) -> Path:
-    """Where the statistics of this content lie; a name says nothing of content and is no part."""
-    key = [fingerprint, resolution, count, extractor.name, extractor.digest, extractor.resize]
-    key += [extractor.precision, bool(extractor.spatial), keep]
+def path_of(folder: Path, images: ImageDataset, extractor: Extractor, *, keep: bool) -> Path:
+    """Cache file of these images' statistics, by their content; their name plays no part."""
+    key = [
+        images.fingerprint, images.resolution, len(images), extractor.name, extractor.digest,
+        extractor.resize, extractor.precision, bool(extractor.spatial), keep,
+    ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     return folder / f"reference-{digest[:32]}.safetensors"
-
-
-def path_of(folder: Path, images: ImageDataset, extractor: Extractor, *, keep: bool) -> Path:
-    """Where the statistics of these images lie."""
-    return cache_path(
-        folder,
-        fingerprint=images.fingerprint,
-        resolution=images.resolution,
-        count=len(images),
-        extractor=extractor,
-        keep=keep,
-    )
 
 
 def cached(

@@ -83,20 +83,6 @@ class Reference:
                     "compute the reference again for these settings"
                 )
 
-    def images_for(self, metric: str, extractor: Extractor) -> Tensor:
-        """The features of single real images, (M, D), for a metric that compares with them.
-
-        Raises:
-            UserError: made with another extractor, or only moments are there.
-        """
-        self.check(extractor, self.resolution)
-        if self.features is None:
-            raise UserError(
-                f"reference {self.name}: has moments only, and {metric} compares with single "
-                "images; compute it from the data"
-            )
-        return self.features
-
     def save(self, path: Path) -> None:
         """Write a safetensors file whose metadata is the provenance; whole or not at all."""
         tensors = {"mean": self.mean.contiguous(), "covariance": self.covariance.contiguous()}
@@ -112,6 +98,23 @@ class Reference:
         }
         with aside(path) as part:
             save_file(tensors, part, metadata=metadata)
+
+
+def real_features(reference: Reference | None, extractor: Extractor, metric: str) -> Tensor:
+    """Features of single real images (M, D), for a metric that compares image with image.
+
+    Raises:
+        UserError: no reference, one of another extractor, or one with moments only.
+    """
+    if reference is None:
+        raise UserError(f"{metric}: needs a reference; name one or compute it")
+    reference.check(extractor, reference.resolution)
+    if reference.features is None:
+        raise UserError(
+            f"{metric}: reference {reference.name} has moments only, and single images are "
+            "compared; compute it from the data"
+        )
+    return reference.features
 
 
 def load(path: Path) -> Reference:

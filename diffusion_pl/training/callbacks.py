@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from diffusion_pl import ranks
 from diffusion_pl.evaluation.provenance import now
 from diffusion_pl.progress import Progress
 from diffusion_pl.signals import StopRequest
@@ -21,6 +22,7 @@ from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.sanity import Spikes
 from diffusion_pl.training.settings import TrainerConfig
 from diffusion_pl.training.stopping import Agreement
+from diffusion_pl.training.watchdog import Watchdog
 
 
 class Interval:
@@ -250,6 +252,44 @@ class Snapshots(Callback):
         averages = [sharding.saved(average.state_dict()) for average in pl_module.profiles]
         if trainer.is_global_zero:
             power_ema.save_snapshot(self.folder, pl_module.images_seen, averages)
+
+
+class TimeLimits(Callback):
+    """Aborts a hung run: patient until its first step is made, strict from then on.
+
+    Args:
+        settings: the limits; see `start_timeout`, `timeout` and `watchdog`.
+    """
+
+    def __init__(self, settings: TrainerConfig) -> None:
+        self.settings = settings
+        self.watchdog = Watchdog(settings.start_timeout)
+        self.begun = False
+
+    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        # Every forward pass counts: a step may have many, an evaluation thousands.
+        for denoiser in (pl_module.denoiser, pl_module.ema):
+            denoiser.register_forward_pre_hook(self._note_pass)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.watchdog.alive()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.begin()  # what takes longer, such as compiling, is done
+
+    def begin(self) -> None:
+        """Be strict from now on; safe to call again."""
+        if not self.begun:
+            self.begun = True
+            ranks.wait_at_most(self.settings.timeout)
+            self.watchdog.stop()
+            self.watchdog.limit = self.settings.watchdog
+            self.watchdog.alive()
+
+    def _note_pass(self, module: Any, inputs: Any) -> None:
+        self.watchdog.alive()
 
 
 class Stop(Callback):

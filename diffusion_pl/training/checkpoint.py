@@ -317,15 +317,6 @@ def class_names(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(names) if fine and names is not None else ()
 
 
-def load_weights(module: nn.Module, checkpoint: Mapping[str, Any], which: str, path: Path) -> None:
-    """Fill a denoiser from a checkpoint.
-
-    Raises:
-        UserError: names the first key that is missing, surplus or of another shape.
-    """
-    module.load_state_dict(match_weights(module, checkpoint, which, path))
-
-
 def match_weights(
     module: nn.Module, checkpoint: Mapping[str, Any], which: str, path: Path
 ) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ _LOWEST, _PORTS = 15_000, 17_000  # below those that systems give to outgoing co
 _SPREAD = 7919  # a prime: neighbouring jobs, and steps of one, have other ports
 
 
-class NotMet(RuntimeError):
+class RendezvousError(RuntimeError):
     """The ranks of a run did not find together."""
 
 
@@ -205,7 +205,7 @@ def _see_free(address: str, port: int) -> None:
 
 
 @contextmanager
-def bounded(seconds: float, place: str) -> Iterator[None]:
+def time_limit(seconds: float, place: str) -> Iterator[None]:
     """End the process when the ranks have not met in time.
 
     torch bounds each of its waits, of which there are several, and some not at all: a rank that
@@ -216,7 +216,7 @@ def bounded(seconds: float, place: str) -> Iterator[None]:
         place: names where they meet.
 
     Raises:
-        NotMet: torch gave up by itself.
+        RendezvousError: torch gave up by itself.
     """
     text = (
         f"{place}: the ranks have not met in {seconds:g} s (trainer.start_timeout); see that all "
@@ -236,9 +236,9 @@ def bounded(seconds: float, place: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise NotMet(f"{place}: the ranks do not meet ({reason}); see that all of them run") from (
-            error
-        )
+        raise RendezvousError(
+            f"{place}: the ranks do not meet ({reason}); see that all of them run"
+        ) from (error)
     finally:
         timer.cancel()
         faulthandler.cancel_dump_traceback_later()

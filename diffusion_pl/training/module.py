@@ -41,15 +41,15 @@ class DiffusionModule(QuickModule):
     `denoiser` is trained, `ema` is its average; both are registered, so a checkpoint holds both
     under their own names and neither is ever swapped for the other. Progress is counted in images.
 
-    A batch is a device's share of one optimizer step, whatever its resolution; `training_step`
-    itself cuts it into passes, accumulates and steps, so a run only ever stands between two steps.
+    A batch is a device's part of one optimizer step, whatever its resolution; `training_step`
+    cuts it into micro-batches, accumulates and steps, so a run only ever stops between two steps.
 
     Args:
         network: the raw network F.
         objective: what it is trained to do.
         optimizer: makes the optimizer from the parameters.
         ema: how the average forgets.
-        settings: budget, gradient clipping, label dropout, images of a pass.
+        settings: budget, gradient clipping, label dropout, size of a micro-batch.
         batch_size: images of an optimizer step over all devices.
         resolution: side of a full-resolution image, pixels.
         classes: labels that the network takes, 0 for an unconditional one, which sees none.
@@ -121,7 +121,7 @@ class DiffusionModule(QuickModule):
         """One optimizer step: accumulate the gradient, clip it, move weights and average.
 
         Args:
-            batch: this device's share of the step; see `losses`.
+            batch: this device's part of the step; see `image_losses`.
             batch_idx: steps done.
 
         Raises:
@@ -129,13 +129,13 @@ class DiffusionModule(QuickModule):
         """
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         optimizer.zero_grad()
-        passes = self.passes(batch["image"])
+        micro_batches = self.micro_batches(batch["image"])
         total: Tensor | None = None
         for memory in self.memories:
             memory.begin_step()
         for number, loss in enumerate(self.losses(batch)):
-            # Devices exchange the gradient once, with the last pass.
-            with self.unsynchronised() if number < passes - 1 else contextlib.nullcontext():
+            # Devices exchange the gradient once, with the last micro-batch.
+            with self.unsynchronised() if number < micro_batches - 1 else contextlib.nullcontext():
                 self.manual_backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
         for memory in self.memories:
@@ -170,13 +170,13 @@ class DiffusionModule(QuickModule):
         for update, decay in zip(self.updates, decays, strict=True):
             update(decay)
 
-    def passes(self, image: Tensor) -> int:
-        """Forward passes that a share of a step takes, images (B, C, H, W)."""
+    def micro_batches(self, image: Tensor) -> int:
+        """Micro-batches of a device's batch, images (B, C, H, W)."""
         fraction = image.shape[2] * image.shape[3] / self.resolution**2
-        return self.settings.passes(len(image), fraction)
+        return self.settings.micro_batches(len(image), fraction)
 
     def losses(self, batch: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """The loss of each pass, as its part of the mean over the share: they add up to it.
+        """The loss of each micro-batch over the device's batch size: they add up to the mean.
 
         Args:
             batch: see `image_losses`.
@@ -190,7 +190,7 @@ class DiffusionModule(QuickModule):
             yield loss
 
     def image_losses(self, batch: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """The loss of each image (n,), a pass at a time.
+        """The loss of each image (n,), a micro-batch at a time.
 
         Args:
             batch: "image" uint8 (B, C, H, W), "index" int64 (B,) on the host: position of
@@ -201,14 +201,13 @@ class DiffusionModule(QuickModule):
         condition = {key: value for key, value in batch.items() if key not in hidden}
         image = from_bytes(batch["image"])
         image, u, noise, condition = self.draw(image, batch["index"], condition)
-        positions, passes = batch["index"].tolist(), self.passes(image)
+        positions, count = batch["index"].tolist(), self.micro_batches(image)
         self.place = Place(self.global_step, self.images_seen, image.shape[-1], positions, u)
-        for number in range(passes):
-            part = slice(len(image) * number // passes, len(image) * (number + 1) // passes)
+        for number in range(count):
+            part = slice(len(image) * number // count, len(image) * (number + 1) // count)
             self.masks.begin(batch["index"][part], image.device)
-            # What else a network may draw comes from the device's own generator, which restarts
-            # with every pass. (torch.manual_seed would seed every device that there could be:
-            # milliseconds.)
+            # What else a network may draw comes from the device's own generator, seeded anew for
+            # each micro-batch. (torch.manual_seed would seed every device: milliseconds.)
             dropout = seed_of(self.seed, "dropout", positions[part.start])
             own_generator(image.device).manual_seed(dropout)
             conditions = {key: value[part] for key, value in condition.items()}
@@ -226,7 +225,7 @@ class DiffusionModule(QuickModule):
     def draw(
         self, image: Tensor, index: Tensor, condition: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Everything random of a share of a step, counted from (seed, index).
+        """All random numbers of a device's batch, counted from (seed, index).
 
         Returns:
             image: augmented if so set.

@@ -29,8 +29,6 @@ from diffusion_pl.training.history import DAMAGED
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 FOLDER = "posthoc"  # of a run, where its snapshots lie
 
 # The two averages that are kept, by their lengths: the standard deviation of the profile as a share

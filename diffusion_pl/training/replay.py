@@ -61,11 +61,11 @@ def replay(experiment: Experiment, checkpoint: Path | None, step: int) -> Replay
         UserError: the data is no longer the checkpoint's.
     """
     settings = experiment.settings
-    share = settings.share_size(
-        experiment.data.batch_size, settings.nodes * settings.devices_a_node()
+    batch_size = settings.per_device_batch(
+        experiment.data.batch_size, settings.nodes * settings.devices_per_node()
     )
     settings = dataclasses.replace(
-        settings, devices=1, nodes=1, device_batch_size=settings.device_batch_size or share
+        settings, devices=1, nodes=1, device_batch_size=settings.device_batch_size or batch_size
     )
     experiment = dataclasses.replace(experiment, settings=settings)
     data = RunData(experiment.data, settings, experiment.network, experiment.seed)
@@ -130,7 +130,7 @@ def _look(module: DiffusionModule, data: RunData, step: int) -> Replayed:
         condition.pop("label", None)
     image, u, noise, condition = module.draw(from_bytes(batch["image"]), batch["index"], condition)
     sigma = module.objective.schedule(u)
-    module.masks.begin(batch["index"], image.device)  # of all passes together
+    module.masks.begin(batch["index"], image.device)  # of all micro-batches together
     noisy = image + sigma.to(image)[:, None, None, None] * noise
     with torch.no_grad():
         denoised = module.denoiser(noisy, sigma.to(image), **condition)

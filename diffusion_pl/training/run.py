@@ -24,8 +24,14 @@ from diffusion_pl.signals import StopRequest
 from diffusion_pl.training import adapter, power_ema
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.beginning import Begin, Start
-from diffusion_pl.training.bounded import Bounded
-from diffusion_pl.training.callbacks import Checkpoints, ClassNames, Log, Snapshots, Stop
+from diffusion_pl.training.callbacks import (
+    Checkpoints,
+    ClassNames,
+    Log,
+    Snapshots,
+    Stop,
+    TimeLimits,
+)
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.evaluating import Evaluate, is_evaluated
 from diffusion_pl.training.history import History
@@ -102,7 +108,7 @@ def fit(
     with adapter.quiet_lightning():
         precision = resolve_precision(settings.precision, settings.device_type())
         trainer = make_trainer(experiment, run, precision)
-        settings.share_size(batch_size, trainer.world_size)  # or one line, before any work
+        settings.per_device_batch(batch_size, trainer.world_size)  # or one line, before any work
         module = make_module(experiment)
         history = History(run / "metrics.jsonl")
         progress = Progress(trainer.max_steps * batch_size)
@@ -116,7 +122,7 @@ def fit(
             snapshots = Snapshots(run / power_ema.FOLDER, experiment.ema.posthoc_every)
             trainer.callbacks.append(snapshots)  # type: ignore[attr-defined]
         trainer.callbacks.append(ClassNames())  # type: ignore[attr-defined]
-        stop, bounded = Stop(stop_request), Bounded(settings)
+        stop, limits = Stop(stop_request), TimeLimits(settings)
         trainer.callbacks.extend(experiment.callbacks)  # type: ignore[attr-defined]
         evaluation = Evaluate(
             experiment.evaluation,
@@ -132,7 +138,7 @@ def fit(
             best=settings.best(run),
         )
         saving = Checkpoints(folder, settings, experiment.config, begin)
-        last = [Described(experiment.config), stop, bounded, log, saving, evaluation]
+        last = [Described(experiment.config), stop, limits, log, saving, evaluation]
         trainer.callbacks.extend(last)  # type: ignore[attr-defined]
         try:
             trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
@@ -140,10 +146,10 @@ def fit(
                 done = is_evaluated(run, experiment.evaluation, module.images_seen)
                 # The first rank wrote it: the others may look too early.
                 if not trainer.strategy.broadcast(done):
-                    bounded.begin()  # no step has been made
+                    limits.begin()  # no step has been made
                     evaluation.make_up(trainer, module)
         finally:
-            bounded.watchdog.stop()
+            limits.watchdog.stop()
             progress.stop()
     if stop.stopped and trainer.is_global_zero:
         stop_request.mark(run)
@@ -186,7 +192,7 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
             default_root_dir=run,
             benchmark=True,
         )
-    if made.world_size != (ranks := settings.nodes * settings.devices_a_node()):
+    if made.world_size != (ranks := settings.nodes * settings.devices_per_node()):
         name = type(made.strategy).__name__
         raise UserError(f"trainer.strategy: {name} is of {made.world_size} devices, not of {ranks}")
     return made

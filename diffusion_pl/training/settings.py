@@ -146,8 +146,8 @@ class TrainerConfig:
         """Images of all steps."""
         return self.steps(batch_size) * batch_size
 
-    def share_size(self, batch_size: int, world_size: int) -> int:
-        """Images of a step on one device.
+    def per_device_batch(self, batch_size: int, world_size: int) -> int:
+        """Images of one optimizer step on one device.
 
         Raises:
             UserError: the global batch does not divide over the devices.
@@ -161,13 +161,13 @@ class TrainerConfig:
             )
         return batch_size // world_size
 
-    def passes(self, size: int, fraction: float = 1.0) -> int:
-        """Forward passes that a device's images of a step take, as even as they can be.
+    def micro_batches(self, size: int, fraction: float = 1.0) -> int:
+        """Micro-batches of a device's batch, as even as they can be.
 
         Args:
             size: images of the step on this device.
-            fraction: pixels of one of them as a share of a full-resolution image's; a pass holds
-                so many more images, and the same memory.
+            fraction: pixels of an image over those of a full-resolution one; a micro-batch holds
+                so many more images in the same memory.
         """
         limit = size if self.device_batch_size is None else int(self.device_batch_size / fraction)
         return math.ceil(size / max(1, limit))
@@ -191,7 +191,7 @@ class TrainerConfig:
         on_gpu = wants_gpu or (self.accelerator == "auto" and torch.cuda.is_available())
         return "cuda" if on_gpu else "cpu"
 
-    def devices_a_node(self) -> int:
+    def devices_per_node(self) -> int:
         """Devices, and so ranks, of each node."""
         if self.devices != "auto":
             return self.devices

@@ -23,7 +23,7 @@ from diffusion_pl import ranks
 from diffusion_pl.diffusion.preconditioning import Denoiser
 
 
-def spread_trained(denoiser: Denoiser, mesh: DeviceMesh) -> None:
+def shard_trained(denoiser: Denoiser, mesh: DeviceMesh) -> None:
     """Spread a denoiser that trains; its parts lie on the mesh's devices from then on.
 
     Every block of the network's lists is gathered and let go alone, what is left with the whole.
@@ -55,10 +55,10 @@ def _channels_last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
     return (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
 
 
-def spread_average(average: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread a module that does not train as `spread_trained` spreads its like."""
+def shard_average(average: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread a module that does not train as `shard_trained` spreads its like."""
     for owner, name, parameter in _owned(average):
-        setattr(owner, name, nn.Parameter(spread(parameter.detach(), mesh), requires_grad=False))
+        setattr(owner, name, nn.Parameter(shard(parameter.detach(), mesh), requires_grad=False))
 
 
 def _owned(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
@@ -70,7 +70,7 @@ def _owned(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     ]
 
 
-def spread(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+def shard(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
     """This device's part of a tensor that every rank holds whole, a copy on the device."""
     pieces = tensor.detach().contiguous().chunk(mesh.size())
     mine = mesh.get_local_rank()
@@ -91,7 +91,7 @@ def part(tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """A tensor whole, as it lies on one device that trains alone; every rank calls it."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -112,7 +112,7 @@ def saved(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept: Any = copy.copy(tensors)  # of the same kind, with what torch notes beside its entries
     for name, value in tensors.items():
-        whole = gathered(value).cpu() if isinstance(value, DTensor) else value
+        whole = gather(value).cpu() if isinstance(value, DTensor) else value
         if ranks.rank() == 0:
             kept[name] = whole
         else:
@@ -130,7 +130,7 @@ def saved_optimizer(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, "state": whole} if ranks.rank() == 0 else {}
 
 
-def spread_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def shard_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """This device's part of an optimizer's state that `saved_optimizer` made.
 
     Args:
@@ -142,7 +142,7 @@ def spread_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer)
     mine: dict[int, dict[str, Any]] = {}
     for number, parameter in zip(numbers, trained, strict=True):
         mine[number] = {
-            name: spread(value, parameter.device_mesh)
+            name: shard(value, parameter.device_mesh)
             if isinstance(value, Tensor) and value.shape == parameter.shape
             else value
             for name, value in state["state"].get(number, {}).items()
@@ -174,7 +174,7 @@ def assembled(average: nn.Module) -> Iterator[None]:
     """Within it an average lies whole on every device and computes alone; every rank enters it."""
     owned = [own for own in _owned(average) if isinstance(own[2], DTensor)]
     for owner, name, parameter in owned:
-        setattr(owner, name, nn.Parameter(gathered(parameter), requires_grad=False))
+        setattr(owner, name, nn.Parameter(gather(parameter), requires_grad=False))
     try:
         yield
     finally:

@@ -75,9 +75,9 @@ class Sharded(DDPStrategy):
         group = distributed.group.WORLD
         assert group is not None
         mesh = DeviceMesh.from_group(group, self.root_device.type)
-        sharding.spread_trained(module.denoiser, mesh)
+        sharding.shard_trained(module.denoiser, mesh)
         for average in (module.ema, *module.profiles):
-            sharding.spread_average(average, mesh)
+            sharding.shard_average(average, mesh)
         module.to(self.root_device)  # what is not spread
 
     def configure_ddp(self) -> None:
@@ -97,7 +97,7 @@ class Sharded(DDPStrategy):
         """Take this device's part of the moments of a checkpoint."""
         states = checkpoint["optimizer_states"]
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(sharding.spread_optimizer(state, optimizer))
+            optimizer.load_state_dict(sharding.shard_optimizer(state, optimizer))
 
     def teardown(self) -> None:
         """End the run; the model stays where it is spread, since an evaluation may follow."""
@@ -116,7 +116,7 @@ def make_strategy(settings: TrainerConfig) -> Strategy | str:
     """
     if settings.strategy not in OURS:
         return _lightnings(settings)
-    if settings.nodes * settings.devices_a_node() == 1:
+    if settings.nodes * settings.devices_per_node() == 1:
         return "auto"
     kind = Sharded if settings.strategy == "fsdp" else Copied
     return kind(timeout=timedelta(seconds=settings.start_timeout))
@@ -155,7 +155,7 @@ def cluster(settings: TrainerConfig) -> list[ClusterEnvironment]:
     Raises:
         UserError: as `meeting.starter`.
     """
-    by = meeting.starter(os.environ, settings.nodes, settings.devices_a_node())
+    by = meeting.starter(os.environ, settings.nodes, settings.devices_per_node())
     if by == "srun":
         return [Slurm(auto_requeue=False)]
     if by == "another":  # that Lightning knows
@@ -167,4 +167,4 @@ def _in_time(strategy: DDPStrategy) -> AbstractContextManager[None]:
     """Bound how long the ranks may take to meet."""
     cluster, limit = strategy.cluster_environment, strategy._timeout
     assert cluster is not None and limit is not None
-    return meeting.bounded(limit.total_seconds(), f"{cluster.main_address}:{cluster.main_port}")
+    return meeting.time_limit(limit.total_seconds(), f"{cluster.main_address}:{cluster.main_port}")

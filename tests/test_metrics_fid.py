@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from diffusion_pl.metrics import frechet, moments, shapes
+from diffusion_pl.metrics import fid, moments, shapes
 from diffusion_pl.metrics.accumulated import Summed
 from diffusion_pl.metrics.features import Features
-from diffusion_pl.metrics.frechet import Frechet, distance, distance_to, expected_bias
+from diffusion_pl.metrics.fid import Frechet, distance, distance_to, expected_bias
 from diffusion_pl.metrics.moments import Moments
 from diffusion_pl.metrics.reference import Reference
 
@@ -74,7 +74,7 @@ def reference_of(real: Tensor, extractor: str = "shapes") -> Reference:
     )
 
 
-def metric_of(real: Tensor, count: int = frechet.ENOUGH, name: str = "shapes") -> Summed:
+def metric_of(real: Tensor, count: int = fid.ENOUGH, name: str = "shapes") -> Summed:
     """The metric against real features, as an evaluation of `count` images builds it."""
     return Frechet().build(Known(real.shape[1], name), reference_of(real, name), count)
 
@@ -231,7 +231,7 @@ def test_the_spatial_distance_is_of_the_spatial_features_and_is_called_so() -> N
     pooled, real, generated = (normal(40, 6, seed=seed) for seed in (30, 31, 32))
     for name, key in (("inception", "sfid"), ("other", "sfd")):
         known = dataclasses.replace(reference_of(pooled, name), spatial=moments_of(real))
-        metric = Frechet(of="spatial").build(Known(6, name, spatial=6), known, frechet.ENOUGH)
+        metric = Frechet(of="spatial").build(Known(6, name, spatial=6), known, fid.ENOUGH)
         metric.update(Features(pooled, None, generated))
         assert metric.compute() == {key: pytest.approx(exact(real, generated), rel=1e-9)}
 
@@ -309,11 +309,11 @@ def notes(count: int, dimension: int, expected: int | None = None) -> Iterator[s
 def test_a_singular_covariance_is_warned_of_and_no_other() -> None:
     assert "warning" in notes(16, 16)
     assert "warning" not in notes(17, 16)
-    assert "warning" in notes(16, 16, expected=frechet.ENOUGH)
+    assert "warning" in notes(16, 16, expected=fid.ENOUGH)
 
 
 def test_the_bias_of_few_images_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frechet, "ENOUGH", 50)
+    monkeypatch.setattr(fid, "ENOUGH", 50)
     assert list(notes(49, 4)) == ["bias"]
     assert list(notes(50, 4)) == []
     # Seven cannot be cut into four pieces that have a covariance each.

@@ -6,14 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from test_metrics_frechet import Known, normal, reference_of
+from test_metrics_fid import Known, normal, reference_of
 from torch import Tensor
 from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from diffusion_pl.metrics.accumulated import Kept
 from diffusion_pl.metrics.features import Features
-from diffusion_pl.metrics.kernel import Kernel, discrepancies, discrepancy
+from diffusion_pl.metrics.kid import Kernel, discrepancies, discrepancy
 from diffusion_pl.metrics.reference import Reference
 
 
@@ -173,7 +173,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
     small = Kernel(subsets=1, size=2)
     with pytest.raises(ValueError, match="kernel distance: needs a reference"):
         small.build(extractor, None, 20)
-    with pytest.raises(ValueError, match="moments only, and the kernel distance compares"):
+    with pytest.raises(ValueError, match="kernel distance: reference .* has moments only"):
         small.build(extractor, reference_of(real), 20)
     with pytest.raises(ValueError, match="extractor is shapes, the evaluation has pixels"):
         small.build(Known(4, "pixels"), kept(real), 20)

@@ -31,7 +31,7 @@ def python(code, **more):
 def test_a_process_that_shows_no_life_prints_its_stacks_and_ends():
     done = python(
         "import time\n"
-        "from diffusion_pl.training.bounds import Watchdog\n"
+        "from diffusion_pl.training.watchdog import Watchdog\n"
         "def stuck(): time.sleep(50)\n"
         "Watchdog(0.5).alive()\n"
         "stuck()\n"
@@ -43,7 +43,7 @@ def test_a_process_that_shows_no_life_prints_its_stacks_and_ends():
 def test_signs_of_life_put_the_end_off_and_a_stop_ends_the_watch():
     done = python(
         "import time\n"
-        "from diffusion_pl.training.bounds import Watchdog\n"
+        "from diffusion_pl.training.watchdog import Watchdog\n"
         "watch = Watchdog(1.0)\n"
         "for _ in range(30):\n"
         "    watch.alive()\n"
@@ -82,7 +82,7 @@ def test_a_rank_that_stands_still_ends_with_the_process_that_started_it(tmp_path
     child = (
         "import os, signal\n"
         "from pathlib import Path\n"
-        "from diffusion_pl.training.bounds import end_with_parent\n"
+        "from diffusion_pl.training.watchdog import end_with_parent\n"
         "end_with_parent()\n"
         f"Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
         "os.kill(os.getpid(), signal.SIGSTOP)\n"
