@@ -90,7 +90,7 @@ MUTANTS = [
     *at(
         "commands/sweep.py",
         "commands_sampling",
-        ("**{key: drawn[key] for key in chosen},", ""),
+        ("**{key: about[key] for key in chosen},", ""),
         ('"count": settings.count,', ""),
         ("    if point.guidance == 1:", "    if False:"),
     ),

@@ -146,7 +146,7 @@ def test_the_flow_meets_the_exact_density_within_its_stated_error(run):
     code, coarse, err = run("likelihood", *WORDS, "--steps", 18)
     assert code == 0 and coarse["steps"] == 18
     assert abs(coarse["bits_per_dim"] - expected) > 0.05
-    assert coarse["steps_error"] > 0.05 and "take --steps 36" in err
+    assert coarse["steps_error"] > 0.05 and "use --steps 36" in err
 
 
 @pytest.mark.parametrize(
@@ -273,11 +273,11 @@ def test_the_chain_of_an_objective():
         (("runs/tiny", "--variance", "small"), "--variance: the flow has none"),
         (("runs/tiny", "--steps", 1), "--steps must be at least 2"),
         (("runs/tiny", "--count", 0), "--count must be positive"),
-        ((*WORDS, "--by", "bound"), "the run's objective has no table of timesteps"),
+        ((*WORDS, "--by", "bound"), "the run's objective has no discrete timesteps"),
         ((*WORDS, "--set", "data.dataset.resolution=16"), "only of 8 pixels (got 16)"),
         (
             ("runs/tiny", "--count", 4, "--set", "data.dataset.shapes=[disc, square]"),
-            "has 2 classes, and the model is of 8",
+            "has 2 classes, and the model 8",
         ),
     ],
 )

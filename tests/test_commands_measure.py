@@ -147,7 +147,7 @@ def test_statistics_of_any_data_are_made_once_and_compared_with(run, home, tmp_p
             "gone.npz: no such file of reference statistics",
         ),
         (["losses", "runs/tiny", "--levels", "1"], "must be at least 2 (got 256, 1)"),
-        (["losses", "runs/tiny", "--data", "pictures"], "has no labels, and the run is of 8"),
+        (["losses", "runs/tiny", "--data", "pictures"], "has no labels, the run 8 classes"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(run, home, words, message, capsys):

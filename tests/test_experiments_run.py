@@ -202,6 +202,6 @@ def measure_likelihood(answer, run, experiment):
             assert "--base-alone" in err and err.count("\n") == 1
         elif by == "bound" and not table:
             assert (code, result) == (2, None)
-            assert "no table of timesteps" in err and err.count("\n") == 1
+            assert "no discrete timesteps" in err and err.count("\n") == 1
         else:
             assert code == 0, err

@@ -336,7 +336,7 @@ def test_a_history_without_a_checkpoint_is_refused(place, train):
     shutil.rmtree(place / "runs/a/checkpoints")
     code, err = train()
     assert code == 2
-    assert "metrics.jsonl tells of 16 images, but no checkpoint is there; restore" in err
+    assert "metrics.jsonl has rows up to 16 images, but there is no checkpoint; restore" in err
     assert (place / "runs/a/metrics.jsonl").read_text() == before
     (place / "runs/a/checkpoints").mkdir()
     (place / "runs/a/checkpoints/best.ckpt").write_bytes(b"")
@@ -361,7 +361,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(rows, had
     shutil.rmtree(place / "runs/a/checkpoints")
     (place / "runs/a/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if had_one:
-        with pytest.raises(ValueError, match="but no checkpoint is there"):
+        with pytest.raises(ValueError, match="but there is no checkpoint"):
             run_dir.compare(experiment, Path("runs/a"), None, None)
     else:
         assert run_dir.compare(experiment, Path("runs/a"), None, None) == []

@@ -117,7 +117,7 @@ def test_a_refused_start_claims_no_folder(capsys):
     assert err.count("\n") == 1 and "was trained" not in err and "were trained for" in err
     assert not Path("runs/v").exists()
     assert main(["train", "tiny", "--fresh-labels", "--run", "runs/v"]) == 2
-    assert "each belongs to --from RUN" in capsys.readouterr().err
+    assert "each needs --from RUN" in capsys.readouterr().err
     assert main([*words, "--accept-differences", "trainer.total_images=8"]) == 0
 
 
@@ -128,12 +128,12 @@ def weights(folder):
 
 @pytest.mark.parametrize(
     ("overrides", "run", "said"),
-    [(FIVE, "runs/tiny", "it was trained on 8 classes, this network is of 5"),
-     ((), "runs/plain", "it was trained on 0 classes, this network is of 8"),
-     (("network.classes=0",), "runs/tiny", "it was trained on 8 classes, this network is of 0")],
+    [(FIVE, "runs/tiny", "it was trained on 8 classes, this network has 5"),
+     ((), "runs/plain", "it was trained on 0 classes, this network has 8"),
+     (("network.classes=0",), "runs/tiny", "it was trained on 8 classes, this network has 0")],
 )  # fmt: skip
 def test_other_classes_begin_their_labels_anew_where_that_is_asked_for(overrides, run, said):
-    with pytest.raises(ValueError, match=f"{said}; begin its labels anew, .*--fresh-labels"):
+    with pytest.raises(ValueError, match=f"{said}; initialise the labels.*--fresh-labels"):
         start(*overrides, run=run)
     found = start(*overrides, run=run, fresh_labels=True)
     wanted = parts.meta_network(parts.read("tiny", overrides)).state_dict()

@@ -1,7 +1,7 @@
 """`likelihood`: bits per dimension of the run's data, by the flow or by the variational bound.
 
-The number is the model's: the flow runs over all the levels that the network knows, on a grid of
-its own, the bound over the chain that the objective names. The sampler has no part in either.
+Both are independent of the sampler: the flow runs over the trained range of noise levels on its own
+grid, the bound over the objective's timesteps.
 """
 
 from __future__ import annotations
@@ -39,20 +39,19 @@ from diffusion_pl.samplers.flow_likelihood import (
 )
 
 BATCH = 50
-# Bits per dimension are published to two digits.
-TOLERANCE = 0.01
-CLIP = True  # of the bound's denoised images, as published
+TOLERANCE = 0.01  # bits per dimension, which are published to two digits
+CLIP = True  # the bound's denoised images, as published
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Whose likelihood is measured.
+    """The images whose likelihood is computed.
 
     Args:
         opened: the run.
-        images: of its data.
-        count: of them, the first.
-        batch_size: images at a time.
+        images: its data.
+        count: of images, the first ones.
+        batch_size: images per batch.
     """
 
     opened: runs.OpenedRun
@@ -73,21 +72,19 @@ def command(
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
 ) -> Result:
-    """Measure bits per dimension of the data under a run, and how sure they are.
+    """Compute bits per dimension of the data under a run, with standard errors.
 
     Example: diffusion_pl likelihood runs/mine --count 1000
 
     Args:
-        count: images of the data, the first.
-        by: ODE, or DDPM's variational bound.
-        probes: of the trace, an image; 0: exactly; 1 when not given.
-        variance: of the bound's reverse steps; what the objective trains, large where it trains
-            none, when not given.
+        count: number of images, the first of the data.
+        by: the probability-flow ODE, or DDPM's variational bound.
+        probes: of the trace estimate for each image; 0: exact trace; 1 when not given.
+        variance: of the bound's reverse steps; the objective's, else large, when not given.
     """
     _check_options(count, by, probes, variance, sampling, options)
-    # Unguided and by the run's own sampler, of which only the start is needed.
+    # Unguided; of the sampler only the start is used.
     opened = runs.open_run(run, SamplerOptions(guidance=1.0, weights=sampling.weights), options)
-    # Of a pyramid there is no such number.
     unit_start = latents.single_size_sampler(opened.generator, "likelihood", base_alone).unit_start
     images = runs.images_of(opened.model.config)
     _check_data(opened, images, count, by)
@@ -109,17 +106,17 @@ def _check_options(
     sampling: SamplerOptions,
     options: RunOptions,
 ) -> None:
-    """See that every option has a part in a likelihood.
+    """Refuse numbers out of range, and options that have no effect.
 
     Raises:
-        UserError: counts that cannot be, or an option that has none.
+        UserError: names the option.
     """
     least = 1 if probes is None else probes
     if count < 1 or least < 0:
         raise UserError(f"--count must be positive, --probes at least 0 (got {count}, {least})")
     if sampling.steps is not None and sampling.steps < 2:
         raise UserError(
-            f"--steps must be at least 2, a grid and one of half (got {sampling.steps})"
+            f"--steps must be at least 2, for a grid and its half (got {sampling.steps})"
         )
     bound = by == "bound"
     for name, given, why in (
@@ -134,14 +131,14 @@ def _check_options(
         if given:
             raise UserError(f"--{name}: {why}; leave it out")
     if sampling.sampler is not None:
-        print("--sampler: the likelihood is the model's; no sampler changes it", file=sys.stderr)
+        print("--sampler: has no effect on the likelihood", file=sys.stderr)
 
 
 def _check_data(opened: runs.OpenedRun, images: ImageDataset, count: int, by: str) -> None:
-    """See that the data are what the model is of.
+    """Check that the data fits the model.
 
     Raises:
-        UserError: too few of them, of another shape, or without the model's labels.
+        UserError: too few images, another shape, or other or no labels.
     """
     generator = opened.generator
     if count > len(images):
@@ -154,24 +151,22 @@ def _check_data(opened: runs.OpenedRun, images: ImageDataset, count: int, by: st
     try:
         network.check_resolution(images.resolution, images.resolution)
     except ValueError as error:
-        raise UserError(f"{images.name}: the model is not of its size: {error}") from error
+        raise UserError(f"{images.name}: the model does not take its size: {error}") from error
     if generator.classes and images.labels is None:
-        raise UserError(f"{images.name} has no labels, and the model is one of classes")
+        raise UserError(f"{images.name} has no labels, and the model needs them")
     if generator.classes and images.classes != generator.classes:
         raise UserError(
-            f"{images.name} has {images.classes} classes, and the model is of {generator.classes}"
+            f"{images.name} has {images.classes} classes, and the model {generator.classes}"
         )
     table = getattr(opened.model.objective.preconditioning, "timesteps", None)
     if by == "bound" and not isinstance(table, Timesteps):
-        raise UserError(
-            "--by bound: the run's objective has no table of timesteps; measure it by the flow"
-        )
+        raise UserError("--by bound: the run's objective has no discrete timesteps; use --by flow")
 
 
 def _over(
     data: Data, what: str, measure: Callable[[Tensor, Denoise, Sequence[int]], Tensor]
 ) -> Tensor:
-    """What is measured of every image, a batch at a time: (count, probes) bits per dimension."""
+    """Bits per dimension of every image, (count, probes), batch by batch."""
     pieces = list(batches(range(data.count), data.batch_size))
     found = [
         measure(*_batch(data.opened, data.images, piece), piece).cpu()
@@ -186,19 +181,18 @@ def _over(
 def _batch(
     opened: runs.OpenedRun, images: ImageDataset, piece: Sequence[int]
 ) -> tuple[Tensor, Denoise]:
-    """Some images of the data and the model under their labels, unguided, in float32."""
+    """A batch of images and the unguided denoiser with their labels, in float32."""
     generator = opened.generator
-    where = generator.device
     indices = torch.tensor(list(piece))
-    image = from_bytes(images.read(indices)).to(where)
+    image = from_bytes(images.read(indices)).to(generator.device)
     if not generator.classes:
         return image, generator.denoiser
     assert images.labels is not None
-    return image, conditioned(generator.denoiser, label=images.labels[indices].to(where))
+    return image, conditioned(generator.denoiser, label=images.labels[indices].to(generator.device))
 
 
 def _flow(data: Data, probes: int, steps: int | None, prior_std: float) -> Refined:
-    """Bits per dimension by the ODE, (count, probes), on a grid that is fine enough."""
+    """Bits per dimension by the ODE, (count, probes), on a sufficiently fine grid."""
 
     def measure(number: int) -> Tensor:
         def of(image: Tensor, denoise: Denoise, piece: Sequence[int]) -> Tensor:
@@ -214,8 +208,8 @@ def _flow(data: Data, probes: int, steps: int | None, prior_std: float) -> Refin
     if flow.change >= _allowed(flow.value):
         print(
             shown(
-                f"likelihood: {flow.steps} steps moved it by {flow.change:.2g} from half as many, "
-                f"more than {_allowed(flow.value):.2g}; take --steps {2 * flow.steps}"
+                f"likelihood: {flow.steps} steps changed it by {flow.change:.2g} against half as "
+                f"many, more than {_allowed(flow.value):.2g}; use --steps {2 * flow.steps}"
             ),
             file=sys.stderr,
         )
@@ -231,16 +225,16 @@ def _flow_bits(
     steps: int,
     prior_std: float,
 ) -> Tensor:
-    """Of one batch, (B, probes); the bins' noise is the same for every probe and every grid."""
+    """Bits per dimension of one batch, (B, probes), dequantised alike for all probes and grids."""
     seed = opened.generator.seed
-    # The distribution function of normal noise is uniform.
-    inside = torch.special.ndtr(ImageNoise(seed, piece, "bins")(image))
-    spread = dequantised(image, inside)
+    # The normal distribution function of normal noise is uniform.
+    uniform = torch.special.ndtr(ImageNoise(seed, piece, "bins")(image))
+    continuous = dequantised(image, uniform)
     draw = ImageNoise(seed, piece, "probe")
     values = [
         log_likelihood(
             denoise,
-            spread,
+            continuous,
             grid(trained_range(opened.model.objective), steps),
             rademacher(draw(image)) if probes else None,
             prior_std=prior_std,
@@ -251,19 +245,19 @@ def _flow_bits(
 
 
 def _prior_std(opened: runs.OpenedRun, unit_start: bool) -> float:
-    """Of the state at the highest level: what the run's sampler begins from there."""
+    """Std of the state at the highest sigma, where the run's sampler starts."""
     highest = trained_range(opened.model.objective)[1]
     return math.sqrt(1 + highest**2) if unit_start else highest
 
 
 def _allowed(bits: Tensor) -> float:
-    """The change of the mean that is small enough: of the mean's own error, and of what is read."""
+    """The accepted change of the mean: the tolerance, or its standard error if smaller."""
     error = _errors(bits)["standard_error"]
     return TOLERANCE if error is None else min(TOLERANCE, error)
 
 
 def _bound(data: Data, variance: Variance | None) -> tuple[Tensor, dict[str, Any]]:
-    """Bits per dimension of the variational bound, (count, 1), and which chain's it is."""
+    """Bits per dimension by the variational bound, (count, 1), and its settings."""
     objective = data.opened.model.objective
     table: Any = objective.preconditioning.timesteps  # type: ignore[attr-defined]
     chain = chain_of(objective)
@@ -279,12 +273,12 @@ def _bound(data: Data, variance: Variance | None) -> tuple[Tensor, dict[str, Any
 
 
 def _errors(bits: Tensor) -> dict[str, Any]:
-    """The mean over images and how sure it is."""
+    """The mean over images and its standard errors."""
     count, probes = bits.shape
     each = bits.mean(dim=1)
     return {
         "bits_per_dim": float(each.mean()),
-        # Of the mean over images drawn like these, and the part of it that is the probes'.
+        # Of the mean over images, and the part of it that is due to the probes.
         "standard_error": float(each.std() / math.sqrt(count)) if count > 1 else None,
         "probes_error": float(bits.var(dim=1).mean().sqrt() / math.sqrt(count * probes))
         if probes > 1
@@ -293,7 +287,7 @@ def _errors(bits: Tensor) -> dict[str, Any]:
 
 
 def _row(data: Data, by: str, weights: str) -> dict[str, Any]:
-    """What the number is of."""
+    """The data and the model of the number."""
     about = data.opened.about()
     return {
         "by": by,
@@ -308,7 +302,7 @@ def _row(data: Data, by: str, weights: str) -> dict[str, Any]:
 def _flow_about(
     opened: runs.OpenedRun, probes: int, prior_std: float, flow: Refined
 ) -> dict[str, Any]:
-    """What the flow's number depends on beside: range, grid, prior, and what half the grid says."""
+    """The range, grid and prior of the flow, and the error estimated from half the grid."""
     low, high = trained_range(opened.model.objective)
     return {
         "probes": probes,

@@ -1,4 +1,4 @@
-"""`losses`: the error of a run's weights, averaged and raw, at each noise level; with a plot."""
+"""`losses`: the error of a run's averaged and raw weights at each noise level, with a plot."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def command(
     out: Path | None = None,
     options: RunOptions = RunOptions(),
 ) -> Result:
-    """Measure a run's error at each noise level, averaged and raw weights, with a plot.
+    """Measure the error of averaged and raw weights at each noise level, with a plot.
 
-    Both kinds of weights see the same images and noise.
+    Both see the same images and noise.
 
     Example: diffusion_pl losses runs/mine --data data/test
 
     Args:
         data: other images than the run's, such as a test set.
-        count: images.
-        levels: noise levels, even in log sigma.
+        count: number of images.
+        levels: number of noise levels, evenly spaced in log sigma.
         out: folder of the plot; RUN/losses when not given.
     """
     if count < 2 or levels < 2:
@@ -48,7 +48,7 @@ def command(
     curves: dict[str, list[LevelError]] = {}
     about: dict[str, Any] = {}
     for weights in WEIGHTS:
-        # Of the model itself, whatever guides it.
+        # Unguided.
         sampling = SamplerOptions(guidance=1.0, weights=weights)
         opened = runs.open_run(run, sampling, options)
         images = _images(data, opened.model.config)
@@ -60,8 +60,8 @@ def command(
             }
         curves[weights] = _curve(opened, images, about["count"], levels, options.batch_size)
     if about["count"] < count:
-        text = f"{about['data']}: has {about['count']:,} images; losses of these"
-        print(shown(f"{text}, not of {count:,}"), file=sys.stderr)
+        text = f"{about['data']}: has {about['count']:,} images, fewer than {count:,}"
+        print(shown(text), file=sys.stderr)
     folder = out or opened.folder / "losses"
     folder.mkdir(parents=True, exist_ok=True)
     plot(curves, folder / "losses.png")
@@ -79,7 +79,7 @@ def _images(data: str | None, experiment: config.Config) -> ImageDataset:
 def _curve(
     opened: runs.OpenedRun, images: ImageDataset, count: int, levels: int, batch_size: int | None
 ) -> list[LevelError]:
-    """The errors on images spread evenly over the set, at levels even in log sigma."""
+    """The errors on images evenly spaced over the set, at levels evenly spaced in log sigma."""
     generator = opened.generator
     if images.shape[1:] != generator.shape:
         raise UserError(
@@ -90,7 +90,7 @@ def _curve(
     labels = None
     if generator.classes:
         if images.labels is None:
-            raise UserError(f"{images.name}: has no labels, and the run is of {generator.classes}")
+            raise UserError(f"{images.name}: has no labels, the run {generator.classes} classes")
         labels = images.labels[indices].to(generator.device)
     low, high = opened.model.objective.preconditioning.sigma_range
     ends = torch.tensor([max(low, 0.002), min(high, 80.0)], dtype=torch.float64).log()
@@ -108,14 +108,14 @@ def _curve(
 
 
 def plot(curves: dict[str, list[LevelError]], path: Path) -> None:
-    """Draw the weighted error against the level, a line a kind of weights."""
+    """Plot the weighted error against the noise level, one line for each kind of weights."""
     import matplotlib.pyplot as plt  # a second of CPU
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for (name, curve), style in zip(curves.items(), ("-", "--"), strict=True):
         sigmas = [level.sigma for level in curve]
-        said = "averaged weights" if name == "ema" else "raw weights"
-        axes.plot(sigmas, [level.loss for level in curve], style, label=said)
+        label = "averaged weights" if name == "ema" else "raw weights"
+        axes.plot(sigmas, [level.loss for level in curve], style, label=label)
     axes.set(
         xscale="log",
         yscale="log",

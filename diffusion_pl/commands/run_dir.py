@@ -1,4 +1,4 @@
-"""The folder of a run before it starts: free, or this experiment's; and what may have changed."""
+"""A run's folder before training: whether it may be used, and what of its config may change."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from diffusion_pl.training.lr_schedule import WarmupDecay, is_torch_s
 from diffusion_pl.training.sameness import note
 from diffusion_pl.training.settings import TrainerConfig
 
-# What a run may go on under otherwise than it began: where and how fast it computes, which changes
-# no more of it than rounding; where its data lies, which is known by its content; how often it
-# speaks, is kept and is measured. (On another kind of accelerator the noise of
-# an image is another draw, by the generator that is there.)
+# Keys that may change when a run is resumed: where and how fast it computes, which changes rounding
+# alone; where its data lies, which is identified by its content; how often it logs, saves and
+# evaluates. (Another kind of accelerator has another generator, so other noise.)
 FREE = {
     "callbacks",
     "data.dataset.cache",
@@ -55,17 +54,17 @@ FREE = {
     "trainer.watchdog",
 }
 
-# Free where it is on before and after: averages that were never taken cannot be made up.
+# Keys that may change but not be turned on or off: missing snapshots cannot be made later.
 ON = {"ema.posthoc_every"}
 
-# A file of the run's folder that says why the run would fail in the same way again.
+# A file in the run's folder with the reason of a failure that would recur.
 FAILED = "FAILED"
 
 _CONFIG, _FROM, _METRICS = "config.yaml", "from", "metrics.jsonl"
 
 
 def is_claimed(folder: Path) -> bool:
-    """Whether a folder holds a run: a checkpoint, or what was measured of its steps."""
+    """Whether a folder holds a run: checkpoints or rows of metrics."""
     kept = folder / "checkpoints"
     if (kept / checkpoints.LATEST).exists() or checkpoints.found(kept):
         return True
@@ -73,10 +72,10 @@ def is_claimed(folder: Path) -> bool:
 
 
 def check_name(folder: Path) -> None:
-    """See that a run that is to begin has a plain name, before anything of it is made.
+    """Check the name of a new run's folder.
 
     Raises:
-        UserError: it has none.
+        UserError: it is not plain.
     """
     if not is_claimed(folder):
         name = folder.resolve().name
@@ -84,20 +83,20 @@ def check_name(folder: Path) -> None:
 
 
 def compare(experiment: Config, folder: Path, start: Path | None, done: Path | None) -> list[str]:
-    """See that a folder holds no run, or this experiment's; nothing is written.
+    """Check that a folder holds no run, or one that this experiment may resume; writes nothing.
 
     Args:
-        experiment: what is to be trained.
+        experiment: to be trained.
         folder: the run's.
-        start: the run or checkpoint whose weights it starts from, None for its own.
-        done: the checkpoint that it goes on from, None for none.
+        start: the run or checkpoint whose weights it starts from; None: initialised.
+        done: the checkpoint to resume from; None for none.
 
     Returns:
-        What the run goes on under otherwise than until now, a line `key: before -> now` each.
+        The keys that change, each as a line `key: before -> now`.
 
     Raises:
         ConfigError: the folder holds a run of another config; names the differing keys.
-        UserError: its run started elsewhere, or its config or its checkpoints are gone.
+        UserError: its run started from other weights, or its config or checkpoints are missing.
     """
     if not is_claimed(folder):
         return []
@@ -130,7 +129,7 @@ def compare(experiment: Config, folder: Path, start: Path | None, done: Path | N
 
 
 def _compare_start(folder: Path, start: Path | None, done: Path | None) -> None:
-    """See that a run begins, or once began, with the weights that are named.
+    """Check that a run starts, or started, from the given weights.
 
     Raises:
         UserError: it does not.
@@ -149,31 +148,31 @@ def _compare_start(folder: Path, start: Path | None, done: Path | None) -> None:
 
 
 def _refuse_lost(folder: Path, before: Mapping[str, Any]) -> None:
-    """Refuse to begin anew over a run that has had a checkpoint.
+    """Refuse to start again over a run whose checkpoints are gone.
 
-    One that ended before its first begins anew: it has no row beyond the step of that checkpoint,
-    and no evaluation of that step, which comes after it.
+    One that ended before its first checkpoint may start again: it has no row beyond the step of
+    that checkpoint, and no evaluation at that step, which follows the checkpoint.
 
     Raises:
-        UserError: it has had one.
+        UserError: the run had a checkpoint.
     """
     settings, batch = _end_of(before), _batch(before)
     first = min(-(-settings.checkpoint_every // batch), settings.steps(batch)) * batch
     rows = History(folder / _METRICS).rows()
     if any(row["images"] >= first + ("name" not in row) for row in rows):
         raise UserError(
-            f"{folder}: {_METRICS} tells of {rows[-1]['images']:,} images, but no checkpoint is "
-            f"there; restore {folder / 'checkpoints'}, or remove {_METRICS} to begin anew"
+            f"{folder}: {_METRICS} has rows up to {rows[-1]['images']:,} images, but there is no "
+            f"checkpoint; restore {folder / 'checkpoints'}, or remove {_METRICS} to start again"
         )
 
 
 def _with_batches(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with how its batches are made where it says nothing of it."""
+    """A config with the defaults of its data section."""
     return {**tree, "data": parts.with_defaults(tree["data"])}
 
 
 def _end_of(tree: Mapping[str, Any]) -> TrainerConfig:
-    """What a config says of the budget and the checkpoints."""
+    """The budget and checkpoint interval of a config."""
     keys = ("total_images", "checkpoint_every")
     return TrainerConfig(**{key: tree["trainer"][key] for key in keys if key in tree["trainer"]})
 
@@ -184,7 +183,7 @@ def _batch(tree: Mapping[str, Any]) -> int:
 
 
 def _is_free(line: str, free: Collection[str]) -> bool:
-    """Whether a run may go on under such a change."""
+    """Whether a run may be resumed with a change."""
     key, _, values = line.partition(": ")
     if key in ON:
         return not {"null", "absent"} & set(values.split(" -> "))
@@ -192,39 +191,39 @@ def _is_free(line: str, free: Collection[str]) -> bool:
 
 
 def _free_rates(before: Config, now: Config, images: int) -> set[str]:
-    """Which of budget and schedule may be others: those that change the rate of no step so far.
+    """Which of budget and schedule may change: those that change the rate of no past step.
 
     Args:
-        before: what the run has been trained by.
-        now: what it is to go on by.
-        images: that it has seen.
+        before: the run's config until now.
+        now: its config from now on.
+        images: seen so far.
     """
     configs = (before, now)
     nodes = [each.tree.get("lr_schedule") for each in configs]
     ends = [_end_of(each.tree).rounded_images(_batch(each.tree)) for each in configs]
 
     def rates(number: int, end: int) -> Any:
-        # A schedule that has not changed is built as the user names it, and trusted so.
+        # An unchanged schedule is built from the user's config, which is trusted.
         config = now if nodes[0] == nodes[1] else configs[number]
         schedule = parts.lr_schedule_of(config) or WarmupDecay()
         if is_torch_s(schedule):
-            return nodes[number]  # it knows of no end
+            return nodes[number]  # independent of the budget
         return [schedule(seen, end) for seen in range(0, images, _batch(now.tree))]
 
     if nodes[0] == nodes[1] and ends[0] == ends[1]:
         return set()
     try:
         table = [[rates(number, end) for end in ends] for number in (0, 1)]
-    except UserError:  # a run's own config may name what is not trusted, or not there
+    except UserError:  # the run's config may name parts that are not trusted or not installed
         return set()
-    same = table[0][0] == table[1][1]  # else name the one that makes the difference
+    same = table[0][0] == table[1][1]  # else find the one that makes the difference
     by_end = same or all(row[0] == row[1] for row in table)
     by_schedule = same or all(column[0] == column[1] for column in zip(*table, strict=True))
     return {*(["trainer.total_images"] * by_end), *(["lr_schedule"] * by_schedule)}
 
 
 def write_config(experiment: Config, folder: Path) -> None:
-    """Write into a folder that holds no run yet what is to be trained there."""
+    """Write the config of a new run into its folder."""
     if not is_claimed(folder):
         _write(experiment, folder)
 
@@ -232,21 +231,21 @@ def write_config(experiment: Config, folder: Path) -> None:
 def record(
     experiment: Config, folder: Path, start: Path | None, images: int, changes: list[str]
 ) -> None:
-    """Keep in a run's folder what it is trained by from now on.
+    """Write the run's config, the changes to it and the start of its weights into its folder.
 
     Args:
-        experiment: what is trained.
+        experiment: of the run.
         folder: the run's.
-        start: the run or checkpoint whose weights it started from, None for its own.
-        images: that it has seen.
-        changes: as `compare` gives them.
+        start: the run or checkpoint whose weights it started from; None: initialised.
+        images: seen so far.
+        changes: as from `compare`.
     """
     begun = folder / _FROM
     if start is not None:
         origin = f"{runs.checkpoint_of(start)}\n"
         write_atomically(begun, lambda file: file.write(origin.encode()))
     elif not is_claimed(folder):
-        begun.unlink(missing_ok=True)  # of a start that failed
+        begun.unlink(missing_ok=True)  # of a failed start
     note(folder, images, changes)
     _write(experiment, folder)
 

@@ -1,8 +1,8 @@
-"""Weights of another run to start from, held against what they were trained for (`train --from`).
+"""Weights of another run to start from, compared with what is to be trained (`train --from`).
 
-What the new run trains must be what the weights are of: the same denoiser around the same network.
-That is seen in the four c's as functions of sigma, whatever an objective is called, and in those
-settings of the network that change its function and no weight's shape.
+The new run must train the same denoiser and network that the weights are of. Denoisers are compared
+by their four c's as functions of sigma, networks by the settings that change their function without
+changing the shape of a weight.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.names import shown
 from diffusion_pl.training import checkpoint as checkpoints
 
-# Arguments of networks that leave the function of the weights as it is, or show in their shapes.
+# Arguments of networks that do not change the function of the weights, or show in their shapes.
 HARMLESS = {"classes", "dropout", "activation_checkpointing", "resolution"}
 LEVELS = 33  # at which the c's are compared
-SAME = 1e-4  # relative, of the c's: float32 settings and rounded limits are the same
+SAME = 1e-4  # relative difference of the c's that counts as rounding
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class StartWeights:
 
     Args:
         path: the checkpoint.
-        state: of the denoiser; without the tensors of its labels where those begin anew.
-        fresh: the names of these.
+        state: of the denoiser, without the tensors of its labels where those are initialised.
+        fresh: the names of these tensors.
     """
 
     path: Path
@@ -49,22 +49,22 @@ class StartWeights:
     fresh: frozenset[str]
 
     def fill(self, denoiser: Denoiser) -> None:
-        """Put the weights into a denoiser as `load_weights` saw it built."""
+        """Load the weights into a denoiser built as for `load_weights`."""
         own = {key: value for key, value in denoiser.state_dict().items() if key in self.fresh}
         denoiser.load_state_dict({**self.state, **own})
 
 
 def load_weights(run: Path, experiment: Config, options: TrainOptions, leads: bool) -> StartWeights:
-    """Read the averaged weights of `--from`, and refuse those that were trained for something else.
+    """Read the averaged weights of `--from`; refuse those of another denoiser or network.
 
     Args:
         run: the run or checkpoint.
-        experiment: what is to be trained, bound.
-        options: what is consented to.
-        leads: whether this process says what differs.
+        experiment: to be trained, bound.
+        options: which differences are accepted.
+        leads: whether this process prints what differs.
 
     Raises:
-        UserError: names what differs, and what to do; or the first key that does not fit.
+        UserError: names what differs, or the first key that does not fit.
     """
     path = runs.checkpoint_of(run)
     loaded = checkpoints.load(path)
@@ -74,19 +74,19 @@ def load_weights(run: Path, experiment: Config, options: TrainOptions, leads: bo
     if unfit and not options.accept_differences:
         raise UserError(
             f"--from {path}: its weights were trained for something else ({'; '.join(unfit)}); "
-            "train what they are of, or start from them all the same: --accept-differences"
+            "train the same, or start from them all the same: --accept-differences"
         )
-    told = unfit or config.differences(
+    differing = unfit or config.differences(
         {"objective": tree["objective"]}, {"objective": experiment.tree["objective"]}
     )
-    if told and leads:
-        said = f"starting from {path}, trained otherwise: {'; '.join(told)}"
-        print(shown(said), file=sys.stderr)
+    if differing and leads:
+        text = f"starting from {path}, trained otherwise: {'; '.join(differing)}"
+        print(shown(text), file=sys.stderr)
     return start
 
 
 def _network(tree: Mapping[str, Any], experiment: Config) -> list[str]:
-    """The settings in which the networks differ though their weights may fit, a line each."""
+    """The settings in which networks with equal weights differ, a line each."""
     old, new = (parts.with_defaults(node) for node in (tree["network"], experiment.tree["network"]))
     lines = config.differences({"network": old}, {"network": new})
     return [line for line in lines if line.split(":")[0].split(".")[1] not in HARMLESS]
@@ -95,7 +95,7 @@ def _network(tree: Mapping[str, Any], experiment: Config) -> list[str]:
 def _coefficients(
     allow: Sequence[str], tree: Mapping[str, Any], experiment: Config, path: Path
 ) -> list[str]:
-    """The first of the four c's in which the objectives differ, within what is to be trained."""
+    """The first of the four c's in which the objectives differ, in the range to be trained."""
     if tree["objective"] == experiment.tree["objective"]:
         return []
     old: TrainingObjective = config.build(config.load_resolved(tree, str(path), allow), "objective")
@@ -123,10 +123,11 @@ def _match(
     tree: Mapping[str, Any],
     path: Path,
 ) -> StartWeights:
-    """The weights that the network takes; those of its labels begin anew where that is asked for.
+    """The weights that fit the network, without those of its labels if `fresh_labels`.
 
     Raises:
-        UserError: another number of classes without a word, or the first key that does not fit.
+        UserError: another number of classes without that option, or the first key that does not
+            fit.
     """
     objective: TrainingObjective = config.build(experiment, "objective")
     wanted = objective.denoiser(parts.meta_network(experiment))
@@ -136,12 +137,12 @@ def _match(
         return StartWeights(path, state, frozenset())
     if not fresh_labels:
         raise UserError(
-            f"--from {path}: it was trained on {then} classes, this network is of {now}; begin its "
-            f"labels anew, and keep all else: --fresh-labels"
+            f"--from {path}: it was trained on {then} classes, this network has {now}; initialise "
+            "the labels' weights and keep all others: --fresh-labels"
         )
     network = {**experiment.tree["network"], "classes": then}
     same = dataclasses.replace(experiment, tree={**experiment.tree, "network": network})
-    # One class more or less shows which tensors are the labels'.
+    # Tensors whose shape changes with the number of classes are the labels'.
     other = {**experiment.tree["network"], "classes": now + 1 if now else 0}
     beside = dataclasses.replace(experiment, tree={**experiment.tree, "network": other})
     state = checkpoints.match_weights(

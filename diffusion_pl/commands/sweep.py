@@ -1,7 +1,7 @@
-"""`sweep`: a run measured under many samplers; a table, a plot and what nothing beats.
+"""`sweep`: evaluate a run with many samplers; a table, a plot and the Pareto front.
 
 Every point is a row of RUN/sweep/rows.jsonl with all that it depends on; the same command again
-measures only what is missing.
+evaluates only the missing points.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,14 @@ AXES = ("checkpoint", "weights", "sampler", "steps", "guidance")
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What is measured once.
+    """One combination of settings; None stands for the run's own.
 
     Args:
         checkpoint: the file.
         weights: "ema", "denoiser" or "ema:LENGTH".
-        sampler: its name, None for the run's own.
-        steps: of the sampler, None for its own.
-        guidance: the weight, None for the run's own.
+        sampler: its name.
+        steps: of the sampler.
+        guidance: weight.
     """
 
     checkpoint: str
@@ -66,7 +66,7 @@ class Point:
     guidance: float | None
 
     def sampling(self) -> SamplerOptions:
-        """How images are sampled there."""
+        """As options of a command."""
         return SamplerOptions(
             sampler=self.sampler, steps=self.steps, guidance=self.guidance, weights=self.weights
         )
@@ -86,9 +86,9 @@ def command(
     wanted: MetricOptions = MetricOptions(),
     features: FeatureOptions = FeatureOptions(),
 ) -> Result:
-    """Measure a run under many samplers: table, plot, the Pareto front.
+    """Evaluate a run with many samplers: table, plot, Pareto front.
 
-    Every combination that is asked for and not yet in the table is measured.
+    Evaluates every combination that is not yet in the table.
 
     Example: diffusion_pl sweep runs/mine --samplers heun,deis --steps 8,16,32
 
@@ -96,14 +96,14 @@ def command(
         samplers: the run's own when not given.
         steps: of the samplers.
         guidance: weights of the guidance.
-        weights: ema, denoiser (raw), ema:0.05 (an average of that length), ...
-        checkpoints: every checkpoint of the run, not the newest.
+        weights: ema, denoiser (raw), ema:0.05 (the average of that length), ...
+        checkpoints: every checkpoint of the run, not only the newest.
         out: folder of the table; RUN/sweep when not given.
     """
     every = points(run, checkpoints, weights, samplers, steps, guidance)
     first = every[0]
     model = runs.open_model(Path(first.checkpoint), first.weights, options.allow, options.set)
-    # Every point is seen to be possible before the first is measured.
+    # Every point is checked before the first is evaluated.
     generators = {
         point: runs.make_generator(model, point.sampling(), _at(options, point))[0]
         for point in every
@@ -124,12 +124,12 @@ def command(
     for point, key in keys.items():
         found = [row for row in history.rows() if row["point"] == key]
         if not found:
-            found = _measured(point, options, settings, extractor, reference)
+            found = _evaluate(point, options, settings, extractor, reference)
             for row in found:
                 history.append({"point": key, **row})
         rows.append({**found[0], **dataclasses.asdict(point)})
-        said = f"{rows[-1]['name']} = {rows[-1]['value']:.4g}  {_words(point)}"
-        print(shown(said), file=sys.stderr)
+        text = f"{rows[-1]['name']} = {rows[-1]['value']:.4g}  {_describe(point)}"
+        print(shown(text), file=sys.stderr)
     best = {
         cost: pareto([row[cost] for row in rows], [row["value"] for row in rows])
         for cost in ("evaluations", "seconds")
@@ -176,7 +176,7 @@ def points(
 
 
 def table(rows: Sequence[Mapping[str, Any]], best: Mapping[str, Sequence[int]]) -> None:
-    """Print the points on stderr; what no other beats is marked, by evaluations and by seconds."""
+    """Print the points on stderr; marks the Pareto fronts over evaluations and over seconds."""
     title = shown(rows[0]["name"])
     lines = Table(title=Text(title))
     varied = [axis for axis in AXES if len({row[axis] for row in rows}) > 1]
@@ -197,7 +197,7 @@ def table(rows: Sequence[Mapping[str, Any]], best: Mapping[str, Sequence[int]]) 
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the distance against evaluations and against seconds, a line a sampler and weight."""
+    """Plot the metric against evaluations and seconds, a line for each sampler and guidance."""
     import matplotlib.pyplot as plt  # a second of CPU
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
@@ -209,33 +209,35 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for name, line in lines.items():
             ordered = sorted(line, key=lambda row: row[cost])
             costs = [row[cost] for row in ordered]
-            axes.plot(costs, [row["value"] for row in ordered], "o-", label=_written(name) or None)
+            axes.plot(
+                costs, [row["value"] for row in ordered], "o-", label=_plot_text(name) or None
+            )
         axes.set(
             xlabel=f"{cost}{' an image' * (cost == 'evaluations')}",
-            xscale=scale(row[cost] for row in rows),
-            yscale=scale(row["value"] for row in rows),
+            xscale=scale([row[cost] for row in rows]),
+            yscale=scale([row["value"] for row in rows]),
         )
         axes.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel(_written(rows[0]["name"].partition("/")[0]))
-    figure.suptitle(_written(rows[0]["name"]), fontsize="small")
+    panels[0].set_ylabel(_plot_text(rows[0]["name"].partition("/")[0]))
+    figure.suptitle(_plot_text(rows[0]["name"]), fontsize="small")
     if len(lines) > 1:
         panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _written(name: str) -> str:
-    """A name for a plot, which would read formulas between two $."""
+def _plot_text(name: str) -> str:
+    """A name in a plot; matplotlib takes text between two $ for a formula."""
     return shown(name).replace("$", r"\$")
 
 
-def scale(values: Iterable[float]) -> str:
-    """Logarithmic over a decade or more; below it such an axis has no room for its labels."""
-    known = list(values)
-    return "log" if min(known) > 0 and max(known) > 10 * min(known) else "linear"
+def scale(values: Sequence[float]) -> str:
+    """Logarithmic over more than a decade; a shorter logarithmic axis has too few labels."""
+    low, high = min(values), max(values)
+    return "log" if low > 0 and high > 10 * low else "linear"
 
 
-def _measured(
+def _evaluate(
     point: Point,
     options: RunOptions,
     settings: Evaluation,
@@ -243,13 +245,13 @@ def _measured(
     reference: Reference,
 ) -> list[dict[str, Any]]:
     opened = runs.open_run(Path(point.checkpoint), point.sampling(), _at(options, point))
-    with counted(_words(point)) as progress:
+    with counted(_describe(point)) as progress:
         rows, _ = measure(opened.generator, settings, extractor, reference, progress=progress)
     return rows
 
 
 def _at(options: RunOptions, point: Point) -> RunOptions:
-    """The options of the run at one point; without guidance nothing guides."""
+    """The run's options at one point; without guidance there is no guide."""
     if point.guidance == 1:
         return dataclasses.replace(options, guide=None, guidance_interval=None)
     return options
@@ -262,11 +264,11 @@ def _key(
     extractor: Extractor,
     reference: Reference,
 ) -> str:
-    """All that decides a point's number, as one line."""
-    drawn = generator.about()
+    """All that a point's number depends on, as one line."""
+    about = generator.about()
     chosen = ("sampler", "guidance", "guidance_interval", "guide", "precision")
     parts = {"checkpoint": point.checkpoint, "weights": point.weights} | {
-        **{key: drawn[key] for key in chosen},
+        **{key: about[key] for key in chosen},
         "count": settings.count,
         "seed": settings.seed,
         "metrics": [str(metric) for metric in settings.metrics],
@@ -274,17 +276,17 @@ def _key(
         "reference": reference.fingerprint,
     }
     if point.weights.startswith("ema:"):
-        parts["ema"] = "coefficients of sum 1"  # older rows measured weights that were scaled
+        parts["ema"] = "coefficients of sum 1"  # older rows used scaled weights
     return json.dumps(parts, sort_keys=True)
 
 
-def _words(point: Point) -> str:
-    said = {key: value for key, value in dataclasses.asdict(point).items() if value is not None}
-    return "  ".join(f"{key} {_short(value)}" for key, value in said.items())
+def _describe(point: Point) -> str:
+    given = {key: value for key, value in vars(point).items() if value is not None}
+    return "  ".join(f"{key} {_short(value)}" for key, value in given.items())
 
 
 def _short(value: Any) -> str:
-    """A checkpoint by its images, anything else as it is."""
+    """A checkpoint by its number of images, anything else as it is."""
     text = "own" if value is None else str(value)
     images = Path(text).stem
     return f"{int(images):,}" if text.endswith(".ckpt") and images.isdecimal() else shown(text)

@@ -1,4 +1,4 @@
-"""`train`: from an experiment's name to a finished run; the same command again goes on."""
+"""`train`: train an experiment; the same command again resumes its run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FAILURES: tuple[type[Exception], ...] = (
     locks.LockLostError,
 )
 
-NOTHING = Result({}, [])  # of a rank that does not lead, or a run that stopped
+NOTHING = Result({}, [])  # of later ranks, or a run that was stopped
 
 
 def command(
@@ -57,7 +57,7 @@ def command(
     options: TrainOptions = TrainOptions(),
     stop_request: Annotated[StopRequest | None, Parameter(parse=False)] = None,
 ) -> Result:
-    """Train an experiment, or go on where it stopped.
+    """Train an experiment, or resume its run.
 
     Example: diffusion_pl train cifar10_edm optimizer.lr=1e-4 --run runs/mine
 
@@ -65,7 +65,7 @@ def command(
         experiment: a name, or a YAML file anywhere.
         overrides: KEY=VALUE over it, such as optimizer.lr=1e-4.
         run: the run's folder; runs/EXPERIMENT when not given.
-        stop_request: whether the process was told to stop.
+        stop_request: set by signals.
     """
     end_with_parent()
     read = parts.read(experiment, overrides, allow=options.allow, beside=options.start)
@@ -79,17 +79,17 @@ def train(
     options: TrainOptions,
     **further: Any,
 ) -> Result:
-    """Train an experiment that is read, in its folder.
+    """Train an experiment in a run's folder.
 
     Args:
         experiment: bound.
         folder: the run's.
-        stop_request: whether the process was told to stop.
+        stop_request: set by signals.
         options: of the command.
-        further: callbacks and loggers of Lightning that its config does not name.
+        further: callbacks and loggers of Lightning beside those of the config.
 
     Returns:
-        Where the run lies and what was measured, with the exit code.
+        The run, its metrics and the exit code.
     """
     trust.check_training(experiment)
     settings: TrainerConfig = config.build(experiment, "trainer")
@@ -97,12 +97,12 @@ def train(
     check_ranks(settings)
     weights = None
     if not options.start and (options.fresh_labels or options.accept_differences):
-        raise UserError("--fresh-labels, --accept-differences: each belongs to --from RUN")
+        raise UserError("--fresh-labels, --accept-differences: each needs --from RUN")
     leads = leads_run(settings)
     if options.start and not checkpoints.found(folder / "checkpoints"):
         # Refused before the folder is made.
         weights = starting.load_weights(options.start, experiment, options, leads)
-    if not leads:  # the first rank writes for all of them
+    if not leads:  # only the first rank writes
         return _train(experiment, settings, folder, weights, None, stop_request, options, further)
     with locks.hold(folder / locks.NAME, "training") as lock:
         sweep(folder)
@@ -120,16 +120,15 @@ def _train(
     options: TrainOptions,
     further: Mapping[str, Any],
 ) -> Result:
-    """Go on with a run, or begin it.
+    """Begin or resume a run.
 
     Args:
-        experiment: what is trained.
-        settings: its trainer's.
+        experiment: of the run.
+        settings: of its trainer.
         folder: the run's.
-        weights: that a new run starts from, None for its own.
-        lock: on it, where this process is the run's first; None on the others, which the first one
-            tells when they meet whether all is alike.
-        stop_request: whether the process was told to stop.
+        weights: that a new run starts from; None: initialised.
+        lock: on the folder, on the first rank; None on later ranks.
+        stop_request: set by signals.
         options: of the command.
         further: as for `train`.
     """
@@ -147,7 +146,7 @@ def _train(
         return report(folder, done, last_measurements(History(folder / "metrics.jsonl")))
     if latest and not done:
         raise UserError(
-            f"{folder}: holds imported weights, not a run to go on with; fine-tune them in another "
+            f"{folder}: holds imported weights, not a run to resume; fine-tune them in another "
             f"folder: train {experiment.file} --from {folder} --run OTHER"
         )
     if latest and leads:
@@ -169,19 +168,19 @@ def _train(
     if not result["stopped"]:
         if not leads:
             return NOTHING
-        (folder / MARKER).unlink(missing_ok=True)  # whoever left it
+        (folder / MARKER).unlink(missing_ok=True)
         return report(folder, result["images"], result["rows"])
     if leads:
         images = f"{result['images']:,} of {budget:,} images"
         print(shown(f"{folder}: stopped at {images}; the same command goes on"), file=sys.stderr)
-    # Lightning would kill the others if one that it started ended with any other code.
+    # Lightning kills all ranks when one that it started ends with another code than 0.
     return dataclasses.replace(NOTHING, code=0 if ranks.is_started_by_lightning() else RESUMABLE)
 
 
 def _fit(
     built: Experiment, folder: Path, stop_request: StopRequest, start: Start
 ) -> dict[str, Any]:
-    """Train, and leave word of a failure that would come again."""
+    """Train; record a failure that would recur in the file FAILED."""
     try:
         if start.lock is not None:
             for name in (MARKER, FAILED):
@@ -191,7 +190,7 @@ def _fit(
         kept = checkpoints.latest(folder / "checkpoints")
         failed = NonFiniteError(
             error.step,
-            f"{error}; the last good checkpoint is {kept or 'none'}; to look at the step: "
+            f"{error}; the last good checkpoint is {kept or 'none'}; to inspect the step: "
             f"python -m diffusion_pl replay {shlex.quote(str(folder))} --step {error.step}",
         )
         write_atomically(folder / FAILED, lambda file: file.write(f"{failed}\n".encode()))
@@ -199,18 +198,18 @@ def _fit(
 
 
 def leads_run(settings: TrainerConfig) -> bool:
-    """Whether this process writes for all of its run's.
+    """Whether this is the first rank, the one that writes.
 
-    A run of one process has no later rank, whatever an allocation has left in the environment.
+    It is in a run of one process, whatever ranks a job's environment names.
     """
     return settings.nodes * settings.devices_per_node() == 1 or ranks.leads_run()
 
 
 def check_ranks(settings: TrainerConfig) -> None:
-    """See who started this process, and that its run's ranks can meet.
+    """Check that the environment has what the run's ranks need to find each other.
 
     Raises:
-        UserError: they cannot, or the environment speaks of other ranks.
+        UserError: it does not, or it names other ranks.
     """
     devices = settings.devices_per_node()
     by = starter(os.environ, settings.nodes, devices)
@@ -219,10 +218,10 @@ def check_ranks(settings: TrainerConfig) -> None:
 
 
 def check_data_folder(source: DatasetSpec) -> None:
-    """See that the data's folder is there, before its ranks are started and networks built.
+    """Check that the data exists, before ranks are started and networks are built.
 
     Raises:
-        UserError: it is not, or is no prepared set.
+        UserError: it does not, or is no prepared data set.
     """
     folder = parts.data_folder(source)
     if isinstance(source, Shards) and folder is not None and source.made_of is None:
@@ -234,14 +233,12 @@ def check_data_folder(source: DatasetSpec) -> None:
 def build(
     experiment: Config, callbacks: Sequence[Any] = (), loggers: Sequence[Any] = ()
 ) -> Experiment:
-    """Build every part of an experiment.
-
-    The weights are drawn from the experiment's seed, whatever was drawn before.
+    """Build every part of an experiment, the weights initialised from its seed.
 
     Args:
         experiment: bound.
-        callbacks: of Lightning, after those that the config names.
-        loggers: of Lightning, the same.
+        callbacks: of Lightning, after those of the config.
+        loggers: of Lightning, likewise.
     """
     objective = config.build(experiment, "objective")
     torch.manual_seed(experiment.get("seed"))
@@ -266,12 +263,12 @@ def build(
 
 
 def _listed(experiment: Config, section: str) -> list[Any]:
-    """The objects of a section that an experiment may leave out."""
+    """The objects of an optional section."""
     return config.build(experiment, section) if experiment.tree.get(section) else []
 
 
 def report(folder: Path, images: int, rows: list[dict[str, Any]]) -> Result:
-    """Where the run lies, what was measured last and how to draw more."""
+    """The run's folder, its last metrics, and the command that samples from it."""
     lines = [line("run", f"{folder}  ({images:,} images)")]
     lines += [line("measured", f"{row['name']} = {row['value']:.4g}") for row in rows]
     grids = sorted((folder / "samples").glob("*.png"))

@@ -1,4 +1,4 @@
-"""Which points of a table nobody beats: the best that can be had at each cost."""
+"""The Pareto front: the points of lowest value at each cost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def pareto(costs: Sequence[float], values: Sequence[float]) -> list[int]:
-    """Indices of the points that no other is at once as cheap and as low, one of them strictly.
+    """Indices of the points that no other dominates (as cheap and as low, one of them strictly).
 
     Args:
         costs: of each point, such as evaluations or seconds.
