@@ -34,8 +34,7 @@ from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.schedules import Rho, levels
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.deis import deis
-from diffusion_pl.samplers.dpm_solver import dpmpp_3m
-from diffusion_pl.samplers.dpmpp_2m import dpmpp_2m
+from diffusion_pl.samplers.dpm_solver import dpmpp_2m, dpmpp_3m
 from diffusion_pl.samplers.euler import euler
 from diffusion_pl.samplers.exponential_adams import exponential_adams
 from diffusion_pl.samplers.heun import heun

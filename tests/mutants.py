@@ -136,8 +136,8 @@ MUTANTS = [
         "samplers/sampler.py",
         "samplers",
         ("math.sqrt(1 + start**2) if self.unit_start", "start if self.unit_start"),
-        ("noise.to(torch.float64) * scale", "noise.to(torch.float32) * scale"),
-        ("clipped(denoise, self.clip) if self.clip else", "denoise if self.clip else"),
+        ("noise.to(torch.float64)", "noise.to(torch.float32)"),
+        ("clipped(denoise, self.clip_denoised) if self", "denoise if self"),
     ),
     *at(
         "data/loader.py",

@@ -48,7 +48,7 @@ MUTANTS = [
     *at(
         "objectives/ddpm.py",
         "improved_ddpm",
-        ("self.timesteps.timestep(sigma) * self.spread", "self.timesteps.timestep(sigma)"),
+        ("self.timesteps.timestep(sigma) * self.timestep_scale", "self.timesteps.timestep(sigma)"),
         ("return bits * self.schedule.T if self.whole else bits", "return bits"),
     ),
     *at(

@@ -34,13 +34,19 @@ MUTANTS = [
         ("math.sqrt(raised**2 - sigma**2)", "(raised - sigma)"),
     ),
     *at(
-        "samplers/dpmpp_2m.py",
+        "samplers/dpm_solver.py",
         "samplers samplers_orders",
-        ("ahead = length / (2 * length_before)", "ahead = length / length_before"),
-        ("ahead = length / (2 * length_before)", "ahead = length_before / (2 * length)"),
-        ("math.exp(-(1 + eta) * length)", "math.exp(-length)"),
-        ("math.expm1(-2 * eta * length)", "math.expm1(-eta * length)"),
-        ("alpha=-(1 - kept) * ahead", "alpha=(1 - kept) * ahead"),
+        ("ahead = length / (2 * math.log(levels[1] / levels[0]))",
+         "ahead = length / math.log(levels[1] / levels[0])"),
+        ("ahead = length / (2 * math.log(levels[1] / levels[0]))",
+         "ahead = math.log(levels[1] / levels[0]) / (2 * length)"),
+        ("-whole * ahead]", "whole * ahead]"),
+        ("whole = 1 - math.exp(-g)", "whole = 1 - math.exp(-length)"),
+    ),
+    *at(
+        "samplers/sampler.py",
+        "samplers samplers_orders",
+        ("sigma_next, on_device[step]", "sigma_next, on_device[step + 1]"),
     ),
     *at(
         "samplers/exponential_adams.py",
@@ -49,9 +55,9 @@ MUTANTS = [
         ("for log in logs], g)", "for log in logs], length)"),
     ),
     *at(
-        "samplers/multistep.py",
+        "samplers/dpm_solver.py",
         "dpm_solver samplers_orders",
-        ("*levels[: VALUES - 1]]", "*levels[:1]]"),
+        ("*levels[: values - 1]]", "*levels[:1]]"),
         ("images.insert(0, images.pop()", "images.insert(0, images.pop(0)"),
         ("x.mul_(math.exp(-(1 + eta) * length))", "x.mul_(math.exp(-length))"),
         ("weights(levels, length, (1 + eta) * length)", "weights(levels, length, length)"),
@@ -59,7 +65,7 @@ MUTANTS = [
         ("alpha=sigma_next *", "alpha=sigma *"),
         ("if sigma_next == 0:", "if False:"),
         ("if eta < 0:", "if False:"),
-        ("x, on_device = x.clone(), sigmas.to(x)", "x, on_device = x, sigmas.to(x)"),
+        ("    x = x.clone()\n", ""),
     ),
     *at(
         "samplers/dpm_solver.py",
@@ -70,20 +76,16 @@ MUTANTS = [
         ("curved = (phi_2 * r_0 - (", "curved = (phi_2 * r_1 - ("),
         ("second - first, -second]", "second + first, -second]"),
     ),
-    *at("samplers/dpmpp_3m.py", "dpm_solver", (
-        "samplers.exponential_adams import exponential_adams as",
-        "samplers.dpm_solver import dpmpp_3m as",
-    )),
     *at("samplers/named.py", "dpm_solver", (
         '"dpmpp_3m": (dpmpp_3m, 18)', '"dpmpp_3m": (exponential_adams, 18)'
     )),
     *at(
         "samplers/deis.py",
         "samplers_orders",
-        ("alpha=-share / level", "alpha=-share / sigma"),
+        ("alpha=-share / known", "alpha=-share / sigma"),
         ("rho * q ** (rho - 1)", "q ** (rho - 1)"),
         ("*levels[: order - 1]]", "*levels[: order - 2]]"),
-        ("level ** (1 / rho) for", "level for"),
+        ("known ** (1 / rho) for", "known for"),
     ),
     *at(
         "samplers/unipc.py",
@@ -108,7 +110,7 @@ MUTANTS = [
         ("rate * scale / sigma", "rate / sigma"),
         ("denoise(state / scale", "denoise(state * scale"),
         ("return state / scales[-1]", "return state"),
-        ("derivative(sigma_next, step + 1)) / 2", "derivative(sigma_next, step)) / 2"),
+        ("derivative(ahead, step + 1)) / 2", "derivative(ahead, step)) / 2"),
     ),
     *at(
         "diffusion/paths.py",

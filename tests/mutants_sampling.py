@@ -44,7 +44,8 @@ MUTANTS = [
         "commands/sampling.py",
         "commands_sampling",
         ("dataclasses.replace(new, integrate=with_levels(given, own.integrate))",
-         "dataclasses.replace(new, integrate=with_levels(given, own.integrate), clip=False)"),
+         "dataclasses.replace(new, integrate=with_levels(given, own.integrate),"
+         " clip_denoised=False)"),
         ("return partial(given, nearest=nearest)", "return given"),
         ('or "nearest" not in inspect.signature(given).parameters', ""),
         ("dataclasses.replace(new, steps=options.steps)", "new"),

@@ -21,7 +21,7 @@ from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Sampler
 
-LEARNED = Sampler(partial(ancestral, variance="learned"), Rho(), 5, clip=True)
+LEARNED = Sampler(partial(ancestral, variance="learned"), Rho(), 5, clip_denoised=True)
 CHURN = Sampler(partial(heun, S_churn=10.0), Rho(), 4)
 
 

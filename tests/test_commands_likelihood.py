@@ -152,7 +152,7 @@ def test_the_flow_meets_the_exact_density_within_its_stated_error(run):
 @pytest.mark.parametrize(
     "words",
     [("--sampler", "ancestral"), ("--set", "sampler.steps=3"),
-     ("--set", "sampler.schedule.sigma_max=1.0"), ("--set", "sampler.clip=true")],
+     ("--set", "sampler.schedule.sigma_max=1.0"), ("--set", "sampler.clip_denoised=true")],
 )  # fmt: skip
 def test_no_sampler_changes_the_likelihood(run, words):
     first, again = (run("likelihood", *WORDS, "--steps", 8, *more)[1] for more in ((), words))
@@ -233,7 +233,7 @@ def bound_bits(count, variance, clip=True):
 
 @pytest.mark.parametrize("words", [(), ("--sampler", "heun"), ("--sampler", "ancestral"),
                                    ("--set", "sampler.integrate.variance=small"),
-                                   ("--set", "sampler.clip=false")])  # fmt: skip
+                                   ("--set", "sampler.clip_denoised=false")])  # fmt: skip
 def test_the_bound_is_of_the_objectives_chain_whatever_draws(run, words):
     code, row, err = run("likelihood", "runs/tiny", "--count", 4, "--by", "bound", *words)
     assert code == 0, err

@@ -47,7 +47,7 @@ sampler:
     beta_1: 1e-3
     beta_T: 0.4
   steps: 20
-  clip: true
+  clip_denoised: true
   unit_start: true
 features: {name: shapes}
 evaluation: {every: 1000, count: 8, batch_size: 8, grid: 4, metrics: []}

@@ -23,7 +23,7 @@ from diffusion_pl.interop import edm
 from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.objectives.edm_iddpm import nearest
 from diffusion_pl.samplers.ancestral import ancestral
-from diffusion_pl.samplers.dpmpp_2m import dpmpp_2m
+from diffusion_pl.samplers.dpm_solver import dpmpp_2m
 from diffusion_pl.samplers.euler import euler
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Sampler
@@ -81,7 +81,7 @@ def test_another_sampler_replaces_the_integrator_alone(run, name, integrate):
     assert code == 0, err
     model = runs.open_model(Path("runs/tiny"))
     schedule = LinearBetas(20, 1e-3, 0.4)
-    sampler = Sampler(integrate, schedule, 20, clip=True, unit_start=True)
+    sampler = Sampler(integrate, schedule, 20, clip_denoised=True, unit_start=True)
     images, _ = ImageGenerator(model.denoiser, sampler, (3, 8, 8), classes=8).images(range(3))
     assert np.array_equal(drawn(result), images.permute(0, 2, 3, 1).numpy())
 
@@ -92,7 +92,7 @@ def test_what_another_sampler_changes_is_printed(run):
         "sampler: ancestral(variance=large) -> euler; the run's own: noise 10.49 to 0.03164 of "
         in err
     )
-    assert "20 steps, clip, unit_start" in err
+    assert "20 steps, clip_denoised, unit_start" in err
     assert result["sampler"].startswith("Sampler(integrate=euler, schedule=Timesteps(")
     assert len(result["sampler"]) < 200
     words = ("sample", "runs/tiny", "--count", 1, "--sampler", "heun", "--steps", 5)
@@ -108,7 +108,12 @@ SPACING = "sampler.spacing={_target_: diffusion_pl.diffusion.spacings.DDIMUnifor
 
 @pytest.mark.parametrize(
     "setting",
-    ["sampler.clip=false", "sampler.unit_start=false", "sampler.schedule.beta_T=0.3", SPACING],
+    [
+        "sampler.clip_denoised=false",
+        "sampler.unit_start=false",
+        "sampler.schedule.beta_T=0.3",
+        SPACING,
+    ],
 )
 def test_what_is_set_of_the_sampler_counts_beside_another_one(run, setting):
     words = ("sample", "runs/tiny", "--count", 4, "--sampler", "euler", "--steps", 5)
@@ -167,11 +172,11 @@ def test_a_sweep_compares_on_the_runs_own_levels(run):
     assert "ancestral(variance=large) -> euler, steps 20 -> 4" in err
     # A setting that is not an axis makes another point, not the row that is there.
     code, again, _ = run(
-        *words, "--samplers", "euler", "--steps", "4", "--set", "sampler.clip=false"
+        *words, "--samplers", "euler", "--steps", "4", "--set", "sampler.clip_denoised=false"
     )
     rows = [json.loads(line) for line in Path(result["rows"]).read_text().splitlines()]
     assert code == 0 and len(rows) == 2
-    for row, clip in zip(rows, (", clip=True", ""), strict=True):
+    for row, clip in zip(rows, (", clip_denoised=True", ""), strict=True):
         assert row["evaluations"] == 4
         assert "integrate=euler, schedule=Timesteps(" in row["sampler"]
         assert f"steps=4{clip}, unit_start=True)" in row["sampler"]

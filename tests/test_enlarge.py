@@ -46,7 +46,7 @@ sampler:
       beta_1: 1e-3
       beta_T: 0.4
     steps: 20
-    clip: true
+    clip_denoised: true
     unit_start: true
   levels: [4, 8, 16]
   restart: [0.5, 0.25]

@@ -257,9 +257,9 @@ def test_the_cost_is_the_calls_at_every_size_times_their_seconds():
 
 
 def test_parts_are_described_by_name_and_by_what_differs_from_the_default():
-    sampler = Sampler(deis, Rho(sigma_max=15.0), 10, clip=True)
+    sampler = Sampler(deis, Rho(sigma_max=15.0), 10, clip_denoised=True)
     assert described(sampler) == (
-        "Sampler(integrate=deis, schedule=Rho(sigma_max=15.0), steps=10, clip=True)"
+        "Sampler(integrate=deis, schedule=Rho(sigma_max=15.0), steps=10, clip_denoised=True)"
     )
     assert described([partial(heun), {"a": 1}, torch.bfloat16]) == "[heun, {a=1}, bf16]"
 

@@ -39,7 +39,7 @@ def test_the_settings_are_the_known_ones(resolution, network, batch_size, near):
         "lr_schedule.warmup": 10_000 * batch_size,
         "trainer.grad_clip": 1.0,
         "sampler.steps": 512,
-        "sampler.clip": True,
+        "sampler.clip_denoised": True,
     }
     assert {key: experiment.get(key) for key in published} == published
     assert config.build(experiment, "ema").decay(0, batch_size) == pytest.approx(0.9999, abs=1e-9)

@@ -280,7 +280,7 @@ def test_tables_and_predictions_survive_export_and_import(tmp_path, table, predi
     again = diffusers.denoiser_from(config, state).preconditioning
     for one, other in zip(again(table.sigmas()), prediction(table)(table.sigmas()), strict=True):
         torch.testing.assert_close(one, other)
-    assert diffusers.nodes(config)["sampler"]["clip"] is False
+    assert diffusers.nodes(config)["sampler"]["clip_denoised"] is False
 
 
 @pytest.mark.parametrize(

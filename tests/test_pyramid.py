@@ -17,7 +17,7 @@ from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.objectives.edm_iddpm import RoundedRho
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.deis import deis
-from diffusion_pl.samplers.dpmpp_2m import dpmpp_2m
+from diffusion_pl.samplers.dpm_solver import dpmpp_2m
 from diffusion_pl.samplers.euler import euler
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.pyramid import PyramidSampler, nearest_level
@@ -28,7 +28,7 @@ FULL = 8  # pixels a side of the fine images
 EDM = Sampler(heun, Rho(0.002, 80.0), 40)
 TABLE = LinearBetas(100, 1e-3, 0.2)
 DDPM = Sampler(partial(ancestral, variance="small"), TABLE, 100, unit_start=True)
-SIMPLE = Sampler(euler, LogUniform(0.01, 40.0), 30, clip=True, unit_start=True)
+SIMPLE = Sampler(euler, LogUniform(0.01, 40.0), 30, clip_denoised=True, unit_start=True)
 
 
 class Spectrum:
@@ -295,7 +295,7 @@ def test_sizes_of_any_factor(levels, size, sizes):
 
 
 def test_clipping_holds_at_every_size():
-    base = Sampler(euler, Rho(), 5, clip=True)
+    base = Sampler(euler, Rho(), 5, clip_denoised=True)
     drawn = PyramidSampler(base, [4, 8], 0.5)(lambda x, s: x * 0 + 7, noise_of(), torch.zeros_like)
     assert torch.equal(drawn, torch.ones(2, 1, 8, 8))
 

@@ -17,8 +17,7 @@ from diffusion_pl.diffusion.schedules import Rho, levels
 from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.deis import deis
-from diffusion_pl.samplers.dpm_solver import dpmpp_3m
-from diffusion_pl.samplers.dpmpp_2m import dpmpp_2m
+from diffusion_pl.samplers.dpm_solver import dpmpp_2m, dpmpp_3m
 from diffusion_pl.samplers.euler import euler
 from diffusion_pl.samplers.exponential_adams import exponential_adams
 from diffusion_pl.samplers.generalised import generalised
@@ -266,7 +265,7 @@ def test_the_start_is_scaled_to_the_first_level():
 
 
 def test_clipping_is_applied_to_the_denoised_image():
-    sampler = Sampler(euler, Rho(), 5, clip=True)
+    sampler = Sampler(euler, Rho(), 5, clip_denoised=True)
     assert sampler(lambda x, sigma: x * 0 + 7, torch.ones(1, 1, 2, 2), no_noise).max() == 1
 
 

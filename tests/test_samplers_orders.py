@@ -13,8 +13,7 @@ from analytic import Gaussian, Mixture
 from diffusion_pl.diffusion.paths import Linear, VarianceExploding, VariancePreserving
 from diffusion_pl.diffusion.schedules import LogUniform, Rho, levels
 from diffusion_pl.samplers.deis import deis
-from diffusion_pl.samplers.dpm_solver import dpmpp_3m
-from diffusion_pl.samplers.dpmpp_2m import dpmpp_2m
+from diffusion_pl.samplers.dpm_solver import dpmpp_2m, dpmpp_3m
 from diffusion_pl.samplers.euler import euler
 from diffusion_pl.samplers.exponential_adams import exponential_adams
 from diffusion_pl.samplers.generalised import generalised

@@ -158,7 +158,7 @@ def test_the_networks_time_is_the_angle_whatever_the_shift():
 def test_the_network_knows_the_levels_of_its_schedule():
     low, high = SimpleDiffusion(ShiftedCosine(256, 32)).preconditioning.sigma_range
     assert (low, high) == pytest.approx((math.exp(-7.5), math.exp(7.5)))
-    drawn_on = Sampler(ancestral, ShiftedCosine(256, 32), 512, clip=True)
+    drawn_on = Sampler(ancestral, ShiftedCosine(256, 32), 512, clip_denoised=True)
     check_range(drawn_on, (low, high))
     with pytest.raises(ValueError, match="visits noise levels"):
         check_range(replace(drawn_on, schedule=ShiftedCosine(256, 32, limit=16)), (low, high))

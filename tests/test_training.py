@@ -255,7 +255,7 @@ def test_bf16_trains_and_keeps_float32_weights(go):
 
 def test_any_objective_trains_and_is_sampled_by_any_sampler(go):
     schedule = LinearBetas(T=20)
-    sampler = Sampler(ancestral, schedule, 4, clip=True, unit_start=True)
+    sampler = Sampler(ancestral, schedule, 4, clip_denoised=True, unit_start=True)
     folder, _ = go(experiment(images=16, objective=DDPM(T=20), sampler=sampler))
     rows = History(folder / "metrics.jsonl").rows()
     assert [row["evaluations"] for row in rows if "name" in row] == [4]

@@ -48,13 +48,13 @@ def command(
             sampler, node = sampler.base, node["base"]
         node = node.get("integrate", {})
         variance = node.get("variance") if isinstance(node, dict) else None
-        clip = getattr(sampler.integrate, "keywords", {}).get("clip")
+        clip = getattr(sampler.integrate, "keywords", {}).get("clip_denoised")
         diffusers_export.write(
             model.denoiser,
             build(model.config, "data.dataset").resolution,
             dest,
             # A step's own clipping is DDIM's; the library has one place for either.
-            clip=sampler.clip or clip or False,
+            clip=sampler.clip_denoised or clip or False,
             variance=variance or "small",
         )
     of = f"{model.checkpoint}, {weights}, {model.images:,} images seen"

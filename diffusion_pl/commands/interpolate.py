@@ -69,7 +69,7 @@ def command(
             ends = images + level * ImageNoise(options.seed, [0, 1], "ends")(images)
         labels = latents.required_labels(generator, count)
         between = interpolate(
-            generator.guided(labels, clip=sampler.clip and not by_flow),
+            generator.guided(labels, clip=sampler.clip_denoised and not by_flow),
             (ends[0], ends[1]),
             torch.linspace(0, 1, count),
             sigmas,

@@ -130,5 +130,5 @@ def difference(own: Sampler, new: Sampler) -> str:
     sigmas = new.sigmas()
     kept = [f"noise {float(sigmas[0]):.4g} to {float(sigmas[-2]):.4g} of {described(new.schedule)}"]
     kept += [f"{len(sigmas) - 1} steps"] if new.steps == own.steps else []
-    kept += [name for name in ("clip", "unit_start") if getattr(new, name)]
+    kept += [name for name in ("clip_denoised", "unit_start") if getattr(new, name)]
     return f"sampler: {', '.join(changes)}; the run's own: {', '.join(kept)}"

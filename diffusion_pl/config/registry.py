@@ -132,16 +132,14 @@ HANDED_ON: Mapping[str, tuple[str, ...]] = {
     "integrate": (
         *_of("samplers.ancestral", "ancestral"),
         *_of("samplers.deis", "deis"),
-        *_of("samplers.dpm_solver", "dpmpp_3m"),
-        *_of("samplers.dpmpp_2m", "dpmpp_2m"),
-        *_of("samplers.dpmpp_3m", "dpmpp_3m"),
+        *_of("samplers.dpm_solver", "dpmpp_2m", "dpmpp_3m"),
         *_of("samplers.euler", "euler"),
         *_of("samplers.exponential_adams", "exponential_adams"),
         *_of("samplers.generalised", "generalised"),
         *_of("samplers.heun", "heun"),
         *_of("samplers.unipc", "unipc"),
     ),
-    "clip": _of("diffusion.guidance", "thresholded"),
+    "clip_denoised": _of("diffusion.guidance", "thresholded"),
     "nearest": _of("objectives.edm_iddpm", "nearest"),
     "reduce": _of("diffusion.objective", "pixel_mean", "pixel_sum"),
     "spacing": (

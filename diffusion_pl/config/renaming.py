@@ -38,6 +38,15 @@ RENAMED: dict[str, str] = {
     f"{PACKAGE}.objectives.rectified_flow.FlowError": (
         f"{PACKAGE}.objectives.rectified_flow.FlowWeight"
     ),
+    f"{PACKAGE}.samplers.dpmpp_2m": f"{PACKAGE}.samplers.dpm_solver",
+    # What was called 3M then is the rule of order 3.
+    f"{PACKAGE}.samplers.dpmpp_3m.dpmpp_3m": (
+        f"{PACKAGE}.samplers.exponential_adams.exponential_adams"
+    ),
+    f"{PACKAGE}.samplers.sampler.Sampler:clip": "clip_denoised",
+    f"{PACKAGE}.samplers.euler.euler:clip": "clip_denoised",
+    **{f"{PACKAGE}.objectives.ddpm.Predict{kind}:spread": "timestep_scale"
+       for kind in ("Noise", "Image", "Velocity")},
     f"{PACKAGE}.training.settings.Settings": f"{PACKAGE}.training.settings.TrainerConfig",
     "data.workers": "data.num_workers",
     "data.shares": "data.resolution_weights",

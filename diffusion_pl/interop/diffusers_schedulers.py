@@ -218,7 +218,7 @@ def _objective(config: Mapping[str, Any], table: dict[str, Any], learned: bool) 
 
 
 def _clip(config: Mapping[str, Any], usual: bool) -> Any:
-    """A sampler's `clip`."""
+    """A sampler's `clip_denoised`."""
     if flag(config, "thresholding", False):
         return {
             "_target_": "diffusion_pl.diffusion.guidance.thresholded",
@@ -233,15 +233,15 @@ def _clip(config: Mapping[str, Any], usual: bool) -> Any:
 
 
 def _sampler(integrate: str, schedule: dict[str, Any], steps: int, **more: Any) -> dict[str, Any]:
-    module = {"unipc": "unipc", "deis": "deis", "dpmpp_2m": "dpmpp_2m", "heun": "heun"}
-    where = f"diffusion_pl.samplers.{module.get(integrate, integrate)}.{integrate}"
+    module = "dpm_solver" if integrate == "dpmpp_2m" else integrate
+    where = f"diffusion_pl.samplers.{module}.{integrate}"
     settings = more.pop("integrator", {})
     return {
         "_target_": "diffusion_pl.samplers.sampler.Sampler",
         "integrate": {"_target_": where, "_partial_": True, **settings},
         "schedule": schedule,
         "steps": steps,
-        "clip": False,
+        "clip_denoised": False,
         **more,
     }
 
@@ -253,7 +253,7 @@ def _ddpm(config: Mapping[str, Any], name: str) -> Process:
     learned = variance == "learned"
     sampler = _sampler(
         "ancestral", table, _T(table), integrator={"variance": variance},
-        clip=_clip(config, True), unit_start=True,
+        clip_denoised=_clip(config, True), unit_start=True,
     )  # fmt: skip
     return Process(_objective(config, table, learned), sampler, learned=learned)
 
@@ -281,7 +281,7 @@ def _ddim(config: Mapping[str, Any], name: str) -> Process:
     clip = _clip(config, True)
     sampler = _sampler(
         "euler", table, steps, spacing=spacing, unit_start=True,
-        integrator={} if clip is False else {"clip": clip},
+        integrator={} if clip is False else {"clip_denoised": clip},
     )  # fmt: skip
     return Process(_objective(config, table, learned=False), sampler, notes)
 
@@ -302,7 +302,7 @@ def _stand_in(config: Mapping[str, Any], name: str) -> Process:
     steps = min(STEPS, _T(table))
     spacing = {"_target_": "diffusion_pl.diffusion.spacings.Respaced", "T": _T(table)}
     sampler = _sampler(
-        solver, table, steps, spacing=spacing, clip=_clip(config, False), unit_start=True
+        solver, table, steps, spacing=spacing, clip_denoised=_clip(config, False), unit_start=True
     )
     return Process(_objective(config, table, learned), sampler, notes, learned)
 

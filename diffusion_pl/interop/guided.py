@@ -299,7 +299,7 @@ def _process(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         "timesteps": table,
     }
     if flag(config, "rescale_timesteps", False):
-        preconditioning["spread"] = 1000 / T
+        preconditioning["timestep_scale"] = 1000 / T
     parts = "diffusion_pl.diffusion.objective."
     objective: dict[str, Any] = {
         "_target_": f"{parts}Objective",
@@ -343,7 +343,7 @@ def _sampler(config: Mapping[str, Any], table: dict[str, Any]) -> dict[str, Any]
         "integrate": integrate,
         "schedule": table,
         "steps": steps,
-        "clip": True,
+        "clip_denoised": True,
         "unit_start": True,
     }
     if steps != T:

@@ -192,7 +192,7 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
             },
             "schedule": table,
             "steps": T,
-            "clip": True,
+            "clip_denoised": True,
             "unit_start": True,
         },
     }

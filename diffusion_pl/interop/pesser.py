@@ -92,7 +92,7 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
                 **table,
             },
             "steps": 1000,
-            "clip": True,
+            "clip_denoised": True,
             "unit_start": True,
         },
     }

@@ -44,11 +44,11 @@ class PredictNoise:
 
     Args:
         timesteps: the table.
-        spread: c_noise is the timestep times this; improved DDPM spreads any T over 1000.
+        timestep_scale: c_noise is the timestep times this, 1000 / T for improved DDPM.
     """
 
     timesteps: Timesteps
-    spread: float = 1.0
+    timestep_scale: float = 1.0
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -60,7 +60,7 @@ class PredictNoise:
             c_skip=torch.ones_like(sigma),
             c_out=-sigma,
             c_in=(1 + sigma.square()).rsqrt(),
-            c_noise=self.timesteps.timestep(sigma) * self.spread,
+            c_noise=self.timesteps.timestep(sigma) * self.timestep_scale,
         )
 
 
@@ -69,7 +69,7 @@ class PredictImage:
     """The same of a network that predicts the clean image (Ho 2020, section 3.2)."""
 
     timesteps: Timesteps
-    spread: float = 1.0
+    timestep_scale: float = 1.0
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -77,7 +77,7 @@ class PredictImage:
         return self.timesteps.sigma_range
 
     def __call__(self, sigma: Tensor) -> Coefficients:
-        c = PredictNoise(self.timesteps, self.spread)(sigma)
+        c = PredictNoise(self.timesteps, self.timestep_scale)(sigma)
         return c._replace(c_skip=torch.zeros_like(sigma), c_out=torch.ones_like(sigma))
 
 
@@ -86,7 +86,7 @@ class PredictVelocity:
     """The same of a network that predicts v, so that D = alpha x_t - sqrt(1 - alpha^2) v."""
 
     timesteps: Timesteps
-    spread: float = 1.0
+    timestep_scale: float = 1.0
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -94,7 +94,7 @@ class PredictVelocity:
         return self.timesteps.sigma_range
 
     def __call__(self, sigma: Tensor) -> Coefficients:
-        c = PredictNoise(self.timesteps, self.spread)(sigma)
+        c = PredictNoise(self.timesteps, self.timestep_scale)(sigma)
         return c._replace(c_skip=c.c_in.square(), c_out=-c.c_in * sigma)
 
 

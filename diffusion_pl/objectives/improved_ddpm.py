@@ -209,7 +209,7 @@ def ImprovedDDPM(T: int = 4000, table: Table = "cosine", bound: float = 0.001) -
     timesteps = _table(T, table)
     return Hybrid(
         schedule=timesteps,
-        preconditioning=PredictNoise(timesteps, spread=1000 / T),
+        preconditioning=PredictNoise(timesteps, timestep_scale=1000 / T),
         chain=ReverseChain(timesteps, "learned"),
         bound=bound,
     )
@@ -225,7 +225,7 @@ def ImprovedDDPMSimple(T: int = 4000, table: Table = "cosine") -> Objective:
     timesteps = _table(T, table)
     return Objective(
         schedule=timesteps,
-        preconditioning=PredictNoise(timesteps, spread=1000 / T),
+        preconditioning=PredictNoise(timesteps, timestep_scale=1000 / T),
         weight=EpsWeight(),
         reduce=pixel_mean,
     )
@@ -241,7 +241,7 @@ def ImprovedDDPMBound(T: int = 4000, table: Table = "cosine") -> ImportanceSampl
     timesteps = _table(T, table)
     objective = VariationalBound(
         schedule=timesteps,
-        preconditioning=PredictNoise(timesteps, spread=1000 / T),
+        preconditioning=PredictNoise(timesteps, timestep_scale=1000 / T),
         chain=ReverseChain(timesteps, "learned"),
         whole=True,
     )

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -34,6 +33,7 @@ from torch import Tensor
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.posterior import SHARES, large_variance, small_variance
 from diffusion_pl.errors import UserError
+from diffusion_pl.samplers.sampler import steps_along
 
 
 def ancestral(
@@ -45,34 +45,29 @@ def ancestral(
     variance: Literal["small", "large", "learned"] | float = "small",
     eta: float = 1.0,
 ) -> Tensor:
-    """Walk the reverse chain from sigmas[0] to sigmas[-1] with one evaluation a step.
+    """Walk the reverse chain with one evaluation a step; the step to 0 adds no noise.
 
     Args:
-        denoise: D, called `denoise(x, sigma)`; with `variance=True` too for the learned variance.
-        x: the state at sigmas[0], float64 (B, C, H, W).
-        sigmas: decreasing levels, float64 (N + 1,), all but the last > 0.
-        randn_like: draws standard normal noise shaped as its argument.
+        denoise, x, sigmas, randn_like: as for every `Integrator`; for the learned variance D is
+            called with `variance=True`.
         variance: "large" is Ho's beta_t ("fixedlarge", CIFAR-10), "small" beta_tilde_t (256 px), a
             number in [0, 1] in between, "learned" what the network says.
         eta: 0 is DDIM, 1 is DDPM; other values only with the small variance.
-
-    Returns:
-        The state at sigmas[-1], float64; N evaluations. The step to sigma = 0 adds no noise.
 
     Raises:
         UserError: eta or a numeric variance outside [0, 1], an unknown variance, or eta other
             than 1 with any but the small variance.
     """
     share: float | Tensor = _share(variance, eta)
-    x, wide, on_device = x.clone(), torch.empty_like(x), sigmas.to(x)
-    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+    x, wide = x.clone(), torch.empty_like(x)
+    for sigma, sigma_next, level in steps_along(sigmas, x):
         small = small_variance(sigma, sigma_next)
         remaining = math.sqrt(sigma_next**2 - eta**2 * small) / sigma
         if variance == "learned":
-            denoised, said = denoise(x, on_device[step], variance=True).chunk(2, dim=1)
+            denoised, said = denoise(x, level, variance=True).chunk(2, dim=1)
             share = (said + 1) / 2
         else:
-            denoised = denoise(x, on_device[step])
+            denoised = denoise(x, level)
         x.lerp_(wide.copy_(denoised), 1 - remaining)
         if sigma_next > 0 and eta > 0:
             ratio = large_variance(sigma, sigma_next) / small

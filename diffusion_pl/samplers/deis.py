@@ -13,7 +13,6 @@ where D is not, and smooth in q down to sigma = 0.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.errors import UserError
 from diffusion_pl.samplers.quadrature import weights
+from diffusion_pl.samplers.sampler import steps_along
 
 
 def deis(
@@ -35,29 +35,23 @@ def deis(
     """Integrate from sigmas[0] to sigmas[-1] with one evaluation a step; order 3, deterministic.
 
     Args:
-        denoise: D, called `denoise(x, sigma)`.
-        x: the state at sigmas[0], float64 (B, C, H, W).
-        sigmas: decreasing levels, float64 (N + 1,), all but the last > 0; any spacing.
-        randn_like: not used; every integrator takes it.
+        denoise, x, sigmas, randn_like: as for every `Integrator`.
         order: past values in the polynomial, at least 1 (Euler); the first steps have fewer.
         rho: of the variable q = sigma^(1/rho); 7 on EDM's levels.
-
-    Returns:
-        The state at sigmas[-1], float64; N evaluations.
 
     Raises:
         UserError: order or rho below 1.
     """
     if order < 1 or rho < 1:
         raise UserError(f"order and rho must be at least 1 (got {order} and {rho})")
-    x, on_device = x.clone(), sigmas.to(x)
+    x = x.clone()
     offsets = [torch.empty_like(x) for _ in range(order)]  # D - x = -sigma eps, the newest first
     levels: list[float] = []
-    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        offsets.insert(0, offsets.pop().copy_(denoise(x, on_device[step])).sub_(x))
+    for sigma, sigma_next, level in steps_along(sigmas, x):
+        offsets.insert(0, offsets.pop().copy_(denoise(x, level)).sub_(x))
         levels = [sigma, *levels[: order - 1]]
-        nodes = [level ** (1 / rho) for level in levels]
+        nodes = [known ** (1 / rho) for known in levels]
         shares = weights(nodes, lambda q: rho * q ** (rho - 1), nodes[0], sigma_next ** (1 / rho))
-        for offset, level, share in zip(offsets, levels, shares, strict=False):
-            x.add_(offset, alpha=-share / level)
+        for offset, known, share in zip(offsets, levels, shares, strict=False):
+            x.add_(offset, alpha=-share / known)
     return x

@@ -11,13 +11,13 @@ scaled to the state x + sigma eps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from diffusion_pl.diffusion.guidance import Clip, clip_of
 from diffusion_pl.diffusion.objective import Denoise
+from diffusion_pl.samplers.sampler import steps_along
 
 
 def euler(
@@ -26,26 +26,20 @@ def euler(
     sigmas: Tensor,
     randn_like: Callable[[Tensor], Tensor] | None = None,
     *,
-    clip: Clip = False,
+    clip_denoised: Clip = False,
 ) -> Tensor:
     """Integrate from sigmas[0] to sigmas[-1] with one evaluation a step; order 1, deterministic.
 
     Args:
-        denoise: D, called `denoise(x, sigma)`.
-        x: the state at sigmas[0], float64 (B, C, H, W).
-        sigmas: decreasing levels, float64 (N + 1,), all but the last > 0.
-        randn_like: not used; every integrator takes it.
-        clip: what a step does to its image alone, while the noise stays as the network says
-            (DDIM's released code, diffusers); a sampler's own `clip` changes both.
-
-    Returns:
-        The state at sigmas[-1], float64; N evaluations.
+        denoise, x, sigmas, randn_like: as for every `Integrator`.
+        clip_denoised: what a step does to its image alone, while the noise stays as the network
+            says (DDIM's released code, diffusers); a `Sampler`'s own changes both.
     """
-    limit = clip_of(clip)
-    x, wide, on_device = x.clone(), torch.empty_like(x), sigmas.to(x)
-    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        denoised = denoise(x, on_device[step])
+    limit = clip_of(clip_denoised)
+    x, wide = x.clone(), torch.empty_like(x)
+    for sigma, sigma_next, level in steps_along(sigmas, x):
+        denoised = denoise(x, level)
         x.lerp_(wide.copy_(denoised), 1 - sigma_next / sigma)
-        if clip:
+        if clip_denoised:
             x.add_(limit(denoised) - denoised)
     return x

@@ -41,17 +41,14 @@ def generalised(
     """Integrate in the time of a path from sigmas[0] to sigmas[-1], deterministic.
 
     Args:
-        denoise: D, called `denoise(x, sigma)`.
-        x: the state at sigmas[0], image + sigma * noise, float64 (B, C, H, W).
-        sigmas: decreasing levels, float64 (N + 1,), all but the last > 0.
-        randn_like: not used; every integrator takes it.
+        denoise, x, sigmas, randn_like: as for every `Integrator`.
         path: sigma(t).
         scaled: integrate z with s = 1 / sqrt(1 + sigma^2) instead of s = 1.
         order: 1 is Euler's method, 2 Heun's, whose step to sigma = 0 is Euler's.
 
     Returns:
-        The state at sigmas[-1], image + sigma * noise, float64; N evaluations, of order 2 twice as
-        many, less one when the last level is 0.
+        As every `Integrator`; of order 2 twice as many evaluations, less one when the last level
+        is 0.
     """
     times, on_device, levels = path.time(sigmas), sigmas.to(x), sigmas.tolist()
     rates = path.slope(times).tolist()  # infinite at sigma = 0, where none is needed
@@ -66,9 +63,9 @@ def generalised(
     state = x * scales[0]
     for step, (now, after) in enumerate(pairwise(times.tolist())):
         slope = derivative(state, step)
-        sigma_next = state + (after - now) * slope
+        ahead = state + (after - now) * slope
         if order == 2 and levels[step + 1] > 0:
-            slope = (slope + derivative(sigma_next, step + 1)) / 2
-            sigma_next = state + (after - now) * slope
-        state = sigma_next
+            slope = (slope + derivative(ahead, step + 1)) / 2
+            ahead = state + (after - now) * slope
+        state = ahead
     return state / scales[-1]

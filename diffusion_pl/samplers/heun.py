@@ -42,11 +42,8 @@ def heun(
     A step whose second level would be 0 or below is Euler's: Heun's last one, to sigma = 0.
 
     Args:
-        denoise: D, called `denoise(x, sigma)`.
-        x: the state at sigmas[0], float64 (B, C, H, W).
-        sigmas: decreasing levels, float64 (N + 1,), all but the last > 0.
-        randn_like: draws standard normal noise shaped as its argument; used only by churn.
-        S_churn: overall amount of noise added, spread over the N steps; 0 is Algorithm 1.
+        denoise, x, sigmas, randn_like: as for every `Integrator`.
+        S_churn: overall amount of noise added over the N steps; 0 is Algorithm 1.
         S_tmin: lowest level that is churned.
         S_tmax: highest level that is churned.
         S_noise: standard deviation of the added noise.
@@ -54,8 +51,7 @@ def heun(
         nearest: the level nearest to a churned one that the network knows; None if it knows all.
 
     Returns:
-        The state at sigmas[-1], float64; 2 N evaluations, 2 N - 1 when the last level is 0 and
-        alpha is at least 1.
+        As every `Integrator`; 2 N evaluations, 2 N - 1 when the last level is 0 and alpha >= 1.
 
     Raises:
         UserError: S_churn or S_noise negative, or alpha not positive.

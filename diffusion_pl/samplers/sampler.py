@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -17,7 +18,18 @@ from diffusion_pl.errors import UserError
 
 
 class Integrator(Protocol):
-    """Takes the state from sigmas[0] to sigmas[-1]."""
+    """Takes the state from sigmas[0] to sigmas[-1].
+
+    Args:
+        denoise: D, called `denoise(x, sigma)`.
+        x: the state at sigmas[0], image + sigma * noise, float64 (B, C, H, W).
+        sigmas: decreasing levels, float64 (N + 1,), all but the last > 0; any spacing.
+        randn_like: draws standard normal noise shaped as its argument; deterministic algorithms do
+            not use it.
+
+    Returns:
+        The state at sigmas[-1], float64; N evaluations unless said otherwise.
+    """
 
     def __call__(
         self,
@@ -37,8 +49,8 @@ class Sampler:
         schedule: u -> sigma; belongs to the sampler, not to the checkpoint.
         steps: number of levels above 0, at least 1. Evaluations of the network may be more.
         spacing: the quantiles u at which the schedule is read, decreasing.
-        clip: clip every denoised image to [-1, 1], as DDPM does; a number for another limit, or a
-            function of the image such as `diffusion.guidance.thresholded`.
+        clip_denoised: clip every denoised image to [-1, 1], as DDPM does; a number for another
+            limit, or a function of the image such as `diffusion.guidance.thresholded`.
         unit_start: begin from N(0, 1 + sigma^2), which is x_T ~ N(0, I) of Ho 2020 in the state
             x + sigma eps; otherwise from N(0, sigma^2) as Karras 2022.
     """
@@ -47,7 +59,7 @@ class Sampler:
     schedule: Schedule
     steps: int
     spacing: Spacing = uniform
-    clip: Clip = False
+    clip_denoised: Clip = False
     unit_start: bool = False
 
     def sigmas(self) -> Tensor:
@@ -69,7 +81,7 @@ class Sampler:
             randn_like: draws the noise of stochastic integrators.
 
         Returns:
-            float32 (B, C, H, W), about [-1, 1], not clipped unless `clip`.
+            float32 (B, C, H, W), about [-1, 1], not clipped unless `clip_denoised`.
         """
         return self.along(denoise, self.start(noise), self.sigmas(), randn_like)
 
@@ -77,8 +89,7 @@ class Sampler:
         """The state that noise is at the first level, float64."""
         # float64: over 18 steps from 80 to 0.002 the float32 state loses what the order gains
         # (Karras 2022, App. C.2.5).
-        scale = self.start_std
-        return noise.to(torch.float64) * scale
+        return noise.to(torch.float64) * self.start_std
 
     @property
     def start_std(self) -> float:
@@ -96,16 +107,20 @@ class Sampler:
         """Take a state along levels of its own, as from noise along `sigmas()`.
 
         Args:
-            denoise: D, called `denoise(x, sigma)`.
-            state: at sigmas[0], float64 (B, C, H, W).
-            sigmas: decreasing to 0, float64 (N + 1,).
-            randn_like: draws the noise of stochastic integrators.
+            denoise, state, sigmas, randn_like: as for every `Integrator`; sigmas[-1] = 0.
 
         Returns:
             float32 (B, C, H, W).
         """
-        denoise = clipped(denoise, self.clip) if self.clip else denoise
+        denoise = clipped(denoise, self.clip_denoised) if self.clip_denoised else denoise
         return self.integrate(denoise, state, sigmas, randn_like).to(torch.float32)
+
+
+def steps_along(sigmas: Tensor, x: Tensor) -> Iterator[tuple[float, float, Tensor]]:
+    """Each step's level, the next level, and the former as a tensor of x's device and dtype."""
+    on_device = sigmas.to(x)
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        yield sigma, sigma_next, on_device[step]
 
 
 class Visiting(Protocol):

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from torch import Tensor
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.errors import UserError
 from diffusion_pl.samplers.quadrature import exponential_weights
+from diffusion_pl.samplers.sampler import steps_along
 
 
 def unipc(
@@ -40,27 +40,23 @@ def unipc(
 ) -> Tensor:
     """Integrate from sigmas[0] to sigmas[-1] with one evaluation a step; deterministic.
 
+    The step to sigma = 0 takes D alone.
+
     Args:
-        denoise: D, called `denoise(x, sigma)`.
-        x: the state at sigmas[0], float64 (B, C, H, W).
-        sigmas: decreasing levels, float64 (N + 1,), all but the last > 0.
-        randn_like: not used; every integrator takes it.
+        denoise, x, sigmas, randn_like: as for every `Integrator`.
         order: p of UniPC-p, the values that predict, at least 1; the order is p + 1 once the first
             steps, which have fewer, no longer count.
-
-    Returns:
-        The state at sigmas[-1], float64; N evaluations. The step to sigma = 0 takes D alone.
 
     Raises:
         UserError: order below 1.
     """
     if order < 1:
         raise UserError(f"order must be at least 1 (got {order})")
-    state, x, on_device = x.clone(), x.clone(), sigmas.to(x)  # corrected, predicted
+    state, x = x.clone(), x.clone()  # corrected, predicted
     images = [torch.empty_like(x) for _ in range(order + 1)]  # D, the newest first
     levels: list[float] = []
-    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        images.insert(0, images.pop().copy_(denoise(x, on_device[step])))
+    for sigma, sigma_next, level in steps_along(sigmas, x):
+        images.insert(0, images.pop().copy_(denoise(x, level)))
         if sigma_next == 0:
             return images[0]
         if levels:
