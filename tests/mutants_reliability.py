@@ -130,7 +130,7 @@ MUTANTS = [
         ("weakref.finalize(self, self._process.kill)", "self._process.terminate"),
         ("            self._line.send(None)", "            pass"),
         ("            raise answer\n", "            pass\n"),
-        ("        self._line.close()  # which", "        pass  # which"),
+        ("        self._line.close()  # it", "        pass  # which"),
         ("    end_with(parent)\n", ""),
         ("    theirs.close()  # or", "    pass  # or"),
         ("signal.signal(number, signal.SIG_IGN)", "pass"),

@@ -101,7 +101,7 @@ MUTANTS = [
     *at(
         "data/synthetic.py",
         "data_synthetic",
-        ("picture * 255.0 + 0.5", "picture * 255.0"),
+        ("image * 255.0 + 0.5", "image * 255.0"),
         ("near * (1.0 - cover)", "near"),
         ("axis) * (1.0 - cover)", "axis)"),
         ("[place[shape] for shape in scenes.label.tolist()]", "scenes.label.tolist()"),

@@ -1,4 +1,4 @@
-"""What every kind of data looks like before it is opened, and images read through on opening."""
+"""The protocol of data sets before they are opened, and loading of their images."""
 
 import os
 import sys
@@ -21,10 +21,10 @@ from diffusion_pl.names import shown
 # Decoded images up to this many bytes are held in memory, more are read again on demand.
 MEMORY_LIMIT = 2 * 1024**3
 
-# Images are read through in pieces of about this many decoded bytes, so any number fits.
+# Images are loaded in pieces of about this many decoded bytes.
 PIECE_BYTES = 16 * 1024**2
 
-THREADS = 8  # that read them, of each process of a machine
+THREADS = 8  # per process
 
 _SECONDS_BETWEEN_REPORTS = 10.0
 
@@ -67,15 +67,15 @@ def load(
     class_names: Sequence[str] = (),
     limit: int | None = None,
 ) -> Images:
-    """Read a store through once: this checks every image, takes the fingerprint, and fills memory.
+    """Read every image of a store once: check it, hash it, and keep it in memory if all fit.
 
     Args:
-        name: the name of the set.
+        name: of the set.
         store: images on demand, uint8 (N, C, R, R); a tensor is kept as it is.
         labels: int64 (N,) or None.
         classes: number of classes, 0 without labels.
         class_names: of the classes in order, where they have names.
-        limit: decoded bytes to hold in memory at most; None: MEMORY_LIMIT.
+        limit: decoded bytes that may be held in memory; None: MEMORY_LIMIT.
 
     Returns:
         The images, in memory up to the limit, else with their store.
@@ -97,7 +97,7 @@ def load(
         if kept is not store:
             assert isinstance(kept, Tensor)
             kept[first : first + len(piece)] = piece
-        # One process of a node speaks for all of them.
+        # One process a node reports.
         if ranks.leads_machine() and time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
             reported = time.monotonic()
             print(
@@ -123,7 +123,7 @@ class _Reduced:
 
 
 def reduced(images: Images, resolution: int | None) -> Images:
-    """The same images smaller, by exact means over blocks of pixels.
+    """Reduce images by exact means over blocks of pixels.
 
     Args:
         images: at their own resolution.
@@ -141,20 +141,12 @@ def reduced(images: Images, resolution: int | None) -> Images:
         )
     name = f"{images.name.removesuffix(f'-{whole}')}-{resolution}"
     store = _Reduced(images, resolution)
-    return load(
-        name,
-        store,
-        images.labels,
-        classes=images.classes,
-        class_names=images.class_names,
-    )
+    labels, classes = images.labels, images.classes
+    return load(name, store, labels, classes=classes, class_names=images.class_names)
 
 
 def _pieces(store: Tensor | Store) -> Iterator[tuple[int, Tensor]]:
-    """The store in order as (index of the first image, images), some pieces in flight.
-
-    Decoding and numpy release the interpreter lock.
-    """
+    """Read a store in order, in threads; yields (index of the first image, images)."""
     count, *image = store.shape
     read = store.__getitem__ if isinstance(store, Tensor) else store.read
     length = max(1, PIECE_BYTES // (image[0] * image[1] * image[2]))

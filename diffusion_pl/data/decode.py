@@ -1,5 +1,4 @@
-"""From the bytes of an image file to a square image, RGB but where one or four channels are wanted,
-by stated rules; the rest is refused.
+"""Decode image files to square images, RGB unless one or four channels are wanted.
 
 file                              becomes
 PNG, JPEG, WebP by content        read; any other format is refused, whatever its name
@@ -10,7 +9,7 @@ alpha, transparent colour         laid over white; of four channels, the fourth
 colour, where one is wanted       its luma (ITU-R 601), as Pillow's "L"
 CMYK                              RGB as Pillow converts it; colour profiles are ignored
 EXIF orientation                  applied; all other metadata is passed over, whole or broken
-a JPEG with further pictures      its first, which is the photograph
+a JPEG of several images           its first, which is the photograph
 animation                         refused
 float, 32-bit integer             refused
 over 64 megapixels or 16,384 px   refused before it is decoded
@@ -43,8 +42,8 @@ def decode(data: bytes, *, where: str, depths: Depths | None = None) -> Image.Im
 
     Args:
         data: the file's bytes.
-        where: names the file in a complaint.
-        depths: takes note of an image of 16 bits.
+        where: names the file in error messages.
+        depths: counts 16-bit images.
 
     Returns:
         The image, mode RGB, upright, at its own size.
@@ -58,15 +57,15 @@ def decode(data: bytes, *, where: str, depths: Depths | None = None) -> Image.Im
 def planes(
     data: bytes, channels: int, *, where: str, depths: Depths | None = None
 ) -> list[Image.Image]:
-    """Decode one image file of any number of channels, as RGB images that carry them.
+    """Decode one image file to RGB images that together hold its channels.
 
-    What is done to an image is then done to RGB images alone; `joined` puts them together.
+    So every filter works on RGB images; `join_planes` puts them together.
 
     Args:
         data: the file's bytes.
         channels: 1, 3 or 4.
-        where: names the file in a complaint.
-        depths: takes note of an image of 16 bits.
+        where: names the file in error messages.
+        depths: counts 16-bit images.
 
     Raises:
         UserError: as `decode`.
@@ -78,19 +77,19 @@ def planes(
 
 
 def planes_of(image: Image.Image, channels: int) -> list[Image.Image]:
-    """The same of an RGB or RGBA image; one without alpha is opaque."""
+    """The same for a decoded RGB or RGBA image; an image without alpha is opaque."""
     if channels == 1:
         return [image.convert("L").convert("RGB")]
     if channels == 3:
         return [image]
     alpha = image.convert("RGBA").getchannel("A")
-    # The bands as they are: the fourth may be no alpha, and nothing is premultiplied.
+    # The fourth channel need not be alpha: nothing is premultiplied.
     bands = image.split()[:3]
     return [Image.merge("RGB", bands), Image.merge("RGB", (alpha, alpha, alpha))]
 
 
 def join_planes(found: list[Image.Image], channels: int) -> npt.NDArray[np.uint8]:
-    """The pixels that the RGB images of `planes` carry, uint8 (C, H, W)."""
+    """The pixels that the RGB images of `planes` hold, uint8 (C, H, W)."""
     arrays = [np.array(image).transpose(2, 0, 1) for image in found]
     if channels == 1:
         return arrays[0][:1]
@@ -98,11 +97,7 @@ def join_planes(found: list[Image.Image], channels: int) -> npt.NDArray[np.uint8
 
 
 def check_channels(channels: int, where: str) -> None:
-    """Refuse a number of channels that no image has.
-
-    Raises:
-        UserError: it is not 1, 3 or 4.
-    """
+    """Raise UserError unless there are 1, 3 or 4 channels."""
     if channels not in (1, 3, 4):
         raise UserError(
             f"{where}: channels must be 1 (grey), 3 (RGB) or 4 (RGB and a fourth, such as alpha; "
@@ -139,7 +134,7 @@ def _loaded(data: bytes, where: str) -> Image.Image:
             f"{where}: {width} x {height} pixels; at most {LARGEST_AREA // 10**6} megapixels and "
             f"{LARGEST_SIDE:,} a side are read"
         )
-    # A JPEG of several pictures (format MPO) is a photograph with previews or a depth map.
+    # A JPEG of several images (MPO) is a photograph with previews or a depth map.
     if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
         raise UserError(f"{where}: animated; save the frame you want as an image")
     try:
@@ -184,7 +179,7 @@ def fit_square(
         fit: `crop` takes the central square, `pad` centres the whole image on white, both resized;
             `exact` requires the size as it is. The filters of `reduce.WHOLE_FIRST` are cropped
             after they are resized.
-        where: names the file in a complaint.
+        where: names the file in error messages.
         resize: to (width, height), one of `reduce.FILTERS`.
 
     Returns:
@@ -233,7 +228,7 @@ def read_square(
     depths: Depths | None = None,
     channels: int = 3,
 ) -> npt.NDArray[np.uint8]:
-    """Decode and fit one file; `depths` takes note of 16 bits.
+    """Decode one file, as `decode` does, and make it square, as `fit_square` does.
 
     Returns:
         uint8 (channels, resolution, resolution).

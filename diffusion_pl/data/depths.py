@@ -1,4 +1,4 @@
-"""The range that a set's 16-bit images use, since many a scanner's 12 bits become near black."""
+"""The range of values that 16-bit images use: 12 bits of a scanner in 16 become almost black."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LARGEST = 65_535
 
 @dataclass
 class Depths:
-    """What was seen of 16-bit images, safe to fill from threads.
+    """The range of the 16-bit images seen so far; may be updated from several threads.
 
     Args:
         images: how many.
-        low: their least value, 0 to 65,535.
-        high: their greatest.
+        low: smallest value, 0 to 65,535.
+        high: largest value.
     """
 
     images: int = 0
@@ -34,12 +34,7 @@ class Depths:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def note(self, image: Image.Image, data: bytes) -> None:
-        """Take an opened image into account.
-
-        Args:
-            image: as Pillow has decoded it, before any conversion.
-            data: its file.
-        """
+        """Count an image, as Pillow has decoded it, if `data`, its file, has 16 bits a value."""
         if image.mode.startswith("I;16"):
             values = np.asarray(image)
             self.add(Depths(1, int(values.min()), int(values.max())))
@@ -51,14 +46,14 @@ class Depths:
             self.add(Depths(1, low << 8, (high << 8) + 255))
 
     def add(self, other: Depths) -> None:
-        """Join what was seen elsewhere."""
+        """Merge another range into this one."""
         with self._lock:
             self.images += other.images
             self.low = min(self.low, other.low)
             self.high = max(self.high, other.high)
 
     def line(self) -> str | None:
-        """What to say where no more than half of the range is used; None otherwise."""
+        """A warning where no more than half of the range is used; None otherwise."""
         if not self.images or self.high - self.low > LARGEST // 2:
             return None
         return (

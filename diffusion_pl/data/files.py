@@ -1,4 +1,4 @@
-"""Named files of a folder or an archive, without what systems leave among them."""
+"""The files of a folder or a zip archive, without hidden and system files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from diffusion_pl.io.files import last_change, regular
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp"})
 
-# Images by name that are not read: left out in silence they would be missed only by their count.
+# Image formats that are not read: refused, since files left out silently would go unnoticed.
 FOREIGN = frozenset(
     {".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga"}
     | {".tif", ".tiff"}
 )
 
-# In a name: ends the line of a complaint, or moves the cursor of the terminal that shows it.
+# Characters that would end an error line or move the cursor of a terminal.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
-# A file of more bytes than the largest image has when decoded holds something else.
+# Bytes; more than the largest image has when decoded.
 LARGEST_FILE = 256 * 1024**2
 
-# What `sample` writes into its folder: how the images were drawn, and the folder that holds them.
+# What `sample` writes: how the images were sampled, and the folder of the images.
 SAMPLE, IMAGES = "sample.json", "images"
 
-# What systems and programs leave in folders, beside names that begin with a point.
+# Files of systems and programs, besides hidden ones.
 _LEFTOVERS = frozenset(
     {
         "__macosx", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r",
@@ -45,13 +45,13 @@ _LEFTOVERS = frozenset(
 _STARTS = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
 HEAD = 12
 
-# An ending that says what a file is; the rest of names such as `7`, `x.0001` or `y.jpg_large` does
-# not, and the file's first bytes do.
+# An ending that names a file type. That of `7`, `x.0001` or `y.jpg_large` does not; there the
+# first bytes decide.
 _PLAIN_ENDING = re.compile(r"\.[a-z][a-z0-9]{0,9}")
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a path is, or lies in, what a system has left there, or is hidden."""
+    """Whether a path is, or lies in, a hidden or system file or folder."""
     parts = PurePosixPath(name).parts
     return any(part.startswith(".") or part.lower() in _LEFTOVERS for part in parts)
 
@@ -62,7 +62,7 @@ def ending_of(name: str) -> str:
 
 
 def needs_content(ending: str) -> bool:
-    """Whether only a file's first bytes can tell if it is an image."""
+    """Whether only the first bytes of a file tell if it is an image."""
     return ending not in EXTENSIONS and not _PLAIN_ENDING.fullmatch(ending)
 
 
@@ -72,32 +72,32 @@ def begins_as_image(head: bytes) -> bool:
 
 
 class Files(Protocol):
-    """Named files of a folder or an archive."""
+    """Named files of a folder or an archive; each method raises UserError for a damaged one."""
 
     def names(self) -> list[str]:
-        """Relative paths with forward slashes, in any order; leftovers of systems are none."""
+        """Relative paths with forward slashes, in any order, without system files."""
 
     def folders(self, inside: str) -> list[str]:
-        """Names of the folders that lie directly in one, "" being the whole; leftovers are none."""
+        """Names of the folders directly in a folder, "" for the top, without system folders."""
 
     def read(self, name: str) -> bytes:
-        """One file's bytes."""
+        """The bytes of a file, at most LARGEST_FILE."""
 
     def head(self, name: str) -> bytes:
-        """One file's first bytes, `HEAD` at most."""
+        """The first bytes of a file, at most HEAD."""
 
     def state(self, name: str) -> str:
-        """What a change of the file changes, found without reading it."""
+        """Size, or size and check sum, of a file: known without reading it."""
 
     def changed(self, name: str) -> int:
-        """When it may last have changed in what `state` does not tell, ns; 0 for never."""
+        """When a file was last written or replaced, ns; 0 where its check sum tells."""
 
 
 def read_sample(folder: Path) -> dict[str, Any] | None:
-    """What sample.json says of the images that were drawn into a folder; None where there is none.
+    """Read sample.json of a folder of sampled images; None where there is none.
 
     Raises:
-        UserError: it is no such file.
+        UserError: damaged, or another file of that name.
     """
     path = folder / SAMPLE
     if not path.is_file():
@@ -112,7 +112,9 @@ def read_sample(folder: Path) -> dict[str, Any] | None:
             raise UserError("it does not count its images")
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: says nothing of drawn images ({reason}); remove it") from error
+        raise UserError(
+            f"{path}: does not describe sampled images ({reason}); remove it"
+        ) from error
     return said
 
 
@@ -141,14 +143,9 @@ class FolderFiles:
     path: Path
 
     def names(self) -> list[str]:
-        """Relative paths.
-
-        Raises:
-            UserError: a folder that cannot be read, or is reached twice.
-        """
         found: list[str] = []
         visited: set[str] = set()
-        # Links are followed, as folders of classes are often linked together; never round a loop.
+        # Links are followed, since folders of classes are often linked together; loops are refused.
         for folder, folders, files in os.walk(self.path, followlinks=True, onerror=self._refuse):
             real = os.path.realpath(folder)
             if real in visited:
@@ -160,7 +157,6 @@ class FolderFiles:
         return found
 
     def folders(self, inside: str) -> list[str]:
-        """Names of the folders in one."""
         entries = (self.path / inside).iterdir()
         return [each.name for each in entries if each.is_dir() and not is_leftover(each.name)]
 
@@ -168,11 +164,6 @@ class FolderFiles:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
     def read(self, name: str) -> bytes:
-        """One file's bytes.
-
-        Raises:
-            UserError: it cannot be read, or is too large.
-        """
         path = self.path / name
         try:
             if path.stat().st_size > LARGEST_FILE:
@@ -182,10 +173,9 @@ class FolderFiles:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
     def head(self, name: str) -> bytes:
-        """One file's first bytes; none of what is no plain file, which might never give any."""
         path = self.path / name
         try:
-            if not path.is_file():
+            if not path.is_file():  # a pipe might never give any
                 return b""
             with regular(path).open("rb") as file:
                 return file.read(HEAD)
@@ -193,14 +183,12 @@ class FolderFiles:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
     def state(self, name: str) -> str:
-        """Its size in bytes."""
         try:
             return str((self.path / name).stat().st_size)
         except OSError:
             return ""
 
     def changed(self, name: str) -> int:
-        """When it was last written or replaced."""
         return last_change(self.path / name)
 
 
@@ -209,8 +197,8 @@ class ZipFiles:
     """The files of a zip archive."""
 
     path: Path
-    # Open archive and the process that opened it: forked loader workers would share one file
-    # position and read each other's bytes.
+    # The process that opened the archive, and the archive: forked workers would share one file
+    # position.
     _opened: tuple[int, zipfile.ZipFile] | None = field(default=None, repr=False)
     _entries: dict[str, zipfile.ZipInfo] | None = field(default=None, repr=False)
 
@@ -222,7 +210,7 @@ class ZipFiles:
             try:
                 self._opened = (os.getpid(), zipfile.ZipFile(regular(self.path)))
             except Exception as error:
-                # A directory that is no directory raises nearly anything.
+                # A damaged central directory raises nearly anything.
                 raise UserError(f"{self.path}: not a readable zip file ({error})") from error
             self._entries = None
         return self._opened[1]
@@ -233,7 +221,7 @@ class ZipFiles:
         if self._entries is not None:
             return self._entries
         entries = [(_path_of(each), each) for each in archive.infolist()]
-        # An entry without a name makes zipfile's own is_dir raise.
+        # zipfile's is_dir raises for an entry without a name.
         files = [(name, each) for name, each in entries if name[-1:] != "/"]
         for name, _ in files:
             if name.startswith("/") or ".." in name.split("/") or re.match(r"[A-Za-z]:/", name):
@@ -252,15 +240,9 @@ class ZipFiles:
         return found
 
     def names(self) -> list[str]:
-        """Paths in the archive.
-
-        Raises:
-            UserError: no zip file, or one with odd, encrypted or repeated names.
-        """
         return list(self._found())
 
     def folders(self, inside: str) -> list[str]:
-        """Names of the folders in one, empty ones included."""
         start = f"{inside}/" if inside else ""
         paths = (_path_of(each) for each in self._archive().infolist())
         below = {path[len(start) :] for path in paths if path.startswith(start)}
@@ -276,11 +258,6 @@ class ZipFiles:
         return entry
 
     def read(self, name: str) -> bytes:
-        """One file's bytes.
-
-        Raises:
-            UserError: damaged, or too large.
-        """
         entry = self._entry(name)
         try:
             # No more is unpacked than the entry announces, which is limited.
@@ -290,11 +267,6 @@ class ZipFiles:
             raise UserError(f"{self.path}: {name} is damaged ({error})") from error
 
     def head(self, name: str) -> bytes:
-        """One file's first bytes.
-
-        Raises:
-            UserError: damaged.
-        """
         try:
             with self._archive().open(self._found()[name]) as file:
                 return file.read(HEAD)
@@ -302,27 +274,25 @@ class ZipFiles:
             raise UserError(f"{self.path}: {name} is damaged ({error})") from error
 
     def state(self, name: str) -> str:
-        """Its size and check sum."""
         entry = self._found()[name]
         return f"{entry.file_size} {entry.CRC}"
 
     def changed(self, name: str) -> int:
-        """Never: its check sum tells."""
-        return 0
+        return 0  # the check sum tells
 
 
 def _path_of(entry: zipfile.ZipInfo) -> str:
-    """An entry's path with forward slashes, which some archivers wrote the other way for years."""
+    """The path of an entry with forward slashes; some archivers write backslashes."""
     utf8 = bool(entry.flag_bits & 0x800)
-    # In a name of some code page the byte may be the second half of a letter.
+    # In some code pages the byte may be the second half of a letter.
     return entry.filename.replace("\\", "/") if utf8 or entry.filename.isascii() else entry.filename
 
 
 def refuse_control(name: str, where: object) -> None:
-    """Refuse what would end or colour the line that names it.
+    """Refuse a name with control characters.
 
     Raises:
-        UserError: as said.
+        UserError: it has some.
     """
     if CONTROL.search(name):
         raise UserError(f"{where}: {name!r} is an odd name; rename it")

@@ -1,7 +1,7 @@
-"""What an image file says beside its pixels: the orientation is read, all else passed over.
+"""Metadata of image files: the orientation is read, everything else is removed before decoding.
 
-A comment of two megabytes, a damaged colour profile or garbage in EXIF is no damage to the picture,
-but decoders stop at them; so they are given the file without.
+Decoders stop at a damaged colour profile, garbage in EXIF or a comment of two megabytes, though the
+pixels are intact.
 
 PNG: W3C PNG (third edition), 5.3 and 11; JPEG: ITU T.81, B.1; EXIF: CIPA DC-008, 4.6 (TIFF 6.0, 2).
 """
@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from PIL import Image
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-# Beside the chunks without which there is no picture: transparency, "this is an animation".
+# Besides the critical chunks: transparency, and the mark of an animation.
 _PNG_KEPT = (b"tRNS", b"acTL")
 
-_OLD_EXIF = b"Raw profile type exif\0\0"  # a PNG's EXIF of former tools: hexadecimal, compressed
+_OLD_EXIF = (
+    b"Raw profile type exif\0\0"  # EXIF in PNGs of older tools: compressed hexadecimal digits
+)
 _XMP_PNG = b"XML:com.adobe.xmp\0"
 _XMP_JPEG = b"http://ns.adobe.com/xap/1.0/\0"
 _EXIF = b"Exif\0\0"
@@ -42,12 +44,12 @@ _TURNS = {
 
 @dataclass
 class ImageParts:
-    """A file parted into its pixels and the two records that may tell its orientation.
+    """An image file without its metadata, and the two records that may hold its orientation.
 
     Args:
-        data: what is needed for the pixels.
-        exif: EXIF, from its TIFF header on, or what stands for it.
-        xmp: XMP, a text.
+        data: the file, with only what the pixels need.
+        exif: EXIF, from its TIFF header on; empty where absent.
+        xmp: XMP, an XML text; empty where absent.
     """
 
     data: bytes
@@ -56,7 +58,7 @@ class ImageParts:
 
 
 def split_metadata(data: bytes) -> ImageParts:
-    """Part a PNG's or a JPEG's bytes; others stay whole."""
+    """Take the metadata out of a PNG or JPEG file; other files stay as they are."""
     if data.startswith(_PNG):
         return _png(data)
     if data.startswith(b"\xff\xd8"):
@@ -69,7 +71,7 @@ def _png(data: bytes) -> ImageParts:
     while place + 12 <= len(data):
         kind = data[place + 4 : place + 8]
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")
-        if not kind[0] & 32 or kind in _PNG_KEPT:  # bit 5: a reader may pass over it
+        if not kind[0] & 32 or kind in _PNG_KEPT:  # bit 5: an ancillary chunk
             pieces.append(data[place:end])
         else:
             body = data[place + 8 : end - 4]
@@ -85,7 +87,7 @@ def _png(data: bytes) -> ImageParts:
 
 
 def _from_hexadecimal(packed: bytes) -> bytes:
-    """EXIF out of a text: a line of its kind, one of its length, then digits."""
+    """Decode EXIF written as text: a line of its kind, one of its length, then digits."""
     with contextlib.suppress(zlib.error, ValueError):
         text = zlib.decompressobj().decompress(packed, _LARGEST_EXIF).decode("latin-1")
         return bytes.fromhex("".join(text.split("\n")[3:]))
@@ -96,10 +98,10 @@ def _jpeg(data: bytes) -> ImageParts:
     found, pieces, place = ImageParts(b""), [data[:2]], 2
     while place + 4 <= len(data) and data[place] == 0xFF:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker == 0xFF:  # a byte to fill up
+        if marker == 0xFF:  # a fill byte
             place += 1
             continue
-        if marker == 0xDA:  # from here on there are pixels
+        if marker == 0xDA:  # start of scan: the pixels
             break
         end = place + 2 + length
         body = data[place + 4 : end]
@@ -116,7 +118,7 @@ def _jpeg(data: bytes) -> ImageParts:
 
 
 def upright(image: Image.Image, parts: ImageParts) -> Image.Image:
-    """Turn a decoded image as its file's orientation says."""
+    """Apply the orientation that the file states to a decoded image."""
     if image.format == "WEBP":
         parts = ImageParts(b"", image.info.get("exif") or b"", image.info.get("xmp") or b"")
     turn = _TURNS.get(_exif_orientation(parts.exif) or _xmp_orientation(parts.xmp))
@@ -124,7 +126,7 @@ def upright(image: Image.Image, parts: ImageParts) -> Image.Image:
 
 
 def _exif_orientation(exif: bytes) -> int:
-    """1 to 8 of the first directory; 0 where there is none, or nothing that can be read."""
+    """The orientation, 1 to 8, in the first directory; 0 where absent or unreadable."""
     while exif.startswith(_EXIF):  # some cameras write it twice
         exif = exif[len(_EXIF) :]
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])

@@ -15,7 +15,7 @@ from diffusion_pl.errors import UserError
 LARGEST_CLASS = 1_000_000
 _LONGEST_NAME = 200
 
-# A column or a field that may hold labels where none is called `label`.
+# Names of columns and fields that may hold labels, where none is called `label`.
 LIKE_LABELS = re.compile(r"(.*_)?(label|class|category|target)s?(_?(id|idx|index|name))?", re.I)
 
 
@@ -55,7 +55,7 @@ def number_labels(
         values: whole numbers, as int or float, which are kept; or words, which are numbered in
             sorted order.
         where: their source, for error messages.
-        names: of all the classes in order, where the values are words and they are known.
+        names: of all the classes in order, where they are known and the values are words.
 
     Raises:
         UserError: labels that are missing, negative, not whole numbers, or of both kinds.

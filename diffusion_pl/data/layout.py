@@ -1,6 +1,6 @@
-"""How images lie in a folder or an archive: splits, classes, labels, and what nobody reads.
+"""How images lie in a folder or an archive: splits, classes, labels, and files that are not read.
 
-Layouts that are known, each with its labels:
+Known layouts:
     folders of classes                     the first folder of a path, wrapped in others or not
     dataset.json                           {"labels": [["00000/img00000000.png", 6], ...]} or null,
                                            as the packing tools of StyleGAN and EDM write it
@@ -47,10 +47,10 @@ _PACKED = "dataset.json"
 _METADATA = ("metadata.csv", "metadata.jsonl")
 _LARGEST_CELL = 1024**2
 
-# The packing tools' folders of 1,000 images, numbered through.
+# Folders of 1,000 numbered images, as the packing tools write them.
 _INDEX_FOLDER = re.compile(r"(\d{5})/img(\d{8})\.\w+")
 
-# What `sample` calls its images, and the picture of many of them.
+# Names that `sample` gives its images and the grid of them.
 _NUMBERED = re.compile(r"\d{6,}\.png")
 _OVERVIEW = "grid.png"
 
@@ -80,12 +80,12 @@ class Listing:
 def list_images(
     path: str, *, labels: bool | None, split: str | None = None, column: str | None = None
 ) -> Listing:
-    """Look through a folder or a zip file; nothing is decoded.
+    """List the images of a folder or a zip file; nothing is decoded.
 
     Args:
-        path: of it.
-        labels: True wants classes, False wants none; None takes those that are written down, and
-            says so where folders may be classes.
+        path: of the folder or file.
+        labels: True requires classes, False leaves them out; None takes those of a file of labels,
+            and notes where folders may be classes.
         split: which of several splits; `all` takes every one.
         column: of metadata.csv or metadata.jsonl, with the labels.
 
@@ -126,7 +126,7 @@ def list_images(
 
 
 def _sorted_out(path: str, files: Files, every: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The images and the other files, by name."""
+    """Separate the names of images from those of other files."""
     images, others = [], []
     overviews = _overviews(every)
     for name in every:
@@ -152,10 +152,7 @@ def _sorted_out(path: str, files: Files, every: Sequence[str]) -> tuple[list[str
 
 
 def _overviews(every: Sequence[str]) -> set[str]:
-    """What `sample` has laid beside its images, or above them, to show many of them in one.
-
-    Earlier versions wrote it beside 000000.png and so on; a zip of today's folder has it above.
-    """
+    """Find the grids that `sample` writes: in the folder above its images, earlier beside them."""
     siblings: dict[PurePosixPath, list[PurePosixPath]] = {}
     for name in every:
         place = PurePosixPath(name)
@@ -177,19 +174,14 @@ def _overviews(every: Sequence[str]) -> set[str]:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Which folders of a path say what.
-
-    Args:
-        split: place of the folder that names the split, or None.
-        class_: place of the folder that names the class.
-    """
+    """Which folder of a path, counted from 0, names the split (None: none does) and the class."""
 
     split: int | None
     class_: int
 
 
 def _place(path: str, images: Sequence[str], split: str | None) -> tuple[str, _Layers]:
-    """The folder around everything ("" where there is none), and which folders mean what.
+    """Find the folder that holds everything ("" where none does), and what the folders in it mean.
 
     Raises:
         UserError: several splits of which none is chosen, or one that is not there.
@@ -197,7 +189,7 @@ def _place(path: str, images: Sequence[str], split: str | None) -> tuple[str, _L
     folders = [PurePosixPath(name).parts[:-1] for name in images]
     depth = 0
     shortest = min(map(len, folders))
-    # A folder that holds everything, in folders of its own, says nothing.
+    # Pass over folders that hold everything.
     while shortest > depth + 1 and len({each[depth] for each in folders}) == 1:
         depth += 1
     at: int | None = None
@@ -225,7 +217,7 @@ def _place(path: str, images: Sequence[str], split: str | None) -> tuple[str, _L
 
 
 def _unwrapped(images: Sequence[str], layers: _Layers) -> _Layers:
-    """Pass over folders that hold everything of the split that was taken."""
+    """Pass over folders that hold everything of the chosen split."""
     folders = [PurePosixPath(name).parts[:-1] for name in images]
     place = layers.class_
     if layers.split is not None and layers.split > place:
@@ -260,7 +252,7 @@ def _written_down(
     column: str | None,
     notes: list[str],
 ) -> tuple[ImageLabels | None, set[str]]:
-    """The labels that a file beside the images holds, and which files were read for them."""
+    """Read the labels in a file beside the images; also returns which files were read."""
     there = set(others)
     for folder in reversed(PurePosixPath(images[0]).parents):  # the outermost first
         start = "" if str(folder) == "." else f"{folder}/"
@@ -281,7 +273,7 @@ def _written_down(
 
 
 def _packed(files: Files, start: str, images: Sequence[str]) -> tuple[bool, ImageLabels | None]:
-    """Whether a dataset.json speaks of labels, and those of the images."""
+    """Whether a dataset.json has the key `labels`, and the labels of the images."""
     name = start + _PACKED
     content = _json(files.read(name), name)
     if not isinstance(content, dict) or "labels" not in content:
@@ -389,7 +381,7 @@ def _folders(
     labels: bool | None,
     notes: list[str],
 ) -> ImageLabels | None:
-    """Classes by folders where they are wanted; a note that there may be some, elsewhere."""
+    """Take folders as classes where labels are wanted, else note that they may be classes."""
     parts = [PurePosixPath(name).parts[:-1] for name in images]
     tops = [each[layers.class_] if len(each) > layers.class_ else None for each in parts]
     packed = _are_index_folders(images)
@@ -428,7 +420,7 @@ def _look_around(
     classes: Sequence[str],
     notes: list[str],
 ) -> None:
-    """Say what the names of the folders may hide."""
+    """Note empty folders, and classes with almost the same name."""
     if layers.split is None or layers.split < layers.class_:
         above = "/".join(PurePosixPath(images[0]).parts[: layers.class_])
         empty = sort_class_names(set(files.folders(above)) - set(classes))
@@ -441,13 +433,13 @@ def _look_around(
 
 
 def _are_index_folders(images: Sequence[str]) -> bool:
-    """Whether every image is where the packing tools put the image of its number."""
+    """Whether every image lies where the packing tools put the image of its number."""
     found = (_INDEX_FOLDER.fullmatch(name) for name in images)
     return all(each is not None and int(each[1]) == int(each[2]) // 1000 for each in found)
 
 
 def _not_read(names: Sequence[str], images: Sequence[str]) -> str:
-    """A line about the files that nobody reads."""
+    """A note on the files that are not read."""
     stems = {str(PurePosixPath(name).with_suffix("")) for name in images}
     groups: dict[str, list[str]] = {}
     for name in names:

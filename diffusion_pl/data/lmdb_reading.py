@@ -1,12 +1,12 @@
-"""Reads one lmdb in a process of its own, which a damaged one may end; `python -m` of this file.
+"""Read an lmdb in a process of its own (`python -m` of this file), since a damaged one may end it.
 
-lmdb maps the file and follows the numbers in it: a few changed bytes are a segmentation fault, a
-bus error or a failed assertion, which end the process that reads. So a child reads, and answers on
-its standard output; it is started and asked by `Child`.
+lmdb maps the file and follows the numbers in it: a few changed bytes cause a segmentation fault, a
+bus error or a failed assertion. So a child process, started by `Child`, reads and answers on its
+standard output.
 
     request   8 bytes: how many bytes of a key follow, or -1 for all keys
-    answer    8 bytes: how many bytes follow, or -1 - that for a complaint of so many;
-              all keys are given as each one's length, 4 bytes, and itself
+    answer    8 bytes: how many bytes n follow, or -1 - n for an error message of n bytes;
+              all keys: for each its length, 4 bytes, and the key
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Child:
     """A process that has an lmdb open.
 
     Args:
-        path: the file.
-        largest: bytes of a value; one of more is refused.
+        path: of the file.
+        largest: bytes; a larger value is refused.
 
     Raises:
         UserError: it cannot be opened, or opening it ended the process.
@@ -43,9 +43,9 @@ class Child:
 
     def __init__(self, path: Path, largest: int) -> None:
         self.path = path
-        self._owner = os.getpid()  # a fork of it leaves the child alone
+        self._owner = os.getpid()  # a fork must not end the child
         words = [sys.executable, "-m", __name__, str(regular(path)), str(largest)]
-        # Where this package is, which need not be installed.
+        # The package need not be installed.
         places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             words,
@@ -54,7 +54,7 @@ class Child:
             stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))},
         )
-        self._answer()  # that it is open
+        self._answer()  # once it is open
 
     def keys(self) -> list[bytes]:
         """All keys, in their order.
@@ -62,17 +62,17 @@ class Child:
         Raises:
             UserError: reading them fails.
         """
-        told = self._ask(_NUMBER.pack(_KEYS))
+        answer = self._ask(_NUMBER.pack(_KEYS))
         keys, place = [], 0
-        while place < len(told):
-            (length,) = _LENGTH.unpack_from(told, place)
+        while place < len(answer):
+            (length,) = _LENGTH.unpack_from(answer, place)
             place += _LENGTH.size
-            keys.append(told[place : place + length])
+            keys.append(answer[place : place + length])
             place += length
         return keys
 
     def value(self, key: bytes) -> bytes:
-        """What is kept under a key.
+        """The value of a key.
 
         Raises:
             UserError: there is none, or reading it fails.
@@ -174,10 +174,10 @@ def _open(path: str) -> object:
 
 
 def _serve(path: str, largest: int, requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer until nobody asks any more."""
+    """Answer until the requests end."""
     import lmdb
 
-    def tell(answer: bytes | ValueError) -> None:
+    def send(answer: bytes | ValueError) -> None:
         complaint = isinstance(answer, ValueError)
         data = str(answer).encode(errors="replace") if complaint else answer
         assert isinstance(data, bytes)
@@ -187,20 +187,20 @@ def _serve(path: str, largest: int, requests: IO[bytes], answers: IO[bytes]) -> 
     try:
         database = _open(path)
     except ValueError as error:
-        tell(error)
+        send(error)
         return
-    tell(b"")
+    send(b"")
     while asked := requests.read(_NUMBER.size):
         (size,) = _NUMBER.unpack(asked)
         try:
             if size == _KEYS:
-                tell(b"".join(_LENGTH.pack(len(key)) + key for key in _listed(path, database)))
+                send(b"".join(_LENGTH.pack(len(key)) + key for key in _listed(path, database)))
             else:
-                tell(_value(path, database, requests.read(size), largest))
+                send(_value(path, database, requests.read(size), largest))
         except lmdb.Error as error:
-            tell(UserError(f"{path}: damaged ({error}); fetch it again"))
+            send(UserError(f"{path}: damaged ({error}); fetch it again"))
         except ValueError as error:
-            tell(error)
+            send(error)
 
 
 if __name__ == "__main__":

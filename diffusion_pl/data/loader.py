@@ -1,4 +1,4 @@
-"""What `data` of an experiment says, and its batches for one device from any step of the run on."""
+"""The section `data` of an experiment, and the batches of one device from any step on."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class DataConfig:
         num_workers: processes per device that read ahead; 0 reads in the training process, best
             for images in memory.
         hflip: mirror half of the images left to right.
-        resolution_weights: how often a step takes each resolution, scaled to sum to 1; None: always
-            the largest.
-        crop: what window of each image a step sees; None: the whole.
+        resolution_weights: relative frequency of each resolution among the steps; None: always the
+            largest.
+        crop: random window of each image; None: the whole image.
 
     Raises:
         UserError: a number out of range.
@@ -56,10 +56,9 @@ class DataConfig:
 
 
 class Loader:
-    """A device's batches, from a step of the run to its end; `loader[step]` is that of any step.
+    """The batches of one device from step `start` on; `loader[step]` is the batch of any step.
 
-    Its length is the whole run's, whatever the start: Lightning, resuming, counts the steps that
-    are done as fetched.
+    Its length is that of the whole run: on resume Lightning counts the finished steps as fetched.
 
     Args:
         data: how the batches are made.
@@ -70,7 +69,7 @@ class Loader:
         rank: of this device, 0 .. world_size - 1.
         world_size: number of devices.
         pin: copy to page-locked memory, for transfers to a GPU.
-        timeout: seconds to wait for a batch of the workers.
+        timeout: seconds to wait for a batch from a worker.
 
     Raises:
         UserError: world_size does not divide the batch.
@@ -104,14 +103,14 @@ class Loader:
     def positions(self, step: int) -> range:
         """Positions in the run of this device's images of a step, both counted from 0.
 
-        A device's part of a global batch is a run of neighbours, as long as the others'.
+        The global batch is cut into contiguous parts of equal size, one a device.
         """
         size = self.data.batch_size // self.world_size
         first = step * self.data.batch_size + self.rank * size
         return range(first, first + size)
 
     def resolution(self, step: int) -> int:
-        """Which resolution a step takes: the same on every device, drawn from (seed, step)."""
+        """The resolution of a step: the same on every device, a function of (seed, step)."""
         weights = self.data.resolution_weights
         if weights is None:
             return self.frame
@@ -125,7 +124,7 @@ class Loader:
 
     @property
     def most_bytes(self) -> int:
-        """No batch takes more: pixels and their coordinates at the largest size, two numbers."""
+        """Upper bound of a batch's bytes: pixels, their coordinates, index and label."""
         pixel = self.images[self.frame].channels + 8
         return len(self.positions(0)) * (pixel * self.frame**2 + 16)
 
@@ -135,7 +134,7 @@ class Loader:
 
         Returns:
             "image" uint8 (B, C, R, R), "index" int64 (B,), the positions in the run; "label" int64
-            (B,) where the data has labels; "position" float32 (B, 2, R, R) where a crop tells it.
+            (B,) where the data has labels; "position" float32 (B, 2, R, R) where a crop returns it.
         """
         share, crop = self.positions(step), self.data.crop
         positions = torch.arange(share.start, share.stop)
@@ -169,10 +168,10 @@ class Loader:
         return read
 
     def _read_ahead(self) -> Iterator[dict[str, Tensor]]:
-        """Let readers take the steps in turn.
+        """Read by several processes, which take the steps in turn.
 
         Raises:
-            UserError: what a reader finds wrong with the data.
+            UserError: damaged data.
             ReaderLostError: a reader was killed, or gave nothing for too long.
         """
         workers = self.data.num_workers
@@ -192,11 +191,11 @@ class Loader:
                     ) from error
                 yield batch
         finally:
-            for reader in reversed(readers):  # later ones hold the lines of earlier ones, too
+            for reader in reversed(readers):  # later ones hold the pipes of earlier ones, too
                 reader.end()
 
     def _origins(self, step: int) -> str:
-        """Which files hold the images of a step and those read ahead, as far as they are known."""
+        """The files of the images of a step and of the steps read ahead, for messages."""
         images, names = self.images[self.frame], set()
         for ahead in range(step, min(self.stop, step + 1 + AHEAD * self.data.num_workers)):
             share = self.positions(ahead)

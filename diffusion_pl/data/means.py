@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Bytes of images that are reduced at a time: their sums then stay near the processor.
+# Bytes of images reduced at a time, so that their sums stay in the cache.
 _REDUCED_AT_ONCE = 2**18
 
 
@@ -55,7 +55,7 @@ def _block_means(images: npt.NDArray[np.uint8], means: npt.NDArray[np.uint8]) ->
 
 
 def _pairs(values: npt.NDArray[Any], wide: type[np.unsignedinteger]) -> npt.NDArray[Any]:
-    """Sums of neighbours in a row, an even number: read together as numbers of twice the width."""
+    """Sums of neighbouring pairs in a row of even length, read as numbers of twice the width."""
     bits = 8 * values.itemsize
     both = values.view(wide)
     total = both & wide(2**bits - 1)

@@ -21,11 +21,10 @@ def _permutation(count: int, seed: int, *stream: object) -> Tensor:
 
 @dataclass(frozen=True)
 class Order:
-    """A shuffled endless walk through a data set: every image once an epoch, epochs end to end.
+    """An endless shuffled order of a data set: every image once per epoch.
 
-    By windows, an epoch puts the shards in an order of its own, takes `window` of them after each
-    other, and shuffles the images of these together: only so many shards are read at a time, and
-    only so many images are numbered in memory.
+    With a window, each epoch shuffles the shards, then shuffles the images within each group of
+    `window` consecutive shards: only so many shards are read at a time.
 
     Args:
         count: images in the data set, at least 1.
@@ -39,7 +38,7 @@ class Order:
 
     count: int
     seed: int
-    # Out of the hash, which every piece of the walk is looked up by.
+    # Not hashed: every cached look-up hashes the order.
     shards: tuple[int, ...] = field(default=(), hash=False)
     window: int = 0
 
@@ -49,14 +48,10 @@ class Order:
         assert not self.shards or sum(self.shards) == self.count, "shards of another data set"
 
     def __call__(self, first: int, last: int) -> Tensor:
-        """Which image of the data set stands at positions first .. last - 1 of the run.
-
-        Args:
-            first: position in the run, counted in images from 0.
-            last: the position after the last wanted; may lie epochs further.
+        """The images at positions first .. last - 1 of the run, counted in images from 0.
 
         Returns:
-            int64 (last - first,), each in 0 .. count - 1.
+            int64 (last - first,), each in [0, count).
         """
         pieces = []
         while first < last:
@@ -76,8 +71,7 @@ class Order:
         return int(begins[number]), _window(self, epoch, number)
 
 
-# A walk goes forward: what it has left behind is not needed again. Several devices or resolutions
-# in one process are at the same place.
+# Positions only advance, and several devices or resolutions in one process are at the same one.
 @lru_cache(maxsize=2)
 def _epoch(count: int, seed: int, epoch: int) -> Tensor:
     return _permutation(count, seed, "order", epoch)
@@ -85,7 +79,7 @@ def _epoch(count: int, seed: int, epoch: int) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _windows(order: Order, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The shards of an epoch in order; where each of its windows begins, and the last ends."""
+    """The order of the shards in an epoch; the position at which each window begins."""
     shards = _permutation(len(order.shards), order.seed, "shards", epoch).numpy()
     ends = np.cumsum(np.array(order.shards)[shards])
     stops = np.append(ends[order.window - 1 : -1 : order.window], ends[-1])

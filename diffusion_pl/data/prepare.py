@@ -1,4 +1,4 @@
-"""Prepare a data set: from a source to a folder of shards, resumed by the same command."""
+"""Prepare a data set: write a source as shards; the same command resumes."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _LOCK = "lock"
 
 @dataclass(frozen=True)
 class Request:
-    """What the user wants.
+    """What to prepare.
 
     Args:
-        source: where the images come from.
-        recipe: what is made of them.
-        name: of the data set, or None to name it after its source.
+        source: of the images.
+        recipe: resolutions, filter and encoding.
+        name: of the data set; None names it after its source.
     """
 
     source: SourceSpec
@@ -57,7 +57,7 @@ class Request:
             refuse_name(self.name, "--name", "name the data set otherwise")
 
     def settings(self) -> dict[str, Any]:
-        """All that a folder must have been prepared with, for this to be the same request."""
+        """The settings that make two requests the same, as dataset.json has them."""
         source = asdict(self.source) | {"path": os.path.normpath(self.source.path)}
         drawn = self.source.path == "synthetic"
         return {
@@ -84,18 +84,18 @@ def prepare(
     """Write the shards that are missing, then the index and `dataset.json`.
 
     Args:
-        request: what to make.
-        folder: where; absent, empty, or begun or finished by the same request.
-        workers: processes.
-        skip_broken: how many images may be left out because they cannot be read.
-        report: told of the progress.
-        relist: whether a finished data set's source is listed again.
+        request: what to prepare.
+        folder: absent, empty, or begun or finished by the same request.
+        workers: number of processes.
+        skip_broken: how many images that cannot be read may be left out.
+        report: called with images of earlier runs, of this run, and in all.
+        relist: whether the source of a finished data set is compared with it.
 
     Returns:
-        What was made, and whether it was there before.
+        The manifest, and whether the data set was there before.
 
     Raises:
-        UserError: a source that is unfit, a folder of something else, a full disk.
+        UserError: an unfit source, a folder of other files, a full disk.
         WorkerLost: a process was killed.
     """
     if (folder / MANIFEST).exists():
@@ -108,7 +108,7 @@ def prepare(
         return manifest, True
     refuse_name(folder.resolve().name, shown(str(folder)), "prepare the data in another folder")
     _check_place(folder, request.source.path)
-    # webdataset takes torch along, which a finished folder and a wrong setting need not wait for.
+    # webdataset imports torch, which a finished folder or a wrong setting need not wait for.
     from diffusion_pl.data.write_shards import Job, finish, read_written, write_shard
 
     kind, originals = open_originals(request.source, request.recipe.descending)
@@ -119,7 +119,7 @@ def prepare(
     )
     settings = request.settings() | {"name": request.name or originals.name}
     settings["source"] |= {"kind": kind} | source_state(originals)
-    # As folders that were begun before there was a choice have it.
+    # Folders begun before there was a choice of channels lack the key.
     begun = {k: v for k, v in settings.items() if (k, v) != ("channels", 3)}
     if request.recipe.filter in CHANGED:
         begun |= {"recipe": STEPS}
@@ -144,11 +144,7 @@ def prepare(
 
 
 def _check_written(job: Job, before: Sequence[tuple[int, Written | None]]) -> None:
-    """See that finished shards are of what the source holds now.
-
-    Raises:
-        UserError: an image was replaced since.
-    """
+    """Raise UserError if an image of a finished shard was replaced in the source since."""
     for number, shard in before:
         if shard is None:
             continue
@@ -158,17 +154,13 @@ def _check_written(job: Job, before: Sequence[tuple[int, Written | None]]) -> No
             row = shard.rows[kept.index(index)]
             if not is_as_made(job.originals, job.recipe, index, row):
                 raise UserError(
-                    f"{job.folder}: holds another data set: of the source's images that are made "
-                    f"already one at least, number {index}, is another now; name another folder"
+                    f"{job.folder}: holds another data set: image {index} of the source, which is "
+                    f"prepared already, is another now; name another folder"
                 )
 
 
 def _check_place(folder: Path, source: str) -> None:
-    """Refuse a folder that holds anything but a data set that was begun.
-
-    Raises:
-        UserError: as said.
-    """
+    """Raise UserError for a folder of other files, or one inside the source."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder to prepare the data in")
     if source != "synthetic" and Path(source).is_dir():
@@ -183,11 +175,7 @@ def _check_place(folder: Path, source: str) -> None:
 
 
 def _refuse_difference(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to mix data sets.
-
-    Raises:
-        UserError: naming the settings that differ.
-    """
+    """Raise UserError, naming the settings that differ, unless they are those wanted."""
     differ = []
     for key, value in _flat(wanted):
         node: Any = there
@@ -217,10 +205,10 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]
 
 @contextmanager
 def _claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Hold a folder for one run, begun by these settings.
+    """Lock a folder for one run with these settings.
 
     Raises:
-        UserError: another run holds it, it was begun with other settings, or it cannot be written.
+        UserError: locked by another run, begun with other settings, or not writable.
     """
     progress = folder / PROGRESS
     noted = progress / _SETTINGS
@@ -242,7 +230,7 @@ def _claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what was being written when a run ended; earlier versions wrote `.part`."""
+    """Remove unfinished files of a run that was killed; earlier versions wrote `.part`."""
     for place in (folder, folder / SHARDS, folder / PROGRESS):
         for part in (*place.glob(".*.tmp"), *place.glob("*.part")):
             part.unlink()

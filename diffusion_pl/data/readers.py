@@ -1,10 +1,10 @@
-"""Processes that read batches ahead and hand them over through memory of their own.
+"""Processes that read batches ahead and hand them over through shared memory.
 
-A reader shares memory for a few batches with the process that trains, and a line: a batch's layout
-goes one way along it when the batch is in its place, a word that the place is free again the other
-way. torch's DataLoader makes and maps a file for every tensor instead, which for small images costs
-several times the reading (benchmarks/data.py), and does not notice a reader that stands still while
-it hands one over.
+A reader shares memory for a few batches, and a pipe, with the training process: it sends the layout
+of a batch when the batch is in memory, and receives None when that memory is free again. torch's
+DataLoader makes and maps a file for every tensor instead, which for small images takes several
+times as long as reading them (benchmarks/data.py), and does not notice a reader that hangs while it
+hands one over.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from diffusion_pl.signals import SIGNALS, end_with
 
 AHEAD = 2  # batches that a reader has ready
 
-_LINE = 64  # bytes that tensors begin at multiples of
-_SECONDS_TO_LEAVE = 2.0  # for a reader that is told, before it is killed
+_LINE = 64  # bytes; tensors are aligned to it
+_SECONDS_TO_LEAVE = 2.0  # for a reader to end by itself, before it is killed
 
 # Where in the memory each tensor of a batch lies: dtype, shape, first byte.
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
@@ -41,23 +41,23 @@ class ReaderLostError(RuntimeError):
 
 
 class Steps(Protocol):
-    """A run as a map from a step to its batch, as `Loader` is."""
+    """A map from a step to its batch, such as `Loader`."""
 
     @property
     def most_bytes(self) -> int:
-        """No batch takes more."""
+        """Upper bound of a batch's bytes."""
 
     def __getitem__(self, step: int, /) -> Mapping[str, Tensor]: ...
 
 
 class Reader:
-    """One process that reads some steps in order.
+    """A process that reads some steps in order.
 
-    Forked, so that it shares what is open and in memory; it ends with the process that made it.
+    Forked, so that it shares open files and memory; it ends with its parent.
 
     Args:
-        batches: the run.
-        steps: those that it reads.
+        batches: of the run.
+        steps: to read.
     """
 
     def __init__(self, batches: Steps, steps: range) -> None:
@@ -73,20 +73,20 @@ class Reader:
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
         theirs.close()
-        # It takes no signals but the last, which this process's own end would not send it.
+        # It ignores the signals that stop a run, so it is killed.
         self._kill = weakref.finalize(self, self._process.kill)
 
     def next(self, limit: float, pin: bool = False) -> dict[str, Tensor]:
-        """The batch of the next of its steps.
+        """The next batch.
 
         Args:
             limit: seconds to wait for it.
             pin: into page-locked memory.
 
         Raises:
-            ReaderLostError: it was killed, or gave nothing for so long.
-            UserError: what it found wrong with the data.
-            RuntimeError: any other error of it, with its traceback.
+            ReaderLostError: the process was killed, or gave nothing for so long.
+            UserError: damaged data.
+            RuntimeError: any other error in the process, with its traceback.
         """
         if not self._line.poll(limit):
             raise ReaderLostError(f"it gave nothing for {limit:g} s (trainer.read_timeout)")
@@ -98,13 +98,13 @@ class Reader:
         if isinstance(answer, Exception):
             raise answer
         batch = {name: self._copy(place, pin) for name, place in answer.items()}
-        with contextlib.suppress(ConnectionError):  # it is done, or the next batch will tell
+        with contextlib.suppress(ConnectionError):  # it has ended: noticed with the next batch
             self._line.send(None)
         return batch
 
     def end(self) -> None:
         """End the process; safe to call twice."""
-        self._line.close()  # which it notices between two batches
+        self._line.close()  # it ends between two batches
         self._process.join(_SECONDS_TO_LEAVE)
         self._kill()
         self._process.join()
@@ -131,20 +131,20 @@ def _read(
     """Read the steps, in a process of its own."""
     end_with(parent)
     line, theirs = lines
-    theirs.close()  # or nobody could tell that they have closed it
-    for number in SIGNALS:  # for the run, which still needs batches until it stops
+    theirs.close()  # or closing the other end would go unnoticed
+    for number in SIGNALS:  # the run still needs batches until it stops
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, ConnectionError):  # nobody wants them any more
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has closed the pipe
         for count, step in enumerate(steps):
             try:
                 batch = batches[step]
             except Exception as error:
-                known = isinstance(error, UserError)  # else a bug, whose place is to be seen
+                known = isinstance(error, UserError)  # else a bug: keep its traceback
                 line.send(UserError(str(error)) if known else RuntimeError(traceback.format_exc()))
                 return
             if count >= AHEAD:
-                line.recv()  # a place has become free
+                line.recv()  # memory of an earlier batch is free
             line.send(_put(batch, memory, count % AHEAD * room))
 
 

@@ -1,4 +1,4 @@
-"""How an original becomes the members of a shard: squares by a named filter, encoded by name."""
+"""How an original becomes the members of a shard: square crop, filter and encoding."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from diffusion_pl.data.shard_format import ENDINGS, LARGEST_RESOLUTION
 from diffusion_pl.data.sources.base import Original, Pixels
 from diffusion_pl.errors import UserError
 
-# Raised when the same settings come to give other pixels. 2: box-bicubic is ADM's.
+# Increased when the same settings give other pixels. 2: box-bicubic is that of ADM.
 STEPS = "2"
-CHANGED = frozenset({"box-bicubic"})  # filters whose pixels step 1 made otherwise
+CHANGED = frozenset({"box-bicubic"})  # filters that gave other pixels in version 1
 
 FITS = ("crop", "pad", "exact")
 
@@ -43,13 +43,13 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is made of every original.
+    """How every original is prepared.
 
     Args:
-        resolutions: sides in pixels; each is made from the original itself.
+        resolutions: sides in pixels; each is resized from the original itself.
         filter: a name of `reduce.FILTERS`.
         fit: crop to the central square, pad with white, or exact: squares of the largest side.
-        encoding: png, webp, raw, or jpeg, which alone loses something.
+        encoding: png, webp, raw, or jpeg, the only lossy one.
         shard_images: originals a shard.
         channels: 3 for RGB, 1 for grey, 4 for RGB and a fourth, such as alpha.
 
@@ -89,7 +89,7 @@ class Recipe:
         return sorted(self.resolutions, reverse=True)
 
     def side_of(self, size: Sequence[int]) -> int:
-        """The side in pixels of an original that becomes the square's, of [width, height]."""
+        """The side of an original [width, height] that becomes that of the square."""
         return max(size) if self.fit == "pad" else min(size)
 
     def squares(
@@ -99,8 +99,8 @@ class Recipe:
 
         Args:
             original: of a source.
-            where: names it in a complaint.
-            depths: takes note of an image of 16 bits.
+            where: names it in error messages.
+            depths: counts 16-bit images.
 
         Returns:
             Pixels uint8 (channels, R, R) by R, descending, and [width, height] of the original.
@@ -129,16 +129,12 @@ class Recipe:
         return found, size
 
     def _of_pixels(self, pixels: Pixels) -> list[Image.Image]:
-        """RGB pixels (3, H, W) as the images that carry our channels."""
+        """RGB pixels (3, H, W) as the RGB images of `planes`."""
         image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
         return planes_of(image, self.channels)
 
     def encoded(self, pixels: Pixels) -> tuple[bytes, Pixels]:
-        """A square's bytes as a member of the shard, and the pixels that come back out of them.
-
-        Args:
-            pixels: uint8 (channels, R, R).
-        """
+        """Encode pixels uint8 (channels, R, R); also returns the pixels as they decode again."""
         if self.encoding == "raw":
             return raw_header(pixels.shape) + pixels.tobytes(), pixels
         name, options = _OPTIONS[self.encoding]
@@ -156,7 +152,7 @@ class Recipe:
 
 
 def versions() -> dict[str, str]:
-    """Of what decodes, resizes and encodes; other ones may give other bytes."""
+    """Versions of the libraries that decode, resize and encode; others may give other bytes."""
     libraries = {name: features.version(name) or "none" for name in ("jpg", "zlib", "webp")}
     numbers = {"pillow": PIL.__version__, "numpy": np.__version__, **libraries}
     return numbers | {"recipe": STEPS}

@@ -21,14 +21,14 @@ from diffusion_pl.data.sources.open import open_originals
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import last_change, regular
 
-# Names are read out of the shards, a header an image: seconds for so many.
+# Names are read from the shards, a header per image: seconds for so many.
 _MOST_NAMED = 100_000
-# Images that are made again to be held against what was made of them: half a minute of large ones.
+# Images that are prepared again to compare them: half a minute for large ones.
 _MOST_MADE = 2_000
 
 
 def source_state(originals: Originals) -> dict[str, Any]:
-    """What a manifest keeps of a source, to hold it against later."""
+    """What a manifest keeps of a source, to compare the source with later."""
     states = originals.states
     kept = {"originals": originals.count, "listing": originals.listing}
     return kept | ({} if states is None else {"states": digest_of(states)})
@@ -37,13 +37,7 @@ def source_state(originals: Originals) -> dict[str, Any]:
 def check_unchanged(
     manifest: Manifest, spec: SourceSpec, recipe: Recipe, folder: Path
 ) -> str | None:
-    """List the source again and hold it against what was prepared.
-
-    Args:
-        manifest: of the data set.
-        spec: its source.
-        recipe: what was made of each image.
-        folder: the data set's.
+    """Compare a data set with its source as it is now.
 
     Returns:
         A note where not all of the source could be compared; None where it is the same.
@@ -74,7 +68,7 @@ def check_unchanged(
 def _contents(
     manifest: Manifest, originals: Originals, recipe: Recipe, folder: Path
 ) -> tuple[str, str | None]:
-    """What differs though the names are the same, "" for nothing; and a note."""
+    """What differs though the names are the same ("" for nothing), and a note."""
     rows = open_index(folder, manifest)
     kept = [i for i in range(originals.count) if key_of(i) not in manifest.skipped]
     if len(kept) != len(rows):  # not of this source, whatever its listing says
@@ -109,13 +103,13 @@ def _contents(
 
 
 def written_since(originals: Originals, since: Mapping[int, int]) -> list[int]:
-    """Images whose file was written or replaced after a time, ns, that is given for each."""
+    """The images whose file changed after the time (ns) given for each."""
     changed = originals.changed
     return [] if changed is None else [i for i, time in since.items() if changed[i] > time]
 
 
 def is_as_made(originals: Originals, recipe: Recipe, index: int, row: npt.NDArray[np.void]) -> bool:
-    """Whether an image makes again what a row of the index was noted for."""
+    """Whether preparing an image again gives the bytes that a row of the index states."""
     try:
         original = originals.reader.read(index)
         squares, _ = recipe.squares(original, where=original.name)

@@ -1,4 +1,4 @@
-"""What a prepared data set looks like on disk: names, index rows and `dataset.json`.
+"""The format of a prepared data set: file names, index rows and `dataset.json`.
 
     DEST/shards/000000.tar   up to `shard_images` consecutive originals in the source's order, fewer
                              where broken ones were left out (then even none); a standard WebDataset
@@ -88,10 +88,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `dataset.json` says.
+    """The content of `dataset.json`.
 
     Args:
-        name: names the set wherever a number measured on it is printed.
+        name: printed with every number measured on the set.
         count: images.
         classes: number of classes, 0 when unlabelled.
         class_names: in order, or None where the source has none.
@@ -106,12 +106,12 @@ class Manifest:
         shards: in the order of the index.
         fingerprints: of the decoded images by resolution, as of `Images`.
         index_sha256: of index.npy, hex.
-        skipped: complaints about the originals that were left out, by key.
-        versions: of what decoded, resized and encoded them.
-        notes: what the user should know of the images; None: nothing.
+        skipped: errors of the originals that were left out, by key.
+        versions: of the libraries that decoded, resized and encoded them.
+        notes: for the user; None for none.
         class_counts: images of each class in order, None when unlabelled.
-        labels_from: what of the source the labels are, in words.
-        unread: members, columns or files of the source that nobody reads, by kind.
+        labels_from: what the labels were read from, in words.
+        unread: how many members, columns or files of the source were not read, by kind.
     """
 
     name: str
@@ -186,7 +186,7 @@ class Manifest:
         return manifest
 
     def _problem(self) -> str | None:
-        """What is no number, contradicts itself or would lead outside the folder."""
+        """The first value that is of a wrong type, inconsistent, or leads outside the folder."""
         numbers = {"count": self.count, "classes": self.classes, "shard_images": self.shard_images}
         for shard in self.shards:
             numbers |= {
@@ -217,7 +217,7 @@ class Manifest:
             return "class_counts must be a list of numbers"
         digests = [self.index_sha256, *self.fingerprints.values(), *(s.sha256 for s in self.shards)]
         if not all(_HEX.fullmatch(digest) for digest in digests):
-            return "a digest that is none"
+            return "a digest that is not 64 hex digits"
         for shard in self.shards:
             parts = PurePosixPath(shard.file).parts
             if parts[:1] != (SHARDS,) or len(parts) != 2 or ".." in parts or "\\" in shard.file:

@@ -1,4 +1,4 @@
-"""Images out of prepared shards: members of tars, read by their place in the index."""
+"""Images of prepared shards: members of tars, read at the offsets in the index."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TAR_BLOCK = 512
 
 
 class BrokenImage(UserError):
-    """A member that is not the image which the index announces."""
+    """A member that is not the image that the index states."""
 
 
 @dataclass
@@ -39,9 +39,9 @@ class ShardImages(ImageDataset):
         folder: where the index lies.
         side: in pixels, one of the manifest's resolutions.
         window: shards to shuffle together; 0: all.
-        skip_broken: how many broken images to replace by the next good one of the same label; a
-            number of this process, which sees its share of the images.
-        labels: int64 (N,), as `Shards` has checked them.
+        skip_broken: how many broken images this process may replace, each by the next good one of
+            the same label.
+        labels: int64 (N,), checked by `Shards`.
         decoded: all images, uint8 (N, C, R, R), where they are held in memory.
     """
 
@@ -118,7 +118,7 @@ class ShardImages(ImageDataset):
     def _again_if_damaged(
         self, image: npt.NDArray[np.uint8], number: int, offset: int, length: int, crc: int
     ) -> None:
-        """Read an image; a second time where its shard in the cache was not what had come."""
+        """Read an image; again where its shard in the cache was damaged and is fetched anew."""
         try:
             self._read(image, number, offset, length, crc)
         except ValueError:  # broken, or the disk cannot read it any more
@@ -152,7 +152,7 @@ class ShardImages(ImageDataset):
             raise self._complaint(number, offset, str(error)) from error
 
     def _complaint(self, number: int, offset: int, problem: str) -> BrokenImage:
-        """Name the member as the tar does, in the block before its contents."""
+        """The error, with the member's name from the tar header before its contents."""
         block = bytearray(_TAR_BLOCK)
         self.tars.read(number, [block], max(0, offset - _TAR_BLOCK))
         name = bytes(block[:100]).split(b"\0")[0].decode("ascii", "replace")

@@ -1,7 +1,6 @@
-"""Processes that write shards side by side, each one shard at a time.
+"""Processes that write shards in parallel.
 
-A worker ends with its parent, however that ends; those of concurrent.futures outlive one that was
-killed, and wait for ever.
+A worker ends with its parent; those of concurrent.futures outlive a parent that was killed.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from typing import Any
 from diffusion_pl.errors import UserError
 from diffusion_pl.signals import end_with
 
-# Writes the shard of a number; told whom to tell of an original left out, and of each done.
+# Writes a shard: (number, call for an original left out, call after each original).
 Write = Callable[[int, Callable[[str], None], Callable[[], None]], None]
 
 _SECONDS_BETWEEN_REPORTS = 0.2
 
 
 class WorkerLost(Exception):
-    """A process that ended without a word, as the system ends one when memory runs out."""
+    """A process that was killed, as the system does when memory runs out."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What all processes count together.
+    """Counters shared by all processes.
 
     Args:
-        done: originals that this run has been through.
-        skipped: originals left out, those of earlier runs included.
-        next: place in the list of shards of the one to be written next.
-        allowed: how many may be left out.
-        parent: the process that all of them belong to.
+        done: originals of this run.
+        skipped: originals left out, including those of earlier runs.
+        next: index in the list of shards of the next one to write.
+        allowed: how many originals may be left out.
+        parent: process id.
     """
 
     done: Any
@@ -73,7 +72,7 @@ class Tally:
 
 
 def too_many(complaint: str, count: int, allowed: int) -> str:
-    """What to say of a broken original that is not skipped."""
+    """The error for a broken original that may not be skipped."""
     if allowed:
         return f"{complaint}; it is broken image {count} of {allowed} that --skip-broken allows"
     return f"{complaint}; pass over such images by --skip-broken N, or remove it"
@@ -96,13 +95,13 @@ def write_all(
         workers: processes.
         skipped: originals that earlier runs left out.
         allowed: how many may be left out in all.
-        report: told some times a second how many originals this run has been through.
+        report: called a few times a second with the number of originals done in this run.
 
     Raises:
-        UserError: whatever is wrong with an original, or the disk is full.
+        UserError: an unreadable original, or a full disk.
         WorkerLost: a process was killed.
     """
-    # A fork shares what is open and in memory; where there is none, everything is sent over.
+    # A fork shares open files and memory; without it everything is pickled.
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
     tally = Tally(
@@ -134,7 +133,7 @@ def write_all(
 
 
 def _judge(process: BaseProcess, words: Connection) -> None:
-    """Pass on what an ended process complained of."""
+    """Raise the error of a process that has ended, if any."""
     process.join()
     try:
         complaint = words.recv() if words.poll() else None

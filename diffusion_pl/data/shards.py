@@ -1,4 +1,4 @@
-"""Prepared shards, in a folder or at an address: what `prepare` has written."""
+"""Data sets that `prepare` has written, in a folder or at an address."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _SETS = "sets"
 
 @dataclass(frozen=True)
 class Shards:
-    """A prepared data set; of each step only the resolution it trains at is read.
+    """A prepared data set; a step reads only the resolution it trains at.
 
     Args:
-        path: the folder that `prepare` made, or an address of one that fsspec knows, such as
-            s3://bucket/cats; its shards are then fetched when they are needed.
+        path: the folder that `prepare` made, or its address, such as s3://bucket/cats (any that
+            fsspec knows); remote shards are fetched when they are needed.
         resolution: side in pixels of the full frame; one that was prepared.
-        channels: colour channels, known without the data.
-        cache: `disk` reads an image's bytes when it is wanted; `memory` decodes all on opening.
-        cache_folder: where remote shards are kept.
-        cache_bytes: how many bytes of them at most, over all processes of the machine.
-        window: shards shuffled together, 0 all; remote, so many are on the disk at a time.
-        skip_broken: how many broken images a process may replace, each by the next good one of its
-            label, before it stops.
-        made_of: what to prepare at `path` first, if nothing is there; None: `path` is there.
+        channels: colour channels: 1, 3 or 4.
+        cache: `disk` reads an image when it is needed; `memory` decodes all on opening.
+        cache_folder: for remote shards.
+        cache_bytes: most bytes in it, over all processes of the machine.
+        window: shards shuffled together, 0: all; of a remote set so many are on the disk.
+        skip_broken: how many broken images a process may replace, each by the next good one of the
+            same label.
+        made_of: what to prepare at `path` if nothing is there; None: `path` must be there.
     """
 
     path: str
@@ -62,7 +62,7 @@ class Shards:
     made_of: Request | None = None
 
     def prepare(self) -> None:
-        """Prepare what is to be made, check the data's description, fetch remote data's index.
+        """Prepare `made_of`, check `dataset.json`, and fetch the index of a remote set.
 
         Raises:
             UserError: not prepared, unfinished, of another format, or without what is asked for.
@@ -100,7 +100,7 @@ class Shards:
         return images
 
     def _described(self) -> tuple[Path, Manifest]:
-        """The folder of the index, and what `dataset.json` says, checked against the settings."""
+        """The folder of the index, and the manifest, checked against the settings."""
         if self.cache not in ("disk", "memory"):
             raise UserError(f"data.dataset.cache is disk or memory (got {self.cache!r})")
         for name, value in (("window", self.window), ("skip_broken", self.skip_broken)):
@@ -127,7 +127,7 @@ class Shards:
         return folder, Manifest.read(folder)
 
     def _remote(self) -> tuple[Path, Manifest]:
-        """Fetch `dataset.json` and the index; the first anew each time, since it may change."""
+        """Fetch `dataset.json`, each time, since it may change, and the index."""
         address = self.path.rstrip("/")
         text = remote.read(f"{address}/{MANIFEST}", LARGEST_MANIFEST)
         if text is None:
@@ -159,11 +159,7 @@ class Shards:
             )
 
     def check_resolution(self, manifest: Manifest, resolution: int) -> None:
-        """See that images were prepared at a resolution.
-
-        Raises:
-            UserError: they were not.
-        """
+        """Raise UserError unless images were prepared at a resolution."""
         if resolution not in manifest.resolutions:
             there = ", ".join(map(str, manifest.resolutions))
             raise UserError(
@@ -172,7 +168,7 @@ class Shards:
             )
 
     def _check_index(self, images: ShardImages, manifest: Manifest) -> torch.Tensor | None:
-        """Whether the index and local shards are those described; the labels."""
+        """Check the index and the sizes of local shards against the manifest; return the labels."""
         index = images.folder / INDEX
         images.index  # noqa: B018 - an absent or foreign index is told first
         if sha256_of(index) != manifest.index_sha256:
@@ -191,7 +187,7 @@ class Shards:
         return torch.from_numpy(labels)
 
     def _decoded(self, images: ShardImages) -> torch.Tensor:
-        """Decode everything, and hold its fingerprint against the stated one."""
+        """Decode all images, and check their fingerprint."""
         needed = len(images) * images.channels * images.resolution**2
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > there:
@@ -199,12 +195,7 @@ class Shards:
                 f"{self.path}: {needed / 2**30:.0f} GiB decoded do not fit in the "
                 f"{there / 2**30:.0f} GiB of memory; set data.dataset.cache=disk"
             )
-        loaded = load(
-            images.name,
-            images,
-            images.labels,
-            limit=needed,
-        )
+        loaded = load(images.name, images, images.labels, limit=needed)
         if loaded.fingerprint != images.fingerprint and not images.broken:
             raise UserError(
                 f"{self.path}: the images at {images.resolution} px decode to others than were "

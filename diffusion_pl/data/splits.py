@@ -1,6 +1,6 @@
-"""Words that name a part of a data set: `train`, `val`, `test`, and how folders and files put them.
+"""Names of splits, such as `train`, `val` and `test`, in the names of folders and files.
 
-A part is never a class, and parts are never joined but where the user says `all`.
+A split is never a class, and splits are joined only where the user says `all`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SPLITS = {
 }
 _SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
 
-# `train`, and as it is often put: `training_set`, `train2017`, `images-val`, `test_images`.
+# `train` and its usual forms: `training_set`, `train2017`, `images-val`, `test_images`.
 _PUT = re.compile(
     r"(?:(?:images?|imgs?|data)[-_ ]?)?"
     rf"({'|'.join(sorted(_SPLIT_OF, key=len, reverse=True))})"
@@ -40,7 +40,7 @@ def split_of(word: str) -> str | None:
 
 
 def is_split(word: str, split: str) -> bool:
-    """Whether a word names the split that was asked for, in whatever way."""
+    """Whether a word names a split, in any of its forms."""
     known = split_of(split)
     return word.lower() == split.lower() or (known is not None and split_of(word) == known)
 
@@ -71,7 +71,7 @@ def files_of_split(files: Sequence[Path], split: str | None) -> list[Path]:
 
 
 def _first(file: Path) -> str:
-    """The word of a file's name that names a split, or what it begins with; "" for neither."""
+    """The word in a file's name that names a split, or NAME of NAME-0-of-9; "" for neither."""
     stem = file.name.partition(".")[0]
     words = (stem, *re.split(r"[^A-Za-z]+", stem))
     # Tables are named after their splits, whatever these are called: NAME-00000-of-00010.

@@ -26,7 +26,7 @@ _POINTS = 2**19
 
 
 def render(scenes: Latents, resolution: int) -> npt.NDArray[np.uint8]:
-    """Draw scenes at a resolution; how they are grouped in calls does not change a byte.
+    """Render scenes at a resolution; the bytes do not depend on how scenes are grouped in calls.
 
     Args:
         scenes: n scenes.
@@ -48,7 +48,7 @@ def render(scenes: Latents, resolution: int) -> npt.NDArray[np.uint8]:
 def _draw(scenes: Latents, resolution: int, fine: int) -> npt.NDArray[np.uint8]:
     """Composite shape over ground and average `fine` x `fine` points to a pixel.
 
-    Colours are constant over a scene, so the average of the picture is linear in the averages of
+    Colours are constant over a scene, so the average of the image is linear in the averages of
     three maps: the shape's cover, its cover times shade, and the ground's mix where uncovered.
     """
     side = resolution * fine
@@ -59,8 +59,8 @@ def _draw(scenes: Latents, resolution: int, fine: int) -> npt.NDArray[np.uint8]:
     near, far, colour = (
         values[:, :, None, None] for values in (scenes.near, scenes.far, scenes.colour)
     )
-    picture = near * (1.0 - cover) + (far - near) * mix + colour * shade
-    return np.clip(picture * 255.0 + 0.5, 0.0, 255.0).astype(np.uint8)
+    image = near * (1.0 - cover) + (far - near) * mix + colour * shade
+    return np.clip(image * 255.0 + 0.5, 0.0, 255.0).astype(np.uint8)
 
 
 def _average(values: Array, fine: int) -> Array:
@@ -95,7 +95,7 @@ def _foreground(scenes: Latents, axis: Array) -> tuple[Array, Array]:
 
 
 def _background(scenes: Latents, axis: Array) -> Array:
-    """How far the ground has gone from `near` to `far`: (n, side, side) in [0, 1]."""
+    """The mix of the colours `near` (0) and `far` (1): (n, side, side) in [0, 1]."""
     mix = np.zeros((len(scenes), len(axis), len(axis)), dtype=np.float32)
     for kind, name in enumerate(GROUNDS):
         rows = np.flatnonzero(scenes.ground == kind)
@@ -142,7 +142,7 @@ def _wave(periods: Array) -> Array:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """Scenes as a store: an image is drawn when it is read."""
+    """Scenes as a store: an image is rendered when it is read."""
 
     scenes: Latents
     resolution: int
@@ -204,7 +204,7 @@ class Synthetic:
                 )
 
     def open(self, resolution: int | None = None) -> Images:
-        """Draw the images, into memory where they fit, else on each reading.
+        """Render the images into memory where they fit, else whenever they are read.
 
         Args:
             resolution: side in pixels, its own when not given.

@@ -1,4 +1,4 @@
-"""The shards of a data set as files, here or at an address, read by offset."""
+"""The shards of a data set as open files, local or in the cache, read by offset."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.io.cache import Cache
 from diffusion_pl.io.files import regular
 
-# Files a process keeps open for one resolution at least; a thousand is a common limit for all of
-# it, which is raised, as far as the system lets it be, where there are more shards.
+# Files that a process may keep open for one resolution; more where the system's limit, commonly
+# 1,024 a process, can be raised.
 OPEN_FILES = 128
 
 _PARTS = 8  # of the limit, one for a resolution
@@ -27,8 +27,10 @@ _CONNECTIONS = 8
 
 
 class _Descriptor:
-    """An open file, closed when nobody reads it any more: threads may still do so when it is
-    dropped. A fork shares it safely, since reads name their offset."""
+    """An open file, closed with its last reference: a thread may still read it when it is dropped.
+
+    A fork can share it, since every read names its offset.
+    """
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -58,11 +60,11 @@ class Tars:
         return self.__dict__ | {"_open": OrderedDict(), "_most": None}
 
     def name(self, number: int) -> str:
-        """A shard as a complaint names it."""
+        """A shard's path or address, for messages."""
         return f"{self.where.rstrip('/')}/{self.manifest.shards[number].file}"
 
     def fetch(self, numbers: list[int]) -> None:
-        """Have remote shards on the disk, several at a time."""
+        """Fetch remote shards that are not in the cache, several at a time."""
         cache = self.cache
         if cache is None:
             return
@@ -73,12 +75,12 @@ class Tars:
             list(pool.map(self._path, missing))
 
     def read(self, number: int, buffers: list[Any], offset: int) -> int:
-        """Fill writable buffers, one after the other, from a shard; how many bytes there were.
+        """Fill writable buffers, one after the other, from a shard; returns the bytes read.
 
         Raises:
             UserError: the file cannot be read.
         """
-        if offset > self.manifest.shards[number].bytes:  # perhaps more than the system counts to
+        if offset > self.manifest.shards[number].bytes:  # may exceed what the system accepts
             return 0
         try:
             return os.preadv(self._descriptor(number).number, buffers, offset)
@@ -98,7 +100,7 @@ class Tars:
                 if self.cache is None:
                     raise
             except OSError as error:
-                # Others of this process have opened more than was thought.
+                # Other parts of this process have many files open.
                 if error.errno != errno.EMFILE or not self._open:
                     raise
                 self._most = max(1, len(self._open) // 2)
@@ -115,11 +117,7 @@ class Tars:
             self._open.popitem(last=False)
 
     def renew(self, number: int) -> bool:
-        """Have a shard of the cache that is damaged, or was fetched anew, read from anew.
-
-        Returns:
-            Whether what is read next may be other than what was.
-        """
+        """Drop a damaged shard from the cache; whether the next read may give other bytes."""
         if self.cache is None:
             return False
         name, _ = self._cached(number)
@@ -133,7 +131,7 @@ class Tars:
             return True
 
     def _drop_removed(self) -> None:
-        """Close what was removed from the cache, which takes its room until then."""
+        """Close files removed from the cache, which take up space until then."""
         for number, descriptor in list(self._open.items()):
             if os.fstat(descriptor.number).st_nlink == 0:
                 self._open.pop(number, None)
@@ -150,7 +148,7 @@ class Tars:
 
 
 def _allowed(more: int) -> int:
-    """How many files more this process may have open, of so many that it could use."""
+    """How many more files this process may open, of `more` that it could use."""
     if more <= 0:
         return 0
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,8 +1,7 @@
-"""Whether a prepared data set is, byte for byte, what `prepare` has written.
+"""Check that a prepared data set is, byte for byte, what `prepare` wrote.
 
-Reading checks every image that it takes by its check sum, so no damage is trained on. What is not
-read, such as the names and labels in the tars that other readers go by, only the digest of the
-whole file tells.
+Training checks every image by its check sum. Names and labels in the tars, which other readers use,
+are covered only by the digest of the whole file.
 """
 
 from __future__ import annotations
@@ -18,16 +17,10 @@ _AGAIN = "fetch or prepare the data again"
 
 
 def verify(folder: Path) -> Manifest:
-    """Read every file of a prepared set and hold it against its digest.
-
-    Args:
-        folder: the data set's.
-
-    Returns:
-        What `dataset.json` says; all of it is so.
+    """Compare every file of a prepared data set with its digest.
 
     Raises:
-        UserError: a line for each file that is damaged, missing or not the set's.
+        UserError: a line for each file that is damaged, missing or not of the set.
     """
     manifest = Manifest.read(folder)
     problems = list(_problems(folder, manifest))

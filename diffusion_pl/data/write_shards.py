@@ -1,8 +1,8 @@
-"""Write prepared shards: one tar whole or not at all, and from all of them the index.
+"""Write the shards of a data set, each whole or not at all, then the index.
 
-A shard lies under its name only when all of it is on the disk; beside it, in `.progress`, lie its
-rows of the index until the last shard is there. What a shard holds depends on the originals and the
-recipe alone, so a run that was killed is finished by the same command to the same bytes.
+A shard gets its name when all of it is on the disk; its rows of the index lie in `.progress` until
+the last shard is written. A shard depends only on the originals and the recipe, so the same command
+finishes a killed run to the same bytes.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from diffusion_pl.data.sources.base import Originals
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import aside, regular, write_atomically
 
-# By default the library runs what pickled members and `pipe:` addresses ask for; ours reads nothing
-# through it, and whoever does so beside us shall not either.
+# By default webdataset executes pickled members and `pipe:` addresses. We read nothing with it, and
+# other code in this process shall not execute them either.
 webdataset.utils.enforce_security = True
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a shard depends on, and where it goes.
+    """Everything that a shard depends on.
 
     Args:
-        folder: the data set's.
+        folder: of the data set.
         originals: of the source.
-        recipe: what is made of them.
-        where: names the source in complaints.
+        recipe: resolutions, filter and encoding.
+        where: names the source in error messages.
     """
 
     folder: Path
@@ -65,26 +65,26 @@ class Job:
 
     @property
     def shards(self) -> int:
-        """How many there will be."""
+        """Number of shards."""
         return -(-self.originals.count // self.recipe.shard_images)
 
     def images(self, number: int) -> range:
-        """Places of the originals of a shard."""
+        """Indices of the originals of a shard."""
         first = number * self.recipe.shard_images
         return range(first, min(first + self.recipe.shard_images, self.originals.count))
 
 
 @dataclass(frozen=True)
 class Written:
-    """What is known of a finished shard.
+    """The record of a finished shard.
 
     Args:
         shard: its entry in the manifest.
         rows: its rows of the index.
-        digests: uint8 (images, resolutions, 32), of the pixels.
-        skipped: complaints about the originals that were left out, by key.
-        depths: of its 16-bit originals.
-        enlarged: sides in pixels of the originals that were smaller than the largest resolution.
+        digests: uint8 (images, resolutions, 32), sha256 of the pixels.
+        skipped: errors of the originals that were left out, by key.
+        depths: range of its 16-bit originals.
+        enlarged: sides in pixels of originals smaller than the largest resolution.
     """
 
     shard: Shard
@@ -96,7 +96,7 @@ class Written:
 
 
 class _Hashed:
-    """A file that is written from front to back, with its digest."""
+    """A file that is hashed while it is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -112,12 +112,12 @@ class _Hashed:
 def write_shard(
     job: Job, number: int, skip: Callable[[str], None], advance: Callable[[], None]
 ) -> None:
-    """Make one shard, then note beside it what it holds.
+    """Write one shard, then its record.
 
     Args:
-        job: what to make.
+        job: of the data set.
         number: of the shard.
-        skip: told of each original that cannot be read; raises where that is one too many.
+        skip: called with the error of each original that cannot be read; raises if too many.
         advance: called after each original.
 
     Raises:
@@ -128,7 +128,7 @@ def write_shard(
     with aside(path) as part:
         with part.open("wb") as file:
             hashed = _Hashed(file)
-            # USTAR members of nobody at the beginning of time: the same bytes everywhere.
+            # No user, group or time: the same bytes everywhere.
             with TarWriter(hashed, encoder=False, user="", group="", mtime=0) as tar:
                 for sample in contents.samples(number):
                     tar.write(sample)
@@ -139,7 +139,7 @@ def write_shard(
 
 
 class _Contents:
-    """The samples of a shard, one at a time, and what the index has to say of them."""
+    """The samples of a shard, and their rows of the index."""
 
     def __init__(self, job: Job, skip: Callable[[str], None], advance: Callable[[], None]) -> None:
         self.job, self.skip, self.advance = job, skip, advance
@@ -151,7 +151,7 @@ class _Contents:
         self.enlarged: list[int] = []
 
     def samples(self, number: int) -> Iterator[dict[str, str | bytes]]:
-        """The originals of a shard as webdataset's writer takes them."""
+        """The originals of a shard as samples of webdataset's writer."""
         for index in self.job.images(number):
             sample = self._sample(number, index)
             if sample is not None:
@@ -189,7 +189,7 @@ class _Contents:
 
 
 def _locate(rows: npt.NDArray[np.void], tar: Path, keys: list[str], recipe: Recipe) -> None:
-    """Fill in where each image lies, as a reader of tars finds it."""
+    """Fill in the offset of each image in the tar."""
     places = {key: row for row, key in enumerate(keys)}
     sides = {f"{side}.{ENDINGS[recipe.encoding]}": side for side in recipe.resolutions}
     with tarfile.open(tar, "r:") as archive:
@@ -221,13 +221,13 @@ def _note(
 
 
 def read_written(job: Job, number: int) -> Written | None:
-    """A shard that an earlier run finished; None where there is none, or no whole one."""
+    """The record of a shard that an earlier run finished; None for an unfinished one."""
     try:
         with np.load(regular(_sidecar(job.folder, number)), allow_pickle=False) as noted:
             about: dict[str, Any] = json.loads(noted["about"].tobytes())
             rows, digests = noted["rows"], noted["digests"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None  # absent, or cut off by a power cut: made again
+        return None  # absent, or truncated by a power cut: written again
     shard = Shard(**about["shard"])
     path = job.folder / shard.file
     if not path.is_file() or path.stat().st_size != shard.bytes:
@@ -239,11 +239,11 @@ def read_written(job: Job, number: int) -> Written | None:
 
 
 def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
-    """Join what is known of all shards to the index and `dataset.json`.
+    """Write the index and `dataset.json` from the records of all shards.
 
     Args:
-        job: of which every shard is written.
-        settings: name, filter, fit and source as the manifest has them.
+        job: of the data set; every shard is written.
+        settings: name, filter, fit and source of the manifest.
 
     Raises:
         UserError: no image is left, or the disk is full.
@@ -298,12 +298,7 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
 
 
 def enlarged(sides: Sequence[int], wanted: int) -> str | None:
-    """What to say of originals that were smaller than they were wanted; None where none was.
-
-    Args:
-        sides: theirs, in pixels.
-        wanted: the largest resolution.
-    """
+    """A warning on originals of these sides (pixels), smaller than `wanted`; None for none."""
     if not sides:
         return None
     images = "1 image was" if len(sides) == 1 else f"{len(sides):,} images were"
