@@ -1,11 +1,11 @@
-"""What a user did wrong, told apart from what is wrong with the program."""
+"""Errors of the user, as opposed to bugs."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake that its reader can mend: where it is, what is wrong, what to do; one line each.
+    """A mistake that the user can correct, one line each: where it is, what is wrong, what to do.
 
-    The command line ends with it in a line and code 2. Every other exception is a bug, ours or one
-    in a class of the user's own, and keeps its traceback.
+    The command line prints it and exits with 2. Any other exception is a bug, ours or in a class of
+    the user, and keeps its traceback.
     """

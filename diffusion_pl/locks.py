@@ -1,14 +1,14 @@
-"""One writer at a time: a lock file that says who holds it; the dead one's is taken over.
+"""One writer at a time: a lock file that names its holder, taken over when the holder is dead.
 
-The file holds one line of JSON: the holder's host, process, when that began, its SLURM job. Its
-time of change is the holder's heartbeat. Whether a holder is alive is judged
+The file holds one line of JSON: the holder's host, process, start time and SLURM job. Its
+modification time is the holder's heartbeat. Whether a holder is alive is known
 
 - on the same machine by its process, at once;
-- by SLURM, at once: a job that was started again has ended where it was before;
-- elsewhere by its heartbeat: one that does not come for `DEAD_AFTER` seconds never will.
+- by SLURM, at once: a job that was restarted has ended where it ran before;
+- elsewhere by its heartbeat: it is dead after `DEAD_AFTER` seconds without one.
 
-A holder that comes back after its lock was taken over (a lost machine) finds another's name in the
-file and must write no more: see `Lock.check`. No clock of one machine is held against another's.
+A holder that comes back after its lock was taken over finds another name in the file and must stop
+writing: see `Lock.check`. Clocks of different machines are never compared.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from diffusion_pl.processes import began_at, is_running, place
 
 NAME = ".lock"  # of a run's folder
 BEAT = 10.0  # seconds between two heartbeats
-DEAD_AFTER = 60.0  # seconds without one, from when it is first looked at
+DEAD_AFTER = 60.0  # seconds without one, from the first look
 
-_GUARD_SECONDS = 5.0  # how long the file is waited for while another looks at it
-_SETTLE_SECONDS = 1.0  # where the file system has no locks: of two takers one sees the other
+_GUARD_SECONDS = 5.0  # to wait for the file while another process reads it
+_SETTLE_SECONDS = 1.0  # without flock: time for two processes that take it to see each other
 _MOST_BYTES = 4096
 
 
@@ -46,19 +46,18 @@ class LockLostError(Exception):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
+    """The holder of a lock.
 
     Args:
-        host: name of the machine, for people.
-        process: its number there.
-        began: when the process began, in the machine's ticks; 0 where that is not known.
-        place: the running system and the space of its process numbers, which no two machines and
-            no two containers share.
-        job: SLURM's number, "" outside.
-        restart: how often SLURM has started the job again.
-        doing: what for, in words.
-        token: of this lock alone.
-        path: of the lock file, from the root; "" where that is not known.
+        host: name of the machine, for messages.
+        process: id on that machine.
+        began: start time of the process in ticks since boot; 0 if not known.
+        place: machine and container, as of `processes.place`.
+        job: SLURM's job id, "" outside SLURM.
+        restart: how often SLURM has restarted the job.
+        doing: purpose, for messages.
+        token: unique to this lock.
+        path: absolute, of the lock file; "" if not known.
     """
 
     host: str
@@ -76,11 +75,7 @@ class Holder:
         return f"process {self.process} on {shown(self.host)}{job}"
 
     def is_dead(self, mine: Holder) -> bool | None:
-        """Whether this holder has ended; None where only its heartbeat can tell.
-
-        Args:
-            mine: who asks.
-        """
+        """Whether this holder has ended, as seen from `mine`; None: only its heartbeat can tell."""
         if self.job and self.job == mine.job and self.restart < mine.restart:
             return True
         if self.place == mine.place:
@@ -88,7 +83,7 @@ class Holder:
         return None
 
     def _is_copied(self, mine: Holder) -> bool:
-        """Whether this is a copy: the holder's own lock file lies elsewhere and is there."""
+        """Whether this lock file is a copy: the holder's own exists at another path."""
         if not self.path or not mine.path or self.path == mine.path:
             return False
         try:
@@ -101,12 +96,7 @@ class Holder:
 
 
 def this_process(doing: str, path: Path | None = None) -> Holder:
-    """This process as the holder of a new lock.
-
-    Args:
-        doing: what for.
-        path: the lock file.
-    """
+    """This process as the holder of a new lock."""
     restart = os.environ.get("SLURM_RESTART_COUNT", "")
     return Holder(
         host=socket.gethostname(),
@@ -135,7 +125,7 @@ class Lock:
         self._ended = threading.Event()
 
     def check(self) -> None:
-        """See that this process may still write; a lock file that somebody removed is made again.
+        """Check that this process may still write; a lock file that was removed is made again.
 
         Raises:
             LockLostError: another has taken the lock over.
@@ -152,7 +142,7 @@ class Lock:
             )
 
     def beat(self) -> None:
-        """Give signs of life until the lock is released; in a thread of its own."""
+        """Touch the lock file until the lock is released; runs in a thread."""
         while not self._ended.wait(BEAT):
             with contextlib.suppress(OSError):
                 other = read(self.path)
@@ -160,7 +150,7 @@ class Lock:
                     os.utime(self.path)
 
     def release(self) -> None:
-        """Give the lock back; what another has taken over is left alone."""
+        """Remove the lock file, unless another process has taken it over."""
         self._ended.set()
         if os.getpid() != self.holder.process or read(self.path) is None:  # a fork, or gone
             return
@@ -176,12 +166,11 @@ def hold(path: Path, doing: str, where: Path | None = None) -> Iterator[Lock]:
 
     Args:
         path: the lock file; folders above it are made.
-        doing: what for, such as "training".
+        doing: purpose, such as "training".
         where: what is locked, for error messages; the file's folder when not given.
 
     Raises:
-        UserError: a living process holds it, in one line with its host and number; or the file
-            cannot be written.
+        UserError: a live process holds it, or the file cannot be written.
     """
     where, made = where or path.parent, not path.parent.exists()
     try:
@@ -200,7 +189,7 @@ def hold(path: Path, doing: str, where: Path | None = None) -> Iterator[Lock]:
 
 
 def _take(path: Path, mine: Holder, where: Path) -> Holder:
-    """Put one's own name into a lock file, once whoever is in it has ended."""
+    """Write this process into a lock file, once its holder has ended."""
     seen: tuple[str, int] | None = None  # a holder elsewhere, and its last heartbeat
     since = time.monotonic()
     while True:
@@ -233,14 +222,7 @@ def _take(path: Path, mine: Holder, where: Path) -> Holder:
 
 @contextlib.contextmanager
 def _guarded(path: Path) -> Iterator[int]:
-    """The lock file opened, and no other process looking at it meanwhile, where that is possible.
-
-    Yields:
-        Its descriptor.
-
-    Raises:
-        UserError: a link, or no file.
-    """
+    """Open the lock file, flocked where the file system can; yields its descriptor."""
     until = time.monotonic() + _GUARD_SECONDS
     while True:
         file = open_lock(path)
@@ -265,7 +247,7 @@ def _guarded(path: Path) -> Iterator[int]:
 
 
 def read(path: Path) -> Holder | None:
-    """Who holds a lock, alive or not; None for nobody."""
+    """The holder of a lock, alive or not; None if it is free."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -277,13 +259,13 @@ def read(path: Path) -> Holder | None:
 
 
 def live_holder(path: Path, doing: str = "") -> Holder | None:
-    """Who holds a lock and may be alive; None for nobody. Looks, and waits for nothing."""
+    """The holder of a lock, if it may be alive; does not wait."""
     other = read(path)
     return None if other is None or other.is_dead(this_process(doing, path)) else other
 
 
 def _read(file: int) -> Holder | None:
-    """What a lock file says; None where a holder died before it had written its name."""
+    """The holder in a lock file; None where it died before it had written its name."""
     try:
         tree = json.loads(os.pread(file, _MOST_BYTES, 0))
         values = {each.name: tree.get(each.name, each.default) for each in fields(Holder)}
@@ -302,7 +284,7 @@ def _write(file: int, mine: Holder) -> None:
 
 
 def _is_kept(path: Path, mine: Holder) -> bool:
-    """Whether a lock that was just taken is this process's, and not one's who took it as well."""
+    """Whether a lock just taken belongs to this process, and not to one that took it as well."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

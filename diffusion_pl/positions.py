@@ -24,7 +24,7 @@ def coordinates(
         height: of the image, pixels.
         width: of the image, pixels.
         frame: D, side of the full-resolution grid, at least 2.
-        window: what the image shows of the frame: top, left, height, width, as shares of it.
+        window: the part of the frame that the image shows: top, left, height and width, in [0, 1].
 
     Returns:
         float32 (2, height, width): the row's coordinate, then the column's; within [0, 1].

@@ -1,7 +1,4 @@
-"""What the processes of a run agree on: sums, pieces in order, and yes only from all of them.
-
-Without a process group every function answers for the one process there is.
-"""
+"""Collective operations over the ranks of a run; without a process group there is one rank."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from torch.distributed import distributed_c10d
 
 
 def rank() -> int:
-    """This process's number."""
+    """The rank of this process."""
     return distributed.get_rank() if _several() else 0
 
 
@@ -24,51 +21,44 @@ def world_size() -> int:
 
 
 def leads_machine() -> bool:
-    """Whether this process is the first on its machine, the one that writes there."""
+    """Whether this process is local rank 0, which writes on its machine."""
     return _started_as("LOCAL_RANK", "SLURM_LOCALID") == 0
 
 
 def leads_run() -> bool:
-    """Whether this process is the first of all, the one that speaks; known before they meet."""
+    """Whether this process is rank 0, from the environment, before the ranks are connected."""
     if "RANK" not in os.environ and {"LOCAL_RANK", "NODE_RANK"} & os.environ.keys():  # Lightning's
         return _started_as("LOCAL_RANK") == _started_as("NODE_RANK") == 0
     return _started_as("RANK", "SLURM_PROCID") == 0
 
 
 def is_started_by_lightning() -> bool:
-    """Whether the run's first process started this one, and ends all when one ends in an error.
-
-    Those that srun or torchrun start are all alike.
-    """
+    """Whether Lightning started this process from rank 0, rather than srun or torchrun."""
     return "RANK" not in os.environ and _started_as("LOCAL_RANK") != 0
 
 
 def _started_as(*names: str) -> int:
-    """The first of these numbers that whoever started this process has told it; 0 for none."""
+    """The first of these environment variables that is set, as a number; 0 for none."""
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 def rank_range(count: int, tile: int = 1, of: int | None = None) -> range:
-    """A rank's share of `count` things: one block of whole tiles, none padded, none twice.
+    """The indices of a rank, of 0 .. count - 1: one block of whole tiles, without overlap.
 
     Args:
-        count: things 0, 1, ... in the order of the ranks.
-        tile: how many stay together.
-        of: the rank; this one when not given. Rank 0 has as many tiles as any.
+        count: indices of all ranks, divided in the order of the ranks.
+        tile: indices that stay together.
+        of: the rank; this one when not given.
     """
     tiles = -(-count // tile)
     number = rank() if of is None else of
-    # Rounded up, so that the first rank has something to do whoever has not.
+    # Rounded up, so that rank 0 is never idle.
     first, last = (-(-tiles * (number + step) // world_size()) * tile for step in (0, 1))
     return range(min(first, count), min(last, count))
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum over the ranks; every rank calls it with the same shape.
-
-    Args:
-        values: left as they are.
-    """
+    """The sum over the ranks of tensors of one shape; `values` is not changed."""
     if not _several():
         return values
     total = values.contiguous().clone()
@@ -77,11 +67,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows of all ranks in the order of the ranks, on every rank.
-
-    Args:
-        rows: (n, ...); n may differ between ranks, the rest may not.
-    """
+    """The rows (n, ...) of all ranks in rank order, on every rank; n may differ between ranks."""
     if not _several():
         return rows
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size())]
@@ -94,20 +80,15 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def all_agree(answer: bool, device: torch.device | str = "cpu") -> bool:
-    """Whether every rank says yes.
-
-    Args:
-        answer: this rank's.
-        device: one that the process group can talk on.
-    """
+    """Whether `answer` is true on every rank; `device` is one of the process group's."""
     return int(sum_over_ranks(torch.tensor(int(not answer), device=device))) == 0
 
 
 def wait_at_most(seconds: float) -> None:
-    """From now on a rank that waits so long for the others fails.
+    """Set the time limit of collective operations.
 
     Raises:
-        RuntimeError: the processes talk in a way that knows no limit.
+        RuntimeError: the backend has none.
     """
     if _several():
         # torch below 2.12 has it under a private name.

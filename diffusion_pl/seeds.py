@@ -1,4 +1,4 @@
-"""One hash from a run's seed, and what is drawn, to the seed of a generator."""
+"""Seeds of random generators, from a run's seed and the name of a stream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def seed_of(seed: int, *stream: object) -> int:
 
     Args:
         seed: the run's seed.
-        stream: what is drawn and for which, such as "noise" and the index of the image.
+        stream: such as "noise" and the index of the image.
     """
     words = "/".join(map(str, (seed, *stream)))
     digest = hashlib.blake2b(words.encode(), digest_size=8).digest()

@@ -1,7 +1,7 @@
-"""What tells a run to stop, and what it leaves for whoever starts it again; imports in no time.
+"""Signals that stop a run, and the mark that it can be resumed; imports nothing heavy.
 
-Once steps are made a signal only sets a flag, so nothing is torn. Before the first step there is
-nothing to tear, and the run stops where it is.
+Once training steps are made, a signal only sets a flag, and the run stops between steps. Before the
+first step it stops at once.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from diffusion_pl.io.files import write_atomically
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
-# What a run that was stopped and can go on ends with (sysexits.h: a temporary failure).
+# Exit code of a run that was stopped and can be resumed (sysexits.h: temporary failure).
 RESUMABLE = 75
 
-# A file of the run's folder that is there while it waits to go on. Schedulers change exit codes on
-# the way (srun turns 75 into 143); the file is written after the checkpoint, and is the truth.
+# A file in the folder of a run that can be resumed, written after the checkpoint. It is needed
+# because schedulers change exit codes (srun turns 75 into 143).
 MARKER = "REQUEUE"
 
 
@@ -32,11 +32,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with(parent: int) -> None:
-    """Have this process killed when its parent ends, however that ended (Linux).
-
-    Args:
-        parent: its number; if it has ended already, so does this process.
-    """
+    """Have this process killed when the process `parent` ends; at once if it has (Linux)."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -44,17 +40,17 @@ def end_with(parent: int) -> None:
 
 
 def is_later_rank() -> bool:
-    """Whether another process leads this one's run, as `ranks` says once torch is there."""
+    """Whether this process is not rank 0, without importing torch."""
     names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
     return any(os.environ.get(name, "0") != "0" for name in names)
 
 
 class StopError(BaseException):
-    """The process was told to stop before it made a step; no Exception, so that nobody mends it."""
+    """A stop before the first step; a BaseException, so `except Exception` cannot swallow it."""
 
 
 class StopRequest:
-    """Whether this process was told to stop, while the `with` lasts."""
+    """Takes the signals that stop a run, while the `with` lasts."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -70,12 +66,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def wait_for_steps(self) -> None:
-        """From now on a signal is only noted; whoever took it meanwhile gives it back."""
+        """From now on a signal only sets a flag; handlers installed meanwhile are replaced."""
         self.patient = True
         self.listen()
 
     def listen(self) -> None:
-        """Take the signals, from whoever has them; only a process's main thread can."""
+        """Install the handlers; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
@@ -91,26 +87,15 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """The signal's name."""
         return (
             "a signal to another rank" if self.signal is None else signal.Signals(self.signal).name
         )
 
     def mark_before_steps(self, run: Path) -> None:
-        """Write it of a run that has made no step here, unless another process goes on with it.
-
-        A second start leaves no mark on a run that goes on; a rank of its own may.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Mark a run stopped before its first step, unless another process is training it."""
         if is_later_rank() or locks.live_holder(run / locks.NAME) is None:
             self.mark(run)
 
     def mark(self, run: Path) -> None:
-        """Write that a run waits to go on.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Mark that a run can be resumed."""
         write_atomically(run / MARKER, lambda file: file.write(f"{self.name}\n".encode()))

@@ -323,13 +323,13 @@ def test_locks_follow_no_links(filled, tmp_path):
     lock.unlink()
     lock.symlink_to(precious)
     shards[0].unlink()
-    with pytest.raises(ValueError, match=r"\.lock: is a link or no file"):
+    with pytest.raises(ValueError, match=r"\.lock: is a link or not a regular file"):
         data.open().read(torch.arange(20))
     lock.unlink()
     part = shards[0].with_name(f"{shards[0].name}.part")
     part.unlink(missing_ok=True)
     part.symlink_to(precious)
-    with pytest.raises(ValueError, match=r"\.part: is a link or no file"):
+    with pytest.raises(ValueError, match=r"\.part: is a link or not a regular file"):
         data.open().read(torch.arange(20))
     assert precious.read_text() == "mine"
 

@@ -312,7 +312,10 @@ def test_a_run_of_before_opens_without_its_credential_and_hands_none_on(
     capsys.readouterr()
     assert main(["evaluate", "old.ckpt", "--allow", kept]) == 2
     captured = capsys.readouterr()
-    assert "its credentials are not kept; name it anew, and set FSSPEC_HTTPS" in captured.err
+    assert (
+        "its credentials were not kept; give the address again, and set FSSPEC_HTTPS"
+        in captured.err
+    )
     for path in Path().rglob("*"):
         if path.is_file() and path.name != "old.ckpt":
             assert b"hunter2" not in path.read_bytes(), path

@@ -130,7 +130,7 @@ def test_a_run_may_lie_in_the_present_folder(place, monkeypatch):
     run_dir.check_name(Path("."))
     Path("$x").mkdir()
     monkeypatch.chdir("$x")
-    with pytest.raises(ValueError, match=r"^\.: holds \$"):
+    with pytest.raises(ValueError, match=r"^\.: contains \$"):
         run_dir.check_name(Path("."))
 
 
@@ -192,7 +192,9 @@ def test_the_signs_of_words_may_stand_in_the_names_of_classes(name, place, capsy
     ],
 )
 def test_no_word_of_a_command_ends_its_line_or_steers_the_terminal(words, name, place, capsys):
-    assert "which is not seen" in refused([word.format(name) for word in words], capsys)
+    assert "contains the control character" in refused(
+        [word.format(name) for word in words], capsys
+    )
 
 
 # Read: written out.

@@ -274,7 +274,7 @@ def test_a_lock_that_is_no_file_is_refused_and_what_it_leads_to_stays(kind, tmp_
         os.mkfifo(begun / "lock")
     words = ["prepare", "synthetic", str(tmp_path / "x"), "--resolutions", "8", "--count", "4"]
     assert cli.main(words) == 2
-    assert "lock: is a link or no file" in capsys.readouterr().err
+    assert "lock: is a link or not a regular file" in capsys.readouterr().err
     assert (tmp_path / "mine").read_text() == "kept"
 
 

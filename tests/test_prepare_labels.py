@@ -662,7 +662,10 @@ def test_a_set_that_is_gone_on_with_holds_no_image_of_before(tmp_path, capsys, m
     fill(source, {"1.png": shade(9)})
     capsys.readouterr()
     assert prepare(source, dest, *words, resolutions="4") == 2
-    assert "number 1, is another now" in capsys.readouterr().err
+    assert (
+        "image 1 of the source, which is prepared already, is another now"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "parquet"])

@@ -134,12 +134,12 @@ def test_each_kind_is_named(tmp_path, kind):
 def test_a_lock_is_a_file_and_follows_no_link(tmp_path, kind):
     path = tmp_path / "lock"
     KINDS[kind](path)
-    with pytest.raises(ValueError, match="lock: is a link or no file"):
+    with pytest.raises(ValueError, match="lock: is a link or not a regular file"):
         open_lock(path)
     os.close(open_lock(tmp_path / "other"))
     os.close(open_lock(tmp_path / "other"))
     (tmp_path / "link").symlink_to(tmp_path / "other")
-    with pytest.raises(ValueError, match="link: is a link or no file"):
+    with pytest.raises(ValueError, match="link: is a link or not a regular file"):
         open_lock(tmp_path / "link")
 
 

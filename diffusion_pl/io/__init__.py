@@ -1,1 +1,1 @@
-"""Files: written, digested, fetched, kept and unpickled, each in one place."""
+"""Writing, hashing, downloading, caching and unpickling files."""

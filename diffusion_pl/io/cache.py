@@ -1,8 +1,8 @@
-"""Files at any address that fsspec knows, fetched whole into a bounded cache on the disk.
+"""A bounded cache on the disk for files at any address that fsspec knows.
 
-A file in the cache is named by its digest and gets the name when it is complete and checked: what
-is there is right, and processes share it. Who fetches a file holds a lock on its `.part`, which
-ends with the process; a `.part` has its final size from the start, so it counts as room taken.
+A file is named by its digest, and gets the name when it is complete and checked, so processes can
+share it. The process that fetches a file locks its `.part`, which has the final size from the start
+and so counts towards the limit.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from diffusion_pl.io.files import open_lock, regular, sha256_of
 
 _BLOCK = 1024**2
 _SECONDS_BETWEEN_LOOKS = 0.05
-_LARGEST = 128 * 1024**2  # bytes of what is read into memory
+_LARGEST = 128 * 1024**2  # bytes of a file that is read into memory
 
-# Files of a cache, which alone make room: a folder that a user names may hold others.
+# Files of a cache: only these are removed, since a user's folder may hold others.
 _OURS = re.compile(r"([0-9a-f]{64}\.tar|index\.npy)(\.part)?")
 
 
@@ -58,18 +58,16 @@ def read(
     backoff: float = 1.0,
     patience: Patience | None = None,
 ) -> bytes | None:
-    """A small file at an address; None where the server says there is none.
+    """Read a small file at an address; None where the server has no such file.
 
     Args:
         url: of the file.
-        largest: bytes; a file of more is refused.
-        attempts: connections before the server is given up.
-        backoff: seconds before the second of them, doubled each time.
+        largest: bytes; a larger file is refused.
+        attempts, backoff: as for `persist`.
         patience: with the server.
 
     Raises:
-        UserError: an address of an unknown kind, a server that does not give the file, or gives
-            more.
+        UserError: an address of an unknown kind, or a server that does not send the file.
     """
     given = patience or PATIENCE
 
@@ -93,7 +91,7 @@ def _refuse_credentials(url: str) -> None:
     refuse_credentials(url, "data.dataset.path")
     if MASK in url:
         raise UserError(
-            f"{url}: its credentials are not kept; name it anew, and set {instead(url)}"
+            f"{url}: its credentials were not kept; give the address again, and set {instead(url)}"
         )
 
 
@@ -104,11 +102,10 @@ class Cache:
     Names are a digest and `.tar`, or `index.npy`; nothing else in the folder is touched.
 
     Args:
-        folder: where; made when it is needed.
-        limit: bytes; the files that were not opened for longest make room.
-        attempts: connections before a server is given up.
-        backoff: seconds before the second of them, doubled each time.
-        patience: with the server; the usual one when not given.
+        folder: made when it is needed.
+        limit: bytes; the least recently used files make room.
+        attempts, backoff: as for `persist`.
+        patience: with the server; PATIENCE when not given.
     """
 
     folder: Path
@@ -118,7 +115,7 @@ class Cache:
     patience: Patience | None = None
 
     def has(self, name: str, size: int) -> bool:
-        """Whether a file of that size is there now; what a link leads to is not."""
+        """Whether a file of that size is there; a link does not count."""
         try:
             state = os.lstat(self.folder / name)
         except OSError:
@@ -126,12 +123,7 @@ class Cache:
         return stat.S_ISREG(state.st_mode) and state.st_size == size
 
     def drop_damaged(self, name: str, sha256: str) -> bool:
-        """Remove a file whose content is another by now; whether it was.
-
-        Args:
-            name: in the cache.
-            sha256: hex digest the file must have.
-        """
+        """Remove a file unless it has that sha256 (hex); whether it was removed or absent."""
         path = self.folder / name
         try:
             if sha256_of(path) == sha256:
@@ -145,7 +137,7 @@ class Cache:
         return True
 
     def fetch(self, url: str, name: str, size: int, sha256: str) -> Path:
-        """The file of an address on the disk, fetched unless it is there.
+        """The path of a file, fetched unless it is there.
 
         Args:
             url: of the file.
@@ -154,7 +146,7 @@ class Cache:
             sha256: hex digest the file must have.
 
         Raises:
-            UserError: a server that does not give that file, or a disk that does not take it.
+            UserError: a server that does not send that file, or a full disk.
         """
         final = self.folder / name
         if self.has(name, size):
@@ -205,7 +197,7 @@ class Cache:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nobody else takes room, gives it back or renames a file: sizes can be added up."""
+        """Lock the cache: no other process reserves or frees space, or renames a file."""
         lock = open_lock(self.folder / ".lock")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -214,18 +206,18 @@ class Cache:
             os.close(lock)
 
     def _reserve(self, part: int, final: Path, size: int) -> None:
-        """Give a `.part` its size once there is room for it."""
+        """Give a `.part` its final size once there is room for it."""
         while True:
             with self._alone():
                 os.ftruncate(part, 0)
                 if self._make_room(size):
                     os.ftruncate(part, size)
                     return
-            # All room is taken by files on their way, which can be removed once they are whole.
+            # Files being fetched take all the room; they can be removed once they are complete.
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def _make_room(self, size: int) -> bool:
-        """Remove what was not used for longest until `size` bytes more are within the limit."""
+        """Remove the least recently used files until `size` more bytes fit; whether they do."""
         found = []
         for entry in os.scandir(self.folder):
             if _OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
@@ -236,7 +228,7 @@ class Cache:
             if total + size <= self.limit:
                 break
             if path.suffix != ".part" or _abandoned(path):
-                # Whoever has it open reads on.
+                # A process that has it open can still read it.
                 path.unlink(missing_ok=True)
                 total -= bytes
         return total + size <= self.limit
@@ -256,17 +248,16 @@ def _abandoned(part: Path) -> bool:
 def _blocks(
     url: str, start: int, patience: Patience
 ) -> Iterator[tuple[int, Iterator[bytes]] | None]:
-    """Where in the file the bytes begin that a server sends, and they; None if there are no more.
+    """The offset from which a server sends, and the blocks; None if there are no more.
 
     Raises:
-        Exception: what the server's library raises.
+        Exception: any of the server's library.
     """
     if url.startswith(("http://", "https://")):
         with open_url(url, start, patience, _headers(url)) as answer:
             yield None if answer is None else (answer.start, answer.blocks())
         return
-    # Libraries of other kinds of servers wait as long as they like, so each call is timed. A block
-    # may come as slowly as a connection may be.
+    # Libraries for other servers have no time limit, so each call is timed.
     limit = patience.silence + patience.window
     system, path = _opened(url)
     file = call_within(limit, lambda: system.open(path, "rb", block_size=_BLOCK, cache_type="none"))
@@ -280,11 +271,11 @@ def _blocks(
 
 
 def _headers(url: str) -> dict[str, str]:
-    """What a user has set for fsspec to send to web servers: headers, or the password of netrc."""
+    """The headers that a user's settings of fsspec send to web servers, or those of netrc."""
     from fsspec.config import conf
 
     parts = urlsplit(url)
-    set_ = {**conf.get("http", {}), **conf.get("https", {})}  # fsspec does not tell them apart
+    set_ = {**conf.get("http", {}), **conf.get("https", {})}  # fsspec treats both alike
     client = set_.get("client_kwargs", {})
     headers = {**client.get("headers", {}), **set_.get("headers", {})}
     if client.get("trust_env") and "Authorization" not in headers and parts.hostname:
@@ -298,7 +289,7 @@ def _headers(url: str) -> dict[str, str]:
 
 def _opened(url: str) -> tuple[Any, str]:
     """fsspec's file system of an address, and the path in it."""
-    # Its event loop does not survive a fork: ask anew each time, fsspec keeps one a process.
+    # Not kept, since its event loop does not survive a fork; fsspec keeps one for each process.
     from fsspec.core import url_to_fs
 
     try:

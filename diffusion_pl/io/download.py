@@ -31,7 +31,7 @@ _SECONDS_BETWEEN_REPORTS = 5.0
 # Statuses after which the same request may succeed a moment later; any other refusal is final.
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
-# No file that this package fetches by itself is larger.
+# Bytes; the files that this package fetches by itself are smaller.
 _LARGEST = 1024**3
 
 T = TypeVar("T")
@@ -172,7 +172,7 @@ class Answer:
             pace.note(len(block))
             came += len(block)
             yield block
-        # http.client ends a body that breaks off like one that is complete.
+        # http.client does not tell a truncated body from a complete one.
         if self.total is not None and came < self.total:
             raise Unreachable(f"the connection broke off: {came:,} of {self.total:,} bytes came")
 
@@ -202,7 +202,7 @@ def open_url(
         request.add_unredirected_header(name, value)
     opener = urllib.request.build_opener(_Redirects)
     try:
-        # Each byte of an answer's head may take as long as any other.
+        # Bounded as a whole, since each byte of the headers may take as long as any other.
         response = call_within(
             patience.silence + patience.window,
             lambda: opener.open(request, timeout=patience.silence),
@@ -210,7 +210,7 @@ def open_url(
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:
-            # Nothing beyond what is here: either all of it or of another file; the digest decides.
+            # No bytes beyond `start`: the file is complete, or another one; the digest decides.
             yield None
             return
         sent_on = "" if error.url in (None, url) else f" at {masked(error.url)}"
@@ -308,7 +308,7 @@ def fetch(
 
 
 def part_path(path: Path) -> Path:
-    """Where a file lies while it is fetched."""
+    """The path of a file while it is fetched."""
     return path.with_name(path.name + ".part")
 
 
@@ -318,18 +318,18 @@ def claim_file(
     is_there: Callable[[], bool],
     alone: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[int | None]:
-    """Be the one process that fetches a file; others wait for it.
+    """Lock the `.part` of a file, so that one process fetches it and others wait.
 
     Args:
-        path: where it will lie; its folder is made.
-        is_there: whether another has finished it by now.
-        alone: held while a `.part` that nobody needs is removed.
+        path: of the file; its folder is made.
+        is_there: whether another process has finished it.
+        alone: held while a superfluous `.part` is removed.
 
     Yields:
-        The descriptor of its `.part`, locked; None when the file is there.
+        The descriptor of the locked `.part`; None when the file is there.
 
     Raises:
-        UserError: a link or no file is where the `.part` belongs.
+        UserError: the `.part` is a link or not a regular file.
         OSError: the folder cannot be written or has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -344,7 +344,7 @@ def claim_file(
                         part.unlink()
                 yield None
                 return
-            # While this one waited, another may have given up and removed it.
+            # Another process may have given up and removed it meanwhile.
             if _is_at(file, part):
                 yield file
                 return

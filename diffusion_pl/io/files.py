@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, opened only where they are files, locked through no link."""
+"""Files: atomic writing, digests, bounded reading, locking; links and pipes are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, Any
 from diffusion_pl import processes
 from diffusion_pl.errors import UserError
 
-# What the disk or the process is short of, or cannot do: nothing that the program did wrong.
+# Errors of the disk or of limits of the process, not bugs of the program.
 _OF_THE_MACHINE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE}
 )
@@ -51,7 +51,7 @@ def aside(path: Path) -> Iterator[Path]:
         path: the file to make or replace; its folder is made.
 
     Yields:
-        Where to write it; nothing is left there.
+        The temporary path to write to.
 
     Raises:
         UserError: the folder cannot be written or is full; the target is as before.
@@ -72,10 +72,7 @@ def aside(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left below a folder.
-
-    What a living process is writing, `evaluate` say, stays.
-    """
+    """Remove temporary files below a folder whose writers were killed; others stay."""
     for path in folder.rglob(".*.tmp"):
         if processes.is_leftover(path):
             path.unlink(missing_ok=True)
@@ -85,15 +82,15 @@ def sha256_of(path: Path) -> str:
     """The digest (hex) of a file of any size.
 
     Raises:
-        UserError: it is no file.
-        OSError: it is not there, or cannot be read.
+        UserError: not a regular file.
+        OSError: absent or unreadable.
     """
     with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unwritable(path: Path, error: Exception) -> ValueError:
-    """The one line for a file that could not be written."""
+    """The error for a file that could not be written."""
     reason = " ".join(str(getattr(error, "strerror", None) or error).split())
     return UserError(
         f"{path}: cannot be written ({reason}); free space or permissions, then run again"
@@ -101,7 +98,7 @@ def unwritable(path: Path, error: Exception) -> ValueError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder survive a power cut; nothing where the file system cannot."""
+    """Flush the names in a folder to the disk, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -113,15 +110,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def regular(path: Path) -> Path:
-    """A path that someone has named, seen to be a file before it is opened.
-
-    To open a pipe waits for ever for who writes it, a device may be without end.
-
-    Returns:
-        `path`; also where nothing is there, which opening it tells.
+    """Return a path that may be opened: opening a pipe may block, and a device may be endless.
 
     Raises:
-        UserError: a folder, pipe, socket or device is there.
+        UserError: a folder, pipe, socket or device is there; an absent file passes.
     """
     try:
         mode = path.stat().st_mode
@@ -134,7 +126,7 @@ def regular(path: Path) -> Path:
 
 
 def last_change(path: Path) -> int:
-    """When a file was last written, or another was put in its place; ns, 0 where it is gone."""
+    """When a file was last written or replaced, ns; 0 where it is gone."""
     try:
         state = path.stat()
     except OSError:
@@ -143,11 +135,7 @@ def last_change(path: Path) -> int:
 
 
 def nearest(path: Path) -> Path | None:
-    """What lies where a path was looked for and is called nearly so; None where the path is there.
-
-    Args:
-        path: as it was typed.
-    """
+    """A path in the same folder with a similar name; None where the path itself exists."""
     if path.exists():
         return None
     try:
@@ -159,15 +147,11 @@ def nearest(path: Path) -> Path | None:
 
 
 def read_small(path: Path, most: int = 1_000_000) -> bytes:
-    """The content of a file of a few words, which others may have put there.
-
-    Args:
-        path: of the file.
-        most: bytes.
+    """Read a small file, of at most `most` bytes.
 
     Raises:
-        UserError: it is no file, or larger.
-        OSError: it is not there, or cannot be read.
+        UserError: not a regular file, or larger.
+        OSError: absent or unreadable.
     """
     with regular(path).open("rb") as file:
         content = file.read(most + 1)
@@ -177,10 +161,10 @@ def read_small(path: Path, most: int = 1_000_000) -> bytes:
 
 
 def open_lock(path: Path) -> int:
-    """The descriptor of a file to lock, made if absent, to be closed by the caller.
+    """Open a lock file, made if absent; the caller closes the descriptor.
 
     Raises:
-        UserError: a link or something else than a file is there, which is not touched.
+        UserError: a link, or not a regular file.
         OSError: the folder cannot be written.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -197,16 +181,16 @@ def open_lock(path: Path) -> int:
 
 
 def _no_lock(path: Path) -> ValueError:
-    return UserError(f"{path}: is a link or no file, and a lock follows none; remove it")
+    return UserError(f"{path}: is a link or not a regular file, which cannot be locked; remove it")
 
 
 def _no_link(path: str, flags: int) -> int:
-    """An opener that refuses to write through a link that somebody has put there."""
+    """An opener that does not write through a link."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def machine_problem(error: OSError) -> str | None:
-    """What the disk or permissions did to a command, in one line; None for any other error."""
+    """The error line for a failure of the disk or of permissions; None for any other error."""
     if error.filename is None and error.errno not in _OF_THE_MACHINE:
         return None
     where = os.fspath(error.filename) if error.filename is not None else "a file"

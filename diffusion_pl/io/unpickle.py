@@ -1,16 +1,14 @@
-"""Files that others may have pickled, read without running or unpacking anything they ask for.
+"""Read untrusted pickles and checkpoints without running anything they name.
 
-A pickle is a program that calls what it names. Its readers know a few names, and each has a
-stand-in here or in `interop.pickles`, so that not even numpy's C code sees what the file says
-before it is checked. Three bombs that no list of names keeps out are looked for first. A pickle
-numbers what it wants to remember, and the reader in C makes a table as long as the largest number:
-seven bytes take 16 GiB. Tuples within tuples, one byte each, exhaust the stack when the outermost
-is made a key: the process is gone without a word. And a byte makes an object of sixty and more, so
-that their number is bounded.
+A pickle is a program that calls what it names. Our readers know a few names, each with a stand-in
+here or in `interop.pickles`, so that not even numpy's C code sees unchecked values. Three attacks
+pass any list of names and are looked for first: a memo index of 2^31 in seven bytes makes the C
+reader allocate 16 GiB; nested tuples, one byte each, overflow the stack when they are hashed; and
+one byte makes an object of sixty bytes or more, so their number is bounded.
 
-A checkpoint is a zip archive around a pickle. Its entries are stored as they are, each once, and
-together no larger than the file; in them are plain containers and dense tensors, so that what
-others have made costs no more than its size.
+A checkpoint is a zip archive around a pickle. Its entries must be stored uncompressed, each once,
+and be no larger together than the file; they hold plain containers and dense tensors, so reading
+takes no more memory than the file's size.
 """
 
 from __future__ import annotations
@@ -42,23 +40,20 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 
 
 def reason_of(error: Exception) -> str:
-    """Why a pickle was not read, as one plain line.
-
-    torch's own message advises to read it freely, in bold; only what it says of the file is kept.
-    """
+    """Why a pickle was not read, in one line, without torch's advice to load it unsafely."""
     text = str(error).rpartition("WeightsUnpickler error: ")[2]
     text = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(text.split("\n\n")[0].split()))
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def look_through(program: bytes | IO[bytes]) -> None:
-    """Follow a pickle's memory and the depth of its tuples, without doing what it says.
+    """Bound a pickle's memo, depth of tuples and number of values, without running it.
 
     Args:
-        program: the pickle, or a file that is read to the end of the pickle that begins there.
+        program: the pickle, or a file positioned at its start.
 
     Raises:
-        UserError: a bomb, or no pickle.
+        UserError: beyond the bounds, or not a pickle.
     """
     stack: list[int] = []  # the depth of each value as a tuple
     marks: list[int] = []
@@ -87,10 +82,10 @@ def look_through(program: bytes | IO[bytes]) -> None:
 
 
 def _taken(code: Any, stack: list[int], marks: list[int]) -> list[int]:
-    """What an operation takes off the stack."""
+    """Pop what an operation takes off the stack."""
     below = len(code.stack_before)
     if pickletools.markobject in code.stack_before:
-        # What lies above the mark counts as one in the table, and so does the mark.
+        # In pickletools' table the mark, and all that lies above it, count as one each.
         below = code.stack_before.index(pickletools.markobject)
         start = max(0, (marks.pop() if marks else 0) - below)
     else:
@@ -101,13 +96,13 @@ def _taken(code: Any, stack: list[int], marks: list[int]) -> list[int]:
 
 
 def unfit_entries(archive: zipfile.ZipFile, size: int, *, digested: bool) -> str | None:
-    """What is wrong with the entries of a checkpoint's zip archive, None when nothing is.
+    """What is wrong with the entries of a checkpoint's zip archive; None for nothing.
 
     Args:
-        archive: the checkpoint, opened.
+        archive: the open checkpoint.
         size: of the file, bytes.
-        digested: whether the file was held against a digest; the entries' own check sums are
-            looked at where it was not.
+        digested: whether the digest of the file was checked; if not, the check sums of the entries
+            are.
     """
     entries = archive.infolist()
     names = {entry.filename for entry in entries}
@@ -122,16 +117,16 @@ def unfit_entries(archive: zipfile.ZipFile, size: int, *, digested: bool) -> str
     for entry in entries:
         if entry.filename.endswith("data.pkl"):
             program = archive.read(entry)
-            if b"bytearray" in program:  # which torch would make as long as the file says
+            if b"bytearray" in program:  # which torch allocates at any length that the file states
                 return "holds a bytearray, which no checkpoint does"
-            # Looking through takes as long as reading: only where there can be so many tuples.
+            # As slow as reading: only where there can be so many tuples.
             if sum(program.count(code) for code in (b"t", b"\x85", b"\x86", b"\x87")) > DEEPEST:
                 look_through(program)
     return None
 
 
 def unfit_content(tree: Any) -> str | None:
-    """What in a checkpoint is neither a plain container nor a dense tensor, None when nothing."""
+    """What in a checkpoint is neither a plain container nor a dense tensor; None for nothing."""
     left, seen = [tree], set()
     while left:
         value = left.pop()
@@ -152,7 +147,7 @@ def _unfit_tensor(value: Tensor) -> str | None:
     plain = value.layout == torch.strided and value.device.type == "cpu"
     if not plain or value.is_quantized or value.is_nested:
         return "holds a tensor that is not plain numbers on the CPU"
-    # Strides of 0 make a terabyte of one number.
+    # With strides of 0 one number can stand for a terabyte.
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         return f"holds a tensor of shape {tuple(value.shape)} in less memory than it takes"
     return None
@@ -190,7 +185,7 @@ class Dtype:
 
 
 class Array:
-    """Stands in for numpy.ndarray: its bytes as they are, however often the file names them."""
+    """Stands in for numpy.ndarray: shape, type and bytes as the file has them."""
 
     def __init__(self, *arguments: object) -> None:
         self.shape: tuple[int, ...] = ()
@@ -206,7 +201,7 @@ class Array:
         """The array, of bytes.
 
         Raises:
-            UserError: it is none of bytes, or its shape is none, or is not that of the data.
+            UserError: of another type, or a shape that is not that of the data.
         """
         shape = self.shape
         fine = isinstance(shape, tuple) and all(type(side) is int and side >= 0 for side in shape)
@@ -217,7 +212,7 @@ class Array:
 
 
 def refused(module: str, name: str) -> UserError:
-    """What to say of a name that no such file needs."""
+    """The error for a name that no such file needs."""
     return UserError(f"it asks for {module}.{name}, which is refused")
 
 
@@ -258,7 +253,7 @@ def read_plain(data: bytes, *, where: str) -> Any:
 
     Args:
         data: the pickle; strings of Python 2 become bytes.
-        where: names the file in a complaint.
+        where: names the file in error messages.
 
     Returns:
         The value; a dict's arrays are numpy arrays, deeper ones are left unread.
