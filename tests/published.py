@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.interop import diffusers, edm
+from diffusion_pl.interop.denoisers import denoiser_from
 from diffusion_pl.networks.ddpm_unet import DDPMUNet
 
 
@@ -32,7 +33,7 @@ class Fixture:
 
 def edm_denoiser(fixture: Fixture) -> Denoiser:
     """The denoiser of an EDM fixture."""
-    return edm.denoiser_from(fixture.config, fixture.weights)
+    return denoiser_from(edm, fixture.config, fixture.weights)
 
 
 def song_unet(fixture: Fixture) -> nn.Module:
@@ -42,4 +43,4 @@ def song_unet(fixture: Fixture) -> nn.Module:
 
 def ddpm_unet(fixture: Fixture) -> DDPMUNet:
     """The DDPM U-Net of a fixture in the diffusers layout."""
-    return diffusers.denoiser_from(fixture.config, fixture.weights).network
+    return denoiser_from(diffusers, fixture.config, fixture.weights).network

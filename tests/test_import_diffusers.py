@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffusion_pl.cli import main
 from diffusion_pl.commands import parts, runs
 from diffusion_pl.interop import diffusers
+from diffusion_pl.interop.denoisers import denoiser_from
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -149,7 +150,7 @@ def test_every_table_and_prediction_gives_the_librarys_image(table, prediction, 
     if prediction == "epsilon" and "rescale_betas_zero_snr" in table:
         assert "rescale_betas_zero_snr" in refused(capsys, "model", "runs/x")
         return
-    denoiser = diffusers.denoiser_from(*diffusers.read(Path("model")))
+    denoiser = denoiser_from(diffusers, *diffusers.read(Path("model")))
     T = scheduler.config.num_train_timesteps
     for t in (0, T // 2, T - 1):
         x_t = torch.randn(1, 3, 8, 8)

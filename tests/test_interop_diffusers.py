@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from diffusion_pl.diffusion.timesteps import CosineBetas, LinearBetas
 from diffusion_pl.interop import diffusers, diffusers_export, pesser
+from diffusion_pl.interop.denoisers import denoiser_from
 from diffusion_pl.interop.layouts import DIFFUSERS, PESSER
 from diffusion_pl.networks.ddpm_unet import DDPMUNet
 from diffusion_pl.objectives.ddpm import DDPM, PredictImage, PredictNoise, PredictVelocity
@@ -31,7 +32,7 @@ def relative(got, expected):
 @pytest.fixture
 def ho(parity):
     fixture = Fixture(parity / "ddpm_unet.npz")
-    return fixture, diffusers.denoiser_from(fixture.config, fixture.weights)
+    return fixture, denoiser_from(diffusers, fixture.config, fixture.weights)
 
 
 def state_of(fixture, t, x_t):
@@ -109,7 +110,7 @@ def test_the_attention_names_of_old_checkpoints_are_read(ho):
             key = key.replace(f".{name}.", f".{before}.")
         old[key] = value
     assert set(old) != set(fixture.weights)
-    again = diffusers.denoiser_from(fixture.config, old)
+    again = denoiser_from(diffusers, fixture.config, old)
     for one, other in zip(denoiser.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -155,7 +156,7 @@ def test_hos_converted_keys_give_the_published_noise(converted, tmp_path):
     assert config["channel_mult"] == [1, 2] and config["blocks"] == 1
     assert config["resolution"] == 32 and config["dropout"] == 0.1  # attention at 16, level 1
     # The published models have 32 groups; these weights were made with 8.
-    denoiser = pesser.denoiser_from(config | {"groups": 8}, read)
+    denoiser = denoiser_from(pesser, config | {"groups": 8}, read)
     raw = denoiser.network(fixture["x"], fixture["t"].double())
     assert relative(raw, fixture["out/eps"]) < 1e-5
 
@@ -212,7 +213,7 @@ def test_a_model_of_the_library_with_classes_gives_the_same_noise(library, tmp_p
     scheduler.save_pretrained(tmp_path)
     config, state = diffusers.read(tmp_path)
     assert diffusers.nodes(config)["sampler"]["steps"] == 800
-    denoiser = diffusers.denoiser_from(config, state)
+    denoiser = denoiser_from(diffusers, config, state)
     x_t, t, label = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.tensor([4, 0])
     expected = theirs(x_t, t, class_labels=label).sample
     assert relative(denoiser.network(x_t, t.double(), label=label), expected) < 1e-5
@@ -242,7 +243,7 @@ def test_the_library_opens_an_exported_run_and_gives_the_same_noise(library, tmp
     torch.testing.assert_close(scheduler.betas, LinearBetas().betas.float())
     assert scheduler.config.variance_type == "fixed_large"
     # And back: what was exported is read as what it was.
-    again = diffusers.denoiser_from(*diffusers.read(tmp_path))
+    again = denoiser_from(diffusers, *diffusers.read(tmp_path))
     for one, other in zip(again.parameters(), denoiser.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
@@ -277,7 +278,7 @@ def test_tables_and_predictions_survive_export_and_import(tmp_path, table, predi
     denoiser.preconditioning = prediction(table)
     diffusers_export.write(denoiser, 8, tmp_path, clip=False)
     config, state = diffusers.read(tmp_path)
-    again = diffusers.denoiser_from(config, state).preconditioning
+    again = denoiser_from(diffusers, config, state).preconditioning
     for one, other in zip(again(table.sigmas()), prediction(table)(table.sigmas()), strict=True):
         torch.testing.assert_close(one, other)
     assert diffusers.nodes(config)["sampler"]["clip_denoised"] is False
@@ -303,7 +304,7 @@ def test_tables_and_predictions_survive_export_and_import(tmp_path, table, predi
 def test_a_config_that_does_not_fit_is_one_line(change, message):
     network = DDPMUNet(8, model_channels=8, channel_mult=(1, 2), blocks=1, attention=(4,), groups=4)
     with pytest.raises(ValueError, match=message):
-        diffusers.denoiser_from(SMALL | change, dict(DIFFUSERS.write(network)))
+        denoiser_from(diffusers, SMALL | change, dict(DIFFUSERS.write(network)))
 
 
 def weights_of_small():
@@ -321,7 +322,7 @@ def test_keys_and_shapes_that_do_not_fit_are_named():
         state = weights_of_small()
         change(state)
         with pytest.raises(ValueError, match=re.escape(message)):
-            diffusers.denoiser_from(SMALL, state)
+            denoiser_from(diffusers, SMALL, state)
 
 
 def test_an_absent_key_has_the_librarys_default():

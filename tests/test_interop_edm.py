@@ -17,6 +17,7 @@ from torch import nn
 from diffusion_pl import config as configs
 from diffusion_pl.config import Config
 from diffusion_pl.interop import edm
+from diffusion_pl.interop.denoisers import denoiser_from
 from diffusion_pl.interop.edm_layout import published, told
 
 CONFIG = {
@@ -52,7 +53,7 @@ def made(config):
 def test_published_names_lead_there_and_back(name):
     config = LAYOUTS[name]
     network, state = made(config)
-    again = edm.denoiser_from(config, state).network
+    again = denoiser_from(edm, config, state).network
     for key, value in network.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
     assert not again.training
@@ -93,7 +94,7 @@ def test_our_weights_are_written_under_exactly_the_published_keys(parity, name):
 def test_a_misfit_names_its_key_and_the_config_that_fits(change, message):
     _, state = made(CONFIG)
     with pytest.raises(ValueError, match=message) as caught:
-        edm.denoiser_from(CONFIG | change, state)
+        denoiser_from(edm, CONFIG | change, state)
     assert "\n" not in str(caught.value)
 
 
@@ -120,12 +121,12 @@ def test_a_filter_of_other_values_is_refused():
     _, state = made(CONFIG)
     key = next(key for key in state if key.endswith(".resample_filter"))
     with pytest.raises(ValueError, match="is not the filter that the config says"):
-        edm.denoiser_from(CONFIG, state | {key: 2 * state[key]})
+        denoiser_from(edm, CONFIG, state | {key: 2 * state[key]})
 
 
 def test_weights_of_others_are_refused():
     with pytest.raises(ValueError, match=r"map_label.weight: is missing|not in EDM's layout"):
-        edm.denoiser_from(CONFIG, {"conv_in.weight": torch.zeros(8, 3, 3, 3)})
+        denoiser_from(edm, CONFIG, {"conv_in.weight": torch.zeros(8, 3, 3, 3)})
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -236,7 +237,7 @@ def test_an_official_pickle_is_read_and_its_source_is_not_run(tmp_path, packages
     assert read.keys() == state.keys()
     for key, value in state.items():
         assert torch.equal(read[key], value), key
-    edm.denoiser_from(found, read)
+    denoiser_from(edm, found, read)
 
 
 class Calls:
@@ -304,7 +305,7 @@ def test_a_training_state_gives_its_raw_weights(tmp_path, packages, new):
     assert "raw weights" in edm.notes(found)[0]
     for key, value in state.items():
         assert torch.equal(read[key], value), key
-    edm.denoiser_from(found, read)
+    denoiser_from(edm, found, read)
 
 
 def stepped():
@@ -324,7 +325,7 @@ def stepped():
 def test_a_config_without_bounds_is_refused_by_its_key(change):
     name = "ncsn++" if "resample_filter" in change else "adm"
     with pytest.raises(ValueError, match=next(iter(change))) as caught:
-        edm.denoiser_from(LAYOUTS[name] | change, made(LAYOUTS[name])[1])
+        denoiser_from(edm, LAYOUTS[name] | change, made(LAYOUTS[name])[1])
     assert len(str(caught.value)) < 600
 
 

@@ -17,6 +17,7 @@ from test_interop_edm import EasyDict, Persistent, attributes, packages  # noqa:
 from diffusion_pl.cli import main
 from diffusion_pl.commands import runs
 from diffusion_pl.interop import edm, edm2
+from diffusion_pl.interop.denoisers import denoiser_from
 
 # What the file's class is not told.
 ABOUT = ("precond", "encoder", "P_mean", "P_std")
@@ -103,7 +104,7 @@ def test_an_imported_network_samples_is_tuned_and_guides(capsys):
     assert "learned weight of the loss is not taken" in result["notes"][0]
     denoiser = runs.open_model(Path("runs/mine")).denoiser
     x, sigma, label = torch.randn(2, 3, 8, 8), torch.tensor([0.4, 3.0]), torch.tensor([1, -1])
-    expected = edm.denoiser_from(*edm.read(path))(x, sigma, label=label)
+    expected = denoiser_from(edm, *edm.read(path))(x, sigma, label=label)
     torch.testing.assert_close(denoiser(x, sigma, label=label), expected)
     words = ["--count", "1", "--steps", "2"]
     assert main(["sample", "runs/mine", *words]) == 0
@@ -219,7 +220,7 @@ def test_raw_weights_of_a_pickle_and_another_network_in_it_are_refused():
 def test_a_config_that_does_not_fit_is_refused_by_its_first_key(change, message):
     state = {key: value.float() for key, value in filled(CONFIG).items()}
     with pytest.raises(ValueError, match=message) as caught:
-        edm.denoiser_from(CONFIG | change, state)
+        denoiser_from(edm, CONFIG | change, state)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 

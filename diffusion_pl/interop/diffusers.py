@@ -14,17 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_pl import config as configs
-from diffusion_pl.config import Config
-from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.errors import UserError
-from diffusion_pl.interop.denoisers import denoiser_of
+from diffusion_pl.interop.denoisers import meta_network
 from diffusion_pl.interop.diffusers_schedulers import KEYS, SCHEDULER, Process, class_of, process
 from diffusion_pl.interop.files import read_json, read_safetensors
 from diffusion_pl.interop.layouts import DIFFUSERS, multiple
 from diffusion_pl.interop.pickles import read_state, state_dict
 from diffusion_pl.interop.values import choice, flag, got, only, real, several, whole
-from diffusion_pl.networks.counting import at_most, spare
 
 NETWORK = "UNet2DModel"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
@@ -425,29 +421,9 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     for key, value in fit.items():
         if node[key] != value:
             raise UserError(f"{key}: is {node[key]} by the config; the weights fit {value}")
-    with at_most(spare(len(state))), torch.device("meta"):
-        network = configs.build(_config({"network": node}), "network")
+    network = meta_network(node, state)
     return DIFFUSERS.read(state, network)
 
 
 def _new_name(key: str) -> str:
     return ".".join(OLD_NAMES.get(part, part) for part in key.split("."))
-
-
-def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Denoiser:
-    """A published model as a denoiser, `denoiser(x, sigma, label=...)`, x = image + sigma noise.
-
-    Args:
-        config: as `read` gives it.
-        state: the published weights.
-
-    Raises:
-        UserError: names the first key that does not fit.
-    """
-    tree = _config(nodes(config))
-    fitting = weights(config, state)  # before memory is taken for what the config says
-    return denoiser_of(tree, fitting)
-
-
-def _config(tree: dict[str, Any]) -> Config:
-    return Config("diffusers", "config.json", tree)

@@ -11,22 +11,19 @@ The key names are in `edm_layout`; files of EDM2, whose class is `Precond`, are 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion_pl import config as configs
-from diffusion_pl.config import Config
-from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.errors import UserError
 from diffusion_pl.interop import edm2
-from diffusion_pl.interop.denoisers import denoiser_of
+from diffusion_pl.interop.denoisers import matched, meta_network
 from diffusion_pl.interop.edm_layout import names, told
 from diffusion_pl.interop.pickles import Persistent, read_pickle, state_dict, tensors
 from diffusion_pl.interop.values import LEVELS, got, whole
-from diffusion_pl.networks.counting import at_most, spare
 from diffusion_pl.networks.song_layers import kernel
 
 NETWORKS = {
@@ -158,25 +155,6 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Denoiser:
-    """A published model as a denoiser, `denoiser(x, sigma, label=..., augment=...)`.
-
-    Args:
-        config: the published arguments, with `precond` and `model_type`.
-        state: the published weights.
-
-    Returns:
-        In evaluation mode; x (B, C, H, W), sigma (B,), label int64 (B,) and augment float (B, 9)
-        may be left out.
-
-    Raises:
-        UserError: a config without a published layout, or the first key that does not fit.
-    """
-    tree = Config("edm", "checkpoint", nodes(config))
-    fitting = weights(config, state)  # before memory is taken for what the config says
-    return denoiser_of(tree, fitting)
-
-
 def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our network's state dict from published weights.
 
@@ -185,25 +163,19 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     """
     if _of_edm2(config):
         return edm2.weights(config, state)
-    with at_most(spare(len(state))), torch.device("meta"):
-        network = configs.build(Config("edm", "checkpoint", nodes(config)), "network")
-    found, used = {}, {"u"}  # iDDPM's table is made from C_1, C_2 and M
-    for ours, theirs in names(config, network):
-        own = network.state_dict()[ours]
-        if theirs not in state:
-            raise _misfit(config, state, f"{theirs}: is missing")
-        if state[theirs].shape != own.shape:
-            shapes = f"has shape {tuple(state[theirs].shape)}, not {tuple(own.shape)}"
-            raise _misfit(config, state, f"{theirs}: {shapes}")
-        found[ours] = state[theirs]
-        used.add(theirs)
+    network = meta_network(nodes(config)["network"], state)
+    refusal = partial(_misfit, config, state)
+    found = matched(
+        network, names(config, network), state, refusal=refusal,
+        # iDDPM's table u is made from C_1, C_2 and M.
+        unread=lambda key: key == "u" or key.endswith(".resample_filter"),
+    )  # fmt: skip
     taps = kernel(config.get("resample_filter", [1, 1]))
     for key, value in state.items():
-        if key.endswith(".resample_filter"):
-            if value.shape != taps.shape or not torch.allclose(value.float(), taps):
-                raise _misfit(config, state, f"{key}: is not the filter that the config says")
-        elif key not in used:
-            raise _misfit(config, state, f"{key}: is not in the network that the config makes")
+        if key.endswith(".resample_filter") and not (
+            value.shape == taps.shape and torch.allclose(value.float(), taps)
+        ):
+            raise refusal(f"{key}: is not the filter that the config says")
     return found
 
 

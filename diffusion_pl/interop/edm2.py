@@ -15,16 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from diffusion_pl import config as configs
-from diffusion_pl.config import Config
 from diffusion_pl.errors import UserError
+from diffusion_pl.interop.denoisers import matched, meta_network
 from diffusion_pl.interop.edm_layout import sides
 from diffusion_pl.interop.pickles import Persistent, state_dict, tensors
 from diffusion_pl.interop.values import LEVELS, WIDEST, got, real, several, whole
-from diffusion_pl.networks.counting import at_most, spare
 
 PRECOND, PIXELS, LOSS = "Precond", "StandardRGBEncoder", "EDM2Loss"
 # Their argument, ours, and what it is when left out; None: it must be there.
@@ -262,25 +259,13 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     Raises:
         UserError: names the first key that is missing, surplus or of another shape.
     """
-    with at_most(spare(len(state))), torch.device("meta"):
-        network = configs.build(Config("edm2", "checkpoint", nodes(config)), "network")
-    own = network.state_dict()
-    found, used = {}, set()
-    for ours, theirs in names(config, network):
-        if theirs not in state:
-            raise UserError(f"{theirs}: is missing")
-        value = state[theirs]
+    network = meta_network(nodes(config)["network"], state)
+    return matched(
+        network, names(config, network), state,
         # A gain is a scalar there and a row of one here.
-        value = value.reshape(1) if value.ndim == 0 else value
-        if value.shape != own[ours].shape:
-            shapes = f"has shape {tuple(value.shape)}, not {tuple(own[ours].shape)}"
-            raise UserError(f"{theirs}: {shapes}")
-        found[ours] = value
-        used.add(theirs)
-    for key in state:
-        if key not in used and not key.startswith("logvar_"):
-            raise UserError(f"{key}: is not in the network that the config makes")
-    return found
+        convert=lambda ours, value: value.reshape(1) if value.ndim == 0 else value,
+        unread=lambda key: key.startswith("logvar_"),
+    )  # fmt: skip
 
 
 def names(config: Mapping[str, Any], network: nn.Module) -> Iterator[tuple[str, str]]:

@@ -33,7 +33,7 @@ def published(config: Mapping[str, Any], network: nn.Module) -> dict[str, Tensor
     """The weights of one of our networks under the published names, filters included.
 
     Args:
-        config: as for `denoiser_from`.
+        config: as `edm.read` gives it.
         network: the raw network that the config makes.
     """
     state = network.state_dict()

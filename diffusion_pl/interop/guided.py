@@ -21,18 +21,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from diffusion_pl import config as configs
-from diffusion_pl.config import Config
-from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.errors import UserError
-from diffusion_pl.interop.denoisers import denoiser_of
+from diffusion_pl.interop.denoisers import matched, meta_network
 from diffusion_pl.interop.layouts import multiple
 from diffusion_pl.interop.pickles import read_state, state_dict
 from diffusion_pl.interop.values import LEVELS, choice, flag, got, only, whole
-from diffusion_pl.networks.counting import at_most, spare
 
 TOLD = "_told"  # our key for what the weights tell
 GROUPS = 32  # of every normalisation
@@ -358,28 +353,21 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
         UserError: names the first key that is missing, surplus or of another shape.
     """
     node = _network(config)
-    with at_most(spare(len(state))), torch.device("meta"):
-        network = configs.build(_config({"network": node}), "network")
+    network = meta_network(node, state)
     new_order = flag(config, "use_new_attention_order", False)
-    found, used = {}, set()
-    for ours, own in network.state_dict().items():
-        key = _key(ours, node)
-        if key not in state:
-            raise UserError(f"{key}: is missing in guided-diffusion's layout")
-        used.add(key)
-        value = state[key]
+
+    def convert(ours: str, value: Tensor) -> Tensor:
         if ours == "map_label.weight":
             # Ours takes a one-hot vector times sqrt(classes), theirs a row of a table.
             value = value.T / node["classes"] ** 0.5
         elif ".attention.qkv." in ours:
             value = _qkv(value, network.get_submodule(ours.rpartition(".qkv.")[0]).heads, new_order)
-        if value.shape != own.shape and (*value.shape, 1) != tuple(own.shape):
-            raise UserError(f"{key}: has shape {tuple(value.shape)}, not {tuple(own.shape)}")
-        found[ours] = value.reshape(own.shape)
-    for key in state:
-        if key not in used:
-            raise UserError(f"{key}: is not in the network that the weights and flags make")
-    return found
+        own = network.get_parameter(ours)
+        return value[..., None] if (*value.shape, 1) == tuple(own.shape) else value
+
+    names = ((ours, _key(ours, node)) for ours in network.state_dict())
+    layout = " in guided-diffusion's layout"
+    return matched(network, names, state, convert=convert, layout=layout)
 
 
 def _qkv(value: Tensor, heads: int, new_order: bool) -> Tensor:
@@ -415,24 +403,3 @@ def _key(ours: str, node: Mapping[str, Any]) -> str:
         side_pixels = node["resolution"] // 2 ** (levels - 1 - level)
         beside, within = 1 + (side_pixels in node["attention"]), blocks - 1
     return f"output_blocks.{level * blocks + within}.{beside}.{name}.{leaf}"
-
-
-def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Denoiser:
-    """A published model as a denoiser, `denoiser(x, sigma, label=...)`, x = image + sigma noise.
-
-    Args:
-        config: as `read` gives it.
-        state: the published weights.
-
-    Raises:
-        UserError: something is not said, or the first key that does not fit.
-    """
-    if missing := asked(config):
-        raise UserError(missing)
-    tree = _config(nodes(config))
-    fitting = weights(config, state)  # before memory is taken for what the config says
-    return denoiser_of(tree, fitting)
-
-
-def _config(tree: dict[str, Any]) -> Config:
-    return Config("guided", "checkpoint", tree)

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_pl import config as configs
-from diffusion_pl.config import Config
 from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.errors import UserError
+from diffusion_pl.interop.denoisers import meta_network
 from diffusion_pl.interop.pickles import read_state, state_dict
 from diffusion_pl.interop.values import LEVELS, got, whole
-from diffusion_pl.networks.counting import at_most, spare
 
 TOLD = "_told"  # our key for what the weights tell
 PREDICTIONS = {"noise": "PredictNoise", "image": "PredictImage", "velocity": "PredictVelocity"}
@@ -216,9 +214,7 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     Raises:
         UserError: names the first key that is missing, surplus or of another shape.
     """
-    tree = Config("lucidrains", "milestone", {"network": _network(config)})
-    with at_most(spare(len(state))), torch.device("meta"):
-        network = configs.build(tree, "network")
+    network = meta_network(_network(config), state)
     wanted = network.state_dict()
     found = {}
     for key, value in state.items():

@@ -11,17 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from diffusion_pl import config as configs
-from diffusion_pl.config import Config
-from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.errors import UserError
-from diffusion_pl.interop.denoisers import denoiser_of
+from diffusion_pl.interop.denoisers import meta_network
 from diffusion_pl.interop.layouts import PESSER
 from diffusion_pl.interop.pickles import read_state, state_dict
-from diffusion_pl.networks.counting import at_most, spare
 
 ATTENTION = 16  # pixels at which the published networks attend
 
@@ -104,22 +99,5 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     Raises:
         UserError: names the first key that does not fit.
     """
-    with at_most(spare(len(state))), torch.device("meta"):
-        network = configs.build(_config(nodes(config)), "network")
+    network = meta_network(nodes(config)["network"], state)
     return PESSER.read(state, network)
-
-
-def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Denoiser:
-    """A published model as a denoiser, `denoiser(x, sigma)`, x = image + sigma noise.
-
-    Args:
-        config: as `read` gives it.
-        state: the published weights.
-    """
-    tree = _config(nodes(config))
-    fitting = weights(config, state)  # before memory is taken for what the config says
-    return denoiser_of(tree, fitting)
-
-
-def _config(tree: dict[str, Any]) -> Config:
-    return Config("pytorch_diffusion", "checkpoint", tree)
