@@ -29,13 +29,13 @@ def test_what_agrees_with_the_job_is_passed_on(option):
 @pytest.mark.parametrize(
     ("option", "instead"),
     [
-        ("--nodes=3", "say --nodes"), ("-N 3", "say --nodes"), ("--nodes=2-4", "say --nodes"),
+        ("--nodes=3", "use --nodes"), ("-N 3", "use --nodes"), ("--nodes=2-4", "use --nodes"),
         ("--ntasks=4", "or --tasks"), ("-n4", "or --tasks"), ("--tasks-per-node=1", "or --tasks"),
-        ("--ntasks-per-node=8", "or --tasks"), ("--cpus-per-task=16", "say --cpus"),
-        ("-c16", "say --cpus"), ("--gpus-per-node=8", "say --gpus"), ("-G4", "say --gpus"),
-        ("--gres=gpu:a100:8", "say --gpus"), ("--gres=gpu", "say --gpus"),
-        ("--gpus-per-task=1", "say --gpus"), ("--time=1", "say --time"), ("-t10", "say --time"),
-        ("--signal=B:TERM@60", "say --margin"), ("--array=0-3", "say --sweep"),
+        ("--ntasks-per-node=8", "or --tasks"), ("--cpus-per-task=16", "use --cpus"),
+        ("-c16", "use --cpus"), ("--gpus-per-node=8", "use --gpus"), ("-G4", "use --gpus"),
+        ("--gres=gpu:a100:8", "use --gpus"), ("--gres=gpu", "use --gpus"),
+        ("--gpus-per-task=1", "use --gpus"), ("--time=1", "use --time"), ("-t10", "use --time"),
+        ("--signal=B:TERM@60", "use --margin"), ("--array=0-3", "use --sweep"),
         ("--no-requeue", "leave it out"), ("--open-mode=truncate", "leave it out"),
         ("--wrap=true", "leave it out"),
     ],
@@ -49,12 +49,12 @@ def test_what_contradicts_the_job_is_told_with_what_to_say(option, instead):
 def test_an_array_may_say_how_many_run_at_a_time():
     check_options(["--array=0-3%2"], OWN, 4)
     for other in ("--array=0-7%2", "--array=0-3", "-a1-3"):
-        with pytest.raises(ValueError, match="say --sweep"):
+        with pytest.raises(ValueError, match="use --sweep"):
             check_options([other], OWN, 4 if other != "--array=0-3" else 1)
 
 
 def test_two_of_one_and_what_is_no_option_are_told():
-    with pytest.raises(ValueError, match=r"--partition is given twice \(a and b\); say one"):
+    with pytest.raises(ValueError, match=r"--partition is given twice \(a and b\); give one"):
         check_options(["--partition=a", "-p b"], OWN, 1)
     check_options(["--partition=a", "-p a"], OWN, 1)
     with pytest.raises(ValueError, match="'partition=a' is no option of sbatch"):

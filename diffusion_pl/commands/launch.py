@@ -1,6 +1,6 @@
-"""`launch`: check an experiment, write a SLURM job that trains it and goes on by itself, submit it.
+"""`launch`: check an experiment, and write and submit a SLURM job that trains and requeues itself.
 
-Without lightning, so a login node answers in seconds; see docs/clusters.md.
+Imports no lightning, so a login node answers in seconds; see docs/clusters.md.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def command(
     Args:
         experiment: a name, or a YAML file anywhere.
         overrides: KEY=VALUE over it, such as optimizer.lr=1e-4.
-        dry_run: write the script, do not submit it.
-        inside: the check that the script begins with.
+        dry_run: write the script without submitting it.
+        inside: only check, as the script does first.
     """
     words = (experiment, *overrides)
     if inside:
@@ -55,12 +55,12 @@ def command(
         for fault in each.faults
     ]
     if faults:
-        return _faulty(lines, faults)
+        return _faults(lines, faults)
     if all(each.finished for each in found):
         return Result({"finished": True}, lines, in_pipes=True)
     size = max(each.checkpoint_bytes for each in found)
     save = preflight.save_seconds(job.folder, size)
-    job = _timed(job, asked.margin, save)
+    job = _with_margin(job, asked.margin, save)
     told = f"USR1 {job.margin} s before the limit; a save takes about {save:.2g} s here"
     lines.append(line("signal", told))
     for task in job.tasks:
@@ -71,7 +71,7 @@ def command(
 
 
 def _submitted(job: Job, lines: list[str], dry_run: bool) -> Result:
-    """The script written, and submitted unless it is a dry run."""
+    """Write the script, and submit it unless it is a dry run."""
     script = shlex.quote(str(job.script))
     result = {"script": str(job.script), "runs": [str(task.run) for task in job.tasks]}
     if dry_run:
@@ -89,18 +89,18 @@ def _submitted(job: Job, lines: list[str], dry_run: bool) -> Result:
 
 
 def _inside(task: Task) -> Result:
-    """The same check in the job itself, against the nodes that it got; then data that is made."""
+    """Check inside the job, against its nodes; then prepare data that is made at the start."""
     found = preflight.check_task(task, job=preflight.variables())
     lines = [line(*note) for note in found.notes]
     if found.faults:
-        return _faulty(lines, found.faults)
-    # By one process, and not by the first one of every machine.
+        return _faults(lines, found.faults)
+    # By one process, not by one of each node.
     trust.data_of(_read(task)).dataset.prepare()
     return Result({"run": str(task.run)}, lines, in_pipes=True)
 
 
-def _faulty(lines: Sequence[str], faults: Sequence[str]) -> Result:
-    """What was found, and on stderr a line a fault."""
+def _faults(lines: Sequence[str], faults: Sequence[str]) -> Result:
+    """The result with faults, each a line on stderr."""
     errors = [masked(f"error: {fault}") for fault in faults]
     return Result({"faults": faults}, lines, errors, code=2, in_pipes=True)
 
@@ -110,7 +110,7 @@ def _read(task: Task) -> Config:
 
 
 def _job(words: tuple[str, ...], asked: JobOptions) -> Job:
-    """What is asked for, with the runs' devices set to those that the job will have."""
+    """The job, with its runs' devices set to those of the job."""
     on_gpu = asked.tasks is None
     for name, value in (("--nodes", asked.nodes), ("--gpus or --tasks", asked.ranks)):
         if value < 1:
@@ -139,10 +139,10 @@ def _job(words: tuple[str, ...], asked: JobOptions) -> Job:
 
 
 def _devices(overrides: Sequence[str], asked: JobOptions, experiment: Config) -> list[str]:
-    """The overrides that give the trainer what the job has.
+    """The overrides that set the trainer's nodes, devices and accelerator to the job's.
 
     Raises:
-        UserError: the command line or the experiment wants others.
+        UserError: the command line or the experiment sets others.
     """
     devices = {"trainer.nodes": str(asked.nodes), "trainer.devices": str(asked.ranks)}
     for word in overrides:
@@ -155,38 +155,38 @@ def _devices(overrides: Sequence[str], asked: JobOptions, experiment: Config) ->
     given = [f"{key}={value}" for key, value in devices.items()]
     kind, other = ("gpu", "--tasks") if asked.tasks is None else ("cpu", "--gpus")
     wanted = experiment.get("trainer").get("accelerator", "auto")
-    if wanted == "auto":  # or a node that misses its GPUs would train on without
+    if wanted == "auto":  # so that a node without its GPUs does not train on CPUs
         return [*given, f"trainer.accelerator={kind}"]
     if wanted.replace("cuda", "gpu") != kind:
         raise experiment.error(
             "trainer.accelerator",
-            f"the job has a {kind} for each process (got {wanted!r}); say {other} for the other",
+            f"the job has a {kind} for each process (got {wanted!r}); use {other} for the other",
         )
     return given
 
 
-def _timed(job: Job, margin: int | None, save: float) -> Job:
-    """The job with its margin: as asked for, or by the seconds that a save takes here."""
+def _with_margin(job: Job, margin: int | None, save: float) -> Job:
+    """The job with the given margin, or one from the seconds that a save takes."""
     margin = margin or sbatch.stop_margin(save)
     limit = sbatch.seconds_of(job.time)
     if limit <= margin + sbatch.CLOCK:
         raise UserError(
             f"--time: the last {margin} s are for stopping, and SLURM may be a minute early, so "
-            f"nothing is trained (got {job.time}, {limit} s); ask for more"
+            f"nothing would be trained (got {job.time}, {limit} s); ask for more"
         )
     return dataclasses.replace(job, margin=margin)
 
 
 def _command(words: Sequence[str], asked: JobOptions) -> str:
     """The command that makes this job again."""
-    said: list[object] = ["launch", *words, "--nodes", asked.nodes]
-    said += ["--gpus", asked.gpus] if asked.tasks is None else ["--tasks", asked.tasks]
-    said += ["--time", asked.time]
+    typed: list[object] = ["launch", *words, "--nodes", asked.nodes]
+    typed += ["--gpus", asked.gpus] if asked.tasks is None else ["--tasks", asked.tasks]
+    typed += ["--time", asked.time]
     for name in ("run", "cpus", "margin", "container"):
         if getattr(asked, name) is not None:
-            said += [f"--{name}", getattr(asked, name)]
-    said += [word for sweep in asked.sweep for word in ("--sweep", sweep)]
-    said += ["--data-changed"] if asked.data_changed else []
-    said += [f"--allow={name}" for name in asked.allow]
-    said += [f"--sbatch={option}" for option in asked.sbatch]
-    return shlex.join(["python", "-m", "diffusion_pl", *map(str, said)])
+            typed += [f"--{name}", getattr(asked, name)]
+    typed += [word for sweep in asked.sweep for word in ("--sweep", sweep)]
+    typed += ["--data-changed"] if asked.data_changed else []
+    typed += [f"--allow={name}" for name in asked.allow]
+    typed += [f"--sbatch={option}" for option in asked.sbatch]
+    return shlex.join(["python", "-m", "diffusion_pl", *map(str, typed)])

@@ -1,4 +1,4 @@
-"""The options that several commands share, and how their words are read.
+"""The options that several commands share, and how they are parsed.
 
 A command is the function `command` of its module, and its signature is its options: help, the
 command line and Python read them there. Its annotations and defaults are Python's own or stand
@@ -23,10 +23,10 @@ __all__ = ["Annotated", "Literal", "Parameter", "Path", "StopRequest"]  # of the
 
 
 def weights(text: str) -> str:
-    """Which weights: "ema", "denoiser", or "ema:LENGTH" with a number.
+    """Parse "ema", "denoiser" or "ema:LENGTH".
 
     Raises:
-        ValueError: none of them.
+        ValueError: it is none of them.
     """
     kind, _, length = text.partition(":")
     if kind not in ("ema", "denoiser") or (length and kind != "ema"):
@@ -40,7 +40,7 @@ def weights(text: str) -> str:
 
 
 def interval(text: str) -> tuple[float, float]:
-    """Two levels.
+    """Parse two noise levels, LOW,HIGH.
 
     Raises:
         ValueError: not two numbers.
@@ -53,7 +53,7 @@ def interval(text: str) -> tuple[float, float]:
 
 
 def listed(each: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """A reader of words between commas, each read by `each`."""
+    """A parser of values between commas, each parsed by `each`."""
 
     def read(text: str) -> tuple[Any, ...]:
         try:
@@ -68,7 +68,7 @@ def listed(each: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 def _read(by: Callable[[str], Any], shown: str) -> Parameter:
-    """A parameter of one word, read by a function, and called so in help."""
+    """A parameter parsed by a function, with its placeholder in help."""
 
     def convert(hint: Any, tokens: Sequence[Any]) -> Any:
         return by(tokens[0].value)
@@ -88,7 +88,7 @@ Allow = Annotated[
 RunPath = Annotated[Path, Parameter(help="a run's folder, or a checkpoint file")]
 BaseAlone = Annotated[
     bool,
-    Parameter(help="of a pyramid: its base at full size, which is not how it draws"),
+    Parameter(help="for a pyramid: its base at full size, which is not how the run samples"),
 ]
 Interval = Annotated[tuple[float, float], _read(interval, "LOW,HIGH")]
 Weights = Annotated[str, _read(weights, "KIND")]
@@ -101,13 +101,13 @@ SeveralWeights = Annotated[tuple[str, ...], _read(listed(weights), "KIND,...")]
 @Parameter(name="*", group=Group("Sampling", sort_key=1))
 @dataclass(frozen=True, kw_only=True)
 class SamplerOptions:
-    """How images are sampled, over what the run says.
+    """How images are sampled; the run's own when not given.
 
     Args:
         sampler: heun, deis, ... (docs/samplers.md) or a function's path, on the run's own levels.
         steps: of the sampler.
-        guidance: weight of the guidance, 1 for none.
-        weights: ema, denoiser (raw), or ema:0.1 for an average of that length.
+        guidance: weight, 1 for none.
+        weights: ema, denoiser (raw), or ema:0.1 for the average of that length.
     """
 
     sampler: str | None = None
@@ -119,13 +119,13 @@ class SamplerOptions:
 @Parameter(name="*", group=Group("Run", sort_key=2))
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a run is opened, and what its images depend on beside the sampler.
+    """How a run is opened, and further settings of its images.
 
     Args:
         seed: of noise and labels.
         guidance_interval: sigmas that are guided.
-        guide: a weaker run: autoguidance by it.
-        batch_size: images at a time; changes no image and no number.
+        guide: a weaker run, for autoguidance.
+        batch_size: images per batch; changes no image and no number.
         device: cpu, cuda or auto.
         set: KEY=VALUE over the run's config.
     """
@@ -142,13 +142,13 @@ class RunOptions:
 @Parameter(name="*", group=Group("Measuring", sort_key=3))
 @dataclass(frozen=True, kw_only=True)
 class MetricOptions:
-    """What is measured, and against what.
+    """Metrics and their reference.
 
     Args:
-        count: images; the experiment's, or all of a file, when not given.
-        reference: compare with it: statistics (.safetensors, .npz), an experiment's data, images.
-        resize: enlarge a reference's smaller images.
-        subset_size: images of a subset of the kernel distance; at most 1000 when not given.
+        count: number of images; the experiment's, or all of the files, when not given.
+        reference: statistics (.safetensors, .npz), an experiment's data, or images.
+        resize: enlarge smaller images of the reference.
+        subset_size: images per subset of the kernel distance; at most 1000 when not given.
         metrics: frechet, spatial, score, kernel, precision_recall, density_coverage, or all.
     """
 
@@ -166,8 +166,8 @@ class FeatureOptions:
 
     Args:
         features: inception, shapes, pixels, dinov2-vit-l-14, ... or auto; the run's when not given.
-        feature_weights: file of the weights of Inception or CLIP.
-        feature_precision: of Inception; the error of bf16 is measured and said.
+        feature_weights: file of Inception's or CLIP's weights.
+        feature_precision: of Inception; the error of bf16 is measured and recorded.
     """
 
     features: str | None = None
@@ -178,13 +178,13 @@ class FeatureOptions:
 @Parameter(name="*", group=Group("Training", sort_key=1))
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What a run starts from, and what is consented to.
+    """What a run starts from, and which differences are accepted.
 
     Args:
-        start: a run or checkpoint from whose weights a new run starts: fine-tuning.
-        data_changed: go on with other data than until now.
-        fresh_labels: with --from: all but what knows its classes.
-        accept_differences: with --from: though it was trained for another objective or network.
+        start: a run or checkpoint whose weights a new run starts from: fine-tuning.
+        data_changed: resume though the data has changed.
+        fresh_labels: with --from: initialise the labels' weights.
+        accept_differences: with --from: though objective or network differ.
     """
 
     start: Annotated[Path | None, Parameter(name="--from")] = None
@@ -197,19 +197,19 @@ class TrainOptions:
 @Parameter(name="*", group=Group("Job", sort_key=1))
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
-    """What is asked of SLURM.
+    """The resources of a SLURM job.
 
     Args:
         run: the run's folder; runs/EXPERIMENT when not given.
-        data_changed: go on with other data than until now.
-        nodes: machines.
-        gpus: GPUs of a machine, a process each.
-        tasks: processes of a machine, without GPUs.
-        cpus: cores of a process; one, and one a data worker, when not given.
-        time: limit of one stretch.
+        data_changed: resume though the data has changed.
+        nodes: number of nodes.
+        gpus: per node, a process each.
+        tasks: processes per node, without GPUs.
+        cpus: cores per process; one, and one for each data worker, when not given.
+        time: limit until the job is requeued.
         margin: seconds before the limit at which the job is signalled; three saves when not given.
-        container: run in it, by apptainer.
-        sweep: KEY=V,V: a run for each: an array.
+        container: image to run in, by apptainer.
+        sweep: KEY=V,V: a run for each value, as a job array.
         sbatch: an option of sbatch, as --sbatch=--partition=gpu.
     """
 
@@ -228,12 +228,12 @@ class JobOptions:
 
     @property
     def ranks(self) -> int:
-        """Processes of a machine."""
+        """Processes per node."""
         return self.gpus if self.tasks is None else self.tasks
 
 
 def grouped(command: str, given: Mapping[str, Any], *groups: type) -> list[Any]:
-    """Options of one command in their groups, as Python gives them.
+    """Options given from Python, sorted into a command's groups.
 
     Args:
         command: its name, for messages.

@@ -1,4 +1,4 @@
-"""What of the environment would undo the safety of the readers; refused before anything is read."""
+"""Refuses environment variables that disable safe loading, before anything is read."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 
 from diffusion_pl.errors import UserError
 
-# torch and Lightning run what a checkpoint asks for where this is set.
+# With it torch and Lightning unpickle checkpoints, which executes code in them.
 UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 # Lightning reads a number from each while it is imported.
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def refuse_unsafe(environment: Mapping[str, str]) -> None:
-    """See that nothing is set that makes checkpoints run what they hold, or ends what is imported.
+    """Refuse a variable that disables safe loading, or ranks that Lightning cannot parse.
 
     Raises:
-        UserError: it is.
+        UserError: names the variable.
     """
     for name in RANKS:
         rank = environment.get(name, "0")

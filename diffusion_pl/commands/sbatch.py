@@ -1,4 +1,4 @@
-"""A job for SLURM: its tasks, the script that it is, and how that is submitted."""
+"""A SLURM job: its tasks, its script, and submitting it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from diffusion_pl.names import shown
 SCRIPT = "job.sbatch"
 TEMPLATE = Path(__file__).with_name(SCRIPT)
 
-# Starts in a row without a newer checkpoint, after which a job is left to a person.
+# Consecutive starts without a newer checkpoint, after which a job is not requeued.
 RESTARTS = 3
 
-# SLURM looks at its clock now and then: a signal before the limit may come so much earlier.
+# Seconds by which SLURM's signal may be early.
 CLOCK = 60.0
-# Saves that must fit between the signal and the limit: file systems are slower with many writers.
+# Saves that must fit between the signal and the limit, as many writers slow a file system down.
 SAVES = 3.0
 
 
@@ -35,8 +35,8 @@ class Task:
     Args:
         run: the run's folder.
         words: what follows `train`: the experiment and its overrides.
-        allow: what the experiment's file is trusted with, by name.
-        data_changed: whether it goes on with other data than until now.
+        allow: packages, addresses or files to trust in the experiment's file.
+        data_changed: resume though the data has changed.
     """
 
     run: Path
@@ -45,25 +45,25 @@ class Task:
     data_changed: bool = False
 
     def line(self) -> tuple[str, ...]:
-        """The words after `train` on a command line."""
+        """The words after `train` on the command line."""
         changed = ["--data-changed"] if self.data_changed else []
         return (*self.words, *(f"--allow={name}" for name in self.allow), *changed)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of SLURM.
+    """A SLURM job.
 
     Args:
-        folder: where the script and SLURM's output lie.
-        tasks: the runs; of an array, one a task.
-        nodes: machines of a run.
-        ranks: processes a machine.
-        on_gpu: whether each of them takes a GPU.
-        cpus: cores a process.
-        time: limit, as SLURM writes it.
-        margin: seconds before the limit at which a run is told to stop.
-        command: what was typed.
+        folder: of the script and SLURM's output.
+        tasks: the runs; several make an array.
+        nodes: of each run.
+        ranks: processes per node.
+        on_gpu: whether each process has a GPU.
+        cpus: cores per process.
+        time: limit, in SLURM's format.
+        margin: seconds before the limit at which a run is signalled to stop.
+        command: that made the job.
         place: the folder to run in.
         python: words that start Python there.
         options: further options of sbatch.
@@ -84,11 +84,11 @@ class Job:
 
     @property
     def script(self) -> Path:
-        """Where the script lies."""
+        """The script's path."""
         return self.folder / SCRIPT
 
     def check_options(self) -> None:
-        """See that the further options agree with the job.
+        """Check that the further options agree with the job.
 
         Raises:
             UserError: names one that does not.
@@ -106,7 +106,7 @@ class Job:
         sbatch_options.check_options(self.options, own, len(self.tasks))
 
     def directives(self) -> list[str]:
-        """The options in the script's head, each as sbatch takes it."""
+        """The script's #SBATCH options."""
         array = len(self.tasks) > 1
         output = self.place / self.folder / ("slurm-%A_%a.out" if array else "slurm-%j.out")
         return [
@@ -126,7 +126,7 @@ class Job:
 
 
 def render(job: Job) -> str:
-    """The script, from the template beside this file."""
+    """The script, from the template beside this module."""
     on = f"{job.nodes} nodes x {job.ranks} {'GPUs' if job.on_gpu else 'CPU processes'}"
     runs = job.tasks[0].words[0] if len(job.tasks) == 1 else f"{len(job.tasks)} runs"
     values = {
@@ -148,10 +148,10 @@ def render(job: Job) -> str:
 
 
 def _quoted(option: str) -> str:
-    """An option as sbatch reads it, which knows double quotes.
+    """An option quoted for an #SBATCH line.
 
     Raises:
-        UserError: it holds one, or what would end its line.
+        UserError: it holds a double quote, a backslash or an unprintable character.
     """
     if not option.isprintable() or '"' in option or "\\" in option:
         raise UserError(
@@ -162,13 +162,10 @@ def _quoted(option: str) -> str:
 
 
 def submit(job: Job) -> str:
-    """Write the script and hand it to SLURM.
-
-    Returns:
-        The job's number.
+    """Write the script and submit it; returns the job's number.
 
     Raises:
-        UserError: there is no SLURM here, or it refuses the job; in its words.
+        UserError: there is no SLURM here, or it refuses the job, with its message.
     """
     write(job)
     try:
@@ -181,7 +178,7 @@ def submit(job: Job) -> str:
         )
     except FileNotFoundError as error:
         raise UserError(
-            f"{job.script}: is written, but there is no sbatch here; submit it where there is one"
+            f"{job.script}: is written, but there is no sbatch here; submit it where there is"
         ) from error
     if done.returncode:
         reason = " ".join(done.stderr.replace("sbatch: error: ", "").split())
@@ -202,10 +199,10 @@ def python_of(place: Path, executable: str, container: str | None, on_gpu: bool)
     """The words that start Python in a job: this environment's, or a container's.
 
     Args:
-        place: the folder to run in, which a container sees as it is.
+        place: the folder to run in, bound into a container.
         executable: the environment's Python.
         container: an image for apptainer; None for none.
-        on_gpu: whether a container needs the GPUs' driver.
+        on_gpu: whether a container needs the GPU driver.
     """
     if container is None:
         path = Path(executable)
@@ -221,17 +218,17 @@ def tasks_of(
     last: Sequence[str],
     allow: Sequence[str] = (),
 ) -> list[Task]:
-    """The runs of a job: one, or one for every combination of the values that are swept over.
+    """The runs of a job: one, or one for every combination of swept values.
 
     Args:
         base: the run's folder; of a sweep, the folder of the runs' folders.
         words: the experiment and its overrides.
         sweeps: `key=value,value`, each with two values or more.
-        last: overrides that stand after those.
+        last: further overrides of every run.
         allow: of every run.
 
     Raises:
-        UserError: names the sweep that is none.
+        UserError: names a malformed sweep.
     """
     choices = []
     for sweep in sweeps:
@@ -255,7 +252,7 @@ def tasks_of(
 
 
 def _split(values: str) -> list[str]:
-    """Cut at the commas that stand in no brackets."""
+    """Split at commas outside brackets."""
     parts, depth = [""], 0
     for letter in values:
         depth += (letter in "[{") - (letter in "]}")
@@ -267,10 +264,10 @@ def _split(values: str) -> list[str]:
 
 
 def seconds_of(time: str) -> int:
-    """A limit as SLURM writes it, in seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+    """Seconds of a limit in SLURM's format: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
 
     Raises:
-        UserError: it is none.
+        UserError: it has another format.
     """
     days, dash, rest = time.rpartition("-")
     parts = rest.split(":")
@@ -288,9 +285,5 @@ def seconds_of(time: str) -> int:
 
 
 def stop_margin(save: float) -> int:
-    """Seconds before the limit at which a run must be told to stop.
-
-    Args:
-        save: seconds that a checkpoint takes to write.
-    """
+    """Seconds before the limit at which a run is signalled, from the seconds of a save."""
     return math.ceil(max(CLOCK, SAVES * save))

@@ -1,7 +1,7 @@
-"""Options for sbatch that a user adds: none that says otherwise than the job itself.
+"""Options of sbatch that a user adds, none of which may contradict the job.
 
-The last of two equal options counts for SLURM, while the job's script, srun and the trainer go by
-the first: cores are reserved that no process gets, or nodes that fail in the job.
+SLURM uses the last of two equal options, while the script, srun and the trainer use the job's own:
+cores would be reserved that no process gets, or the job would fail on its nodes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from diffusion_pl.errors import UserError
 
-# What `launch` sets, by each name that sbatch knows it by, and the option of `launch` for it.
+# The options that `launch` sets, by all of sbatch's names, and `launch`'s own option for each.
 _OURS = {
     "--nodes": "--nodes N",
     "--ntasks": "--gpus N or --tasks N, a node",
@@ -43,7 +43,7 @@ _SHORT = {
     "-d": "--dependency", "-D": "--chdir", "-L": "--licenses", "-M": "--clusters",
 }  # fmt: skip
 
-# Variables of whoever submits that sbatch takes before the options in a script.
+# Environment variables that for sbatch override the options in a script.
 _VARIABLES = (
     "SBATCH_ARRAY_INX", "SBATCH_CPUS_PER_GPU", "SBATCH_GPUS", "SBATCH_GPUS_PER_NODE",
     "SBATCH_GPUS_PER_TASK", "SBATCH_GRES", "SBATCH_NO_REQUEUE", "SBATCH_OPEN_MODE",
@@ -52,7 +52,7 @@ _VARIABLES = (
 
 
 def check_options(options: Sequence[str], own: Mapping[str, str], tasks: int) -> None:
-    """See that further options agree with the job and with one another.
+    """Check that further options agree with the job and with each other.
 
     Args:
         options: as typed after `--sbatch`.
@@ -60,18 +60,18 @@ def check_options(options: Sequence[str], own: Mapping[str, str], tasks: int) ->
         tasks: of the job's array, 1 for none.
 
     Raises:
-        UserError: names the first that does not, and what to say in its place.
+        UserError: names the first that does not, and what to use in its place.
     """
     seen: dict[str, str] = {}
     for option in options:
         name, value = _parsed(option)
         if value != seen.setdefault(name, value):
-            raise UserError(f"--sbatch: {name} is given twice ({seen[name]} and {value}); say one")
+            raise UserError(f"--sbatch: {name} is given twice ({seen[name]} and {value}); give one")
         if name not in _OURS or _agrees(name, value, own, tasks):
             continue
-        instead = f"; say {_OURS[name]}" if _OURS[name] else "; leave it out"
+        instead = f"; use {_OURS[name]}" if _OURS[name] else "; leave it out"
         job = f" (the job has {own[name]})" if own.get(name) else ""
-        raise UserError(f"--sbatch: {option!r} contradicts the job that is written{job}{instead}")
+        raise UserError(f"--sbatch: {option!r} contradicts the job{job}{instead}")
 
 
 def _parsed(option: str) -> tuple[str, str]:
@@ -88,7 +88,7 @@ def _parsed(option: str) -> tuple[str, str]:
 
 
 def _agrees(name: str, value: str, own: Mapping[str, str], tasks: int) -> bool:
-    """Whether one of the job's own options says what the job says."""
+    """Whether an option equals the job's own."""
     if name == "--requeue":
         return True
     if name == "--gres":
@@ -96,7 +96,7 @@ def _agrees(name: str, value: str, own: Mapping[str, str], tasks: int) -> bool:
         return all(_count(each) == own.get("--gpus-per-node") for each in gpus)
     if name == "--gpus-per-node":
         return _count(value) == own.get(name)
-    if name == "--array":  # which may say how many run at a time
+    if name == "--array":  # which may limit how many run at once
         return re.sub(r"%[0-9]+$", "", value) == f"0-{tasks - 1}"
     if name == "--open-mode":
         return value == "append"
@@ -104,11 +104,11 @@ def _agrees(name: str, value: str, own: Mapping[str, str], tasks: int) -> bool:
 
 
 def _count(value: str) -> str:
-    """The number of GPUs of `4`, `gpu:4` or `gpu:a100:4`; 1 where none is said."""
+    """The number of GPUs in `4`, `gpu:4` or `gpu:a100:4`; 1 when not given."""
     last = value.rpartition(":")[2]
     return last if last.isdecimal() else "1"
 
 
 def environment() -> dict[str, str]:
-    """The environment to submit a job in, without what would overrule its options."""
+    """The environment for sbatch, without variables that override the job's options."""
     return {name: value for name, value in os.environ.items() if name not in _VARIABLES}

@@ -1,9 +1,8 @@
-"""What a configuration that others may have made may not do by the values of its parts.
+"""Values that an untrusted configuration may not set.
 
-Its parts are known (`config.registry`), yet some of them reach beyond the run: an address is
-fetched, a folder is written, a file of TorchScript runs. These are asked for where they are used,
-so that a run of one's own opens without a word; whoever trusts the file says so by `--allow`, or
-writes the value as an override, which is the user's own.
+Its parts are restricted (`config.registry`), but some of them reach beyond the run: an address is
+downloaded, a folder is written, a TorchScript file is executed. They are refused where they are
+used, unless the user allows them by `--allow` or sets them as an override.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ def data_of(experiment: Config) -> DataConfig:
     check_data(experiment)
     data: DataConfig = config.build(experiment, "data")
     if experiment.packages is not None and isinstance(data.dataset, Shards):
-        # Made at the word of whoever uses it: what is there is read, what is not is told.
+        # An untrusted config does not prepare data; prepared data is read.
         return dataclasses.replace(data, dataset=dataclasses.replace(data.dataset, made_of=None))
     return data
 
 
 def extractor_of(experiment: Config) -> Extractor:
-    """The experiment's extractor of features, its weights read.
+    """The experiment's feature extractor, with its weights.
 
     Raises:
         ConfigError: as `check_features`.
@@ -47,11 +46,11 @@ def extractor_of(experiment: Config) -> Extractor:
 
 
 def check_training(experiment: Config) -> None:
-    """See that a training reads and tells what it may, before its folder is made.
+    """Check what a training would read, write and send, before its folder is made.
 
     Raises:
-        ConfigError: a file of others names Weights & Biases, which sends what is logged, a folder
-            for a profiler's reports, or as `check_data` and `check_features`.
+        ConfigError: an untrusted file names Weights & Biases, which uploads the log, or a folder
+            for a profiler's reports; or as `check_data` and `check_features`.
     """
     check_data(experiment)
     check_features(experiment)
@@ -66,10 +65,10 @@ def check_training(experiment: Config) -> None:
 
 
 def check_data(experiment: Config) -> None:
-    """See that nothing is fetched, or kept elsewhere, at the word of a file of others.
+    """Refuse an address, or a cache folder outside the present one, in an untrusted file.
 
     Raises:
-        ConfigError: it names an address, or a folder outside the present one for what is fetched.
+        ConfigError: names its key.
     """
     node = experiment.get("data.dataset")
     path = str(node.get("path", ""))
@@ -79,10 +78,10 @@ def check_data(experiment: Config) -> None:
 
 
 def check_features(experiment: Config) -> None:
-    """See that no weights run when they are read at the word of a file of others.
+    """Refuse weights that execute code when loaded, in an untrusted file.
 
     Raises:
-        ConfigError: it names some.
+        ConfigError: names their key.
     """
     node = experiment.get("features")
     weights = node.get("weights")
@@ -94,7 +93,7 @@ def check_features(experiment: Config) -> None:
 
 
 def check_guide(experiment: Config) -> None:
-    """See that a guide, itself a run, is trusted with no more than the run is.
+    """Check that a guide is trusted with no more packages than its run.
 
     Raises:
         ConfigError: its `allow` names more.
@@ -107,11 +106,7 @@ def check_guide(experiment: Config) -> None:
 
 
 def _require(experiment: Config, key: str, value: str, what: str) -> None:
-    """See that a value is the user's own, or allowed by name.
-
-    Raises:
-        ConfigError: it is neither.
-    """
+    """Refuse a value that is neither the user's own nor allowed by name."""
     if experiment.packages is None or experiment.origin(key) == OVERRIDE:
         return
     # Addresses are chained by ::, and the last decides.
@@ -127,11 +122,7 @@ def _require(experiment: Config, key: str, value: str, what: str) -> None:
 
 
 def _require_folder(experiment: Config, key: str, folder: str) -> None:
-    """See that a folder to write in lies in the present one, or is the user's own.
-
-    Raises:
-        ConfigError: it is neither.
-    """
+    """Refuse a folder to write in outside the present one, unless it is the user's own."""
     plain = os.path.normpath(folder)
     if os.path.isabs(plain) or plain.split(os.sep)[0] == os.pardir:
         _require(experiment, key, plain, "is written to, and would be")
