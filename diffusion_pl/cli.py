@@ -46,11 +46,11 @@ COMMANDS = (
 # A path joins the two slashes of an address; one letter before them is a disk.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
-INTERRUPTED = 130  # as shells call it
-# What leaves of its work what the same command finds; `train` sees to itself.
-GO_ON = frozenset({"prepare", "sample", "sweep"})
+INTERRUPTED = 130  # the shells' code for Ctrl-C
+# Commands that continue their work when they are run again; `train` says so by itself.
+RESUMING = frozenset({"prepare", "sample", "sweep"})
 
-# What stays of an error's text: every problem is a line.
+# Control characters that stay in an error's text: every problem is a line.
 LINES = "\n\t"
 
 
@@ -77,11 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(call)
         except KeyboardInterrupt:
-            more = "; the same command goes on" if call.command in GO_ON else ""
+            more = "; the same command goes on" if call.command in RESUMING else ""
             print(shown(f"{call.command}: interrupted{more}"), file=sys.stderr)
             return INTERRUPTED
     faulthandler.enable(file=2)  # a crash below Python shows where it was
-    # First of all: a signal while it starts must not lose the run's place.
+    # From here on a signal leaves a mark in the run's folder.
     with StopRequest() as stop_request:
         call.keywords["stop_request"] = stop_request
         try:
@@ -100,12 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(call: Call) -> int:
-    """Import the command's module and call it; its errors become a line and an exit code."""
+    """Import the command's module and call it; errors become a line and an exit code."""
     try:
         refuse_unsafe(os.environ)
     except ValueError as error:
         return _bad_input(error)
-    if sys.stderr.isatty() and not is_later_rank():  # libraries take seconds to be read
+    if sys.stderr.isatty() and not is_later_rank():  # importing libraries takes seconds
         print(f"{shown(call.command)}: starting ...", file=sys.stderr, flush=True)
     module = importlib.import_module(module_of(call.command))
     try:
@@ -113,17 +113,17 @@ def _run(call: Call) -> int:
         result.tell(call.json)
     except UserError as error:
         return _bad_input(error)
-    except ValueError as error:  # a library's word on what it was given, or a bug of the user's
+    except ValueError as error:  # a library's complaint about its input, or a bug of the user's
         if _is_user_code(error):
             raise
         return _bad_input(error)
-    except getattr(module, "FAILURES", ()) as error:  # what a run may meet
+    except getattr(module, "FAILURES", ()) as error:  # failures that a run expects
         print(f"failed: {shown(masked(str(error)), keep=LINES)}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of stdout left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a full disk, a folder that may not be written, a file that is gone
+    except OSError as error:  # a full disk, missing permission, a missing file
         problem = machine_problem(error)
         if problem is None:
             raise
@@ -132,7 +132,7 @@ def _run(call: Call) -> int:
 
 
 def _is_user_code(error: BaseException) -> bool:
-    """Whether an error went through code of the user's own: neither ours nor installed."""
+    """Whether an error passed through the user's code: neither ours nor installed."""
     known = [Path(__file__).parent, *map(Path, set(sysconfig.get_paths().values()))]
     frames = traceback.walk_tb(error.__traceback__)
     files = (Path(frame.f_code.co_filename) for frame, _ in frames)
@@ -140,13 +140,13 @@ def _is_user_code(error: BaseException) -> bool:
 
 
 def _bad_input(error: ValueError) -> int:
-    """Say a user's mistake; libraries quote addresses with all that stands in them."""
+    """Print a user's mistake without credentials, which libraries quote with addresses."""
     print(f"error: {shown(masked(str(error)), keep=LINES)}", file=sys.stderr)
     return 2
 
 
 def argument_name(before: str, word: str) -> str:
-    """What a word of the command line is, for messages that must not show it."""
+    """The option or key of a word on the command line, for messages that must not show it."""
     key, equals, _ = word.partition("=")
     if equals and "/" not in key:
         return key if key.startswith("--") else f"SET: {key}"
@@ -155,13 +155,13 @@ def argument_name(before: str, word: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is typed.
+    """A parsed command line.
 
     Args:
         command: its name.
-        words: the function's positional arguments.
-        keywords: its others.
-        json: whether the result is wanted as JSON on a terminal, too.
+        words: positional arguments of the command's function.
+        keywords: its keyword arguments.
+        json: print JSON on a terminal, too.
     """
 
     command: str
@@ -171,13 +171,13 @@ class Call:
 
 
 def parse(words: Sequence[str]) -> Call | None:
-    """Read the words; overrides may stand before and after options.
+    """Parse the command line; overrides may stand before and after options.
 
     Returns:
-        The call; None where help or the version was asked for, and printed.
+        The call; None after help or the version was printed.
 
     Raises:
-        UserError: what does not fit.
+        UserError: an unknown command, option or value.
     """
     app = program(words)
     try:
@@ -197,14 +197,14 @@ def parse(words: Sequence[str]) -> Call | None:
 
 
 def program(words: Sequence[str] = ()) -> App:
-    """The program with its commands; with the one alone that the words begin with, if they do."""
+    """The program with its commands, or with that alone that the words begin with."""
     app = App(
         name="diffusion_pl",
         help="Train, sample, evaluate and compare image diffusion models by YAML.",
         help_format="plaintext",
         version=f"diffusion_pl {__version__}",
-        # Only two options have a --no-..., the last of two equal options counts, and a file's name
-        # that begins with a bracket is a name.
+        # Only some options have a --no-..., the last of two equal options counts, and a file name
+        # that begins with a bracket is no JSON.
         default_parameter=Parameter(
             negative=(), allow_repeating=True, json_list=False, json_dict=False
         ),
@@ -215,14 +215,14 @@ def program(words: Sequence[str] = ()) -> App:
 
 
 def module_of(command: str) -> str:
-    """The module of a command; `import` is a word of the language, so its module is import_."""
+    """The module of a command; that of `import`, a keyword of Python, is import_."""
     return f"diffusion_pl.commands.{command}{'_' * keyword.iskeyword(command)}"
 
 
 def signature_of(command: str) -> Callable[..., None]:
-    """A command's function without its body, with `--json`: read, for its module may need torch.
+    """A command's function without its body, with `--json`; parsed, as its module may import torch.
 
-    Its annotations and defaults are those of `diffusion_pl.commands.options`, or Python's own.
+    Its annotations and defaults are from `diffusion_pl.commands.options`, or Python's own.
     """
     spec = importlib.util.find_spec(module_of(command))
     assert spec is not None and spec.origin is not None
@@ -241,23 +241,23 @@ def signature_of(command: str) -> Callable[..., None]:
 
 
 def _expand_home(value: object, name: str) -> object:
-    """A path, or several, with the home folder for ~: a shell leaves that of --run=~/x.
+    """Expand ~ in paths, which a shell does not do in --run=~/x.
 
     Raises:
-        UserError: no such home, or an address, in whose stead a folder `s3:` would be made.
+        UserError: there is no such home; or an address, for which a folder `s3:` would be made.
     """
     if isinstance(value, tuple):
         return tuple(_expand_home(each, name) for each in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        said = {field: _expand_home(each, field) for field, each in vars(value).items()}
-        return dataclasses.replace(value, **said)
+        expanded = {field: _expand_home(each, field) for field, each in vars(value).items()}
+        return dataclasses.replace(value, **expanded)
     if isinstance(value, Path) and _ADDRESS.match(str(value)) and not value.exists():
         raise UserError(
-            f"{name}: {value} is an address, and this is a file or folder of this machine; fetch "
-            "it first, or copy what is written there"
+            f"{name}: {value} is an address, and this must be a local file or folder; download it "
+            "first, or copy the result there"
         )
     if not isinstance(value, str | Path) or not str(value).startswith("~"):
         return value
-    from diffusion_pl.config.words import expand_home  # help answers without it
+    from diffusion_pl.config.words import expand_home  # slow to import, and not needed for help
 
     return type(value)(expand_home(str(value), name))

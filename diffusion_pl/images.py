@@ -1,4 +1,4 @@
-"""Images at the edge of the package: sets of them, bytes to [-1, 1] and back, grids, PNG files."""
+"""Data sets of images, conversion between uint8 and [-1, 1], grids and PNG files."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class ImageDataset(Store, Protocol):
     A class that inherits from this one needs `name`, `fingerprint`, `shape` and `read`.
 
     Args:
-        name: names the set wherever a number measured on it is printed.
-        fingerprint: of the content, sha256 (hex); equal images and labels have an equal one.
+        name: printed with every number computed on the set.
+        fingerprint: sha256 (hex) of images and labels.
         labels: int64 (N,) in [0, classes), or None when unlabelled.
         classes: number of classes, 0 when unlabelled.
-        class_names: of the classes in order, () where they have none.
+        class_names: in order, () where there are none.
         shards: images in each shard, in order; () where there are none.
         window: shards to shuffle together; 0: all.
     """
@@ -59,7 +59,7 @@ class ImageDataset(Store, Protocol):
     window: int = 0
 
     def origin(self, index: int) -> str:
-        """The file that an image is read from, for messages; the set's name where there is none."""
+        """The file of an image, for messages; the set's name where there is none."""
         return self.name
 
     def __len__(self) -> int:
@@ -127,8 +127,8 @@ def from_bytes(images: Tensor) -> Tensor:
 def to_bytes(images: Tensor) -> Tensor:
     """Quantise [-1, 1] to uint8, the only place where the package does so.
 
-    u = floor(127.5 x + 128) clipped to 0..255: rounding to the nearest level, as EDM writes
-    its images (Karras 2022, released code). What is measured and what is saved go through here.
+    u = floor(127.5 x + 128) clipped to 0..255: rounding to the nearest level, as in EDM's released
+    code (Karras et al. 2022). Evaluated and saved images are both quantised here.
 
     Args:
         images: floating point, any shape; values outside [-1, 1] are clipped.
@@ -139,7 +139,7 @@ def to_bytes(images: Tensor) -> Tensor:
     return images.mul(127.5).add_(128.0).clamp_(0.0, 255.0).to(torch.uint8)
 
 
-VISIBLE = 64  # pixels a side that a person sees something in
+VISIBLE = 64  # pixels to which small images are magnified in a grid
 
 
 def grid(
@@ -149,9 +149,9 @@ def grid(
 
     Args:
         images: uint8 (B, C, H, W), C = 1, 3 or 4 (with alpha).
-        columns: images a row; the square root of B when not given.
-        gap: white pixels between neighbours.
-        zoom: how often a pixel is repeated each way; enough to show 64 when not given.
+        columns: images per row; about the square root of B when not given.
+        gap: white pixels between images.
+        zoom: magnification; up to at least 64 pixels when not given.
 
     Returns:
         uint8 (3 or 4, rows * (H + gap) - gap, columns * (W + gap) - gap), H, W after the zoom.
@@ -166,7 +166,7 @@ def grid(
     for index, image in enumerate(images.cpu()):
         top = index // columns * (height + gap)
         left = index % columns * (width + gap)
-        sheet[:, top : top + height, left : left + width] = image  # one channel spreads over three
+        sheet[:, top : top + height, left : left + width] = image  # broadcasts one channel
     return sheet
 
 
@@ -181,5 +181,5 @@ def save_png(image: Tensor, path: Path) -> None:
         UserError: it cannot be written.
     """
     array = image.cpu().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    write_atomically(path, lambda file: picture.save(file, format="PNG"))
+    encoded = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    write_atomically(path, lambda file: encoded.save(file, format="PNG"))

@@ -41,7 +41,7 @@ _MOST_BYTES = 4096
 
 
 class LockLostError(Exception):
-    """Another process has taken over what this one held."""
+    """Another process has taken the lock over."""
 
 
 @dataclass(frozen=True)

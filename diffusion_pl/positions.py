@@ -1,7 +1,7 @@
-"""Where a pixel lies in the full frame: the coordinates of pyramidal diffusion (Ryu & Ye 2022).
+"""Pixel coordinates in the full frame, for pyramidal diffusion (Ryu & Ye 2022).
 
-They are those of the full-resolution grid, k / (D - 1), resized together with the image: a pixel
-has the mean coordinate of the grid's pixels that it covers, so their spacing tells the scale.
+The coordinates k / (D - 1) of the full-resolution grid are resized with the image: a pixel has the
+mean coordinate of the grid's pixels that it covers, so their spacing tells the scale.
 """
 
 from __future__ import annotations

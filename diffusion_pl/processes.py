@@ -12,7 +12,7 @@ import uuid
 import zlib
 from pathlib import Path
 
-LEFT_AFTER = 3600.0  # seconds without a write, after which another machine's file is a leftover
+LEFT_AFTER = 3600.0  # seconds without a write after which another machine's file is a leftover
 
 # Ending of a temporary file: machine, process id, start time of the process.
 _TEMPORARY = re.compile(r"\.(?P<place>[0-9a-f]{8})-(?P<process>[0-9]+)-(?P<began>[0-9]+)\.tmp$")

@@ -1,4 +1,4 @@
-"""What takes time, on stderr: bars for a person at a terminal, a line now and then for a file."""
+"""Progress on stderr: bars on a terminal, lines at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from diffusion_pl.names import shown
 
 REFRESH = 0.25  # seconds between movements of the bar
 LINE = 15.0  # seconds between lines where there is no terminal
-PREPARE_LINE = 10.0  # the same of preparing
+PREPARE_LINE = 10.0  # the same for `prepare`
 
-# Told how many images earlier runs have done, this one, and of how many.
+# Called with the images done by earlier runs, by this one, and the total.
 Report = Callable[[int, int, int], None]
 
 T = TypeVar("T")
@@ -32,21 +32,21 @@ def clock(seconds: float) -> str:
 
 
 def format_row(row: Mapping[str, Any]) -> str:
-    """A number with its name, and what must be known to read it."""
+    """A number with its name, bias and warning."""
     words = f"{row['name']} = {row['value']:.4g}"
     if "blocks" in row:
         words += f" (mean of {len(row['blocks'])}; min {row['min']:.4g}, range {row['range']:.2g})"
     if "bias" in row:
-        words += f", of which about {row['bias']:.2g} for so few images"
+        words += f", of which about {row['bias']:.2g} due to few images"
     if "warning" in row:
         words += f" ({row['warning']})"
     return words
 
 
 class Progress:
-    """One bar on a terminal, a line now and then elsewhere; both on stderr.
+    """Progress of training: a bar on a terminal, lines elsewhere; both on stderr.
 
-    The speed counts the time of training only: evaluation shows its own bar and stops the clock.
+    The speed is that of training alone; an evaluation has its own bar.
 
     Args:
         total: images of the budget.
@@ -68,18 +68,18 @@ class Progress:
         self.evaluated_since = 0.0
 
     def start(self, images: int) -> None:
-        """Begin at a position of the run."""
+        """Start at a number of images."""
         self.begun = self.images = images
         self.last = self.shown = time.monotonic()
         if self.console.is_terminal:
             self.bar = Bar(*_columns(), console=self.console, auto_refresh=False)
             self.bar.start()
-            begins = "the first step is being made ..."
+            begins = "first step ..."
             self.task = self.bar.add_task("training", total=self.total, text=begins)
             self.bar.update(self.task, completed=images, refresh=True)
 
     def advance(self, images: int) -> None:
-        """Note the images seen; cheap, called after every step."""
+        """Update the images seen; cheap, called after every step."""
         now = time.monotonic()
         self.busy += now - self.last
         self.last = now
@@ -93,7 +93,7 @@ class Progress:
             self.bar.update(self.task, completed=images, text=self.text(), refresh=True)
 
     def text(self) -> str:
-        """The state in words: `12,800/60,000 images  250 images/s  loss 0.123  3:09 left`."""
+        """The state as text: `12,800/60,000 images  250 images/s  loss 0.123  3:09 left`."""
         done = self.images - self.begun
         speed = done / self.busy if done and self.busy else 0.0
         parts = [f"{self.images:,}/{self.total:,} images"]
@@ -106,7 +106,7 @@ class Progress:
         return "  ".join(parts)
 
     def measure(self, loss: float) -> None:
-        """Show a newer loss from now on."""
+        """Update the loss."""
         self.loss = loss
 
     def say(self, line: str) -> None:
@@ -114,7 +114,7 @@ class Progress:
         self.console.print(shown(line), highlight=False, markup=False)
 
     def evaluating(self, done: int, total: int) -> None:
-        """Show how far an evaluation is."""
+        """Update the progress of an evaluation."""
         if self.bar is not None:
             if self.evaluation is None:
                 self.evaluation = self.bar.add_task("evaluation", total=total, text="")
@@ -127,7 +127,7 @@ class Progress:
         self.last = time.monotonic()
 
     def measured(self, images: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Print the numbers of an evaluation and go back to training."""
+        """Print the numbers of an evaluation and remove its bar."""
         if self.bar is not None and self.evaluation is not None:
             self.bar.remove_task(self.evaluation)
             self.evaluation = None
@@ -136,7 +136,7 @@ class Progress:
         self.last = time.monotonic()
 
     def stop(self) -> None:
-        """Leave the terminal as it was; safe to call twice."""
+        """Remove the bar; safe to call twice."""
         if self.bar is not None:
             self.bar.update(self.task, completed=self.images, text=self.text(), refresh=True)
             self.bar.stop()
@@ -144,26 +144,26 @@ class Progress:
 
 
 def _columns() -> tuple[bars.ProgressColumn, ...]:
-    """What is done, a bar, and words."""
+    """Description, bar and text."""
     text = bars.TextColumn("{task.fields[text]}", markup=False)
     return bars.TextColumn("{task.description}", markup=False), bars.BarColumn(), text
 
 
 def track(pieces: Sequence[T], what: str) -> Iterable[T]:
-    """Pieces of work one by one, with a bar that goes when they are done."""
+    """Iterate with a transient bar."""
     return bars.track(pieces, what, console=Console(stderr=True), transient=True)
 
 
 @contextmanager
 def bar(what: str, total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
-    """A bar on a terminal that goes when it is done.
+    """A transient bar on a terminal.
 
     Args:
-        what: is done.
-        total: steps of it; asked at a terminal alone.
+        what: description.
+        total: computes the number of steps; called only on a terminal.
 
     Yields:
-        Told how many steps more are done; None where there is no terminal.
+        A function that advances the bar by a number of steps; None without a terminal.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -176,13 +176,13 @@ def bar(what: str, total: Callable[[], int]) -> Iterator[Callable[[int], None] |
 
 @contextmanager
 def counted(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of images on a terminal, nothing elsewhere.
+    """A transient bar of images on a terminal.
 
     Yields:
-        Told how many are done, of how many.
+        A function of the images done and their total.
     """
     console = Console(stderr=True)
-    # A tile may take minutes, and the speed is of so long a time.
+    # A tile may take minutes, so the speed is averaged over a long time.
     shown_bar = Bar(
         *_columns(),
         bars.TimeRemainingColumn(),
@@ -202,7 +202,7 @@ def counted(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def reported() -> Iterator[Report]:
-    """What `prepare` reports to."""
+    """The progress of `prepare`: a bar on a terminal, lines elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines()

@@ -16,7 +16,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of ranks."""
     return distributed.get_world_size() if _several() else 1
 
 

@@ -80,7 +80,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
-            os._exit(128 + number)  # the second Ctrl-C means now
+            os._exit(128 + number)  # a second Ctrl-C exits at once
         again, self.signal = self.signal is not None, number
         if not self.patient and not again:
             raise StopError

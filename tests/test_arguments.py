@@ -256,7 +256,7 @@ def test_a_shell_completes_commands_and_options(shell, capsys):
 def test_an_address_where_only_a_file_can_be_makes_no_folder(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(words) == 2
-    assert "is an address, and this is a file or folder of this machine" in capsys.readouterr().err
+    assert "is an address, and this must be a local file or folder" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
