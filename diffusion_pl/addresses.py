@@ -1,8 +1,8 @@
-"""Credentials in addresses: found before they are kept or shown, and masked where others show them.
+"""Credentials in addresses: refused before they are stored or printed, masked in others' messages.
 
-An address stands in config.yaml, in checkpoints and exports, in a job's script and in error lines,
-and all of these are handed on. So a password, a token or a signature in one is refused by a line
-that names what the library behind the address reads instead.
+Addresses are stored in config.yaml, checkpoints, exports and job scripts and appear in errors, all
+of which are shared. So a password, token or signature in an address is refused, and the error names
+the environment variables to set instead.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from urllib.parse import unquote_plus
 from diffusion_pl.errors import UserError
 
 MASK = "***"
-# More than any address has. The patterns are bounded too: a stranger's text must not take minutes.
+# Longer than any address. The patterns are bounded too, so that no text takes minutes.
 _LONGEST = 65_536
 _MASKED = re.compile(r"(?<=[:/])\*\*\*@|=\*\*\*")
 
-# A slash too few or too many is a slip, and a folder's path turns two into one; C:/ is a disk.
+# Also with one or three slashes, as a slip or as pathlib writes it; C:/ is a drive.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}(?:://|(?<=\w\w):/)[^\s'\"<>]*")
 _BEGUN = r"(?:(?<=://)|(?<=\w\w:/)(?!/)|(?<=:///))"
-# What stands before the host: with a colon, a password, which may hold slashes; never a port.
+# Before the host, after a colon: a password, which may contain slashes; not a port.
 _PASSWORD = re.compile(
     _BEGUN + r"[^/?#@\s:\[]{0,300}:(?!\d{0,9}(?:[/?#]|$))[^\s]{0,300}@"
     rf"|{_BEGUN}[^/?#\s]{{0,300}}:[^/?#\s]{{0,300}}@"
 )
-# Of these a name before the host is a token; of others, such as abfs:// and sftp://, a name.
+# In these a name before the host is a token; in others, such as sftp://, a user name.
 _USER = re.compile(
     r"\b((?:https?|s3a?|gs|gcs|webdavs?|davs?)(?::/{0,3}|//))[^/?#\s]{0,300}@", re.IGNORECASE
 )
@@ -43,7 +43,7 @@ _SECRET_WORD = re.compile(
     r"|^(?:sig|key|code|sas|hmac|pass|tok|access|googleaccessid|key-pair-id|policy)$",
     re.IGNORECASE,
 )
-# Tokens that are known by their form, wherever they stand.
+# Tokens recognised by their form.
 _TOKEN = re.compile(
     r"\b(?:gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|hf_[A-Za-z0-9]{20,}"
     r"|A(?:KI|SI)A[A-Z0-9]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}|sk-[A-Za-z0-9]{20,}"
@@ -64,9 +64,9 @@ _LIKE = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az", "ht
 
 
 def credential_in(text: str) -> str | None:
-    """What in a text is a credential, in words that do not show it; None for nothing."""
+    """The kind of credential in a text, without its value; None for none."""
     text = _MASKED.sub("", text[:_LONGEST])
-    # A password may hold any sign.
+    # A password may contain any character.
     whole = [text] if _ADDRESS.match(text) or _USER.match(text) else []
     for address in [*whole, *_ADDRESS.findall(text)]:
         if _PASSWORD.search(address):
@@ -81,15 +81,7 @@ def credential_in(text: str) -> str | None:
 
 
 def refuse_credentials(text: str, where: str) -> None:
-    """See that a text holds no credential.
-
-    Args:
-        text: an address, or anything.
-        where: for the message.
-
-    Raises:
-        UserError: it does; the message names the variables to set instead, and shows none of it.
-    """
+    """Raise UserError for a text with a credential, which the message does not show."""
     found = credential_in(text)
     if found is not None:
         raise UserError(
@@ -110,8 +102,7 @@ def instead(text: str) -> str:
 
 
 def masked(text: str) -> str:
-    """A text with the credentials of every address in it, and all known tokens, as ***."""
-
+    """Replace the credentials of every address in a text, and all known tokens, by ***."""
     text, rest = text[:_LONGEST], text[_LONGEST:]
     text = _USER.sub(rf"\1{MASK}@", _PASSWORD.sub(f"{MASK}@", text))
     text = _ADDRESS.sub(lambda address: _PARAMETER.sub(_hidden, address[0]), text)
@@ -119,7 +110,7 @@ def masked(text: str) -> str:
 
 
 def without_credentials(node: Any) -> Any:
-    """A config's tree with the credentials that earlier versions kept as ***."""
+    """Replace credentials in a config tree, which earlier versions stored, by ***."""
     if isinstance(node, dict):
         return {name: without_credentials(child) for name, child in node.items()}
     if isinstance(node, list):

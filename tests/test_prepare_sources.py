@@ -174,7 +174,7 @@ def test_a_source_that_is_none_is_refused(name, complaint, tmp_path, capsys):
 
 def test_the_synthetic_set_wants_a_count(tmp_path, capsys):
     assert prepare("synthetic", tmp_path / "x") == 2
-    assert "synthetic: says not how many images; add --count" in capsys.readouterr().err
+    assert "synthetic: the number of images is missing; add --count" in capsys.readouterr().err
     assert prepare("synthetic", tmp_path / "bare", "--count", 3, "--no-labels") == 0
     assert (manifest(tmp_path / "bare")["classes"], len(members(tmp_path / "bare"))) == (0, 6)
     capsys.readouterr()

@@ -130,11 +130,11 @@ def test_an_old_name_beside_its_new_one_is_refused(given_up):
     Path("experiments/new.yaml").write_text(
         "defaults: old\ntrainer: {budget: 4, total_images: 8}\n"
     )
-    with pytest.raises(config.ConfigError, match="new.yaml: trainer.budget: is what trainer.tot"):
+    with pytest.raises(config.ConfigError, match="new.yaml: trainer.budget: is the former name"):
         config.load("new")
     both = "defaults: old\nnetwork: {base_width: 4, model_channels: 8}\n"
     Path("experiments/new.yaml").write_text(both)
-    with pytest.raises(config.ConfigError, match="new.yaml: network.base_width: is what model_ch"):
+    with pytest.raises(config.ConfigError, match="new.yaml: network.base_width: is the former"):
         config.load("new")
 
 

@@ -118,13 +118,12 @@ def element(annotation: Any, index: int) -> Any:
 def fits(value: Any, annotation: Any, packages: Sequence[str] | None) -> bool:
     """Tell whether a value from YAML, or the object its node makes, is of an annotated type.
 
-    An annotation this does not know is fitted by everything; what is not finite is no matter of
-    type.
+    Everything fits an unknown annotation; whether a number is finite is checked elsewhere.
 
     Args:
-        value: plain.
+        value: plain containers and scalars.
         annotation: resolved.
-        packages: where nodes in the value may come from; None for anywhere.
+        packages: that nodes in the value may come from; None for any.
     """
     members = _members(annotation)
     if len(members) > 1:
@@ -204,7 +203,7 @@ def _made(node: dict[str, Any], kind: Any, packages: Sequence[str] | None) -> bo
     unknown = not inspect.isclass(kind) or typing.is_typeddict(kind)
     if unknown or _is_protocol(kind) or _is_protocol(returned):
         return True
-    # A function may return less or more than it says; a class makes exactly itself.
+    # A function may return a subclass or a superclass; a class makes exactly itself.
     return issubclass(returned, kind) or (returned is not target and issubclass(kind, returned))
 
 

@@ -1,4 +1,4 @@
-"""Nodes held against the signatures they configure, before anything is built."""
+"""Check nodes against the signatures they configure, before anything is built."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check(
         sections: top-level keys to bind; all when not given.
         known: the top-level keys there may be; a mapping gives each its annotation.
         required: the top-level keys there must be, other than null.
-        given: dotted key of a node to the arguments which the program will hand in there.
+        given: dotted key of a node to the arguments that the program passes there.
 
     Raises:
         ConfigError: one line for each problem, in the order of the file.
@@ -101,8 +101,8 @@ def _problems(
 ) -> Iterator[Problem]:
     """Find what is wrong with a value and with everything in it.
 
-    `place` is the section or the argument of a part in which the value stands, None where another
-    callable takes it; `infinite` is what may be so.
+    `place` is the section, or the argument of a part, that holds the value, None where another
+    callable takes it; `infinite` are the infinite numbers allowed.
     """
     if isinstance(value, float) and not math.isfinite(value):
         if value not in infinite:
@@ -128,7 +128,7 @@ def _problems(
 
 
 def _defaults(config: Config, node: dict[Any, Any]) -> dict[str, Collection[Any]]:
-    """The default of each argument of a node, or what it holds: infinity may be written there."""
+    """The defaults of a node's arguments, or their elements: these may be infinite."""
     try:
         bound = signature(locate(node["_target_"], config.packages))
     except ValueError:

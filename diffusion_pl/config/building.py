@@ -1,4 +1,4 @@
-"""Objects from nodes: the innermost first, so that objects receive objects and never config."""
+"""Build objects from nodes, the innermost first: objects receive objects, never config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusion_pl.config.binding import SPECIAL, check_node
 from diffusion_pl.config.targets import locate
 from diffusion_pl.config.tree import Config, ConfigError, join
 
-# What a constructor raises for values that it was not made for.
+# What constructors raise for unsuitable values.
 _MISTAKES = (
     ValueError, ArithmeticError, ImportError, LookupError, MemoryError, RuntimeError, TypeError,
 )  # fmt: skip
@@ -25,9 +25,9 @@ def build(config: Config, key: str, /, **extra: Any) -> Any:
     says so a list becomes a tuple, a text a Path and an int a float.
 
     Args:
-        config: the configuration; it carries which packages may be imported.
+        config: with the packages that may be imported.
         key: dotted, such as `sampler` or `evaluation.metrics.0`.
-        extra: objects handed to the outermost node beside its own arguments.
+        extra: objects passed to the outermost node besides its own arguments.
 
     Raises:
         ConfigError: the node does not fit its signature, or a constructor raised ValueError.

@@ -32,7 +32,7 @@ def interpolated(config: Config) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Expansion:
-    """One pass over one configuration; `written` numbers the values it has written."""
+    """The expansion of one configuration; `written` counts its values."""
 
     config: Config
     written: Iterator[int]

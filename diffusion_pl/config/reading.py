@@ -43,14 +43,14 @@ from diffusion_pl.io.files import regular
 
 BASE = "base"
 EXPERIMENTS = Path("experiments")
-# Sections of a run that only its training needs: who opens it has no use for them.
+# Sections that only training needs: left out when a run is opened.
 OF_TRAINING = ("callbacks", "loggers")
 OF_TRAINER = ("profiler", "strategy")  # of the section trainer
 _PACKAGE = Path(__file__).parents[1]
 
 _MAX_BYTES = 1_000_000
-# The parser recurses in C and takes the process down at some 40,000 levels, so what may open a
-# level is counted before it sees the text.
+# The parser recurses in C and crashes at some 40,000 levels, so characters that may open a level
+# are counted first.
 _MAX_OPENINGS = 5_000
 _OPENING = re.compile(r"[\[{]|[-?:]\s")
 
@@ -111,8 +111,8 @@ def load(
         overrides: `dotted.key=value`, the value written as in YAML. The outer keys are set before
             the inner ones and a `_target_` before its arguments, whatever their order.
         folder: where experiments are looked up by name.
-        allow: what a file that others may have made is trusted with, by name; see `untrusted`.
-        beside: the run or checkpoint that training starts from: what lies with it is of others.
+        allow: packages and callables that an untrusted file may name; see `untrusted`.
+        beside: the run or checkpoint that training starts from: files beside it are untrusted.
 
     Returns:
         The resolved configuration; nothing is imported or checked against signatures yet.
@@ -193,14 +193,14 @@ def _merged(
 def load_resolved(
     tree: Mapping[str, Any], source: str, allow: Sequence[str] = (), overrides: Sequence[str] = ()
 ) -> Config:
-    """Take a configuration read back from a run folder or a checkpoint, which others may have made.
+    """Take the untrusted configuration of a run folder or a checkpoint.
 
     Args:
-        tree: the plain containers; nothing in them is interpolated, and what is of training alone,
-            callbacks, loggers, profiler and strategy, is left out.
-        source: the file they come from, for messages.
-        allow: what the user trusts by name beside the parts of this package.
-        overrides: as for `load`; they are the user's own and may name anything.
+        tree: plain containers; nothing is interpolated, and callbacks, loggers, profiler and
+            strategy, which only training needs, are left out.
+        source: their file, for messages.
+        allow: packages and callables trusted by name, besides the parts of this package.
+        overrides: as for `load`; the user's own, so they may name anything.
 
     Raises:
         ConfigError: a `_target_` that is not trusted, or a tree that `load` cannot make.
@@ -222,10 +222,10 @@ def load_resolved(
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """The key and the value of one `key=value`, the value written as in YAML.
+    """Parse one `key=value`, the value as in YAML.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: not of this form.
     """
     parts, value = _pair(text)
     return ".".join(parts), value
@@ -293,10 +293,10 @@ def _lineage(file: Path, children: tuple[Path, ...], folder: Path) -> dict[str, 
 
 
 def _parse_experiment(text: str, where: str) -> tuple[dict[str, Any], list[Any]]:
-    """What one text of YAML says itself, and the names of its defaults.
+    """Parse one text of YAML: its own sections, and the names of its defaults.
 
     Raises:
-        ConfigError: it is no mapping of sections.
+        ConfigError: not a mapping of sections.
     """
     container = _parsed(text, OmegaConf.create, where)
     if isinstance(container, dict) and len(container) == 1 and list(container.values()) == [None]:
@@ -407,14 +407,14 @@ def _pair(text: str) -> tuple[list[str], Any]:
 
 
 def _named_targets(overrides: Sequence[str]) -> Iterator[str]:
-    """The callables that overrides name, as they are written: no reference to what others wrote.
+    """The targets that overrides name literally, except those of Python's standard library.
 
-    Python's own library has no part of an experiment, but all that a pasted line would start.
+    An experiment needs nothing of the standard library, but a pasted malicious line would.
     """
     for text in overrides:
         try:
             parts, value = _pair(text)
-        except ConfigError:  # told with the others that are wrong
+        except ConfigError:  # reported with the other errors
             continue
         for key, named in leaves({parts[-1]: value}):
             if "_target_" not in key.split(".") or not isinstance(named, str):

@@ -1,11 +1,11 @@
-"""The closed list: what an experiment may be made of, by the place where it may stand.
+"""The closed list of parts that an untrusted configuration may build, by their place.
 
-A place is a section of an experiment, or an argument of a part, such as `schedule`. A
-configuration that others may have made builds what is listed here and nothing else of this package,
-whose command line, downloads, readers and writers are callables too; see docs/checkpoints.md. A new
-part is a line here; tests/test_registry.py walks the package for parts that lack theirs.
+A place is a section of an experiment, or an argument of a part, such as `schedule`. An untrusted
+configuration builds nothing else of this package, whose commands, downloads, readers and writers
+are callables too; see docs/checkpoints.md. A new part needs a line here; tests/test_registry.py
+looks for parts without one.
 
-Paths are compared as they are written: a part reached through another module is none.
+Paths are compared literally: a part reached through another module is not trusted.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _TIMESTEPS = (
 )
 _SAMPLERS = (*_of("samplers.sampler", "Sampler"), *_of("samplers.pyramid", "PyramidSampler"))
 
-# What a node makes where it stands.
+# Parts that are called where they stand.
 MADE: Mapping[str, tuple[str, ...]] = {
     "data": _of("data.loader", "DataConfig"),
     "dataset": (
@@ -126,8 +126,8 @@ MADE: Mapping[str, tuple[str, ...]] = {
     "strategy": _lightning("strategies", "DDPStrategy", "SingleDeviceStrategy"),
 }
 
-# What is handed on to be called later, by `_partial_: true`; torch's optimizers and schedulers of
-# the learning rate are, too.
+# Parts that are passed on to be called later, by `_partial_: true`, as are torch's optimizers and
+# learning-rate schedulers.
 HANDED_ON: Mapping[str, tuple[str, ...]] = {
     "integrate": (
         *_of("samplers.ancestral", "ancestral"),
@@ -154,24 +154,24 @@ PARTS = frozenset(part for table in (MADE, HANDED_ON) for parts in table.values(
 
 
 def is_part(target: object) -> bool:
-    """Tell whether a dotted path is on the list; of what is torch's only the path is known."""
+    """Tell whether a dotted path is on the list, or lies in torch.optim."""
     return isinstance(target, str) and (target in PARTS or place_in_torch(target) is not None)
 
 
 def place_in_torch(target: object) -> str | None:
-    """Where what lies at a dotted path in torch.optim may stand; what it names is to be seen."""
+    """The place for a dotted path in torch.optim, whatever it names; None for other paths."""
     if not isinstance(target, str) or not target.startswith(f"{OPTIMIZERS}.") or "._" in target:
         return None
     return "lr_schedule" if target.startswith(f"{SCHEDULERS}.") else "optimizer"
 
 
 def misplaced(target: str, place: str, partial: bool) -> str | None:
-    """What is wrong with a part where it stands, as the end of an error line; None: nothing.
+    """Why a part on the list may not stand at a place, as the end of an error line; else None.
 
     Args:
-        target: on the list.
-        place: the section or argument.
-        partial: whether the node hands it on.
+        target: dotted path of the part.
+        place: section or argument.
+        partial: whether the node has `_partial_: true`.
     """
     if place not in PLACES:
         # Where no protocol says what is taken, such as an optimizer's own arguments.

@@ -1,7 +1,6 @@
-"""What was called otherwise, so that old experiments, runs and checkpoints open all the same.
+"""Former names, so that old experiments, runs and checkpoints still open.
 
-One table: a name that is given up is an entry, wherever it stood. `convert` writes a run anew in
-the names of today.
+A name that is given up is an entry of one table. `convert` rewrites a run in current names.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from diffusion_pl.config.tree import ConfigError, join, names, step
 # The old name to the new one, of
 # - a module, class or function, by its dotted path: a `_target_` that begins with it is renamed;
 # - a key, by its dotted path, such as "trainer.total_images"; it may move to another section;
-# - an argument, "<path of its target today>:<argument>" to the new argument, wherever the target
+# - an argument, "<current path of its target>:<argument>" to the new argument, wherever the target
 #   stands.
-# A new name that is given up in turn gets an entry of its own; the older one stays.
+# A new name that is given up in turn gets an entry of its own; the older entry stays.
 RENAMED: dict[str, str] = {
     "diffusion_pl.data.originals.Asked": "diffusion_pl.data.sources.base.SourceSpec",
     "diffusion_pl.metrics.features.load": "diffusion_pl.metrics.extractors.load",
@@ -60,17 +59,17 @@ RENAMED: dict[str, str] = {
         )
     },
 }  # fmt: skip
-# Sections that an earlier version did not have, and what it did there.
+# Sections that an earlier version did not have, with the targets of its behaviour.
 LATER = {"lr_schedule": f"{PACKAGE}.training.lr_schedule.WarmupDecay"}
 DATA = f"{PACKAGE}.data.loader.DataConfig"
-# What of the section `data` was and is about its batches.
+# Former and current keys of the section `data` that are not of the data set.
 _BATCHES = ("batch_size", "workers", "num_workers", "hflip", "shares", "resolution_weights", "crop")
 
 logger = logging.getLogger(__name__)
 
 
 def target_now(target: Any) -> Any:
-    """What a `_target_` is called today; anything that was not renamed as it is."""
+    """The current name of a `_target_`."""
     parts = target.split(".") if isinstance(target, str) else []
     for length in range(len(parts), 1, -1):
         if new := RENAMED.get(".".join(parts[:length])):
@@ -79,7 +78,7 @@ def target_now(target: Any) -> Any:
 
 
 def key_now(key: str) -> str:
-    """What a dotted key of an experiment is called today; of one in a renamed key, too."""
+    """The current name of a dotted key, also of one below a renamed key."""
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
         if new := RENAMED.get(".".join(parts[:length])):
@@ -88,18 +87,18 @@ def key_now(key: str) -> str:
 
 
 def argument_now(node: Any, name: Any) -> Any:
-    """What an argument of a node is called today."""
+    """The current name of a node's argument."""
     target = target_now(node.get("_target_")) if isinstance(node, Mapping) else None
     new = RENAMED.get(f"{target}:{name}")
     return argument_now(node, new) if new else name
 
 
 def former_names(key: str, target: object = None) -> dict[str, str]:
-    """The names that were given up below a dotted key, each with what it is called today.
+    """Former names below a dotted key ("": of sections), each with its current name.
 
     Args:
-        key: "" for the sections.
-        target: of the node that stands there.
+        key: dotted.
+        target: of the node at this key.
     """
     found = {}
     for old in RENAMED:
@@ -114,12 +113,12 @@ def former_names(key: str, target: object = None) -> dict[str, str]:
 def renamed(
     tree: dict[str, Any], below: Mapping[str, Any] | None = None, source: str | None = None
 ) -> dict[str, Any]:
-    """A configuration in the names of today.
+    """A configuration in current names.
 
     Args:
         tree: plain containers; not changed.
-        below: what it will be merged onto, in the names of today: arguments may be of its targets.
-        source: the user's own file, for which each old name is said once; None says nothing.
+        below: what it will be merged onto, in current names; its targets may own the arguments.
+        source: the user's own file, to warn of each former name once; None warns of none.
 
     Raises:
         ConfigError: a new name stands beside its old one.
@@ -134,7 +133,7 @@ def renamed(
 
 
 def with_later_sections(tree: dict[str, Any]) -> dict[str, Any]:
-    """A whole configuration with the sections that came later, as it was without them."""
+    """Add the sections that came later to a configuration, with the former behaviour."""
     for section, target in LATER.items() if "trainer" in tree else ():
         node = tree.setdefault(section, {})
         if isinstance(node, dict):
@@ -143,19 +142,19 @@ def with_later_sections(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_dataset(data: Any) -> bool:
-    """Whether a section `data` is the data set itself, which took the batches' settings, too."""
+    """Whether a section `data` has the former layout, the data set and its batches in one node."""
     return isinstance(data, Mapping) and data.get("_target_", DATA) != DATA
 
 
 def dataset_apart(data: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Such a section as it is written today."""
+    """A section `data` of the former layout in the current one."""
     batches = {name: value for name, value in data.items() if name in _BATCHES}
     dataset = {name: value for name, value in data.items() if name not in _BATCHES}
     return {"_target_": DATA, "dataset": dataset, **batches}
 
 
 def replaces_data(own: Mapping[str, Any], below: Mapping[str, Any]) -> bool:
-    """Whether such a section is of another data set than that below: it then inherits nothing."""
+    """Whether `data` of the former layout names another data set, and so inherits nothing."""
     node, lower = own.get("data"), (below.get("data") or {}).get("dataset")
     if not is_dataset(node) or not isinstance(lower, Mapping):
         return False
@@ -164,7 +163,7 @@ def replaces_data(own: Mapping[str, Any], below: Mapping[str, Any]) -> bool:
 
 
 def _moved(tree: dict[str, Any], old: str, source: str | None) -> dict[str, Any]:
-    """The tree with what stands under one key under the key of today."""
+    """Move the value of a former key to its current key."""
     node: Any = tree
     for part in old.split("."):
         if not isinstance(node, dict) or part not in node:
@@ -182,7 +181,7 @@ def _moved(tree: dict[str, Any], old: str, source: str | None) -> dict[str, Any]
 
 
 def _set(node: Any, parts: list[str], *value: Any) -> dict[str, Any]:
-    """A mapping with a value at a place; without it where none is given."""
+    """Set a nested value in a copy of a mapping; without a value, remove the key."""
     kept = {name: each for name, each in (node or {}).items() if [name] != parts or value}
     if parts[1:]:
         return {**kept, parts[0]: _set(kept.get(parts[0]), parts[1:], *value)}
@@ -190,7 +189,7 @@ def _set(node: Any, parts: list[str], *value: Any) -> dict[str, Any]:
 
 
 def renamed_node(value: Any, below: Any, key: str, source: str | None) -> Any:
-    """A value with the targets and arguments of today; arguments as for `renamed`."""
+    """A value with current targets and arguments; arguments as for `renamed`."""
     if isinstance(value, list):
         return [renamed_node(each, None, join(key, at), source) for at, each in enumerate(value)]
     if not isinstance(value, dict):
@@ -212,7 +211,7 @@ def renamed_node(value: Any, below: Any, key: str, source: str | None) -> Any:
 
 
 def key_in(tree: Any, key: str) -> str:
-    """What a dotted key into a configuration is called today, arguments on the way too."""
+    """The current name of a dotted key into a configuration, including arguments on the way."""
     node, done = tree, []
     for part in key_now(key).split("."):
         name = part if step(node, part) is not None else argument_now(node, part)
@@ -223,11 +222,11 @@ def key_in(tree: Any, key: str) -> str:
 
 def _twice(source: str | None, old: str, new: str) -> ConfigError:
     where = f"{source}: " if source else ""
-    return ConfigError(f"{where}{old}: is what {new} was called, which stands too; remove one")
+    return ConfigError(f"{where}{old}: is the former name of {new}, which is set too; remove one")
 
 
 @functools.cache
 def warn_once(source: str | None, old: str, new: str) -> None:
-    """Say in a line that a name in the user's own file was given up; once a name and file."""
+    """Warn of a former name in the user's own file, once for each file and name."""
     if source is not None:
         logger.warning("%s: %s is now called %s; rename it there", source, old, new)

@@ -1,4 +1,4 @@
-"""Callables from dotted paths, and which of them an untrusted configuration may name."""
+"""Import callables by dotted path, and restrict those of untrusted configurations."""
 
 from __future__ import annotations
 
@@ -77,11 +77,7 @@ def why_untrusted(target: object, packages: Sequence[str]) -> str | None:
 
 
 def check_allowed(packages: Sequence[str]) -> None:
-    """See that what is allowed by name is not this package, whose parts are known.
-
-    Raises:
-        UserError: it is.
-    """
+    """Raise UserError if this package is allowed by name: its parts are known."""
     for package in packages:
         if _inside(package, [PACKAGE]):
             raise UserError(
@@ -91,7 +87,7 @@ def check_allowed(packages: Sequence[str]) -> None:
 
 
 def _refuse_foreign(target: str, found: Any, packages: Sequence[str]) -> None:
-    """Refuse what is reached through a trusted name and is something else.
+    """Refuse an object that is reached through a trusted name but defined elsewhere.
 
     Raises:
         UserError: in torch.optim neither an optimizer nor a scheduler of the learning rate, or
@@ -99,7 +95,7 @@ def _refuse_foreign(target: str, found: Any, packages: Sequence[str]) -> None:
     """
     home = getattr(found, "__module__", None)
     if place := place_in_torch(target):
-        from torch import optim  # asked for what is torch's: it is imported
+        from torch import optim  # the target is torch's, so it is imported
 
         whole = optim.Optimizer if place == "optimizer" else optim.lr_scheduler.LRScheduler
         kind = inspect.isclass(found) and issubclass(found, whole) and found is not whole
@@ -141,7 +137,7 @@ def _refuse_missing_submodule(module: types.ModuleType, rest: Sequence[str]) -> 
     Raises:
         UserError: there is no such module.
     """
-    # What is there, not what `dir` tells, which may be a public face.
+    # By the files, since `dir` of a package may list only its public names.
     if len(rest) > 1 and "__path__" in vars(module) and not hasattr(module, rest[0]):
         inside = [each.name for each in pkgutil.iter_modules(module.__path__)]
         raise UserError(f"{module.__name__} has no module {rest[0]!r}{nearest(rest[0], inside)}")

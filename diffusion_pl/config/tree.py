@@ -1,4 +1,4 @@
-"""The configuration as plain containers, where each value came from, and the user's error."""
+"""The configuration as plain containers, the origin of each value, and the errors about it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OVERRIDE = "SET"
 
 
 class ConfigError(UserError):
-    """A user's mistake: `<file>: <dotted key>: <what is wrong> (what was got); <what to do>`."""
+    """An error in a config: `<file>: <dotted key>: <what is wrong> (got ...); <what to do>`."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Config:
 
     `file` is the experiment's own file. `origins` maps a dotted key to the file that set it and
     everything below it, where that is not the file that set its parent. `packages` is None for a
-    user's own YAML, which may name anything; for a file that others may have made, what beside the
-    parts of this package is trusted by name: packages, callables, addresses, folders.
-    `typed` maps the dotted key of an override to the words on the command line.
+    user's own YAML, which may name anything; for an untrusted file, the packages, callables,
+    addresses and folders that are trusted by name, besides the parts of this package. `typed` maps
+    the dotted key of an override to its text on the command line.
     """
 
     name: str
@@ -108,7 +108,7 @@ def nearest(
         name: what was written.
         known: what could have been meant.
         count: how many suggestions at most.
-        former: names that were given up, each with what it is called today.
+        former: former names, each with its current name.
 
     Returns:
         `; did you mean 'x'?`, or `; known: a, b, c` when none is near, or nothing.

@@ -1,10 +1,10 @@
-"""Which files of settings others may have made: those of runs, and what lies with a checkpoint."""
+"""Which config files are untrusted: those of runs, and files beside a checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# What a run's folder, or a folder that was handed on, shows.
+# Names by which the folder of a run, or of weights, is recognised.
 RUNS = Path("runs")
 RESOLVED = "config.yaml"
 _RESOLVED_NAMES = (RESOLVED, "config.yml")
@@ -13,22 +13,21 @@ WEIGHTS = (".ckpt", ".safetensors")
 
 
 def is_untrusted(file: Path, experiments: Path, beside: Path | None = None) -> bool:
-    """Tell whether others may have made a file of settings.
+    """Tell whether others may have written a config file.
 
-    A run and its checkpoints are handed on from one to another, and the settings in them say what
-    is built. A file is theirs that
+    Runs and checkpoints are shared, and their config says what is built. A file is untrusted if it
 
-    - lies with the run or checkpoint that training starts from, or below it;
-    - is called config.yaml, as the one of every run;
+    - lies beside or below the run or checkpoint that training starts from;
+    - is called config.yaml, as that of every run;
     - lies in a folder with weights, below a run's folder, or below runs/.
 
-    Any other YAML is the user's own, and so is an experiment by its name, unless it is a link to
-    one of these or lies with what training starts from.
+    Any other YAML, and an experiment by its name, is the user's own, unless it is a link to one of
+    these or lies beside what training starts from.
 
     Args:
-        file: of settings; there.
+        file: an existing file.
         experiments: the folder of the user's experiments.
-        beside: a run's folder or a checkpoint.
+        beside: the run's folder or the checkpoint that training starts from.
     """
     real = file.resolve()
     if beside is not None and real.is_relative_to(_home(beside.resolve())):
@@ -44,16 +43,16 @@ def is_untrusted(file: Path, experiments: Path, beside: Path | None = None) -> b
 
 
 def _home(start: Path) -> Path:
-    """The folder that was handed on with a run or checkpoint."""
+    """The folder of a run or checkpoint."""
     folder = start if start.is_dir() else start.parent
     return folder.parent if folder.name == CHECKPOINTS else folder
 
 
 def _holds_weights(folder: Path) -> bool:
-    """Whether a folder is one of a run, or of weights and their settings."""
+    """Whether a folder has checkpoints or weights."""
     if (folder / CHECKPOINTS).is_dir():
         return True
     try:
         return any(each.suffix.lower() in WEIGHTS for each in folder.iterdir())
-    except OSError:  # what cannot be seen may be there
+    except OSError:  # unreadable: assume so
         return True

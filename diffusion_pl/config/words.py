@@ -1,4 +1,4 @@
-"""What a person types and YAML reads as something else: 010, 16:1, None; and ~ and inf."""
+"""Words that YAML 1.1 misreads, such as 010, 16:1 and None, are refused; ~ and inf are expanded."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def refuse_misread(text: str, where: str) -> None:
 
 
 def expand_values(value: Any, where: str) -> Any:
-    """Texts that stand for something else in it: a home folder's ~, and inf.
+    """Expand a leading ~ and inf in the texts of a value.
 
     Args:
         value: plain containers, changed in place.
         where: in front of an error.
 
     Raises:
-        ConfigError: the home of somebody who is not known here.
+        ConfigError: the home folder of an unknown user.
     """
     if isinstance(value, dict):
         value.update({name: expand_values(child, where) for name, child in value.items()})
@@ -63,10 +63,10 @@ def expand_values(value: Any, where: str) -> Any:
 
 
 def expand_home(text: str, where: str) -> str:
-    """A path with the home folder in the place of its ~; a shell leaves it behind `KEY=`.
+    """Expand a leading ~, which a shell does not expand after `KEY=`.
 
     Raises:
-        ConfigError: the home of somebody who is not known here.
+        ConfigError: the home folder of an unknown user.
     """
     if not re.match(r"~[^/\s]*(/|$)", text):
         return text
@@ -80,8 +80,8 @@ def expand_home(text: str, where: str) -> str:
 
 
 def _misread(node: Any, seen: dict[int, Any]) -> Iterator[tuple[Any, str]]:
-    """Every scalar that is not quoted and not what it looks like, with a sentence."""
-    if node is None or id(node) in seen:  # an alias leads to what was looked at
+    """Every unquoted scalar that YAML misreads, with a sentence."""
+    if node is None or id(node) in seen:  # an alias of a node that was checked
         return
     seen[id(node)] = node
     if isinstance(node, yaml.MappingNode):

@@ -1,1 +1,1 @@
-"""Where a data set may be prepared from: a kind of source a file."""
+"""Sources that a data set can be prepared from, one kind a file."""

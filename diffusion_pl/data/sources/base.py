@@ -1,8 +1,4 @@
-"""The images that a data set is prepared from: what a source holds, one original at a time.
-
-A source's images have a fixed order and are read by their place in it, so any process can read
-any part.
-"""
+"""The images that a data set is prepared from, read one by one by their index."""
 
 from __future__ import annotations
 
@@ -24,9 +20,8 @@ class Original:
     """One image of a source.
 
     Args:
-        name: names it in complaints and in the shards.
-        image: an image file's bytes; or pixels uint8 (3, H, W); or such pixels drawn at each
-            resolution.
+        name: in error messages and in the shards.
+        image: the bytes of an image file, or pixels uint8 (3, H, W), or such pixels by resolution.
     """
 
     name: str
@@ -37,11 +32,7 @@ class Reader(Protocol):
     """Random access to a source, from any process that has a copy."""
 
     def read(self, index: int, /) -> Original:
-        """An original by its place in the source.
-
-        Raises:
-            UserError: it is damaged, in one line.
-        """
+        """An original by its index in the source; raises UserError if it is damaged."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +43,17 @@ class Originals:
         name: of the data set.
         reader: of the images.
         count: images.
-        listing: digest (hex) of what there is, by name or place; another one is another source.
+        listing: digest (hex) of the names or places of the images, which identifies the source.
         labels: int32 (N,), or None when unlabelled.
         classes: number of classes, 0 when unlabelled.
         class_names: in order, or None where the source has none.
         labels_from: what the labels were read from, in words.
-        unread: how many members, columns or files of each kind nobody reads.
-        notes: what the user should know.
-        names: of the images in order, None where they have none but their place.
-        states: of each image, what a change of its file changes; None where `listing` tells.
-        changed: when the file of each was last written or replaced, ns; None where the others tell.
+        unread: how many members, columns or files of each kind are not read.
+        notes: for the user.
+        names: of the images in order, None where they have only an index.
+        states: of each image, as of `Files.state`; None where `listing` covers changes.
+        changed: when the file of each was last written or replaced, ns; None where the others
+            cover changes.
     """
 
     name: str

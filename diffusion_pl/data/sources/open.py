@@ -1,4 +1,4 @@
-"""What kind of source a path names, seen from its name and from what lies in it; and its images."""
+"""Find the kind of source that a path names, from its name and content, and open it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffusion_pl.errors import UserError
 
 Kind = Literal["synthetic", "folder", "zip", "cifar10", "tars", "lmdb", "parquet"]
 
-# The settings that a kind of source knows, beside `path` and `labels`.
+# The settings of each kind of source, besides `path` and `labels`.
 SETTINGS: dict[Kind, frozenset[str]] = {
     "synthetic": frozenset({"count", "seed"}),
     "folder": frozenset({"split", "label"}),
@@ -108,7 +108,7 @@ def _is_prepared(folder: Path) -> bool:
 
 
 def open_originals(spec: SourceSpec, resolutions: Sequence[int]) -> tuple[Kind, Originals]:
-    """Look through a source; images are decoded later.
+    """List the images of a source; they are decoded later.
 
     Args:
         spec: the source as the user named it.

@@ -1,7 +1,4 @@
-"""Originals of the sources that experiments can also use as they are: CIFAR-10 and shapes.
-
-Order, labels and pixels are those of `cifar10` and `synthetic`.
-"""
+"""CIFAR-10 and the synthetic images as sources: order, labels and pixels of the data sets."""
 
 from __future__ import annotations
 
@@ -60,13 +57,13 @@ class _SceneReader:
 
 
 def open_synthetic(count: int | None, seed: int | None, resolutions: Sequence[int]) -> Originals:
-    """The synthetic set, drawn at each resolution rather than reduced.
+    """The synthetic set, rendered at each resolution rather than reduced.
 
     Raises:
         UserError: no count, or a number out of range.
     """
     if count is None:
-        raise UserError("synthetic: says not how many images; add --count 10000")
+        raise UserError("synthetic: the number of images is missing; add --count 10000")
     Synthetic(count, min(resolutions), seed or 0).prepare()
     scenes = latents(seed or 0, 0, count, GROUNDS)
     return Originals(

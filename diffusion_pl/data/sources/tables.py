@@ -37,7 +37,7 @@ def _absent(package: str, path: Path) -> str:
 class _LmdbReader:
     path: Path
     keys: list[bytes]
-    # The process that reads for this one, and this one's number: a fork would share its answers.
+    # This process's id and the child that reads for it: a fork must not share the child.
     _opened: tuple[int, Child] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Originals in WebDataset tars: members that share a key up to the first dot are one sample.
 
-The tars are looked through once, header by header; images are then read by their place. Nothing is
-unpacked, and what a tar of images has no need of is refused: links, devices, paths that lead out.
+The headers are read once; images are then read by their offset. Nothing is unpacked, and links,
+devices and paths that lead outside are refused.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _beside(image: str, ending: str) -> str:
 def _labels(
     files: Sequence[Path], picked: Sequence[_Picked], wanted: str | None
 ) -> tuple[ImageLabels | None, set[tuple[int, str, str]]]:
-    """The labels of the images that were picked, and the members that were read for them."""
+    """The labels of the picked images, and the members that were read for them."""
     label = (wanted or "cls").lower()
     field = wanted[5:] if wanted and label.startswith("json.") else None
     ending = "json" if field is not None else label
@@ -267,7 +267,7 @@ def _parsed(data: bytes, where: str) -> dict[str, Any]:
 def _hints(
     files: Sequence[Path], picked: Sequence[_Picked], unread: Counter[str], bare: bool
 ) -> list[str]:
-    """What the user should know of the members that nobody reads."""
+    """Notes on members that are not read."""
     notes = []
     tops = _tops(picked) if bare else []
     if bare and "" not in tops:
@@ -333,7 +333,7 @@ def _admitted(member: tarfile.TarInfo, file: Path) -> bool:
 
 
 def _check_end(file: Path, end: int) -> None:
-    """A tar ends with zero blocks; tarfile itself passes over garbage there and over their lack."""
+    """Check that a tar ends with zero blocks, which tarfile does not."""
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         stream.seek(end)
