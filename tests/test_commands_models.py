@@ -286,7 +286,7 @@ def test_hos_converted_weights_become_a_run(run):
     code, result, err = run("sample", "runs/ho", "--count", 1, "--steps", 2)
     assert (code, result["evaluations"]) == (0, 2), err
     code, _, err = run("import", "pesser", "model-790000.ckpt", "runs/ho2", "--like", "tiny")
-    assert code == 2 and "the model is of 3 x 32 x 32 images (got 3 x 8 x 8)" in err
+    assert code == 2 and "the model has 3 x 32 x 32 images (got 3 x 8 x 8)" in err
 
 
 def test_fine_tuning_starts_network_and_average_at_the_others_average(run, capsys):

@@ -192,7 +192,7 @@ def test_a_reference_of_smaller_pictures_is_enlarged_only_when_asked(run):
     assert code == 0, err
     assert result["measures"][0]["reference"] == "folder-real8-16"
     code, _, err = run("evaluate", "real8", "--features", "pixels", "--reference", "real16")
-    assert code == 0 and "real16: its images are made smaller, to 8 px" in err
+    assert code == 0 and "real16: its images are downsampled to 8 px" in err
 
 
 def test_of_all_numbers_those_that_cannot_be_are_named(run):

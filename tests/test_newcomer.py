@@ -228,7 +228,7 @@ def test_training_ends_with_the_classes_and_a_command_that_works_outside_a_check
     monkeypatch.chdir(home)
     assert main(["train", "tiny"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].startswith("classes  Basset, beagle, night city (3; of one alone: --label ")
+    assert lines[-2].startswith("classes  Basset, beagle, night city (3; one of them: --label ")
     title, *words = shlex.split(lines[-1])
     assert (title, words[1:]) == (
         "next",

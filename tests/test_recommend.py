@@ -167,7 +167,7 @@ def test_several_sizes_are_a_pyramid_on_a_gpu_and_the_smallest_on_cpus(sides, na
 @pytest.mark.parametrize(("side", "whole"), [(63, 56), (66, 64), (225, 224)])
 def test_a_side_that_no_network_suits_is_said(side, whole, shapes):
     found = plan(_as(shapes, side), shapes, CPU)
-    assert f"no network here suits {side} px" in found.lines[0]
+    assert f"no network suits {side} px" in found.lines[0]
     assert f" prepare synthetic {shapes}-{whole} --resolutions {whole} --count 40" in found.command
 
 

@@ -104,7 +104,7 @@ def test_a_run_that_ended_without_a_value_is_looked_at(place, answer, monkeypatc
     ("words", "complaint"),
     [
         (["runs/tiny", "--step", "-1"], "--step must not be negative (got -1)"),
-        (["runs/absent", "--step", "1"], "runs/absent: no run is here"),
+        (["runs/absent", "--step", "1"], "runs/absent: is no run"),
     ],
 )
 def test_what_cannot_be_replayed_is_one_clear_line(words, complaint, answer):

@@ -1,7 +1,6 @@
-"""`convert`: a run's settings and checkpoints of earlier versions, written again as today's.
+"""`convert`: rewrite a run's config and checkpoints of earlier versions in today's format.
 
-What was renamed has the names of today. Earlier versions kept the credentials of addresses; what is
-written again has *** for them.
+Renamed keys get their new names. Credentials in addresses, which earlier versions kept, become ***.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from diffusion_pl.training import checkpoint as checkpoints
 
 
 def command(run: Path, /) -> Result:
-    """Write a run's checkpoints of earlier formats in today's, in place.
+    """Rewrite a run's config and checkpoints in today's format, in place.
 
     Example: diffusion_pl convert runs/mine
 
@@ -30,7 +29,7 @@ def command(run: Path, /) -> Result:
     """
     files = [run] if run.is_file() else sorted((run / "checkpoints").glob("*.ckpt"))
     if not files:
-        raise UserError(f"{run}: neither a run with checkpoints nor one of them")
+        raise UserError(f"{run}: neither a run with checkpoints nor a checkpoint")
     with locks.hold(files[0].parent.parent / locks.NAME, "converting"):
         converted = [str(file) for file in files if convert(file)]
         settings = run / RESOLVED
@@ -40,10 +39,7 @@ def command(run: Path, /) -> Result:
 
 
 def convert(file: Path) -> bool:
-    """Write a checkpoint again in today's format, whole or not at all.
-
-    Returns:
-        Whether it was of an earlier one, held credentials, or names that were given up.
+    """Rewrite a checkpoint in today's format, whole or not at all; returns whether it changed.
 
     Raises:
         UserError: it cannot be read or written; it is then as before.
@@ -55,14 +51,14 @@ def convert(file: Path) -> bool:
         kept = {**kept, "config": renamed(kept["config"])}
     if section["format"] == checkpoints.FORMAT and kept == section:
         return False
-    # Format 1 held the same and had no digest, which `save` puts behind.
+    # Format 1 is the same without a digest, which `save` appends.
     now = {**loaded, checkpoints.SECTION: {**kept, "format": checkpoints.FORMAT}}
     checkpoints.save(now, file)
     return True
 
 
 def _mask(settings: Path) -> bool:
-    """Write a run's settings again without the credentials in it; whether there were some.
+    """Rewrite a run's config without credentials; returns whether it changed.
 
     Raises:
         UserError: they cannot be read or written; they are then as before.
@@ -78,7 +74,7 @@ def _mask(settings: Path) -> bool:
 
 
 def _rename(settings: Path) -> bool:
-    """Write a run's settings again in the names of today; whether some had been given up.
+    """Rewrite a run's config with today's names; returns whether it changed.
 
     Raises:
         UserError: they cannot be read or written; they are then as before.

@@ -1,4 +1,4 @@
-"""The data sets and statistics that a command line names by a word."""
+"""The data sets and statistics that a command line can name."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ STATISTICS = (".safetensors", ".npz", ".pkl")
 
 
 def source_of(named: str, resolution: int | None = None) -> DatasetSpec:
-    """The data set that a word names.
+    """The data set of a name or path.
 
     Args:
         named: an experiment, for its data; or a prepared folder, a folder or .zip of images, or
             CIFAR-10's archive.
-        resolution: side in pixels; None: the experiment's own, the largest that was prepared, or
-            that of the images, which then must all be equal.
+        resolution: side in pixels; None: the experiment's own, the largest prepared one, or that of
+            the images, which must then be equal.
 
     Raises:
-        UserError: nothing there, or a kind that must be prepared first.
+        UserError: there is none, or it must be prepared first.
     """
     path = Path(named)
     if not path.exists():
@@ -79,18 +79,18 @@ def reference_of(
     device: str,
     resize: bool = False,
 ) -> Reference:
-    """What to compare with: a file of statistics, or a data set, measured once.
+    """The reference of a file of statistics or a data set, whose statistics are cached.
 
     Args:
         named: the file, or what `source_of` takes.
-        extractor: the features.
+        extractor: of the features.
         resolution: of the images to be compared, pixels.
-        keep: with the features of single images.
-        device: where to compute.
-        resize: make smaller pictures larger.
+        keep: also keep the features of single images.
+        device: to compute on.
+        resize: enlarge smaller images.
 
     Raises:
-        UserError: nothing there, or unfit; pictures that are smaller than those compared.
+        UserError: there is none, it is unfit, or its images are smaller than those compared.
     """
     path = Path(named)
     if path.is_file() and path.suffix == ".pkl":
@@ -107,10 +107,10 @@ def reference_of(
 
 
 def _compare_sizes(folder: ImageFolder, resize: bool) -> None:
-    """See that no picture is enlarged unasked, and say where they are made smaller.
+    """Refuse to enlarge images unless `resize`; print where they are downsampled.
 
     Raises:
-        UserError: one is smaller than it is wanted.
+        UserError: names the smallest image.
     """
     listing, wanted = folder.listing(), folder.resolution
     sides = {name: _shorter(listing.files.read(name)) for name in listing.names}
@@ -118,15 +118,14 @@ def _compare_sizes(folder: ImageFolder, resize: bool) -> None:
     if (least := sides[smallest] or wanted) < wanted and not resize:
         raise UserError(
             f"{folder.path}/{smallest}: is of {least} px, and the images to be measured of "
-            f"{wanted}; it would be enlarged: compare with images of their size, or ask for it: "
-            "--resize"
+            f"{wanted}; compare with images of their size, or enlarge it: --resize"
         )
     if any((side or wanted) > wanted for side in sides.values()):
-        print(shown(f"{folder.path}: its images are made smaller, to {wanted} px"), file=sys.stderr)
+        print(shown(f"{folder.path}: its images are downsampled to {wanted} px"), file=sys.stderr)
 
 
 def _shorter(content: bytes) -> int | None:
-    """The shorter side of a picture in pixels, None for one that opening will name as broken."""
+    """The shorter side of an image in pixels; None if it is broken, which opening will report."""
     try:
         with Image.open(io.BytesIO(content)) as picture:
             return min(picture.size)

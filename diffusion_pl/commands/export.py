@@ -1,4 +1,4 @@
-"""`export`: a run's weights for others, as one safetensors file or as diffusers' folder."""
+"""`export`: write a run's weights as a safetensors file or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def command(
     weights: Weights = "ema",
     allow: Allow = (),
 ) -> Result:
-    """Write a run's weights for others, as one safetensors file or as diffusers' folder.
+    """Write a run's weights as a safetensors file or a diffusers folder.
 
     Example: diffusion_pl export runs/mine mine.safetensors
 
     Args:
-        dest: the file, or diffusers' folder, to make.
-        format: of what is written.
-        weights: ema, denoiser (raw), or ema:0.1 for an average of that length.
+        dest: the file or folder to write.
+        format: of the weights.
+        weights: ema, denoiser (raw), or ema:0.1 for the average of that length.
     """
     if dest.exists():
-        raise UserError(f"{dest}: is there already; name another place")
+        raise UserError(f"{dest}: exists already; name another path")
     model = runs.open_model(run, weights, allow)
     about = {"checkpoint": str(model.checkpoint), "images": model.images, "weights": weights}
     if format == "safetensors":
@@ -53,7 +53,7 @@ def command(
             model.denoiser,
             build(model.config, "data.dataset").resolution,
             dest,
-            # A step's own clipping is DDIM's; the library has one place for either.
+            # diffusers has one setting for the sampler's clipping and DDIM's own.
             clip=sampler.clip_denoised or clip or False,
             variance=variance or "small",
         )
@@ -61,6 +61,6 @@ def command(
     return Result(
         {"written": str(dest), "format": format, **about},
         [line("written", dest), line("of", of)],
-        # Whoever gets it makes a run of it.
+        # The command for whoever receives the file.
         [hints.next_line("import", format, dest, f"runs/{plain(dest.stem)}")],
     )

@@ -1,4 +1,4 @@
-"""The command that comes next, as it is typed from here."""
+"""The command to type next, as it is typed in this folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CLASSES = 8  # named
 
 
 def interpreter() -> str:
-    """This Python as it is typed from here, quoted for a shell."""
+    """The path of this Python, quoted for a shell."""
     program = Path(sys.executable or "python")
     if program.is_relative_to(Path.cwd()):
         program = program.relative_to(Path.cwd())
@@ -25,15 +25,12 @@ def command(*words: object) -> str:
 
 
 def next_line(*words: object) -> str:
-    """What to type next, as the last line of a command."""
+    """The last line of a command's output: what to type next."""
     return f"next     {command(*words)}"
 
 
 def sample(run: Path) -> str:
-    """What to type for images of a run: by make in a checkout, where a folder's name lets it.
-
-    Make would read a $ in it and split it at a space, however it is quoted.
-    """
+    """The command that samples from a run; `make` in a checkout, unless the path needs quoting."""
     name = str(run)
     if not re.fullmatch(r"[\w./+,@:=-]+", name) or not _in_checkout():
         return command("sample", name, "--count", 64)
@@ -41,7 +38,7 @@ def sample(run: Path) -> str:
 
 
 def _in_checkout() -> bool:
-    """Whether make knows this package's commands here."""
+    """Whether the Makefile here has this package's commands."""
     try:
         return " -m diffusion_pl sample " in Path("Makefile").read_text()
     except (OSError, ValueError):
@@ -49,13 +46,13 @@ def _in_checkout() -> bool:
 
 
 def classes(names: Sequence[str]) -> str:
-    """The classes of a model by name, the first of many, and how one alone is drawn."""
+    """The names of a model's classes, the first of many, and the option that chooses one."""
     more = ", ..." if len(names) > _CLASSES else ""
     one = shlex.quote(names[0])
-    return f"{', '.join(names[:_CLASSES])}{more} ({len(names):,}; of one alone: --label {one})"
+    return f"{', '.join(names[:_CLASSES])}{more} ({len(names):,}; one of them: --label {one})"
 
 
 def beside(run: Path) -> Path:
-    """Where a run, or a checkpoint file, is exported to: a file beside the run's folder."""
+    """The path for a run's export: a file beside the run's folder."""
     folder = run.parent.parent if run.is_file() else run
     return folder.parent / f"{folder.resolve().name}.safetensors"

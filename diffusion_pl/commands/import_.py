@@ -1,4 +1,4 @@
-"""`import`: make a run of a published checkpoint, to sample, evaluate and fine-tune like any."""
+"""`import`: make a run of a published checkpoint, to sample, evaluate and fine-tune."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def command(
     weights: Literal["ema", "raw"] = "ema",
     allow: Allow = (),
 ) -> Result:
-    """Make a run of a published checkpoint, to sample, evaluate and fine-tune like any.
+    """Make a run of a published checkpoint, to sample, evaluate and fine-tune.
 
     Example: diffusion_pl import edm edm-cifar10-32x32-cond-vp.pkl runs/edm --like cifar10_edm
 
     Args:
-        kind: whose layout it has.
+        kind: its layout.
         source: the file, or diffusers' folder.
         dest: the run's folder to make.
-        like: experiment whose data, optimizer, evaluation, trainer it takes.
+        like: experiment for data, optimizer, evaluation and trainer.
         set: KEY=VALUE: what the file does not say, by its own keys, or over the run's config.
-        weights: of two in the file.
+        weights: averaged or raw, where the file has both.
     """
     if dest.exists() and any(dest.iterdir()):
         raise UserError(f"{dest}: is not empty; name another folder")
@@ -87,19 +87,19 @@ def command(
 def published(
     kind: str, source: Path, weights: str, settings: Sequence[str], **further: Any
 ) -> tuple[Config, dict[str, Tensor], list[str], Path]:
-    """The experiment, the weights, what to say and whose digest, of a layout of others.
+    """The experiment, the weights, the notes and the weights' file of a published checkpoint.
 
     Args:
         kind: the layout.
         source: the file or folder.
-        weights: ema or raw, of two in the file.
+        weights: ema or raw, where the file has both.
         settings: `key=value`, as typed after `--set`.
         further: as for `experiment_of`.
 
     Raises:
-        UserError: it does not hold what that layout has, or does not say what is needed.
+        UserError: the file does not have that layout, or does not say what is needed.
     """
-    # One module a layout, each with the same functions.
+    # A module for each layout, with the same functions.
     layout = importlib.import_module(f"diffusion_pl.interop.{kind}")
     own, said = divided(settings)
     replaced = any(key in ("objective", "objective._target_") for key, _ in own)
@@ -119,16 +119,15 @@ def published(
         if isinstance(error, ConfigError) or str(error).startswith(str(source)):
             raise
         raise UserError(f"{source}: {error}") from error
-    except Exception as error:  # settings of any type and size
+    except Exception as error:  # the file's settings may have any type
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{source}: does not hold what a checkpoint of {kind} does "
-            f"({type(error).__name__}: {reason})"
+            f"{source}: is not a checkpoint of {kind} ({type(error).__name__}: {reason})"
         ) from error
 
 
 def divided(settings: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """What `--set` says of our experiment, each with its text, and of the file's own keys."""
+    """The overrides in `--set` of our experiment, with their text, and of the file's own keys."""
     own: list[tuple[str, str]] = []
     said: dict[str, Any] = {}
     for text in settings:
@@ -150,16 +149,15 @@ def experiment_of(
     like: str | None,
     allow: Sequence[str],
 ) -> Config:
-    """The experiment that an imported model is of: its own network, objective and sampler.
+    """The experiment of an imported model: its network, objective and sampler.
 
     Args:
-        nodes: `network`, `objective`, `sampler`, perhaps others; without a sampler, Heun's over
-            what the network knows. `label_dropout` where the file says that labels were hidden in
-            training, for nothing else says so.
-        source: where they come from, for messages.
+        nodes: `network`, `objective`, `sampler`, perhaps others; without a sampler, Heun's method
+            over the network's range. `label_dropout`, where the model was trained with it.
+        source: the file, for messages.
         overrides: `key=value` over it.
-        name: of the run, and of the folder of its images without `like`.
-        like: the experiment that gives the rest.
+        name: of the run, and without `like` of the folder of its images.
+        like: the experiment for all other sections.
         allow: packages to trust beside this one.
 
     Raises:
@@ -194,14 +192,14 @@ def experiment_of(
     if (data.resolution, data.channels) != wanted:
         raise experiment.error(
             "data",
-            f"the model is of {wanted[1]} x {wanted[0]} x {wanted[0]} images (got {data.channels} "
-            f"x {data.resolution} x {data.resolution}); name an experiment of such data by --like",
+            f"the model has {wanted[1]} x {wanted[0]} x {wanted[0]} images (got {data.channels} "
+            f"x {data.resolution} x {data.resolution}); name one with such data by --like",
         )
     return experiment
 
 
 def check(experiment: Config, state: dict[str, Tensor], source: Path) -> None:
-    """See that what the run's config builds takes the weights.
+    """Check that the weights fit what the run's config builds.
 
     Raises:
         UserError: names the first key that does not fit.
@@ -220,7 +218,7 @@ def write(
     about: dict[str, Any],
     names: Sequence[str] = (),
 ) -> Path:
-    """Write the run's folder, the checkpoint with the classes' names last; returns it."""
+    """Write the run's folder; returns its checkpoint."""
     header = f"# Imported from {about['from']} ({about['kind']}), sha256 {about['sha256']}\n"
     text = header + config.dump(experiment)
     write_atomically(dest / "config.yaml", lambda file: file.write(text.encode()))
@@ -241,7 +239,7 @@ def write(
 
 
 def digest(source: Path) -> str:
-    """The sha256 of a file, or of the weight files of a folder one after the other."""
+    """The sha256 of a file, or of the concatenated weight files of a folder."""
     files = [source] if source.is_file() else sorted(source.rglob("diffusion_pytorch_model*"))
     whole = hashlib.sha256()
     for file in files:

@@ -1,4 +1,4 @@
-"""`prepare`: from a folder, an archive or a table of images to shards; again: goes on."""
+"""`prepare`: write shards of a folder, an archive or a table of images, or continue to."""
 
 from __future__ import annotations
 
@@ -50,28 +50,28 @@ def command(
     workers: int | None = None,
     skip_broken: int = 0,
 ) -> Result:
-    """Make shards of a folder, archive or table of images, or go on where it stopped.
+    """Write shards of a folder, archive or table of images, or continue where it stopped.
 
     Example: diffusion_pl prepare photos data/photos --resolutions 64 --labels
 
     Args:
         source: folder, .zip, CIFAR-10, .tar, LSUN, .parquet, or synthetic.
-        dest: the data set's folder to make.
+        dest: folder of the prepared data set.
         resolutions: sides in pixels, such as 256,128,64.
         filter: lanczos, box-bicubic or area.
         fit: crop, pad (white) or exact.
         encoding: png, webp, raw or jpeg.
         channels: 1 (grey), 3 (RGB) or 4 (RGB and a fourth).
-        shard_images: originals of a shard.
-        labels: of folders: the first of a path.
-        name: of the data set; after its source when not given.
+        shard_images: source images per shard.
+        labels: the first folder of a path is the class.
+        name: of the data set; from its source when not given.
         count: images of the synthetic set.
         seed: of the synthetic set; 0 when not given.
-        split: train, val, test, or all; of CIFAR-10 train when not given.
+        split: train, val, test, or all; for CIFAR-10 train when not given.
         image: column of a table, ending in a tar, or all.
-        label: the same of the labels, or json.FIELD.
-        workers: processes; one a core when not given.
-        skip_broken: images that may be left out.
+        label: column or ending of the labels, or json.FIELD.
+        workers: processes; one per core when not given.
+        skip_broken: number of broken images that may be skipped.
     """
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"--name: letters, digits and . _ - only (got {name!r})")
@@ -104,7 +104,7 @@ def command(
 
 
 def result(folder: Path, manifest: Manifest, already: bool, seconds: float) -> Result:
-    """What there is, what was skipped, and how to train on it."""
+    """The data set, what was skipped, and the command that trains on it."""
     on = recommend.machine()
     plan = recommend.plan(manifest, folder, on)
     size = sum(shard.bytes for shard in manifest.shards)
@@ -137,12 +137,11 @@ def result(folder: Path, manifest: Manifest, already: bool, seconds: float) -> R
     if any("--labels takes" in text for text in manifest.notes or []):
         lines.append(f"with classes: {recommend.with_labels(manifest, folder)}")
     lines += [*class_table(manifest), *plan.lines, "next:", f"  {plan.command}"]
-    # What to type next stands last, where it is seen.
     return Result(values, [], lines)
 
 
 def class_table(manifest: Manifest) -> Iterator[str]:
-    """The classes: index, images, name; a long table's first and last, all of it is in the set."""
+    """The classes (index, images, name); of many, the first and last."""
     if manifest.class_counts is None:
         return
     by = manifest.labels_from or "the source"
@@ -155,13 +154,13 @@ def class_table(manifest: Manifest) -> Iterator[str]:
     ]
     if len(rows) > _CLASSES_SHOWN:
         kept = _CLASSES_SHOWN // 2
-        more = f"  ... {len(rows) - 2 * kept:,} more, all of them in dataset.json"
+        more = f"  ... {len(rows) - 2 * kept:,} more, all in dataset.json"
         rows = [*rows[:kept], more, *rows[-kept:]]
     yield from rows
 
 
 def skipped_lines(manifest: Manifest) -> Iterator[str]:
-    """How many originals were left out for which reason, and the first of them."""
+    """How many images were skipped for which reason, and the first of them."""
     if not manifest.skipped:
         return
     complaints = list(manifest.skipped.values())
@@ -172,4 +171,4 @@ def skipped_lines(manifest: Manifest) -> Iterator[str]:
     for text in complaints[:_SKIPPED_SHOWN]:
         yield f"  {text}"
     if len(complaints) > _SKIPPED_SHOWN:
-        yield "  and others; all of them are named in dataset.json"
+        yield "  and others, all named in dataset.json"

@@ -1,6 +1,6 @@
-"""What to train on a prepared set, on this machine: a network, a budget, the time, the command.
+"""What to train on a prepared data set on this machine: network, budget, time and command.
 
-The rules, in numbers that are conventions and stated as such:
+The rules, whose numbers are conventions:
     budget    400 passes over the data (published runs take 2,000 to 4,000 of large sets, with weeks
               of GPUs), no more than fits in an hour of CPUs or half a day of a GPU, at least 20,000
               images
@@ -30,7 +30,7 @@ from diffusion_pl.data.shard_format import Manifest
 
 SMALL = "cifar10_small"
 
-# The experiment that trains on unlabelled, and on labelled, images of up to this side.
+# By the largest side that they train at: the experiments for unlabelled and labelled images.
 EXPERIMENTS = {
     32: ("cifar10_edm", "cifar10_edm_f_vp_cond"),
     64: ("ffhq64_edm", "imagenet64_edm"),
@@ -38,36 +38,36 @@ EXPERIMENTS = {
     256: ("imagenet256_simple_unet", "imagenet256_simple_unet"),
     512: ("imagenet512_simple_unet", "imagenet512_simple_unet"),
 }
-DIVISORS = {32: 4, 64: 8, 128: 32, 256: 32, 512: 32}  # of the sides that their networks halve
-# Several sizes in one run on a GPU; the network of the first halves them five times.
+DIVISORS = {32: 4, 64: 8, 128: 32, 256: 32, 512: 32}  # of the side, as their networks halve it
+# Experiments for several sizes on a GPU, by the divisor of their sides.
 PYRAMIDS = {32: "pyramidal_256", 4: "pyramidal_small"}
 
-LARGE = 10_000  # images from which on a published experiment is worth its time
+LARGE = 10_000  # images from which a published experiment is recommended
 EPOCHS = 400
 MIN_IMAGES = 20_000
 TIME_BUDGET = {"cpu": 3600.0, "gpu": 12 * 3600.0}
 UTILIZATION = {"cpu": 0.55, "gpu": 1 / 7}
-STEP_SECONDS = 0.025  # seconds that a step takes beside its products
+STEP_SECONDS = 0.025  # seconds of a step beside its matrix products
 _MATRIX, _PRODUCTS = 64, 40
 
-BATCH_SIZE = 256  # of an experiment that is not at hand
+BATCH_SIZE = 256  # where the experiment is not found
 _SMALL_BATCH = 32
 _BLOCKS = 1
 _MOST_PROCESSES = 4
-_LOWEST = 32  # pixels a side at which a network may still compare every place with every other
-_CPU_SIDE = 64  # pixels a side that CPUs train in an hour or so
+_LOWEST = 32  # pixels a side of the network's lowest level, at most
+_CPU_SIDE = 64  # pixels a side that CPUs can train at in about an hour
 _LONG_SECONDS = 4 * 3600.0
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What trains.
+    """The hardware.
 
     Args:
         kind: cpu or gpu.
-        name: in words.
-        cores: of the CPU that this process may use.
-        speed: of a matrix product, operations a second.
+        name: for messages.
+        cores: CPU cores that this process may use.
+        speed: of a matrix product, FLOP/s.
     """
 
     kind: str
@@ -81,12 +81,12 @@ class Plan:
     """A recommendation.
 
     Args:
-        experiment: by name.
-        overrides: of it, for this data.
+        experiment: its name.
+        overrides: for this data.
         images: budget of the run.
-        seconds: how long it takes, roughly; None where nothing tells.
+        seconds: estimated time; None where it cannot be estimated.
         command: to type.
-        lines: of people's language, before the command.
+        lines: the explanation.
     """
 
     experiment: str
@@ -98,7 +98,7 @@ class Plan:
 
 
 def machine() -> Machine:
-    """This machine, its product timed for some hundredths of a second."""
+    """This machine; times a matrix product for some hundredths of a second."""
     cores = len(os.sched_getaffinity(0))
     if any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
         import torch  # slow to import, so only where there may be a GPU
@@ -110,7 +110,7 @@ def machine() -> Machine:
 
 
 def _core_speed() -> float:
-    """Operations a second of one core, in its own time: what else runs here takes none of it."""
+    """FLOP/s of one core, in process time, which other programs do not affect."""
     matrix = np.ones((_MATRIX, _MATRIX), np.float32)  # so small that one thread multiplies it
     product = np.empty_like(matrix)
     times = []
@@ -123,7 +123,7 @@ def _core_speed() -> float:
 
 
 def _gpu_speed() -> float:
-    """The same of a GPU, for a product in bfloat16."""
+    """FLOP/s of a GPU for a matrix product in bfloat16."""
     import torch
 
     matrix = torch.ones(4096, 4096, device="cuda", dtype=torch.bfloat16)
@@ -138,13 +138,7 @@ def _gpu_speed() -> float:
 
 
 def plan(manifest: Manifest, folder: Path, on: Machine) -> Plan:
-    """What to train on a prepared set.
-
-    Args:
-        manifest: of the set.
-        folder: where it lies.
-        on: the machine.
-    """
+    """The recommendation for a prepared data set in a folder."""
     sides = manifest.resolutions
     divisors = [d for d in PYRAMIDS if all(side % d == 0 for side in sides)]
     if on.kind == "gpu" and len(sides) > 1 and divisors:
@@ -170,11 +164,11 @@ def _levels(sides: Sequence[int]) -> list[str]:
 def _published(
     manifest: Manifest, folder: Path, on: Machine, name: str, side: int, more: list[str]
 ) -> Plan:
-    """A published experiment, its budget no larger than so many passes are worth."""
+    """A published experiment, its budget limited by the number of epochs."""
     try:
         tree = config.load(name)
         batch_size, images = int(tree.get("data.batch_size")), int(tree.get("trainer.total_images"))
-    except config.ConfigError:  # called from a folder without experiments
+    except config.ConfigError:  # there are no experiments here
         batch_size, images = BATCH_SIZE, 0
     batch_size = _fitting_batch(batch_size, manifest.count)
     budget = max(MIN_IMAGES, 10 * EPOCHS * manifest.count)
@@ -198,7 +192,7 @@ def _published(
 
 
 def _counted(name: str, overrides: Sequence[str], side: int) -> float | None:
-    """Operations of a forward pass of an experiment's network; None where it cannot be had."""
+    """FLOP of a forward pass of an experiment's network; None where it cannot be built."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -217,7 +211,7 @@ def _counted(name: str, overrides: Sequence[str], side: int) -> float | None:
 
 
 def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
-    """The small network, as deep as the side allows, for as long as the machine is worth."""
+    """The small network, as deep as the side allows, for a time that suits the machine."""
     count = manifest.count
     side = _side(manifest, on)
     mults = _channel_mult(side)
@@ -226,7 +220,7 @@ def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
     if lowest > _LOWEST:
         whole = max(8, side - side % 8)
         line = (
-            f"no network here suits {side} px, which is halved {len(mults) - 1} times to "
+            f"no network suits {side} px, which can be halved only {len(mults) - 1} times, to "
             f"{lowest} px: prepare the images at {whole} px first"
         )
         return Plan(SMALL, [], 0, None, _prepare_at(manifest, folder, whole), [line])
@@ -271,20 +265,20 @@ def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
 
 
 def _rate(on: Machine, side: int, channels: int, batch_size: int) -> float:
-    """Images a second in training."""
+    """Images per second in training."""
     image = 3 * operations(side, channels, _channel_mult(side)) / (on.speed * UTILIZATION[on.kind])
     return 1 / (image + STEP_SECONDS / batch_size)
 
 
 def _side(manifest: Manifest, on: Machine) -> int:
-    """The size to train at: of several, CPUs take the smallest that shows something."""
+    """The size to train at; of several, CPUs take the smallest from 16 pixels."""
     if on.kind == "gpu" or len(manifest.resolutions) == 1:
         return manifest.resolutions[0]
     return min((s for s in manifest.resolutions if s >= 16), default=manifest.resolutions[0])
 
 
 def _channel_mult(side: int) -> list[int]:
-    """Multipliers of the channels, a level a halving, down to 8 pixels or so."""
+    """Channel multipliers of the levels, halving down to about 8 pixels."""
     levels = 1
     while side % 2**levels == 0 and side >> levels >= 8:
         levels += 1
@@ -292,12 +286,12 @@ def _channel_mult(side: int) -> list[int]:
 
 
 def operations(side: int, channels: int, mults: Sequence[int]) -> float:
-    """Floating point operations of a forward pass of the small U-Net, its convolutions' alone.
+    """FLOP of a forward pass of the small U-Net's convolutions.
 
     Args:
         side: pixels.
         channels: of the first level.
-        mults: their multipliers, a level.
+        mults: channel multipliers of the levels.
     """
 
     def block(pixels: int, before: int, after: int) -> int:
@@ -306,7 +300,7 @@ def operations(side: int, channels: int, mults: Sequence[int]) -> float:
 
     sizes = [(side >> level) ** 2 for level in range(len(mults))]
     wide = [channels * each for each in mults]
-    total = 2 * 9 * 2 * 3 * channels * sizes[0]  # from and to three colours
+    total = 2 * 9 * 2 * 3 * channels * sizes[0]  # first and last convolution, 3 channels
     width, skips = channels, [channels]
     for level, (wanted, pixels) in enumerate(zip(wide, sizes, strict=True)):
         if level:
@@ -356,7 +350,7 @@ def _command(experiment: str, folder: Path, overrides: Sequence[str]) -> str:
 
 
 def with_labels(manifest: Manifest, folder: Path) -> str:
-    """The command that prepares the same images with their folders as classes."""
+    """The command that prepares the same images with folders as classes."""
     sides = ",".join(map(str, manifest.resolutions))
     return _prepare(manifest, f"{folder}-labelled", sides, labels=True)
 
@@ -381,7 +375,7 @@ def _prepare(manifest: Manifest, folder: str, sides: str, labels: bool | None) -
 
 
 def duration(seconds: float) -> str:
-    """A time in words."""
+    """A time for people, such as `12 minutes`."""
     if seconds < 90:
         return f"{max(1, round(seconds))} seconds"
     if seconds < 5400:

@@ -1,4 +1,4 @@
-"""`reference`: statistics of real images, to compare with; prints one JSON object."""
+"""`reference`: compute the statistics of real images; prints one JSON object."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def command(
     device: str = "auto",
     features: FeatureOptions = FeatureOptions(),
 ) -> Result:
-    """Measure statistics of real images once, to compare with.
+    """Compute the statistics of real images, to compare with.
 
     Example: diffusion_pl reference data/cifar-10-python.tar.gz --features inception
 
@@ -30,7 +30,7 @@ def command(
         data: an experiment, a prepared folder, a folder or .zip of images, CIFAR-10.
         resolution: side in pixels; the data's own when not given.
         moments_only: a smaller file, enough for FID and sFID.
-        out: write the file there too.
+        out: copy the file there.
         device: cpu, cuda or auto.
     """
     extractor = evaluate.extractor_of(features, None)

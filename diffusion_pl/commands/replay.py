@@ -1,4 +1,4 @@
-"""`replay`: look at one step of a run again, as when its loss was not finite."""
+"""`replay`: repeat one step of a run to inspect it, such as one whose loss was not finite."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ FAILURES: tuple[type[Exception], ...] = (NonFiniteError,)
 
 
 def command(run: Path, /, *, step: int, out: Path | None = None, allow: Allow = ()) -> Result:
-    """Look at one step of a run again: its images, noise levels, losses, gradient.
+    """Repeat one step of a run: its images, noise levels, losses and gradient.
 
-    Its images are drawn clean, with noise, and denoised; as when its loss was not finite.
+    Writes its images clean, with noise and denoised; to inspect a loss that was not finite.
 
     Example: diffusion_pl replay runs/mine --step 1200
 
     Args:
         run: a run's folder.
-        step: steps before it.
+        step: number of steps before it.
         out: folder of the image; RUN/replay when not given.
     """
     if step < 0:
         raise UserError(f"--step must not be negative (got {step})")
     if not runs.is_run(run):
-        raise UserError(f"{run}: no run is here (no config.yaml); name a run's folder")
+        raise UserError(f"{run}: is no run (no config.yaml); name a run's folder")
     kept = run / "config.yaml"
     tree = config.load(kept).tree
     experiment = config.load_resolved(tree, str(kept), allow)
@@ -45,8 +45,8 @@ def command(run: Path, /, *, step: int, out: Path | None = None, allow: Allow = 
     before = checkpoint_before(run / "checkpoints", step * batch_size)
     if before is None and (run / "from").exists():
         raise UserError(
-            f"{run}: began with other weights, and has no checkpoint before step {step}; replay a "
-            "later one"
+            f"{run}: started from other weights, and has no checkpoint before step {step}; replay "
+            "a later one"
         )
     found = replay(built, before, step)
     path = (out or run / "replay") / f"{step:09d}.png"
@@ -73,18 +73,18 @@ def command(run: Path, /, *, step: int, out: Path | None = None, allow: Allow = 
 
 
 def _number(value: Any) -> float | str:
-    """A number as JSON has it, which knows neither nan nor inf: these in words."""
+    """A number for JSON, which has no nan and inf: these as strings."""
     number = float(value)
     return number if math.isfinite(number) else str(number)
 
 
 def _rank(norm: float) -> float:
-    """A number that is not one comes first."""
+    """The norm; nan counts as the largest."""
     return math.inf if math.isnan(norm) else norm
 
 
 def checkpoint_before(folder: Path, images: int) -> Path | None:
-    """The newest sound checkpoint of at most so many images; None where there is none."""
+    """The newest checkpoint of at most so many images; None where there is none."""
     for path in reversed(checkpoints.found(folder)):
         if int(path.stem) <= images:
             checkpoints.verify(path)

@@ -1,4 +1,4 @@
-"""What a command has found: a JSON object for programs, a few lines for a person at a terminal."""
+"""The result of a command: JSON for programs, a few lines for a person at a terminal."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from diffusion_pl.names import shown
 
 
 def line(title: str, text: object) -> str:
-    """A line for a person."""
+    """A line of output for people."""
     return f"{title:8} {text}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command has found.
+    """The result of a command.
 
     Args:
-        values: all of it, for JSON.
-        lines: what of it a person wants to see; None: every value that is a word or a number.
-        after: said last, on stderr: what to type next.
-        code: the command's exit code.
-        in_pipes: the lines in a pipe, too, unless JSON is asked for.
+        values: the JSON object.
+        lines: for people; None: every string and number of `values`.
+        after: printed last, on stderr, such as what to type next.
+        code: exit code.
+        in_pipes: print the lines also without a terminal, unless JSON is asked for.
         indent: of the JSON.
     """
 
@@ -37,11 +37,7 @@ class Result:
     indent: int | None = None
 
     def tell(self, as_json: bool) -> None:
-        """Print it.
-
-        Args:
-            as_json: on a terminal too.
-        """
+        """Print it, with `as_json` as JSON on a terminal, too."""
         if (sys.stdout.isatty() or self.in_pipes) and not as_json:
             lines = self.lines
             if lines is None:

@@ -1,4 +1,4 @@
-"""`verify`: whether prepared data or checkpoints are byte for byte as they were written."""
+"""`verify`: check prepared data or checkpoints against their digests."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from diffusion_pl.errors import UserError
 
 
 def command(path: Path, /) -> Result:
-    """See that prepared data or a run's checkpoints are as they were written.
-
-    All of it is read and held against its digests.
+    """Check every byte of prepared data or of a run's checkpoints against their digests.
 
     Example: diffusion_pl verify runs/mine
 
@@ -25,7 +23,7 @@ def command(path: Path, /) -> Result:
 
 
 def prepared(folder: Path) -> dict[str, Any]:
-    """See that a prepared set is sound.
+    """Check a prepared data set.
 
     Raises:
         UserError: a line for each file that is not.
@@ -42,10 +40,10 @@ def prepared(folder: Path) -> dict[str, Any]:
 
 
 def kept(run: Path) -> dict[str, Any]:
-    """See that the checkpoints of a run, or one, are sound.
+    """Check a checkpoint, or all of a run's.
 
     Raises:
-        UserError: a line for each that is not, or there is nothing to look at.
+        UserError: a line for each that is damaged; or there are none.
     """
     from diffusion_pl.training import checkpoint as checkpoints
 

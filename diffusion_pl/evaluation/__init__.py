@@ -1,4 +1,4 @@
-"""Draw images and measure them: one path for the training run and the commands."""
+"""Sampling and evaluation of images, for training and the commands alike."""
 
 from diffusion_pl.evaluation.generator import ImageGenerator, Sampler, batches
 from diffusion_pl.evaluation.measuring import evaluate, reference_of

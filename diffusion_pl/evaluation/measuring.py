@@ -1,7 +1,7 @@
-"""Evaluation: one pass of features over the images feeds every metric.
+"""Evaluation: the features of the images are extracted once, for all metrics.
 
-An extractor's last digits depend on how many images it sees at a time, so it sees tiles of fixed
-size, and ranks share whole tiles: the numbers depend neither on the batch size nor on the ranks.
+An extractor's last digits depend on its batch size, so it always gets tiles of a fixed size, and
+ranks take whole tiles: the numbers depend neither on the batch size nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Progress = Callable[[int, int], None]
 
 
 class Interrupted(Exception):
-    """The evaluation was told to stop; nothing was measured."""
+    """The evaluation was stopped; it has no result."""
 
 
 class GeneratedImages(Protocol):
-    """Images to measure, drawn as they are asked for or lying in files."""
+    """Images to evaluate, sampled on demand or read from files."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -40,13 +40,13 @@ class GeneratedImages(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the images come from, and where they are measured."""
+        """The device of the images."""
 
     def images(self, indices: Sequence[int]) -> tuple[Tensor, int]:
         """uint8 (n, C, H, W) on the device, and the network's evaluations per image."""
 
     def about(self) -> Mapping[str, Any]:
-        """What numbers say of the images."""
+        """What is recorded of the images with every number."""
 
 
 def reference_of(
@@ -59,14 +59,14 @@ def reference_of(
     *,
     open_file: Callable[[Path, published.Measuring], Reference] = published.open_reference,
 ) -> Reference:
-    """What to compare with: the file that the settings name, else statistics of all real images.
+    """The reference: the file that the settings name, else the statistics of all real images.
 
     Args:
         images: the training data.
         settings: of the evaluation.
         extractor: the features; moved to `device`.
-        folder: where statistics are kept, by content.
-        device: where to compute.
+        folder: of cached statistics, named by content.
+        device: to compute on.
         progress: called with (images done, images to do) on this rank.
         open_file: reads the file that the settings name.
 
@@ -82,14 +82,14 @@ def reference_of(
 
 
 def check_counts(settings: Evaluation, real: int | None) -> None:
-    """Refuse what so few images cannot give, before any of them is looked at.
+    """Refuse metrics that need more images, before any image is read.
 
     Args:
-        settings: which metrics, and of how many images.
-        real: images to compare with, None where that is not known.
+        settings: metrics and number of images.
+        real: number of real images, None where it is not known.
 
     Raises:
-        UserError: the first metric that cannot be.
+        UserError: names the first such metric.
     """
     for metric in settings.metrics:
         metric.check_count(settings.count, None if real is None else min(real, KEPT))
@@ -101,7 +101,7 @@ def build(
     """The metrics of one evaluation.
 
     Raises:
-        UserError: what is asked for cannot be measured with this extractor, reference and count.
+        UserError: a metric cannot be computed with this extractor, reference and count.
     """
     reference.check(extractor, drawn.shape[1])
     return [
@@ -120,24 +120,24 @@ def evaluate(
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[list[dict[str, Any]], Tensor]:
-    """Draw `settings.count` images and measure them.
+    """Evaluate `settings.count` images.
 
     On several ranks every rank calls it; metrics add up over the ranks inside torchmetrics, and
     every rank gets the same rows.
 
     Args:
         drawn: the images.
-        settings: how many, and which metrics.
+        settings: number of images and metrics.
         extractor: the features.
         reference: of the real images.
         first: index of the first image; disjoint blocks give independent numbers.
         progress: called with (images measured, images to measure) on this rank.
-        stop: whether to give up, asked between tiles, equally often on every rank, which all get
-            the same answer.
+        stop: polled between tiles, equally often on all ranks, which must all get the same
+            answer; if true, the evaluation ends.
 
     Returns:
-        One row a number, `{"name": "fd@1000/<reference>/<extractor>", "value", ...}` with all that
-        it depends on, and the first images, uint8 (up to settings.grid, C, H, W), for a grid.
+        A row for each number, `{"name": "fd@1000/<reference>/<extractor>", "value", ...}`, with
+        all it depends on, and the first images, uint8 (up to settings.grid, C, H, W), for a grid.
 
     Raises:
         UserError: the reference was made with another extractor or resolution; fewer images than
@@ -163,9 +163,9 @@ def evaluate(
                 metric.update(features)
         if progress is not None:
             progress(position + len(piece.images) - share.start, len(share))
-        _ask(stop)
+        _check_stop(stop)
     for _ in range(_tiles(ranks.rank_range(settings.count, TILE, of=0)) - _tiles(share)):
-        _ask(stop)  # with those that have a tile more
+        _check_stop(stop)  # with the ranks that have a tile more
     common = {
         "n": settings.count,
         "first": first,
@@ -197,7 +197,7 @@ def _tiles(share: range) -> int:
     return -(-len(share) // TILE)
 
 
-def _ask(stop: Callable[[], bool] | None) -> None:
+def _check_stop(stop: Callable[[], bool] | None) -> None:
     if stop is not None and stop():
         raise Interrupted
 
@@ -215,12 +215,12 @@ class Tile(NamedTuple):
 
 
 class Pieces:
-    """Images drawn some at a time and handed on by whole tiles.
+    """Images sampled in batches and returned in whole tiles.
 
     Args:
         drawn: the images.
-        indices: of those wanted.
-        batch_size: how many are drawn at a time.
+        indices: of the images.
+        batch_size: images sampled at a time.
     """
 
     def __init__(self, drawn: GeneratedImages, indices: range, batch_size: int) -> None:

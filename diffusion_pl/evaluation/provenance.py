@@ -1,4 +1,4 @@
-"""What a number depends on beside its images: the code, its libraries, the machine."""
+"""What is recorded with a number beside its images: code, libraries and hardware."""
 
 from __future__ import annotations
 
@@ -24,11 +24,7 @@ def now() -> str:
 
 @functools.cache
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """Versions, commit and hardware of this process.
-
-    Args:
-        device: what computes.
-    """
+    """Versions, commit and hardware of this process."""
     versions = {"python": platform.python_version()}
     for library in ("diffusion_pl", *LIBRARIES):
         try:
@@ -54,7 +50,7 @@ def commit() -> str | None:
 
 
 def hardware(device: torch.device) -> str:
-    """The name of what computes."""
+    """The name of the GPU, or of the CPU and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -67,19 +63,19 @@ def hardware(device: torch.device) -> str:
 
 
 def described(part: Any) -> str:
-    """A part of an experiment in words: its name, and what it was built with.
+    """A part of an experiment as text: its name and arguments.
 
     Args:
         part: a dataclass, a function, a partial of one, or a plain value.
     """
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
-        fields = [field for field in dataclasses.fields(part) if _said(part, field)]
+        fields = [field for field in dataclasses.fields(part) if _is_set(part, field)]
         settings = {field.name: getattr(part, field.name) for field in fields}
         return f"{type(part).__name__}({_listed(settings)})"
     if isinstance(part, functools.partial):
         name = described(part.func)
         return f"{name}({_listed(part.keywords)})" if part.keywords else name
-    if isinstance(part, torch.Tensor):  # a table of levels: too long to be read
+    if isinstance(part, torch.Tensor):  # too long to print
         values = part.flatten().tolist()
         ends = f"{values[0]:.6g} to {values[-1]:.6g}" if values else ""
         return f"[{len(values)} values, {ends}]"
@@ -92,7 +88,7 @@ def described(part: Any) -> str:
     return getattr(part, "__name__", None) or str(part)
 
 
-def _said(part: Any, field: dataclasses.Field[Any]) -> bool:
+def _is_set(part: Any, field: dataclasses.Field[Any]) -> bool:
     """Whether a setting is not its default."""
     return field.default is dataclasses.MISSING or getattr(part, field.name) != field.default
 

@@ -1,4 +1,4 @@
-"""What the `evaluation` node of an experiment says."""
+"""The `evaluation` section of an experiment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Metric(Protocol):
 
     @property
     def notes(self) -> Mapping[str, Any]:
-        """What is to be said beside the numbers, once they are computed."""
+        """Recorded with the numbers, once they are computed."""
 
     def update(self, features: Features) -> None: ...
 
@@ -29,37 +29,36 @@ class Metric(Protocol):
 
 
 class MetricSettings(Protocol):
-    """What YAML names: builds a metric of an evaluation of `count` images."""
+    """A metric in YAML; builds the metric for an evaluation of `count` images."""
 
     @property
     def wants_features(self) -> bool:
         """Whether the reference must keep the features of single images."""
 
     def numbers(self, extractor: Extractor) -> Sequence[str]:
-        """What it measures, by name, beside spreads."""
+        """The names of its numbers, without standard deviations."""
 
     def check_count(self, generated: int, real: int | None = None) -> None:
-        """Refuse counts that cannot be measured, before any work; `real` is None if not known."""
+        """Raise UserError for too few images; `real` is None if not known."""
 
     def build(self, extractor: Extractor, reference: Reference, count: int) -> Metric: ...
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model is measured.
+    """How a model is evaluated.
 
     Args:
-        every: images of training between two evaluations; one more comes at the end.
-        count: images drawn and measured each time.
-        metrics: what is measured; empty draws the grid only.
-        batch_size: images drawn at a time on one device; changes the memory, not the numbers.
-        seed: of the noise and the labels.
-        guidance: weight of the guidance, 1 for none.
+        every: training images between two evaluations; there is one more at the end.
+        count: images sampled each time.
+        metrics: to compute; empty for the sample grid alone.
+        batch_size: images sampled at a time on one device; changes memory, not numbers.
+        seed: of noise and labels.
+        guidance: weight, 1 for none.
         guidance_interval: noise levels (low, high] that are guided.
         guide: the weaker model of autoguidance; None for the model itself without its label.
-        grid: images on the sample grid, the first of those measured.
-        reference: a file of statistics to compare with; None: those of the training data, computed
-            once.
+        grid: images on the sample grid, the first of those sampled.
+        reference: file of statistics to compare with; None: computed from the training data.
     """
 
     every: int
@@ -81,5 +80,5 @@ class Evaluation:
 
     @property
     def wants_features(self) -> bool:
-        """Whether some metric compares with single real images."""
+        """Whether a metric needs the features of single real images."""
         return any(metric.wants_features for metric in self.metrics)
