@@ -168,7 +168,7 @@ class Bench:
         noise = ImageNoise(0, indices, "latent")(torch.empty(len(indices), 3, side, side))
         denoise = consistent(self.model.denoiser, picture) if agree else self.model.denoiser
         with torch.inference_mode():
-            images = climb.from_picture(picture, denoise, noise, ImageNoise(0, indices, "sampler"))
+            images = climb.from_image(picture, denoise, noise, ImageNoise(0, indices, "sampler"))
         return to_bytes(nearest(images, picture) if agree else images)
 
 

@@ -32,7 +32,7 @@ MUTANTS = [
         ("any(a >= b for a, b in pairwise(levels))", "any(a > b for a, b in pairwise(levels))"),
         ("!= len(levels) - 1:", "> len(levels) - 1:"),
         ("        self.stages()\n        return", "        return"),
-        ("if tuple(picture.shape[-2:]) != first:", "if False:"),
+        ("if tuple(small.shape[-2:]) != first:", "if False:"),
     ),
     *at(
         "samplers/inversion.py",

@@ -148,7 +148,7 @@ def test_a_batch_seen_twice_has_its_masks_twice_and_another_one_is_refused():
     layer.begin(torch.rand(2 * PLACES) > 0.5, torch.tensor([0, 9]))
     once = layer(torch.ones(2, 3, 4, 4))
     assert torch.equal(layer(torch.ones(4, 3, 4, 4)), torch.cat([once, once]))
-    with pytest.raises(ValueError, match="told of 2 images and sees 3"):
+    with pytest.raises(ValueError, match="masks for 2 images .got 3"):
         layer(torch.ones(3, 3, 4, 4))
 
 

@@ -246,8 +246,8 @@ def test_the_published_networks_have_their_published_sizes(name):
         "attends": [each in attention for each in sides],
         "resample": "block" if residual else "even",
     }  # fmt: skip
-    assert guided.asked(flags | {guided.TOLD: told}) is None
-    tree = guided.nodes(flags | {guided.TOLD: told})
+    assert guided.asked(flags | {guided.FROM_WEIGHTS: told}) is None
+    tree = guided.nodes(flags | {guided.FROM_WEIGHTS: told})
     with torch.device("meta"):
         network = configs.build(Config("x", "x", tree), "network")
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -257,7 +257,7 @@ def test_the_published_networks_have_their_published_sizes(name):
         guided._key(key, tree["network"]): value for key, value in network.state_dict().items()
     }
     state["label_emb.weight"] = state["label_emb.weight"].T
-    assert guided.told(state) == told
+    assert guided.config_of_weights(state) == told
     if name == "128x128_diffusion":
         # Three blocks a level: what doubles stands behind the attention at 32, and alone at 64.
         assert "output_blocks.8.2.in_layers.2.weight" in state

@@ -93,7 +93,7 @@ def test_the_weights_of_the_loss_tell_the_prediction(reference, table, gamma, pr
     }  # fmt: skip
     milestone(state)
     config, _ = lucidrains.read(Path("model-1.pt"), {"image_size": 8})
-    assert config[lucidrains.TOLD]["predict"] == predicted
+    assert config[lucidrains.FROM_WEIGHTS]["predict"] == predicted
     node = lucidrains.nodes(config)["objective"]["schedule"]
     betas = node.get("betas") or LinearBetas(node["T"], node["beta_1"], node["beta_T"]).betas
     torch.testing.assert_close(torch.as_tensor(betas).float(), table.betas.float())

@@ -18,7 +18,7 @@ from diffusion_pl import config as configs
 from diffusion_pl.config import Config
 from diffusion_pl.interop import edm
 from diffusion_pl.interop.denoisers import denoiser_from
-from diffusion_pl.interop.edm_layout import published, told
+from diffusion_pl.interop.edm_layout import config_of_weights, published
 
 CONFIG = {
     "precond": "EDMPrecond", "model_type": "SongUNet", "img_resolution": 8, "img_channels": 3,
@@ -63,7 +63,7 @@ def test_published_names_lead_there_and_back(name):
 def test_shapes_tell_the_config_but_for_what_no_shape_shows(name):
     config = LAYOUTS[name]
     shown = {key: config[key] for key in config if key not in ("precond", "dropout")}
-    found = told(made(config)[1])
+    found = config_of_weights(made(config)[1])
     assert {key: found[key] for key in shown} == shown
 
 

@@ -226,7 +226,7 @@ def test_a_config_that_does_not_fit_is_refused_by_its_first_key(change, message)
 
 def test_weights_of_another_layout_are_told_from_edm2s():
     with pytest.raises(ValueError, match="not in EDM2's layout"):
-        edm2.told({"unet.enc.8x8_conv.weight": torch.zeros(8, 4, 3, 3)})
+        edm2.config_of_weights({"unet.enc.8x8_conv.weight": torch.zeros(8, 4, 3, 3)})
     odd = filled(CONFIG) | {"unet.emb_noise.weight": torch.zeros(9, 8)}
     with pytest.raises(ValueError, match="no multiples of the first level's"):
-        edm2.told(odd)
+        edm2.config_of_weights(odd)

@@ -316,7 +316,7 @@ def test_a_pyramid_begun_from_a_picture_goes_on_as_from_its_own():
     pyramid = PyramidSampler(EDM, [4, 8], 0.5, by="sigma")
     small = EDM(data.denoise, ImageNoise(1, [0, 1])(torch.empty(2, 1, 4, 4)), zeros)
     expected = pyramid(data.denoise, noise, ImageNoise(1, [0, 1]))
-    assert torch.equal(pyramid.from_picture(small, data.denoise, noise, zeros), expected)
+    assert torch.equal(pyramid.from_image(small, data.denoise, noise, zeros), expected)
 
 
 @pytest.mark.parametrize(
@@ -360,8 +360,8 @@ def test_noise_of_another_size_is_refused():
         PyramidSampler(EDM, [4, 16], 0.5)(Spectrum().denoise, noise_of(), zeros)
     with pytest.raises(ValueError, match="not all different sizes"):
         PyramidSampler(EDM, [0.99, 1], 0.5)(Spectrum().denoise, noise_of(), zeros)
-    with pytest.raises(ValueError, match="first level is 4 x 4 pixels, the picture 2 x 2"):
-        PyramidSampler(EDM, [4, 8], 0.5).from_picture(
+    with pytest.raises(ValueError, match="first level is 4 x 4 pixels, the image 2 x 2"):
+        PyramidSampler(EDM, [4, 8], 0.5).from_image(
             torch.zeros(2, 1, 2, 2), Spectrum().denoise, noise_of(), zeros
         )
 

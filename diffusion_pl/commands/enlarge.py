@@ -243,7 +243,7 @@ def enlarged(
     counted = Counted(generator.guided(latents.required_labels(generator, len(indices))))
     denoise = consistent_with(counted, small) if consistent else counted
     with generator.inference():
-        image = task.pyramid.from_picture(
+        image = task.pyramid.from_image(
             small, denoise, generator.noise(indices, task.size), generator.step_noise(indices)
         )
         # An integrator need not end in a denoised image.

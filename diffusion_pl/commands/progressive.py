@@ -90,7 +90,7 @@ def _frames(
     sampler: Sampler | PyramidSampler
     if isinstance(generator.sampler, PyramidSampler) and not base_alone:
         sampler = generator.sampler
-        stages = [(height, levels) for (height, _), levels in sampler.drawn(side, side)]
+        stages = [(height, levels) for (height, _), levels in sampler.sampled_stages(side, side)]
     else:
         sampler = latents.single_size_sampler(generator, "progressive", base_alone)
         stages = [(side, sampler.sigmas())]

@@ -1,6 +1,6 @@
-"""Consistency with a smaller picture: functions that make denoised images agree with it.
+"""Consistency with a low-resolution image: functions that make denoised images agree with it.
 
-The picture y is the area mean A x of the image sought. A^+, repetition of pixels, is A's
+The low-resolution y is the area mean A x of the image sought. A^+, repetition of pixels, is A's
 pseudo-inverse, so of all images x with A x = y the nearest to D is
 
     D + A^+ (y - A D)
@@ -30,14 +30,12 @@ from diffusion_pl.errors import UserError
 BISECTIONS = 40
 
 
-def consistent(
-    denoise: Denoise, picture: Tensor, *, low: float = -1.0, high: float = 1.0
-) -> Denoise:
-    """Replace the denoised image by the nearest one whose area mean is a picture.
+def consistent(denoise: Denoise, small: Tensor, *, low: float = -1.0, high: float = 1.0) -> Denoise:
+    """Replace the denoised image by the nearest one whose area mean is a low-resolution one.
 
     Args:
-        denoise: D, of images a whole factor larger than the picture, any and several factors.
-        picture: y, (B, C, h, w) in [low, high].
+        denoise: D, of images a whole factor larger than `small`, any and several factors.
+        small: y, (B, C, h, w) in [low, high].
         low: least value of an image.
         high: largest.
 
@@ -47,30 +45,30 @@ def consistent(
 
     def agreeing(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
         image, variance = denoise(x, sigma, **more).tensor_split([x.shape[1]], dim=1)
-        return torch.cat([nearest(image, picture, low=low, high=high), variance], dim=1)
+        return torch.cat([nearest(image, small, low=low, high=high), variance], dim=1)
 
     return agreeing
 
 
-def nearest(image: Tensor, picture: Tensor, *, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """The image nearest to one that lies in [low, high] and whose area mean is a picture.
+def nearest(image: Tensor, small: Tensor, *, low: float = -1.0, high: float = 1.0) -> Tensor:
+    """The nearest image in [low, high] whose area mean is a low-resolution one.
 
     Args:
         image: (B, C, H, W).
-        picture: (B, C, h, w) in [low, high].
+        small: (B, C, h, w) in [low, high].
         low: least value of the result.
         high: its largest.
 
     Returns:
-        Of the image's shape and dtype; its area mean is the picture's to rounding.
+        Of the image's shape and dtype; its area mean is `small` to rounding.
 
     Raises:
-        UserError: the image is no whole factor larger than the picture.
+        UserError: the image is no whole factor larger than `small`.
     """
-    factor(picture.shape[-2:], image.shape[-2:])
-    height, width = picture.shape[-2:]
+    factor(small.shape[-2:], image.shape[-2:])
+    height, width = small.shape[-2:]
     blocks = image.to(torch.float64).unflatten(3, (width, -1)).unflatten(2, (height, -1))
-    wanted = picture.to(torch.float64)[:, :, :, None, :, None]
+    wanted = small.to(torch.float64)[:, :, :, None, :, None]
     within = (3, 5)
     moved = blocks + wanted - blocks.mean(within, keepdim=True)
     if bool(((moved < low) | (moved > high)).any()):
@@ -94,7 +92,7 @@ def factor(small: tuple[int, ...], large: tuple[int, ...]) -> int:
     if rest or times < 1 or large[1] != times * small[1]:
         raise UserError(
             f"{small[1]} x {small[0]} pixels are no whole part of {large[1]} x {large[0]}, so no "
-            "mean of whole blocks; choose a multiple of the picture's size, or do without "
+            "mean of whole blocks; choose a multiple of the small image's size, or do without "
             "consistency"
         )
     return times

@@ -73,17 +73,17 @@ def trained_range(objective: TrainingObjective) -> tuple[float, float]:
 
 @runtime_checkable
 class RemembersSteps(Protocol):
-    """A module of an objective or a network that is told of every optimizer step.
+    """A module of an objective or a network called around every optimizer step.
 
     What it sees within a step may take effect only at the step's end; otherwise the number of
-    passes that a step is cut into would change the run. The averages are moved after that.
+    micro-batches of a step would change the run. The averages are moved after that.
     """
 
     def begin_step(self) -> None:
         """An optimizer step begins."""
 
     def end_step(self) -> None:
-        """All its passes are done."""
+        """All its micro-batches are done."""
 
 
 @dataclass(frozen=True)

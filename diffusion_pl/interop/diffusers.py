@@ -117,8 +117,8 @@ def read(
     else:
         config.pop("num_train_timesteps", None)
     if said:
-        told = {SCHEDULER if key == "_class_name" else key: value for key, value in said.items()}
-        config |= told
+        renamed = {SCHEDULER if key == "_class_name" else key: value for key, value in said.items()}
+        config |= renamed
     state, more = _weights(unet)
     config[NOTES] = [*notes, *more]
     return config, state

@@ -21,7 +21,7 @@ from torch import Tensor
 from diffusion_pl.errors import UserError
 from diffusion_pl.interop import edm2
 from diffusion_pl.interop.denoisers import matched, meta_network
-from diffusion_pl.interop.edm_layout import names, told
+from diffusion_pl.interop.edm_layout import config_of_weights, names
 from diffusion_pl.interop.pickles import Persistent, read_pickle, state_dict, tensors
 from diffusion_pl.interop.values import LEVELS, got, whole
 from diffusion_pl.networks.song_layers import kernel
@@ -101,9 +101,8 @@ def read(
         )
     own = _kwargs(model) | _kwargs(found)
     own = {key: value for key, value in own.items() if key not in ("in_channels", "out_channels")}
-    config = (
-        told(state) | own | dict(said or {}) | {"precond": found.name, "model_type": model.name}
-    )
+    classes = {"precond": found.name, "model_type": model.name}
+    config = config_of_weights(state) | own | dict(said or {}) | classes
     if which == "net":
         config[NOTES] = ["raw weights: a training state keeps no average"]
     return config, state
@@ -242,9 +241,9 @@ def _sampler(config: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[st
 def _misfit(config: Mapping[str, Any], state: Mapping[str, Tensor], what: str) -> ValueError:
     """What does not fit, and the config that these weights are of as far as their shapes tell."""
     try:
-        tells = told(state)
+        found = config_of_weights(state)
     except ValueError as error:
         return UserError(f"{what}; {error}")
     usual = {key: value for key, (_, value) in _arguments(config).items()} | dict(config)
-    other = [f"{key}: {value}" for key, value in tells.items() if usual.get(key) != value]
+    other = [f"{key}: {value}" for key, value in found.items() if usual.get(key) != value]
     return UserError(f"{what}; the weights are of a config with {', '.join(other) or 'the same'}")

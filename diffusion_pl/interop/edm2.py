@@ -98,7 +98,7 @@ def read(
     else:
         chosen, about = _chosen(content, said, weights)
         state = state_dict(chosen, str(path))
-        config = told(state) | {"_state": True}
+        config = config_of_weights(state) | {"_state": True}
         numbers = content.get("loss_fn")
     if isinstance(numbers, Mapping):
         config |= {key: numbers[key] for key in SYMBOLS if key in numbers}
@@ -134,7 +134,7 @@ def _chosen(
     return averages[lengths.index(length)], [f"the average of relative length {length}"]
 
 
-def told(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def config_of_weights(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the published weights' names and shapes say of their config.
 
     Raises:

@@ -49,7 +49,7 @@ def published(config: Mapping[str, Any], network: nn.Module) -> dict[str, Tensor
     return found
 
 
-def told(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def config_of_weights(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the published weights' names and shapes say of their config; dropout they do not.
 
     Raises:

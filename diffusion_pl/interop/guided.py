@@ -29,7 +29,7 @@ from diffusion_pl.interop.layouts import multiple
 from diffusion_pl.interop.pickles import read_state, state_dict
 from diffusion_pl.interop.values import LEVELS, choice, flag, got, only, whole
 
-TOLD = "_told"  # our key for what the weights tell
+FROM_WEIGHTS = "_told"  # our key for the settings that the weights show
 GROUPS = 32  # of every normalisation
 _ADM = {
     "diffusion_steps": 1000, "noise_schedule": "linear", "num_head_channels": 64,
@@ -98,7 +98,7 @@ def read(
         weights: of no use, a file holds one.
 
     Returns:
-        The flags, what the weights tell under TOLD, and the weights in float32.
+        The flags, what the weights tell under FROM_WEIGHTS, and the weights in float32.
 
     Raises:
         UserError: unreadable, of another layout, an upsampler or a classifier.
@@ -107,10 +107,10 @@ def read(
     config = dict(said or {})
     if (name := config.pop("published", None)) is not None:
         config = choice({"published": name}, "published", None, PUBLISHED) | config
-    return config | {TOLD: told(state)}, state
+    return config | {FROM_WEIGHTS: config_of_weights(state)}, state
 
 
-def told(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def config_of_weights(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the weights say of their network.
 
     Raises:
@@ -206,7 +206,7 @@ def asked(config: Mapping[str, Any]) -> str | None:
         missing.append("use_new_attention_order")
     if config.get("diffusion_steps", 0) != 1000 and "rescale_timesteps" not in config:
         missing.append("rescale_timesteps")
-    if not config[TOLD]["learned_variance"] and "sigma_small" not in config:
+    if not config[FROM_WEIGHTS]["learned_variance"] and "sigma_small" not in config:
         missing.append("sigma_small")
     if not missing:
         return None
@@ -228,21 +228,21 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a flag that is not known, or one that does not fit the weights.
     """
-    tells = config[TOLD]
+    found = config[FROM_WEIGHTS]
     for key in config:
-        if key not in FLAGS | OF_TRAINING | set(SEEN) and key != TOLD:
+        if key not in FLAGS | OF_TRAINING | set(SEEN) and key != FROM_WEIGHTS:
             raise UserError(f"{key}: is no flag of guided-diffusion {got(config[key])}")
     seen = (
-        tells["model_channels"], tells["blocks"], tells["classes"] > 0, tells["learned_variance"],
-        tells["adaptive_scale"], tells["resample"] == "block",
+        found["model_channels"], found["blocks"], found["classes"] > 0, found["learned_variance"],
+        found["adaptive_scale"], found["resample"] == "block",
     )  # fmt: skip
     for key, value in zip(SEEN, seen, strict=True):
         only(config, key, value, value)
-    sides = [config.get("image_size", 0) // 2**n for n in range(len(tells["attends"]))]
-    attended = {side for side, attend in zip(sides, tells["attends"], strict=True) if attend}
+    sides = [config.get("image_size", 0) // 2**n for n in range(len(found["attends"]))]
+    attended = {side for side, attend in zip(sides, found["attends"], strict=True) if attend}
     for key, value, own in (
         ("attention_resolutions", config.get("attention_resolutions"), attended),
-        ("channel_mult", config.get("channel_mult"), tells["channel_mult"]),
+        ("channel_mult", config.get("channel_mult"), found["channel_mult"]),
     ):
         said = [float(word) for word in re.findall(r"[\d.]+", str(value)[:200])]
         # A resolution that is none of the levels' is that of no block.
@@ -256,17 +256,17 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _network(config: Mapping[str, Any]) -> dict[str, Any]:
-    tells = dict(config[TOLD])
+    found = dict(config[FROM_WEIGHTS])
     side = whole(config, "image_size", None)
     dropout = config.get("dropout", 0.0)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise UserError(f"dropout: must be a share from 0 to 1 {got(dropout)}")
-    attends = tells.pop("attends")
+    attends = found.pop("attends")
     head_channels = config.get("num_head_channels", -1)
     node = {
         "_target_": "diffusion_pl.networks.ddpm_unet.DDPMUNet",
         "resolution": side,
-        **tells,
+        **found,
         "attention": [side // 2**level for level, attend in enumerate(attends) if attend],
         "dropout": float(dropout),
         "groups": GROUPS,
@@ -303,7 +303,7 @@ def _process(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         "weight": {"_target_": f"{parts}EpsWeight"},
         "reduce": {"_target_": f"{parts}pixel_mean", "_partial_": True},
     }
-    if config[TOLD]["learned_variance"]:
+    if config[FROM_WEIGHTS]["learned_variance"]:
         chain = {"_target_": "diffusion_pl.objectives.likelihood.ReverseChain"}
         objective = {
             "_target_": "diffusion_pl.objectives.improved_ddpm.Hybrid",
@@ -326,7 +326,7 @@ def _sampler(config: Mapping[str, Any], table: dict[str, Any]) -> dict[str, Any]
     steps = whole({"timestep_respacing": int(said.removeprefix("ddim"))}, "timestep_respacing",
                   None, 1, T)  # fmt: skip
     variance = "small" if flag(config, "sigma_small", False) else "large"
-    variance = "learned" if config[TOLD]["learned_variance"] else variance
+    variance = "learned" if config[FROM_WEIGHTS]["learned_variance"] else variance
     chain = {"_target_": "diffusion_pl.samplers.ancestral.ancestral", "_partial_": True}
     integrate: dict[str, Any] = {**chain, "variance": variance}
     spacing = "Respaced"

@@ -21,7 +21,7 @@ from diffusion_pl.interop.denoisers import meta_network
 from diffusion_pl.interop.pickles import read_state, state_dict
 from diffusion_pl.interop.values import LEVELS, got, whole
 
-TOLD = "_told"  # our key for what the weights tell
+FROM_WEIGHTS = "_told"  # our key for the settings that the weights show
 PREDICTIONS = {"noise": "PredictNoise", "image": "PredictImage", "velocity": "PredictVelocity"}
 # A module's words there, ours.
 OUTSIDE = {
@@ -48,7 +48,7 @@ def read(
         weights: "ema" for the average, "raw" for the network's own weights.
 
     Returns:
-        What the user says and, under TOLD, what the tables and the weights tell; the weights.
+        What the user says and, under FROM_WEIGHTS, what tables and weights show; the weights.
 
     Raises:
         UserError: unreadable, or no milestone of a U-Net that is understood.
@@ -71,12 +71,12 @@ def read(
         for key, value in whole_state.items()
         if key.startswith("model.")
     }
-    tells = _network_of(state) | _process_of(whole_state)
-    tells["notes"] = [
+    settings = _network_of(state) | _process_of(whole_state)
+    settings["notes"] = [
         f"the {'averaged' if prefix else 'raw'} weights; sinusoids of theta 10000 and images in "
         "[-1, 1] (auto_normalize) are the package's defaults, of which a milestone says nothing"
     ]
-    return {**(said or {}), TOLD: tells}, state
+    return {**(said or {}), FROM_WEIGHTS: settings}, state
 
 
 def _network_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def asked(config: Mapping[str, Any]) -> str | None:
 
 def notes(config: Mapping[str, Any]) -> list[str]:
     """What a user is to know of what was read."""
-    return list(config[TOLD]["notes"])
+    return list(config[FROM_WEIGHTS]["notes"])
 
 
 def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,9 +158,9 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
         UserError: a key that is not known, or out of range.
     """
     for key, value in config.items():
-        if key not in ("image_size", "dropout", TOLD):
+        if key not in ("image_size", "dropout", FROM_WEIGHTS):
             raise UserError(f"{key}: is not understood here {got(value)}")
-    betas = config[TOLD]["betas"]
+    betas = config[FROM_WEIGHTS]["betas"]
     T = len(betas)
     timesteps = "diffusion_pl.diffusion.timesteps."
     table: dict[str, Any] = {"_target_": f"{timesteps}Betas", "betas": betas}
@@ -170,7 +170,7 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
         if all(abs(one - other) < 1e-6 * other for one, other in zip(betas, same, strict=True)):
             table = {"_target_": f"{timesteps}LinearBetas", **linear}
     parts = "diffusion_pl.diffusion.objective."
-    predicted = f"diffusion_pl.objectives.ddpm.{PREDICTIONS[config[TOLD]['predict']]}"
+    predicted = f"diffusion_pl.objectives.ddpm.{PREDICTIONS[config[FROM_WEIGHTS]['predict']]}"
     return {
         "network": _network(config),
         "objective": {
@@ -197,13 +197,13 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _network(config: Mapping[str, Any]) -> dict[str, Any]:
-    tells = config[TOLD]
+    found = config[FROM_WEIGHTS]
     keys = ("channels", "model_channels", "channel_mult", "full", "heads", "head_channels",
             "memories")  # fmt: skip
     return {
         "_target_": "diffusion_pl.networks.linear_unet.LinearUNet",
         "resolution": whole(config, "image_size", None),
-        **{key: tells[key] for key in keys},
+        **{key: found[key] for key in keys},
         "dropout": float(config.get("dropout", 0.0)),
     }
 

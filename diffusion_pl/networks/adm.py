@@ -66,16 +66,13 @@ class ADM(UNet):
 
     Args:
         resolution: H = W of the images it is built for; decides which levels have attention.
-        channels: image channels.
-        classes: number of labels, 0 for none.
-        augment: length of the augmentation label, 9 for EDM's pipe, 0 for none.
         model_channels: channels at multiplier 1.
         channel_mult: multiplier of each level, from the full resolution down.
         blocks: residual blocks a level in the encoder; the decoder has one more.
         attention: resolutions whose blocks are each followed by self-attention.
         dropout: probability in every block.
-        position_frequencies, frame, learned_variance, activation_checkpointing: as for every
-            `Network`.
+        channels, classes, augment, position_frequencies, frame, learned_variance,
+            activation_checkpointing: as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide.

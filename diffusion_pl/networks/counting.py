@@ -1,4 +1,4 @@
-"""How many tensors a network may have while it is made, whatever its settings say."""
+"""A limit on the tensors of a network while it is built from settings of others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusion_pl.errors import UserError
 
 @contextlib.contextmanager
 def at_most(tensors: int | None) -> Iterator[None]:
-    """End a network's making when it has more tensors than there are weights for.
+    """Refuse to build a network of more tensors than there are weights for.
 
     Args:
         tensors: that it may have; None for any number.

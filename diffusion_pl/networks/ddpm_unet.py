@@ -93,16 +93,14 @@ class DDPMUNet(UNet):
 
     Args:
         resolution: H = W of the images it is built for; decides which levels have attention.
-        channels: image channels.
-        classes: number of labels, 0 for none as published.
         model_channels: channels at multiplier 1, a multiple of `groups`.
         channel_mult: multiplier of each level, from the full resolution down; need not be whole.
         blocks: residual blocks a level in the encoder; the decoder has one more.
         attention: resolutions whose blocks are each followed by self-attention.
         dropout: probability in every block.
         groups: of every normalisation.
-        position_frequencies, frame, learned_variance, activation_checkpointing: as for every
-            `Network`.
+        channels, classes, position_frequencies, frame, learned_variance, activation_checkpointing:
+            as for every `Network`.
         heads: of every attention, one as published by Ho.
         head_channels: channels of a head, instead of their number; None for `heads`.
         eps: of every normalisation.

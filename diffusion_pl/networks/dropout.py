@@ -52,7 +52,7 @@ class Dropout(nn.Module):
         """(B, C, H, W) or (B, tokens, C) -> the same.
 
         Raises:
-            UserError: another number of images than `begin` was told of, or a multiple of it.
+            UserError: neither as many images as `begin` was given, nor a multiple of them.
         """
         if not self.training or not self.p:
             return x
@@ -75,7 +75,7 @@ class Dropout(nn.Module):
         places = self.places
         if len(x) != len(places):  # a batch seen several times over, as guidance sees one
             if len(x) % len(places):
-                raise UserError(f"dropout was told of {len(places)} images and sees {len(x)}")
+                raise UserError(f"dropout has masks for {len(places)} images (got {len(x)})")
             places = places.repeat(len(x) // len(places))
         mask = windows.index_select(0, places)
         if count > window:  # more units than places: the row is gone round again

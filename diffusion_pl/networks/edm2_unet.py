@@ -119,8 +119,6 @@ class EDM2UNet(UNet):
 
     Args:
         resolution: H = W of the images it is built for; decides which levels have attention.
-        channels: image channels.
-        classes: number of labels, 0 for none.
         model_channels: channels at multiplier 1: 128, 192, 256, 320, 384 are XS, S, M, L, XL.
         channel_mult: multiplier of each level, from the full resolution down.
         blocks: residual blocks a level in the encoder; the decoder has one more.
@@ -136,8 +134,8 @@ class EDM2UNet(UNet):
         head_channels: channels of an attention head.
         clip: largest magnitude of a block's output, None for no limit.
         resample_filter: taps of the filter between levels.
-        position_frequencies, frame, learned_variance, activation_checkpointing: as for every
-            `Network`.
+        channels, classes, position_frequencies, frame, learned_variance, activation_checkpointing:
+            as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, a filter of odd length, or channels
@@ -208,7 +206,7 @@ class EDM2UNet(UNet):
         self.out_gain = nn.Parameter(torch.zeros(1))
 
     def begin_step(self) -> None:
-        """Normalise the stored weights, before an optimizer step's first pass (Eq. 66).
+        """Normalise the stored weights, before an optimizer step's first micro-batch (Eq. 66).
 
         The function is the same; without it weights grow under steps that are at right angles to
         them, and the learning rate shrinks with that.

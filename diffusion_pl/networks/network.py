@@ -21,11 +21,11 @@ class Network(nn.Module):
         channels: image channels.
         classes: number of labels, 0 for none.
         halvings: how often an image is halved on its way down.
-        augment: length of the augmentation label, 0 for none.
+        augment: length of the augmentation label, 9 for EDM's pipe, 0 for none.
         position_frequencies: L of the position encoding that joins the image at the input; 0 for
             none.
         frame: side of the full-resolution grid that positions refer to; the resolution if None.
-        learned_variance: put out C channels more, what the network says of the reverse variance.
+        learned_variance: C output channels more, for the variance of the reverse steps.
         activation_checkpointing: keep only what passes between blocks in training; the backward
             pass runs every block again. Less memory for a third more time, the same numbers.
 

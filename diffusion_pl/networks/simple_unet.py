@@ -22,8 +22,6 @@ class SimpleUNet(Network):
 
     Args:
         resolution: H = W of the images it is built for; decides where attention and dropout are.
-        channels: image channels.
-        classes: number of labels, 0 for none.
         model_channels: channels at multiplier 1, a multiple of 4.
         channel_mult: multiplier of each level, from the first down.
         blocks: residual blocks of each level in the encoder, as many in the decoder, which reads
@@ -36,7 +34,8 @@ class SimpleUNet(Network):
         embedding_channels: length of the condition's vector.
         halvings: of the image before the first level, 1 for 256 and 2 for 512 pixels.
         reduction: how.
-        position_frequencies, frame, activation_checkpointing: as for every `Network`.
+        channels, classes, position_frequencies, frame, activation_checkpointing: as for every
+            `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, or blocks that do not fit them.

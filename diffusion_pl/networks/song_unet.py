@@ -42,9 +42,6 @@ class SongUNet(UNet):
 
     Args:
         resolution: H = W of the images it is built for; decides which levels have attention.
-        channels: image channels.
-        classes: number of labels, 0 for none.
-        augment: length of the augmentation label, 9 for EDM's pipe, 0 for none.
         model_channels: channels at multiplier 1.
         channel_mult: multiplier of each level, from the full resolution down.
         blocks: residual blocks a level in the encoder; the decoder has one more.
@@ -54,8 +51,8 @@ class SongUNet(UNet):
         noise_mult: size of the noise embedding, in model_channels.
         encoder: "residual" adds the image, halved by learned convolutions, to every lower level.
         resample_filter: taps of the filter between levels.
-        position_frequencies, frame, learned_variance, activation_checkpointing: as for every
-            `Network`.
+        channels, classes, augment, position_frequencies, frame, learned_variance,
+            activation_checkpointing: as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, or a filter of odd length.

@@ -64,9 +64,6 @@ class UViT(Network):
     levels make of h_d.
 
     Args:
-        resolution: H = W of the images it is built for.
-        channels: image channels.
-        classes: number of labels, 0 for none.
         model_channels: channels at multiplier 1, a multiple of 4.
         channel_mult: multiplier of each level, the last one the transformers'.
         blocks: residual blocks of each other level in the encoder, as many in the decoder.
@@ -77,7 +74,8 @@ class UViT(Network):
         halvings: of the image before the first level, 1 for 256 and 2 for 512 pixels.
         reduction: how.
         residual: SiD2's skip connections.
-        position_frequencies, frame, activation_checkpointing: as for every `Network`.
+        resolution, channels, classes, position_frequencies, frame, activation_checkpointing: as for
+            every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, or blocks that do not fit them.

@@ -80,8 +80,8 @@ class ImportanceSampled(nn.Module):
     It keeps the last losses of every timestep, of all devices; until each has enough of them
     timesteps are uniform. A quantile u falls on the timestep where the cumulative p_t passes it, so
     a stratified batch stays stratified. In evaluation mode it remembers nothing. Between
-    `begin_step` and `end_step` the probabilities stay as they are, so that a step's passes, however
-    many, draw by the same ones.
+    `begin_step` and `end_step` the probabilities stay as they are, so all micro-batches of a step
+    use the same ones.
 
     Args:
         objective: what is trained; draws u uniformly over its timesteps.
@@ -109,7 +109,7 @@ class ImportanceSampled(nn.Module):
         self.objective = objective
         self.timesteps = timesteps
         self.uniform = uniform
-        self.waiting: list[tuple[Tensor, Tensor]] | None = None  # of the passes of a step
+        self.waiting: list[tuple[Tensor, Tensor]] | None = None  # of the micro-batches of a step
         # Buffers, so that a checkpoint holds them and a resumed run draws the same timesteps.
         self.register_buffer("history", torch.zeros(timesteps.T, keep, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(timesteps.T, dtype=torch.int64))
@@ -165,7 +165,7 @@ class ImportanceSampled(nn.Module):
         self.waiting = []
 
     def end_step(self) -> None:
-        """Remember the losses of the step, of all its passes in their order."""
+        """Remember the losses of the step, of all its micro-batches in order."""
         waiting, self.waiting = self.waiting, None
         if waiting:
             self.remember(torch.cat([t for t, _ in waiting]), torch.cat([x for _, x in waiting]))

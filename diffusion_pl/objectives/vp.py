@@ -26,7 +26,7 @@ from diffusion_pl.diffusion.preconditioning import Coefficients
 
 @dataclass(frozen=True)
 class NoiseInTime:
-    """The preconditioning of a network that predicts eps from the scaled state, told the time.
+    """The preconditioning of a network that predicts eps from the scaled state and the time.
 
     Args:
         path: sigma(t).

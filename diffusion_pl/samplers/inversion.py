@@ -136,7 +136,7 @@ def branch(
     count: int,
     integrate: Integrator,
 ) -> Tensor:
-    """Draw one image down to a level, then several continuations of it (Ho 2020, App. D, Fig. 7).
+    """Sample one image down to a level, then several continuations of it (Ho 2020, App. D, Fig. 7).
 
     Args:
         denoise: D, called `denoise(x, sigma)`, of any number of images.
@@ -146,7 +146,7 @@ def branch(
         shared: the noise above the level, of one image.
         own: the noise below it, of `count` images.
         count: continuations.
-        integrate: a stochastic algorithm; a deterministic one gives `count` times the same.
+        integrate: a stochastic algorithm; a deterministic one gives `count` equal images.
 
     Returns:
         float32 (count, C, H, W).

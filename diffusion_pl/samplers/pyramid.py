@@ -15,7 +15,7 @@ so a restart far above f draws the small image anew, and one below the detail th
 adds too little of it.
 
 With the restart at the base's highest level a size begins as the base does, from noise alone, and
-the smaller ones, which then do not matter, are not drawn: the result is the base's, bit for bit.
+the smaller ones, which then do not matter, are not sampled: the result is the base's, bit for bit.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ SAME = 1e-6
 
 @dataclass(frozen=True)
 class PyramidSampler:
-    """Draws images from noise at a small size, then enlarges and refines them size by size.
+    """Samples images from noise at a small size, then enlarges and refines them size by size.
 
     An evaluation at half the side costs about a quarter: `cost` weighs the steps by their pixels.
-    Churn's S_churn is spread over the steps of each size by itself.
+    Churn's S_churn is shared among the steps of each size separately.
 
     Args:
         base: the sampler of every size.
@@ -127,8 +127,8 @@ class PyramidSampler:
             )
         return sizes
 
-    def drawn(self, height: int, width: int) -> list[tuple[tuple[int, int], Tensor]]:
-        """Height and width of every size that is drawn, and the levels visited there, to 0.
+    def sampled_stages(self, height: int, width: int) -> list[tuple[tuple[int, int], Tensor]]:
+        """Height and width of every size that is sampled, and the levels visited there, to 0.
 
         Raises:
             UserError: as `sizes` and `stages`.
@@ -139,21 +139,21 @@ class PyramidSampler:
 
     @property
     def steps(self) -> int:
-        """Steps of all sizes that are drawn."""
+        """Steps of all sizes that are sampled."""
         stages = self.stages()
         return sum(len(stage) - 1 for stage in stages[self._first(stages) :])
 
     def cost(self) -> float:
-        """Steps of all sizes that are drawn, each by its share of the pixels of the last."""
+        """Steps of all sizes that are sampled, each by its share of the pixels of the last."""
         stages = self.stages()
         shares = [(level / self.levels[-1]) ** 2 for level in self.levels]
-        drawn = list(zip(stages, shares, strict=True))[self._first(stages) :]
-        return sum((len(stage) - 1) * share for stage, share in drawn)
+        sampled = list(zip(stages, shares, strict=True))[self._first(stages) :]
+        return sum((len(stage) - 1) * share for stage, share in sampled)
 
     def __call__(
         self, denoise: Denoise, noise: Tensor, randn_like: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Draw images.
+        """Sample images.
 
         Args:
             denoise: D, called `denoise(x, sigma)` with x (B, C, h, w) of every size and sigma ().
@@ -169,18 +169,18 @@ class PyramidSampler:
         """
         return self._climb(denoise, noise, randn_like, None)
 
-    def from_picture(
+    def from_image(
         self,
-        picture: Tensor,
+        small: Tensor,
         denoise: Denoise,
         noise: Tensor,
         randn_like: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Go on from pictures of the first size instead of drawing them: super-resolution.
+        """Start from images of the first size instead of sampling them: super-resolution.
 
         Args:
-            picture: (B, C, h, w) in [-1, 1], of the first level's size.
-            denoise: as for drawing, and so are the others.
+            small: (B, C, h, w) in [-1, 1], of the first level's size.
+            denoise: as for sampling, and so are the others.
             noise: of the last size.
             randn_like: of the sizes between, and of stochastic integrators.
 
@@ -188,16 +188,16 @@ class PyramidSampler:
             float32 (B, C, H, W).
 
         Raises:
-            UserError: a picture of another size, or as `sizes` and `stages`.
+            UserError: images of another size, or as `sizes` and `stages`.
         """
         first = self.sizes(*noise.shape[-2:])[0]
-        if tuple(picture.shape[-2:]) != first:
-            height, width = picture.shape[-2:]
+        if tuple(small.shape[-2:]) != first:
+            height, width = small.shape[-2:]
             raise UserError(
-                f"the pyramid's first level is {first[1]} x {first[0]} pixels, the picture "
+                f"the pyramid's first level is {first[1]} x {first[0]} pixels, the image "
                 f"{width} x {height}"
             )
-        return self._climb(denoise, noise, randn_like, picture)
+        return self._climb(denoise, noise, randn_like, small)
 
     def _climb(
         self,

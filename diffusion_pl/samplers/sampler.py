@@ -42,7 +42,7 @@ class Integrator(Protocol):
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws images from noise with any denoiser.
+    """Samples images from noise with any denoiser.
 
     Args:
         integrate: the algorithm.
@@ -73,7 +73,7 @@ class Sampler:
     def __call__(
         self, denoise: Denoise, noise: Tensor, randn_like: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Draw images.
+        """Sample images.
 
         Args:
             denoise: D, called `denoise(x, sigma)` with x (B, C, H, W) and sigma ().
