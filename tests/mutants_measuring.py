@@ -83,7 +83,7 @@ MUTANTS = [
         "found_again",
         ("return value > before if self.higher else value < before", "return value < before"),
         ("return value > before if self.higher else value < before", "return True"),
-        ("            return True  # of a note", "            return False  # of a note"),
+        ("            return True  # the note", "            return False  # the note"),
     ),
     *at(
         "training/loggers.py",

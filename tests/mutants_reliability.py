@@ -41,7 +41,7 @@ MUTANTS = [
         ("trainer.max_steps:  # not when", "0:  # not when"),
         ("            self.stop.end(trainer)", "            pass"),
         ("if not trainer.strategy.broadcast(done):", "if False:"),
-        ("except ValueError as error:  # what", "except KeyError as error:  # what"),
+        ("except ValueError as error:  # settings", "except KeyError as error:  # what"),
     ),
     *at(
         "evaluation/measuring.py",

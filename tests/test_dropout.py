@@ -183,7 +183,9 @@ def test_without_a_run_the_masks_are_torchs_own():
 def test_dropout_that_is_not_counted_is_named(caplog):
     DropoutMasks(nn.ModuleDict({"late": nn.Sequential(nn.Dropout(0.1))}), 0)
     [told] = caplog.messages
-    assert "late.0 draws its masks once a pass" in told and "networks.dropout.Dropout" in told
+    assert (
+        "late.0 draws new masks in each forward pass" in told and "networks.dropout.Dropout" in told
+    )
     caplog.clear()
     DropoutMasks(nn.ModuleDict({"late": nn.Dropout(0.0), "own": Dropout(0.1)}), 0)
     assert not caplog.records

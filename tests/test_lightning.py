@@ -85,13 +85,13 @@ class Nothing:
         (["strategy=dpp"], "trainer.strategy: unknown 'dpp'; did you mean 'ddp'?"),
         (["strategy={_target_: myparts.Nothing}"],
          "trainer.strategy: must be one of Lightning's (got a Nothing)"),
-        (["strategy=fsdp_cpu_offload"], "FSDPStrategy spreads the weights in a way"),
+        (["strategy=fsdp_cpu_offload"], "FSDPStrategy shards the weights, which this"),
         (["strategy=deepspeed_stage_2"], "trainer: To use the `DeepSpeedStrategy`, you must have"),
         (["strategy={_target_: lightning.pytorch.strategies.DeepSpeedStrategy}"],
          "trainer.strategy: "),
         (["strategy=ddp_spawn"], "DDPStrategy starts its ranks in the middle of the training"),
         (["strategy=single_device", "devices=2"],
-         "trainer.strategy: SingleDeviceStrategy is of 1 devices, not of 2"),
+         "trainer.strategy: SingleDeviceStrategy has 1 devices, not 2"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_a_line_before_training(

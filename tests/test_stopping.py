@@ -172,7 +172,7 @@ def test_asking_costs_a_hundredth_of_a_step_at_most(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(stopping.ranks, "world_size", lambda: 2)
-    monkeypatch.setattr(stopping.ranks, "summed", lambda values: 2 * values)
+    monkeypatch.setattr(stopping.ranks, "sum_over_ranks", lambda values: 2 * values)
     asked = []
 
     def all_agree(yes, device):

@@ -1,10 +1,4 @@
-"""Where we work around Lightning, each time with the reason; the rest of training uses it as it is.
-
-- `CheckpointFiles`: checkpoints are written whole or not at all, and read without running anything.
-- `Unprofiled`, `QuickModule`: what Lightning asks for at every step, and what it would cost.
-- `precision_plugin`: on a CPU Lightning takes bf16 for fp16.
-- `quiet_lightning`: its hints are about what we have replaced.
-"""
+"""All workarounds for Lightning, each with its reason; the rest of training uses it as it is."""
 
 from __future__ import annotations
 
@@ -41,11 +35,11 @@ _PROFILERS = {
 
 
 class QuickModule(lightning.LightningModule):
-    """A LightningModule in which a hook costs little."""
+    """A LightningModule whose hooks cost little."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning notes the name of the hook it calls some forty times a step; torch would each
-        # time ask whether it is a parameter, 0.1 ms in all.
+        # Lightning sets the current hook's name about forty times a step; torch would check each
+        # time whether it is a parameter, 0.1 ms in all.
         if name == "_current_fx_name":
             object.__setattr__(self, name, value)
         else:
@@ -53,7 +47,7 @@ class QuickModule(lightning.LightningModule):
 
 
 class CheckpointFiles(CheckpointIO):
-    """Lightning's way to the disk, through our atomic writer and our careful reader."""
+    """Checkpoints are written atomically, and read without running any code in them."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -70,10 +64,9 @@ class CheckpointFiles(CheckpointIO):
 
 
 class Unprofiled(PassThroughProfiler):
-    """No profiler, at no cost: Lightning asks it some seventy times a step, 0.1 ms in all."""
+    """No profiler, at no cost: Lightning calls it about seventy times a step, 0.1 ms in all."""
 
     def profile(self, action_name: str) -> contextlib.nullcontext[str]:  # type: ignore[override]
-        """A context that does nothing."""
         return _NOTHING
 
 
@@ -81,10 +74,10 @@ _NOTHING = contextlib.nullcontext("")
 
 
 def profiler(settings: TrainerConfig, run: Path) -> Profiler:
-    """The profiler that a run is trained under; its report lies in the run's folder.
+    """The profiler of a run, which writes to the run's folder.
 
     Raises:
-        UserError: what is named makes none of Lightning's.
+        UserError: not a profiler of Lightning's.
     """
     given: Any = settings.profiler
     if given is None:
@@ -94,14 +87,14 @@ def profiler(settings: TrainerConfig, run: Path) -> Profiler:
         raise UserError(
             f"trainer.profiler: must be one of Lightning's (got a {type(made).__name__})"
         )
-    # Else Lightning says the report where `quiet_lightning` keeps it off the terminal.
+    # Without a file Lightning logs the report, which `quiet_lightning` suppresses.
     made.dirpath = made.dirpath or run / PROFILES
     made.filename = made.filename or "report"
     return made
 
 
 def precision_plugin(precision: str, settings: TrainerConfig) -> Precision:
-    """How a run computes; said outright, since on a CPU Lightning takes bf16 for fp16."""
+    """The precision plugin; explicit, since on a CPU Lightning replaces fp16 by bf16."""
     device = settings.device_type()
     if precision == "fp32":
         return Precision()
@@ -112,11 +105,7 @@ def precision_plugin(precision: str, settings: TrainerConfig) -> Precision:
 
 @contextlib.contextmanager
 def in_a_line() -> Iterator[None]:
-    """Within it what Lightning finds wrong with its settings is an error of the user's.
-
-    Raises:
-        UserError: it does.
-    """
+    """Turn Lightning's complaints about settings into a `UserError` of one line."""
     try:
         yield
     except MisconfigurationException as error:
@@ -125,20 +114,20 @@ def in_a_line() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's banners and hints about its own progress bar off the terminal."""
+    """Suppress Lightning's banners, and warnings about what this package replaces."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # Workers are our choice: images in memory are read fastest without.
+            # Images in memory are read fastest without workers.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            # The average is a registered module that never trains, as we want it.
+            # The moving average never trains.
             warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
-            # The loader starts where the run stands, by the images seen.
+            # The loader itself starts at the images seen.
             warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
-            # A run shorter than the logging interval: rows are ours.
+            # Rows are logged by `Log`, not by Lightning.
             warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
             # Lightning's own use of torch's trees.
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

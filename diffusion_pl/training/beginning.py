@@ -1,4 +1,4 @@
-"""Before the first step of a run: what must be alike is held against each other, then kept."""
+"""Before the first step of a run: compare ranks, data and code with the run's record."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from diffusion_pl.progress import Progress
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import sameness
 
-RECORD = "run.json"  # of a run's folder: what it is trained with now
+RECORD = "run.json"  # in a run's folder: the data and code that it is trained with now
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a process begins or goes on with a run.
+    """How a process starts or resumes a run.
 
     Args:
-        checkpoint: to go on from; None: from the beginning.
-        origin: the checkpoint whose weights a new run begins with; None: with its own.
-        data_changed: whether the user lets the run go on with other data.
-        lock: on the run's folder, held by rank 0; None on the others.
-        keep: called on rank 0 before the first step, with the images seen; keeps the config.
+        checkpoint: to resume from; None: from the beginning.
+        origin: the checkpoint whose weights a new run starts from; None: initial weights.
+        data_changed: whether the user allows resuming with other data.
+        lock: on the run's folder, held by rank 0; None on other ranks.
+        keep: called on rank 0 before the first step with the images seen; writes the config.
     """
 
     checkpoint: Path | None = None
@@ -40,17 +40,17 @@ class Start:
     keep: Callable[[int], None] | None = None
 
     def check(self) -> None:
-        """See that this process may still write to the run.
+        """Check that this process may still write to the run.
 
         Raises:
-            LockLostError: another has taken it over.
+            LockLostError: another process has taken the run over.
         """
         if self.lock is not None:
             self.lock.check()
 
 
 def class_names(run: Path) -> list[str]:
-    """The classes of a run's data by name, as its record has them; none where it has none."""
+    """Class names in a run's record; [] if there are none."""
     try:
         names = json.loads(read_small(run / RECORD))["class_names"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
@@ -59,13 +59,13 @@ def class_names(run: Path) -> list[str]:
 
 
 class Begin(Callback):
-    """Refuses ranks, and data, that are not those of the run; the first of a run's callbacks.
+    """Refuses ranks that differ and data that is not the run's; a run's first callback.
 
     Args:
         run: the run's folder.
-        start: how it begins.
+        start: how it starts or resumes.
         tree: the resolved config.
-        progress: where to say what changed.
+        progress: reports what changed.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Begin(Callback):
         self.run, self.start, self.tree, self.progress = run, start, tree, progress
         self.data: dict[str, Any] = {}
         self.code = ""
-        self.known = False  # whether the run's own record says what it was trained on
-        self.changes: list[str] = []  # for rank 0 to keep
+        self.known = False  # whether the run's record states the training data
+        self.changes: list[str] = []  # written by rank 0
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Compare the ranks, then the data with the run's record.
 
         Raises:
-            UserError: on every rank, what differs.
+            UserError: on every rank; names what differs.
         """
         device, start = trainer.strategy.root_device, self.start
         self.data = sameness.data_of(trainer.datamodule.images)  # type: ignore[attr-defined]
@@ -104,7 +104,7 @@ class Begin(Callback):
             self.changes.append(f"code: {said['code']} -> {self.code}")
 
     def _record(self) -> dict[str, Any]:
-        """What the run was trained with until now; empty where it does not say."""
+        """The run's record; {} if absent or damaged."""
         try:
             record = json.loads(read_small(self.run / RECORD))
         except (OSError, ValueError, RecursionError):
@@ -114,16 +114,16 @@ class Begin(Callback):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Compare the data with the checkpoint's, where the run has no record of its own."""
+        """Compare the data with the checkpoint's if the run has no record."""
         before = checkpoint[checkpoints.SECTION].get("data")
         if not self.known and isinstance(before, dict):
             self._compare_data(before)
 
     def _compare_data(self, before: Mapping[str, Any]) -> None:
-        """Refuse data that is not the run's, or note that it goes on with other data.
+        """Refuse other data, or note it where the user allows it.
 
         Raises:
-            UserError: it is not, and the user has not said that it may be another.
+            UserError: the data differs and `data_changed` is false.
         """
         difference = sameness.data_changed(before, self.data)
         if difference is None:
@@ -137,7 +137,7 @@ class Begin(Callback):
         self.changes.append(f"training data: {difference}")
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Keep what the run is trained with, before its first step."""
+        """Write the config and the record before the first step."""
         if not trainer.is_global_zero:
             return
         images = pl_module.images_seen
@@ -149,11 +149,11 @@ class Begin(Callback):
         sameness.note(self.run, images, self.changes)
         about = self.about()
         names = trainer.datamodule.opened().class_names  # type: ignore[attr-defined]
-        if names and pl_module.classes:  # for people; a checkpoint has its own
+        if names and pl_module.classes:  # for readers of the file; checkpoints have them too
             about["class_names"] = list(names)
         record = json.dumps(about, indent=1) + "\n"
         write_atomically(self.run / RECORD, lambda file: file.write(record.encode()))
 
     def about(self) -> dict[str, Any]:
-        """What a checkpoint says of the training beside its config."""
+        """What a checkpoint records beside its config."""
         return {"data": self.data, "code": self.code}

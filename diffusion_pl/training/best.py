@@ -1,7 +1,6 @@
-"""The best checkpoint of a run by a number that it measures, beside those that come and go.
+"""The best checkpoint of a run by one of its metrics: RUN/best/fid.ckpt, its value in fid.json.
 
-It lies in RUN/best, which pruning does not look into: RUN/best/fid.ckpt, and fid.json with its
-number. The same file is found by any command that takes a checkpoint.
+Pruning leaves that folder alone.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ FOLDER = "best"
 
 
 class Best:
-    """Knows the best number so far, and takes in a better checkpoint.
+    """Tracks the best value so far and keeps its checkpoint.
 
     Args:
         run: the run's folder.
-        number: its name, such as `fid`.
-        higher: whether more of it is better.
+        number: name of the metric, such as `fid`.
+        higher: whether higher is better.
     """
 
     def __init__(self, run: Path, number: str, *, higher: bool) -> None:
@@ -33,23 +32,23 @@ class Best:
         self.note = self.path.with_suffix(".json")
 
     def value(self, rows: Sequence[Mapping[str, Any]]) -> float:
-        """The number among the rows of an evaluation."""
+        """The metric's value in the rows of an evaluation."""
         [value] = [row["value"] for row in rows if row["name"].partition("@")[0] == self.number]
         return float(value)
 
     def is_better(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether an evaluation is better than all before; the first is."""
+        """Whether an evaluation is the best so far; the first is."""
         if not (self.note.exists() and self.path.exists()):
             return True
         try:
             before = float(json.loads(read_small(self.note))["value"])
         except (ValueError, KeyError, TypeError):
-            return True  # of a note that was cut off the checkpoint says nothing
+            return True  # the note was cut off
         value = self.value(rows)
         return value > before if self.higher else value < before
 
     def take(self, checkpoint: Path) -> None:
-        """Keep a checkpoint that was saved already: the same file under another name, or a copy."""
+        """Keep a saved checkpoint, as a hard link or a copy."""
         with aside(self.path) as part:
             part.unlink(missing_ok=True)
             try:
@@ -58,7 +57,7 @@ class Best:
                 shutil.copyfile(checkpoint, part)
 
     def write(self, rows: Sequence[Mapping[str, Any]], images: int) -> None:
-        """Say which one it is, after it is there."""
+        """Write the value beside the checkpoint, once that is in place."""
         [row] = [row for row in rows if row["name"].partition("@")[0] == self.number]
         said = {"images": images, "name": row["name"], "value": row["value"]}
         write_atomically(self.note, lambda file: file.write(f"{json.dumps(said)}\n".encode()))

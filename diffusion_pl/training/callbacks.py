@@ -1,4 +1,4 @@
-"""What happens beside the steps of a run: log rows, checkpoints, its stop; all by images."""
+"""Callbacks of a run, at intervals in images: log, checkpoints, snapshots, time limits, stop."""
 
 from __future__ import annotations
 
@@ -26,43 +26,35 @@ from diffusion_pl.training.watchdog import Watchdog
 
 
 class Interval:
-    """True once whenever the images seen pass another multiple of `every`.
-
-    Args:
-        every: images between two events.
-    """
+    """True once whenever the images seen pass a multiple of `every`."""
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.last = 0
 
     def start(self, images: int) -> None:
-        """Begin counting at a position of the run."""
+        """Start counting at `images` seen."""
         self.last = images // self.every
 
     def passed(self, images: int) -> bool:
-        """Whether a multiple of `every` lies between the last call and this one."""
+        """Whether a multiple of `every` was passed since the last call."""
         now = images // self.every
         passed, self.last = now > self.last, now
         return passed
 
 
 class Log(Callback):
-    """Writes loss, rate and speed to metrics.jsonl and the loggers, and moves the progress bar.
+    """Logs loss, learning rate and speed to metrics.jsonl and the loggers; moves the progress bar.
 
     Args:
         history: the run's metrics.jsonl.
         every: images between rows.
-        progress: the bar; shown on rank 0.
-        check: sees that the run is still this process's to write to.
+        progress: shown on rank 0.
+        check: raises if the run is no longer this process's to write to.
     """
 
     def __init__(
-        self,
-        history: History,
-        every: int,
-        progress: Progress,
-        check: Callable[[], None],
+        self, history: History, every: int, progress: Progress, check: Callable[[], None]
     ) -> None:
         self.history = history
         self.interval = Interval(every)
@@ -118,7 +110,7 @@ class Log(Callback):
         log(trainer, row, images)
 
     def _scale(self, trainer: lightning.Trainer, images: int) -> dict[str, float]:
-        """The scale of fp16's loss; a smaller one than before says that steps were left out."""
+        """fp16's loss scale; a smaller one than before means that steps were skipped."""
         if self.scale is None:
             return {}
         before, self.scale = self.scale, trainer.precision_plugin.scaler.get_scale()  # type: ignore[attr-defined]
@@ -130,25 +122,25 @@ class Log(Callback):
         return {"loss_scale": self.scale}
 
     def pause(self, seconds: float) -> None:
-        """Leave time that was not training out of the speed."""
+        """Exclude time that was not training from the speed."""
         self.since += seconds
 
 
 def log(trainer: lightning.Trainer, row: Mapping[str, Any], images: int) -> None:
-    """Hand the numbers of a row to TensorBoard or W&B, with the images seen as the axis."""
+    """Pass the numbers of a row to the loggers, with the images seen as step."""
     numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=images)
 
 
 class Checkpoints(Callback):
-    """Saves the run every so many images and at its end, and keeps the newest few.
+    """Saves checkpoints at intervals and at the end, and prunes old ones.
 
     Args:
-        folder: where the checkpoints lie.
-        settings: how often, and which stay.
+        folder: of the checkpoints.
+        settings: `checkpoint_every`, `keep` and `keep_every`.
         config: the resolved config, written into each.
-        begin: knows the data and the code, which are written into each as well.
+        begin: has the digests of data and code, written into each.
     """
 
     def __init__(
@@ -184,7 +176,7 @@ class Checkpoints(Callback):
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        # Before the last evaluation, which is made up for where it was stopped.
+        # Before the last evaluation, which is repeated on resume if it was stopped.
         if self.saved < pl_module.images_seen:
             self._save(trainer, pl_module)
 
@@ -201,12 +193,12 @@ class Checkpoints(Callback):
             )
 
     def _stays(self, images: int, batch_size: int) -> bool:
-        """Whether the checkpoint of so many images is the first one past a multiple that stays."""
+        """Whether this is the first checkpoint past a multiple of `keep_every`."""
         return self.keep_every is not None and images % self.keep_every < batch_size
 
 
 class ClassNames(Callback):
-    """Keeps the names of the data's classes in the checkpoints, for `--label NAME`."""
+    """Writes the class names into the checkpoints, for `--label NAME`."""
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]
@@ -217,13 +209,12 @@ class ClassNames(Callback):
 
 
 class Snapshots(Callback):
-    """Writes the averages that others are made of afterwards, every so many images and at the end.
+    """Writes snapshots of the power-function averages at intervals and at the end.
 
-    One that is damaged, or was lost, at the moment of the checkpoint that a run goes on from is
-    written again, from the averages in the checkpoint.
+    If the one of the checkpoint that a run resumes from is damaged or lost, it is written again.
 
     Args:
-        folder: where they lie.
+        folder: of the snapshots.
         every: images between two.
     """
 
@@ -293,11 +284,7 @@ class TimeLimits(Callback):
 
 
 class Stop(Callback):
-    """Ends the training between two steps when any rank was told to stop.
-
-    Args:
-        stop_request: this process's.
-    """
+    """Ends the training between two steps once any rank has a request to stop."""
 
     def __init__(self, stop_request: StopRequest) -> None:
         self.stop_request = stop_request
@@ -308,12 +295,11 @@ class Stop(Callback):
         self.agreement = Agreement(self.stop_request, trainer.strategy.root_device)
 
     def wanted(self) -> bool:
-        """Whether any rank was told to stop; called by all of them at once."""
+        """Whether any rank has a request to stop; every rank calls it."""
         assert self.agreement is not None
         return self.agreement.asked()
 
     def end(self, trainer: lightning.Trainer) -> None:
-        """End the training after this step."""
         self.stopped = trainer.should_stop = True
 
     def on_train_batch_end(

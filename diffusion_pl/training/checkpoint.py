@@ -1,9 +1,9 @@
-"""Checkpoints on disk: written whole or not at all, read without running anything that they hold.
+"""Checkpoints on disk: written atomically, verified by digest, read without running any code.
 
-A checkpoint is Lightning's dictionary plus an entry "diffusion_pl": the format number, the resolved
-config as plain containers, the images seen. It is a zip archive, as torch writes it, whose comment
-is the sha256 of all before it: torch alone loads nearly every flipped bit without a word. This file
-does not import lightning, so drawing images from a run does not either.
+A checkpoint is Lightning's dictionary plus an entry "diffusion_pl": format number, resolved config
+as plain containers, images seen. It is torch's zip archive with the sha256 of all bytes before it
+as the archive's comment: torch alone loads most flipped bits silently. No lightning is imported
+here, so sampling from a run does not need it.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ FORMAT = 2
 READABLE = (1, 2)  # format 1 was without a digest
 SECTION = "diffusion_pl"
 LATEST = "latest"
-DAMAGED = ".damaged"  # what a damaged checkpoint's name ends in from then on
+DAMAGED = ".damaged"  # suffix that a damaged checkpoint is renamed to
 
-_LONGEST_NAME = 240  # of a file, and of it with what is added
+_LONGEST_NAME = 240  # of a file, with room for suffixes
 
 # The end of a zip archive: a signature, 16 bytes, and the length of the comment that follows.
 _END, _END_BYTES = b"PK\x05\x06", 22
 _MARK = b"sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
 
-# The images seen, as `name_of` writes them. Files of other names are the user's: `best.ckpt` is
-# neither gone on with nor counted nor removed.
+# The images seen, as `name_of` writes them. Files of other names, such as `best.ckpt`, are the
+# user's: they are neither resumed from nor counted nor removed.
 _NAME = re.compile(r"([0-9]{12}|[1-9][0-9]{12,})\.ckpt")
 
 logger = logging.getLogger(__name__)
 
 
 class DamagedError(UserError):
-    """A checkpoint that is not as it was written."""
+    """A checkpoint whose bytes are not those that were written."""
 
 
 def save(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -73,7 +73,7 @@ def save(checkpoint: Mapping[str, Any], path: Path) -> None:
 
 
 def verify(path: Path) -> None:
-    """See that a checkpoint is as it was written.
+    """Check that a checkpoint is as it was written.
 
     Raises:
         DamagedError: it is not.
@@ -95,7 +95,7 @@ def verify(path: Path) -> None:
 
 
 def _digest(path: Path, length: int) -> str:
-    """sha256 (hex) of a file's first bytes, the last two of them, a length to come, as zeros."""
+    """sha256 (hex) of a file's first bytes, with the comment length at their end as zeros."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         left = length - 2
@@ -107,7 +107,7 @@ def _digest(path: Path, length: int) -> str:
 
 
 def digest(path: Path) -> str:
-    """sha256 (hex) of a checkpoint: the one that it carries, else that of the whole file."""
+    """sha256 (hex) of a checkpoint: its stored digest, else that of the whole file."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _COMMENT_BYTES))
         end = file.read()
@@ -117,32 +117,32 @@ def digest(path: Path) -> str:
 
 
 def point_to(path: Path) -> None:
-    """Make the `latest` pointer beside a checkpoint name it."""
+    """Point `latest`, in the same folder, to a checkpoint."""
     write_atomically(path.parent / LATEST, lambda file: file.write(path.name.encode()))
 
 
 def name_of(images: int) -> str:
-    """The file of a run's checkpoint after so many images."""
+    """File name of the checkpoint after `images` images."""
     return f"{images:012d}.ckpt"
 
 
 def found(folder: Path) -> list[Path]:
-    """The checkpoints that a run has written, oldest first."""
+    """A run's checkpoints, oldest first."""
     own = (each for each in folder.glob("*.ckpt") if _NAME.fullmatch(each.name) and each.is_file())
     return sorted(own, key=lambda path: int(path.stem))
 
 
 def prune(folder: Path, images: int, keep: int, stays: Callable[[int], bool]) -> None:
-    """Remove a run's checkpoints but the newest few.
+    """Remove a run's checkpoints except the newest few.
 
-    Files of other names stay, and what `latest` names or a link in the run's folder leads to, links
-    themselves, and what is newer than the run itself: it was put back, or another has been here.
+    Kept as well: files of other names, links and their targets, the target of `latest`, and
+    checkpoints newer than the run, which another process or the user put there.
 
     Args:
-        folder: the run's checkpoints.
-        images: that the run has seen.
-        keep: newest ones, up to there, that stay.
-        stays: whether the one of so many images stays for good.
+        folder: of the checkpoints.
+        images: seen by the run.
+        keep: how many of the newest stay.
+        stays: by images, whether a checkpoint stays for good.
     """
     past = [path for path in found(folder) if int(path.stem) <= images]
     kept = {_pointed(folder), *_linked(folder)}
@@ -152,14 +152,14 @@ def prune(folder: Path, images: int, keep: int, stays: Callable[[int], bool]) ->
 
 
 def _linked(folder: Path) -> set[str]:
-    """The checkpoints that links beside them, or in the run's folder, lead to."""
+    """Names of checkpoints that links in their folder or the run's point to."""
     links = [each for place in (folder, folder.parent) for each in place.iterdir()]
     found = (Path(os.path.realpath(each)) for each in links if each.is_symlink())
     return {each.name for each in found if each.parent == Path(os.path.realpath(folder))}
 
 
 def _pointed(folder: Path) -> str | None:
-    """What the `latest` pointer says, None where there is none."""
+    """The name in the `latest` pointer; None if absent."""
     pointer = folder / LATEST
     try:
         return read_small(pointer).decode(errors="replace").strip()
@@ -168,29 +168,25 @@ def _pointed(folder: Path) -> str | None:
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint that the `latest` pointer names, None when nothing was saved yet.
-
-    Where the pointer or its file is gone, the newest that is there.
+    """The checkpoint that `latest` names, else the newest; None when nothing was saved yet.
 
     Raises:
-        UserError: the pointer names what is no checkpoint, or one of which nothing is left.
+        UserError: the pointer names no checkpoint, or one that is lost with all others.
     """
     return next(iter(_candidates(folder)), None)
 
 
 def newest_sound(folder: Path, *, mend: bool = True) -> Path | None:
-    """The newest checkpoint that is as it was written; None when nothing was saved yet.
+    """The newest undamaged checkpoint; None when nothing was saved yet.
 
-    One that is damaged is named in one line and set aside, so that it is neither gone on with nor
-    counted among those that stay.
+    Damaged ones are reported in one line and renamed.
 
     Args:
-        folder: the run's checkpoints.
-        mend: set damaged ones aside and have `latest` name the one that is found; of ranks that
-            look at once, one does.
+        folder: of the checkpoints.
+        mend: rename damaged ones and point `latest` to the result; on one rank only.
 
     Raises:
-        UserError: checkpoints are there, and all are damaged; or as `latest`.
+        UserError: all checkpoints are damaged; or as `latest`.
     """
     candidates = _candidates(folder)
     for candidate in candidates:
@@ -213,11 +209,7 @@ def newest_sound(folder: Path, *, mend: bool = True) -> Path | None:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """The checkpoints that a run may go on with, the first choice first.
-
-    Raises:
-        UserError: the pointer names what is no checkpoint, or one of which nothing is left.
-    """
+    """The checkpoints that a run may resume from, first choice first; raises as `latest`."""
     pointer, name = folder / LATEST, _pointed(folder)
     newest_first = found(folder)[::-1]
     if name is None:
@@ -249,12 +241,10 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this package.
-
-    Only tensors and plain containers are read (torch's weights_only); nothing in the file is run.
+    """Read a checkpoint of this package: tensors and plain containers only (weights_only).
 
     Raises:
-        UserError: not there, damaged, holding code, or of another format.
+        UserError: absent, damaged, holding code, or of another format.
     """
     try:
         verify(path)
@@ -273,7 +263,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: holds more than tensors and plain data; refused ({reason_of(error)})"
         ) from error
-    except Exception as error:  # a pickle that others have spoilt raises nearly anything
+    except Exception as error:  # a damaged pickle may raise anything
         raise DamagedError(
             f"{path}: cannot be read as a checkpoint ({reason_of(error)})"
         ) from error
@@ -292,14 +282,14 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def described(checkpoint: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], int]:
-    """The config that a checkpoint carries, in today's names, and the images that it has seen.
+    """A checkpoint's config, in today's names, and the images that it has seen.
 
     Args:
-        checkpoint: as `load` gives it.
+        checkpoint: from `load`.
         path: for error messages.
 
     Raises:
-        UserError: it carries none.
+        UserError: either is missing.
     """
     section = checkpoint[SECTION]
     config, images = section.get("config"), section.get("images")
@@ -311,7 +301,7 @@ def described(checkpoint: Mapping[str, Any], path: Path) -> tuple[dict[str, Any]
 
 
 def class_names(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the classes that the run's data had; () where it keeps none."""
+    """Class names of the run's data; () if there are none."""
     names = checkpoint.get(CLASS_NAMES)
     fine = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return tuple(names) if fine and names is not None else ()
@@ -320,11 +310,11 @@ def class_names(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
 def match_weights(
     module: nn.Module, checkpoint: Mapping[str, Any], which: str, path: Path
 ) -> dict[str, Tensor]:
-    """The weights of a checkpoint that a denoiser takes, all of them.
+    """All weights of a denoiser, from a checkpoint.
 
     Args:
         module: the denoiser, built from the checkpoint's config.
-        checkpoint: as `load` gives it.
+        checkpoint: from `load`.
         which: "ema" or "denoiser", the averaged or the raw weights.
         path: for error messages.
 

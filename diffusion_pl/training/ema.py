@@ -17,15 +17,15 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class EMA:
-    """How fast the average forgets (Karras 2022, App. F.3; Ho 2020, App. B without ramp-up).
+    """Settings of the average (Karras 2022, App. F.3; Ho 2020, App. B without ramp-up).
 
     Args:
         half_life: images after which a weight counts half, > 0. DDPM's decay 0.9999 at batch 128 is
             a half-life of 887,000 images.
-        ramp_up: half-life as a share of the images seen, while that is shorter; None for none.
+        ramp_up: half-life as a fraction of the images seen, while that is shorter; None for none.
         posthoc_every: images between snapshots of two more averages, from which one of any length
             can be made afterwards (see power_ema.py); None for none. They take twice the memory of
-            the weights, and each snapshot as much of the disk.
+            the weights, and each snapshot as much disk.
     """
 
     half_life: float
@@ -37,12 +37,11 @@ class EMA:
             raise UserError(
                 f"half_life and ramp_up must be positive (got {self.half_life}, {self.ramp_up})"
             )
-
         if self.posthoc_every is not None and self.posthoc_every < 1:
             raise UserError(f"posthoc_every must be positive or null (got {self.posthoc_every})")
 
     def decay(self, images: int, batch_size: int) -> float:
-        """Weight that the old average keeps in one update, in [0, 1).
+        """Weight of the old average in one update, in [0, 1).
 
         Args:
             images: images seen before this update.
@@ -55,18 +54,18 @@ class EMA:
 
 
 def averaged_copy(module: Module) -> Module:
-    """A second module that starts as a copy: never trained, always in evaluation mode."""
+    """A copy that never trains, in evaluation mode."""
     return copy.deepcopy(module).requires_grad_(False).eval()
 
 
 class Updates:
-    """Moves an average after its module; the tensors are looked up once, not every step.
+    """Updates an average in place; the tensors are looked up once, not every step.
 
     Args:
-        average: as `averaged_copy` gives it, in place from now on.
+        average: from `averaged_copy`.
         current: the module that trains.
-        part: this device's part of a parameter, in place: all of it, unless both modules are
-            spread over devices; spread alike, the average moves without a message.
+        part: a parameter's shard on this device; if both modules are sharded alike, the update
+            needs no communication.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Draws and measures images of the averaged weights while a run trains."""
+"""Evaluates the averaged weights during training: samples images and computes metrics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from diffusion_pl.training.sanity import NonFiniteError
 
 
 def grid_of(run: Path, images: int) -> Path:
-    """Where a run keeps the grid of its model of so many images."""
+    """The file of the sample grid after `images` images."""
     return run / "samples" / f"{images:012d}.png"
 
 
@@ -38,10 +38,10 @@ _PNG_END = b"IEND\xaeB\x60\x82"  # the last chunk of every PNG
 
 
 def is_evaluated(run: Path, settings: Evaluation, images: int) -> bool:
-    """Whether a run's model of so many images was drawn from and measured.
+    """Whether a run's model after `images` images was evaluated.
 
-    A grid that was cut off, as a power cut may leave it, is drawn again; one that was taken away is
-    missed only where nothing else would tell.
+    A truncated grid, as a power cut may leave it, counts as not evaluated; a missing grid only if
+    there are no metrics to tell.
     """
     grid = grid_of(run, images)
     if grid.exists() and not regular(grid).read_bytes().endswith(_PNG_END):
@@ -52,20 +52,20 @@ def is_evaluated(run: Path, settings: Evaluation, images: int) -> bool:
 
 
 class Evaluate(Callback):
-    """Draws and measures images of the averaged weights every so many images and at the end.
+    """Evaluates the averaged weights at intervals and at the end.
 
     Args:
-        settings: how many images, which metrics, how often.
-        sampler: draws them.
-        extractor: the features.
-        origin: what numbers say of the weights.
-        references: folder of the statistics of real images.
-        precision: torch dtype of the network under autocast, None for float32.
+        settings: number of images, metrics, interval.
+        sampler: from noise to images.
+        extractor: of features.
+        origin: description of the weights, kept with every number.
+        references: folder of reference statistics.
+        precision: autocast dtype of the network, None for float32.
         run: the run's folder; grids go to run/samples.
         history: the run's metrics.jsonl.
-        training_log: told how long it took, so that the training speed stays true.
-        best: told of every evaluation, to keep the best checkpoint.
-        stop: asked on the way whether to give it up, to be made up for when the run goes on.
+        training_log: excludes the time of evaluations from the training speed.
+        stop: polled; if true, the evaluation ends and is repeated on resume.
+        best: keeps the best checkpoint, or None.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Evaluate(Callback):
         self.interval = Interval(settings.every)
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
-        """Have the statistics of the real images before the first step; all ranks compute them."""
+        """Load or compute the reference statistics before the first step, on all ranks."""
         if self.best is not None:
             known = [n for m in self.settings.metrics for n in m.numbers(self.extractor)]
             if self.best.number not in known:
@@ -120,19 +120,18 @@ class Evaluate(Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         images = pl_module.images_seen
         self.interval.start(images)
-        generator = self._drawing(trainer, pl_module)
+        generator = self._generator(trainer, pl_module)
         assert self.reference is not None
-        build(
-            generator, self.settings, self.extractor, self.reference
-        )  # refused before the training
+        # What cannot be measured is refused before the training.
+        build(generator, self.settings, self.extractor, self.reference)
         with sharding.assembled(pl_module.ema):
-            # On every rank, so that a sampler which asks too much of the network ends them all.
+            # On every rank, so that an error of the sampler ends them all.
             cost = estimate(generator, self.settings, self.extractor)
         if trainer.is_global_zero:
             self.training_log.progress.say(
                 f"evaluation every {self.settings.every:,} images: {cost}"
             )
-        # A run that was stopped between the checkpoint and the end of the evaluation makes it up.
+        # Repeat an evaluation that was stopped after its checkpoint.
         due = images and images % self.settings.every < pl_module.batch_size
         done = not due or is_evaluated(self.run, self.settings, images)
         if not trainer.strategy.broadcast(done):
@@ -150,7 +149,7 @@ class Evaluate(Callback):
             self._evaluate(trainer, pl_module)
 
     def make_up(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> None:
-        """Evaluate a trained model whose last evaluation was stopped."""
+        """Evaluate a trained model whose final evaluation was stopped."""
         pl_module.to(trainer.strategy.root_device)
         if trainer.is_global_zero:
             self.training_log.progress.start(pl_module.images_seen)
@@ -158,12 +157,12 @@ class Evaluate(Callback):
 
     def _evaluate(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> None:
         started = time.monotonic()
-        generator = self._drawing(trainer, pl_module)
+        generator = self._generator(trainer, pl_module)
         assert self.reference is not None
         progress = self.training_log.progress
         images = pl_module.images_seen
         try:
-            with sharding.assembled(pl_module.ema):  # ranks draw as many images as fall to them
+            with sharding.assembled(pl_module.ema):  # ranks sample different numbers of images
                 rows, shown = evaluate(
                     generator,
                     self.settings,
@@ -176,10 +175,10 @@ class Evaluate(Callback):
             progress.measured(images, [])
             self.stop.end(trainer)
             return
-        except ValueError as error:  # what was asked for was seen to be possible before
+        except ValueError as error:  # settings were checked before, so the images are at fault
             problem = f"the evaluation after {images:,} images: {error}"
             raise NonFiniteError(trainer.global_step, problem) from error
-        self._keep_best(trainer, images, rows)  # before the rows, which say that all is done
+        self._keep_best(trainer, images, rows)  # before the rows, which mark the evaluation as done
         if trainer.is_global_zero:
             self.training_log.check()
             path = grid_of(self.run, images)
@@ -194,10 +193,10 @@ class Evaluate(Callback):
     def _keep_best(
         self, trainer: lightning.Trainer, images: int, rows: list[dict[str, Any]]
     ) -> None:
-        """Keep the checkpoint of an evaluation better than all before; on all ranks at once."""
+        """Keep the checkpoint if this evaluation is the best so far; every rank calls it."""
         if self.best is None:
             return
-        # The first rank looks for all: the others might look while it writes.
+        # Rank 0 decides: others might read while it writes.
         if not trainer.strategy.broadcast(self.best.is_better(rows)):
             return
         saved = self.run / "checkpoints" / f"{images:012d}.ckpt"
@@ -209,7 +208,7 @@ class Evaluate(Callback):
         if trainer.is_global_zero:
             self.best.write(rows, images)
 
-    def _drawing(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> ImageGenerator:
+    def _generator(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> ImageGenerator:
         return ImageGenerator(
             denoiser=pl_module.ema,
             sampler=self.sampler,

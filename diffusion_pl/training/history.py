@@ -1,4 +1,4 @@
-"""metrics.jsonl, the history of a run: one JSON object a line, never lost, never doubled."""
+"""metrics.jsonl, the history of a run: one JSON object per line, none lost, none twice."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from diffusion_pl.io.files import regular, unwritable, write_atomically
 
 logger = logging.getLogger(__name__)
 
-DAMAGED = ".damaged"  # what the name of a history with lines that are none ends in from then on
+DAMAGED = ".damaged"  # suffix of the copy of a damaged file
 
 
 class History:
     """Rows of measurements, each with the images seen.
 
     Args:
-        path: the file; made with the first row.
-        every: what each row has, and of which type.
+        path: the file; created with the first row.
+        every: keys that each row must have, with their types.
     """
 
     def __init__(self, path: Path, **every: type) -> None:
@@ -30,13 +30,13 @@ class History:
         self.every = every or {"images": int}
 
     def append(self, *rows: Mapping[str, Any]) -> None:
-        """Write rows, all or none of them, behind the last whole one; they are on the disk then.
+        """Append rows, all or none, and flush them to disk.
 
         Raises:
-            UserError: the file cannot be written; it is as before.
+            UserError: the file cannot be written; it is unchanged.
         """
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        if len(rows) > 1:  # of rows that belong together none is lost alone
+        if len(rows) > 1:  # rows that belong together are written at once
             before = regular(self.path).read_bytes() if self.path.exists() else b""
             text = self._ended(before) + lines
             write_atomically(self.path, lambda file: file.write(text))
@@ -47,10 +47,10 @@ class History:
             raise unwritable(self.path, error) from error
 
     def measure(self, images: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write an evaluation's rows, in the place of those that the same model may have already.
+        """Write an evaluation's rows, replacing earlier ones of the same images and names.
 
         Raises:
-            UserError: the file cannot be written; it is as before.
+            UserError: the file cannot be written; it is unchanged.
         """
         names = {row["name"] for row in rows}
         kept = [
@@ -61,12 +61,12 @@ class History:
         write_atomically(self.path, lambda file: file.write(text))
 
     def _append(self, line: bytes) -> None:
-        """Write a line at the end of the file, or leave the file as it was."""
+        """Append a line, or leave the file as it was."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(regular(self.path), "ab+", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
-            if size and file.read(1) != b"\n":  # what a crash has cut off must not be joined
+            if size and file.read(1) != b"\n":  # do not join a line that a crash cut off
                 file.seek(0)
                 ended = self._ended(file.read())
                 size = min(size, len(ended))
@@ -81,16 +81,16 @@ class History:
                 raise
 
     def _ended(self, content: bytes) -> bytes:
-        """A file's content without a last line that was cut off, each of its lines with an end."""
+        """The content without a truncated last line, ending in a newline."""
         end = content.rfind(b"\n") + 1
         return content[:end] if self._row(content[end:]) is None else content + b"\n"
 
     def mend(self) -> None:
-        """Make the file whole again after a crash or a power cut, before a run goes on.
+        """Repair the file after a crash or a power cut, before a run resumes.
 
-        A last line that was cut off goes without a word, since the run measures it again. Any other
-        line that is no row (such as the zeros that a power cut leaves) is dropped with a warning,
-        and the file as it was stays beside the mended one.
+        A truncated last line is dropped silently, since the run measures it again. Other invalid
+        lines, such as zeros after a power cut, are dropped with a warning, and a copy of the file
+        is kept.
 
         Raises:
             UserError: the file cannot be read or written.
@@ -117,10 +117,10 @@ class History:
         write_atomically(self.path, lambda file: file.write(mended))
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows, oldest first; a last line that a crash cut off is not one.
+        """All rows, oldest first, without a truncated last line.
 
         Raises:
-            UserError: another line is no row, so that the file is damaged.
+            UserError: another line is not a row: the file is damaged.
         """
         if not self.path.exists():
             return []
@@ -140,7 +140,7 @@ class History:
         return rows
 
     def _row(self, line: bytes) -> dict[str, Any] | None:
-        """One row, None where the line is none."""
+        """Parse a row; None if invalid."""
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -150,11 +150,11 @@ class History:
         return row if all(type(row.get(key)) is kind for key, kind in self.every.items()) else None
 
     def measured(self, images: int) -> bool:
-        """Whether the model of so many images was measured."""
+        """Whether there are metrics of the model after `images` images."""
         return any(row["images"] == images and "name" in row for row in self.rows())
 
     def rewind(self, images: int) -> None:
-        """Drop the rows after `images`: a resumed run measures them again, to the same numbers."""
+        """Drop the rows after `images`, which a resumed run repeats."""
         rows = self.rows()
         kept = [row for row in rows if row["images"] <= images]
         if self.path.exists():

@@ -1,7 +1,4 @@
-"""TensorBoard and W&B: the same numbers, the sample grids and the config, for those who look there.
-
-The run's own files are its record; a logger that fails is told of in a line and costs nothing else.
-"""
+"""TensorBoard, W&B and further loggers, beside metrics.jsonl; one that fails is given up."""
 
 from __future__ import annotations
 
@@ -25,22 +22,22 @@ from diffusion_pl.training.settings import TrainerConfig
 
 log = logging.getLogger(__name__)
 
-WANDB_ID = "wandb_id"  # the file in a run's folder that holds its W&B run's
+WANDB_ID = "wandb_id"  # file in a run's folder
 
 
 def make_loggers(
     settings: TrainerConfig, config: Mapping[str, Any], run: Path, further: Sequence[Logger] = ()
 ) -> list[Logger]:
-    """The loggers that an experiment names; each run has one folder, resumed in place.
+    """The loggers of an experiment, resumed in place.
 
     Args:
-        settings: of the trainer.
-        config: resolved; W&B gets it at its start.
+        settings: name the loggers.
+        config: resolved; passed to W&B.
         run: the run's folder.
-        further: of the user's own.
+        further: loggers of the user's.
 
     Raises:
-        UserError: W&B is asked for and not installed.
+        UserError: W&B is not installed.
     """
     loggers: list[Logger] = []
     if "tensorboard" in settings.loggers:
@@ -51,7 +48,7 @@ def make_loggers(
             wandb = WandbLogger(
                 project=settings.wandb_project,
                 entity=settings.wandb_entity,
-                # A sweep's runs are called seed=0, seed=1, ... under the experiment's name.
+                # Runs of a sweep lie below the experiment: name/seed=0, name/seed=1, ...
                 name=run.name if above in ("", "runs") else f"{above}/{run.name}",
                 id=wandb_id(run) if ranks.leads_run() else None,
                 resume="allow",
@@ -67,10 +64,7 @@ def make_loggers(
 
 
 def wandb_id(run: Path) -> str:
-    """The id of a run at W&B: its own, made once and kept in its folder.
-
-    Runs of earlier versions were known there by the folder's name, and stay so.
-    """
+    """A run's W&B id, kept in its folder; that of earlier versions was the folder's name."""
     path = run / WANDB_ID
     if not path.exists():
         known = run.name if (run / "wandb").is_dir() else uuid.uuid4().hex[:8]
@@ -79,13 +73,9 @@ def wandb_id(run: Path) -> str:
 
 
 class Unfailing(Logger):
-    """A logger that is given up, in one line, at its first failure.
+    """Wraps a logger and drops it, with one warning, at its first failure.
 
-    A full disk, a folder that may not be written or a server that is down would otherwise end a
-    run of days for the sake of its curves, which metrics.jsonl has too.
-
-    Args:
-        logger: Lightning's.
+    A full disk or an unreachable server should not end a run: metrics.jsonl has the numbers too.
     """
 
     def __init__(self, logger: Logger) -> None:
@@ -96,42 +86,35 @@ class Unfailing(Logger):
 
     @property
     def name(self) -> str | None:
-        """As the logger says."""
         return self.attempt(lambda logger: logger.name)
 
     @property
     def version(self) -> int | str | None:
-        """As the logger says."""
         return self.attempt(lambda logger: logger.version)
 
     @property
     def save_dir(self) -> str | None:
-        """As the logger says."""
         return self.attempt(lambda logger: logger.save_dir)
 
     @property
     def experiment(self) -> Any:
-        """What the logger writes with, made on the first call; None once it has failed."""
+        """The logger's backend, such as a SummaryWriter; None once it has failed."""
         return self.attempt(lambda logger: logger.experiment)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write numbers."""
         self.attempt(lambda logger: logger.log_metrics(dict(metrics), step=step))
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Write the config."""
         self.attempt(lambda logger: logger.log_hyperparams(params, *args, **kwargs))
 
     def save(self) -> None:
-        """Write what waits to be."""
         self.attempt(lambda logger: logger.save())
 
     def finalize(self, status: str) -> None:
-        """End it."""
         self.attempt(lambda logger: logger.finalize(status))
 
     def attempt(self, call: Callable[[Any], Any]) -> Any:
-        """What a call of the logger gives; None, from now on, if it fails."""
+        """Call with the logger; None once a call has failed."""
         if self.logger is None:
             return None
         try:
@@ -149,10 +132,7 @@ class Unfailing(Logger):
 
 
 def _note_failing_threads() -> None:
-    """Keep the traceback of TensorBoard's writing thread off the terminal.
-
-    The thread hands its error to the next call, which `attempt` tells in one line.
-    """
+    """Suppress the traceback of TensorBoard's writer thread; `attempt` reports its error."""
     before = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:
@@ -164,11 +144,7 @@ def _note_failing_threads() -> None:
 
 
 class Described(Callback):
-    """Shows TensorBoard the config that a run is started with; W&B has its own place for it.
-
-    Args:
-        config: resolved.
-    """
+    """Writes the resolved config to TensorBoard; W&B gets it on creation."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -184,13 +160,7 @@ class Described(Callback):
 
 
 def show(trainer: lightning.Trainer, sheet: Tensor, images: int) -> None:
-    """Hand a grid of samples to TensorBoard and W&B.
-
-    Args:
-        trainer: its loggers are told; on the first rank.
-        sheet: uint8 (3, H, W).
-        images: seen in training.
-    """
+    """Log a grid of samples, uint8 (3, H, W), to TensorBoard and W&B; on rank 0."""
 
     def tell(each: Logger) -> None:
         if isinstance(each, TensorBoardLogger):

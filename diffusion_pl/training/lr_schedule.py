@@ -1,4 +1,4 @@
-"""How the learning rate changes: a factor by the images seen, or a scheduler of torch's."""
+"""Learning-rate schedules: a factor by images seen, or a scheduler of torch's."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from diffusion_pl.errors import UserError
 
 # (images seen before the step, images of the whole training) -> factor of every group's rate; or a
-# functools.partial of a scheduler of torch's, which lacks the optimizer alone.
+# functools.partial of a torch scheduler that lacks only the optimizer.
 LRSchedule = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class WarmupDecay:
-    """Up from 0, level or falling as a root, and down to 0 at the end; each where it is set.
+    """Linear warm-up, inverse-square-root decay and linear cool-down, each optional.
 
-    Level alone is Ho 2020's, `warmup` Karras 2022's (released code: the first step has rate 0),
-    `decay_from` Karras 2024's (section 2.3, the inverse square root).
+    Constant: Ho 2020. `warmup`: Karras 2022 (released code: the first step has rate 0).
+    `decay_from`: Karras 2024, section 2.3.
 
     Args:
         warmup: images over which the rate rises from 0.
-        decay_from: images from which on the rate falls as the root of this number over theirs; 0
-            for never.
-        cooldown: images at the end of the training over which it falls to 0, 0 for none; short
-            runs end nearer to their best, and two seeds end alike.
+        decay_from: images after which the rate is times (decay_from / images)^(1/2); 0 for never.
+        cooldown: images at the end over which the rate falls to 0, 0 for none; it improves short
+            runs and makes seeds differ less.
     """
 
     warmup: int = 0
@@ -53,7 +52,7 @@ class WarmupDecay:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Up from 0, then down along half a cosine (Loshchilov and Hutter 2017, eq. 5, one period).
+    """Linear warm-up, then half a cosine (Loshchilov and Hutter 2017, eq. 5, one period).
 
     Args:
         warmup: images over which the rate rises from 0.
@@ -78,26 +77,26 @@ class Cosine:
 
 
 def scheduler_of(schedule: LRSchedule, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
-    """The scheduler of torch's that a schedule makes, once a step its own; None for a factor."""
+    """The torch scheduler that a schedule makes, stepped once a step; None for a factor."""
     return schedule(optimizer) if is_torch_s(schedule) else None
 
 
 def is_torch_s(schedule: LRSchedule) -> bool:
-    """Whether a schedule makes a scheduler of torch's, which counts steps."""
+    """Whether a schedule makes a torch scheduler, which counts steps."""
     made = schedule.func if isinstance(schedule, functools.partial) else None
     return inspect.isclass(made) and issubclass(made, LRScheduler)
 
 
 def check(schedule: LRSchedule, optimizer: torch.optim.Optimizer, total_images: int) -> None:
-    """See that a schedule can be followed, before a training begins.
+    """Check a schedule before a training starts.
 
     Args:
         schedule: built.
-        optimizer: a trial one, which is changed.
+        optimizer: a trial optimizer, which is changed.
         total_images: of the training.
 
     Raises:
-        UserError: it takes other arguments, or gives no factor.
+        UserError: it takes other arguments, or returns no factor.
     """
     if is_torch_s(schedule):
         if issubclass(schedule.func, ReduceLROnPlateau):  # type: ignore[attr-defined]

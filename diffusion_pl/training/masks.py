@@ -1,4 +1,4 @@
-"""Where the dropout of each image looks up its masks, counted from (seed, image, layer)."""
+"""Dropout masks that depend on (seed, image, layer) alone, not on how a batch is split."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class CountedDropout(Protocol):
-    """A layer of dropout that is told whose masks to use; see networks/dropout.py."""
+    """A dropout layer that is given its masks; see networks/dropout.py."""
 
     p: float
-    row: int  # choices that it looks masks up in
+    row: int  # positions at which a mask may start
 
     def begin(self, kept: Tensor, places: Tensor) -> None:
-        """Say what the masks of the next batch are."""
+        """Set the masks of the next batch."""
 
 
 class DropoutMasks:
-    """The dropout layers of a network in training, told before each pass which images they see.
+    """Sets the masks of a network's dropout layers before each forward pass.
 
     Args:
-        network: the raw F; dropout that is torch's own is named in a line, since
-            its masks depend on how the batch is cut.
-        seed: the run's.
+        network: the raw F; torch's own dropout is warned about, since its masks depend on how the
+            batch is split.
+        seed: of the run.
     """
 
     def __init__(self, network: nn.Module, seed: int) -> None:
@@ -47,18 +47,18 @@ class DropoutMasks:
         ]
         if others:
             logger.warning(
-                "network: %s draws its masks once a pass, so the run changes with "
+                "network: %s draws new masks in each forward pass, so the run changes with "
                 "trainer.device_batch_size, devices and compile; "
                 "diffusion_pl.networks.dropout.Dropout counts them by image",
                 others[0],
             )
 
     def begin(self, positions: Tensor, device: torch.device) -> None:
-        """Give every layer the places of these images.
+        """Set every layer's masks for a micro-batch.
 
         Args:
             positions: of the images in the run, int64 (B,), on the host.
-            device: where the network computes.
+            device: of the network.
         """
         if not self.layers:
             return
@@ -71,7 +71,7 @@ class DropoutMasks:
             layer.begin(self._kept(layer.p, layer.row, device), own)
 
     def _kept(self, p: float, row: int, device: torch.device) -> Tensor:
-        """The choices of a probability, made once, on the CPU: all devices have the same."""
+        """Random row of kept entries for a probability, made once on the CPU."""
         if (p, row) not in self.kept or self.kept[p, row].device != device:
             drawn = torch.rand(row, generator=generator(self.seed, "dropout row", 0))
             self.kept[p, row] = (drawn >= p).repeat(2).to(device)

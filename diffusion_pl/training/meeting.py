@@ -1,8 +1,8 @@
-"""Who started this process as a rank of its run, and where the ranks meet; no lightning.
+"""How a rank was started, and where the ranks of a run meet; no lightning.
 
-What a terminal inside an allocation, a batch script without srun or an earlier torchrun leave in
-the environment looks like a rank's own variables. Each is told in one line before any work, since
-ranks that were never started would be waited for.
+A shell inside an allocation, a batch script without srun or an earlier torchrun leave variables
+that look like those of a rank. Each such case is an error of one line before any work, since the
+run would otherwise wait for ranks that nobody started.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from diffusion_pl.errors import UserError
 
 Starter = Literal["itself", "torchrun", "srun", "another"]
 
-# What srun gives to each task, and a batch script or the shell of an allocation does not have.
+# Set by srun for each task, but not in a batch script or the shell of an allocation.
 _OF_A_TASK = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS", "SLURM_SRUN_COMM_HOST")
-# Jobs of these names are for people: processes in them are started as on any other machine.
-_FOR_PEOPLE = ("bash", "interactive")
-# Other launchers that Lightning knows, which number the ranks by the same variables.
+# Names of interactive jobs, in which processes start as on any other machine.
+_INTERACTIVE = ("bash", "interactive")
+# Other launchers that Lightning knows.
 _OTHERS = ("KUBERNETES_PORT", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
-_LOWEST, _PORTS = 15_000, 17_000  # below those that systems give to outgoing connections
-_SPREAD = 7919  # a prime: neighbouring jobs, and steps of one, have other ports
+_LOWEST, _PORTS = 15_000, 17_000  # below the ephemeral ports
+_STRIDE = 7919  # a prime: neighbouring jobs, and steps of one job, get different ports
 
 
 class RendezvousError(RuntimeError):
-    """The ranks of a run did not find together."""
+    """The ranks of a run did not meet."""
 
 
 def starter(environment: Mapping[str, str], nodes: int, devices: int) -> Starter:
-    """Who started this process, and that there are as many as the run wants.
+    """How this process was started; checks that the number of ranks is the run's.
 
     Args:
-        environment: the process's.
+        environment: of the process.
         nodes: machines of the run.
-        devices: of each, and so processes.
+        devices: per machine, hence processes.
 
     Returns:
-        "itself": nobody started it as a rank, so it starts those of its machine.
+        "itself": by hand, so it starts the ranks of its machine.
 
     Raises:
-        UserError: what the environment says of ranks is left over, or of another number of them.
+        UserError: variables of ranks are left over, or state another number of ranks.
     """
     world = nodes * devices
     wanted = f"trainer.nodes x trainer.devices is {world}"
@@ -82,7 +82,7 @@ def starter(environment: Mapping[str, str], nodes: int, devices: int) -> Starter
 def _by_slurm(
     environment: Mapping[str, str], nodes: int, devices: int, wanted: str
 ) -> Starter | None:
-    """Whether srun started this process; None outside SLURM and in jobs for people."""
+    """ "srun" if srun started this process; None outside SLURM and in interactive jobs."""
     if "SLURM_NTASKS" not in environment:
         return None
     world = nodes * devices
@@ -96,14 +96,14 @@ def _by_slurm(
                     f"--ntasks-per-node={devices}, not with --ntasks"
                 )
             return "srun"
-        if environment.get("SLURM_JOB_NAME") not in _FOR_PEOPLE:
+        if environment.get("SLURM_JOB_NAME") not in _INTERACTIVE:
             raise UserError(
                 f"SLURM_NTASKS: srun started {tasks} tasks, and {wanted}; start it with srun "
                 f"--nodes={nodes} --ntasks-per-node={devices}, or train with trainer.devices="
                 f"{tasks}"
             )
         return None
-    if world == 1 or (environment.get("SLURM_JOB_NAME") in _FOR_PEOPLE and nodes == 1):
+    if world == 1 or (environment.get("SLURM_JOB_NAME") in _INTERACTIVE and nodes == 1):
         return None
     here = (
         f", or have {devices} processes start here: SLURM_JOB_NAME=interactive make train ..."
@@ -117,11 +117,7 @@ def _by_slurm(
 
 
 def _number(environment: Mapping[str, str], name: str, absent: int) -> int:
-    """A variable's number; `absent` where it is not set.
-
-    Raises:
-        UserError: it is none.
-    """
+    """A variable's whole number; `absent` if it is not set."""
     value = environment.get(name)
     if value is None:
         return absent
@@ -131,13 +127,13 @@ def _number(environment: Mapping[str, str], name: str, absent: int) -> int:
 
 
 def port_of(environment: Mapping[str, str]) -> int | None:
-    """Where ranks that srun started meet: MASTER_PORT, or one that follows from job and step.
+    """Port at which ranks started by srun meet: MASTER_PORT, else derived from job and step.
 
-    Not from the last digits of the job's number alone, which two jobs of a node may share. None
-    where neither is known.
+    The last digits of the job's number alone may be the same for two jobs on a node. None if
+    neither is known.
 
     Raises:
-        UserError: MASTER_PORT is no port.
+        UserError: MASTER_PORT is not a port.
     """
     given = environment.get("MASTER_PORT")
     if given is not None:
@@ -148,20 +144,20 @@ def port_of(environment: Mapping[str, str]) -> int | None:
     if "SLURM_JOB_ID" not in environment:
         return None
     job, step = (_number(environment, name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    return _LOWEST + (job + 31 * step) * _SPREAD % _PORTS
+    return _LOWEST + (job + 31 * step) * _STRIDE % _PORTS
 
 
 def check_address(environment: Mapping[str, str], by: Starter, leads: bool, nodes: int) -> None:
-    """See that the ranks can meet where they are told to; called where there are several.
+    """Check the address at which several ranks are to meet.
 
     Args:
-        environment: the process's.
-        by: who started it.
-        leads: whether it is the first rank, which the others come to.
+        environment: of the process.
+        by: how it was started.
+        leads: whether it is rank 0, which listens.
         nodes: machines of the run.
 
     Raises:
-        UserError: a port that is none or in use, a machine that is not known or is another.
+        UserError: an invalid or busy port, an unknown host, or one that is another machine.
     """
     address = environment.get("MASTER_ADDR")
     if address:
@@ -181,13 +177,13 @@ def check_address(environment: Mapping[str, str], by: Starter, leads: bool, node
 
 
 def _see_free(address: str, port: int) -> None:
-    """See that this machine's `address` and `port` can be listened at."""
+    """Check that this machine can listen at `address` and `port`."""
     if address:
         kind, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     else:
         kind, place = socket.AF_INET, ("", port)
     with socket.socket(kind, socket.SOCK_STREAM) as probe:
-        # As torch's own: a port whose last connection has just ended is free.
+        # As torch: a port whose last connection has just ended is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(place)
@@ -206,14 +202,14 @@ def _see_free(address: str, port: int) -> None:
 
 @contextmanager
 def time_limit(seconds: float, place: str) -> Iterator[None]:
-    """End the process when the ranks have not met in time.
+    """End the process if the ranks have not met in time.
 
-    torch bounds each of its waits, of which there are several, and some not at all: a rank that
-    finds something else at the port waits for its answer.
+    torch limits single waits only, and not all: a rank that finds another service at the port
+    waits for its answer.
 
     Args:
-        seconds: that it may take.
-        place: names where they meet.
+        seconds: limit.
+        place: address, for the message.
 
     Raises:
         RendezvousError: torch gave up by itself.
@@ -230,7 +226,7 @@ def time_limit(seconds: float, place: str) -> Iterator[None]:
     timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
-    # Should a library hold the interpreter while it waits.
+    # In case a library holds the interpreter lock while it waits.
     faulthandler.dump_traceback_later(seconds + 10, exit=True, file=2)
     try:
         yield

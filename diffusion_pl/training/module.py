@@ -27,7 +27,7 @@ from diffusion_pl.training.totals import Totals
 
 
 class Augment(Protocol):
-    """Changes clean images and says how; see data/augment.py."""
+    """Augments clean images and returns the parameters used; see data/augment.py."""
 
     @property
     def draws(self) -> int: ...
@@ -36,26 +36,26 @@ class Augment(Protocol):
 
 
 class DiffusionModule(QuickModule):
-    """Trains one denoiser and keeps its moving average beside it.
+    """Trains a denoiser and keeps its moving average.
 
-    `denoiser` is trained, `ema` is its average; both are registered, so a checkpoint holds both
-    under their own names and neither is ever swapped for the other. Progress is counted in images.
+    `denoiser` is trained, `ema` is its average; a checkpoint holds both under these names, and they
+    are never swapped. Progress is counted in images.
 
     A batch is a device's part of one optimizer step, whatever its resolution; `training_step`
     cuts it into micro-batches, accumulates and steps, so a run only ever stops between two steps.
 
     Args:
         network: the raw network F.
-        objective: what it is trained to do.
+        objective: training objective.
         optimizer: makes the optimizer from the parameters.
-        ema: how the average forgets.
+        ema: half-life of the average.
         settings: budget, gradient clipping, label dropout, size of a micro-batch.
         batch_size: images of an optimizer step over all devices.
         resolution: side of a full-resolution image, pixels.
-        classes: labels that the network takes, 0 for an unconditional one, which sees none.
-        augment: changes the images and labels the change for the network, or None.
-        lr_schedule: factor of the learning rate by the images seen, or a scheduler of torch's.
-        seed: of everything random in training.
+        classes: of the labels that the network takes, 0 for an unconditional network.
+        augment: augmentation, whose parameters condition the network, or None.
+        lr_schedule: factor of the learning rate by images seen, or a torch scheduler.
+        seed: of all random numbers in training.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class DiffusionModule(QuickModule):
         self.denoiser: Denoiser = objective.denoiser(network)
         self.ema: Denoiser = averaging.averaged_copy(self.denoiser)
         self.ema_profile = ema
-        # Averages of two fixed lengths, of which others are made afterwards.
+        # Averages of two fixed lengths, from which others are made afterwards.
         lengths = power_ema.LENGTHS if ema.posthoc_every else ()
         self.gammas = [power_ema.gamma_of(length) for length in lengths]
         self.profiles = nn.ModuleList(averaging.averaged_copy(self.denoiser) for _ in lengths)
-        # Made once the weights are on the device.
+        # Created once the weights are on the device.
         self.updates: list[averaging.Updates] = []
         self.make_optimizer = optimizer
         self.settings = settings
@@ -104,11 +104,11 @@ class DiffusionModule(QuickModule):
 
     @property
     def images_seen(self) -> int:
-        """Images that have gone into the weights so far, over all devices."""
+        """Images trained on so far, over all devices."""
         return self.global_step * self.batch_size
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over the denoiser and the objective's own weights, if it has any."""
+        """One optimizer over the weights of the denoiser and of the objective, if it has any."""
         optimizer = optimizer_of(self.make_optimizer, self)  # the average does not train
         for group in optimizer.param_groups:
             group.setdefault("base_lr", group["lr"])
@@ -118,11 +118,11 @@ class DiffusionModule(QuickModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """One optimizer step: accumulate the gradient, clip it, move weights and average.
+        """One optimizer step: accumulate the gradient, clip it, update weights and averages.
 
         Args:
             batch: this device's part of the step; see `image_losses`.
-            batch_idx: steps done.
+            batch_idx: ignored.
 
         Raises:
             NonFiniteError: names the step, its images and their noise levels.
@@ -154,11 +154,7 @@ class DiffusionModule(QuickModule):
         self.totals.steps += 1
 
     def average(self, images: int) -> None:
-        """Move the averages after the weights, once a step.
-
-        Args:
-            images: images seen before the step.
-        """
+        """Update the averages after a step that began at `images` seen."""
         if not self.updates:
             averages = [self.ema, *self.profiles]
             self.updates = [
@@ -178,9 +174,6 @@ class DiffusionModule(QuickModule):
     def losses(self, batch: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """The loss of each micro-batch over the device's batch size: they add up to the mean.
 
-        Args:
-            batch: see `image_losses`.
-
         Raises:
             NonFiniteError: names the step, its images and their noise levels.
         """
@@ -193,9 +186,8 @@ class DiffusionModule(QuickModule):
         """The loss of each image (n,), a micro-batch at a time.
 
         Args:
-            batch: "image" uint8 (B, C, H, W), "index" int64 (B,) on the host: position of
-                each image in the run; "label" int64 (B,) where the data has classes, and further
-                conditions.
+            batch: "image" uint8 (B, C, H, W); "index" int64 (B,) on the host, the images'
+                positions in the run; "label" int64 (B,) if the data has classes; other conditions.
         """
         hidden = {"image", "index"} if self.classes else {"image", "index", "label"}
         condition = {key: value for key, value in batch.items() if key not in hidden}
@@ -216,7 +208,7 @@ class DiffusionModule(QuickModule):
             )
 
     def unsynchronised(self) -> contextlib.AbstractContextManager[None]:
-        """Within it a backward pass adds to this device's gradient alone."""
+        """Context in which a backward pass does not exchange gradients."""
         model = self.trainer.strategy.model
         if isinstance(model, nn.parallel.DistributedDataParallel):
             return model.no_sync()
@@ -228,11 +220,11 @@ class DiffusionModule(QuickModule):
         """All random numbers of a device's batch, counted from (seed, index).
 
         Returns:
-            image: augmented if so set.
-            u: quantiles in (0, 1), float64 (B,), stratified over the global batch: each of its
-                batch_size equal intervals holds one.
+            image: augmented, if there is an augmentation.
+            u: quantiles in (0, 1), float64 (B,), stratified over the global batch: one in each of
+                batch_size equal intervals.
             noise: standard normal (B, C, H, W).
-            condition: with labels dropped, and the label of the augmentation.
+            condition: with label dropout, and the augmentation's parameters.
         """
         positions = index.tolist()
         step, first = divmod(positions[0], self.batch_size)
@@ -253,36 +245,36 @@ class DiffusionModule(QuickModule):
         return image, u.to(image.device, non_blocking=True), noise, condition
 
     def refuse_non_finite(self, what: str, value: Tensor) -> None:
-        """Stop before the update when a number of the step is not finite."""
+        """Raise before the update if a value of the step is not finite."""
         if not torch.isfinite(value):
             assert self.place is not None
             raise self.place.complaint(what, value.item(), self.objective.schedule)
 
     def set_rate(self, optimizer: torch.optim.Optimizer, images: int) -> None:
-        """Give the optimizer the learning rate of the step that follows `images` images."""
+        """Set the learning rate of the step after `images` seen."""
         rate = self.lr_schedule(images, self.settings.rounded_images(self.batch_size))
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Measure the gradient, refuse one that is not finite, and clip it."""
+        """Compute the gradient's norm, refuse a non-finite one, and clip the gradient."""
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         norm = sharding.total_norm([p.grad for p in trained if p.grad is not None])
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None:
             self.refuse_non_finite("gradient's norm", norm)
         elif getattr(optimizer, "_step_supports_amp_scaling", False):
-            # fp16: such an optimizer unscales within its step, which it leaves out if not finite.
+            # fp16: such an optimizer unscales in its step, which it skips if not finite.
             norm = norm / scaler.get_scale()
-        self.totals.add(gradient_norm=norm.nan_to_num(posinf=0.0))  # of a step that is left out
+        self.totals.add(gradient_norm=norm.nan_to_num(posinf=0.0))  # inf: the step is skipped
         if self.settings.grad_clip is not None:
             nn.utils.clip_grads_with_norm_(trained, self.settings.grad_clip, norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the next row of the log is made of."""
+        """Save the sums for the next row of the log."""
         checkpoint["totals"] = self.totals.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the row that was begun."""
-        if "totals" in checkpoint:  # since format 2 had it
+        """Restore the sums for the next row of the log."""
+        if "totals" in checkpoint:  # not in early checkpoints
             self.totals.restore(checkpoint["totals"])

@@ -1,4 +1,4 @@
-"""A run's data opened at every resolution and held against its network; without lightning."""
+"""Open a run's data at every resolution and check it against the network; no lightning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusion_pl.images import ImageDataset
 
 
 class Network(Protocol):
-    """What a run asks of a network beside its forward pass; an nn.Module."""
+    """What training needs of a network beside its forward pass; an nn.Module."""
 
     classes: int
     channels: int
@@ -19,14 +19,10 @@ class Network(Protocol):
 
 
 def open_for(network: Network, data: DataConfig) -> dict[int, ImageDataset]:
-    """Open the data at every resolution of the run.
-
-    Args:
-        network: what will see the images.
-        data: prepared.
+    """Open prepared data at every resolution of the run.
 
     Raises:
-        UserError: a resolution, channels or classes that the network was not built for.
+        UserError: a resolution, channels or classes that the network does not take.
     """
     opened: dict[int, ImageDataset] = {}
     whole = data.dataset.resolution

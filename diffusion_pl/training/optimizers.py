@@ -1,4 +1,4 @@
-"""Which optimizer moves which parameters, and how fast: groups by name and shape.
+"""Optimizers for groups of parameters, chosen by name and shape.
 
 Muon (Jordan 2024) for the matrices inside a network, Adam for all else, and no weight decay for
 biases is one node:
@@ -33,15 +33,15 @@ NETWORK = "denoiser.network."  # before the names that a network's own parameter
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that are moved in another way than the rest.
+    """Parameters with an optimizer or settings of their own.
 
     Args:
-        names: patterns with * and ?, of which one must fit a parameter's name in the network, such
-            as `*.bias`; parameters that an objective has are called `objective.*`.
-        ndim: dimensions that a parameter must have, such as 2 for matrices; None for any.
-        optimizer: makes their optimizer; None: the rest's.
-        lr: their learning rate; None: their optimizer's.
-        weight_decay: theirs, 0 to exempt them; None: their optimizer's.
+        names: patterns with * and ?, one of which must match a parameter's name in the network,
+            such as `*.bias`; the objective's parameters are called `objective.*`.
+        ndim: number of dimensions, such as 2 for matrices; None for any.
+        optimizer: makes their optimizer; None: that of the rest.
+        lr: learning rate; None: the optimizer's.
+        weight_decay: 0 to exempt them; None: the optimizer's.
     """
 
     names: Sequence[str] = ("*",)
@@ -61,28 +61,28 @@ class Group:
         return fits and any(fnmatchcase(name, pattern) for pattern in self.names)
 
     def settings(self) -> dict[str, float]:
-        """What differs from the group's optimizer."""
+        """Settings that override the optimizer's."""
         own = {"lr": self.lr, "weight_decay": self.weight_decay}
         return {name: value for name, value in own.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Grouped:
-    """Makes one optimizer of several: a parameter belongs to the first group that takes it.
+    """Makes one optimizer from several; a parameter belongs to the first group that matches.
 
     Args:
-        rest: makes the optimizer of the parameters that no group takes.
-        groups: in the order in which they are asked.
+        rest: makes the optimizer of the parameters that match no group.
+        groups: in order of precedence.
     """
 
     rest: MakeOptimizer
     groups: Sequence[Group]
 
     def __call__(self, named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
-        """The optimizer of parameters with their names.
+        """The optimizer of named parameters.
 
         Raises:
-            UserError: a group that takes none, or a setting that its optimizer does not have.
+            UserError: a group without parameters, or a setting that its optimizer does not have.
         """
         taken: list[list[nn.Parameter]] = [[] for _ in self.groups]
         left: list[nn.Parameter] = []
@@ -91,7 +91,7 @@ class Grouped:
             names.append(name := full.removeprefix(NETWORK))
             takes = [group.takes(name, parameter) for group in self.groups]
             (taken[takes.index(True)] if any(takes) else left).append(parameter)
-        # The groups of one optimizer stay together; the rest's are the first.
+        # The groups of one optimizer stay together, the rest first.
         made: dict[int, tuple[MakeOptimizer, list[dict[str, Any]]]] = {}
         if left:
             made[-1] = (self.rest, [{"params": left}])
@@ -102,11 +102,12 @@ class Grouped:
             made.setdefault(own, (group.optimizer or self.rest, []))[1].append(
                 {"params": mine, **group.settings()}
             )
-        return together([_made(maker, lists) for maker, lists in made.values()])
+        optimizers = [_made(maker, lists) for maker, lists in made.values()]
+        return optimizers[0] if len(optimizers) == 1 else Together(optimizers)
 
 
 def _nothing(group: Group, names: Sequence[str]) -> str:
-    """That a group takes no parameter, as the end of an error line."""
+    """End of the error line for a group without parameters."""
     shape = "" if group.ndim is None else f" with {group.ndim} dimensions"
     some = ", ".join(names[:: max(1, len(names) // 6)])
     return (
@@ -116,11 +117,7 @@ def _nothing(group: Group, names: Sequence[str]) -> str:
 
 
 def _made(maker: MakeOptimizer, groups: list[dict[str, Any]]) -> Optimizer:
-    """One optimizer.
-
-    Raises:
-        UserError: a setting that it does not have, and would leave unread.
-    """
+    """One optimizer; refuses settings that it would ignore."""
     optimizer = maker(groups)
     for name in {name for group in groups for name in group} - {"params"}:
         if name not in optimizer.defaults:
@@ -129,10 +126,9 @@ def _made(maker: MakeOptimizer, groups: list[dict[str, Any]]) -> Optimizer:
 
 
 class Together(Optimizer):
-    """Several optimizers as one: a step moves them all, and they are saved as one.
+    """Several optimizers as one, with one step and one state dict.
 
-    So gradients are clipped together, an overflow of fp16 leaves the step of all out, and a step
-    counts once.
+    So gradients are clipped together, and an fp16 overflow skips the step of all.
 
     Args:
         optimizers: of different parameters.
@@ -144,7 +140,7 @@ class Together(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Hand each its own groups, and all of them the one table of what they remember."""
+        """Give each its own groups, and all the same state."""
         first = 0
         for each in self.optimizers:
             count = len(each.param_groups)
@@ -153,25 +149,18 @@ class Together(Optimizer):
             first += count
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move every parameter once."""
         loss = None if closure is None else closure()
         for each in self.optimizers:
             each.step()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what was saved."""
         super().load_state_dict(state_dict)
         self._share()
 
 
-def together(optimizers: Sequence[Optimizer]) -> Optimizer:
-    """One optimizer that is all of these."""
-    return optimizers[0] if len(optimizers) == 1 else Together(optimizers)
-
-
 def optimizer_of(maker: MakeOptimizer, module: nn.Module) -> Optimizer:
-    """The optimizer of everything in a module that trains."""
+    """The optimizer of a module's trainable parameters."""
     return _of(maker, [(name, p) for name, p in module.named_parameters() if p.requires_grad])
 
 
@@ -180,14 +169,14 @@ def _of(maker: MakeOptimizer, named: Sequence[tuple[str, nn.Parameter]]) -> Opti
 
 
 def tried(maker: MakeOptimizer, named: Mapping[str, int]) -> Optimizer:
-    """An optimizer of tiny parameters that has made a step, to see that it can.
+    """Try an optimizer: make it for tiny parameters and step once.
 
     Args:
-        maker: as `Grouped` and torch's optimizers are.
-        named: dimensions of each parameter, by its name.
+        maker: `Grouped`, or a torch optimizer.
+        named: number of dimensions of each parameter, by name.
 
     Raises:
-        UserError: it cannot be made, or steps in another way.
+        UserError: it cannot be made, or cannot step.
     """
     pairs = [(name, nn.Parameter(torch.zeros((1,) * ndim))) for name, ndim in named.items()]
     for _, parameter in pairs:

@@ -1,4 +1,4 @@
-"""Averages of any length after the fact, from snapshots of two (Karras et al. 2024, EDM2).
+"""Post-hoc EMA: averages of any length from snapshots of two (EDM2).
 
 Karras et al. 2024, arXiv 2312.02696, section 3 and appendix C.
 
@@ -7,8 +7,8 @@ Karras et al. 2024, arXiv 2312.02696, section 3 and appendix C.
 | profile | p(tau; t, gamma) = (gamma + 1) tau^gamma / t^(gamma + 1), 0 <= tau <= t | 1 |
 | update | beta = (1 - 1 / step)^(gamma + 1) | 2 |
 | length | sigma_rel = (gamma + 1)^(1/2) (gamma + 2)^(-1) (gamma + 3)^(-1/2) | 3 |
-| reconstruction | the combination of snapshots whose profile is nearest in least squares | C.2 |
-| its sum | the coefficients over their sum, so that constant weights stay | released code |
+| reconstruction | combination of snapshots with the nearest profile, least squares | C.2 |
+| its sum | coefficients over their sum, so that constant weights stay | released code |
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ from diffusion_pl.training.history import DAMAGED
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "posthoc"  # of a run, where its snapshots lie
+FOLDER = "posthoc"  # in a run's folder
 
-# The two averages that are kept, by their lengths: the standard deviation of the profile as a share
-# of the training so far.
+# Lengths sigma_rel of the two averages: standard deviation of the profile over the training so far.
 LENGTHS = (0.05, 0.10)
 
-# A reconstructed profile farther off than this, by its norm, is told: weights that move evenly are
-# then off by a thousandth of their way and more.
+# Relative error of a reconstructed profile above which a warning is logged: weights that move
+# evenly are then off by a thousandth of their way and more.
 FAR = 0.05
 
 
@@ -60,7 +59,7 @@ def gamma_of(length: float) -> float:
 
 
 def decay(gamma: float, step: int) -> float:
-    """Weight that the old average keeps in update number `step`, 1 for the first."""
+    """Weight of the old average in update number `step`, from 1."""
     return (1 - 1 / step) ** (gamma + 1)
 
 
@@ -81,8 +80,8 @@ def mixture(
 ) -> list[float]:
     """Coefficients of the snapshots whose combined profile is nearest to the wanted one.
 
-    Few snapshots cannot make every profile, and the nearest combination would then have another
-    sum than 1 and scale the weights with it; so it is divided by its sum.
+    Few snapshots cannot form every profile, and the nearest combination would not sum to 1 and
+    would scale the weights; so it is divided by its sum.
 
     Args:
         times: of the snapshots, in images.
@@ -91,10 +90,10 @@ def mixture(
         gamma: its exponent.
 
     Returns:
-        One coefficient a snapshot; they add up to 1.
+        A coefficient for each snapshot; they sum to 1.
     """
     gram, right, _ = _overlaps(times, gammas, time, gamma)
-    # Neighbouring profiles are nearly alike, so the system is solved by its larger directions.
+    # Neighbouring profiles are nearly collinear, so small singular values are cut off.
     solution: Tensor = torch.linalg.lstsq(
         gram, right[:, None], rcond=1e-12, driver="gelsd"
     ).solution[:, 0]
@@ -124,7 +123,7 @@ def misfit(
 def _overlaps(
     times: Sequence[float], gammas: Sequence[float], time: float, gamma: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of the snapshots' profiles with one another, with the wanted one, and of that alone."""
+    """Overlaps: snapshots with one another, snapshots with the wanted, the wanted with itself."""
     t, g = (torch.tensor(values, dtype=torch.float64) for values in (times, gammas))
     wanted = torch.tensor([time, gamma], dtype=torch.float64)
     gram = overlap(t[:, None], g[:, None], t, g)
@@ -133,7 +132,7 @@ def _overlaps(
 
 
 def save_snapshot(folder: Path, images: int, averages: Sequence[Mapping[str, Tensor]]) -> None:
-    """Write the state of the averages after `images` images; whole or not at all."""
+    """Write the state of the averages after `images` images, atomically."""
     tensors = {
         f"{number}.{key}": value.detach().cpu().contiguous()
         for number, average in enumerate(averages)
@@ -144,18 +143,15 @@ def save_snapshot(folder: Path, images: int, averages: Sequence[Mapping[str, Ten
 
 
 def snapshot_of(folder: Path, images: int) -> Path:
-    """Where the snapshot after so many images lies."""
+    """The file of the snapshot after `images` images."""
     return folder / f"{images:012d}.safetensors"
 
 
 def set_damaged_aside(folder: Path) -> None:
-    """Rename snapshots that are cut off or no snapshots, with a warning each.
-
-    The others still make averages; the more there are, the nearer to what is wanted.
-    """
+    """Rename damaged snapshots, with a warning each; the others still make averages."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(regular(path), framework="pt"):  # which compares its length, too
+            with safe_open(regular(path), framework="pt"):  # checks its length, too
                 continue
         except (OSError, SafetensorError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -165,11 +161,11 @@ def set_damaged_aside(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an average of some length is made of.
+    """Coefficients of a reconstructed average.
 
     Args:
-        shares: of each snapshot's averages, in the order of LENGTHS; all of them add up to 1.
-        misfit: how far the profile is from the wanted one.
+        shares: for each snapshot, coefficients in the order of LENGTHS; all of them sum to 1.
+        misfit: relative error of the profile.
     """
 
     shares: Mapping[Path, Sequence[float]]
@@ -177,11 +173,11 @@ class Recipe:
 
 
 def recipe(folder: Path, images: int, length: float) -> Recipe:
-    """How to make an average of any length from a run's snapshots; reads their names alone.
+    """Coefficients of an average of any length from a run's snapshots; no file is read.
 
     Args:
         folder: of the snapshots.
-        images: the moment, at most that of the last snapshot; the nearest one before it is taken.
+        images: time of the average; rounded down to that of a snapshot.
         length: sigma_rel.
 
     Raises:
@@ -203,13 +199,11 @@ def recipe(folder: Path, images: int, length: float) -> Recipe:
 
 
 def reconstruct(folder: Path, images: int, length: float) -> dict[str, Tensor]:
-    """The weights of an average of any length, from a run's snapshots.
-
-    One that these snapshots can only make roughly is told in a line.
+    """The weights of an average of any length; warns if they can only be approximated.
 
     Args:
         folder: of the snapshots.
-        images: as `recipe`.
+        images: as for `recipe`.
         length: sigma_rel.
 
     Raises:
@@ -231,7 +225,7 @@ def reconstruct(folder: Path, images: int, length: float) -> dict[str, Tensor]:
 
 
 def _add(path: Path, shares: Sequence[float], total: dict[str, Tensor]) -> None:
-    """Add a snapshot's averages to a sum; whole numbers are those of the last."""
+    """Add a snapshot's averages to a sum; integers are those of the last snapshot."""
     try:
         with safe_open(regular(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118

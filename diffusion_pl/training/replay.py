@@ -1,4 +1,4 @@
-"""One step of a run again: trained up to it from a checkpoint before, then looked at, not made."""
+"""Replay a step of a run: train up to it from an earlier checkpoint, then inspect it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from diffusion_pl.training.settings import resolve_precision
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a step was about to do.
+    """A step's images, losses and gradient.
 
     Args:
         positions: of its B images in the run.
-        indices: of the same in the data set.
-        files: where each is read from.
-        labels: of the same, None without classes.
-        sigmas: their noise levels (B,).
-        losses: of the images (B,).
+        indices: in the data set.
+        files: that they are read from.
+        labels: None without classes.
+        sigmas: noise levels (B,).
+        losses: (B,).
         norms: norm of the gradient of every parameter, by name.
-        shown: uint8 (3, B, C, H, W): the images as the network learns them, with noise, denoised.
+        shown: uint8 (3, B, C, H, W): clean (augmented), noisy and denoised images.
     """
 
     positions: list[int]
@@ -47,18 +47,18 @@ class Replayed:
 
 
 def replay(experiment: Experiment, checkpoint: Path | None, step: int) -> Replayed:
-    """Train up to a step, on one device and writing nothing, and look at what it would do.
+    """Train up to a step on one device, without writing anything, and inspect the step.
 
-    On one CPU a run of one device is met bit for bit; of several, to rounding.
+    Bit-exact on a CPU for a run of one device; for several, up to rounding.
 
     Args:
         experiment: the parts, freshly built.
-        checkpoint: of the run, at most `step` steps old; None: from its beginning.
-        step: optimizer steps before the one that is looked at.
+        checkpoint: of the run, after at most `step` steps; None: from the beginning.
+        step: number of optimizer steps before it.
 
     Raises:
-        NonFiniteError: a number of a step before is not finite.
-        UserError: the data is no longer the checkpoint's.
+        NonFiniteError: in an earlier step.
+        UserError: the data differs from the checkpoint's.
     """
     settings = experiment.settings
     batch_size = settings.per_device_batch(
@@ -90,15 +90,11 @@ def replay(experiment: Experiment, checkpoint: Path | None, step: int) -> Replay
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         module.to(trainer.strategy.root_device).train()
         with trainer.precision_plugin.forward_context():
-            return _look(module, data, step)
+            return _inspect(module, data, step)
 
 
 def _check_data(data: RunData, checkpoint: Path) -> None:
-    """See that the data is what the run was trained on; others' images would be looked at.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Refuse data that differs from the checkpoint's."""
     before = checkpoints.load(checkpoint)[checkpoints.SECTION].get("data")
     data.prepare_data()
     data.setup("fit")
@@ -110,8 +106,8 @@ def _check_data(data: RunData, checkpoint: Path) -> None:
         )
 
 
-def _look(module: DiffusionModule, data: RunData, step: int) -> Replayed:
-    """What a step would do to a module that stands before it."""
+def _inspect(module: DiffusionModule, data: RunData, step: int) -> Replayed:
+    """Inspect the step that a module would make next."""
     batches = data.train_dataloader()
     batch = data.transfer_batch_to_device(batches[step], module.device, 0)
     positions = batch["index"].tolist()

@@ -1,4 +1,4 @@
-"""One training run: from built parts to a finished run folder, or on from where it stopped."""
+"""A training run: from built parts to a finished run folder, starting or resuming."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ from diffusion_pl.training.strategy import cluster, make_strategy
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that a run is made of, built.
+    """All parts of a run, built.
 
     Args:
         name: of the experiment.
-        config: the resolved config, plain containers, kept in the checkpoints.
-        seed: of everything random in training.
+        config: resolved, plain containers; kept in the checkpoints.
+        seed: of all random numbers in training.
     """
 
     name: str
@@ -84,21 +84,21 @@ def fit(
 
     Args:
         experiment: the parts.
-        run: the run's folder; made if absent.
-        references: where statistics of real images are kept.
-        stop_request: whether this process was told to stop; the run then ends between two steps,
-            with a checkpoint and after it the marker that it waits to go on.
-        start: how the run begins or goes on; from its last checkpoint when not given.
+        run: the run's folder; created if absent.
+        references: folder of reference statistics.
+        stop_request: once set, the run saves a checkpoint and ends between two steps, and marks
+            its folder as waiting to be resumed.
+        start: how the run starts or resumes; by default from its last checkpoint.
 
     Returns:
-        {"images": images seen, "rows": the last measurements, "stopped": whether it was}.
+        {"images": images seen, "rows": the last metrics, "stopped": whether it was stopped}.
 
     Raises:
         UserError: parts that do not fit one another, ranks that differ, data that is not the
             run's, or a folder that cannot be written.
         LockLostError: another process has taken the run over.
         NonFiniteError: names the step, its images and their noise levels.
-        StopError: told so before the first step.
+        StopError: stopped before the first step.
     """
     settings, batch_size = experiment.settings, experiment.data.batch_size
     settings.check_objective(experiment.objective)
@@ -108,7 +108,7 @@ def fit(
     with adapter.quiet_lightning():
         precision = resolve_precision(settings.precision, settings.device_type())
         trainer = make_trainer(experiment, run, precision)
-        settings.per_device_batch(batch_size, trainer.world_size)  # or one line, before any work
+        settings.per_device_batch(batch_size, trainer.world_size)  # refused before any work
         module = make_module(experiment)
         history = History(run / "metrics.jsonl")
         progress = Progress(trainer.max_steps * batch_size)
@@ -118,7 +118,7 @@ def fit(
         begin = Begin(run, start, experiment.config, progress)
         trainer.callbacks.append(begin)  # type: ignore[attr-defined]
         if experiment.ema.posthoc_every:
-            # Before the checkpoint of the same moment, which then never lacks its snapshot.
+            # Before the checkpoint of the same step, which then always has its snapshot.
             snapshots = Snapshots(run / power_ema.FOLDER, experiment.ema.posthoc_every)
             trainer.callbacks.append(snapshots)  # type: ignore[attr-defined]
         trainer.callbacks.append(ClassNames())  # type: ignore[attr-defined]
@@ -144,7 +144,7 @@ def fit(
             trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
             if not stop.stopped:
                 done = is_evaluated(run, experiment.evaluation, module.images_seen)
-                # The first rank wrote it: the others may look too early.
+                # Rank 0 decides: others may not see yet what it wrote.
                 if not trainer.strategy.broadcast(done):
                     limits.begin()  # no step has been made
                     evaluation.make_up(trainer, module)
@@ -153,7 +153,7 @@ def fit(
             progress.stop()
     if stop.stopped and trainer.is_global_zero:
         stop_request.mark(run)
-    if stop.stopped:  # srun ends the others when the first has left: not before the mark is there
+    if stop.stopped:  # srun ends all ranks with the first that leaves: wait for the mark
         trainer.strategy.barrier()
     return {
         "images": module.images_seen,
@@ -163,7 +163,7 @@ def fit(
 
 
 def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning.Trainer:
-    """Lightning's Trainer with everything of its own that we replace switched off.
+    """Lightning's Trainer without its loops and files that this package replaces.
 
     Raises:
         UserError: settings that do not fit one another.
@@ -185,7 +185,7 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            log_every_n_steps=2**31,  # rows are ours, by images
+            log_every_n_steps=2**31,  # `Log` logs, by images
             logger=make_loggers(settings, experiment.config, run, experiment.loggers),
             profiler=adapter.profiler(settings, run),
             plugins=[adapter.CheckpointFiles(), precision_plugin, *cluster(settings)],
@@ -194,12 +194,12 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
         )
     if made.world_size != (ranks := settings.nodes * settings.devices_per_node()):
         name = type(made.strategy).__name__
-        raise UserError(f"trainer.strategy: {name} is of {made.world_size} devices, not of {ranks}")
+        raise UserError(f"trainer.strategy: {name} has {made.world_size} devices, not {ranks}")
     return made
 
 
 def make_module(experiment: Experiment) -> DiffusionModule:
-    """The LightningModule of an experiment, compiled if so set."""
+    """The LightningModule of an experiment, compiled if set so."""
     settings = experiment.settings
     network = cast(Network, experiment.network)
     experiment.network.to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The data of a run as Lightning takes it: each device its share of every global batch."""
+"""The LightningDataModule of a run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from diffusion_pl.training.settings import TrainerConfig
 
 
 class RunData(lightning.LightningDataModule):
-    """Hands each device its share of every global batch, from the position of the run on.
+    """Gives each device its part of every global batch, from the run's current step on.
 
     Args:
-        data: what is read, and how batches are made.
-        settings: the run's settings.
-        network: what will see the images.
+        data: data set and batches.
+        settings: budget, accelerator and `read_timeout`.
+        network: checked against the data.
         seed: of the order and the flips.
-        on_read: called when the first step is about to be read.
+        on_read: called before the first batch is read.
     """
 
     def __init__(
@@ -43,15 +43,11 @@ class RunData(lightning.LightningDataModule):
         self.images: dict[int, ImageDataset] = {}
 
     def prepare_data(self) -> None:
-        """Download or check the data, once a machine."""
+        """Download or check the data, once per machine."""
         self.data.dataset.prepare()
 
     def setup(self, stage: str) -> None:
-        """Open the data in this process, at every resolution of the run.
-
-        Raises:
-            UserError: a resolution, channels or classes that the network was not built for.
-        """
+        """Open the data in this process; raises as `open_for`."""
         if not self.images:
             self.images = open_for(self.network, self.data)
 
@@ -60,7 +56,7 @@ class RunData(lightning.LightningDataModule):
         return self.images[self.data.dataset.resolution]
 
     def train_dataloader(self) -> Loader:
-        """This device's share of the steps that are still to come."""
+        """This device's batches of the remaining steps."""
         trainer = self.trainer
         assert trainer is not None
         self.on_read()
@@ -79,7 +75,7 @@ class RunData(lightning.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
     ) -> dict[str, Tensor]:
-        """Move images as uint8 and conditions; the index stays on the host, where it seeds."""
+        """Move all but the index, which seeds random numbers on the host."""
         return {
             key: value if key == "index" else value.to(device, non_blocking=True)
             for key, value in batch.items()

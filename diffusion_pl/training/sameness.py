@@ -1,8 +1,7 @@
-"""What the ranks of a run, and its starts one after the other, must have in common; no lightning.
+"""Digests of config, code and data, compared between ranks and with the run; no lightning.
 
-The numbers of a training follow from its config, its code, its data and where it stands. Ranks
-that differ in one of these, or a run that goes on with other data, drift without a word; so each
-is named by a digest, and the digests are compared before the first step.
+They determine a training's numbers. Ranks that differ in one of them, or a run resumed with other
+data, would diverge silently, so they are compared before the first step.
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ from diffusion_pl.images import ImageDataset
 from diffusion_pl.io.files import sha256_of
 from diffusion_pl.training.history import History
 
-# Where a machine keeps what is compared by its content, or what no number depends on.
+# Paths, which may differ between machines: their content is compared, or does not matter.
 LOCAL = {"data.dataset.path", "data.dataset.cache_folder", "features.weights"}
 
-CHANGES = "changes.jsonl"  # of a run's folder: what was changed on the way, a line a change
+CHANGES = "changes.jsonl"  # in a run's folder: one line for each change of the run
 
-_SHOWN = 3  # differences that an error names
-_SHARED_WAIT = 30.0  # seconds for a network's file system to show what another machine wrote
+_SHOWN = 3  # differences in an error message
+_SHARED_WAIT = 30.0  # seconds until a network file system shows what another machine wrote
 
 
 def data_of(opened: Mapping[int, ImageDataset]) -> dict[str, Any]:
-    """What a run trains on, as plain containers for its checkpoints.
+    """Description of the training data, as plain containers for checkpoints.
 
     Args:
         opened: the images at each resolution of the run.
 
     Returns:
-        count of images; sha256 (hex) of the images at each resolution, labels included, and of the
-        classes' names; and, where shards are shuffled a window at a time, sha256 of the images in
-        each, which the order of the images then depends on.
+        Number of images; sha256 (hex) of images and labels at each resolution, and of the class
+        names; and of the shards' sizes if shards are shuffled in windows, since the order of the
+        images then depends on them.
     """
     whole = opened[max(opened)]
     cut = json.dumps(whole.shards).encode() if whole.window and whole.shards else None
@@ -56,8 +55,8 @@ def data_of(opened: Mapping[int, ImageDataset]) -> dict[str, Any]:
 
 
 def data_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """What two of what `data_of` gives differ in, in words; None for nothing."""
-    if "classes" not in before:  # as it was noted before their names were
+    """How two results of `data_of` differ, in words; None if they do not."""
+    if "classes" not in before:  # earlier versions did not record the names
         now = {key: value for key, value in now.items() if key != "classes"}
     if before == now:
         return None
@@ -76,9 +75,9 @@ def data_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | Non
 
 
 def code_of(tree: Mapping[str, Any]) -> str:
-    """The code that trains: this package's version and sources, torch's, and the user's own parts.
+    """Versions and digests of the code: this package, torch and the user's own parts.
 
-    Of the user's parts the files that the config names are looked at, not what these import.
+    Of the user's parts the files of the config's targets are read, not what they import.
 
     Args:
         tree: the resolved config.
@@ -108,7 +107,7 @@ def _sources() -> str:
 
 
 def facts_of(tree: Mapping[str, Any], **more: Any) -> dict[str, str]:
-    """What all ranks must have alike: the config, key by key, and more, all as text."""
+    """What must be equal on all ranks: the config, key by key, and more, as JSON."""
     facts = {
         key: json.dumps(value)
         for key, value in config.leaves(dict(tree))
@@ -120,11 +119,11 @@ def facts_of(tree: Mapping[str, Any], **more: Any) -> dict[str, str]:
 
 
 def agree(facts: Mapping[str, str], device: torch.device) -> None:
-    """See that all ranks have the same facts; every rank calls it.
+    """Check that all ranks have the same facts; every rank calls it.
 
     Args:
-        facts: this rank's.
-        device: one that the process group can talk on.
+        facts: of this rank, see `facts_of`.
+        device: for communication.
 
     Raises:
         UserError: on every rank; names the first rank that differs from rank 0, and in what.
@@ -153,12 +152,12 @@ def agree(facts: Mapping[str, str], device: torch.device) -> None:
 
 
 def share_folder(run: Path, token: str | None, device: torch.device) -> None:
-    """See that all ranks see the folder that rank 0 has locked; every rank calls it.
+    """Check that all ranks see the folder that rank 0 has locked; every rank calls it.
 
     Args:
-        run: the run's folder, as this rank names it.
-        token: of rank 0's lock, there; None on others, or where nothing is locked.
-        device: one that the process group can talk on.
+        run: the run's folder.
+        token: of the lock, on rank 0; None on others, or without a lock.
+        device: for communication.
 
     Raises:
         UserError: on every rank; names the first rank that does not see it.
@@ -178,7 +177,7 @@ def share_folder(run: Path, token: str | None, device: torch.device) -> None:
 
 
 def _looks(run: Path, wanted: str) -> Iterator[bool]:
-    """Look for a lock until it is there, or as long as a file system may take to show it."""
+    """Poll for a lock until it is there or the time is up."""
     until = time.monotonic() + _SHARED_WAIT
     while True:
         holder = locks.read(run / locks.NAME)
@@ -189,12 +188,12 @@ def _looks(run: Path, wanted: str) -> Iterator[bool]:
 
 
 def from_first(text: str, device: torch.device) -> str:
-    """What rank 0 says, on every rank; every rank calls it."""
+    """Rank 0's text, on every rank; every rank calls it."""
     return _gathered(text.encode(), device)[0].decode()
 
 
 def _gathered(content: bytes, device: torch.device) -> list[bytes]:
-    """Each rank's bytes, on every rank."""
+    """The bytes of all ranks, on every rank."""
     if ranks.world_size() == 1:
         return [content]
     rows = torch.tensor([*content, 0], dtype=torch.uint8, device=device)  # none is empty
@@ -204,7 +203,7 @@ def _gathered(content: bytes, device: torch.device) -> list[bytes]:
 
 
 def note(run: Path, images: int, changes: Sequence[str]) -> None:
-    """Write down what was changed of a run, and after how many images."""
+    """Append changes of a run, with the images seen, to its file."""
     if changes:
         rows = [{"images": images, "change": change} for change in changes]
         History(run / CHANGES, images=int, change=str).append(*rows)

@@ -1,4 +1,4 @@
-"""Numbers that are not sane: a loss or gradient without a value stops a run, a spike is named."""
+"""Checks of loss and gradient: non-finite values stop a run, spikes are reported."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# A row's loss so many times the median of the rows before it is a spike; a row is the mean over
-# thousands of images, so that twice is far outside of its noise.
+# A row's loss this many times the median of the rows before it is a spike; a row is the mean over
+# thousands of images, so twice is far outside its noise.
 SPIKE = 2.0
 REMEMBERED, NEEDED = 10, 5  # rows
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or its gradient is infinite or not a number; raised before the weights change.
+    """The loss or its gradient is infinite or NaN; raised before the weights change.
 
     Args:
         step: optimizer steps before it.
-        problem: what is wrong, where.
+        problem: message.
     """
 
     def __init__(self, step: int, problem: str) -> None:
@@ -30,7 +30,7 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run stands, for whoever has to say it.
+    """The current step, for error messages.
 
     Args:
         step: optimizer steps done.
@@ -49,7 +49,7 @@ class Place:
     def complaint(
         self, what: str, value: float, schedule: Callable[[Tensor], Tensor]
     ) -> NonFiniteError:
-        """That a number of this step is not finite."""
+        """The error for a non-finite value of this step."""
         levels = ", ".join(f"{level:.4g}" for level in schedule(self.u).tolist())
         return NonFiniteError(
             self.step,
@@ -60,13 +60,13 @@ class Place:
 
 
 class Spikes:
-    """Notices a loss far above those of the rows before it."""
+    """Detects a loss far above those of the rows before it."""
 
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=REMEMBERED)
 
     def note(self, loss: float) -> str | None:
-        """One more row's loss; what to say of it if it is a spike."""
+        """Add a row's loss; a message if it is a spike."""
         usual = statistics.median(self.losses) if len(self.losses) >= NEEDED else None
         self.losses.append(loss)
         if usual is None or loss <= SPIKE * usual:

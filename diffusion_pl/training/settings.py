@@ -1,4 +1,4 @@
-"""What a training run sets beside mathematics: budget, devices, precision, intervals."""
+"""The `trainer` section of an experiment: budget, devices, precision, intervals."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from diffusion_pl.training.best import Best
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-# Numbers by which a checkpoint may be the best, and whether more is better.
+# Metrics that may choose the best checkpoint, and whether higher is better.
 HIGHER = dict.fromkeys(("fid", "fd", "sfid", "sfd", "kid", "kd"), False) | dict.fromkeys(
     ("is", "cs", "precision", "recall", "density", "coverage"), True
 )
 
-OURS = ("ddp", "fsdp")  # strategies that keep all that this package promises
+OURS = ("ddp", "fsdp")  # this package's own strategies
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,41 +40,41 @@ class Profiler(Protocol):
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """What the `trainer` node of an experiment says; every amount is in images, global.
+    """The `trainer` section of an experiment; amounts are in images over all devices.
 
     Args:
         total_images: the training budget; training ends with the step that reaches it.
         checkpoint_every: images between checkpoints.
-        keep: newest checkpoints that stay, at least 1.
+        keep: how many of the newest checkpoints stay, at least 1.
         keep_every: images between checkpoints that stay for good, a multiple of checkpoint_every;
             None for none.
-        keep_best: a number of the evaluation, such as `fid`; the checkpoint with its best value so
-            far stays as RUN/best/fid.ckpt.
+        keep_best: a metric of the evaluation, such as `fid`; the checkpoint with its best value
+            stays as RUN/best/fid.ckpt.
         log_every: images between rows of the log.
         grad_clip: largest global norm of the gradient, None for no clipping.
-        label_dropout: share of the labels hidden from the network, for guidance.
+        label_dropout: probability that a label is hidden from the network, for guidance.
         precision: "auto" is bf16 where the device has matrix units for it, else fp32.
-        devices: a node, or "auto" for all that are there.
+        devices: per node, or "auto" for all.
         nodes: machines.
-        strategy: "ddp", every device holds the whole model, or "fsdp", each its part of weights,
-            moments and averages; the same checkpoints, and the same numbers to rounding. Another
-            name of Lightning's, or a strategy of its, as docs/scaling.md says.
-        accelerator: as Lightning names them: "auto", "cpu", "gpu".
-        device_batch_size: largest batch of one forward pass at full resolution, and the pixels of
-            so many at any other; more is accumulated. None: no limit.
-        profiler: "simple", "advanced" or "pytorch", or a profiler of Lightning's; its report lies
-            in RUN/profiler.
+        strategy: "ddp": every device holds the whole model; "fsdp": each a shard of weights,
+            moments and averages; the same checkpoints, and the same numbers up to rounding. Or a
+            strategy of Lightning's, by name or built, see docs/scaling.md.
+        accelerator: Lightning's: "auto", "cpu", "gpu".
+        device_batch_size: largest micro-batch at full resolution; at others as many pixels. The
+            gradient of a larger batch is accumulated. None: no limit.
+        profiler: "simple", "advanced" or "pytorch", or a profiler of Lightning's; it writes to
+            RUN/profiler.
         compile: run the network through torch.compile; pays on GPUs.
-        loggers: of "tensorboard" and "wandb", beside metrics.jsonl, which is always written.
-        wandb_project: where W&B shows the run.
-        wandb_entity: whose project it is, a user or a team; None for the user's own.
-        start_timeout: seconds that a rank waits for the others until the first step is made, and
-            without a pass of the network once the data is read in.
-        timeout: the same from then on.
-        read_timeout: seconds to wait for a batch from a reading process.
-        watchdog: seconds without a pass of the network, from then on, after which a process prints
-            what it was doing and ends. Metrics are no passes; precision and recall of 50,000 images
-            compute longer on few cores and want more here.
+        loggers: "tensorboard", "wandb"; metrics.jsonl is always written.
+        wandb_project: W&B project.
+        wandb_entity: W&B user or team; None for the user's default.
+        start_timeout: seconds, until the first step is done: how long ranks wait for one another,
+            and the longest time without a forward pass once the data is open.
+        timeout: seconds after the first step that ranks wait for one another.
+        read_timeout: seconds to wait for a batch from a data worker.
+        watchdog: seconds without a forward pass, after the first step, until a process prints its
+            stacks and ends. Metrics make no forward passes: precision and recall of 50,000 images
+            may need more on few cores.
     """
 
     total_images: int
@@ -134,16 +134,16 @@ class TrainerConfig:
             raise UserError(f"grad_clip must be positive or null (got {self.grad_clip})")
 
     def best(self, run: Path) -> Best | None:
-        """Keeps the best checkpoint in a run's folder, where that is asked for."""
+        """Keeper of the best checkpoint; None without `keep_best`."""
         name = self.keep_best
         return None if name is None else Best(run, name, higher=HIGHER[name])
 
     def steps(self, batch_size: int) -> int:
-        """Optimizer steps that the budget takes, the last one whole."""
+        """Optimizer steps of the budget, rounded up."""
         return math.ceil(self.total_images / batch_size)
 
     def rounded_images(self, batch_size: int) -> int:
-        """Images of all steps."""
+        """Images of all steps: the budget rounded up to whole batches."""
         return self.steps(batch_size) * batch_size
 
     def per_device_batch(self, batch_size: int, world_size: int) -> int:
@@ -173,33 +173,33 @@ class TrainerConfig:
         return math.ceil(size / max(1, limit))
 
     def check_objective(self, objective: object) -> None:
-        """See that an objective can be trained with this strategy.
+        """Check that the strategy can train an objective.
 
         Raises:
-            UserError: it has weights of its own, which fsdp would not spread.
+            UserError: fsdp, and the objective has weights of its own, which would not be sharded.
         """
         weights = objective.parameters() if isinstance(objective, nn.Module) else ()
         if self.strategy == "fsdp" and any(True for _ in weights):
             raise UserError(
-                f"strategy: fsdp spreads the network alone, and the objective "
+                f"strategy: fsdp shards the network alone, and the objective "
                 f"{type(objective).__name__} has weights of its own; use ddp"
             )
 
     def device_type(self) -> str:
-        """Where the run computes, "cpu" or "cuda", by `accelerator`."""
+        """ "cpu" or "cuda", by `accelerator`."""
         wants_gpu = self.accelerator in ("gpu", "cuda")
         on_gpu = wants_gpu or (self.accelerator == "auto" and torch.cuda.is_available())
         return "cuda" if on_gpu else "cpu"
 
     def devices_per_node(self) -> int:
-        """Devices, and so ranks, of each node."""
+        """Devices, hence ranks, of each node."""
         if self.devices != "auto":
             return self.devices
         return torch.cuda.device_count() if self.device_type() == "cuda" else 1
 
 
 def resolve_precision(precision: Precision, device: str) -> str:
-    """What "auto" means on this machine: "bf16" where matrix units for it exist, else "fp32".
+    """Resolve "auto": "bf16" where this machine has matrix units for it, else "fp32".
 
     A CPU without AMX computes bf16 by emulation, up to 40 times slower than fp32 (measured); with
     AMX it is about 2.5 times faster.

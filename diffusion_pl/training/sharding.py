@@ -1,9 +1,8 @@
-"""A model spread over the devices: each holds its part of every tensor (FSDP, Zhao et al. 2023).
+"""A model sharded over devices: each holds a shard of every tensor (FSDP, Zhao et al. 2023).
 
-A tensor is cut along its first dimension, as torch.chunk cuts. What trains is gathered a block at a
-time while the block computes. An average never computes while it trains: its parts move after the
-parts of the weights, without a message, and it is gathered whole to draw images. Tensors that are
-not spread pass through every function as they are.
+Tensors are split along their first dimension, as by torch.chunk. Trained weights are gathered a
+block at a time while the block computes. Averages are updated shard by shard, without
+communication, and gathered whole for sampling. Every function leaves unsharded tensors alone.
 """
 
 from __future__ import annotations
@@ -24,24 +23,22 @@ from diffusion_pl.diffusion.preconditioning import Denoiser
 
 
 def shard_trained(denoiser: Denoiser, mesh: DeviceMesh) -> None:
-    """Spread a denoiser that trains; its parts lie on the mesh's devices from then on.
-
-    Every block of the network's lists is gathered and let go alone, what is left with the whole.
+    """Shard a trained denoiser in place, each block of the network's lists as a unit of its own.
 
     Args:
         denoiser: the same on every rank.
-        mesh: of one dimension, all ranks.
+        mesh: one-dimensional, all ranks.
     """
     denoiser.to(memory_format=torch.contiguous_format)
     for unit in reversed(units(denoiser)):  # inner ones before those that hold them
         fully_shard(unit, mesh=mesh)
     fully_shard(denoiser, mesh=mesh)
-    # With weights as they lie now the layers would not choose their faster order of memory.
+    # Sharding makes weights contiguous, so layers would not choose channels_last by themselves.
     denoiser.network.register_forward_pre_hook(_channels_last)
 
 
 def units(module: nn.Module) -> list[nn.Module]:
-    """The blocks in the lists of a network that have parameters, those that hold others first."""
+    """The blocks with parameters in a network's module lists, outer ones first."""
     lists = [inner for inner in module.modules() if isinstance(inner, nn.ModuleList)]
     return [
         block
@@ -56,13 +53,13 @@ def _channels_last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
 
 
 def shard_average(average: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread a module that does not train as `shard_trained` spreads its like."""
+    """Shard a module that does not train, as `shard_trained` does."""
     for owner, name, parameter in _owned(average):
         setattr(owner, name, nn.Parameter(shard(parameter.detach(), mesh), requires_grad=False))
 
 
 def _owned(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Every parameter with the module and the name that it lies under."""
+    """Every parameter with its module and name."""
     return [
         (owner, name, parameter)
         for owner in module.modules()
@@ -71,7 +68,7 @@ def _owned(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 
 
 def shard(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
-    """This device's part of a tensor that every rank holds whole, a copy on the device."""
+    """Shard a tensor that every rank holds whole; a copy on the device."""
     pieces = tensor.detach().contiguous().chunk(mesh.size())
     mine = mesh.get_local_rank()
     piece = pieces[mine] if mine < len(pieces) else tensor.detach()[:0]
@@ -86,31 +83,30 @@ def shard(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
 
 
 def part(tensor: Tensor) -> Tensor:
-    """This device's part, in place; the tensor itself where it is not spread."""
+    """This device's shard, in place; the tensor itself if not sharded."""
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """A tensor whole, as it lies on one device that trains alone; every rank calls it."""
+    """A whole tensor, laid out as on a single device; every rank calls it."""
     if not isinstance(tensor, DTensor):
         return tensor
     with torch.no_grad():
         whole: Tensor = tensor.full_tensor()
     if whole.dim() != 4:
         return whole
-    # A convolution's weight lies as its images do; in name, too, where all orders are the same.
+    # Convolution weights are channels_last, also where both memory formats coincide.
     return torch.empty_like(whole, memory_format=torch.channels_last).copy_(whole)
 
 
 def saved(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors whole, for a file that the first rank writes; every rank calls it.
+    """Whole tensors for a file that rank 0 writes; every rank calls it.
 
     Returns:
-        On the first rank spread tensors whole on the CPU and all else as it is; on others, which
-        hold one tensor at a time, nothing.
+        On rank 0 sharded tensors whole on the CPU, others unchanged; on other ranks nothing.
     """
-    kept: Any = copy.copy(tensors)  # of the same kind, with what torch notes beside its entries
+    kept: Any = copy.copy(tensors)  # with torch's `_metadata`
     for name, value in tensors.items():
         whole = gather(value).cpu() if isinstance(value, DTensor) else value
         if ranks.rank() == 0:
@@ -121,21 +117,17 @@ def saved(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def saved_optimizer(state: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimizer's state as one device would hold it, as `saved` does; every rank calls it.
-
-    Args:
-        state: of torch's `state_dict`, by the number of the parameter.
-    """
+    """An optimizer's state dict with whole tensors, on rank 0; every rank calls it."""
     whole = {number: saved(tensors) for number, tensors in state["state"].items()}
     return {**state, "state": whole} if ranks.rank() == 0 else {}
 
 
 def shard_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """This device's part of an optimizer's state that `saved_optimizer` made.
+    """This device's shards of an optimizer's state from `saved_optimizer`.
 
     Args:
         state: whole, on every rank.
-        optimizer: whose parameters are spread.
+        optimizer: of sharded parameters.
     """
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -151,14 +143,14 @@ def shard_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) 
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The norm of a gradient, all tensors and all their parts; every rank calls it."""
+    """The global norm of a gradient; every rank calls it."""
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @contextlib.contextmanager
 def unsynchronised(denoiser: nn.Module) -> Iterator[None]:
-    """Within it a backward pass adds to a whole gradient on this device alone."""
+    """Context in which a backward pass does not exchange gradients."""
     if not isinstance(denoiser, FSDPModule):
         yield
         return
@@ -171,7 +163,7 @@ def unsynchronised(denoiser: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def assembled(average: nn.Module) -> Iterator[None]:
-    """Within it an average lies whole on every device and computes alone; every rank enters it."""
+    """Context in which an average is whole on every device; every rank enters it."""
     owned = [own for own in _owned(average) if isinstance(own[2], DTensor)]
     for owner, name, parameter in owned:
         setattr(owner, name, nn.Parameter(gather(parameter), requires_grad=False))

@@ -1,7 +1,4 @@
-"""A run that is told to stop does so between two steps, all ranks at once, with a checkpoint.
-
-See `signals` for who tells it, and `callbacks.Stop` for what follows.
-"""
+"""Ranks agree on stopping between two steps; see `signals` and `callbacks.Stop`."""
 
 from __future__ import annotations
 
@@ -14,17 +11,16 @@ import torch
 from diffusion_pl import ranks
 from diffusion_pl.signals import StopRequest
 
-# Asking all ranks takes at most this share of the time of a step.
-COST = 0.01
-MEASURED = 10  # steps after which that is known
+COST = 0.01  # largest fraction of the time of steps that asking all ranks may take
+MEASURED = 10  # steps after which the cost is known
 
 
 class Agreement:
-    """Asks all ranks between steps whether one of them was told to stop, now and then.
+    """Asks all ranks every few steps whether one of them has a request to stop.
 
     Args:
-        stop_request: this process's.
-        device: one that the ranks can talk on.
+        stop_request: of this process.
+        device: for communication.
     """
 
     def __init__(self, stop_request: StopRequest, device: torch.device) -> None:
@@ -33,7 +29,7 @@ class Agreement:
         self.asking, self.began = 0.0, time.monotonic()
 
     def reached(self) -> bool:
-        """Whether the run stops here; called by every rank after every step."""
+        """Whether the run stops here; every rank calls it after every step."""
         self.steps += 1
         if self.steps % self.every:
             return False
@@ -45,13 +41,13 @@ class Agreement:
         return stop
 
     def asked(self) -> bool:
-        """Whether any rank was told to stop; called by all of them at once."""
+        """Whether any rank has a request to stop; every rank calls it."""
         wanted = self.stop_request.signal is not None
         alone = ranks.world_size() == 1
         return wanted if alone else not ranks.all_agree(not wanted, self.device)
 
     def _interval(self) -> int:
-        """Steps between two askings, the same on all ranks."""
+        """Steps between two questions, the same on all ranks."""
         whole = time.monotonic() - self.began
         mine: Any = torch.tensor([self.asking, whole - self.asking], device=self.device)
         asking, computing = ranks.sum_over_ranks(mine).tolist()

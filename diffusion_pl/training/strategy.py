@@ -1,4 +1,4 @@
-"""How the devices of a run share the work: a copy of the model each (DDP), or a part (FSDP)."""
+"""Strategies: a copy of the model on each device (DDP), or a shard (FSDP)."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from diffusion_pl.training.settings import OURS, TrainerConfig
 
 
 class Slurm(SLURMEnvironment):
-    """Lightning's way to find the tasks of a job step, at a port that jobs do not share."""
+    """Lightning's SLURM environment, with a port that no other job uses."""
 
     @property
     def main_port(self) -> int:
-        """Where the ranks meet."""
+        """Port at which the ranks meet."""
         port = meeting.port_of(os.environ)
         assert port is not None
         os.environ["MASTER_PORT"] = str(port)
@@ -48,28 +48,26 @@ class Slurm(SLURMEnvironment):
 
 
 class Copied(DDPStrategy):
-    """A copy of the model on every device, as Lightning has it; the ranks meet in time or end."""
+    """Lightning's DDP, with a time limit for the ranks to meet."""
 
     def setup_distributed(self) -> None:
-        """Meet the other ranks."""
         with _in_time(self):
             super().setup_distributed()
 
 
 class Sharded(DDPStrategy):
-    """Lightning's way to start ranks, around a model that is spread over them.
+    """Lightning's DDP launcher around a sharded model.
 
-    A checkpoint is the one that DDP writes: it is read before the model is spread, and written by
-    the first rank from tensors that are gathered one at a time.
+    Checkpoints are those of DDP: read before the model is sharded, and written by rank 0 from
+    tensors that are gathered one at a time.
     """
 
     def setup_distributed(self) -> None:
-        """Meet the other ranks."""
         with _in_time(self):
             super().setup_distributed()
 
     def model_to_device(self) -> None:
-        """Spread the model; nothing lies whole on a device but one block at a time."""
+        """Shard the model; a device holds at most one block whole at a time."""
         module = cast(DiffusionModule, self.lightning_module)
         # The run's own group of processes, so that its time limits hold here.
         group = distributed.group.WORLD
@@ -78,29 +76,29 @@ class Sharded(DDPStrategy):
         sharding.shard_trained(module.denoiser, mesh)
         for average in (module.ema, *module.profiles):
             sharding.shard_average(average, mesh)
-        module.to(self.root_device)  # what is not spread
+        module.to(self.root_device)  # what is not sharded
 
     def configure_ddp(self) -> None:
-        """Nothing: the model exchanges its gradient itself."""
+        """Nothing: FSDP exchanges the gradient."""
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The weights and averages whole, on the first rank."""
+        """Whole weights and averages, on rank 0."""
         assert self.lightning_module is not None
         return sharding.saved(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The moments whole, on the first rank."""
+        """Whole moments, on rank 0."""
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return sharding.saved_optimizer(plain.state_dict())
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this device's part of the moments of a checkpoint."""
+        """Load this device's shards of a checkpoint's moments."""
         states = checkpoint["optimizer_states"]
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(sharding.shard_optimizer(state, optimizer))
 
     def teardown(self) -> None:
-        """End the run; the model stays where it is spread, since an evaluation may follow."""
+        """End the run; the model stays on the devices, since an evaluation may follow."""
         assert self.cluster_environment is not None and self.accelerator is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
@@ -109,10 +107,10 @@ class Sharded(DDPStrategy):
 
 
 def make_strategy(settings: TrainerConfig) -> Strategy | str:
-    """What a run's devices do together; one alone has nothing to share.
+    """The strategy of a run; "auto" for a single device.
 
     Raises:
-        UserError: a strategy that this training cannot follow.
+        UserError: an unsupported strategy.
     """
     if settings.strategy not in OURS:
         return _lightnings(settings)
@@ -123,7 +121,7 @@ def make_strategy(settings: TrainerConfig) -> Strategy | str:
 
 
 def _lightnings(settings: TrainerConfig) -> Strategy:
-    """A strategy of Lightning's or the user's own, by its name or made."""
+    """A strategy of Lightning's or the user's, by name or built."""
     given: Any = settings.strategy
     if isinstance(given, str):
         known = StrategyRegistry.available_strategies()
@@ -136,21 +134,22 @@ def _lightnings(settings: TrainerConfig) -> Strategy:
         raise UserError(f"trainer.strategy: must be one of Lightning's (got a {name})")
     if isinstance(given, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise UserError(
-            f"trainer.strategy: {name} spreads the weights in a way that their average, clipping "
-            "and checkpoints do not follow; take fsdp, this package's own"
+            f"trainer.strategy: {name} shards the weights, which this package's averages, clipping "
+            "and checkpoints do not support; use fsdp"
         )
     if getattr(given, "_start_method", "popen") != "popen":
         raise UserError(
-            f"trainer.strategy: {name} starts its ranks in the middle of the training; take one "
+            f"trainer.strategy: {name} starts its ranks in the middle of the training; use one "
             "that starts them as processes of their own, such as ddp"
         )
     return given
 
 
 def cluster(settings: TrainerConfig) -> list[ClusterEnvironment]:
-    """How the ranks find one another, by who started this one; without Lightning's requeue.
+    """The cluster environment, by how this process was started.
 
-    Told by a signal, that saves in the middle of a step; stops are `Stop`'s, jobs their script's.
+    Without Lightning's requeue, which would save in the middle of a step: `Stop` and the job's
+    script do that.
 
     Raises:
         UserError: as `meeting.starter`.
@@ -164,7 +163,7 @@ def cluster(settings: TrainerConfig) -> list[ClusterEnvironment]:
 
 
 def _in_time(strategy: DDPStrategy) -> AbstractContextManager[None]:
-    """Bound how long the ranks may take to meet."""
+    """Limit the time in which the ranks must meet."""
     cluster, limit = strategy.cluster_environment, strategy._timeout
     assert cluster is not None and limit is not None
     return meeting.time_limit(limit.total_seconds(), f"{cluster.main_address}:{cluster.main_port}")

@@ -1,4 +1,4 @@
-"""What a row of the log is the mean of, kept on the device so that no step waits for it."""
+"""Running sums for the rows of the log, kept on the device so that no step waits for them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Totals:
         self.steps = 0
 
     def add(self, **numbers: Tensor) -> None:
-        """Add numbers of a step, each a scalar."""
+        """Add scalars of a step."""
         for name, number in numbers.items():
             self.sums[name] = self.sums[name] + number if name in self.sums else number
 
     def read(self) -> dict[str, float]:
-        """Means over the steps and the ranks since the last reading; every rank calls it."""
+        """Means over steps and ranks since the last call; every rank calls it."""
         means = {
             name: float(ranks.sum_over_ranks(total)) / ranks.world_size() / self.steps
             for name, total in self.sums.items()
@@ -37,7 +37,7 @@ class Totals:
         return {"steps": self.steps, "sums": sums}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint: each rank from its own sums, or their mean if ranks differ."""
+        """Restore from a checkpoint: each rank its own sums, or the mean for other ranks."""
         mine, world_size = ranks.rank(), ranks.world_size()
         self.steps = state["steps"]
         self.sums = {

@@ -1,4 +1,4 @@
-"""Nothing waits for ever: what ends a process that stands still, or whose parent is gone."""
+"""Ends a process that hangs, or whose parent has ended."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import time
 
 from diffusion_pl.signals import end_with
 
-_ARMED_AGAIN_AFTER = 0.05  # of the limit, so that a sign of life costs next to nothing
+_ARMED_AGAIN_AFTER = 0.05  # of the limit, so that a call of `alive` costs next to nothing
 
 
 class Watchdog:
-    """Prints the stacks of all threads and ends the process, with 1, when it shows no life.
+    """Prints the stacks of all threads and ends the process, with 1, if `alive` is not called.
 
-    It is the interpreter's own (faulthandler), a thread that needs nothing of the stuck ones.
+    The interpreter's own (faulthandler): its thread needs nothing of those that hang.
 
     Args:
-        limit: seconds from the last sign of life.
+        limit: seconds after the last call.
     """
 
     def __init__(self, limit: float) -> None:
@@ -25,23 +25,22 @@ class Watchdog:
         self.armed: float | None = None
 
     def alive(self) -> None:
-        """Give a sign of life; the first one starts the watch."""
+        """Restart the countdown; the first call starts it."""
         now = time.monotonic()
         if self.armed is None or now - self.armed > _ARMED_AGAIN_AFTER * self.limit:
             self.armed = now
             faulthandler.dump_traceback_later(self.limit, exit=True, file=2)
 
     def stop(self) -> None:
-        """End the watch; safe to call twice."""
+        """Stop the countdown; safe to call twice."""
         self.armed = None
         faulthandler.cancel_dump_traceback_later()
 
 
 def end_with_parent() -> None:
-    """Have a rank killed when the process that started it ends, however that ended (Linux).
+    """Have a rank killed when its parent process ends, however that happens (Linux).
 
-    A rank that was stopped or hangs would stay for ever otherwise. One that nobody started as a
-    rank is left alone.
+    A stopped or hung rank would otherwise stay forever. Other processes are left alone.
     """
     if "LOCAL_RANK" in os.environ:
         end_with(os.getppid())
