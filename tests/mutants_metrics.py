@@ -61,8 +61,8 @@ MUTANTS = [
         ("ranks.gather(torch.cat(self._kept))", "torch.cat(self._kept)"),
         ("[ranks.sum_over_ranks(sums)]", "[sums]"),
         (
-            "summed before.\"\"\"\n        self._sum(self._rows.rest())",
-            "summed before.\"\"\"",
+            "buffered rows.\"\"\"\n        self._sum(self._rows.rest())",
+            "buffered rows.\"\"\"",
         ),
         ("        values, self.notes = self._formula", "        values, _ = self._formula"),
     ),

@@ -1,7 +1,6 @@
-"""The states of the metrics as torchmetrics: they add up over batches and devices.
+"""States of the metrics as torchmetrics, which accumulate over batches and devices.
 
-Apart from the formulas, so that binding an experiment's YAML does not import torchmetrics. A metric
-keeps features or their moments; the formula, a function of them, comes from the metric's own file.
+Separate from the formulas, so that binding an experiment's YAML does not import torchmetrics.
 """
 
 from __future__ import annotations
@@ -25,15 +24,12 @@ Kind = Literal["pooled", "spatial", "logits"]
 
 
 class Kept(Metric):
-    """Keeps all features of a kind and measures them together.
-
-    The images' order is kept too if each rank takes a block of consecutive images.
+    """Keeps all features of a kind; in the images' order if each rank has consecutive images.
 
     Args:
-        of: the kind.
+        of: kind of features.
         dimension: D.
-        formula: from features (N, D) to the named numbers.
-        notes: what is to be said beside them.
+        formula: from features (N, D) to named values.
     """
 
     is_differentiable = False
@@ -54,15 +50,15 @@ class Kept(Metric):
         self.features.append(_of_kind(features, self._of))
 
     def sync(self, *options: Any, **more: Any) -> None:
-        """Gather from the ranks, also from those without images."""
+        """Gather from all ranks, also those without images."""
         _never_empty(self.features, self._dimension, self.device)
         super().sync(*options, **more)
 
     def compute(self) -> Values:
-        """The named numbers.
+        """Named values.
 
         Raises:
-            UserError: features that are not finite.
+            UserError: non-finite features.
         """
         return self._formula(_finite(dim_zero_cat(self.features)))
 
@@ -71,10 +67,9 @@ class Summed(Metric):
     """Sums moments of features of a kind in float64.
 
     Args:
-        of: the kind.
-        shift: (D,), the point that moments are summed about.
-        formula: from the moments, and all features if they are kept, to the named numbers and what
-            is to be noted beside them.
+        of: kind of features.
+        shift: (D,), subtracted before summing.
+        formula: from moments, and all features if kept, to named values and notes.
         keep: also keep the features.
     """
 
@@ -113,27 +108,26 @@ class Summed(Metric):
         self._sum(self._rows.add(values))
 
     def sync(self, *options: Any, **more: Any) -> None:
-        """Add up over the ranks; rows that still wait are summed before."""
+        """Sum over the ranks, after the buffered rows."""
         self._sum(self._rows.rest())
-        # torchmetrics would gather the sums of all ranks, 32 MiB each of Inception's, and then add.
+        # torchmetrics would gather the sums of all ranks, 32 MiB each for Inception, and then add.
         more["dist_sync_fn"] = more.get("dist_sync_fn") or _added_up
         super().sync(*options, **more)
 
     def reset(self) -> None:
-        """Forget everything seen."""
         self._rows.clear()
         if self._kept is not None:
             self._kept.clear()
         super().reset()
 
     def compute(self) -> Values:
-        """The named numbers; `notes` then has what belongs beside them.
+        """Named values; sets `notes`.
 
         Raises:
-            UserError: features that are not finite.
+            UserError: non-finite features.
         """
         self._sum(self._rows.rest())
-        # Checked here and not in each update, where it would wait for the device.
+        # Not in each update, which would wait for the device.
         _finite(self.second)
         seen = moments(self.first, self.second, int(self.count), self._shift)
         values, self.notes = self._formula(seen, self._all_kept())
@@ -151,7 +145,7 @@ class Summed(Metric):
 
 
 def _added_up(sums: Tensor, group: object = None) -> list[Tensor]:
-    return [ranks.sum_over_ranks(sums)]  # torchmetrics takes a list, one of each rank, and adds
+    return [ranks.sum_over_ranks(sums)]  # torchmetrics sums a list over ranks
 
 
 def _of_kind(features: Features, of: Kind) -> Tensor:
@@ -161,7 +155,7 @@ def _of_kind(features: Features, of: Kind) -> Tensor:
 
 
 def _never_empty(features: list[Tensor], dimension: int, device: torch.device) -> None:
-    # Ranks gather only what has as many dimensions everywhere; torchmetrics would send (0,).
+    # Gathering needs equal numbers of dimensions; torchmetrics would send (0,).
     if not features:
         features.append(torch.empty(0, dimension, device=device))
 

@@ -1,10 +1,10 @@
-"""Density and coverage: how often generated features fall into real ones' balls, and into how many.
+"""Density and coverage: generated features in balls around real ones.
 
-    density  = 1 / (k N) sum_generated | real balls that hold it |
-    coverage = share of the real balls that hold a generated feature
+    density  = 1 / (k N) sum over generated features of the number of real balls that contain it
+    coverage = fraction of the real balls that contain a generated feature
 
-Naeem et al. 2020, arXiv 2002.09797, Eqs. 3 and 4; k = 5. Balls stand around real features only, so
-one outlier among the generated ones cannot cover the real ones, as it does in recall.
+Naeem et al. 2020, arXiv 2002.09797, Eqs. 3 and 4; k = 5. Balls are around real features only, so
+that a generated outlier cannot cover the real ones, as in recall.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 def density_coverage(real: Distinct, generated: Distinct, k: int) -> tuple[float, float]:
     """Density, at least 0 and about 1 for equal distributions, and coverage, in [0, 1].
 
-    A ball is closed, as in recall: it holds what is as far away as the neighbour it reaches to.
+    Balls are closed, as in recall.
 
     Args:
         real: M in all, more than k.
         generated: N in all.
-        k: the neighbour that the balls reach to.
+        k: a ball's radius is the distance to the k-th neighbour.
     """
     inside, met = 0, torch.zeros(len(real.times), dtype=torch.bool)
     for first, block in held(generated, real, k):
@@ -52,7 +52,7 @@ def _measure(real: Tensor, k: int, generated: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class DensityCoverage:
-    """Names density and coverage in an experiment; the evaluation builds them.
+    """Settings of density and coverage.
 
     Args:
         neighbours: k.
@@ -63,15 +63,11 @@ class DensityCoverage:
     wants_features = True
 
     def numbers(self, extractor: Extractor) -> tuple[str, ...]:
-        """What it measures, by name."""
+        """Names of the values."""
         return ("density", "coverage")
 
     def check_count(self, generated: int, real: int | None = None) -> None:
-        """Refuse too few real images; one generated image is enough.
-
-        Raises:
-            UserError: as said.
-        """
+        """Refuse too few real images; one generated image is enough."""
         if self.neighbours < 1 or (real is not None and real <= self.neighbours):
             raise UserError(
                 f"density and coverage: neighbour {self.neighbours} needs more real images "
@@ -79,10 +75,10 @@ class DensityCoverage:
             )
 
     def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Kept:
-        """The metric of one evaluation of `count` images.
+        """The metric for `count` generated images.
 
         Raises:
-            UserError: no reference with features of the same extractor, or too few images.
+            UserError: no reference with features of this extractor, or too few images.
         """
         real = real_features(reference, extractor, "density and coverage")
         self.check_count(count, len(real))

@@ -1,4 +1,4 @@
-"""The extractor that an experiment names: what every metric looks through."""
+"""Loads the feature extractor that an experiment names."""
 
 import logging
 
@@ -10,25 +10,25 @@ logger = logging.getLogger(__name__)
 
 
 def load(name: str = "auto", weights: str | None = None, precision: str = "fp32") -> Extractor:
-    """Load the extractor that an experiment names.
+    """Load a feature extractor.
 
     Args:
-        name: "inception", the network of FID and IS; "shapes", the small one that comes with the
-            package; "pixels", a few means of pixels, which see place and colour; "auto", Inception
-            where its weights can be had, else "shapes", which one line of the log then says; or
-            what torch-fidelity calls its others, such as "dinov2-vit-l-14" and "clip-vit-b-32".
-        weights: file of Inception's or CLIP's weights; torch's hub cache, then the download, when
-            not given.
+        name: "inception", the network of FID and IS; "shapes", the small one of this package;
+            "pixels", means over areas, for position and colour; "auto", Inception if its weights
+            are available, else "shapes" with a warning; or one of torch-fidelity's, such as
+            "dinov2-vit-l-14" and "clip-vit-b-32".
+        weights: file of Inception's or CLIP's weights; by default torch's hub cache, else the
+            download.
         precision: "bf16" computes Inception several times faster, with an error that is measured
-            and stands beside every number; for what runs during training.
+            and reported with every value; meant for evaluations during training.
 
     Returns:
         The extractor, on the CPU.
 
     Raises:
-        UserError: the weights cannot be had or are unfit; never for "auto" without `weights`.
+        UserError: weights unavailable or unfit; never for "auto" without `weights`.
     """
-    # Inception brings torchvision, 2 s of CPU, which an error or the others need not wait for.
+    # Inception imports torchvision (2 s of CPU), so it is imported last.
     if precision not in ("fp32", "bf16"):
         raise UserError(f"extractor: precision is fp32 or bf16 (got {precision!r})")
     if name in ("inception", "auto"):

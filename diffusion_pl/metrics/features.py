@@ -1,4 +1,4 @@
-"""What every metric looks at: the features that a fixed network, an extractor, sees in images."""
+"""Features of images: the extractor's interface, shared by all metrics."""
 
 from typing import NamedTuple, Protocol
 
@@ -7,19 +7,18 @@ from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
 
-# Images that an extractor sees at a time. A network's last digits depend on its batch, so it is the
-# same whatever the number of images drawn at a time and of devices; see `ranks.rank_range`.
+# Batch size of extractors. A network's last digits depend on it, so it is independent of the batch
+# size of sampling and the number of devices; see `ranks.rank_range`.
 TILE = 32
 
 
 class Features(NamedTuple):
-    """What an extractor says of a batch; one pass feeds every metric.
+    """Output of an extractor for a batch, for all metrics.
 
     Args:
-        pooled: float32 (B, D), what distances compare.
-        logits: float32 (B, K), over the extractor's own classes, before the softmax; None for an
-            extractor that knows no classes.
-        spatial: float32 (B, S), activations at places of the image; None where there are none.
+        pooled: float32 (B, D), for distances.
+        logits: float32 (B, K), over the extractor's classes; None without classes.
+        spatial: float32 (B, S), activations by position; None without them.
     """
 
     pooled: Tensor
@@ -31,15 +30,15 @@ class Extractor(Protocol):
     """A fixed network from images to features: an nn.Module that never trains, without gradients.
 
     Attributes:
-        name: "inception" for the published network alone, since its numbers are called FID and IS.
-        digest: the first 12 hex digits of the sha256 of the file of weights.
-        dimension: D, the pooled features of an image.
+        name: "inception" only for the published network, whose values are called FID and IS.
+        digest: first 12 hex digits of the sha256 of the weights.
+        dimension: D, number of pooled features.
         classes: K, 0 for none.
         spatial: S, 0 for none.
-        resize: how an image is brought to the network's input, in one line.
-        precision: what it computes in, "fp32" or "bf16".
-        error: root mean square of what that changes in the pooled features, over their own,
-            measured on the first images seen; None for "fp32".
+        resize: how images are resized to the network's input, in one line.
+        precision: "fp32" or "bf16".
+        error: relative root-mean-square error of bf16 in the pooled features, measured on the
+            first images; None for "fp32".
     """
 
     name: str
@@ -63,16 +62,13 @@ class Extractor(Protocol):
 
 
 def require_rgb(images: Tensor) -> Tensor:
-    """Check that images are bytes, and give them three channels.
-
-    A float image has been neither clipped nor rounded: what is measured must be what is saved.
+    """Convert images to three channels; floats, neither clipped nor rounded, are refused.
 
     Args:
-        images: uint8 (B, 3, H, W), (B, 1, H, W) or (B, 4, H, W), whose fourth channel is taken for
-            alpha: they are seen laid over white, as pictures are read as RGB.
+        images: uint8 (B, C, H, W), C of 1, 3 or 4; a fourth channel is alpha, composed over white.
 
     Returns:
-        uint8 (B, 3, H, W), a view but for four channels.
+        uint8 (B, 3, H, W), a view unless C is 4.
 
     Raises:
         UserError: another dtype or shape.
@@ -94,10 +90,9 @@ def require_rgb(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def tile(extractor: Extractor, images: Tensor) -> Features:
-    """Features of up to TILE images, always seen TILE at a time: equal images have equal features.
+    """Features of up to TILE images, padded with the last one to a batch of TILE.
 
-    A short tile is filled with its last image; alone, an image would have other last digits than
-    its copy in a full one, and distances between them would not be zero.
+    So equal images have equal features: in a smaller batch the last digits would differ.
 
     Args:
         extractor: the network.

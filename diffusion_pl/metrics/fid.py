@@ -1,11 +1,10 @@
-"""Fréchet distance between Gaussians fitted to features; with the published Inception, FID.
+"""Fréchet distance between Gaussians fitted to features; FID with the published Inception.
 
     d^2 = | m1 - m2 |^2 + tr(S1 + S2 - 2 (S1^(1/2) S2 S1^(1/2))^(1/2))
 
-Dowson and Landau 1982; Heusel et al. 2017, arXiv 1706.08500, Eq. 6. Over the activations at 7 x
-17 x 17 places of Inception instead of the pooled ones it is sFID (Nash et al. 2021, arXiv
-2103.03841, section 5.1). Moments are float64 sums, so neither batch size nor the number of devices
-moves the number.
+Dowson and Landau 1982; Heusel et al. 2017, arXiv 1706.08500, Eq. 6. With 7 x 17 x 17 spatial
+activations of Inception instead of the pooled ones it is sFID (Nash et al. 2021, arXiv 2103.03841,
+section 5.1). Moments are float64 sums, independent of batch size and number of devices.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ from diffusion_pl.metrics.reference import Reference
 if TYPE_CHECKING:
     from diffusion_pl.metrics.accumulated import Summed
 
-# Below this many images a distance carries the part of it that is owed to their number.
+# With fewer images the bias of the distance is estimated and reported.
 ENOUGH = 10_000
 
-# The images are cut into so many pieces to see how the distance falls with their number.
+# Numbers of disjoint pieces, for the distance as a function of the number of images.
 PIECES = (1, 2, 4)
 
 
 def distance(one: Moments, other: Moments) -> float:
     """The squared Fréchet distance, the number that papers call FID.
 
-    S1^(1/2) S2 S1^(1/2) and F^T S2 F have the same eigenvalues beside zeros, for any F F^T = S1,
-    and the latter is symmetric: real eigenvalues, six times faster than a general square root.
+    S1^(1/2) S2 S1^(1/2) and F^T S2 F have the same nonzero eigenvalues, for any F F^T = S1, and the
+    latter is symmetric: real eigenvalues, six times faster than a general square root.
 
     Args:
-        one: of the reference, whose factor is kept for the next time.
+        one: of the reference, whose factor is cached.
         other: of the generated images, on the same device.
 
     Returns:
@@ -55,7 +54,7 @@ def distance(one: Moments, other: Moments) -> float:
 
 
 def distance_to(features: Tensor, reference: Moments) -> float:
-    """The same from the features themselves, without their covariance: cheap for few images.
+    """`distance` from features, without their covariance: cheap for few images.
 
     The trace of (F^T S2 F)^(1/2) is the sum of the singular values of X F / sqrt(N - 1), X being
     the features less their mean.
@@ -77,15 +76,14 @@ def distance_to(features: Tensor, reference: Moments) -> float:
 
 
 def expected_bias(features: Tensor, reference: Moments) -> float:
-    """How much of the distance is owed to so few images: b / N of the law d(n) = a + b / n.
+    """The bias of the distance for N images: b / N in d(n) = a + b / n.
 
-    The distance of estimated moments falls with n to that of all images (Chong and Forsyth 2020,
-    arXiv 1911.07023, section 3); the line is fitted through the mean distances of disjoint pieces.
-    With fewer images than features the law is rough, and so is the number.
+    Chong and Forsyth 2020, arXiv 1911.07023, section 3. The line is fitted to the mean distances of
+    disjoint pieces; with fewer images than features it is a rough estimate.
 
     Args:
         features: (N, D), N at least 8.
-        reference: of the real images; what its own number adds stays in the distance.
+        reference: of the real images; its own bias is not included.
     """
     inverse, measured = [], []
     for pieces in PIECES:
@@ -100,9 +98,9 @@ def expected_bias(features: Tensor, reference: Moments) -> float:
 def _measure(
     key: str, reference: Moments, generated: Moments, features: Tensor | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The distance, and what is to be said of so few images."""
+    """The distance, with notes on its bias."""
     for whose, total in (("generated", generated.total), ("real", reference.total)):
-        # One picture again and again; its "distance" would still be a number.
+        # Copies of one image; the distance would still be a number.
         if total <= 1e-12 * max(generated.total, reference.total):
             raise UserError(f"Fréchet distance: all {whose} images look alike to the extractor")
     notes: dict[str, Any] = {}
@@ -118,7 +116,7 @@ def _measure(
 
 @dataclass(frozen=True)
 class Frechet:
-    """Names the Fréchet distance in an experiment; the evaluation builds it.
+    """Settings of the Fréchet distance.
 
     Args:
         of: "pooled" features for FID, "spatial" ones for sFID.
@@ -129,24 +127,20 @@ class Frechet:
     wants_features = False
 
     def numbers(self, extractor: Extractor) -> tuple[str, ...]:
-        """What it measures, by name."""
+        """Name of the value: "fid" and "sfid" only for the published Inception."""
         return ("s" * (self.of == "spatial") + ("fid" if extractor.name == "inception" else "fd"),)
 
     def check_count(self, generated: int, real: int | None = None) -> None:
-        """Refuse fewer images than have a covariance.
-
-        Raises:
-            UserError: as said.
-        """
+        """Refuse fewer than two images, which have no covariance."""
         if generated < 2:
             raise UserError(f"Fréchet distance: needs at least 2 images (got {generated})")
 
     def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Summed:
-        """The metric of one evaluation of `count` images.
+        """The metric for `count` generated images.
 
         Raises:
-            UserError: no reference, or one made with another extractor or without these features;
-                an extractor that has no such features; fewer than two images.
+            UserError: no reference, or one of another extractor or without these features; an
+                extractor without such features; fewer than two images.
         """
         if reference is None:
             raise UserError("Fréchet distance: needs a reference; name one or compute it")

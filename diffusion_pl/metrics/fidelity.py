@@ -1,8 +1,8 @@
-"""The other extractors that torch-fidelity ships: DINOv2 (for FD-DINOv2), CLIP and VGG.
+"""torch-fidelity's other extractors: DINOv2 (for FD-DINOv2), CLIP and VGG.
 
-Stein et al. 2023, arXiv 2306.04675, find that distances over DINOv2 follow people's judgement best.
-torch-fidelity fetches the weights at first use; DINOv2's network too comes from its authors'
-repository, through torch.hub, and is code that runs here: ask for it only if you trust it.
+Stein et al. 2023, arXiv 2306.04675: distances over DINOv2 agree best with human judgement.
+torch-fidelity downloads the weights at first use. DINOv2's code comes from its authors' repository
+through torch.hub and is executed: use it only if you trust it.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from torch_fidelity.utils import create_feature_extractor
 from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import Features, require_rgb
 
-# Inception is ours to load: by digest, and folded.
+# Inception is loaded in inception.py.
 NAMES = tuple(name for name in FEATURE_EXTRACTORS_REGISTRY if not name.startswith("inception"))
 
 
@@ -44,7 +44,7 @@ class Fidelity(nn.Module):
         self.dimension = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).pooled.shape[1]
 
     def train(self, mode: bool = True) -> "Fidelity":
-        """Stay in evaluation mode whatever the module around asks: the instrument never trains."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
@@ -60,16 +60,15 @@ def load(name: str, weights: str | None = None) -> Fidelity:
 
     Args:
         name: one of `NAMES`.
-        weights: a file of CLIP's weights, in TorchScript, so one that you trust; no other
-            extractor reads one.
+        weights: a file of CLIP's weights, in TorchScript, which is code: one that you trust.
 
     Raises:
-        UserError: an unknown name, or weights that cannot be had.
+        UserError: an unknown name, or weights that are unavailable.
     """
     if name not in NAMES:
         known = ("auto", "inception", "shapes", "pixels", *NAMES)
         raise UserError(f"extractor: name must be one of {', '.join(known)} (got {name!r})")
-    # DINOv2 cannot read one, and VGG would run whatever is pickled in it.
+    # DINOv2 cannot read one, and VGG would execute its pickle.
     if weights is not None and not name.startswith("clip-"):
         raise UserError(f"extractor: {name} reads no file; remove weights={weights!r}")
     kind = FEATURE_EXTRACTORS_REGISTRY[name]
@@ -77,7 +76,7 @@ def load(name: str, weights: str | None = None) -> Fidelity:
     options = {"feature_extractor_weights_path": weights, "verbose": False}
     try:
         with warnings.catch_warnings():
-            # CLIP's weights are TorchScript, whose end torch announces.
+            # CLIP's weights are TorchScript, which torch deprecates.
             warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
             network = create_feature_extractor(name, layers, cuda=False, **options)
     # KeyError: a file of another layout.
@@ -88,7 +87,7 @@ def load(name: str, weights: str | None = None) -> Fidelity:
 
 
 def digest(network: nn.Module) -> str:
-    """The first 12 hex digits of the sha256 of all weights, by name."""
+    """First 12 hex digits of the sha256 of all weights, sorted by name."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         sha256.update(name.encode())

@@ -1,9 +1,8 @@
-"""The Inception network that FID and IS are defined on, with its weights read safely.
+"""The Inception network of FID and IS, with its weights read safely.
 
-Szegedy et al. 2015 as released by TensorFlow on 2015-12-05, in torch-fidelity's translation: an
-image is enlarged by TensorFlow 1's bilinear resize (no half-pixel centres), then (x - 128) / 128.
-The batch norms, constants here, are folded into the convolutions, which is the same to 1e-6 and
-1.7 times as fast with channels last.
+Szegedy et al. 2015 as released by TensorFlow on 2015-12-05, ported by torch-fidelity: images are
+resized by TensorFlow 1's bilinear filter (no half-pixel centres), then (x - 128) / 128. The batch
+norms are folded into the convolutions: equal to 1e-6, and 1.7 times as fast with channels_last.
 """
 
 import hashlib
@@ -24,23 +23,23 @@ from diffusion_pl.io.download import fetch
 from diffusion_pl.io.files import regular
 from diffusion_pl.metrics.features import Features, require_rgb
 
-# sha256 of the published file, whose name ends in its first digits.
+# sha256 of the published file.
 PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 
-# Without a network a run must start all the same: each attempt to connect or read waits this long.
+# Of each attempt to connect or read: runs must start without a network, too.
 TIMEOUT_SECONDS = 10.0
 
 
 class Inception(nn.Module):
-    """The published network, or one of its layout with other weights, which is not called so.
+    """The published network, or one with other weights, which has another name.
 
-    The spatial features are those of sFID: the first 7 channels of the 1 x 1 branch of the block
-    that TensorFlow calls mixed_6, at 17 x 17 places, channels last as in ADM's published moments.
+    The spatial features are those of sFID: the first 7 channels of the 1 x 1 branch of TensorFlow's
+    mixed_6, at 17 x 17 positions, channels last as in ADM's published moments.
 
     Args:
-        network: torch-fidelity's, giving "2048" and "logits_unbiased"; changed in place.
+        network: torch-fidelity's, with outputs "2048" and "logits_unbiased"; changed in place.
         sha256: of the file of weights, hex.
         precision: "fp32" or "bf16".
     """
@@ -65,7 +64,7 @@ class Inception(nn.Module):
         self.name = "inception" if sha256 == PUBLISHED else f"inception-{sha256[:8]}"
 
     def train(self, mode: bool = True) -> "Inception":
-        """Stay in evaluation mode whatever the module around asks: the instrument never trains."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
@@ -86,7 +85,7 @@ class Inception(nn.Module):
     @torch.no_grad()
     def _features(self, images: Tensor, *, in_bf16: bool) -> Features:
         images = require_rgb(images).contiguous(memory_format=torch.channels_last)
-        # A model may run in lower precision; what measures it only when that is asked for.
+        # Independent of the precision of the model that is evaluated.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=in_bf16):
             pooled, logits = self.network(images)
         seen, self._seen = self._seen, None
@@ -98,7 +97,7 @@ class Inception(nn.Module):
 
 
 def fold(network: nn.Module) -> None:
-    """Put every batch norm's scale and offset into the convolution before it, in place.
+    """Fold every batch norm into the convolution before it, in place.
 
     gamma (W x - mean) / sqrt(var + eps) + beta = (s W) x + (beta - s mean), s = gamma / sqrt(...).
     """
@@ -118,12 +117,12 @@ def load(weights: str | None = None, precision: str = "fp32") -> Inception:
     """Load the network.
 
     Args:
-        weights: file of a state dict in torch-fidelity's layout; torch's hub cache, then the
-            download of the published one, when not given.
+        weights: file of a state dict in torch-fidelity's layout; by default the published one,
+            from torch's hub cache or downloaded.
         precision: "fp32" or "bf16".
 
     Raises:
-        UserError: the weights cannot be had, are damaged or have another layout.
+        UserError: the weights are unavailable, damaged or of another layout.
     """
     path = Path(weights) if weights is not None else published()
     try:
@@ -137,7 +136,7 @@ def load(weights: str | None = None, precision: str = "fp32") -> Inception:
 
 
 def published() -> Path:
-    """The published weights in torch's hub cache, fetched there when absent."""
+    """The published weights in torch's hub cache, downloaded if absent."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / FILE
     if not path.exists():
         download(URL_INCEPTION_V3, path, PUBLISHED)
@@ -145,15 +144,10 @@ def published() -> Path:
 
 
 def download(url: str, path: Path, sha256: str) -> None:
-    """Fetch a file; only content of the expected digest ever stands under the given path.
-
-    Args:
-        url: where it lies.
-        path: where it goes; its folder is made.
-        sha256: of the content, hex.
+    """Download a file to a path, created only if its sha256 (hex) is right.
 
     Raises:
-        UserError: the file cannot be fetched or has another digest.
+        UserError: the file cannot be downloaded or has another digest.
     """
     try:
         fetch(url, path, sha256, attempts=2, timeout=TIMEOUT_SECONDS)
@@ -164,7 +158,7 @@ def download(url: str, path: Path, sha256: str) -> None:
 
 
 def _network(content: bytes, path: Path) -> FeatureExtractorInceptionV3:
-    """torch-fidelity's network with a state dict that was read without running its pickle."""
+    """torch-fidelity's network with weights that were read without executing their pickle."""
     try:
         state: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -174,8 +168,7 @@ def _network(content: bytes, path: Path) -> FeatureExtractorInceptionV3:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise UserError(f"{path}: not Inception's layout (not a dictionary of named tensors)")
-    # torch-fidelity unpickles in full whatever file it is given. So it is given our own copy of the
-    # tensors just read, which holds nothing that could run.
+    # torch-fidelity unpickles its file in full, so it gets a copy of the tensors read above.
     copy = io.BytesIO()
     torch.save(dict(state), copy)
     copy.seek(0)
@@ -190,7 +183,7 @@ def _network(content: bytes, path: Path) -> FeatureExtractorInceptionV3:
 
 
 def _first_problem(error: RuntimeError) -> str:
-    """The first key or shape that torch's strict loading complains of, from its many lines."""
+    """The first key or shape in the message of torch's strict loading."""
     lines = [line.strip() for line in str(error).splitlines()]
     problem = lines[1] if len(lines) > 1 else lines[0]
     return problem.partition('", "')[0].replace('"', "").rstrip(". ")

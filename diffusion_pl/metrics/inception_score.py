@@ -3,7 +3,7 @@
     IS = exp( mean_x KL( p(y|x) || q(y) ) ) = exp( mean_x sum_y p log p - sum_y q log q ),
     q(y) = mean_x p(y|x)
 
-Salimans et al. 2016, arXiv 1606.03498, section 4; splits, shuffling and the spread as in
+Salimans et al. 2016, arXiv 1606.03498, section 4; splits, shuffling and standard deviation as in
 torch-fidelity 0.4. With another classifier than the published Inception it is a classifier score.
 """
 
@@ -31,12 +31,12 @@ def scores(logits: Tensor, splits: int, seed: int) -> Tensor:
     Args:
         logits: (N, K), N at least `splits`, in the order of the images.
         splits: parts of nearly equal size.
-        seed: shuffles the images first, since generated images may come sorted by class.
+        seed: of a shuffle, since generated images may be sorted by class.
 
     Returns:
         float64 (splits,), each between 1 and K.
     """
-    # numpy's old generator, frozen for ever, is what torch-fidelity shuffles with.
+    # numpy's legacy generator, as in torch-fidelity.
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
     logits = logits.cpu()[order].to(torch.float64)
     parts = []
@@ -56,7 +56,7 @@ def _measure(key: str, splits: int, seed: int, logits: Tensor) -> dict[str, floa
 
 @dataclass(frozen=True)
 class InceptionScore:
-    """Names the score in an experiment; the evaluation builds it.
+    """Settings of the score.
 
     Args:
         splits: 10 in every paper.
@@ -69,15 +69,11 @@ class InceptionScore:
     wants_features = False
 
     def numbers(self, extractor: Extractor) -> tuple[str, ...]:
-        """What it measures, by name, beside its spread."""
+        """Name of the mean: "is" only for the published Inception, else "cs"."""
         return ("is" if extractor.name == "inception" else "cs",)
 
     def check_count(self, generated: int, real: int | None = None) -> None:
-        """Refuse fewer images than splits.
-
-        Raises:
-            UserError: as said.
-        """
+        """Refuse fewer images than splits."""
         if self.splits < 1:
             raise UserError(f"classifier score: splits must be at least 1 (got {self.splits})")
         if generated < self.splits:
@@ -87,9 +83,7 @@ class InceptionScore:
             )
 
     def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Kept:
-        """The metric of one evaluation of `count` images; it needs no reference.
-
-        All logits are kept, since which split an image is in depends on how many follow.
+        """The metric for `count` images, which keeps all logits; no reference is needed.
 
         Raises:
             UserError: no split, fewer images than splits, or an extractor without classes.

@@ -1,10 +1,10 @@
-"""Kernel distance: the squared maximum mean discrepancy under a cubic kernel; with Inception, KID.
+"""Kernel distance: squared maximum mean discrepancy with a cubic kernel; KID with Inception.
 
     k(x, y) = (x . y / D + 1)^3
     MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
-Binkowski et al. 2018, arXiv 1801.01401, Eq. 4 and section 4: unbiased, so it may be negative, and
-few images spread it without shifting it. Mean and spread over subsets as in torch-fidelity 0.4.
+Binkowski et al. 2018, arXiv 1801.01401, Eq. 4 and section 4: unbiased, so it may be negative. Mean
+and standard deviation over subsets as in torch-fidelity 0.4.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LITERATURE = 1000  # images of a subset
 
 
 def discrepancy(one: Tensor, other: Tensor) -> float:
-    """MMD^2 of as many features on either side.
+    """MMD^2 of two sets of equal size.
 
     Args:
         one: (m, D), m at least 2.
@@ -48,8 +48,8 @@ def discrepancy(one: Tensor, other: Tensor) -> float:
 def discrepancies(
     generated: Tensor, real: Tensor, *, subsets: int, size: int, seed: int
 ) -> list[float]:
-    """MMD^2 of each of `subsets` random pairs of `size` features."""
-    # numpy's old generator, frozen for ever, is what torch-fidelity draws with.
+    """MMD^2 of `subsets` random pairs of subsets with `size` features each."""
+    # numpy's legacy generator, as in torch-fidelity.
     random = np.random.RandomState(seed)
     generated, real = generated.cpu().double(), real.double()
     values = []
@@ -67,22 +67,22 @@ def _measure(
         discrepancies(generated, real, subsets=drawn.subsets, size=size, seed=drawn.seed),
         dtype=torch.float64,
     )
-    spread = {f"{key}_std": values.std(correction=0).item()}
+    deviation = {f"{key}_std": values.std(correction=0).item()}
     varied = drawn.subsets > 1 and size < min(len(generated), len(real))
-    return {key: values.mean().item(), **(spread if varied else {})}
+    return {key: values.mean().item(), **(deviation if varied else {})}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Names the kernel distance in an experiment; the evaluation builds it.
+    """Settings of the kernel distance.
 
-    The spread is that of single subsets, not of their mean. It is left out where subsets cannot
-    vary: one alone, or of all the images of a side.
+    The standard deviation is that of single subsets, not of their mean. It is omitted for a single
+    subset, or subsets of all images of a side.
 
     Args:
         subsets: pairs of subsets; 100 in the literature.
-        size: images of a subset, at most as many as there are. None: the 1,000 of the literature,
-            or half of the smaller set where that is less.
+        size: images of a subset. None: 1,000 as in the literature, or half of the smaller set if
+            that is less.
         seed: of the subsets; torch-fidelity's by default.
     """
 
@@ -93,19 +93,15 @@ class Kernel:
     wants_features = True
 
     def size_for(self, generated: int, real: int) -> int:
-        """Images of a subset of so many."""
+        """Images of a subset."""
         return self.size or min(LITERATURE, min(generated, real) // 2)
 
     def numbers(self, extractor: Extractor) -> tuple[str, ...]:
-        """What it measures, by name, beside its spread."""
+        """Name of the mean: "kid" only for the published Inception."""
         return ("kid" if extractor.name == "inception" else "kd",)
 
     def check_count(self, generated: int, real: int | None = None) -> None:
-        """Refuse too few images.
-
-        Raises:
-            UserError: as said.
-        """
+        """Refuse too few images for the subsets."""
         if self.subsets < 1 or (self.size is not None and self.size < 2):
             raise UserError("kernel distance: needs a subset, and two images in it")
         fewest = generated if real is None else min(generated, real)
@@ -119,10 +115,10 @@ class Kernel:
             raise UserError(f"kernel distance: needs at least 4 images on either side {counts}")
 
     def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Kept:
-        """The metric of one evaluation of `count` images.
+        """The metric for `count` generated images.
 
         Raises:
-            UserError: no reference with features of the same extractor, or too few images.
+            UserError: no reference with features of this extractor, or too few images.
         """
         real = real_features(reference, extractor, "kernel distance")
         self.check_count(count, len(real))

@@ -1,4 +1,4 @@
-"""Mean and covariance from sums in float64 that batches and ranks add up, in any order."""
+"""Mean and covariance from float64 sums over batches and ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-ROWS = 1024  # rows that one product takes: five times faster than a product for each batch of 64
+ROWS = 1024  # of one matrix product: five times faster than a product for each batch of 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +18,7 @@ class Moments:
     Args:
         mean: float64 (D,).
         covariance: float64 (D, D), symmetric, unbiased.
-        count: N, images they were estimated from; 0 where a published file does not say.
+        count: N, number of images; 0 if a published file does not state it.
     """
 
     mean: Tensor
@@ -27,7 +27,7 @@ class Moments:
 
     @property
     def rank(self) -> int:
-        """The covariance's rank at most: D, or N - 1."""
+        """Largest possible rank of the covariance: D, or N - 1."""
         dimension = len(self.mean)
         return min(dimension, self.count - 1) if self.count else dimension
 
@@ -35,7 +35,7 @@ class Moments:
     def factor(self) -> Tensor:
         """F with F F^T = S, float64 (D, r), r the rank.
 
-        Beyond r eigenvalues are rounding errors, whose square roots (1e-8 for 1e-16) would add up.
+        Further eigenvalues are rounding errors, whose square roots (1e-8 for 1e-16) would add up.
         """
         values, vectors = torch.linalg.eigh(self.covariance)
         return vectors[:, -self.rank :] * values[-self.rank :].clamp_min(0).sqrt()
@@ -47,20 +47,20 @@ class Moments:
 
 
 class Rows:
-    """Batches that wait until they are enough rows for one product of matrices."""
+    """Buffers batches until they have enough rows for one matrix product."""
 
     def __init__(self) -> None:
         self._batches: list[Tensor] = []
         self._waiting = 0
 
     def add(self, batch: Tensor) -> Tensor | None:
-        """Take a batch, (B, D); give all that waited once there are `ROWS`."""
+        """Add a batch, (B, D); returns the buffer once it has `ROWS` rows."""
         self._batches.append(batch)
         self._waiting += len(batch)
         return self.rest() if self._waiting >= ROWS else None
 
     def rest(self) -> Tensor | None:
-        """Give what still waits; None for nothing."""
+        """Return and clear the buffer; None if empty."""
         if not self._batches:
             return None
         rows = torch.cat(self._batches)
@@ -68,7 +68,6 @@ class Rows:
         return rows
 
     def clear(self) -> None:
-        """Forget what waits."""
         self._batches, self._waiting = [], 0
 
 
@@ -79,8 +78,8 @@ def add_(first: Tensor, second: Tensor, values: Tensor, shift: Tensor) -> None:
         first: sum of x - shift, float64 (D,).
         second: sum of (x - shift)(x - shift)^T, float64 (D, D).
         values: x, (B, D), floating point.
-        shift: (D,), near the mean: the covariance is the difference of second moment and squared
-            mean, and loses the digits that the two have in common.
+        shift: (D,), near the mean, since the covariance is the difference of second moment and
+            squared mean, and would lose digits to cancellation.
     """
     centred = values.to(torch.float64, copy=True).sub_(shift.to(values.device, torch.float64))
     first += centred.sum(dim=0)
@@ -90,13 +89,13 @@ def add_(first: Tensor, second: Tensor, values: Tensor, shift: Tensor) -> None:
 def moments(first: Tensor, second: Tensor, count: int, shift: Tensor) -> Moments:
     """Mean and unbiased covariance, (second - first first^T / N) / (N - 1), on the CPU.
 
-    There the eigenvalues do not depend on the device that sampled.
+    There the eigenvalues do not depend on the device that was used for sampling.
 
     Args:
-        first: as `add_` leaves it, added over the batches and ranks.
+        first: from `add_`, summed over batches and ranks.
         second: likewise.
         count: N, at least 2.
-        shift: the fixed point.
+        shift: as for `add_`.
     """
     first, shift = first.cpu(), shift.cpu()
     # One copy of the sums, and all the rest in place: a matrix of Inception's features is 32 MiB.

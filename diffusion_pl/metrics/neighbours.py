@@ -1,8 +1,7 @@
-"""Balls around features that reach to their k-th neighbour, without a full matrix of distances.
+"""k-nearest-neighbour balls around features, without a full distance matrix.
 
-Whether a feature lies in a ball is decided exactly: a ball is closed (Kynkäänniemi 2019, Eq. 1:
-"at most"), so a copy of the feature that gives it its radius lies in it, and images of which there
-are several would otherwise be in or out by rounding, in another way in each order of the rows.
+Membership is decided exactly: balls are closed (Kynkäänniemi 2019, Eq. 1: "at most"), so copies of
+the feature at the radius lie inside, which rounding would otherwise decide by the order of rows.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ import torch
 from torch import Tensor
 
 ROWS = 1000  # a block of distances: 80 MB of float64 against 10,000 features
-PAIRS = 4096  # distances taken exactly at a time: 64 MB of Inception's features
+PAIRS = 4096  # a block of exact distances: 64 MB of Inception's features
 
 
 @dataclass(frozen=True)
 class Distinct:
-    """Features without repetition.
+    """Distinct features.
 
     Args:
-        features: float64 (n, D), as they are.
-        shifted: the same about a common centre, where lengths are small.
-        times: int64 (n,), how often each is there.
+        features: float64 (n, D).
+        shifted: features about a common centre, with small norms.
+        times: int64 (n,), multiplicity.
     """
 
     features: Tensor
@@ -34,7 +33,7 @@ class Distinct:
 
 
 def distinct(one: Tensor, other: Tensor) -> tuple[Distinct, Distinct]:
-    """Both sets without repetition, in float64 on the CPU, about the middle of their means.
+    """The distinct features of both sets, in float64 on the CPU, about the mean of their means.
 
     Args:
         one: (N, D).
@@ -50,13 +49,13 @@ def distinct(one: Tensor, other: Tensor) -> tuple[Distinct, Distinct]:
 
 
 def blocks(one: Distinct, other: Distinct) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Squared distances of `one` to `other`, some rows at a time, and how far off they may be.
+    """Squared distances of `one` to `other` in blocks of rows, with a bound of their error.
 
-    |x - y|^2 = |x|^2 + |y|^2 - 2 x . y: fast, and good to some D units of the last place of
-    (|x| + |y|)^2, each side's sums taken with the worst rounding (Higham 2002, section 3.1).
+    |x - y|^2 = |x|^2 + |y|^2 - 2 x . y: fast, with an error of about D ulp of (|x| + |y|)^2 in the
+    worst case (Higham 2002, section 3.1).
 
     Yields:
-        Index of the first row; float64 (up to ROWS, n), and the bound of the error, of its shape.
+        Index of the first row; float64 (up to ROWS, n); error bound of the same shape.
     """
     lengths = other.shifted.square().sum(dim=1)
     unit = (one.shifted.shape[1] + 8) * torch.finfo(torch.float64).eps
@@ -70,10 +69,9 @@ def blocks(one: Distinct, other: Distinct) -> Iterator[tuple[int, Tensor, Tensor
 
 
 def exact(one: Distinct, other: Distinct, rows: Tensor, columns: Tensor) -> Tensor:
-    """Squared distances of single pairs, float64 (P,): the same for the same two features.
+    """Squared distances of single pairs, float64 (P,), reproducible for the same two features.
 
-    The difference of two float32 numbers squares to the same in either direction, and numpy adds up
-    each row alone and in one order.
+    Differences are symmetric, and numpy sums each row in one order.
     """
     found = [
         np.square(a.numpy() - b.numpy()).sum(axis=1)
@@ -86,7 +84,7 @@ def exact(one: Distinct, other: Distinct, rows: Tensor, columns: Tensor) -> Tens
 
 
 def radii(features: Distinct, k: int) -> Tensor:
-    """Squared distance of each distinct feature to the k-th nearest other, copies counted singly.
+    """Squared distance of each distinct feature to its k-th nearest other, copies included.
 
     Args:
         features: more than k in all.
@@ -96,9 +94,9 @@ def radii(features: Distinct, k: int) -> Tensor:
         float64 (n,).
     """
     found = []
-    count = min(k + 1, len(features.features))  # each is there at least once
+    count = min(k + 1, len(features.features))  # multiplicities are at least 1
     for first, squared, error in blocks(features, features):
-        # No more than these can be among the nearest, whatever the rounding.
+        # All candidates for the nearest, whatever the rounding.
         reach = squared.kthvalue(count).values + 2 * error.amax(dim=1)
         rows, columns = (squared <= reach[:, None]).nonzero(as_tuple=True)
         distances = exact(features, features, rows + first, columns)
@@ -107,18 +105,18 @@ def radii(features: Distinct, k: int) -> Tensor:
         seen = features.times[columns].cumsum(dim=0)
         starts = torch.searchsorted(rows, torch.arange(len(squared)))
         before = torch.where(starts > 0, seen[starts - 1], 0)
-        # The nearest of all is the feature itself, so the k-th other is the (k + 1)-th.
+        # The nearest is the feature itself, so the k-th other is the (k + 1)-th.
         found.append(distances[torch.searchsorted(seen, before + k + 1)])
     return torch.cat(found)
 
 
 def held(points: Distinct, balls: Distinct, k: int) -> Iterator[tuple[int, Tensor]]:
-    """Which balls hold which points, some rows at a time.
+    """Which balls contain which points, in blocks of rows.
 
     Args:
-        points: n of them.
-        balls: m centres, more than k in all.
-        k: the neighbour that the balls reach to.
+        points: n distinct ones.
+        balls: m distinct centres, more than k in all.
+        k: a ball's radius is the distance to the k-th neighbour.
 
     Yields:
         Index of the first point, and bool (up to ROWS, m).

@@ -1,8 +1,6 @@
-"""Archives of arrays (.npz) that others wrote: looked at by their headers, read by name alone.
+"""Untrusted .npz archives: headers are checked first, then single arrays are read by name.
 
-An archive says what is in it before anything is unpacked, so one of gigabytes costs only what is
-wanted of it, and one that unpacks to far more than it says or should is refused. Nothing is
-unpickled.
+Archives and arrays that unpack to far more than their size are refused; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -24,24 +22,24 @@ from diffusion_pl.images import Images
 from diffusion_pl.io.files import regular, sha256_of
 from diffusion_pl.names import plain
 
-# An archive of images unpacks to a few times its size; to more than this only one made for it does.
+# Images compress by a small factor; a larger one means a zip bomb.
 LARGEST_FACTOR = 64
-SMALL = 256 * 1024**2  # bytes, in which the factor is no matter
+SMALL = 256 * 1024**2  # bytes, below which the factor is not checked
 
-IMAGES = ("images", "arr_0")  # our `sample`'s, and ADM's
+IMAGES = ("images", "arr_0")  # written by `sample`, and by ADM
 
 _LOCAL = struct.Struct("<26xHH")  # of a local header: the lengths of name and extra field
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An array that lies in an archive, by its header.
+    """Header of an array in an archive.
 
     Args:
         shape: of the array.
-        dtype: of its numbers; never of objects.
-        start: bytes of the header before the numbers.
-        info: where it lies.
+        dtype: of its elements.
+        start: bytes of the header before the elements.
+        info: of the zip entry.
     """
 
     shape: tuple[int, ...]
@@ -51,16 +49,16 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """Of the numbers."""
+        """Size of the elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def entries(path: Path) -> Mapping[str, Entry]:
-    """What lies in an archive, by name; no array is read.
+    """Headers of the arrays in an archive, by name; no array is read.
 
     Raises:
         UserError: it unpacks to far more than its size.
-        Exception: whatever zipfile and numpy make of what is no archive of arrays.
+        Exception: anything that zipfile and numpy raise for damaged files.
     """
     found = {}
     with zipfile.ZipFile(regular(path)) as archive:
@@ -73,7 +71,7 @@ def entries(path: Path) -> Mapping[str, Entry]:
             name = info.filename.removesuffix(".npy")
             with archive.open(info) as file:
                 if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
-                    # As numpy takes it: some bytes.
+                    # As numpy: bytes.
                     found[name] = Entry((), np.dtype(f"S{max(1, info.file_size)}"), 0, info)
                     continue
                 file.seek(0)
@@ -97,8 +95,8 @@ def numbers(path: Path, entry: Entry) -> np.ndarray:
     """Read one array.
 
     Raises:
-        Exception: whatever a damaged one makes of itself; ValueError for one of objects, or one
-            that does not have the bytes that its header announces.
+        UserError: an array of objects, or one whose size is not that of its header.
+        Exception: anything that zipfile and numpy raise for damaged files.
     """
     if entry.dtype.hasobject:
         raise UserError("an array of objects, which are not unpickled")
@@ -111,7 +109,7 @@ def numbers(path: Path, entry: Entry) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _ChannelsLast:
-    """An array (N, R, R, C), perhaps still on the disk, as images."""
+    """Images in an array (N, R, R, C), which may be memory-mapped."""
 
     array: np.ndarray
 
@@ -126,13 +124,12 @@ class _ChannelsLast:
 
 
 def arrays(path: Path) -> Images:
-    """Open an .npz file of images: `images`, or `arr_0`, uint8 (N, R, R, C).
+    """Open an .npz file of images: `images` or `arr_0`, uint8 (N, R, R, C).
 
-    Its fingerprint is the sha256 (hex) of the file. A large array that is not compressed stays on
-    the disk.
+    The fingerprint is the sha256 (hex) of the file. A large uncompressed array is memory-mapped.
 
     Raises:
-        UserError: absent, damaged, or no such images in it.
+        UserError: absent, damaged, or without such images.
     """
     try:
         found = entries(path)
@@ -156,17 +153,13 @@ def arrays(path: Path) -> Images:
 
 
 def _check_size(entry: Entry) -> None:
-    """Refuse an array that has not the bytes that its header announces.
-
-    Raises:
-        UserError: as said.
-    """
+    """Refuse an array whose size is not that of its header."""
     if entry.info.file_size != entry.start + entry.bytes:
         raise UserError(f"an array {entry.shape} in {entry.info.file_size:,} bytes")
 
 
 def unfit(entry: Entry) -> str | None:
-    """Why an array is none of images, and what to do about it; None for one that is."""
+    """Why an array does not hold images, and what to do; None if it does."""
     shape, dtype = entry.shape, entry.dtype
     got = f"must be uint8 (N, R, R, 3) (got {dtype} {shape})"
     if len(shape) == 3 and shape[1] == shape[2] and dtype == np.uint8:
@@ -185,11 +178,7 @@ def unfit(entry: Entry) -> str | None:
 
 
 def _images(path: Path, entry: Entry) -> np.ndarray:
-    """The array, left on the disk where it lies there as it is.
-
-    Raises:
-        UserError: it cannot be read, or is cut.
-    """
+    """The array, memory-mapped if large and uncompressed; refused if it cannot be read."""
     info = entry.info
     if info.compress_type != zipfile.ZIP_STORED or entry.bytes <= SMALL:
         return numbers(path, entry)

@@ -1,7 +1,6 @@
-"""The plainest extractor: an image's means over 8 x 8 areas, which see place and colour.
+"""The simplest extractor: an image's means over 8 x 8 areas, for position and colour.
 
-A distance over them tells where things stand, which pooled features of a network forget, and
-nothing of their texture. It has no weights: everybody's numbers agree.
+Unlike pooled features of a network they see position, but no texture. There are no weights.
 """
 
 import hashlib

@@ -1,10 +1,10 @@
-"""Improved precision and recall: what share of one set lies in the other's balls.
+"""Improved precision and recall: the fraction of one set in balls around the other.
 
-    precision: share of the generated features within the k-th neighbour's distance of a real one
-    recall:    share of the real features within the k-th neighbour's distance of a generated one
+    precision: generated features within the k-th neighbour's distance of a real one
+    recall:    real features within the k-th neighbour's distance of a generated one
 
-Kynkäänniemi et al. 2019, arXiv 1904.06991, Eqs. 1 to 3; k = 3. Both fall with the number of images
-on the side that has the balls, so compare equal numbers.
+Kynkäänniemi et al. 2019, arXiv 1904.06991, Eqs. 1 to 3; k = 3. Both fall with the number of balls,
+so compare equal numbers of images.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def covered(points: Distinct, balls: Distinct, k: int) -> float:
-    """Share of the points that lie in a ball around some feature of `balls`.
+    """Fraction of N points that lie in a ball around one of M features.
 
     Args:
         points: N in all.
         balls: M in all, more than k.
-        k: the neighbour that the balls reach to.
+        k: a ball's radius is the distance to the k-th neighbour.
     """
     inside = torch.cat([block.any(dim=1) for _, block in held(points, balls, k)])
     return int(points.times[inside].sum()) / int(points.times.sum())
@@ -44,7 +44,7 @@ def _measure(real: Tensor, k: int, generated: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Names precision and recall in an experiment; the evaluation builds them.
+    """Settings of precision and recall.
 
     Args:
         neighbours: k.
@@ -55,15 +55,11 @@ class PrecisionRecall:
     wants_features = True
 
     def numbers(self, extractor: Extractor) -> tuple[str, ...]:
-        """What it measures, by name."""
+        """Names of the values."""
         return ("precision", "recall")
 
     def check_count(self, generated: int, real: int | None = None) -> None:
-        """Refuse too few images on either side.
-
-        Raises:
-            UserError: as said.
-        """
+        """Refuse too few images on either side."""
         fewest = generated if real is None else min(generated, real)
         if not 1 <= self.neighbours < fewest:
             counts = f"{generated} generated" + ("" if real is None else f", {real} real")
@@ -73,10 +69,10 @@ class PrecisionRecall:
             )
 
     def build(self, extractor: Extractor, reference: Reference | None, count: int) -> Kept:
-        """The metric of one evaluation of `count` images.
+        """The metric for `count` generated images.
 
         Raises:
-            UserError: no reference with features of the same extractor, or too few images.
+            UserError: no reference with features of this extractor, or too few images.
         """
         real = real_features(reference, extractor, "precision and recall")
         self.check_count(count, len(real))

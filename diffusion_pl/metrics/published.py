@@ -1,12 +1,12 @@
-"""Reference statistics as others publish them: .npz files of ADM, EDM, pytorch-fid and clean-fid.
+"""Published reference statistics: .npz files of ADM, EDM, pytorch-fid and clean-fid.
 
     mu, sigma        mean (2048,) and covariance (2048, 2048) of Inception's pooled features
     mu_s, sigma_s    the same of the spatial ones, for sFID (ADM's files)
-    arr_0            images beside them, uint8 (N, R, R, 3): some of those that the moments are of
+    arr_0            some of the images, uint8 (N, R, R, 3)
 
-The moments say neither how many images they are of nor at what resolution; the images say the
-latter, and they are what metrics that look at single images compare with. The extractor is the
-published Inception, by agreement. Of a file of images alone everything is measured.
+The moments do not state number and resolution of images; the images show the latter, and serve
+metrics that compare single images. The extractor is the published Inception by convention. For a
+file with images alone everything is computed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from diffusion_pl.names import plain
 
 logger = logging.getLogger(__name__)
 
-# In the names of clean-fid's files: how the images were made smaller or larger before.
+# In the names of clean-fid's files: how the images were resized.
 _CLEAN = re.compile(r"_(clean|legacy_pytorch)_(?:\w+_)?(?:\d+|na)(?:_kid)?$")
 _RESIZES = {
     "clean": "Pillow's bicubic, antialiased, to 299 px (clean-fid)",
@@ -42,15 +42,7 @@ _RESIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Measuring:
-    """What images beside or without moments are measured with.
-
-    Args:
-        extractor: the features.
-        folder: where statistics are kept, by content.
-        keep: with the features of single images.
-        device: where to compute.
-        progress: called with (images done, images to do).
-    """
+    """How images in a file are measured; arguments as for `real_images.cached`."""
 
     extractor: Extractor
     folder: Path
@@ -59,7 +51,7 @@ class Measuring:
     progress: Callable[[int, int], None] | None = None
 
     def of(self, images: ImageDataset) -> Reference:
-        """The statistics of images, once measured taken from the folder."""
+        """The statistics of images, cached."""
         return real_images.cached(
             self.folder,
             images,
@@ -71,35 +63,35 @@ class Measuring:
 
 
 def open_reference(path: Path, measuring: Measuring | None = None) -> Reference:
-    """Read statistics of either kind: ours (.safetensors), or a published .npz.
+    """Read statistics: this package's (.safetensors), or a published .npz.
 
     Args:
-        path: the file.
-        measuring: what the images in an .npz are measured with; None: its moments alone are read.
+        path: of the file.
+        measuring: for images in an .npz; None: only its moments are read.
 
     Raises:
-        UserError: the file is absent, damaged or holds no statistics.
+        UserError: absent, damaged or without statistics.
     """
     return load_npz(path, measuring) if path.suffix == ".npz" else load(path)
 
 
 def only_images(path: Path) -> bool:
-    """Whether a file is an .npz of images without moments, which must be measured first."""
+    """Whether a file is an .npz of images without moments."""
     try:
         return path.suffix == ".npz" and "mu" not in npz.entries(path)
-    except Exception:  # opening it says what is wrong
+    except Exception:  # `load_npz` reports it
         return False
 
 
 def load_npz(path: Path, measuring: Measuring | None = None) -> Reference:
-    """Read published statistics; nothing in the file is unpickled, and only what is wanted read.
+    """Read published statistics; nothing is unpickled, and only what is needed is read.
 
     Args:
-        path: the file.
+        path: of the file.
         measuring: see `open_reference`.
 
     Raises:
-        UserError: the file is absent, damaged or holds no statistics of Inception's features.
+        UserError: absent, damaged or without statistics of Inception's features.
     """
     from diffusion_pl.metrics.inception import PUBLISHED, Inception  # torchvision: 2 s of CPU
 
@@ -146,7 +138,7 @@ def load_npz(path: Path, measuring: Measuring | None = None) -> Reference:
 
 
 def _images(path: Path, found: Mapping[str, npz.Entry]) -> Images | None:
-    """The images of a file; None where it has none."""
+    """The images of a file, or None."""
     entry = next((found[name] for name in npz.IMAGES if name in found), None)
     if entry is None or ("mu" in found and npz.unfit(entry) is not None):
         return None
@@ -154,12 +146,11 @@ def _images(path: Path, found: Mapping[str, npz.Entry]) -> Images | None:
 
 
 def _unfit(path: Path, error: object) -> ValueError:
-    # zipfile and numpy pass on whatever a damaged entry or header makes them raise.
     return UserError(f"{path}: not published statistics ({' '.join(str(error).split())})")
 
 
 def _array(path: Path, found: Mapping[str, npz.Entry], key: str, shape: tuple[int, ...]) -> Tensor:
-    """One array in float64, its shape known to be that before it is read."""
+    """One array in float64; its shape is checked before it is read."""
     if key not in found:
         raise _unfit(path, f"no array {key!r}")
     entry = found[key]

@@ -1,4 +1,4 @@
-"""Real images measured: their statistics, computed once by all ranks and kept by content."""
+"""Statistics of real images, computed by all ranks and cached by content."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffusion_pl.metrics.features import TILE, Extractor, tile
 from diffusion_pl.metrics.moments import Moments, Rows, add_, moments
 from diffusion_pl.metrics.reference import Reference, load
 
-# Features kept for the metrics that compare images with images: 400 MB of Inception's.
+# Features kept for metrics that compare single images: 400 MB for Inception.
 KEPT = 50_000
 
 
@@ -51,23 +51,23 @@ def compute(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Reference:
-    """Measure real images once; every rank does its share, and gets all of the result.
+    """Statistics of real images, computed by all ranks together.
 
     Args:
         images: the data set.
-        extractor: what looks at them; moved to `device`.
-        keep: also the pooled features, of KEPT images spread evenly over the set at most.
-        device: where to compute.
-        progress: called after each piece with (images done, images to do) on this rank.
+        extractor: moved to `device`.
+        keep: also keep pooled features, of at most KEPT images at even distances.
+        device: for the extractor.
+        progress: called with (images done, images to do) on this rank.
 
     Raises:
-        UserError: fewer than two images, or features that are not finite.
+        UserError: fewer than two images, or non-finite features.
     """
     count = len(images)
     if count < 2:
         raise UserError(f"reference {images.name}: needs at least 2 images (got {count})")
     extractor.to(device)
-    # Every rank looks at these: moments are summed about one mean.
+    # On every rank, so that moments are summed about the same mean.
     about = tile(extractor, images.read(torch.arange(min(TILE, count))).to(device))
     pooled = _Sums(about.pooled)
     spatial = None if about.spatial is None else _Sums(about.spatial)
@@ -129,24 +129,21 @@ def cached(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Reference:
-    """Load the statistics of these images, or compute and keep them.
+    """Load the statistics of these images, or compute and cache them.
 
-    Where a rank lacks the file, all compute together, and one of each machine writes it.
+    If any rank lacks the file, all compute, and one per machine writes it.
 
     Args:
-        folder: the cache; made when needed.
-        images: not read when the cache has the answer.
-        extractor: what looks at them.
-        keep: with the features of single images; see `compute`.
-        device: where to compute.
-        progress: see `compute`.
+        folder: of the cache; created if needed.
+        images: not read if cached.
+        extractor: see `compute`, also for the other arguments.
 
     Raises:
         UserError: a damaged file in the cache, or as `compute`.
     """
     path = path_of(folder, images, extractor, keep=keep)
     if ranks.all_agree(path.exists(), device):
-        # The same content may have been measured under another name.
+        # The same content may have been cached under another name.
         return dataclasses.replace(load(path), name=images.name)
     reference = compute(images, extractor, keep=keep, device=device, progress=progress)
     if ranks.leads_machine():

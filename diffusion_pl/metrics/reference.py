@@ -1,6 +1,6 @@
-"""Reference statistics: what real images look like to an extractor, with where they come from.
+"""Reference statistics: features of real images, with their provenance.
 
-A distance is comparable only for the same images, resolution and extractor, so the file states all
+Distances are comparable only for the same images, resolution and extractor, so the file states all
 three and a mismatch is an error.
 """
 
@@ -24,21 +24,21 @@ from diffusion_pl.names import plain
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What is known of the features of real images.
+    """Statistics of the features of real images.
 
     Args:
-        name: of the images, as numbers against this reference are labelled.
+        name: of the images; part of the labels of values.
         fingerprint: sha256 (hex) of the images; of the file for published statistics.
-        resolution: side of the images, pixels; 0 where a published file does not say.
-        count: N, images; 0 where a published file does not say.
-        extractor: the extractor's name.
+        resolution: side of the images, pixels; 0 if a published file does not state it.
+        count: N, images; 0 if a published file does not state it.
+        extractor: name.
         digest: of its weights, 12 hex digits.
         resize: how it resized the images.
         mean: of the pooled features, float64 (D,).
         covariance: float64 (D, D), unbiased.
-        precision: what the extractor computed in.
-        spatial: moments of the spatial features, where the extractor has them.
-        features: pooled features of some or all images, float32 (M, D), where they were kept.
+        precision: of the extractor.
+        spatial: moments of the spatial features, or None.
+        features: pooled features of some or all images, float32 (M, D), or None.
     """
 
     name: str
@@ -56,14 +56,14 @@ class Reference:
 
     @cached_property
     def pooled(self) -> Moments:
-        """Moments of the pooled features, with their factor once it was needed."""
+        """Moments of the pooled features; caches their factor."""
         return Moments(self.mean, self.covariance, self.count)
 
     def check(self, extractor: Extractor, resolution: int) -> None:
-        """Refuse what these statistics cannot be compared with.
+        """Check that generated images can be compared with these statistics.
 
         Args:
-            extractor: the one that will see the generated images.
+            extractor: for the generated images.
             resolution: side of the generated images, pixels.
 
         Raises:
@@ -84,7 +84,7 @@ class Reference:
                 )
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file whose metadata is the provenance; whole or not at all."""
+        """Write a safetensors file, atomically; the provenance is its metadata."""
         tensors = {"mean": self.mean.contiguous(), "covariance": self.covariance.contiguous()}
         if self.spatial is not None:
             tensors["spatial_mean"] = self.spatial.mean.contiguous()
@@ -121,7 +121,7 @@ def load(path: Path) -> Reference:
     """Read a reference that `Reference.save` wrote.
 
     Raises:
-        UserError: the file is absent, damaged or no reference.
+        UserError: absent, damaged or not a reference.
     """
     try:
         with safe_open(regular(path), framework="pt") as file:

@@ -1,7 +1,6 @@
-"""The extractor that comes with the package: a small classifier of the synthetic shapes.
+"""The embedded extractor: a small classifier of the synthetic shapes, without a download.
 
-It needs no download, so runs and tests have a distance that moves the right way. Its numbers rank
-runs on the same data; they are nobody else's FID and are never called so.
+Its distances rank runs on the same data; they are not FID and never called so.
 """
 
 import hashlib
@@ -20,15 +19,14 @@ from diffusion_pl.metrics.features import Features, require_rgb
 
 WEIGHTS = Path(__file__).with_name("shapes.safetensors")
 
-# Side of the network's input, in pixels.
-SIDE = 32
+SIDE = 32  # of the network's input, pixels
 
 
 def _block(channels_in: int, channels_out: int, *, stride: int = 1) -> nn.Sequential:
     """Convolution 3 x 3, batch norm, ReLU.
 
-    Batch norm and not group norm: its statistics are frozen, so the contrast of one image, which
-    noise and blur change, is not normalised away.
+    Batch norm, not group norm: its statistics are frozen, so an image's contrast, which noise and
+    blur change, is not normalised away.
     """
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
@@ -54,15 +52,15 @@ class ShapesNetwork(nn.Module):
     def forward(self, x: Tensor) -> Features:
         """Features of float32 images (B, 3, 32, 32) in [-1, 1]; pooled is (B, 128), at least 0."""
         texture = self.texture(x)
-        # Two depths: the last layer alone forgets the fine grain that tells a good sample.
+        # Two depths: the last layer alone loses texture.
         pooled = torch.cat([level.mean(dim=(2, 3)) for level in (texture, self.shape(texture))], 1)
         return Features(pooled, self.head(pooled))
 
 
 def resize(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to the network's input: means over areas, (B, 3, 32, 32) in [-1, 1].
+    """uint8 (B, 3, H, W) to area means (B, 3, 32, 32) in [-1, 1].
 
-    At whole ratios an exact box filter, hence without aliasing; smaller images repeat pixels.
+    An exact box filter at integer ratios; smaller images repeat pixels.
     """
     x = from_bytes(images)
     return x if x.shape[2:] == (SIDE, SIDE) else functional.adaptive_avg_pool2d(x, SIDE)
@@ -91,14 +89,14 @@ class Shapes(nn.Module):
         self.digest = digest
 
     def train(self, mode: bool = True) -> "Shapes":
-        """Stay in evaluation mode whatever the module around asks: the instrument never trains."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         """Features of uint8 images (B, 3 or 1, H, W), any size; see `Extractor`."""
         images = require_rgb(images)
-        # A model may run in lower precision; what measures it does not.
+        # Independent of the precision of the model that is evaluated.
         with torch.autocast(images.device.type, enabled=False):
             x = resize(images).contiguous(memory_format=torch.channels_last)
             return Features(*self.network(x))
@@ -108,10 +106,10 @@ def load(path: Path = WEIGHTS) -> Shapes:
     """Load the embedded extractor.
 
     Args:
-        path: safetensors with the weights of a `ShapesNetwork`.
+        path: safetensors file of a `ShapesNetwork`.
 
     Raises:
-        UserError: the file is absent or not such weights.
+        UserError: absent, or other weights.
     """
     try:
         content = regular(path).read_bytes()
