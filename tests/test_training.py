@@ -583,14 +583,14 @@ def test_weights_that_do_not_fit_name_the_first_key():
     denoiser = EDM().denoiser(network())
     state = {f"ema.{key}": value for key, value in denoiser.state_dict().items()}
     path = Path("x.ckpt")
-    checkpoints.load_weights(denoiser, {"state_dict": state}, "ema", path)
+    checkpoints.match_weights(denoiser, {"state_dict": state}, "ema", path)
     broken = dict(state)
     del broken["ema.network.stem.bias"]
     with pytest.raises(ValueError, match=r"ema\.network\.stem\.bias is missing"):
-        checkpoints.load_weights(denoiser, {"state_dict": broken}, "ema", path)
+        checkpoints.match_weights(denoiser, {"state_dict": broken}, "ema", path)
     broken = state | {"ema.network.stem.bias": torch.zeros(3)}
     with pytest.raises(ValueError, match=r"stem\.bias has shape \(3,\), the network \(8,\)"):
-        checkpoints.load_weights(denoiser, {"state_dict": broken}, "ema", path)
+        checkpoints.match_weights(denoiser, {"state_dict": broken}, "ema", path)
 
 
 def test_a_pointer_to_nothing_is_an_error(tmp_path):
