@@ -1,7 +1,7 @@
 """The number that CI reproduces: a fixed small recipe on CIFAR-10, against ten seeds' interval.
 
 `make ci-fid` trains experiments/cifar10_ci.yaml, and fails if a number of it lies outside the
-interval that benchmarks/results/cifar10_ci.json holds. Of the images drawn there are two distances,
+interval that benchmarks/results/cifar10_ci.json holds. Of the samples there are two distances,
 over the embedded classifier's features and over means of pixels; of the averaged weights two
 errors, means over high and over low noise levels; of the images that the network saw in its first
 steps the distance from the data, over means of pixels. The last three hardly differ from seed to
@@ -108,7 +108,7 @@ def _seen(run: Path, code: Path) -> list[dict[str, Any]]:
 def _errors(run: Path, like: dict[str, Any], code: Path) -> list[dict[str, Any]]:
     """The error of the averaged weights over that of the best linear denoiser, in two numbers.
 
-    Above sigma 1 it is decided what an image shows, below how it is drawn.
+    Above sigma 1 the content of an image is decided, below its details.
     """
     words = ["-m", "diffusion_pl", "losses", str(run), "--count", "1000", "--levels", "10"]
     answer = json.loads(_command(words, code))

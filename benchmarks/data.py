@@ -151,8 +151,8 @@ def mapped(path: Path, shape: tuple[int, ...]) -> Iterator[Batch]:
 # The data.
 
 
-def pictures(path: Path, count: int, side: int, form: str, **options: Any) -> Path:
-    """A folder of synthetic pictures with the grain of a photograph, in classes."""
+def write_photos(path: Path, count: int, side: int, form: str, **options: Any) -> Path:
+    """A folder of synthetic images with the noise of a photograph, in classes."""
     images = Synthetic(count, side).open()
     source = np.random.default_rng(0)
     for number in range(count):
@@ -166,7 +166,7 @@ def pictures(path: Path, count: int, side: int, form: str, **options: Any) -> Pa
 
 
 def prepared(source: Path, path: Path, resolutions: str, encoding: str, shard: int) -> Path:
-    """Shards of a folder of pictures."""
+    """Shards of a folder of images."""
     words = ["prepare", source, path, "--labels", "--resolutions", resolutions]
     words += ["--encoding", encoding, "--shard-images", shard, "--filter", "area"]
     assert cli.main(list(map(str, words))) == 0
@@ -194,7 +194,7 @@ def laid_out(shards: Path, path: Path, ending: str) -> Path:
 
 def small(work: Path) -> dict[str, Any]:
     """32 px: PNG and raw shards, mapped and in memory."""
-    source = pictures(work / "small", SMALL, 32, "png")
+    source = write_photos(work / "small", SMALL, 32, "png")
     png = prepared(source, work / "png", "32", "png", 500)
     raw = prepared(source, work / "raw", "32", "raw", 500)
     files = laid_out(png, work / "small_files", "png")
@@ -226,7 +226,7 @@ def small(work: Path) -> dict[str, Any]:
 
 def large(work: Path) -> dict[str, Any]:
     """256 px JPEG for a model of 64."""
-    source = pictures(work / "large", LARGE, 256, "jpg", quality=95, subsampling=0)
+    source = write_photos(work / "large", LARGE, 256, "jpg", quality=95, subsampling=0)
     both = prepared(source, work / "both", "256,64", "jpeg", 100)
     files = laid_out(both, work / "large_files", "256.jpg")
     data = Shards(str(both), 256)
@@ -303,7 +303,7 @@ print(json.dumps({
 
 def growth(work: Path) -> list[dict[str, Any]]:
     """The same with indices of a thousand to ten million images: one shard under many names."""
-    source = pictures(work / "tiny", 1000, 8, "png")
+    source = write_photos(work / "tiny", 1000, 8, "png")
     one = prepared(source, work / "one", "8", "raw", 1000)
     found = []
     for count in (1, 100, 10_000):

@@ -1,8 +1,8 @@
-"""What a pyramid costs and what it gives, on a trained run: restarts, sizes, enlarged pictures.
+"""What a pyramid costs and what it gives, on a trained run: restarts, sizes, enlarged images.
 
     make bench BENCH=pyramid RUN=runs/pyramidal_whole_small [OTHER=runs/full_size_small]
 
-OTHER's sizes stand beside RUN's, and what it draws at full size from noise with as many steps.
+OTHER's sizes stand beside RUN's, and samples at full size from noise with as many steps.
 
 Everything is measured against held-out scenes of the run's synthetic data, by two distances,
 neither of them FID: over the embedded extractor's features, which see grain and shape, and over
@@ -41,7 +41,7 @@ HELD_OUT = 1  # seed of scenes that the run has not seen
 SCENES = 5_000
 STEPS = 18  # of the base, in the table of restarts
 RESTARTS = (2.0, 1.0, 0.5, 0.25, [0.5, 0.25], [0.5, 0.1], [0.25, 0.1])
-ENLARGE = 0.5  # where enlarged pictures restart
+ENLARGE = 0.5  # where enlarged images restart
 PICTURES = 100
 
 
@@ -78,7 +78,7 @@ class Bench:
             found[f"fd@{len(images)} {name}"] = round(distance_to(features, known), 3)
         return found
 
-    def drawn(self, sampler: PyramidSampler, side: int) -> tuple[Tensor, float]:
+    def sample(self, sampler: PyramidSampler, side: int) -> tuple[Tensor, float]:
         """COUNT images, and the processor's seconds an image."""
         generator = ImageGenerator(self.model.denoiser, sampler, (3, side, side))
         began = time.process_time()
@@ -93,7 +93,7 @@ class Bench:
             levels = self.sides if restart is not None else [side]
             base = replace(self.pyramid.base, steps=STEPS)
             sampler = PyramidSampler(base, levels, restart or (), by="sigma")
-            images, seconds = self.drawn(sampler, side)
+            images, seconds = self.sample(sampler, side)
             rows.append(
                 {
                     "restart sigma": restart or "from noise at full size",
@@ -106,14 +106,14 @@ class Bench:
             print(rows[-1], flush=True)
         return rows
 
-    def sizes(self, pictures: Path | None = None) -> list[dict[str, Any]]:
+    def sizes(self, folder: Path | None = None) -> list[dict[str, Any]]:
         """The run's own pyramid, cut at each of its sizes."""
         rows = []
         for place, side in enumerate(self.sides):
             restart = self.pyramid.restart
             own = restart[:place] if isinstance(restart, Sequence) else restart
             sampler = replace(self.pyramid, levels=self.sides[: place + 1], restart=own)
-            images, _ = self.drawn(sampler, side)
+            images, _ = self.sample(sampler, side)
             real = self.scenes[side].read(torch.arange(COUNT))
             rows.append(
                 {
@@ -123,11 +123,11 @@ class Bench:
                 }
             )
             print(rows[-1], flush=True)
-            if pictures is not None:
-                save_png(grid(images[:24], columns=8), pictures / f"pyramid_{side}.png")
+            if folder is not None:
+                save_png(grid(images[:24], columns=8), folder / f"pyramid_{side}.png")
         return rows
 
-    def enlarged(self, pictures: Path) -> list[dict[str, Any]]:
+    def enlarged(self, folder: Path) -> list[dict[str, Any]]:
         """Held-out scenes enlarged from their smaller renderings, beside bicubic."""
         rows, shown = [], []
         side = self.sides[-1]
@@ -157,7 +157,7 @@ class Bench:
             repeated = to_bytes(resized(low, (side, side)))
             best = found["consistent"]
             shown += [picture[:8] for picture in (repeated, found["bicubic"], best, truth)]
-        save_png(grid(torch.cat(shown), columns=8), pictures / "pyramid_enlarged.png")
+        save_png(grid(torch.cat(shown), columns=8), folder / "pyramid_enlarged.png")
         return rows
 
     def _climbed(
@@ -179,7 +179,7 @@ def psnr(images: Tensor, truth: Tensor) -> float:
 
 
 def main() -> None:
-    """Measure and record; the pictures go to docs/."""
+    """Measure and record; the images go to docs/."""
     run, *others = map(Path, sys.argv[1:])
     docs = Path(__file__).parents[1] / "docs"
     folder = run / "references"

@@ -28,7 +28,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.data import grown, pictures, prepared
+from benchmarks.data import grown, prepared, write_photos
 from benchmarks.measure import RESULTS, median, record
 from diffusion_pl import config, ranks
 from diffusion_pl.data.order import Order
@@ -193,7 +193,7 @@ class Model:
 
     Args:
         batch: images of a step over all devices.
-        passed: images of a pass on a device.
+        passed: images of a micro-batch.
         parameters: of the network.
         flop: of a training step, an image; with recomputation if the experiment recomputes.
     """
@@ -211,11 +211,11 @@ class Cluster:
     Args:
         rate: FLOP a second that a device does in training.
         memory: bytes a second of its memory.
-        overhead: seconds that a pass takes at least, to launch its kernels.
+        overhead: least seconds of a micro-batch, to launch its kernels.
         devices: of a node.
         inside: joins the devices of a node.
         between: joins the nodes; the bandwidth is a whole node's.
-        overlap: share of a pass within which gradients are sent, its backward part.
+        overlap: fraction of a micro-batch in which gradients are sent, its backward part.
         bucket: bytes that are sent at a time.
     """
 
@@ -235,14 +235,14 @@ class Cluster:
         return self.inside.all_reduce(inside, size) + self.between.all_reduce(nodes, size)
 
     def step(self, model: Model, world: int) -> float:
-        """Seconds a step of data-parallel training; one exchange, beside the last pass."""
+        """Seconds a step of data-parallel training; one exchange, during the last micro-batch."""
         images = model.batch / world
-        passes = -(-images // model.passed)
-        compute = max(images * model.flop / self.rate, passes * self.overhead)
+        micro_batches = -(-images // model.passed)
+        compute = max(images * model.flop / self.rate, micro_batches * self.overhead)
         # Adam reads and writes 28 bytes a parameter, the moving average 12, and nobody shares it.
         update = 40 * model.parameters / self.memory
         size = 4 * model.parameters
-        hidden = self.overlap * compute / passes
+        hidden = self.overlap * compute / micro_batches
         last = self.exchange(world, min(size, self.bucket)) if world > 1 else 0.0
         shown = max(self.exchange(world, size) - hidden, last) if world > 1 else 0.0
         return compute + update + shown
@@ -307,7 +307,7 @@ def saving(folder: Path) -> list[dict[str, float]]:
 
 def index(folder: Path) -> dict[str, Any]:
     """Bytes an image on the disk by resolutions; opened, in memory and for a moment."""
-    source = pictures(folder / "tiny", 2000, 16, "png")
+    source = write_photos(folder / "tiny", 2000, 16, "png")
     disk = {}
     for resolutions in ("16", "16,8", "16,8,4"):
         path = prepared(source, folder / resolutions, resolutions, "png", 500)
@@ -315,7 +315,7 @@ def index(folder: Path) -> dict[str, Any]:
         disk[f"{resolutions.count(',') + 1} resolutions, bytes an image"] = round(
             (path / INDEX).stat().st_size / 2000, 2
         )
-    one = prepared(pictures(folder / "eight", 1000, 8, "png"), folder / "one", "8", "raw", 1000)
+    one = prepared(write_photos(folder / "eight", 1000, 8, "png"), folder / "one", "8", "raw", 1000)
     opened = []
     for count in (1000, 10_000):
         path = grown(one, folder / f"grown{count}", count)
