@@ -1,6 +1,7 @@
 """Downloads against a real server on this machine: resumed, checked, and never half in place."""
 
 import hashlib
+import os
 import re
 import socket
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_pl.io.download import fetch
+from diffusion_pl.io.download import Copy, UnwritableError, fetch
 
 CONTENT = bytes(range(251)) * 12_000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -139,6 +140,7 @@ def test_a_refusal_says_where_to_put_the_file(
     with pytest.raises(ValueError, match=line):
         fetch(server.url, path, DIGEST, attempts=3, backoff=0.0)
     assert len(server.asked) == requests
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_that_never_gets_on_is_given_up(server: Server, tmp_path: Path) -> None:
@@ -203,3 +205,12 @@ def test_only_web_addresses_are_fetched(tmp_path: Path) -> None:
     """urllib would also read file:// addresses."""
     with pytest.raises(ValueError, match="not an http or https address"):
         fetch((tmp_path / "x").as_uri(), tmp_path / "file.bin", DIGEST)
+
+
+def test_a_disk_that_refuses_a_block_is_not_the_servers_fault(tmp_path: Path) -> None:
+    part = os.open(tmp_path / "x.part", os.O_RDONLY | os.O_CREAT)
+    try:
+        with pytest.raises(UnwritableError):
+            Copy(part, 10).write(0, [b"block"])
+    finally:
+        os.close(part)
