@@ -53,7 +53,7 @@ class Lazy:
     partial: bool = False
 
 
-def lazy(target: Callable[..., Any] | str, /, _partial_: bool = False, **arguments: Any) -> Lazy:
+def lazy(target: Callable[..., Any] | str, /, *, _partial_: bool = False, **arguments: Any) -> Lazy:
     """A part of an experiment, recorded in its run as YAML's `_target_` and arguments.
 
     Args:
@@ -247,7 +247,7 @@ def train(
     *,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Logger] = (),
-    start: str | Path | None = None,
+    start: str | Path | Run | None = None,
     **options: Any,
 ) -> Run:
     """Train an experiment, or resume its run; a finished run is opened.
@@ -261,7 +261,8 @@ def train(
         run: its folder; runs/NAME when not given.
         callbacks: of Lightning, beside the experiment's; not recorded in the run.
         loggers: of Lightning, likewise.
-        start: a run or checkpoint whose weights a new run starts from: fine-tuning.
+        start: a run (its folder, or opened) or checkpoint whose weights a new run starts from:
+            fine-tuning.
         options: of the command `train`: allow, data_changed, fresh_labels, accept_differences.
 
     Raises:
@@ -272,7 +273,11 @@ def train(
 
     exp = exp if isinstance(exp, Experiment) else experiment(exp)
     folder = Path(run) if run is not None else parts.RUNS / exp.name
-    (chosen,) = grouped("train", {"start": start, **options}, TrainOptions)
+    start = start.model.checkpoint if isinstance(start, Run) else start
+    given = {"start": start, **options, "allow": _names(options.get("allow", ()))}
+    (chosen,) = grouped("train", given, TrainOptions)
+    for name, values in {"callbacks": callbacks, "loggers": loggers}.items():
+        _refuse_recipes(name, values)
     with StopRequest() as stop_request:
         try:
             result = command.train(
@@ -288,6 +293,45 @@ def train(
     if code:
         raise KeyboardInterrupt if stopped == "SIGINT" else SystemExit(code)
     return Run(folder, allow=packages_of(exp.config))
+
+
+def _names(given: Sequence[str]) -> tuple[str, ...]:
+    """Several names; one alone need not stand in a list."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _refuse_recipes(name: str, values: Sequence[Any]) -> None:
+    """See that what Lightning or a metric is handed are objects.
+
+    Raises:
+        UserError: a class or `lazy(...)`.
+    """
+    for each in values:
+        if isinstance(each, Lazy | functools.partial) or inspect.isclass(each):
+            made = str(getattr(each, "target", None) or getattr(each, "__name__", repr(each)))
+            raise UserError(
+                f"{name}: takes objects (got {made}); make one, {made.rpartition('.')[2]}(...), or "
+                f"record it in the experiment: exp.replace({name}=[dp.lazy(...)])"
+            )
+
+
+def _sampler_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in which a sampler may be a function.
+
+    Raises:
+        UserError: it cannot be imported by its name.
+    """
+    sampler = given.get("sampler")
+    if sampler is None or isinstance(sampler, str):
+        return dict(given)
+    if isinstance(sampler, Lazy):
+        if sampler.arguments:
+            raise UserError(
+                "sampler: takes the name of a function without arguments; set them in the run's "
+                'config: dp.Run(..., changes={"sampler.integrate": dp.lazy(...)})'
+            )
+        return {**given, "sampler": sampler.target}
+    return {**given, "sampler": import_path(sampler)}
 
 
 def packages_of(read: config.Config) -> tuple[str, ...]:
@@ -321,7 +365,8 @@ class Run:
         from diffusion_pl.commands import runs
 
         overrides = [f"{k}={json.dumps(plain(v, k))}" for k, v in (changes or {}).items()]
-        self._options = {"weights": weights, "allow": tuple(allow), "set": tuple(overrides)}
+        allow = _names(allow)
+        self._options = {"weights": weights, "allow": allow, "set": tuple(overrides)}
         self.model = runs.open_model(Path(path), weights, allow, overrides)
 
     @classmethod
@@ -421,7 +466,13 @@ class Run:
         """
         from diffusion_pl.commands import evaluate, runs
 
-        given = {**self._options, "count": count, "metrics": metrics, **options}
+        for metric in _names(metrics or ()):
+            if not isinstance(metric, str):
+                raise UserError(
+                    f"metrics: takes names (got {metric!r}); a metric of your own is listed in the "
+                    'run\'s config: dp.Run(..., changes={"evaluation.metrics": [...]})'
+                )
+        given = {**self._options, "count": count, "metrics": metrics, **_sampler_options(options)}
         sampling, run_options, metric_options, features = grouped(
             "evaluate", given, SamplerOptions, RunOptions, MetricOptions, FeatureOptions
         )
@@ -481,7 +532,8 @@ class Run:
         """What samples images from the run, by the options of a command."""
         from diffusion_pl.commands import runs
 
-        sampling, options = grouped(command, {**self._options, **given}, SamplerOptions, RunOptions)
+        given = {**self._options, **_sampler_options(given)}
+        sampling, options = grouped(command, given, SamplerOptions, RunOptions)
         return runs.make_generator(self.model, sampling, options, label)[0]
 
     def __repr__(self) -> str:

@@ -20,8 +20,10 @@ from torch import nn
 import diffusion_pl as dp
 from diffusion_pl import api, config
 from diffusion_pl.cli import main
+from diffusion_pl.data.dataset import load
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.loader import DataConfig
+from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.training.ema import EMA
 
@@ -374,3 +376,53 @@ def test_a_script_on_two_devices_goes_on_once(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count('{"images": 64, "sampled": 2}') == 1
+
+
+def test_what_does_not_fit_is_told_in_words_of_python(tmp_path, monkeypatch):
+    """Classes for objects, one name for a list of names, a metric of one's own."""
+    monkeypatch.chdir(tmp_path)
+    run = dp.train(dp.experiment("quickstart", TINY), tmp_path / "run")
+    for given in (Callback, dp.lazy(Callback)):
+        with pytest.raises(dp.UserError, match=r"callbacks: takes objects .* make one, Callback\("):
+            dp.train("quickstart", tmp_path / "other", callbacks=[given])
+    with pytest.raises(dp.UserError, match=r"metrics: takes names .* changes="):
+        run.evaluate(count=10, metrics=[object()])
+    with pytest.raises(dp.UserError, match="sampler: takes the name of a function without"):
+        run.sample(1, sampler=dp.lazy("diffusion_pl.samplers.heun.heun", churn=1.0))
+    assert dp.Run(run.folder, allow="mine").images_seen == run.images_seen
+    assert torch.equal(
+        run.sample(2, sampler=heun, steps=3, seed=1),
+        run.sample(2, sampler="diffusion_pl.samplers.heun.heun", steps=3, seed=1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "more", "told"),
+    [
+        (torch.zeros(3, 8, 8, 3), {}, r"images must be \(N, C, R, R\) \(got \(3, 8, 8, 3\)\)"),
+        (torch.zeros(3, 3, 8, 8), {}, "images must be uint8"),
+        (None, {"labels": torch.tensor([0, 1]), "classes": 2}, r"labels must be int64 \(3,\)"),
+        (None, {"labels": torch.tensor([0.0, 1, 1]), "classes": 2}, r"labels must be int64 \(3,\)"),
+        (
+            None,
+            {"labels": torch.tensor([0, 1, 2]), "classes": 2},
+            r"labels are 0 to 2, .*\[0, 2\)",
+        ),
+        (None, {"labels": torch.tensor([0, -1, 1]), "classes": 2}, r"labels are -1 to 1"),
+        (None, {"classes": 2, "class_names": ["a"]}, "1 names for 2 classes"),
+    ],
+)
+def test_images_that_do_not_fit_their_labels_are_refused(images, more, told):
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8) if images is None else images
+    with pytest.raises(dp.UserError, match=told):
+        load("mine", images, **more)
+
+
+def test_a_network_of_other_channels_is_refused_by_its_shapes():
+    class Flat(torch.nn.Module):
+        def forward(self, x, c_noise, **condition):
+            return x[:, :1]
+
+    denoiser = Denoiser(Flat(), Karras(0.5))
+    with pytest.raises(dp.UserError, match=r"gives \(2, 1, 8, 8\) for images of \(2, 3, 8, 8\)"):
+        denoiser(torch.zeros(2, 3, 8, 8), torch.ones(2))

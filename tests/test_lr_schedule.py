@@ -196,3 +196,8 @@ def test_a_schedule_that_counts_steps_is_built_on_the_run_s_optimizer():
     made = partial(torch.optim.lr_scheduler.StepLR, step_size=2)
     assert lr_schedule.scheduler_of(made, optimizer).optimizer is optimizer
     assert lr_schedule.scheduler_of(WarmupDecay(), optimizer) is None
+
+
+def test_the_rate_never_falls_below_zero_when_a_trainer_goes_beyond_the_budget():
+    for schedule in (WarmupDecay(cooldown=100), Cosine()):
+        assert schedule(1000, 1000) == pytest.approx(0) == schedule(1200, 1000)

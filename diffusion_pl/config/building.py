@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusion_pl.config.annotations import PATHS, element, is_node, member, origin, signature
 from diffusion_pl.config.binding import SPECIAL, check_node
+from diffusion_pl.config.registry import PACKAGE
 from diffusion_pl.config.targets import locate
 from diffusion_pl.config.tree import Config, ConfigError, join
 
@@ -15,6 +16,8 @@ from diffusion_pl.config.tree import Config, ConfigError, join
 _MISTAKES = (
     ValueError, ArithmeticError, ImportError, LookupError, MemoryError, RuntimeError, TypeError,
 )  # fmt: skip
+# What others than the user wrote: there an error is about the values that the user gave.
+_LIBRARIES = (PACKAGE, "torch", "lightning", "torchmetrics")
 
 
 def build(config: Config, key: str, /, **extra: Any) -> Any:
@@ -72,6 +75,9 @@ def _called(config: Config, node: dict[Any, Any], key: str, extra: dict[str, Any
     try:
         return target(**arguments)
     except Exception as error:
+        own = str(node["_target_"]).partition(".")[0] not in _LIBRARIES
+        if own and not isinstance(error, ValueError | ImportError):
+            raise  # a bug in the user's class keeps its traceback
         if not isinstance(error, _MISTAKES) and not type(error).__module__.startswith("lightning."):
             raise
         reason = " ".join(str(error).split())

@@ -81,10 +81,11 @@ def load(
         The images, in memory up to the limit, else with their store.
 
     Raises:
-        UserError: whatever the store finds wrong with an image.
+        UserError: images, labels or names that do not fit one another, or whatever the store finds
+            wrong with an image.
     """
+    _check(name, store, labels, classes, class_names)
     count, channels, height, width = store.shape
-    assert height == width and count > 0, store.shape
     digests = bytearray()
     most = MEMORY_LIMIT if limit is None else limit
     in_memory = isinstance(store, Tensor) or count * channels * height * width <= most
@@ -105,6 +106,31 @@ def load(
             )
     identity = fingerprint(bytes(digests), store.shape, None if labels is None else labels.numpy())
     return Images(name, kept, identity, labels, classes, tuple(class_names))
+
+
+def _check(
+    name: str, store: Tensor | Store, labels: Tensor | None, classes: int, names: Sequence[str]
+) -> None:
+    """See that images, labels and names fit one another.
+
+    Raises:
+        UserError: they do not.
+    """
+    shape = tuple(store.shape)
+    if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
+        raise UserError(f"{name}: images must be (N, C, R, R) (got {shape})")
+    if isinstance(store, Tensor) and store.dtype != torch.uint8:
+        raise UserError(f"{name}: images must be uint8 (got {store.dtype})")
+    if names and len(names) != classes:
+        raise UserError(f"{name}: {len(names)} names for {classes} classes")
+    if labels is None:
+        return
+    if labels.shape != shape[:1] or labels.is_floating_point():
+        got = f"{labels.dtype} {tuple(labels.shape)}"
+        raise UserError(f"{name}: labels must be int64 ({shape[0]},), one an image (got {got})")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise UserError(f"{name}: labels are {low} to {high}, and must be in [0, {classes})")
 
 
 @dataclass(frozen=True)

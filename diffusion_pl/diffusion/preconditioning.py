@@ -97,13 +97,21 @@ class Denoiser(nn.Module):
             runs in under autocast.
 
         Raises:
-            UserError: `variance` of a network that says nothing of it.
+            UserError: `variance` of a network that says nothing of it, or a network whose output
+                has not the shape of its input.
         """
         x = x.to(torch.float32)
         # The four c's are computed before rounding to float32: sigma may come in float64.
         c = [per_image(value.to(torch.float32), x) for value in self.preconditioning(sigma)]
         c_skip, c_out, c_in, c_noise = c
         output = self.network(c_in * x, c_noise.reshape(-1).expand(len(x)), **condition)
+        channels = x.shape[1]
+        fits = output.shape[1] in (channels, 2 * channels)
+        if not fits or output.shape[::2] != x.shape[::2] or output.shape[3] != x.shape[3]:
+            raise UserError(
+                f"the network gives {tuple(output.shape)} for images of {tuple(x.shape)}; it must "
+                f"give {channels} channels ({2 * channels} with a learned variance) of their size"
+            )
         output, beside = output.to(torch.float32).tensor_split([x.shape[1]], dim=1)
         denoised = c_skip * x + c_out * output
         if not variance:

@@ -45,7 +45,7 @@ class WarmupDecay:
     def __call__(self, images: int, total_images: int) -> float:
         """The factor, in [0, 1], of the step that follows `images` images."""
         rise = images / self.warmup if self.warmup else 1.0
-        fall = (total_images - images) / self.cooldown if self.cooldown else 1.0
+        fall = max((total_images - images) / self.cooldown, 0.0) if self.cooldown else 1.0
         slow = math.sqrt(self.decay_from / max(images, self.decay_from)) if self.decay_from else 1.0
         return min(rise, fall, 1.0) * slow
 
@@ -72,7 +72,7 @@ class Cosine:
         """The factor, in [0, 1], of the step that follows `images` images."""
         if images < self.warmup:
             return images / self.warmup
-        done = (images - self.warmup) / max(total_images - self.warmup, 1)
+        done = min((images - self.warmup) / max(total_images - self.warmup, 1), 1.0)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
 
 

@@ -117,12 +117,15 @@ class DiffusionModule(QuickModule):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """One optimizer step: accumulate the gradient, clip it, update weights and averages.
 
         Args:
             batch: this device's part of the step; see `image_losses`.
             batch_idx: ignored.
+
+        Returns:
+            `loss`, of this device's images, (); what a callback's `on_train_batch_end` gets.
 
         Raises:
             NonFiniteError: names the step, its images and their noise levels.
@@ -152,6 +155,7 @@ class DiffusionModule(QuickModule):
         assert total is not None
         self.totals.add(loss=total)
         self.totals.steps += 1
+        return {"loss": total}
 
     def average(self, images: int) -> None:
         """Update the averages after a step that began at `images` seen."""
