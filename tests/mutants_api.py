@@ -6,7 +6,7 @@ from mutant import at
 
 MUTANTS = [
     *at(
-        "api.py",
+        "config/objects.py",
         "api",
         ('    if module == "__main__":', "    if False:"),
         ("    if found is not target:", "    if False:"),
@@ -14,6 +14,33 @@ MUTANTS = [
         (" and not value.args", ""),
         ('**({"_partial_": True} if partial else {})', "**{}"),
         ("if f.init}", "if not f.init}"),
+    ),
+    *at(
+        "data/dataset.py",
+        "api",
+        ("len(shape) != 4 or shape[2] != shape[3] or 0 in shape", "False"),
+        ("isinstance(store, Tensor) and store.dtype != torch.uint8", "False"),
+        ("if names and len(names) != classes:", "if False:"),
+        ("labels.shape != shape[:1] or labels.is_floating_point()", "False"),
+        ("if low < 0 or high >= classes:", "if high >= classes:"),
+    ),
+    *at(
+        "diffusion/preconditioning.py",
+        "api",
+        ("if not fits or output", "if output"),
+    ),
+    *at(
+        "training/module.py",
+        "api",
+        ('return {"loss": total}', 'return {"loss": 0 * total}'),
+    ),
+    *at(
+        "api.py",
+        "api",
+        ("isinstance(each, Lazy | functools.partial) or inspect.isclass(each)", "False"),
+        ("(given,) if isinstance(given, str)", "tuple(given) if isinstance(given, str)"),
+        ("            if not isinstance(metric, str):", "            if False:"),
+        ("        if sampler.arguments:", "        if False:"),
         ('sorted(tops - {"diffusion_pl", "torch"})', "()"),
         ("raise KeyboardInterrupt if", "raise SystemExit(0) if"),
         ("range(first, first + count)", "range(count)"),

@@ -18,8 +18,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 import diffusion_pl as dp
-from diffusion_pl import api, config
+from diffusion_pl import config
 from diffusion_pl.cli import main
+from diffusion_pl.config.objects import plain
 from diffusion_pl.data.dataset import load
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.loader import DataConfig
@@ -219,21 +220,21 @@ def test_what_could_not_be_opened_again_is_refused_before_training(value, word):
 
 def test_objects_are_kept_by_what_they_are_made_from():
     folder = ImageFolder("photographs", 64, labels=True)
-    node = api.plain(folder, "data.dataset")
-    loader = api.plain(DataConfig(folder, batch_size=4), "data")
+    node = plain(folder, "data.dataset")
+    loader = plain(DataConfig(folder, batch_size=4), "data")
     assert loader["dataset"] == node
     assert node["_target_"] == "diffusion_pl.data.folder.ImageFolder"
     assert node["path"] == "photographs" and node["channels"] == 3  # a default is kept, too
     read = config.Config("x", "x", {"data": {**loader, "dataset": node}})
     assert config.build(read, "data").dataset == folder
-    assert api.plain(functools.partial(heun, S_churn=40), "x") == {
+    assert plain(functools.partial(heun, S_churn=40), "x") == {
         "_target_": "diffusion_pl.samplers.heun.heun", "_partial_": True, "S_churn": 40,
     }  # fmt: skip
-    assert api.plain(heun, "x") == {
+    assert plain(heun, "x") == {
         "_target_": "diffusion_pl.samplers.heun.heun", "_partial_": True,
     }  # fmt: skip
     nested = dp.lazy(Here, inner=EMA(half_life=5), path=Path("a"), pair=(1, 2))
-    assert api.plain(nested, "x") == {
+    assert plain(nested, "x") == {
         "_target_": "test_api.Here",
         "inner": {
             "_target_": "diffusion_pl.training.ema.EMA",
