@@ -76,6 +76,9 @@ def test_it_is_the_experiment_of_today_and_a_run_of_it_goes_on(place, capsys):
     [
         ("data.workers=3", "data.num_workers=3"),
         ("data={workers: 3, count: 9}", "data={num_workers: 3, dataset: {count: 9}}"),
+        (f"data={{_target_: {SHARDS}, path: x}}", f"data._target_={SHARDS} & data.path=x"),
+        ("trainer={images: 64, warmup: 8}", "trainer.total_images=64 & lr_schedule.warmup=8"),
+        ("network={recompute: true}", "network.activation_checkpointing=true"),
         ("data.shares={16: 1}", "data.resolution_weights={16: 1}"),
         ("data.crop.told=false", "data.crop.return_position=false"),
         ("data.path=x", "data.dataset.path=x"),
@@ -87,8 +90,71 @@ def test_it_is_the_experiment_of_today_and_a_run_of_it_goes_on(place, capsys):
 )
 def test_overrides_of_before_are_those_of_today(former, today, place):
     made_of = "data.dataset.made_of={_target_: a.b, source: {_target_: a.b}}"
-    before, now = (config.load("today", (made_of, word)).tree for word in (former, today))
-    assert before == now != config.load("today", (made_of,)).tree or SYNTHETIC in former
+    before = config.load("today", (made_of, former)).tree
+    assert before == config.load("today", (made_of, *today.split(" & "))).tree
+    assert before != config.load("today", (made_of,)).tree or SYNTHETIC in former
+
+
+def test_old_names_are_set_in_the_order_of_the_current_ones(place):
+    made = {"_target_": "mine.Syn", "count": 7, "seed": 9}
+    words = ["data.dataset._target_=mine.Syn", "data.count=7", "data.seed=9"]
+    for order in (words, words[::-1]):
+        loaded = config.load("today", order)
+        assert loaded.tree["data"]["dataset"] == made
+        assert loaded.typed["data.dataset.count"] == "data.count=7"
+    whole = {"data.count": 7, "data.dataset": {"_target_": "mine.Syn", "seed": 9}}
+    changed = config.replaced(config.load("today"), whole, "PYTHON")
+    assert changed.tree["data"]["dataset"] == made
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("data.dataset.count=20", "data.count=30"),
+        ("data.workers=1", "data.num_workers=null"),
+        ("trainer.warmup=8", "lr_schedule.warmup=8"),
+        (f"data._target_={SYNTHETIC}", f"data.dataset._target_={SYNTHETIC}"),
+    ],
+)
+def test_an_override_by_an_old_name_beside_its_new_one_is_refused(place, first, second):
+    for words in ((first, second), (second, first)):
+        with pytest.raises(config.ConfigError, match="^SET: .*: is the former name of"):
+            config.load("today", words)
+        changes = dict(config.parse_assignment(word) for word in words)
+        with pytest.raises(config.ConfigError, match="^PYTHON: .*: is the former name of"):
+            config.replaced(config.load("today"), changes, "PYTHON")
+    assert data("today", "data.count=20", "data.count=30")["dataset"]["count"] == 30
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "data: {workers: 1, num_workers: null}",
+        "data: {count: 1, dataset: null}",
+        "trainer: {warmup: 8}\nlr_schedule: null",
+        "trainer: {warmup: 8}\nlr_schedule: {warmup: null}",
+    ],
+)
+def test_an_old_name_beside_a_null_is_refused(place, own):
+    (place / "own.yaml").write_text(f"defaults: today\n{own}\n")
+    with pytest.raises(config.ConfigError, match="own.yaml: .*: is the former name of"):
+        config.load("own")
+
+
+def test_a_schedule_of_old_names_is_replaced_by_another(place):
+    (place / "old.yaml").write_text("trainer: {warmup: 8, cooldown: 4}\n")
+    made = {"_target_": renaming.LATER["lr_schedule"], "warmup": 8, "cooldown": 4}
+    assert config.load("old").tree["lr_schedule"] == made
+    (place / "own.yaml").write_text("defaults: old\nlr_schedule: {_target_: a.Cosine}\n")
+    assert config.load("own").tree["lr_schedule"] == {"_target_": "a.Cosine"}
+    # An old name on top of another schedule is an argument of that one.
+    assert config.load("own", ("trainer={warmup: 2}",)).tree["lr_schedule"] == {
+        "_target_": "a.Cosine",
+        "warmup": 2,
+    }
+    # No schedule stays none.
+    (place / "own.yaml").write_text("trainer: {}\nlr_schedule: null\n")
+    assert config.load("own").tree["lr_schedule"] is None
 
 
 def test_another_data_set_takes_no_settings_from_that_below(place):

@@ -16,8 +16,9 @@ from diffusion_pl.config.interpolation import interpolated
 from diffusion_pl.config.renaming import (
     DATA,
     former_names,
-    is_dataset,
-    key_in,
+    key_of,
+    outer_first,
+    refuse_twice,
     renamed,
     renamed_node,
     replaces_data,
@@ -163,17 +164,19 @@ def replaced(config: Config, changes: Mapping[str, Any], source: str) -> Config:
         source: what messages call the origin of these values.
 
     Raises:
-        ConfigError: a key that is not there, or a value that YAML cannot hold.
+        ConfigError: a key that is not there or comes by two names, or a value that YAML cannot
+            hold.
     """
     if not changes:
         return config
     copy = replace(config, tree=plain(config.tree, config.file), origins=dict(config.origins))
     changes = renamed(dict(changes), config.tree, source)
-    for key, value in sorted(changes.items(), key=lambda pair: pair[0].count(".")):
-        parts = key.split(".")
+    spelt: dict[str, str] = {}
+    for key in sorted(changes, key=outer_first):
+        value = changes[key]
         if isinstance(value, dict) and "_target_" in value:
-            _set(copy, parts, None, source)
-        _set(copy, parts, value, source)
+            _set(copy, key, None, source, spelt)
+        _set(copy, key, value, source, spelt)
     return check_storable(replace(copy, tree=plain(copy.tree, config.file)))
 
 
@@ -184,9 +187,7 @@ def _merged(
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for path, own in lineage.items():
-        if replaces_data(own, tree):
-            tree["data"] = {}
-        _merge(tree, renamed(own, tree, path if packages is None else None), "", path, origins)
+        _lay_over(tree, own, path, origins, path if packages is None else None)
     return Config(name, file, with_later_sections(tree), origins, packages)
 
 
@@ -344,6 +345,19 @@ def _merge(
         _mark(origins, path, source)
 
 
+def _lay_over(
+    tree: dict[str, Any],
+    own: dict[str, Any],
+    source: str,
+    origins: dict[str, str],
+    warned: str | None,
+) -> None:
+    """Merge sections as somebody wrote them, in whatever names, into a tree in place."""
+    if replaces_data(own, tree):
+        tree["data"] = {}
+    _merge(tree, renamed(own, tree, warned), "", source, origins)
+
+
 def _mark(origins: dict[str, str], key: str, source: str) -> None:
     """Note that a key and everything below it comes from a file."""
     for stale in [each for each in origins if each.startswith(f"{key}.")]:
@@ -370,18 +384,20 @@ def _overridden(config: Config, overrides: Sequence[str]) -> Config:
     pairs, wrong = [], []
     for text in overrides:
         try:
-            pairs.append((*_pair(text), text))
+            key, value = parse_assignment(text)
+            pairs.append((key, value, text))
         except ConfigError as error:
             wrong.append(str(error))
-    pairs.sort(key=_outer_first)
-    config = replace(config, typed={".".join(parts): text for parts, _, text in pairs})
-    for parts, value, _ in pairs:
+    spelt: dict[str, str] = {}
+    for key, value, _ in sorted(pairs, key=lambda pair: outer_first(pair[0])):
         try:
-            _set(config, parts, value)
+            _set(config, key, value, OVERRIDE, spelt)
         except ConfigError as error:
             wrong.append(str(error))
     if wrong:
         raise ConfigError("\n".join(wrong))
+    texts = {key: text for key, _, text in pairs}
+    config = replace(config, typed={now: texts[key] for now, key in spelt.items()})
     return check_storable(replace(config, tree=plain(interpolated(config), config.file)))
 
 
@@ -427,28 +443,26 @@ def _from_override(written: str) -> Any:
     return OmegaConf.from_dotlist([f"value={written}"])
 
 
-def _outer_first(pair: tuple[list[str], Any, str]) -> tuple[int, bool]:
-    return len(pair[0]), pair[0][-1] != "_target_"
-
-
-def _set(config: Config, parts: list[str], value: Any, source: str = OVERRIDE) -> None:
-    """Set one override in place.
+def _set(config: Config, key: str, value: Any, source: str, spelt: dict[str, str]) -> None:
+    """Set one value in place, and note in `spelt` by which name its key came.
 
     Raises:
-        ConfigError: the node it goes into does not exist, or is no mapping or list.
+        ConfigError: the key came by another name too, or the node it goes into does not exist, or
+            is no mapping or list.
     """
     node: Any
-    key = ".".join(parts)
     where = f"{source}: {key}"
-    if key == "data._target_" and is_dataset(node := {"_target_": value}):
-        if replaces_data({"data": node}, config.tree):
-            config.tree["data"] = {"_target_": DATA, "dataset": {}}
-            _mark(config.origins, "data", source)
-        warn_once(source, key, "data.dataset._target_")
-        parts = ["data", "dataset", "_target_"]
-    elif (now := key_in(config.tree, key)) != key:
+    now = key_of(config.tree, key, value)
+    refuse_twice(spelt, key, now, source)
+    if now != key:
         warn_once(source, key, now)
-        parts = now.split(".")
+    if key == "data._target_" and replaces_data({"data": {"_target_": value}}, config.tree):
+        config.tree["data"] = {"_target_": DATA, "dataset": {}}
+        _mark(config.origins, "data", source)
+    parts = now.split(".")
+    if len(parts) == 1 and isinstance(value, dict):
+        _lay_over(config.tree, {now: value}, source, config.origins, source)
+        return
     node = config.tree
     done = ""
     for index, part in enumerate(parts[:-1]):
@@ -463,8 +477,6 @@ def _set(config: Config, parts: list[str], value: Any, source: str = OVERRIDE) -
             node[name] = {}
         node = node[name]
         done = join(done, part)
-    if key == "data" and isinstance(value, dict):
-        value = renamed({"data": value}, source=source)["data"]
     value = renamed_node({parts[-1]: value}, node, done, source)[parts[-1]]
     last: Any = step(node, parts[-1])
     if isinstance(node, list) and last is not None:

@@ -126,9 +126,13 @@ def renamed(
     if is_dataset(tree.get("data")):
         warn_once(source, "data._target_", "data.dataset._target_")
         tree = {**tree, "data": dataset_apart(tree["data"])}
+    given = tree.keys()
     for old in sorted(RENAMED, key=lambda name: -name.count(".")):
         if not old.startswith(PACKAGE):
             tree = _moved(tree, old, source)
+    for section in LATER.keys() & (tree.keys() - given):
+        if not (below or {}).get(section):  # the move made it, of the only kind there was
+            tree = {**tree, section: {"_target_": LATER[section], **tree[section]}}
     return renamed_node(tree, below, "", source)
 
 
@@ -172,12 +176,16 @@ def _moved(tree: dict[str, Any], old: str, source: str | None) -> dict[str, Any]
     new = key_now(old)
     warn_once(source, old, new)
     rest = _set(tree, old.split("."))
-    taken: Any = rest
-    for part in new.split("."):
-        taken = taken.get(part) if isinstance(taken, dict) else taken
-    if taken is not None:
+    if _is_set(rest, new.split(".")):
         raise _twice(source, old, new)
     return _set(rest, new.split("."), node)
+
+
+def _is_set(node: Any, parts: list[str]) -> bool:
+    """Whether a nested key has a value, be it null, or stands below one that is no mapping."""
+    if not parts or not isinstance(node, dict):
+        return True
+    return parts[0] in node and _is_set(node[parts[0]], parts[1:])
 
 
 def _set(node: Any, parts: list[str], *value: Any) -> dict[str, Any]:
@@ -218,6 +226,35 @@ def key_in(tree: Any, key: str) -> str:
         done.append(name)
         node = node[step(node, name)] if step(node, name) in names(node) else None
     return ".".join(done)
+
+
+def key_of(tree: Any, key: str, value: Any) -> str:
+    """The current name of a dotted key that is set to a value."""
+    if key == "data._target_" and is_dataset({"_target_": value}):
+        return "data.dataset._target_"
+    return key_in(tree, key)
+
+
+def outer_first(key: str) -> tuple[int, bool]:
+    """Sort dotted keys, by their current names: outer ones, a `_target_`, then its arguments."""
+    parts = key_now(key).split(".")
+    return len(parts), parts[-1] != "_target_"
+
+
+def refuse_twice(spelt: dict[str, str], key: str, now: str, source: str) -> None:
+    """Note by which name a key came; the same name may come again.
+
+    Args:
+        spelt: the current name of each key that came, with the name it came by; is added to.
+        key: the name it comes by.
+        now: its current name.
+        source: where it comes from, for the message.
+
+    Raises:
+        ConfigError: it came by another name.
+    """
+    if (other := spelt.setdefault(now, key)) != key:
+        raise _twice(source, other if key == now else key, now)
 
 
 def _twice(source: str | None, old: str, new: str) -> ConfigError:
