@@ -19,6 +19,7 @@ from diffusion_pl.commands.options import (
     TrainOptions,
     grouped,
 )
+from diffusion_pl.commands.options import weights as option_weights
 from diffusion_pl.config.objects import Lazy, import_path, lazy, plain
 from diffusion_pl.errors import UserError
 from diffusion_pl.signals import RESUMABLE, StopError, StopRequest
@@ -177,6 +178,8 @@ def train(
     from diffusion_pl.commands import train as command
 
     exp = exp if isinstance(exp, Experiment) else experiment(exp)
+    if run == "":
+        raise UserError("run: is empty; name its folder, or leave it out for runs/NAME")
     folder = Path(run) if run is not None else parts.RUNS / exp.name
     start = start.model.checkpoint if isinstance(start, Run) else start
     given = {"start": start, **options, "allow": _names(options.get("allow", ()))}
@@ -269,6 +272,10 @@ class Run:
     ) -> None:
         from diffusion_pl.commands import runs
 
+        try:
+            weights = option_weights(weights)
+        except ValueError as error:
+            raise UserError(f"weights: {error}") from error
         overrides = [f"{k}={json.dumps(plain(v, k))}" for k, v in (changes or {}).items()]
         allow = _names(allow)
         self._options = {"weights": weights, "allow": allow, "set": tuple(overrides)}
@@ -342,6 +349,8 @@ class Run:
 
         if count < 1 or first < 0:
             raise UserError(f"count: must be positive, first at least 0 (got {count}, {first})")
+        if batch_size < 1:
+            raise UserError(f"batch_size: must be at least 1 (got {batch_size})")
         generator = self._generator("sample", options, label)
         pieces = batches(range(first, first + count), batch_size)
         return torch.cat([generator.images(piece)[0].cpu() for piece in pieces])
@@ -377,7 +386,7 @@ class Run:
                     f"metrics: takes names (got {metric!r}); a metric of your own is listed in the "
                     'run\'s config: dp.Run(..., changes={"evaluation.metrics": [...]})'
                 )
-        given = {**self._options, "count": count, "metrics": metrics, **_sampler_options(options)}
+        given = {"count": count, "metrics": metrics, **self._given(options)}
         sampling, run_options, metric_options, features = grouped(
             "evaluate", given, SamplerOptions, RunOptions, MetricOptions, FeatureOptions
         )
@@ -431,13 +440,24 @@ class Run:
             found.append(enlarge.enlarged(generator, task, indices, consistent)[0])
         return torch.cat(found)
 
+    def _given(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a command with those that the run was opened with.
+
+        Raises:
+            UserError: an option that opening alone takes.
+        """
+        for name in {"weights", "allow", "set"} & {*options}:
+            word = "changes" if name == "set" else name
+            raise UserError(f"{name}: is chosen when a run is opened: dp.Run(path, {word}=...)")
+        return {**self._options, **_sampler_options(options)}
+
     def _generator(
         self, command: str, given: Mapping[str, Any], label: int | str | None
     ) -> ImageGenerator:
         """What samples images from the run, by the options of a command."""
         from diffusion_pl.commands import runs
 
-        given = {**self._options, **_sampler_options(given)}
+        given = self._given(given)
         sampling, options = grouped(command, given, SamplerOptions, RunOptions)
         return runs.make_generator(self.model, sampling, options, label)[0]
 

@@ -66,11 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         for before, word in itertools.pairwise(["", *words]):
-            refuse_controls(word, argument_name(before, word))
-            refuse_credentials(word, argument_name(before, word))
+            name = argument_name(before, word)
+            if not word or re.fullmatch(r"--[\w-]+=", word):
+                raise UserError(f"{name}: is empty, as an unset variable is; give it a value")
+            refuse_controls(word, name)
+            refuse_credentials(word, name)
         call = parse(words)
     except ValueError as error:
         return _bad_input(error)
+    except OSError as error:  # help or a completion to a closed pipe or a full disk
+        return _broken_output(error)
     if call is None:
         return 0
     if call.command != "train":
@@ -120,15 +125,20 @@ def _run(call: Call) -> int:
     except getattr(module, "FAILURES", ()) as error:  # failures that a run expects
         print(f"failed: {shown(masked(str(error)), keep=LINES)}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of stdout left, as `| head` does
+    except OSError as error:  # a full disk, missing permission, a missing file, a closed pipe
+        return _broken_output(error)
+    return result.code
+
+
+def _broken_output(error: OSError) -> int:
+    """End for what the machine refused; 0 where the reader of stdout left, as `| head` does."""
+    if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a full disk, missing permission, a missing file
-        problem = machine_problem(error)
-        if problem is None:
-            raise
-        return _bad_input(UserError(problem))
-    return result.code
+    problem = machine_problem(error)
+    if problem is None:
+        raise error
+    return _bad_input(UserError(problem))
 
 
 def _is_user_code(error: BaseException) -> bool:
@@ -188,7 +198,10 @@ def parse(words: Sequence[str]) -> Call | None:
     if not words:
         raise UserError(f"name a command: {', '.join(COMMANDS)}; or --help")
     if words[0] not in COMMANDS or function is not app[words[0]].default_command:
-        function(*bound.args, **bound.kwargs)
+        try:
+            function(*bound.args, **bound.kwargs)
+        except SystemExit as error:  # rich's way to say that the reader left
+            raise BrokenPipeError from error
         return None
     as_json = bound.arguments.pop("json", False)
     for name, value in bound.arguments.items():

@@ -5,6 +5,15 @@ from __future__ import annotations
 from mutant import at
 
 MUTANTS = [
+    *at("commands/replay.py", "api", ("if step >= (steps :=", "if step > (steps :=")),
+    *at("commands/runs.py", "api", ("        torch.zeros(1, device=name)", "        pass")),
+    *at(
+        "cli.py",
+        "cli",
+        ("not word or re.fullmatch", "re.fullmatch"),
+        ("or re.fullmatch(r\"--[\\w-]+=\", word)", ""),
+        ("            raise BrokenPipeError from error", "            raise"),
+    ),
     *at(
         "config/objects.py",
         "api",
@@ -41,6 +50,8 @@ MUTANTS = [
         ("(given,) if isinstance(given, str)", "tuple(given) if isinstance(given, str)"),
         ("            if not isinstance(metric, str):", "            if False:"),
         ("        if sampler.arguments:", "        if False:"),
+        ('{"weights", "allow", "set"} & {*options}', '{"weights", "set"} & {*options}'),
+        ('    if run == "":', "    if False:"),
         ('sorted(tops - {"diffusion_pl", "torch"})', "()"),
         ("raise KeyboardInterrupt if", "raise SystemExit(0) if"),
         ("range(first, first + count)", "range(count)"),
@@ -61,6 +72,7 @@ MUTANTS = [
         "commands/options.py",
         "api",
         ("        if name not in group_of:", "        if False:"),
+        ("self.batch_size is not None and self.batch_size < 1", "False"),
         ("        if value is not None\n", ""),
     ),
     *at(

@@ -96,7 +96,7 @@ MUTANTS = [
     *at(
         "cli.py",
         "credentials",
-        ("            refuse_credentials(word, argument_name(before, word))", "            abs(1)"),
+        ("            refuse_credentials(word, name)", "            abs(1)"),
         (
             '{shown(masked(str(error)), keep=LINES)}", file=sys.stderr)\n    return 2',
             '{shown(str(error), keep=LINES)}", file=sys.stderr)\n    return 2',
@@ -237,7 +237,7 @@ MUTANTS = [
     *at(
         "cli.py",
         "names",
-        ("            refuse_controls(word, argument_name(before, word))", "            abs(1)"),
+        ("            refuse_controls(word, name)", "            abs(1)"),
         (
             '{shown(masked(str(error)), keep=LINES)}", file=sys.stderr)\n    return 2',
             '{masked(str(error))}", file=sys.stderr)\n    return 2',

@@ -379,7 +379,7 @@ def test_a_script_on_two_devices_goes_on_once(tmp_path):
     assert done.stdout.count('{"images": 64, "sampled": 2}') == 1
 
 
-def test_what_does_not_fit_is_told_in_words_of_python(tmp_path, monkeypatch):
+def test_what_does_not_fit_is_told_in_words_of_python(tmp_path, monkeypatch, capsys):
     """Classes for objects, one name for a list of names, a metric of one's own."""
     monkeypatch.chdir(tmp_path)
     run = dp.train(dp.experiment("quickstart", TINY), tmp_path / "run")
@@ -390,6 +390,21 @@ def test_what_does_not_fit_is_told_in_words_of_python(tmp_path, monkeypatch):
         run.evaluate(count=10, metrics=[object()])
     with pytest.raises(dp.UserError, match="sampler: takes the name of a function without"):
         run.sample(1, sampler=dp.lazy("diffusion_pl.samplers.heun.heun", churn=1.0))
+    for name in ("weights", "allow", "set"):  # silently those of opening, once
+        for ask in (run.sample, run.evaluate):
+            with pytest.raises(dp.UserError, match=f"{name}: is chosen when a run is opened"):
+                ask(1, **{name: "denoiser"})
+    for weights in ("emaa", "denoiser:0.1", "ema:"):
+        with pytest.raises(dp.UserError, match="weights: "):
+            dp.Run(run.folder, weights=weights)
+    with pytest.raises(dp.UserError, match="run: is empty"):
+        dp.train("quickstart", "")
+    with pytest.raises(dp.UserError, match="--batch-size must be at least 1"):
+        run.evaluate(count=10, batch_size=0)
+    with pytest.raises(dp.UserError, match="device 'nowhere': cannot be used here"):
+        run.sample(1, device="nowhere")
+    assert main(["replay", str(run.folder), "--step", "4"]) == 2  # of the steps 0 to 3
+    assert "--step must be below the run's" in capsys.readouterr().err
     assert dp.Run(run.folder, allow="mine").images_seen == run.images_seen
     assert torch.equal(
         run.sample(2, sampler=heun, steps=3, seed=1),

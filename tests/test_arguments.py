@@ -307,7 +307,7 @@ def test_a_file_whose_name_looks_like_json_is_a_file():
         ("sweep runs/a --steps 4,many", "whole numbers between commas (got '4,many')"),
         ("sweep runs/a --guidance weak", "numbers between commas (got 'weak')"),
         ("sample runs/a --guidance-interval 1", "two numbers, as LOW,HIGH (got '1')"),
-        ("sample runs/a --count few", '--count: unable to convert "few" into int'),
+        ("sample runs/a --count few", "--count: a whole number (got 'few')"),
         ("sample runs/a --cuont 3", "Unknown option: --cuont. Did you mean --count?"),
         ("sample", "RUN requires an argument"),
         ("sample runs/a more", "Unused Tokens: ['more']"),

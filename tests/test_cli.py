@@ -368,3 +368,33 @@ def test_nothing_after_python_s_own_end_changes_the_exit_code():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "pyramidal_256" in done.stdout and "hooks have run" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["sample", "runs/a", "--count", "1.5"], "--count: a whole number (got '1.5')"),
+        (["sample", "runs/a", "--seed", "1.5"], "--seed: a whole number (got '1.5')"),
+        (["replay", "runs/a", "--step", "1.5"], "--step: a whole number (got '1.5')"),
+        (["launch", "tiny", "--gpus", "2.5"], "--gpus: a whole number (got '2.5')"),
+        (["train", "tiny", "--run", ""], "--run: is empty, as an unset variable is"),
+        (["train", "tiny", "--run="], "--run: is empty, as an unset variable is"),
+        (["sample", ""], "is empty, as an unset variable is"),
+        (["sample", "runs/a", "--batch-size", "0"], "--batch-size must be at least 1 (got 0)"),
+        (["sample", "runs/a", "--weights", "ema:"], "a length is a number (got '')"),
+        (["sample", "runs/a", "--weights", "denoiser:"], "ema, denoiser or ema:LENGTH"),
+    ],
+)
+def test_what_a_shell_or_a_hand_mistypes_is_one_line(words, told, capsys):
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1
+
+
+def test_help_to_a_reader_that_left_ends_well(tmp_path):
+    command = [sys.executable, "-m", "diffusion_pl", "--help"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
-from diffusion_pl.commands.options import RunOptions, RunPath, SamplerOptions
+from diffusion_pl.commands.options import Integer, RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result
 from diffusion_pl.data.decode import decode
 from diffusion_pl.data.files import EXTENSIONS, ending_of, is_leftover
@@ -56,10 +56,10 @@ def command(
     image: tuple[Path, ...],
     /,
     *,
-    to: int | None = None,
+    to: Integer | None = None,
     restart: float | None = None,
     consistent: Annotated[bool, Parameter(negative="--no-consistent")] = True,
-    count: int = 1,
+    count: Integer = 1,
     label: str | None = None,
     out: Path | None = None,
     sampling: SamplerOptions = SamplerOptions(),

@@ -20,7 +20,13 @@ from rich.text import Text
 from diffusion_pl import config
 from diffusion_pl.commands import data_sets, hints, parts, runs, trust
 from diffusion_pl.commands.metric_choice import MetricChoice
-from diffusion_pl.commands.options import FeatureOptions, MetricOptions, RunOptions, SamplerOptions
+from diffusion_pl.commands.options import (
+    FeatureOptions,
+    Integer,
+    MetricOptions,
+    RunOptions,
+    SamplerOptions,
+)
 from diffusion_pl.commands.results import Result
 from diffusion_pl.data.files import IMAGES, SAMPLE, read_sample
 from diffusion_pl.errors import UserError
@@ -48,7 +54,7 @@ def command(
     run: Path,
     /,
     *,
-    blocks: int = 1,
+    blocks: Integer = 1,
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
     wanted: MetricOptions = MetricOptions(),

@@ -8,7 +8,13 @@ from typing import Literal
 import torch
 
 from diffusion_pl.commands import latents, runs
-from diffusion_pl.commands.options import BaseAlone, RunOptions, RunPath, SamplerOptions
+from diffusion_pl.commands.options import (
+    BaseAlone,
+    Integer,
+    RunOptions,
+    RunPath,
+    SamplerOptions,
+)
 from diffusion_pl.commands.results import Result
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.errors import UserError
@@ -27,7 +33,7 @@ def command(
     /,
     *,
     label: str | None = None,
-    count: int = 9,
+    count: Integer = 9,
     sigma: float | None = None,
     by: Literal["noise", "flow"] = "noise",
     spherical: bool = False,

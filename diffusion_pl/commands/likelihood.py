@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
-from diffusion_pl.commands.options import BaseAlone, RunOptions, RunPath, SamplerOptions
+from diffusion_pl.commands.options import BaseAlone, Integer, RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result
 from diffusion_pl.diffusion.guidance import conditioned
 from diffusion_pl.diffusion.objective import Denoise, trained_range
@@ -64,9 +64,9 @@ def command(
     run: RunPath,
     /,
     *,
-    count: int = 100,
+    count: Integer = 100,
     by: Literal["flow", "bound"] = "flow",
-    probes: int | None = None,
+    probes: Integer | None = None,
     variance: Literal["small", "large", "learned"] | None = None,
     base_alone: BaseAlone = False,
     sampling: SamplerOptions = SamplerOptions(),

@@ -11,7 +11,7 @@ import torch
 
 from diffusion_pl import config
 from diffusion_pl.commands import data_sets, runs
-from diffusion_pl.commands.options import RunOptions, RunPath, SamplerOptions
+from diffusion_pl.commands.options import Integer, RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.levels import LevelError, errors_by_level
@@ -26,8 +26,8 @@ def command(
     /,
     *,
     data: str | None = None,
-    count: int = 256,
-    levels: int = 20,
+    count: Integer = 256,
+    levels: Integer = 20,
     out: Path | None = None,
     options: RunOptions = RunOptions(),
 ) -> Result:

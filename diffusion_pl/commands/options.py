@@ -7,6 +7,7 @@ here, so that help imports no command.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,10 +29,10 @@ def weights(text: str) -> str:
     Raises:
         ValueError: it is none of them.
     """
-    kind, _, length = text.partition(":")
-    if kind not in ("ema", "denoiser") or (length and kind != "ema"):
+    kind, colon, length = text.partition(":")
+    if kind not in ("ema", "denoiser") or (colon and kind != "ema"):
         raise ValueError(f"ema, denoiser or ema:LENGTH (got {text!r})")
-    if length:
+    if colon:
         try:
             float(length)
         except ValueError as error:
@@ -50,6 +51,17 @@ def interval(text: str) -> tuple[float, float]:
     except ValueError as error:
         raise ValueError(f"two numbers, as LOW,HIGH (got {text!r})") from error
     return low, high
+
+
+def whole(text: str) -> int:
+    """Parse a whole number; of 1.5 cyclopts would make 2.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"[+-]?\d+(_\d+)*", text.strip()):
+        raise ValueError(f"a whole number (got {text!r})")
+    return int(text)
 
 
 def listed(each: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -93,6 +105,7 @@ BaseAlone = Annotated[
 Interval = Annotated[tuple[float, float], _read(interval, "LOW,HIGH")]
 Weights = Annotated[str, _read(weights, "KIND")]
 Words = Annotated[tuple[str, ...], _read(listed(str), "NAME,...")]
+Integer = Annotated[int, _read(whole, "INT")]
 Integers = Annotated[tuple[int, ...], _read(listed(int), "N,...")]
 Numbers = Annotated[tuple[float, ...], _read(listed(float), "NUMBER,...")]
 SeveralWeights = Annotated[tuple[str, ...], _read(listed(weights), "KIND,...")]
@@ -111,7 +124,7 @@ class SamplerOptions:
     """
 
     sampler: str | None = None
-    steps: int | None = None
+    steps: Integer | None = None
     guidance: float | None = None
     weights: Weights = "ema"
 
@@ -130,13 +143,17 @@ class RunOptions:
         set: KEY=VALUE over the run's config.
     """
 
-    seed: int = 0
+    seed: Integer = 0
     guidance_interval: Interval | None = None
     guide: Path | None = None
-    batch_size: int | None = None
+    batch_size: Integer | None = None
     device: str = "auto"
     allow: Allow = ()
     set: Repeated = ()
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1 (got {self.batch_size})")
 
 
 @Parameter(name="*", group=Group("Measuring", sort_key=3))
@@ -152,10 +169,10 @@ class MetricOptions:
         metrics: frechet, spatial, score, kernel, precision_recall, density_coverage, or all.
     """
 
-    count: int | None = None
+    count: Integer | None = None
     reference: str | None = None
     resize: bool = False
-    subset_size: int | None = None
+    subset_size: Integer | None = None
     metrics: Words | None = None
 
 
@@ -216,12 +233,12 @@ class JobOptions:
     run: Path | None = None
     data_changed: bool = False
     allow: Allow = ()
-    nodes: int = 1
-    gpus: int = 1
-    tasks: int | None = None
-    cpus: int | None = None
+    nodes: Integer = 1
+    gpus: Integer = 1
+    tasks: Integer | None = None
+    cpus: Integer | None = None
     time: str = "24:00:00"
-    margin: int | None = None
+    margin: Integer | None = None
     container: str | None = None
     sweep: Repeated = ()
     sbatch: Repeated = ()

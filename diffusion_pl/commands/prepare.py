@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from diffusion_pl.commands import recommend
+from diffusion_pl.commands.options import Integer
 from diffusion_pl.commands.results import Result
 from diffusion_pl.data.prepare import Request, prepare
 from diffusion_pl.data.recipe import Recipe
@@ -38,17 +39,17 @@ def command(
     filter: str = "lanczos",
     fit: str = "crop",
     encoding: str = "png",
-    channels: int = 3,
-    shard_images: int = 1000,
+    channels: Integer = 3,
+    shard_images: Integer = 1000,
     labels: Annotated[bool | None, Parameter(negative="--no-labels")] = None,
     name: str | None = None,
-    count: int | None = None,
-    seed: int | None = None,
+    count: Integer | None = None,
+    seed: Integer | None = None,
     split: str | None = None,
     image: str | None = None,
     label: str | None = None,
-    workers: int | None = None,
-    skip_broken: int = 0,
+    workers: Integer | None = None,
+    skip_broken: Integer = 0,
 ) -> Result:
     """Write shards of a folder, archive or table of images, or continue where it stopped.
 

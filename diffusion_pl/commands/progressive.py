@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
-from diffusion_pl.commands.options import BaseAlone, RunOptions, RunPath, SamplerOptions
+from diffusion_pl.commands.options import (
+    BaseAlone,
+    Integer,
+    RunOptions,
+    RunPath,
+    SamplerOptions,
+)
 from diffusion_pl.commands.results import Result
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Recorded
@@ -29,8 +35,8 @@ def command(
     /,
     *,
     label: str | None = None,
-    count: int = 8,
-    frames: int = 10,
+    count: Integer = 8,
+    frames: Integer = 10,
     share: float | None = None,
     base_alone: BaseAlone = False,
     out: Path | None = None,

@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 
 from diffusion_pl.commands import data_sets, evaluate, parts, runs
-from diffusion_pl.commands.options import FeatureOptions
+from diffusion_pl.commands.options import (
+    FeatureOptions,
+    Integer,
+)
 from diffusion_pl.commands.results import Result
 from diffusion_pl.metrics import real_images
 from diffusion_pl.progress import counted
@@ -16,7 +19,7 @@ def command(
     data: str,
     /,
     *,
-    resolution: int | None = None,
+    resolution: Integer | None = None,
     moments_only: bool = False,
     out: Path | None = None,
     device: str = "auto",

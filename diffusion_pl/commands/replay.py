@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusion_pl import config
 from diffusion_pl.commands import parts, runs, train
-from diffusion_pl.commands.options import Allow
+from diffusion_pl.commands.options import Allow, Integer
 from diffusion_pl.commands.results import Result
 from diffusion_pl.errors import UserError
 from diffusion_pl.images import grid, save_png
@@ -20,7 +20,7 @@ from diffusion_pl.training.sanity import NonFiniteError
 FAILURES: tuple[type[Exception], ...] = (NonFiniteError,)
 
 
-def command(run: Path, /, *, step: int, out: Path | None = None, allow: Allow = ()) -> Result:
+def command(run: Path, /, *, step: Integer, out: Path | None = None, allow: Allow = ()) -> Result:
     """Repeat one step of a run: its images, noise levels, losses and gradient.
 
     Writes its images clean, with noise and denoised; to inspect a loss that was not finite.
@@ -42,6 +42,8 @@ def command(run: Path, /, *, step: int, out: Path | None = None, allow: Allow = 
     parts.bind(experiment)
     built = train.build(experiment)
     batch_size = built.data.batch_size
+    if step >= (steps := built.settings.steps(batch_size)):
+        raise UserError(f"--step must be below the run's {steps:,} steps (got {step:,})")
     before = checkpoint_before(run / "checkpoints", step * batch_size)
     if before is None and (run / "from").exists():
         raise UserError(

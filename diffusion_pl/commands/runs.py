@@ -284,10 +284,19 @@ def _check_interval(interval: tuple[float, float], weight: float, sigmas: Tensor
 
 
 def resolve_device(name: str) -> str:
-    """The torch device that an option names; "auto" is a GPU where there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The torch device that an option names; "auto" is a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"device {name!r}: cannot be used here ({reason}); try cpu") from error
+    return name
 
 
 def images_of(experiment: Config) -> ImageDataset:

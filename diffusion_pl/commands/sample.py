@@ -11,7 +11,12 @@ from typing import Any
 from torch import nn
 
 from diffusion_pl.commands import hints, runs
-from diffusion_pl.commands.options import RunOptions, RunPath, SamplerOptions
+from diffusion_pl.commands.options import (
+    Integer,
+    RunOptions,
+    RunPath,
+    SamplerOptions,
+)
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.commands.sample_folder import OtherImages, SampleFolder
 from diffusion_pl.errors import UserError
@@ -27,8 +32,8 @@ def command(
     run: RunPath,
     /,
     *,
-    count: int = 64,
-    first: int = 0,
+    count: Integer = 64,
+    first: Integer = 0,
     label: str | None = None,
     out: Path | None = None,
     sampling: SamplerOptions = SamplerOptions(),
