@@ -92,6 +92,11 @@ class Nothing:
         (["strategy=ddp_spawn"], "DDPStrategy starts its ranks in the middle of the training"),
         (["strategy=single_device", "devices=2"],
          "trainer.strategy: SingleDeviceStrategy has 1 devices, not 2"),
+        (["strategy=single_xla"], "trainer.strategy: single_xla cannot be made here ("),
+        (["strategy=xla"], "trainer.strategy: xla cannot be made here ("),
+        ([f"strategy={{_target_: {DDP}, static_grap: true}}"],
+         "trainer.strategy: DDPStrategy has no argument 'static_grap'; did you mean 'static_gra"),
+        ([f"strategy={{_target_: {DDP}, device_ids: [0]}}"], "has no argument 'device_ids'"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_a_line_before_training(
@@ -104,6 +109,34 @@ def test_what_does_not_fit_is_a_line_before_training(
     own_module(tmp_path, monkeypatch, "myparts", OWN)
     code, err = train(*(f"trainer.{word}" for word in words))
     assert code == 2 and says in err and "Traceback" not in err, err
+    assert not Path("runs/a/checkpoints").exists() and not Path("runs/a/config.yaml").exists()
+
+
+TIMER = "lightning.pytorch.callbacks.Timer"
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("callbacks=[3]", "callbacks[0]: must be a Callback of Lightning's (got one of type int)"),
+        ("callbacks=[null]", "callbacks[0]: must be a Callback of Lightning's (got one of type N"),
+        (f"callbacks=[{{_target_: {TIMER}}}, {{_target_: myparts.Nothing}}]",
+         "callbacks[1]: must be a Callback of Lightning's (got one of type Nothing); give a node"),
+        (f"callbacks=[{{_target_: {TIMER}, _partial_: true}}]", "(got one of type partial)"),
+        ("loggers=[3]", "loggers[0]: must be a Logger of Lightning's (got one of type int)"),
+        (f"loggers=[{{_target_: {TIMER}}}]", "loggers[0]: must be a Logger of Lightning's"),
+    ],
+)  # fmt: skip
+def test_what_is_no_callback_or_logger_is_a_line_before_training(
+    word,
+    says,
+    train,
+    tmp_path,
+    monkeypatch,
+):
+    own_module(tmp_path, monkeypatch, "myparts", OWN)
+    code, err = train(word)
+    assert code == 2 and says in err and err.count("\n") == 1, err
     assert not Path("runs/a/checkpoints").exists() and not Path("runs/a/config.yaml").exists()
 
 

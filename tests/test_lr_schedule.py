@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from diffusion_pl import config
 from diffusion_pl.cli import main
 from diffusion_pl.config import renaming
 from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training import lr_schedule
 from diffusion_pl.training.history import History
 from diffusion_pl.training.lr_schedule import Cosine, WarmupDecay
 
@@ -41,7 +43,12 @@ trainer:
 """
 )
 STEP = "lr_schedule={_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 3}"
+TORCH_S = "lr_schedule={_target_: torch.optim.lr_scheduler.%s, _partial_: true, %s}"
 COSINE = "lr_schedule._target_=diffusion_pl.training.lr_schedule.Cosine"
+
+
+def torch_s(name, **arguments):
+    return TORCH_S % (name, ", ".join(f"{key}: {value}" for key, value in arguments.items()))
 
 
 @pytest.fixture
@@ -129,19 +136,91 @@ def test_what_changes_no_rate_so_far_is_free(train):
         ([STEP.replace("true", "false")], "add `_partial_: true`"),
         ([STEP.replace("step_size", "stepsize")], "lr_schedule.stepsize: unknown argument"),
         ([STEP.replace("StepLR, _partial_: true, step_size: 3", "SequentialLR, _partial_: true")],
-         "lr_schedule: SequentialLR.__init__() missing"),
+         "SequentialLR fails with these settings; correct them (TypeError: SequentialLR.__init__"),
         ([STEP.replace("StepLR, _partial_: true, step_size: 3",
                        "ReduceLROnPlateau, _partial_: true")], "lr_schedule: ReduceLROnPlateau"),
         (["lr_schedule={_target_: math.sqrt, _partial_: true}"], "is called with (images, total_"),
         (["lr_schedule={_target_: operator.sub, _partial_: true}"], "must give a factor from 0 on"),
         (["lr_schedule=3"], "lr_schedule: must be null or a node"),
         (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
+        ([torch_s("ExponentialLR", gamma=-1)],
+         "lr_schedule: ExponentialLR must give rates from 0 on (got -0.01 at step 1)"),
+        ([torch_s("ExponentialLR", gamma=1e300)], "must give rates from 0 on (got inf at step 2)"),
+        ([torch_s("StepLR", step_size=7, gamma=-1)], "(got -0.01 at step 7)"),
+        ([torch_s("StepLR", step_size=0)],
+         "StepLR fails with these settings; correct them (ZeroDivisionError: "),
+        ([torch_s("CosineAnnealingLR", T_max=0)],
+         "CosineAnnealingLR fails with these settings; correct them (ZeroDivisionError: "),
+        ([torch_s("OneCycleLR", max_lr=0.1, total_steps=7)],
+         "OneCycleLR ends after 7 of the training's 8 steps; set total_steps to 8"),
+        ([torch_s("MultiStepLR", milestones="[2, a]")],
+         "lr_schedule: milestones must be whole numbers of steps (got 'a')"),
+        ([torch_s("MultiStepLR", milestones="[2.5]")], "whole numbers of steps (got 2.5)"),
+        (["lr_schedule={_target_: torch.nn.Linear, in_features: 1, out_features: 1}"],
+         "lr_schedule: fails at 0 of 32 images (TypeError: "),
+        (["lr_schedule={_target_: builtins.max, _partial_: true}"], "is called with (images, tot"),
     ],
 )  # fmt: skip
 def test_a_schedule_that_does_not_fit_is_a_line_before_training(words, says, train):
     code, err = train(*words)
     assert code == 2 and says in err and "Traceback" not in err
     assert not Path("runs/a/checkpoints").exists()
+
+
+def test_a_schedule_that_lasts_as_long_as_the_training_trains(train):
+    assert train(torch_s("OneCycleLR", max_lr=0.1, total_steps=8))[0] == 0
+    assert train(torch_s("MultiStepLR", milestones="[2, 4.0]"), run="b")[0] == 0
+    expected = [0.01] * 2 + [0.001] * 2 + [0.0001] * 4
+    assert rates("b") == pytest.approx(expected)
+
+
+def trial():
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+
+
+@pytest.mark.parametrize("bad", [4, 12, 28])
+def test_the_factor_of_every_step_is_tried(bad):
+    asked = []
+
+    def factor(images, total_images):
+        asked.append((images, total_images))
+        return 1.0
+
+    lr_schedule.check(factor, trial(), 8, 4)
+    assert asked == [(images, 32) for images in range(0, 32, 4)]
+    with pytest.raises(dp.UserError, match=rf"from 0 on \(got -1 at {bad} images\)"):
+        lr_schedule.check(lambda images, _: -1 if images == bad else 1, trial(), 8, 4)
+    with pytest.raises(dp.UserError, match=rf"got nan at {bad} images"):
+        lr_schedule.check(lambda images, _: math.nan if images == bad else 1, trial(), 8, 4)
+    with pytest.raises(dp.UserError, match=rf"fails at {bad} of 32 images \(ZeroDivisionError: "):
+        lr_schedule.check(lambda images, _: 1 / abs(images - bad), trial(), 8, 4)
+
+
+def test_a_long_training_is_checked_at_some_steps():
+    asked = []
+    lr_schedule.check(lambda images, _: asked.append(images) or 1, trial(), 2_500_000, 2)
+    assert asked == [*range(0, 5_000_000, 5_000), 4_999_998]
+    made = []
+
+    class Counts(torch.optim.lr_scheduler.LRScheduler):
+        def get_lr(self):
+            made.append(self.last_epoch)
+            return [1.0]
+
+    lr_schedule.check(partial(Counts), trial(), 2_500_000, 2)
+    assert made == list(range(1001))
+    once = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1.0, cycle_momentum=False)
+    with pytest.raises(dp.UserError, match="ends after 2,000 of the training's 3,000 steps"):
+        lr_schedule.check(partial(once, total_steps=2_000), trial(), 3_000, 2)
+
+
+def test_the_rate_of_every_group_is_looked_at():
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(2)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    rates = [lambda step: 1.0, lambda step: 1.0 - step]
+    made = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=rates)
+    with pytest.raises(dp.UserError, match=r"LambdaLR must give .* \(got -1 at step 2\)"):
+        lr_schedule.check(made, optimizer, 8, 4)
 
 
 def test_keys_of_earlier_versions_are_read_under_the_new_names(train, tmp_path, caplog):
@@ -190,8 +269,6 @@ def test_a_run_of_an_earlier_version_goes_on_under_either_name(train):
 
 
 def test_a_schedule_that_counts_steps_is_built_on_the_run_s_optimizer():
-    from diffusion_pl.training import lr_schedule
-
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     made = partial(torch.optim.lr_scheduler.StepLR, step_size=2)
     assert lr_schedule.scheduler_of(made, optimizer).optimizer is optimizer

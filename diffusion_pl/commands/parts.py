@@ -125,9 +125,9 @@ def _check_optimizer(experiment: Config, settings: TrainerConfig) -> None:
     except UserError as error:
         raise experiment.error("optimizer", str(error)) from error
     if (schedule := lr_schedule_of(experiment)) is not None:
-        total = settings.rounded_images(experiment.get("data.batch_size"))
+        batch_size = experiment.get("data.batch_size")
         try:
-            lr_schedule.check(schedule, optimizer, total)
+            lr_schedule.check(schedule, optimizer, settings.steps(batch_size), batch_size)
         except UserError as error:
             raise experiment.error("lr_schedule", str(error)) from error
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR, ReduceLROnPlateau
 
 from diffusion_pl.errors import UserError
 
 # (images seen before the step, images of the whole training) -> factor of every group's rate; or a
 # functools.partial of a torch scheduler that lacks only the optimizer.
 LRSchedule = Callable[..., Any]
+
+TRIED = 1000  # steps whose rates are tried before a training starts
 
 
 @dataclass(frozen=True)
@@ -87,35 +90,76 @@ def is_torch_s(schedule: LRSchedule) -> bool:
     return inspect.isclass(made) and issubclass(made, LRScheduler)
 
 
-def check(schedule: LRSchedule, optimizer: torch.optim.Optimizer, total_images: int) -> None:
+def check(
+    schedule: LRSchedule, optimizer: torch.optim.Optimizer, steps: int, batch_size: int
+) -> None:
     """Check a schedule before a training starts.
+
+    Every step's rate is tried; in a longer training those of some `TRIED` steps, evenly spaced for
+    a factor and the first ones for a scheduler of torch's, which has to make them one by one.
 
     Args:
         schedule: built.
         optimizer: a trial optimizer, which is changed.
-        total_images: of the training.
+        steps: of the training.
+        batch_size: images of each step.
 
     Raises:
-        UserError: it takes other arguments, or returns no factor.
+        UserError: it takes other arguments, fails, ends before the training, or gives a rate that
+            is negative or not finite.
     """
     if is_torch_s(schedule):
-        if issubclass(schedule.func, ReduceLROnPlateau):  # type: ignore[attr-defined]
-            raise UserError("ReduceLROnPlateau waits for a measured number, which steps have not")
-        try:
-            scheduler = schedule(optimizer)
-            optimizer.step()
-            scheduler.step()
-        except (TypeError, ValueError, IndexError) as error:
-            raise UserError(" ".join(str(error).split())) from error
+        _check_torch_s(schedule, optimizer, steps)
         return
+    total_images = steps * batch_size
     try:
         inspect.signature(schedule).bind(0, total_images)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(
             f"is called with (images, total_images) and takes others ({error}); torch's schedulers "
             "are handed on with `_partial_: true`"
         ) from error
-    for images in (0, total_images // 2, total_images):
-        factor = schedule(images, total_images)
+    for step in sorted({*range(0, steps, math.ceil(steps / TRIED)), steps - 1}):
+        images = step * batch_size
+        with _in_a_line(f"fails at {images:,} of {total_images:,} images"):
+            factor = schedule(images, total_images)
         if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
-            raise UserError(f"must give a factor from 0 on (got {factor!r} at {images:,} images)")
+            got = " ".join(repr(factor).split())
+            raise UserError(f"must give a factor from 0 on (got {got} at {images:,} images)")
+
+
+def _check_torch_s(schedule: LRSchedule, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Check a torch scheduler by making its first steps."""
+    kind = schedule.func  # type: ignore[attr-defined]
+    if issubclass(kind, ReduceLROnPlateau):
+        raise UserError("ReduceLROnPlateau waits for a measured number, which steps have not")
+    fails = f"{kind.__name__} fails with these settings; correct them"
+    with _in_a_line(fails):
+        scheduler = schedule(optimizer)
+        optimizer.step()
+    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < steps:
+        raise UserError(
+            f"{kind.__name__} ends after {scheduler.total_steps:,} of the training's {steps:,} "
+            f"steps; set total_steps to {steps}"
+        )
+    for each in scheduler.milestones if isinstance(scheduler, MultiStepLR) else ():
+        if not isinstance(each, int | float) or each % 1:
+            raise UserError(f"milestones must be whole numbers of steps (got {each!r})")
+    for step in range(min(steps, TRIED)):
+        for group in optimizer.param_groups:
+            if not 0 <= (rate := float(group["lr"])) < math.inf:
+                raise UserError(
+                    f"{kind.__name__} must give rates from 0 on (got {rate:g} at step {step:,})"
+                )
+        with _in_a_line(fails):
+            scheduler.step()
+
+
+@contextlib.contextmanager
+def _in_a_line(what: str) -> Iterator[None]:
+    """Turn whatever a schedule raises into a `UserError` of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{what} ({type(error).__name__}: {reason})") from error

@@ -53,6 +53,9 @@ class Experiment:
         name: of the experiment.
         config: resolved, plain containers; kept in the checkpoints.
         seed: of all random numbers in training.
+
+    Raises:
+        UserError: a callback or a logger that is none of Lightning's.
     """
 
     name: str
@@ -71,6 +74,16 @@ class Experiment:
     lr_schedule: LRSchedule | None = None
     callbacks: Sequence[Callback] = ()
     loggers: Sequence[Logger] = ()
+
+    def __post_init__(self) -> None:
+        for key, kind in {"callbacks": Callback, "loggers": Logger}.items():
+            for number, each in enumerate(getattr(self, key)):
+                if not isinstance(each, kind):
+                    raise UserError(
+                        f"{key}[{number}]: must be a {kind.__name__} of Lightning's (got one of "
+                        f"type {type(each).__name__}); give a node with the class as `_target_`, "
+                        "without `_partial_`"
+                    )
 
 
 def fit(

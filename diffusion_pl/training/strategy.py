@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -26,6 +27,7 @@ from lightning.pytorch.strategies import (
 )
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 from diffusion_pl.config.tree import nearest
 from diffusion_pl.errors import UserError
@@ -127,8 +129,12 @@ def _lightnings(settings: TrainerConfig) -> Strategy:
         known = StrategyRegistry.available_strategies()
         if given not in known:
             raise UserError(f"trainer.strategy: unknown {given!r}{nearest(given, known)}")
-        with in_a_line():
-            given = StrategyRegistry.get(given)
+        try:
+            with in_a_line():
+                given = StrategyRegistry.get(given)
+        except (TypeError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"trainer.strategy: {given} cannot be made here ({reason})") from error
     name = type(given).__name__
     if not isinstance(given, Strategy):
         raise UserError(f"trainer.strategy: must be one of Lightning's (got a {name})")
@@ -142,6 +148,13 @@ def _lightnings(settings: TrainerConfig) -> Strategy:
             f"trainer.strategy: {name} starts its ranks in the middle of the training; use one "
             "that starts them as processes of their own, such as ddp"
         )
+    if isinstance(given, DDPStrategy):  # its further arguments are read when the training starts
+        free = set(inspect.signature(DistributedDataParallel).parameters)
+        free -= {"module", "device_ids"}  # given by Lightning
+        for key in given._ddp_kwargs.keys() - free:
+            raise UserError(
+                f"trainer.strategy: {name} has no argument {key!r}{nearest(key, sorted(free))}"
+            )
     return given
 
 
