@@ -533,3 +533,16 @@ def test_a_later_task_of_srun_is_no_rank_of_a_run_of_one_and_takes_the_lock(
         code, said = train("trainer.total_images=24")
     assert code == 2 and "holds it" in said
     assert not file_of(24).exists()
+
+
+def test_a_link_called_latest_is_the_checkpoint_that_it_names(tmp_path):
+    """As people and other programs make it; one that leads elsewhere is refused."""
+    for images in (8, 16):
+        (tmp_path / checkpoints.name_of(images)).write_bytes(b"")
+    pointer = tmp_path / "latest"
+    pointer.symlink_to(checkpoints.name_of(8))
+    assert checkpoints.latest(tmp_path) == tmp_path / checkpoints.name_of(8)
+    pointer.unlink()
+    pointer.symlink_to(Path("..") / checkpoints.name_of(8))
+    with pytest.raises(ValueError, match="which is not there; restore it or remove the pointer"):
+        checkpoints.latest(tmp_path)

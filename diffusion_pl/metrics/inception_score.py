@@ -90,7 +90,10 @@ class InceptionScore:
         """
         self.check_count(count)
         if not extractor.classes:
-            raise UserError(f"classifier score: {extractor.name} knows no classes")
+            raise UserError(
+                f"classifier score: {extractor.name} knows no classes; leave it out of the "
+                "metrics, or take features that know some, such as shapes"
+            )
         [key] = self.numbers(extractor)
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
 

@@ -161,6 +161,8 @@ def _linked(folder: Path) -> set[str]:
 def _pointed(folder: Path) -> str | None:
     """The name in the `latest` pointer; None if absent."""
     pointer = folder / LATEST
+    if pointer.is_symlink():  # as other programs and people make it
+        return os.readlink(pointer)
     try:
         return read_small(pointer).decode(errors="replace").strip()
     except FileNotFoundError:
