@@ -31,7 +31,7 @@ MUTANTS = [
         ("isinstance(store, Tensor) and store.dtype != torch.uint8", "False"),
         ("if names and len(names) != classes:", "if False:"),
         ("labels.shape != shape[:1] or labels.is_floating_point()", "False"),
-        ("if low < 0 or high >= classes:", "if high >= classes:"),
+        ("if low < 0 or (classes and high >= classes):", "if classes and high >= classes:"),
     ),
     *at(
         "diffusion/preconditioning.py",

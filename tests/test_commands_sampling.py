@@ -286,9 +286,9 @@ def test_a_model_that_never_saw_its_labels_guides_nothing():
     [
         (("sample", "runs/tiny", "--set", "data.dataset.resolution=9"), "dataset.resolution: "),
         (("evaluate", "pictures", "--reference", "tiny", "--sampler", "heun"),
-         "--sampler is of a run that draws; pictures holds images"),
+         "--sampler: is for sampling from a run, and pictures holds images"),
         (("evaluate", "pictures", "--reference", "tiny", "--guidance", 2),
-         "--guidance is of a run"),
+         "--guidance: is for sampling from a run"),
     ],
 )  # fmt: skip
 def test_what_the_network_or_the_images_are_not_of_is_refused(run, home, words, message):

@@ -54,7 +54,7 @@ def small(name):
         if "splits" in inspect.signature(targets.locate(metric["_target_"])).parameters:
             metric["splits"] = 1
     tree["data"] |= {"batch_size": BATCH, "num_workers": 0}
-    small_run = {"images": 2 * BATCH, "checkpoint_every": BATCH, "log_every": BATCH}
+    small_run = {"total_images": 2 * BATCH, "checkpoint_every": BATCH, "log_every": BATCH}
     here = {"accelerator": "cpu", "devices": 1, "loggers": []}
     tree["trainer"] |= small_run | here
     tree["lr_schedule"] = None

@@ -129,7 +129,7 @@ def _check(
         got = f"{labels.dtype} {tuple(labels.shape)}"
         raise UserError(f"{name}: labels must be int64 ({shape[0]},), one an image (got {got})")
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
+    if low < 0 or (classes and high >= classes):
         raise UserError(f"{name}: labels are {low} to {high}, and must be in [0, {classes})")
 
 
