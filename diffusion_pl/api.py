@@ -209,7 +209,7 @@ def _names(given: Sequence[str]) -> tuple[str, ...]:
 
 
 def _refuse_recipes(name: str, values: Sequence[Any]) -> None:
-    """See that what Lightning or a metric is handed are objects.
+    """See that callbacks and loggers are objects.
 
     Raises:
         UserError: a class or `lazy(...)`.

@@ -45,7 +45,7 @@ MUTANTS = [
         "sharding",
         ('Sharded if settings.strategy == "fsdp" else', "Sharded if False else"),
         ('Sharded if settings.strategy == "fsdp" else', "Sharded if True else"),
-        ("settings.devices_per_node() == 1", "settings.devices_per_node() == 0"),
+        ("settings.world_size() == 1", "settings.world_size() == 0"),
     ),
     *at(
         "training/evaluating.py",

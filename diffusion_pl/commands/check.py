@@ -138,7 +138,7 @@ def _data(experiment: Config) -> str:
 def _batch(experiment: Config) -> str:
     settings: TrainerConfig = config.build(experiment, "trainer")
     batch_size, devices = experiment.get("data.batch_size"), settings.devices_per_node()
-    size = parts.device_batch(experiment, settings, settings.nodes * devices)
+    size = parts.device_batch(experiment, settings, settings.world_size())
     precision = resolve_precision(settings.precision, settings.device_type())
     return (
         f"{batch_size:,} images = {settings.nodes} nodes x {devices} devices x {size} images, "
@@ -150,7 +150,7 @@ def _batch(experiment: Config) -> str:
 def _strategy(experiment: Config, objective: TrainingObjective) -> str:
     """How the model is distributed over devices; "" for one device."""
     settings: TrainerConfig = config.build(experiment, "trainer")
-    devices = settings.devices_per_node() * settings.nodes
+    devices = settings.world_size()
     try:
         settings.check_objective(objective)
     except ValueError as error:
@@ -173,7 +173,7 @@ def _sizes(experiment: Config, network: nn.Module) -> str:
     if not weights:
         return ""
     settings: TrainerConfig = config.build(experiment, "trainer")
-    devices = settings.devices_per_node() * settings.nodes
+    devices = settings.world_size()
     size, total = parts.device_batch(experiment, settings, devices), sum(weights.values())
     words = []
     for resolution, weight in weights.items():

@@ -202,7 +202,7 @@ def leads_run(settings: TrainerConfig) -> bool:
 
     It is in a run of one process, whatever ranks a job's environment names.
     """
-    return settings.nodes * settings.devices_per_node() == 1 or ranks.leads_run()
+    return settings.world_size() == 1 or ranks.leads_run()
 
 
 def check_ranks(settings: TrainerConfig) -> None:

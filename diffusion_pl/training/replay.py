@@ -61,9 +61,7 @@ def replay(experiment: Experiment, checkpoint: Path | None, step: int) -> Replay
         UserError: the data differs from the checkpoint's.
     """
     settings = experiment.settings
-    batch_size = settings.per_device_batch(
-        experiment.data.batch_size, settings.nodes * settings.devices_per_node()
-    )
+    batch_size = settings.per_device_batch(experiment.data.batch_size, settings.world_size())
     settings = dataclasses.replace(
         settings, devices=1, nodes=1, device_batch_size=settings.device_batch_size or batch_size
     )

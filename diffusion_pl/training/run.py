@@ -205,7 +205,7 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
             default_root_dir=run,
             benchmark=True,
         )
-    if made.world_size != (ranks := settings.nodes * settings.devices_per_node()):
+    if made.world_size != (ranks := settings.world_size()):
         name = type(made.strategy).__name__
         raise UserError(f"trainer.strategy: {name} has {made.world_size} devices, not {ranks}")
     return made

@@ -138,6 +138,10 @@ class TrainerConfig:
         name = self.keep_best
         return None if name is None else Best(run, name, higher=HIGHER[name])
 
+    def world_size(self) -> int:
+        """Ranks of the run: the devices of all nodes."""
+        return self.nodes * self.devices_per_node()
+
     def steps(self, batch_size: int) -> int:
         """Optimizer steps of the budget, rounded up."""
         return math.ceil(self.total_images / batch_size)

@@ -116,7 +116,7 @@ def make_strategy(settings: TrainerConfig) -> Strategy | str:
     """
     if settings.strategy not in OURS:
         return _lightnings(settings)
-    if settings.nodes * settings.devices_per_node() == 1:
+    if settings.world_size() == 1:
         return "auto"
     kind = Sharded if settings.strategy == "fsdp" else Copied
     return kind(timeout=timedelta(seconds=settings.start_timeout))
