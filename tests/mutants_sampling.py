@@ -50,8 +50,9 @@ MUTANTS = [
         ('or "nearest" not in inspect.signature(given).parameters', ""),
         ("dataclasses.replace(new, steps=options.steps)", "new"),
         ("if value is not None and re.fullmatch(pattern, key):", "if False:"),
-        ("if first <= high * SLACK and", "if"),
-        ("and last * SLACK >= low:", ":"),
+        ("(first <= high * SLACK or near[1]) and", ""),
+        ("and (last * SLACK >= low or near[0])", ""),
+        ("first <= high * SLACK or near[1]", "first <= high * SLACK"),
         ('inspect.signature(function).bind("denoise", "x", "sigmas", "randn_like")', "pass"),
     ),
     *at(

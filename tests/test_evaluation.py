@@ -14,6 +14,7 @@ from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.schedules import Rho
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, ImageGenerator, evaluate, reference_of
 from diffusion_pl.evaluation.blocks import evaluate_blocks
 from diffusion_pl.evaluation.cost import Cost, estimate
@@ -282,3 +283,19 @@ def test_image_noise_goes_on_along_its_own_stream():
 def test_impossible_evaluations_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Evaluation(**({"every": 1} | change))
+
+
+def test_balanced_labels_are_the_classes_in_turn_and_a_number_says_so():
+    balanced = generator(classes=3, balanced=True)
+    assert balanced.labels(range(7)).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert balanced.labels([5, 3]).tolist() == [2, 0]
+    assert balanced.about()["labels"] == "balanced"
+    usual = generator(classes=3)
+    assert "labels" not in usual.about()
+    drawn = usual.labels(range(3000)).bincount()
+    assert drawn.min() > 900
+    assert drawn.tolist() != [1000, 1000, 1000]
+    assert generator(classes=3, balanced=True, label=1).labels(range(3)).tolist() == [1, 1, 1]
+    assert generator(classes=0, balanced=True).labels(range(3)) is None
+    with pytest.raises(UserError, match="labels must be random or balanced"):
+        Evaluation(every=1, labels="even")

@@ -1,4 +1,4 @@
-"""`export`: write a run's weights as a safetensors file or a diffusers folder."""
+"""`export`: write a run's weights as a safetensors file, a diffusers folder or JiT's checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusion_pl.commands.options import Allow, RunPath, Weights
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.config import build
 from diffusion_pl.errors import UserError
-from diffusion_pl.interop import diffusers_export
+from diffusion_pl.interop import diffusers_export, jit
 from diffusion_pl.interop import weights as ours
 from diffusion_pl.names import plain
 from diffusion_pl.samplers.pyramid import PyramidSampler
@@ -21,11 +21,11 @@ def command(
     dest: Path,
     /,
     *,
-    format: Literal["safetensors", "diffusers"] = "safetensors",
+    format: Literal["safetensors", "diffusers", "jit"] = "safetensors",
     weights: Weights = "ema",
     allow: Allow = (),
 ) -> Result:
-    """Write a run's weights as a safetensors file or a diffusers folder.
+    """Write a run's weights as a safetensors file, a diffusers folder or JiT's checkpoint.
 
     Example: diffusion_pl export runs/mine mine.safetensors
 
@@ -41,6 +41,10 @@ def command(
     if format == "safetensors":
         known = {**about, "config": model.config.tree, "class_names": list(model.class_names)}
         ours.write(dest, model.denoiser.state_dict(), known)
+    elif format == "jit":
+        resolution = build(model.config, "data.dataset").resolution
+        t_eps = getattr(getattr(model.objective, "weight", None), "t_eps", 0.05)
+        jit.write(model.denoiser, resolution, t_eps, dest)
     else:
         sampler = parts.sampler_of(model.config, model.objective)
         node = model.config.tree["sampler"]

@@ -26,7 +26,7 @@ from diffusion_pl.training import checkpoint as checkpoints
 
 
 def command(
-    kind: Literal["edm", "diffusers", "guided", "lucidrains", "pesser", "safetensors"],
+    kind: Literal["edm", "diffusers", "guided", "jit", "lucidrains", "pesser", "safetensors"],
     source: Path,
     dest: Path,
     /,

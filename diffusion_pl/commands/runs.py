@@ -204,6 +204,7 @@ def make_generator(
         label_dropout=model.label_dropout,
         seed=options.seed,
         label=class_of(label, model.class_names, classes),
+        balanced=config.build(model.config, "evaluation").labels == "balanced",
         precision=AUTOCAST[precision],
         origin=_origin(model, sampling.weights),
         **_guidance(sampling, options, model.config, sampler),

@@ -7,6 +7,8 @@ import inspect
 import re
 from functools import partial
 
+import torch
+
 from diffusion_pl.commands import parts
 from diffusion_pl.commands.options import RunOptions, SamplerOptions
 from diffusion_pl.config import Config
@@ -27,8 +29,9 @@ OPTION_KEYS: dict[str, str] = {
     "guide": r"evaluation\.guide(\..*)?",
 }
 
-# The sampler may exceed the trained range by this factor.
-SLACK = 1.1
+# The sampler may exceed the trained range by this factor, or by this share of it as the network is
+# told it (c_noise): near pure noise flow matching's time hardly changes, however large sigma gets.
+SLACK, SHARE = 1.1, 0.05
 
 
 def refuse_duplicates(sampling: SamplerOptions, options: RunOptions) -> None:
@@ -86,7 +89,10 @@ def untrained_levels(sampler: Visiting, objective: TrainingObjective) -> str | N
     low, high = trained_range(objective)
     visited = sampler.sigmas()[:-1]
     first, last = float(visited[0]), float(visited[-1])
-    if first <= high * SLACK and last * SLACK >= low:
+    told = torch.tensor([low, high, last, first], dtype=torch.float64)
+    ends = objective.preconditioning(told).c_noise.to(torch.float64)
+    near = (ends[2:] - ends[:2]).abs() <= SHARE * (ends[1] - ends[0]).abs()
+    if (first <= high * SLACK or near[1]) and (last * SLACK >= low or near[0]):
         return None
     return (
         f"the sampler visits sigma {first:.4g} to {last:.4g}, but training sampled {high:.4g} to "
@@ -130,5 +136,7 @@ def difference(own: Sampler, new: Sampler) -> str:
     sigmas = new.sigmas()
     kept = [f"noise {float(sigmas[0]):.4g} to {float(sigmas[-2]):.4g} of {described(new.schedule)}"]
     kept += [f"{len(sigmas) - 1} steps"] if new.steps == own.steps else []
-    kept += [name for name in ("clip_denoised", "unit_start") if getattr(new, name)]
+    kept += [
+        name for name in ("clip_denoised", "unit_start", "velocity_clamp") if getattr(new, name)
+    ]
     return f"sampler: {', '.join(changes)}; the run's own: {', '.join(kept)}"

@@ -9,6 +9,7 @@ is never extrapolated: it stays the conditional model's.
 | interval | the above at sigma in (low, high], else D_label | Kynkaanniemi 2024, arXiv:2404.07724 |
 | autoguidance | D_bad + w (D_main - D_bad) | Karras 2024, arXiv:2406.02507 |
 | dynamic threshold | clip to s, divide by s | Saharia 2022, arXiv:2205.11487, 2.3 |
+| clamped velocity | (1 - r) t x + r D, r = min(1, (1 - t) / t_eps) | Li & He 2025, Alg. 2 |
 """
 
 from __future__ import annotations
@@ -266,3 +267,42 @@ def thresholded(image: Tensor, share: float = 0.995, most: float = 1.0) -> Tenso
     s = torch.quantile(image.abs().flatten(1), share, dim=1).clamp(1.0, max(1.0, most))
     s = s[:, None, None, None]
     return image.clamp(-s, s) / s
+
+
+@dataclass(frozen=True)
+class VelocityClamp:
+    """The released sampler of JiT divides by max(1 - t, t_eps), t = s / (s + sigma), for a velocity
+
+        v = (D - z) / max(1 - t, t_eps) ,   z = t x ,
+
+    which moves as far as the plain velocity of (1 - r) z + r D, r = min(1, (1 - t) / t_eps), does.
+    So the last steps leave noise in the image: Heun's method in 50 equal steps of t ends at 0.983
+    of the image and noise of 0.017 s, two of 255 levels. Published numbers were measured with it.
+
+    Args:
+        t_eps: smallest 1 - t, in (0, 1); 0.05 as published.
+        noise_scale: s of the objective.
+    """
+
+    t_eps: float = 0.05
+    noise_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.t_eps < 1:
+            raise UserError(f"t_eps must be in (0, 1) (got {self.t_eps})")
+        if self.noise_scale <= 0:
+            raise UserError(f"noise_scale must be positive (got {self.noise_scale})")
+
+    def __call__(self, denoise: Denoise) -> Denoise:
+        """The denoiser whose plain velocity is the clamped one."""
+
+        def clamp(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+            image, variance = denoise(x, sigma, **more).tensor_split([x.shape[1]], dim=1)
+            level = sigma.to(torch.float64)
+            total = self.noise_scale + level
+            r = (level / total / self.t_eps).clamp(max=1.0)
+            kept = per_image((1 - r) * self.noise_scale / total, x)
+            image = (kept * x + per_image(r, x) * image).to(image.dtype)
+            return torch.cat([image, variance], dim=1)
+
+        return clamp

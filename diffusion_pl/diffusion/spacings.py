@@ -1,4 +1,4 @@
-"""Which timesteps of a table a sampler with fewer steps visits.
+"""Which quantiles of a schedule a sampler visits, above all which timesteps of a table.
 
 Read a `Timesteps` table of the same T: `levels(LinearBetas(), 50, DDIMUniform())`.
 
@@ -8,6 +8,7 @@ Read a `Timesteps` table of the same T: `levels(LinearBetas(), 50, DDIMUniform()
 | Trailing | T - 1, T - 1 - T / S, ... rounded | Lin 2024 (arXiv:2305.08891), Table 2 |
 | DDIMQuadratic | floor( linspace(0, sqrt(0.8 T), S)^2 ) | the same, for CIFAR-10 |
 | Respaced | round( linspace(0, T - 1, S) ) | Nichol & Dhariwal 2021, section 4 |
+| EqualSteps | no table: 1, 1 - 1 / S, ..., 1 / S | Li & He 2025, Table 9 |
 | IDDPMSteps | T - 1 - floor( j_0 + (T - 1 - j_0) i / (S - 1) ) | Karras 2022, Table 1 |
 """
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion_pl.diffusion.schedules import MOST_STEPS
 from diffusion_pl.errors import UserError
 
 
@@ -147,3 +149,28 @@ class IDDPMSteps:
         floor, share = span * i // (steps - 1), span * i.to(torch.float64) / (steps - 1)
         j = self.j_0 + (share.round() if self.rounded else floor.to(torch.float64))
         return _quantiles(self.T - 1 - j, self.T)
+
+
+@dataclass(frozen=True)
+class EqualSteps:
+    """Steps of equal length, the last one from u = 1 / S to the end of all noise.
+
+    With `paths.Along(rectified_flow.Straight(shift=s), 0, 1)` they are equal steps of t from pure
+    noise, where sigma is infinite: the first quantile is a little below 1.
+
+    Args:
+        edge: of the first quantile from 1; at 1e-6 JiT's end points are moved by 4e-7.
+    """
+
+    edge: float = 1e-6
+
+    def __call__(self, steps: int) -> Tensor:
+        """Quantiles, float64 (steps,), decreasing.
+
+        Raises:
+            UserError: fewer than 1 step.
+        """
+        if not 1 <= steps <= MOST_STEPS:
+            raise UserError(f"EqualSteps: needs 1 to {MOST_STEPS:,} steps (got {steps:,})")
+        left = 1 - torch.arange(steps, dtype=torch.float64) / steps
+        return left.clamp(max=1 - self.edge)

@@ -57,7 +57,8 @@ class ImageGenerator:
         guidance: weight, 1 for none.
         guidance_interval: noise levels (low, high] that are guided.
         guide: the weaker model of autoguidance; None for the model itself without its label.
-        label: the class of every image; None: uniform over the classes.
+        label: the class of every image; None: as `balanced` says.
+        balanced: image i has class i modulo their number; otherwise uniform from (seed, i).
         precision: autocast dtype, None for float32.
         origin: recorded with every number, such as {"weights": "ema"}.
 
@@ -76,6 +77,7 @@ class ImageGenerator:
     guidance_interval: tuple[float, float] = EVERYWHERE
     guide: Guide | None = None
     label: int | None = None
+    balanced: bool = False
     precision: torch.dtype | None = None
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -94,11 +96,13 @@ class ImageGenerator:
         )
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
-        """The class of each image, int64 (n,), uniform from (seed, i); None without classes."""
+        """The class of each image, int64 (n,); None without classes."""
         if not self.classes:
             return None
         if self.label is not None:
             return torch.full((len(indices),), self.label)
+        if self.balanced:
+            return torch.tensor([i % self.classes for i in indices])
         return torch.tensor([seed_of(self.seed, "label", i) % self.classes for i in indices])
 
     @property
@@ -146,6 +150,7 @@ class ImageGenerator:
             "guidance_interval": interval,
             "guide": None if self.guide is None else self.guide.name,
             "label": self.label,
+            **({"labels": "balanced"} if self.balanced else {}),
             "precision": "fp32" if self.precision is None else described(self.precision),
         }
 

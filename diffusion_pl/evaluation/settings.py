@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -12,6 +12,8 @@ from diffusion_pl.diffusion.guidance import EVERYWHERE, Guide, check_interval
 from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import Extractor, Features
 from diffusion_pl.metrics.reference import Reference
+
+Labels = Literal["random", "balanced"]
 
 
 class Metric(Protocol):
@@ -54,6 +56,8 @@ class Evaluation:
         metrics: to compute; empty for the sample grid alone.
         batch_size: images sampled at a time on one device; changes memory, not numbers.
         seed: of noise and labels.
+        labels: "random": uniform over the classes; "balanced": the classes in turn, so that their
+            counts differ by one at most (JiT's protocol: 50 images of each of 1000 classes).
         guidance: weight, 1 for none.
         guidance_interval: noise levels (low, high] that are guided.
         guide: the weaker model of autoguidance; None for the model itself without its label.
@@ -66,6 +70,7 @@ class Evaluation:
     metrics: Sequence[MetricSettings] = ()
     batch_size: int = 250
     seed: int = 0
+    labels: Labels = "random"
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = EVERYWHERE
     guide: Guide | None = None
@@ -74,6 +79,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         check_interval(self.guidance_interval)
+        if self.labels not in ("random", "balanced"):
+            raise UserError(f"labels must be random or balanced (got {self.labels!r})")
         for key in ("every", "count", "batch_size", "grid"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 1 (got {getattr(self, key)})")

@@ -72,8 +72,10 @@ class Standin:
 
     state: dict[str, Any]
 
-    def __init__(self, *arguments: object) -> None:
-        self.state = {}
+    def __new__(cls, *arguments: object) -> Standin:
+        made = super().__new__(cls)
+        made.state = {}
+        return made
 
     def __setstate__(self, state: Any) -> None:
         self.state = state if isinstance(state, dict) else {}
@@ -202,6 +204,7 @@ KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter"): Function(_parameter),
     ("torch.storage", "_load_from_bytes"): Function(_old_storage),
     ("torch", "device"): Standin,
+    ("argparse", "Namespace"): Standin,
     ("numpy", "dtype"): Dtype,
     ("numpy", "ndarray"): Array,
     ("numpy.core.multiarray", "scalar"): Function(_scalar),

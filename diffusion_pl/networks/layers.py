@@ -33,12 +33,12 @@ def float32_region(device: torch.device) -> contextlib.AbstractContextManager[ob
     return torch.autocast(device.type, enabled=False)
 
 
-def run(layer: nn.Module, x: Tensor, condition: Tensor, *, checkpointed: bool) -> Tensor:
+def run(layer: nn.Module, x: Tensor, *condition: Tensor, checkpointed: bool) -> Tensor:
     """Apply a layer; checkpointed, its activations are not kept for the backward pass, which runs
     it again."""
     again = checkpointed and torch.is_grad_enabled()
     output: Tensor = (
-        checkpoint(layer, x, condition, use_reentrant=False) if again else layer(x, condition)
+        checkpoint(layer, x, *condition, use_reentrant=False) if again else layer(x, *condition)
     )
     return output
 

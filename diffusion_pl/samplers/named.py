@@ -22,6 +22,7 @@ NAMED: dict[str, tuple[Integrator, int]] = {
     "heun": (heun, 18),  # Karras 2022's setting for CIFAR-10, 35 evaluations
     "churn": (partial(heun, S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.003), 256),
     "midpoint": (partial(heun, alpha=0.5), 18),
+    "flow_heun": (partial(heun, noise_scale=1.0), 50),  # Li & He 2025, 99 evaluations
     "deis": (deis, 18),
     "dpmpp_2m": (dpmpp_2m, 18),
     "dpmpp_3m": (dpmpp_3m, 18),

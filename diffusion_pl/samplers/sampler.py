@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffusion_pl.diffusion.guidance import Clip, clipped
+from diffusion_pl.diffusion.guidance import Clip, VelocityClamp, clipped
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.schedules import Schedule, Spacing, levels, uniform
 from diffusion_pl.errors import UserError
@@ -53,6 +53,7 @@ class Sampler:
             limit, or a function of the image such as `diffusion.guidance.thresholded`.
         unit_start: begin from N(0, 1 + sigma^2), which is x_T ~ N(0, I) of Ho 2020 in the state
             x + sigma eps; otherwise from N(0, sigma^2) as Karras 2022.
+        velocity_clamp: of JiT's released sampler; None for none.
     """
 
     integrate: Integrator
@@ -61,6 +62,7 @@ class Sampler:
     spacing: Spacing = uniform
     clip_denoised: Clip = False
     unit_start: bool = False
+    velocity_clamp: VelocityClamp | None = None
 
     def sigmas(self) -> Tensor:
         """The levels visited: float64 (steps + 1,), decreasing to 0.
@@ -113,6 +115,7 @@ class Sampler:
             float32 (B, C, H, W).
         """
         denoise = clipped(denoise, self.clip_denoised) if self.clip_denoised else denoise
+        denoise = self.velocity_clamp(denoise) if self.velocity_clamp else denoise
         return self.integrate(denoise, state, sigmas, randn_like).to(torch.float32)
 
 

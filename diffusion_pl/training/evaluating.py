@@ -219,6 +219,7 @@ class Evaluate(Callback):
             guidance=self.settings.guidance,
             guidance_interval=self.settings.guidance_interval,
             guide=self.settings.guide,
+            balanced=self.settings.labels == "balanced",
             precision=self.precision,
             origin=self.origin,
         )
