@@ -25,7 +25,7 @@ from diffusion_pl.diffusion.schedules import levels
 from diffusion_pl.diffusion.spacings import EqualSteps
 from diffusion_pl.errors import UserError
 from diffusion_pl.interop import jit
-from diffusion_pl.networks.jit import JiT
+from diffusion_pl.networks.jit import Attention, JiT, SwiGLU
 from diffusion_pl.networks.tokens import patch_table, rotary_table, rotated, unrotated
 from diffusion_pl.objectives.jit import JiT as Objective
 from diffusion_pl.objectives.rectified_flow import Straight
@@ -240,6 +240,10 @@ def test_rotary_products_depend_on_the_distance_of_patches_alone():
     torch.testing.assert_close(found[:, 2], angle.cos())
     torch.testing.assert_close(found[:, 3], angle.sin())
     assert found[:, [0, 1, 4, 5, 6, 7]].abs().max() == 0
+    # A compiler is given products of real numbers.
+    x = torch.randn(2, 3, 24, 8, generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(rotated, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, table), rotated(x, table))
     front = rotated(pair.expand(1, 1, 26, 8), unrotated(2, table))[0, 0]
     torch.testing.assert_close(front[:2], pair.expand(2, 8))
     torch.testing.assert_close(front[2:], found)
@@ -268,6 +272,17 @@ def test_checkpointing_changes_no_gradient_and_bf16_stays_near():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = network(x, level, label=label)
     assert (rounded.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_dropout_takes_of_the_attentions_output_and_of_the_mlps_hidden_values():
+    torch.manual_seed(0)
+    attention, mlp = Attention(16, 2, 0.5).train(), SwiGLU(16, 0.5).train()
+    x, rotary = torch.randn(4, 16, 16), rotary_table(8, 4, 4, torch.device("cpu"))
+    zeros = (attention(x, rotary) == 0).double().mean()
+    assert float(zeros) == pytest.approx(0.5, abs=0.05)
+    assert not (attention.eval()(x, rotary) == 0).any()
+    mlp.w3 = nn.Identity()
+    assert float((mlp(x) == 0).double().mean()) == pytest.approx(0.5, abs=0.05)
 
 
 def test_positions_of_a_pyramid_join_the_image():
@@ -318,7 +333,7 @@ def test_each_loss_of_each_prediction_is_the_papers(predict, loss, scale):
     source = torch.Generator().manual_seed(0)
     x, eps, answer = torch.randn(3, 9, 1, 4, 4, generator=source, dtype=F64).float()
     u = torch.linspace(0.02, 0.98, 9, dtype=F64)
-    objective = Objective(noise_scale=scale, predict=predict, loss=loss)
+    objective = Objective(noise_scale=scale, predict=predict, loss=loss, sigma_data=0.3)
     network = Says(answer)
     found = objective.loss(objective.denoiser(network), x, u, eps)
     # The paper's own variables: logit t normal, z = t x + (1 - t) e.
@@ -328,9 +343,9 @@ def test_each_loss_of_each_prediction_is_the_papers(predict, loss, scale):
     z = t * x + (1 - t) * e
     if predict == "edm":
         sigma = scale * (1 - t) / t
-        total = sigma.square() + 0.25
+        total = sigma.square() + 0.3**2
         shown = (z / t) / total.sqrt()
-        image = 0.25 / total * (z / t) + 0.5 * sigma / total.sqrt() * answer
+        image = 0.3**2 / total * (z / t) + 0.3 * sigma / total.sqrt() * answer
     else:
         shown = z
         image = {
@@ -501,6 +516,7 @@ def test_a_training_checkpoint_comes_in_and_goes_out(fixture, tmp_path, monkeypa
     assert read.get("network.dropout") == 0.2
     assert read.get("trainer.label_dropout") == 0.1
     assert read.get("sampler.integrate.noise_scale") == 2.0
+    assert read.get("sampler.schedule.path.shift") == 2.0
     assert read.get("sampler.velocity_clamp.t_eps") == 0.04
     assert main(["export", "runs/a", "out.pth", "--format", "jit"]) == 0
     written = torch.load("out.pth", weights_only=True)

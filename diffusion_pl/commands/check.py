@@ -255,7 +255,7 @@ def _large_patches(objective: TrainingObjective, network: nn.Module) -> str:
     """What is known of a prediction other than the image's over large patches; "" for others."""
     patch = getattr(network, "patch_size", 1)
     c = objective.preconditioning(torch.tensor([1.0], dtype=torch.float64))
-    if patch < LARGE_PATCH or (not c.c_skip.any() and bool((c.c_out == 1).all())):
+    if patch < LARGE_PATCH or not c.c_skip.any():
         return ""
     return (
         f"over patches of {patch} pixels JiT (arXiv:2511.13720, Tables 2 and 10) found every "
