@@ -135,6 +135,16 @@ MUTANTS = [
         ("or not c.c_skip.any():", ":"),
     ),
     *at(
+        "training/settings.py",
+        "jit",
+        ("if length != taken and length is not None:", "if False:"),
+    ),
+    *at(
+        "training/run.py",
+        "jit",
+        ("        check_augment(self.augment, self.network)", "        pass"),
+    ),
+    *at(
         "evaluation/generator.py",
         "evaluation",
         ("[i % self.classes for i in indices]", "[n % self.classes for n in range(len(indices))]"),

@@ -16,6 +16,7 @@ from analytic import Gaussian
 from published import Fixture
 from torch import nn
 
+import diffusion_pl as dp
 from diffusion_pl import config
 from diffusion_pl.cli import main
 from diffusion_pl.commands import parts, sampling
@@ -410,6 +411,24 @@ def test_check_warns_of_predictions_that_failed_over_large_patches(capsys):
     small = ["network.patch_size=4", "network.resolution=64", "data.dataset.resolution=64"]
     assert main(["check", name, "objective.predict=velocity", *small]) == 0
     assert "over patches" not in capsys.readouterr().out
+
+
+def test_a_network_that_takes_no_augmentation_is_refused_before_training(tmp_path, capsys):
+    node = (
+        "network={_target_: diffusion_pl.networks.jit.JiT, resolution: 32, patch_size: 4, "
+        "width: 16, depth: 1, heads: 1, class_tokens: 0}"
+    )
+    words = ["tells the network 9 numbers of each image, and this network takes 0"]
+    for overrides in ([node], ["network.augment=0"]):
+        assert main(["check", "cifar10_edm", *overrides]) == 2
+        assert words[0] in capsys.readouterr().err
+    assert main(["check", "cifar10_edm", node, "augment=null"]) == 0
+    assert main(["check", "cifar10_edm", "augment=null"]) == 0  # and the other way round is fine
+    augment = {"_target_": "diffusion_pl.data.augment.NonLeaky"}
+    experiment = dp.experiment("quickstart").replace({"augment": augment})
+    with pytest.raises(UserError, match=words[0]):
+        dp.train(experiment, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # Sampling.

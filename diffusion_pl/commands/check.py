@@ -23,7 +23,12 @@ from diffusion_pl.io.files import nearest
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.lr_schedule import is_torch_s
-from diffusion_pl.training.settings import OURS, TrainerConfig, resolve_precision
+from diffusion_pl.training.settings import (
+    OURS,
+    TrainerConfig,
+    check_augment,
+    resolve_precision,
+)
 
 
 def command(experiment: str, /, *words: str, resolved: bool = False, allow: Allow = ()) -> Result:
@@ -97,6 +102,10 @@ def _network(experiment: Config, network: nn.Module) -> str:
         network.check_resolution(data.resolution, data.resolution)  # type: ignore[operator]
     except ValueError as error:
         raise experiment.error("network", str(error)) from error
+    try:
+        check_augment(config.build(experiment, "augment"), network)
+    except ValueError as error:
+        raise experiment.error("augment", str(error).removeprefix("augment: ")) from error
     size = f"{data.channels} x {data.resolution} x {data.resolution}"
     return f"{type(network).__name__}, {count:,} parameters, for images of {size}"
 

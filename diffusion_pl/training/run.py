@@ -41,7 +41,12 @@ from diffusion_pl.training.module import Augment, DiffusionModule
 from diffusion_pl.training.opening import Network
 from diffusion_pl.training.optimizers import MakeOptimizer
 from diffusion_pl.training.run_data import RunData
-from diffusion_pl.training.settings import AUTOCAST, TrainerConfig, resolve_precision
+from diffusion_pl.training.settings import (
+    AUTOCAST,
+    TrainerConfig,
+    check_augment,
+    resolve_precision,
+)
 from diffusion_pl.training.strategy import cluster, make_strategy
 
 
@@ -55,7 +60,8 @@ class Experiment:
         seed: of all random numbers in training.
 
     Raises:
-        UserError: a callback or a logger that is none of Lightning's.
+        UserError: a callback or a logger that is none of Lightning's, or an augmentation whose
+            label the network does not take.
     """
 
     name: str
@@ -84,6 +90,7 @@ class Experiment:
                         f"type {type(each).__name__}); give a node with the class as `_target_`, "
                         "without `_partial_`"
                     )
+        check_augment(self.augment, self.network)
 
 
 def fit(

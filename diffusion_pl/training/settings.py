@@ -202,6 +202,21 @@ class TrainerConfig:
         return torch.cuda.device_count() if self.device_type() == "cuda" else 1
 
 
+def check_augment(augment: object, network: nn.Module) -> None:
+    """Refuse an augmentation whose label the network does not take.
+
+    Raises:
+        UserError: says the lengths of both.
+    """
+    length = getattr(augment, "labels", None)
+    taken = getattr(network, "augment", length)
+    if length != taken and length is not None:
+        raise UserError(
+            f"augment: tells the network {length} numbers of each image, and this network takes "
+            f"{taken}; set network.augment={length} where it has that setting, or augment=null"
+        )
+
+
 def resolve_precision(precision: Precision, device: str) -> str:
     """Resolve "auto": "bf16" where this machine has matrix units for it, else "fp32".
 
