@@ -194,6 +194,8 @@ def test_the_factor_of_every_step_is_tried(bad):
         lr_schedule.check(lambda images, _: math.nan if images == bad else 1, trial(), 8, 4)
     with pytest.raises(dp.UserError, match=rf"fails at {bad} of 32 images \(ZeroDivisionError: "):
         lr_schedule.check(lambda images, _: 1 / abs(images - bad), trial(), 8, 4)
+    with pytest.raises(KeyError):  # a bug in a schedule of one's own keeps its traceback
+        lr_schedule.check(lambda images, _: {}[images], trial(), 8, 4)
 
 
 def test_a_long_training_is_checked_at_some_steps():

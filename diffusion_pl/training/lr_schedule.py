@@ -121,7 +121,9 @@ def check(
         ) from error
     for step in sorted({*range(0, steps, math.ceil(steps / TRIED)), steps - 1}):
         images = step * batch_size
-        with _in_a_line(f"fails at {images:,} of {total_images:,} images"):
+        # Of settings that do not fit; a bug in a schedule of the user's keeps its traceback.
+        kinds = (ValueError, ArithmeticError, TypeError)
+        with _in_a_line(f"fails at {images:,} of {total_images:,} images", kinds):
             factor = schedule(images, total_images)
         if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
             got = " ".join(repr(factor).split())
@@ -156,10 +158,10 @@ def _check_torch_s(schedule: LRSchedule, optimizer: torch.optim.Optimizer, steps
 
 
 @contextlib.contextmanager
-def _in_a_line(what: str) -> Iterator[None]:
-    """Turn whatever a schedule raises into a `UserError` of one line."""
+def _in_a_line(what: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Turn what a schedule raises into a `UserError` of one line."""
     try:
         yield
-    except Exception as error:
+    except kinds as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{what} ({type(error).__name__}: {reason})") from error
