@@ -23,6 +23,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def parse(words: Sequence[str]) -> Call | None:
         function, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         command = f"{words[0]}: " if words[0] in COMMANDS else ""
-        raise UserError(f"{command}{str(error).strip()}") from error
+        raise UserError(f"{command}{str(error).strip()}{_joined(words, str(error))}") from error
     if not words:
         raise UserError(f"name a command: {', '.join(COMMANDS)}; or --help")
     if words[0] not in COMMANDS or function is not app[words[0]].default_command:
@@ -207,6 +208,17 @@ def parse(words: Sequence[str]) -> Call | None:
     for name, value in bound.arguments.items():
         bound.arguments[name] = _expand_home(value, name)
     return Call(words[0], bound.args, bound.kwargs, as_json)
+
+
+def _joined(words: Sequence[str], problem: str) -> str:
+    """How to write a value that begins with a dash, if that is the problem; else ""."""
+    option = re.search(r"(--[\w-]+) requires an argument", problem)
+    if option is None:
+        return ""
+    for before, word in pairwise(words):
+        if before == option[1] and word.startswith("-"):
+            return f" A value that begins with - is joined by =, as in {before}={word}."
+    return ""
 
 
 def program(words: Sequence[str] = ()) -> App:

@@ -315,6 +315,8 @@ def test_a_file_whose_name_looks_like_json_is_a_file():
         ("interpolate runs/a a.png", "IMAGE requires 2"),
         ("import hub a b", 'Choose from: "edm"'),
         ("prepare a b", "--resolutions requires an argument"),
+        ("launch x --sbatch --partition=gpu", "is joined by =, as in --sbatch=--partition=gpu."),
+        ("sample x --guidance-interval -1,2", "as in --guidance-interval=-1,2."),
         ("smaple runs/a", 'Did you mean "sample"?'),
         ("", "name a command: prepare, train,"),
     ],
