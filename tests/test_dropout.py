@@ -17,8 +17,8 @@ from diffusion_pl.networks.simple_unet import SimpleUNet
 from diffusion_pl.networks.song_unet import SongUNet
 from diffusion_pl.networks.uvit import UViT
 from diffusion_pl.objectives.edm import EDM
+from diffusion_pl.training.counted import CountedRandomness
 from diffusion_pl.training.ema import EMA
-from diffusion_pl.training.masks import DropoutMasks
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.settings import TrainerConfig
 
@@ -110,7 +110,7 @@ class Layers(nn.Module):
 def kept(positions, seed=0, p=0.3, shape=(16, 8, 8)):
     """What each layer keeps of images full of ones, (layers, B, C, H, W)."""
     layers = Layers(p)
-    DropoutMasks(layers, seed).begin(torch.as_tensor(positions), torch.device("cpu"))
+    CountedRandomness(layers, seed).begin(torch.as_tensor(positions), torch.device("cpu"))
     ones = torch.ones(len(positions), *shape)
     return torch.stack([layers.first(ones), layers.second(ones)])
 
@@ -181,13 +181,13 @@ def test_without_a_run_the_masks_are_torchs_own():
 
 
 def test_dropout_that_is_not_counted_is_named(caplog):
-    DropoutMasks(nn.ModuleDict({"late": nn.Sequential(nn.Dropout(0.1))}), 0)
+    CountedRandomness(nn.ModuleDict({"late": nn.Sequential(nn.Dropout(0.1))}), 0)
     [told] = caplog.messages
     assert (
         "late.0 draws new masks in each forward pass" in told and "networks.dropout.Dropout" in told
     )
     caplog.clear()
-    DropoutMasks(nn.ModuleDict({"late": nn.Dropout(0.0), "own": Dropout(0.1)}), 0)
+    CountedRandomness(nn.ModuleDict({"late": nn.Dropout(0.0), "own": Dropout(0.1)}), 0)
     assert not caplog.records
 
 

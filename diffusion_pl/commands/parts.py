@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from diffusion_pl import config
 from diffusion_pl.commands import trust
 from diffusion_pl.config import Config
 from diffusion_pl.config.annotations import signature
+from diffusion_pl.config.registry import MADE
 from diffusion_pl.config.targets import locate
 from diffusion_pl.data.dataset import DatasetSpec
 from diffusion_pl.data.folder import ImageFolder
@@ -161,6 +162,7 @@ def bind(experiment: Config) -> None:
     Raises:
         ConfigError: everything that is wrong, a line each.
     """
+    _check_routing(experiment)
     config.check(experiment, known=SECTIONS, required=REQUIRED)
     for key, least in {"batch_size": 1, "dataset.resolution": 1, "num_workers": 0}.items():
         section, _, name = f"data.{key}".rpartition(".")
@@ -168,6 +170,27 @@ def bind(experiment: Config) -> None:
         if type(value) is int and value < least:
             raise experiment.error(f"data.{key}", f"must be at least {least} (got {value})")
     trust.check_guide(experiment)
+
+
+def _check_routing(experiment: Config) -> None:
+    """Refuse to route the tokens of a network of this package that has none."""
+    node = experiment.tree.get("network")
+    target = node.get("_target_") if isinstance(node, Mapping) and "routing" in node else None
+    if target not in MADE["network"]:
+        return
+    able = [name for name in MADE["network"] if "routing" in _arguments(name)]
+    if target not in able:
+        name = target.rpartition(".")[2]
+        raise experiment.error(
+            "network.routing",
+            f"{name} has no tokens to route; leave it out, or take a network that has: "
+            f"{', '.join(able)}",
+        )
+
+
+def _arguments(target: str) -> Collection[str]:
+    bound = signature(locate(target))
+    return () if bound is None else bound.parameters
 
 
 def with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:

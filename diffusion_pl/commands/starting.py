@@ -29,7 +29,7 @@ from diffusion_pl.names import shown
 from diffusion_pl.training import checkpoint as checkpoints
 
 # Arguments of networks that do not change the function of the weights, or show in their shapes.
-HARMLESS = {"classes", "dropout", "activation_checkpointing", "resolution"}
+HARMLESS = {"classes", "dropout", "activation_checkpointing", "resolution", "routing"}
 LEVELS = 33  # at which the c's are compared
 SAME = 1e-4  # relative difference of the c's that counts as rounding
 

@@ -72,6 +72,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
         *_of("networks.song_unet", "SongUNet"),
         *_of("networks.uvit", "UViT"),
     ),
+    "routing": _of("networks.routing", "Routing"),
     "objective": _OBJECTIVES,
     "preconditioning": (
         *_of("diffusion.preconditioning", "Karras"),

@@ -1,18 +1,13 @@
-"""Dropout whose masks belong to the images: image i's masks come from (seed, i, layer) alone.
-
-So they depend neither on how many images a device takes at once nor on how many devices there are,
-nor on whether the network is compiled. A layer holds one long row of independent choices, made once
-from the seed; an image's mask is the window of it that begins at the image's own place. Finding the
-place is the only thing counted an image, and a window is copied, not drawn: that costs less than
-torch's own dropout.
-"""
+"""Dropout whose masks belong to the images; see counted.py. It costs less than torch's own."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
+from diffusion_pl.networks.counted import windows
 
 # Places where a window may begin. Two units of a layer, seen over all windows, are as independent
 # as a row of so many choices is: their correlation is 5e-4, its root's inverse.
@@ -29,24 +24,30 @@ class Dropout(nn.Module):
         p: probability, in [0, 1).
     """
 
+    stream = "dropout"
+
     def __init__(self, p: float) -> None:
         super().__init__()
         if not 0 <= p < 1:
             raise UserError(f"dropout must be in [0, 1) (got {p})")
         self.p = p
-        self.row = PLACES
+        self.length = PLACES
         # Neither buffers nor in the state dict: they are made again from the seed.
         self.kept: Tensor | None = None
         self.places: Tensor | None = None
 
-    def begin(self, kept: Tensor, places: Tensor) -> None:
+    def row(self, source: torch.Generator) -> Tensor:
+        """Independent choices of what stays, bool (2 PLACES,), the second half as the first."""
+        return (torch.rand(self.length, generator=source) >= self.p).repeat(2)
+
+    def begin(self, row: Tensor, places: Tensor) -> None:
         """Say what the masks of the next batch are.
 
         Args:
-            kept: the choices, bool (2 PLACES,), the second half as the first; on x's device.
+            row: as `row` makes it; on x's device.
             places: where each image's window begins, int64 (B,), below PLACES; on x's device.
         """
-        self.kept, self.places = kept, places
+        self.kept, self.places = row, places
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) or (B, tokens, C) -> the same.
@@ -69,16 +70,8 @@ class Dropout(nn.Module):
         images = x.dim() == 4
         shape = x.permute(0, 2, 3, 1).shape if images else x.shape
         count = shape[1:].numel()
-        window = min(count, PLACES)
-        # Every window there is, without memory of its own.
-        windows = self.kept.as_strided((PLACES, window), (1, 1))
-        places = self.places
-        if len(x) != len(places):  # a batch seen several times over, as guidance sees one
-            if len(x) % len(places):
-                raise UserError(f"dropout has masks for {len(places)} images (got {len(x)})")
-            places = places.repeat(len(x) // len(places))
-        mask = windows.index_select(0, places)
-        if count > window:  # more units than places: the row is gone round again
-            mask = mask.repeat(1, -(-count // window))[:, :count]
+        mask = windows(self.kept, self.places, min(count, PLACES), len(x))
+        if count > PLACES:  # more units than places: the row is gone round again
+            mask = mask.repeat(1, -(-count // PLACES))[:, :count]
         mask = mask.reshape(shape)
         return mask.permute(0, 3, 1, 2) if images else mask

@@ -16,8 +16,10 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import PositionalEmbedding, float32_region, run, xavier
 from diffusion_pl.networks.network import Network
+from diffusion_pl.networks.routing import Router, Routing, restored, taken
 from diffusion_pl.networks.tokens import (
     RMSNorm,
+    chosen,
     modulated,
     patch_table,
     rotary_table,
@@ -139,12 +141,13 @@ class JiT(Network):
         class_tokens: copies of the label's embedding before the patches; 0 without classes.
         class_tokens_from: the block, from 0, before which they enter.
         dropout: probability, in the middle half of the blocks.
+        routing: in training a part of the patches skips a range of blocks; class tokens never do.
         resolution, channels, classes, position_frequencies, frame, learned_variance,
             activation_checkpointing: as for every `Network`.
 
     Raises:
         UserError: a resolution that the patch does not divide, widths that the heads do not divide,
-            class tokens without classes or beyond the last block.
+            class tokens without classes or beyond the last block, routing beyond it.
     """
 
     def __init__(
@@ -160,6 +163,7 @@ class JiT(Network):
         class_tokens: int = 32,
         class_tokens_from: int = 4,
         dropout: float = 0.0,
+        routing: Routing | None = None,
         position_frequencies: int = 0,
         frame: int | None = None,
         learned_variance: bool = False,
@@ -208,6 +212,7 @@ class JiT(Network):
         self.blocks = nn.ModuleList(
             Block(width, heads, dropout if number in middle else 0.0) for number in range(depth)
         )
+        self.router = None if routing is None else Router(routing, depth)
         self.norm = RMSNorm(width)
         self.affine = zero(nn.Linear(width, 2 * width))
         self.head = zero(nn.Linear(width, patch_size**2 * self.out_channels))
@@ -247,15 +252,25 @@ class JiT(Network):
         condition = F.silu(vector)
         tokens = self.stem(self.patches(x)).flatten(2).transpose(1, 2)
         tokens = tokens + patch_table(self.width, rows, columns, x.device)
-        rotary = rotary_table(self.head_width, rows, columns, x.device)
+        table = rotary = rotary_table(self.head_width, rows, columns, x.device)
+        front, patches, kept = 0, tokens, None
         for number, block in enumerate(self.blocks):
             if self.class_positions is not None and number == self.class_tokens_from:
-                front = own[:, None] + self.class_positions
-                tokens = torch.cat([front.to(tokens.dtype), tokens], dim=1)
-                rotary = unrotated(self.class_tokens, rotary)
+                own_tokens = own[:, None] + self.class_positions
+                tokens = torch.cat([own_tokens.to(tokens.dtype), tokens], dim=1)
+                front, rotary = self.class_tokens, unrotated(self.class_tokens, rotary)
+            if self.router is not None and number == self.router.first:
+                patches = tokens[:, front:]
+                kept = self.router.kept(patches)
+                if kept is not None:
+                    tokens = taken(tokens, kept, front)
+                    rotary = unrotated(front, chosen(table, kept))
             tokens = run(
                 block, tokens, condition, rotary, checkpointed=self.activation_checkpointing
             )
+            if self.router is not None and kept is not None and number == self.router.last:
+                tokens = restored(tokens, kept, patches, front)
+                rotary, kept = unrotated(front, table), None
         tokens = tokens[:, self.class_tokens :]
         shift, scale = self.affine(condition)[:, None].chunk(2, dim=2)
         patches = self.head(modulated(self.norm(tokens), shift, scale))

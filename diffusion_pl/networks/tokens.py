@@ -66,6 +66,11 @@ def unrotated(tokens: int, rotary: Tensor) -> Tensor:
     return torch.cat([front, rotary], dim=-2)
 
 
+def chosen(rotary: Tensor, kept: Tensor) -> Tensor:
+    """The rows of some patches, (2, N, width / 2), int64 (B, K) -> (2, B, 1, K, width / 2)."""
+    return rotary[:, kept].unsqueeze(2)
+
+
 def rotated(x: Tensor, rotary: Tensor) -> Tensor:
     """Turn neighbouring channels (2 j, 2 j + 1) by the j-th angle of each token.
 

@@ -13,6 +13,7 @@ from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import double, halve, run, xavier
 from diffusion_pl.networks.network import Network
 from diffusion_pl.networks.residual import ZERO
+from diffusion_pl.networks.routing import Router, Routing, restored, taken
 from diffusion_pl.networks.simple_layers import Condition, Head, Reduction, Stem, residual_block
 
 
@@ -74,11 +75,13 @@ class UViT(Network):
         halvings: of the image before the first level, 1 for 256 and 2 for 512 pixels.
         reduction: how.
         residual: SiD2's skip connections.
+        routing: in training a part of the tokens skips a range of transformers.
         resolution, channels, classes, position_frequencies, frame, activation_checkpointing: as for
             every `Network`.
 
     Raises:
-        UserError: a resolution that the levels do not divide, or blocks that do not fit them.
+        UserError: a resolution that the levels do not divide, blocks that do not fit them, or
+            routing beyond the transformers.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class UViT(Network):
         halvings: int = 0,
         reduction: Reduction = "wavelet",
         residual: bool = False,
+        routing: Routing | None = None,
         position_frequencies: int = 0,
         frame: int | None = None,
         activation_checkpointing: bool = False,
@@ -130,6 +134,7 @@ class UViT(Network):
         self.middle = nn.ModuleList(
             Transformer(widths[-1], heads, length, dropout) for _ in range(transformers)
         )
+        self.router = None if routing is None else Router(routing, transformers)
         self.head = Head(widths[0], channels, halvings, reduction)
 
     def embed(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
@@ -160,6 +165,12 @@ class UViT(Network):
         """Pass the pixels through the transformers as tokens, (B, C, H, W) -> (B, C, H, W)."""
         shape = x.shape[2:]
         tokens = x.flatten(2).transpose(1, 2)
-        for layer in self.middle:
+        whole, kept = tokens, None
+        for number, layer in enumerate(self.middle):
+            if self.router is not None and number == self.router.first:
+                whole, kept = tokens, self.router.kept(tokens)
+                tokens = tokens if kept is None else taken(tokens, kept)
             tokens = run(layer, tokens, condition, checkpointed=self.activation_checkpointing)
+            if self.router is not None and kept is not None and number == self.router.last:
+                tokens, kept = restored(tokens, kept, whole), None
         return tokens.transpose(1, 2).unflatten(2, shape)

@@ -19,7 +19,7 @@ from diffusion_pl.training import ema as averaging
 from diffusion_pl.training import lr_schedule as schedules
 from diffusion_pl.training import power_ema, sharding
 from diffusion_pl.training.adapter import QuickModule
-from diffusion_pl.training.masks import DropoutMasks
+from diffusion_pl.training.counted import CountedRandomness
 from diffusion_pl.training.optimizers import MakeOptimizer, optimizer_of
 from diffusion_pl.training.sanity import Place
 from diffusion_pl.training.settings import TrainerConfig
@@ -97,7 +97,7 @@ class DiffusionModule(QuickModule):
         self.totals = Totals()
         self.learning_rate = 0.0  # of the first group, in the newest step
         self.place: Place | None = None  # of the step that is being made
-        self.masks = DropoutMasks(self.denoiser.network, seed)
+        self.counted = CountedRandomness(self.denoiser.network, seed)
         parts = [*self.denoiser.modules()]
         parts += objective.modules() if isinstance(objective, nn.Module) else ()
         self.memories = [part for part in parts if isinstance(part, RemembersSteps)]
@@ -201,7 +201,7 @@ class DiffusionModule(QuickModule):
         self.place = Place(self.global_step, self.images_seen, image.shape[-1], positions, u)
         for number in range(count):
             part = slice(len(image) * number // count, len(image) * (number + 1) // count)
-            self.masks.begin(batch["index"][part], image.device)
+            self.counted.begin(batch["index"][part], image.device)
             # What else a network may draw comes from the device's own generator, seeded anew for
             # each micro-batch. (torch.manual_seed would seed every device: milliseconds.)
             dropout = seed_of(self.seed, "dropout", positions[part.start])

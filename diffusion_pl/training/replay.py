@@ -124,7 +124,7 @@ def _inspect(module: DiffusionModule, data: RunData, step: int) -> Replayed:
         condition.pop("label", None)
     image, u, noise, condition = module.draw(from_bytes(batch["image"]), batch["index"], condition)
     sigma = module.objective.schedule(u)
-    module.masks.begin(batch["index"], image.device)  # of all micro-batches together
+    module.counted.begin(batch["index"], image.device)  # of all micro-batches together
     noisy = image + sigma.to(image)[:, None, None, None] * noise
     with torch.no_grad():
         denoised = module.denoiser(noisy, sigma.to(image), **condition)
