@@ -97,7 +97,7 @@ def run(
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "GFLOP per image": round(counter.get_total_flops() / 1e9, 2),
         }
-        # diffusers' U-Net as its users train it; the stand-in differs from JiT in its modules alone.
+        # diffusers' U-Net as its users train it; the stand-in differs in its modules alone.
         fused = ours or isinstance(network, PlainJiT)
         optimizer = torch.optim.Adam(network.parameters(), fused=fused)
         for precision in precisions:
