@@ -91,6 +91,26 @@ MUTANTS = [
         ("if target not in able:", "if True:"),
     ),
     *at(
+        "training/compiling.py",
+        "compiling",
+        ("max(config.recompile_limit, ENTRIES)", "config.recompile_limit"),
+        ("if any(True for _ in unit.children())", "if True"),
+        ("    if not found:", "    if False:"),
+        ("            block.compile()", "            abs(1)"),
+        ("        network.compile()", "        abs(1)"),
+        ("    elif how:", "    else:"),
+    ),
+    *at(
+        "training/run.py",
+        "compiling",
+        ("for denoiser in (module.denoiser, module.ema):", "for denoiser in (module.denoiser,):"),
+    ),
+    *at(
+        "commands/parts.py",
+        "compiling",
+        ('if settings.compile == "blocks":', "if False:"),
+    ),
+    *at(
         "commands/starting.py",
         "routing",
         (', "routing"}', "}"),

@@ -250,13 +250,16 @@ def test_neither_micro_batches_nor_devices_change_what_is_routed(make):
         assert not torch.isclose(other, whole, rtol=1e-4).any()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, as it compiles
 @pytest.mark.parametrize("make", [jit, uvit])
 def test_neither_checkpointing_nor_compile_changes_what_is_routed(make):
     gradients = []
     for way in ("plain", "checkpointed", "compiled"):
         made = module(make, dropout=0.2, activation_checkpointing=way == "checkpointed")
-        if way == "compiled":
-            made.denoiser.network.compile(backend="eager", fullgraph=True)
+        if way == "compiled":  # a break of the graph raises
+            network = made.denoiser.network
+            for part in network.blocks if make is jit else [network]:
+                part.compile(backend="eager", fullgraph=True)
         losses(made).sum().backward()
         gradients.append([parameter.grad for parameter in made.denoiser.parameters()])
     for other in gradients[1:]:

@@ -96,7 +96,15 @@ def checked(experiment: Config) -> Config:
 
 
 def _check_trainer(experiment: Config, settings: TrainerConfig) -> None:
-    """Check a strategy and a profiler of Lightning's."""
+    """Check that blocks can be compiled, and a strategy and a profiler of Lightning's."""
+    if settings.compile == "blocks":
+        from diffusion_pl.training import compiling
+
+        try:
+            compiling.blocks(meta_network(experiment))
+        except UserError as error:
+            problem = str(error).removeprefix("trainer.compile: ")
+            raise experiment.error("trainer.compile", problem) from error
     if settings.strategy in OURS and settings.profiler is None:
         return  # Lightning takes seconds to import
     from diffusion_pl.training import adapter, strategy

@@ -32,6 +32,7 @@ from diffusion_pl.training.callbacks import (
     Stop,
     TimeLimits,
 )
+from diffusion_pl.training.compiling import compile_network
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.evaluating import Evaluate, is_evaluated
 from diffusion_pl.training.history import History
@@ -236,9 +237,8 @@ def make_module(experiment: Experiment) -> DiffusionModule:
         lr_schedule=experiment.lr_schedule,
         seed=experiment.seed,
     )
-    if settings.compile:
-        module.denoiser.network.compile()
-        module.ema.network.compile()
+    for denoiser in (module.denoiser, module.ema):
+        compile_network(denoiser.network, settings.compile)
     return module
 
 

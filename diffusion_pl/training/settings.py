@@ -64,7 +64,8 @@ class TrainerConfig:
             gradient of a larger batch is accumulated. None: no limit.
         profiler: "simple", "advanced" or "pytorch", or a profiler of Lightning's; it writes to
             RUN/profiler.
-        compile: run the network through torch.compile; pays on GPUs.
+        compile: run the network through torch.compile; pays on GPUs. "blocks": each block by
+            itself, which starts sooner and takes any network whose blocks lie in an nn.ModuleList.
         loggers: "tensorboard", "wandb"; metrics.jsonl is always written.
         wandb_project: W&B project.
         wandb_entity: W&B user or team; None for the user's default.
@@ -92,7 +93,7 @@ class TrainerConfig:
     accelerator: str = "auto"
     device_batch_size: int | None = None
     profiler: Literal["simple", "advanced", "pytorch"] | Profiler | None = None
-    compile: bool = False
+    compile: bool | Literal["blocks"] = False
     loggers: Sequence[Literal["tensorboard", "wandb"]] = ("tensorboard",)
     wandb_project: str = "diffusion_pl"
     wandb_entity: str | None = None
