@@ -240,7 +240,8 @@ def enlarged(
         uint8 (n, 3, H, W) on the CPU, and network evaluations of each at all sizes together.
     """
     small = from_bytes(task.image).to(generator.device).expand(len(indices), -1, -1, -1)
-    counted = Counted(generator.guided(latents.required_labels(generator, len(indices))))
+    labels = latents.required_labels(generator, len(indices))
+    counted = Counted(generator.guided(labels, indices=indices))
     denoise = consistent_with(counted, small) if consistent else counted
     with generator.inference():
         image = task.pyramid.from_image(

@@ -137,7 +137,7 @@ class RunOptions:
     Args:
         seed: of noise and labels.
         guidance_interval: sigmas that are guided.
-        guide: a weaker run, for autoguidance.
+        guide: a weaker run, for autoguidance; or routed, routed:RATE: the run with routed tokens.
         batch_size: images per batch; changes no image and no number.
         device: cpu, cuda or auto.
         set: KEY=VALUE over the run's config.

@@ -22,7 +22,7 @@ from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.shard_format import MANIFEST
 from diffusion_pl.data.shards import Shards
-from diffusion_pl.diffusion.guidance import check_guidance
+from diffusion_pl.diffusion.guidance import Routed, check_guidance
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
@@ -38,6 +38,7 @@ from diffusion_pl.training.optimizers import Grouped, tried
 from diffusion_pl.training.settings import OURS, TrainerConfig
 
 RUNS = Path("runs")
+ROUTED = f"{Routed.__module__}.{Routed.__name__}"
 REFERENCES = Path("data/references")
 
 SECTIONS: dict[str, Any] = {
@@ -154,8 +155,14 @@ def _dimensions(experiment: Config) -> dict[str, int]:
 def _check_guided(experiment: Config, settings: TrainerConfig) -> None:
     """Check that the trained model can be evaluated with the guidance that is asked for."""
     evaluation = experiment.tree["evaluation"]  # building it would open the guide
-    weight = evaluation.get("guidance", 1.0)
-    if weight == 1 or evaluation.get("guide") is not None:
+    weight, guide = evaluation.get("guidance", 1.0), evaluation.get("guide")
+    if isinstance(guide, Mapping) and guide.get("_target_") == ROUTED:
+        routed: Routed = config.build(experiment, "evaluation.guide")
+        try:
+            routed.check(meta_network(experiment), weight)
+        except UserError as error:
+            raise experiment.error("evaluation.guide", str(error)) from error
+    if weight == 1 or guide is not None:
         return
     classes: Any = meta_network(experiment).classes
     try:

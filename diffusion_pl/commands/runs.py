@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_pl import config
 from diffusion_pl.commands import hints, parts, trust
@@ -17,7 +17,7 @@ from diffusion_pl.commands.labels import class_of
 from diffusion_pl.commands.options import RunOptions, SamplerOptions
 from diffusion_pl.commands.sampling import refuse_duplicates, sampler_of, untrained_levels
 from diffusion_pl.config import Config
-from diffusion_pl.diffusion.guidance import Guide
+from diffusion_pl.diffusion.guidance import Guide, Routed, guide_of
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.errors import UserError
@@ -42,6 +42,7 @@ class Model:
         objective: of its training.
         denoiser: D, in evaluation mode.
         label_dropout: of its training, whatever the command's overrides say.
+        trained: the network as it was trained, without memory for its weights.
         class_names: in order, from the training data; () where it had none.
     """
 
@@ -51,6 +52,7 @@ class Model:
     objective: TrainingObjective
     denoiser: Denoiser
     label_dropout: float
+    trained: nn.Module
     class_names: tuple[str, ...] = ()
 
 
@@ -118,7 +120,8 @@ def open_model(
         state = power_ema.reconstruct(source, images, float(length))
         loaded = {"state_dict": {f"{kind}.{key}": value for key, value in state.items()}}
     # Checked without memory first: the config of an untrusted file may describe a huge network.
-    meta = objective.denoiser(parts.meta_network(experiment, len(loaded["state_dict"])))
+    most = len(loaded["state_dict"])
+    meta = objective.denoiser(parts.meta_network(experiment, most))
     state = checkpoints.match_weights(meta, loaded, kind, source)
     denoiser = objective.denoiser(config.build(experiment, "network"))
     denoiser.load_state_dict(state)
@@ -126,7 +129,8 @@ def open_model(
     denoiser.eval().requires_grad_(False)
     own = config.load_resolved(tree, str(path), allow)
     label_dropout: float = config.build(own, "trainer").label_dropout
-    return Model(path, images, experiment, objective, denoiser, label_dropout, names)
+    trained = parts.meta_network(own, most) if overrides else meta.network
+    return Model(path, images, experiment, objective, denoiser, label_dropout, trained, names)
 
 
 def config_of(run: Path, allow: Sequence[str] = ()) -> Config:
@@ -207,7 +211,7 @@ def make_generator(
         balanced=config.build(model.config, "evaluation").labels == "balanced",
         precision=AUTOCAST[precision],
         origin=_origin(model, sampling.weights),
-        **_guidance(sampling, options, model.config, sampler),
+        **_guidance(sampling, options, model, sampler),
     )
     return generator, changed
 
@@ -256,20 +260,37 @@ def guide(run: Path, weights: str = "ema", allow: Sequence[str] = ()) -> Guide:
 
 
 def _guidance(
-    sampling: SamplerOptions, options: RunOptions, experiment: Config, sampler: Visiting
+    sampling: SamplerOptions, options: RunOptions, model: Model, sampler: Visiting
 ) -> dict[str, Any]:
     """The guidance of the run's evaluation, overridden by the options."""
-    settings: Evaluation = config.build(experiment, "evaluation")
+    settings: Evaluation = config.build(model.config, "evaluation")
     weight = settings.guidance if sampling.guidance is None else sampling.guidance
-    chosen = guide(options.guide, allow=options.allow) if options.guide else settings.guide
+    named = _named_guide(options) if options.guide else settings.guide
     interval = options.guidance_interval or settings.guidance_interval
     if options.guidance_interval is not None:
         _check_interval(interval, weight, sampler.sigmas())
     if weight == 1 and not options.guide:
         return {"guidance": 1.0}
+    if isinstance(named, Routed):
+        named.check(model.trained, weight)
+    chosen = guide_of(named, model.denoiser)
     if chosen is not None:
         check_range(sampler, chosen.denoiser.preconditioning.sigma_range)
     return {"guidance": weight, "guidance_interval": interval, "guide": chosen}
+
+
+def _named_guide(options: RunOptions) -> Guide | Routed:
+    """The guide of `--guide`: routed, routed:RATE or a run."""
+    assert options.guide is not None
+    word, colon, rate = str(options.guide).partition(":")
+    if word != "routed":
+        return guide(options.guide, allow=options.allow)
+    if not colon:
+        return Routed()
+    try:
+        return Routed(float(rate))
+    except ValueError as error:
+        raise UserError(f"--guide {options.guide}: RATE must be a number in (0, 1)") from error
 
 
 def _check_interval(interval: tuple[float, float], weight: float, sigmas: Tensor) -> None:

@@ -150,11 +150,11 @@ def settings_of(opened: OpenedRun) -> dict[str, Any]:
     """What an image depends on beside its index, independent of where the run lies."""
     generator = opened.generator
     about = {key: value for key, value in generator.about().items() if key != "checkpoint"}
-    guide = about.pop("guide")
+    guide, own = about.pop("guide"), generator.guide
     return {
         **about,
         "steps": generator.sampler.steps,  # type: ignore[attr-defined]
         "shape": list(generator.shape),
         "digest": checkpoints.digest(opened.model.checkpoint),
-        "guide": None if guide is None else checkpoints.digest(Path(guide)),
+        "guide": guide if own is None or own.routed else checkpoints.digest(Path(guide)),
     }

@@ -126,7 +126,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
         *_of("metrics.kid", "Kernel"),
         *_of("metrics.precision_recall", "PrecisionRecall"),
     ),
-    "guide": _of("commands.runs", "guide"),
+    "guide": (*_of("commands.runs", "guide"), *_of("diffusion.guidance", "Routed")),
     "trainer": _of("training.settings", "TrainerConfig"),
     "profiler": _lightning("profilers", "AdvancedProfiler", "PyTorchProfiler", "SimpleProfiler"),
     "strategy": _lightning("strategies", "DDPStrategy", "SingleDeviceStrategy"),

@@ -8,6 +8,7 @@ is never extrapolated: it stays the conditional model's.
 | classifier-free | D_none + w (D_label - D_none) | Ho & Salimans 2022, arXiv:2207.12598, Eq. 6 |
 | interval | the above at sigma in (low, high], else D_label | Kynkaanniemi 2024, arXiv:2404.07724 |
 | autoguidance | D_bad + w (D_main - D_bad) | Karras 2024, arXiv:2406.02507 |
+| sparse | D_routed + w (D - D_routed) | Krause 2026, arXiv:2601.01608 |
 | dynamic threshold | clip to s, divide by s | Saharia 2022, arXiv:2205.11487, 2.3 |
 | clamped velocity | (1 - r) t x + r D, r = min(1, (1 - t) / t_eps) | Li & He 2025, Alg. 2 |
 """
@@ -15,17 +16,20 @@ is never extrapolated: it stays the conditional model's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_pl.diffusion.levels import per_image
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.diffusion.random import generator
 from diffusion_pl.errors import UserError
+from diffusion_pl.seeds import seed_of
 
 EVERYWHERE = (0.0, math.inf)
 
@@ -37,10 +41,12 @@ class Guide:
     Args:
         name: where it comes from, for the record of what was measured.
         denoiser: D_bad, of the same images and classes as the model it guides.
+        routed: whether it takes what `by_image` hands it.
     """
 
     name: str
     denoiser: Denoiser
+    routed: bool = False
 
     def check(self, shape: tuple[int, int, int], classes: int, weight: float) -> None:
         """Refuse a guide that does not fit the model it is to guide, or has nothing to do.
@@ -65,6 +71,136 @@ class Guide:
             network.check_resolution(*shape[1:])
         except ValueError as error:
             raise UserError(f"{self.name}: is no guide for this model: {error}") from error
+
+
+@runtime_checkable
+class Router(Protocol):
+    """What routes the tokens of a network; see networks/routing.py."""
+
+    p: float  # the rate of training
+    length: int  # places at which an image's window of the row may begin
+
+    def row(self, source: torch.Generator) -> Tensor:
+        """The row that decides which tokens are routed."""
+
+    def evaluated(self, rate: float, row: Tensor, places: Tensor) -> AbstractContextManager[None]:
+        """Context in which tokens are routed in evaluation."""
+
+
+def router_of(network: nn.Module) -> Router:
+    """What routed the tokens of a network in its training.
+
+    Raises:
+        UserError: nothing did.
+    """
+    for part in network.modules():
+        if isinstance(part, Router) and part.p:
+            return part
+    raise UserError(
+        "guidance by routed tokens needs a network that was trained with them; train with "
+        "network.routing, or let a weaker run guide: --guide RUN"
+    )
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The model as its own guide, with a part of its tokens routed; both see the label.
+
+    Sparse guidance (Krause 2026, arXiv:2601.01608, with gamma_strong = 0), for a network that was
+    trained with routing, which classifier-free guidance helps little.
+
+    Args:
+        rate: share of the tokens that skip the routed blocks, gamma_weak, in (0, 1); above the rate
+            of training, or the guide is about as good as the model.
+    """
+
+    rate: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < 1:
+            raise UserError(f"the rate of a routed guide must be in (0, 1) (got {self.rate})")
+
+    def check(self, network: nn.Module, weight: float) -> None:
+        """Refuse a network that was not trained with routing, or a guide with nothing to do.
+
+        Args:
+            network: as it was trained; its weights are not looked at.
+            weight: of the guidance.
+
+        Raises:
+            UserError: says what to do.
+        """
+        if weight == 1:
+            raise UserError("a guide does nothing at guidance 1; give a weight")
+        router_of(network)
+
+    def guide(self, denoiser: Denoiser) -> Guide:
+        """The guide that a denoiser is to itself; it has the same weights.
+
+        Raises:
+            UserError: the network was not trained with routing.
+        """
+        network = RoutedNetwork(denoiser.network, self.rate)
+        return Guide(f"routed:{self.rate:g}", Denoiser(network, denoiser.preconditioning), True)
+
+
+def guide_of(guide: Guide | Routed | None, denoiser: Denoiser) -> Guide | None:
+    """The guide of a denoiser, which may be that denoiser itself."""
+    return guide.guide(denoiser) if isinstance(guide, Routed) else guide
+
+
+class RoutedNetwork(nn.Module):
+    """A network, its tokens routed in evaluation too.
+
+    Args:
+        network: the raw F, trained with routing; not copied.
+        rate: share of the tokens that skip the routed blocks.
+    """
+
+    row: Tensor
+
+    def __init__(self, network: nn.Module, rate: float) -> None:
+        super().__init__()
+        self.network = network
+        self.router = router_of(network)
+        self.rate = rate
+        self.register_buffer("row", self.router.row(generator(0, "routing row", 0)), False)
+        self.channels, self.classes = network.channels, network.classes
+        self.check_resolution = network.check_resolution
+
+    def forward(
+        self, x: Tensor, c_noise: Tensor, *, keys: Sequence[int], **condition: Tensor | None
+    ) -> Tensor:
+        """F with routed tokens, drawn anew at each noise level.
+
+        Args:
+            x: (B, C, H, W).
+            c_noise: (B,).
+            keys: a seed of each image.
+        """
+        drawn = [
+            seed_of(key, "routing", level) % self.router.length
+            for key, level in zip(keys, c_noise.tolist(), strict=True)
+        ]
+        places = torch.tensor(drawn, device=x.device)
+        with self.router.evaluated(self.rate, self.row, places):
+            # Not `network(...)`, whose hooks count the model's own evaluations.
+            output: Tensor = self.network.forward(x, c_noise, **condition)
+        return output
+
+
+def by_image(guide: Denoise, seed: int, indices: Sequence[int] | None) -> Denoise:
+    """A routed guide that draws from (seed, image index, noise level) alone.
+
+    Args:
+        indices: of the images; None: their places in the batch.
+    """
+
+    def denoise(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+        own = range(len(x)) if indices is None else indices
+        return guide(x, sigma, keys=[seed_of(seed, "guide", index) for index in own], **more)
+
+    return denoise
 
 
 def check_guidance(

@@ -20,6 +20,7 @@ from diffusion_pl.diffusion.guidance import (
     EVERYWHERE,
     Clip,
     Guide,
+    by_image,
     check_guidance,
     check_interval,
     clipped,
@@ -183,6 +184,7 @@ class ImageGenerator:
         self,
         labels: Tensor | None,
         *,
+        indices: Sequence[int] | None = None,
         clip: Clip = False,
         denoise: Denoise | None = None,
         guide: Denoise | None = None,
@@ -191,12 +193,16 @@ class ImageGenerator:
 
         Args:
             labels: int64 (B,), None for an unconditional model.
+            indices: of the images, for a guide that draws; their places in the batch when None.
             clip: of the denoised images, as a sampler has it.
             denoise: stands in for the denoiser, such as one that counts its evaluations.
             guide: the same for the guide.
         """
         if guide is None and self.guide is not None:
             guide = self.guide.denoiser.to(self.device)
+        if self.guide is not None and self.guide.routed:
+            assert guide is not None
+            guide = by_image(guide, self.seed, indices)
         result = guided(
             self.denoiser if denoise is None else denoise,
             label=None if labels is None else labels.to(self.device),
@@ -208,7 +214,8 @@ class ImageGenerator:
 
     def _sample(self, indices: Sequence[int], denoise: Denoise, guide: Denoise | None) -> Tensor:
         with self.inference():
-            denoise = self.guided(self.labels(indices), denoise=denoise, guide=guide)
+            labels = self.labels(indices)
+            denoise = self.guided(labels, indices=indices, denoise=denoise, guide=guide)
             return self.sampler(denoise, self.noise(indices), self.step_noise(indices))
 
 

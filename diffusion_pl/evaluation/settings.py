@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from diffusion_pl.diffusion.guidance import EVERYWHERE, Guide, check_interval
+from diffusion_pl.diffusion.guidance import EVERYWHERE, Guide, Routed, check_interval
 from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import Extractor, Features
 from diffusion_pl.metrics.reference import Reference
@@ -60,7 +60,8 @@ class Evaluation:
             counts differ by one at most (JiT's protocol: 50 images of each of 1000 classes).
         guidance: weight, 1 for none.
         guidance_interval: noise levels (low, high] that are guided.
-        guide: the weaker model of autoguidance; None for the model itself without its label.
+        guide: the weaker model of autoguidance, or `Routed`: the model itself with routed tokens;
+            None for the model itself without its label.
         grid: images on the sample grid, the first of those sampled.
         reference: file of statistics to compare with; None: computed from the training data.
     """
@@ -73,7 +74,7 @@ class Evaluation:
     labels: Labels = "random"
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = EVERYWHERE
-    guide: Guide | None = None
+    guide: Guide | Routed | None = None
     grid: int = 64
     reference: str | None = None
 

@@ -11,6 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from diffusion_pl.diffusion.guidance import guide_of
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, ImageGenerator, Sampler, evaluate, reference_of
 from diffusion_pl.evaluation.cost import estimate
@@ -218,7 +219,7 @@ class Evaluate(Callback):
             seed=self.settings.seed,
             guidance=self.settings.guidance,
             guidance_interval=self.settings.guidance_interval,
-            guide=self.settings.guide,
+            guide=guide_of(self.settings.guide, pl_module.ema),
             balanced=self.settings.labels == "balanced",
             precision=self.precision,
             origin=self.origin,
