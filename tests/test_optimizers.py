@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from started import train as train_ranks
 from test_lr_schedule import TINY, state, train  # noqa: F401 - a fixture
+from test_routing import ROUTED
 from test_run_folder import assert_equal
 from test_training import experiment, go, network  # noqa: F401 - a fixture
 from torch import nn
@@ -19,6 +21,7 @@ import diffusion_pl as dp
 from diffusion_pl import config
 from diffusion_pl.commands import parts
 from diffusion_pl.errors import UserError
+from diffusion_pl.networks.jit import JiT
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.lr_schedule import WarmupDecay
 from diffusion_pl.training.optimizers import Group, Grouped, Together, optimizer_of
@@ -136,6 +139,45 @@ def test_a_run_with_muon_and_adam_resumes_to_the_same_bits(train, tmp_path):  # 
     assert [group["lr"] for group in groups] == [group["base_lr"] for group in groups]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1, 0.1]
     assert state("a")["global_step"] == 8  # a step of both counts once
+
+
+@pytest.fixture
+def muon_for_jit():
+    """The node of docs/python.md."""
+    text = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    [node] = re.findall(r"```yaml\n(optimizer:\n.*?)```", text, re.DOTALL)
+    return ROUTED.replace("optimizer: {lr: 0.01}\n", node)
+
+
+def test_the_documented_patterns_give_muon_the_matrices_of_the_blocks(muon_for_jit):
+    made = config.build(dp.experiment(muon_for_jit).config, "optimizer")
+    sizes = {"patch_size": 2, "width": 16, "depth": 4, "heads": 2, "bottleneck": 4}
+    network = JiT(8, classes=8, class_tokens=2, class_tokens_from=2, **sizes)
+    optimizer = optimizer_of(made, whole(network))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    groups = [{names[id(each)] for each in group["params"]} for group in optimizer.param_groups]
+    matrices = ("affine", "attention.qkv", "attention.proj", "mlp.w12", "mlp.w3")
+    expected = {f"blocks.{n}.{each}.weight" for n in range(4) for each in matrices}
+    assert groups[2] == expected
+    assert [type(each) for each in optimizer.optimizers] == [AdamW, Muon]
+    assert optimizer.param_groups[2]["weight_decay"] == 0.0
+    assert groups[1] == {name for name in names.values() if name.endswith(".bias")}
+    assert groups[0] == set(names.values()) - groups[1] - groups[2]
+    assert {"label.weight", "class_positions", "patches.weight", "stem.weight", "time0.weight",
+            "head.weight", "affine.weight", "norm.weight",
+            "blocks.0.norm0.weight", "blocks.0.attention.norm_q.weight"} <= groups[0]  # fmt: skip
+
+
+def test_a_jit_with_muon_and_adam_resumes_to_the_same_bits(train, tmp_path, muon_for_jit):  # noqa: F811
+    (tmp_path / "experiments" / "tiny.yaml").write_text(muon_for_jit)
+    for run, words in {"a": ["trainer.total_images=16"], "whole": []}.items():
+        assert train(*words, run=run)[0] == 0
+    assert train()[0] == 0
+    assert_equal(state("a"), state("whole"))
+    [saved] = state("a")["optimizer_states"]
+    kinds = [set(each) for each in saved["state"].values()]
+    assert kinds.count({"momentum_buffer"}) == 20  # five matrices of four blocks
+    assert kinds.count({"step", "exp_avg", "exp_avg_sq"}) == len(kinds) - 20
 
 
 def test_the_gradient_of_all_groups_is_clipped_together(go):  # noqa: F811

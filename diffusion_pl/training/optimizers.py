@@ -1,14 +1,14 @@
 """Optimizers for groups of parameters, chosen by name and shape.
 
-Muon (Jordan 2024) for the matrices inside a network, Adam for all else, and no weight decay for
-biases is one node:
+Muon (Jordan 2024) for the matrices of a JiT's blocks, Adam for all else, and no weight decay for
+biases is one node; docs/python.md says more:
 
     optimizer:
       _target_: diffusion_pl.training.optimizers.Grouped
       rest: {_target_: torch.optim.AdamW, _partial_: true, lr: 1e-3, weight_decay: 0.01}
       groups:
         - _target_: diffusion_pl.training.optimizers.Group
-          names: ["*blocks*"]
+          names: ["blocks.*"]
           ndim: 2
           optimizer: {_target_: torch.optim.Muon, _partial_: true, lr: 0.02}
         - {_target_: diffusion_pl.training.optimizers.Group, names: ["*.bias"], weight_decay: 0.0}
