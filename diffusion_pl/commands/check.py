@@ -17,6 +17,7 @@ from diffusion_pl.config import Config
 from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.shard_format import Manifest
 from diffusion_pl.data.shards import Shards
+from diffusion_pl.diffusion.extra import WithExtra
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import nearest
@@ -88,6 +89,7 @@ def describe(
         ("sizes", _sizes(experiment, network)),
         ("budget", _budget(experiment)),
         ("noise", _noise(experiment, objective)),
+        ("extra", _extra(objective)),
         ("pyramid", _pyramid(experiment, objective, network)),
         ("warning", _large_patches(objective, network)),
     ]:
@@ -235,6 +237,15 @@ def _noise(experiment: Config, objective: TrainingObjective) -> str:
         f"{float(visited[0]):.4g} to {float(visited[-2]):.4g} in {sampler.steps} steps"
         f"{'' if unknown is None else f'; {unknown}'}"
     )
+
+
+def _extra(objective: TrainingObjective) -> str:
+    """The losses beside the objective's own; "" for none."""
+    if not isinstance(objective, WithExtra):
+        return ""
+    said = [f"{type(each).__name__} x {each.weight:g}" for each in objective.losses]
+    missing = parts.missing_weights(objective)
+    return ", ".join(said) + ("" if missing is None else f"; {missing}")
 
 
 def _pyramid(experiment: Config, objective: TrainingObjective, network: nn.Module) -> str:

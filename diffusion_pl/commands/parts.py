@@ -23,7 +23,7 @@ from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.shard_format import MANIFEST
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.diffusion.guidance import Routed, check_guidance
-from diffusion_pl.diffusion.objective import TrainingObjective
+from diffusion_pl.diffusion.objective import TrainingObjective, needing_network
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.io.cache import is_remote
@@ -92,6 +92,7 @@ def checked(experiment: Config) -> Config:
     settings: TrainerConfig = config.build(experiment, "trainer")
     _check_trainer(experiment, settings)
     _check_optimizer(experiment, settings)
+    _check_objective(experiment, settings)
     _check_guided(experiment, settings)
     return experiment
 
@@ -144,12 +145,59 @@ def _check_optimizer(experiment: Config, settings: TrainerConfig) -> None:
 
 def _dimensions(experiment: Config) -> dict[str, int]:
     """The number of dimensions of every trained parameter, by its name in the module."""
-    objective: TrainingObjective = config.build(experiment, "objective")
+    network = meta_network(experiment)
+    objective = attached_objective(experiment, network)
     whole = nn.Module()
     if isinstance(objective, nn.Module):
         whole.objective = objective
-    whole.denoiser = objective.denoiser(meta_network(experiment))
+    whole.denoiser = objective.denoiser(network)
     return {name: each.ndim for name, each in whole.named_parameters() if each.requires_grad}
+
+
+def attached_objective(experiment: Config, network: nn.Module) -> TrainingObjective:
+    """The objective with the weights that it has for a network, on torch's meta device.
+
+    No weights of frozen networks are read.
+
+    Args:
+        experiment: bound.
+        network: on torch's meta device.
+
+    Raises:
+        ConfigError: the network or its images do not fit the objective.
+    """
+    objective: TrainingObjective = config.build(experiment, "objective")
+    parts = needing_network(objective)
+    key = "objective.extra" if "extra" in experiment.get("objective") else "objective"
+    side = config.build(experiment, "data.dataset").resolution if parts else 0
+    for part in parts:
+        try:
+            with torch.device("meta"):
+                part.attach(network, side)
+        except UserError as error:
+            raise experiment.error(key, str(error)) from error
+    return objective
+
+
+def _check_objective(experiment: Config, settings: TrainerConfig) -> None:
+    """Check that the objective fits the network and the strategy."""
+    objective: TrainingObjective = config.build(experiment, "objective")
+    if needing_network(objective):
+        objective = attached_objective(experiment, meta_network(experiment))
+    try:
+        settings.check_objective(objective)
+    except UserError as error:
+        raise experiment.error("trainer", str(error)) from error
+
+
+def missing_weights(objective: TrainingObjective) -> str | None:
+    """Which weights of frozen networks are not there, and where to get them; None: all are."""
+    for part in needing_network(objective):
+        try:
+            part.check_weights()
+        except UserError as error:
+            return str(error)
+    return None
 
 
 def _check_guided(experiment: Config, settings: TrainerConfig) -> None:

@@ -92,6 +92,8 @@ def train(
         The run, its metrics and the exit code.
     """
     trust.check_training(experiment)
+    if missing := parts.missing_weights(config.build(experiment, "objective")):
+        raise experiment.error("objective", missing)
     settings: TrainerConfig = config.build(experiment, "trainer")
     run_dir.check_name(folder)
     check_ranks(settings)

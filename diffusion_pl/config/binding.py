@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusion_pl.config.annotations import described, fits, is_node, signature
-from diffusion_pl.config.registry import PLACES, is_part, misplaced
+from diffusion_pl.config.registry import PLACES, WRAPPERS, is_part, misplaced
 from diffusion_pl.config.renaming import former_names
 from diffusion_pl.config.targets import locate
 from diffusion_pl.config.tree import Config, ConfigError, join, names, nearest
@@ -140,6 +140,21 @@ def _defaults(config: Config, node: dict[Any, Any]) -> dict[str, Collection[Any]
     }
 
 
+def wrapper(config: Config, key: str, node: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The argument of a section that a wrapper around it takes, and the wrapper's dotted path.
+
+    None where there is no such argument, or the section's target takes it itself.
+    """
+    name, path = WRAPPERS.get(key, ("", ""))
+    if name not in node:
+        return None
+    try:
+        bound = signature(locate(node["_target_"], config.packages))
+    except ValueError:
+        return None  # the node itself is reported
+    return None if bound is None or name in bound.parameters else (name, path)
+
+
 def _special(node: dict[Any, Any], key: str) -> Iterator[Problem]:
     """Find misspelt or misplaced keys of our own."""
     for name in node:
@@ -168,8 +183,12 @@ def _node(
     kinds = {name: parameter.kind for name, parameter in bound.parameters.items()}
     accepted = [name for name, kind in kinds.items() if kind in _BY_NAME]
     open_ended = inspect.Parameter.VAR_KEYWORD in kinds.values()
+    beside = wrapper(config, key, node)
     for name, value in node.items():
         if name in SPECIAL or (str(name).startswith("_") and str(name).endswith("_")):
+            continue
+        if beside is not None and name == beside[0]:
+            yield from _beside(config, value, join(key, name), *beside)
             continue
         if name in given:
             yield join(key, name), f"is handed to {target} by the program; remove it"
@@ -189,6 +208,15 @@ def _node(
             required = parameter.default is parameter.empty and parameter.kind not in _VARIADIC
             if required and name not in node and name not in given:
                 yield join(key, name), f"missing argument of {target}; add it{otherwise}"
+
+
+def _beside(config: Config, value: Any, key: str, name: str, path: str) -> Iterator[Problem]:
+    """Find what is wrong with the type of a wrapper's argument; null is as if it was not there."""
+    bound = signature(locate(path, config.packages))
+    assert bound is not None
+    wanted = bound.parameters[name].annotation
+    if value is not None and not fits(value, wanted, config.packages):
+        yield key, _wrong_type(value, wanted, path)
 
 
 def _wrong_type(value: Any, annotation: Any, target: str) -> str:

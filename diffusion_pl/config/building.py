@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_pl.config.annotations import PATHS, element, is_node, member, origin, signature
-from diffusion_pl.config.binding import SPECIAL, check_node
+from diffusion_pl.config.binding import SPECIAL, check_node, wrapper
 from diffusion_pl.config.registry import PACKAGE
 from diffusion_pl.config.targets import locate
 from diffusion_pl.config.tree import Config, ConfigError, join
@@ -62,6 +62,14 @@ def _built(config: Config, value: Any, key: str, annotation: Any, extra: dict[st
 
 def _called(config: Config, node: dict[Any, Any], key: str, extra: dict[str, Any]) -> Any:
     """Build the arguments of a node, then call its target with them."""
+    beside = wrapper(config, key, node)
+    if beside is not None:
+        name, path = beside
+        inner = _called(config, {n: v for n, v in node.items() if n != name}, key, extra)
+        if not node[name]:
+            return inner
+        around = _built(config, node[name], join(key, name), Any, {})
+        return locate(path, config.packages)(**{key: inner, name: around})
     target = locate(node["_target_"], config.packages)
     bound = signature(target)
     parameters = bound.parameters if bound else {}

@@ -27,6 +27,7 @@ def _lightning(module: str, *names: str) -> tuple[str, ...]:
 
 _OBJECTIVES = (
     *_of("diffusion.objective", "Objective"),
+    *_of("diffusion.extra", "WithExtra"),
     *_of("diffusion.uncertainty", "LearnedUncertainty"),
     *_of("objectives.ddpm", "DDPM", "DDPMBound", "VariationalBound"),
     *_of("objectives.edm", "EDM"),
@@ -74,6 +75,8 @@ MADE: Mapping[str, tuple[str, ...]] = {
     ),
     "routing": _of("networks.routing", "Routing"),
     "objective": _OBJECTIVES,
+    "extra": _of("diffusion.extra", "Alignment", "Perceptual"),
+    "extractor": _of("metrics.feature_maps", "Inception", "Shapes", "Torchvision"),
     "preconditioning": (
         *_of("diffusion.preconditioning", "Karras"),
         *_of("objectives.ddpm", "PredictImage", "PredictNoise", "PredictVelocity"),
@@ -153,6 +156,12 @@ HANDED_ON: Mapping[str, tuple[str, ...]] = {
         *_of("objectives.shifted_cosine", "above_zero"),
     ),
     "rest": (),
+}
+
+# Of a section, an argument beside those of its target, and the part that takes it together with
+# what the target makes, under the section's name.
+WRAPPERS: Mapping[str, tuple[str, str]] = {
+    "objective": ("extra", f"{PACKAGE}.diffusion.extra.WithExtra"),
 }
 
 PLACES = (*MADE, *(place for place in HANDED_ON if place not in MADE))

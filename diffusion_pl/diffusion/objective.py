@@ -86,6 +86,53 @@ class RemembersSteps(Protocol):
         """All its micro-batches are done."""
 
 
+@runtime_checkable
+class NeedsNetwork(Protocol):
+    """A module of an objective that is fitted to the network before training, such as
+    `extra.Alignment`; nothing of it is needed to sample.
+
+    Attributes:
+        checkpointed: whether it reads what activation checkpointing runs again, once attached.
+    """
+
+    checkpointed: bool
+
+    def attach(self, network: nn.Module, resolution: int) -> None:
+        """Find what it reads in the network, and make its own weights on torch's default device.
+
+        Args:
+            network: the raw F that is trained, or the same on torch's meta device to see that it
+                fits.
+            resolution: side of a full-resolution image, pixels.
+
+        Raises:
+            UserError: the network or its images do not fit.
+        """
+
+    def check_weights(self) -> None:
+        """Raise UserError unless the files that `load` reads are there."""
+
+    def load(self) -> None:
+        """Read the weights of frozen networks; UserError if they are missing or unfit."""
+
+    def begin(self) -> None:
+        """The network is about to be called for a loss."""
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """An objective that tells parts of its loss apart, for the log."""
+
+    def report(self) -> dict[str, Tensor]:
+        """Each part by its name in the log, summed over the images since the last call, ()."""
+
+
+def needing_network(objective: TrainingObjective) -> list[NeedsNetwork]:
+    """The modules of an objective that are fitted to the network before training."""
+    modules = objective.modules() if isinstance(objective, nn.Module) else ()
+    return [part for part in modules if isinstance(part, NeedsNetwork)]
+
+
 @dataclass(frozen=True)
 class EpsWeight:
     """1 / sigma^2: the squared error of the noise, | eps_hat - eps |^2 (Ho 2020, Eq. 14)."""

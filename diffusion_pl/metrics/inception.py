@@ -124,6 +124,15 @@ def load(weights: str | None = None, precision: str = "fp32") -> Inception:
     Raises:
         UserError: the weights are unavailable, damaged or of another layout.
     """
+    return Inception(*opened(weights), precision)
+
+
+def opened(weights: str | None) -> tuple[FeatureExtractorInceptionV3, str]:
+    """torch-fidelity's network with the weights of a file, and the file's sha256 (hex).
+
+    Raises:
+        UserError: as `load`.
+    """
     path = Path(weights) if weights is not None else published()
     try:
         content = regular(path).read_bytes()
@@ -132,7 +141,7 @@ def load(weights: str | None = None, precision: str = "fp32") -> Inception:
     sha256 = hashlib.sha256(content).hexdigest()
     if weights is None and sha256 != PUBLISHED:
         raise UserError(f"{path}: not the published Inception (sha256 {sha256[:8]}); delete it")
-    return Inception(_network(content, path), sha256, precision)
+    return _network(content, path), sha256
 
 
 def published() -> Path:

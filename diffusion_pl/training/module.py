@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from diffusion_pl.diffusion.objective import RemembersSteps, TrainingObjective
+from diffusion_pl.diffusion.objective import (
+    RemembersSteps,
+    Reports,
+    TrainingObjective,
+    needing_network,
+)
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.diffusion.random import ImageNoise, generator, own_generator
 from diffusion_pl.images import from_bytes
@@ -84,6 +89,10 @@ class DiffusionModule(QuickModule):
         lengths = power_ema.LENGTHS if ema.posthoc_every else ()
         self.gammas = [power_ema.gamma_of(length) for length in lengths]
         self.profiles = nn.ModuleList(averaging.averaged_copy(self.denoiser) for _ in lengths)
+        # After the copies, which it must not reach.
+        for part in needing_network(objective):
+            part.attach(network, resolution)
+            part.load()
         # Created once the weights are on the device.
         self.updates: list[averaging.Updates] = []
         self.make_optimizer = optimizer
@@ -101,6 +110,7 @@ class DiffusionModule(QuickModule):
         parts = [*self.denoiser.modules()]
         parts += objective.modules() if isinstance(objective, nn.Module) else ()
         self.memories = [part for part in parts if isinstance(part, RemembersSteps)]
+        self.reporting = [part for part in parts if isinstance(part, Reports)]
 
     @property
     def images_seen(self) -> int:
@@ -154,6 +164,9 @@ class DiffusionModule(QuickModule):
         self.average(images)
         assert total is not None
         self.totals.add(loss=total)
+        for part in self.reporting:
+            sums = part.report()
+            self.totals.add(**{name: each / len(batch["image"]) for name, each in sums.items()})
         self.totals.steps += 1
         return {"loss": total}
 

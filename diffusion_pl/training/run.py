@@ -237,6 +237,7 @@ def make_module(experiment: Experiment) -> DiffusionModule:
         lr_schedule=experiment.lr_schedule,
         seed=experiment.seed,
     )
+    settings.check_objective(module.objective)  # with the weights that it has for the network
     for denoiser in (module.denoiser, module.ema):
         compile_network(denoiser.network, settings.compile)
     return module

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
+from diffusion_pl.diffusion.objective import NeedsNetwork
 from diffusion_pl.errors import UserError
 from diffusion_pl.training.best import Best
 
@@ -181,7 +182,8 @@ class TrainerConfig:
         """Check that the strategy can train an objective.
 
         Raises:
-            UserError: fsdp, and the objective has weights of its own, which would not be sharded.
+            UserError: fsdp, and the objective has weights of its own, which would not be sharded;
+                or a network compiled as a whole, of which it reads what is run again.
         """
         weights = objective.parameters() if isinstance(objective, nn.Module) else ()
         if self.strategy == "fsdp" and any(True for _ in weights):
@@ -189,6 +191,15 @@ class TrainerConfig:
                 f"strategy: fsdp shards the network alone, and the objective "
                 f"{type(objective).__name__} has weights of its own; use ddp"
             )
+        if self.compile is True and isinstance(objective, nn.Module):
+            for part in objective.modules():
+                if isinstance(part, NeedsNetwork) and part.checkpointed:
+                    # A compiled checkpoint drops what a hook in it keeps.
+                    raise UserError(
+                        f"compile: a network that is compiled as a whole with activation "
+                        f"checkpointing hides its blocks from {type(part).__name__}; set "
+                        "trainer.compile=blocks, or network.activation_checkpointing=false"
+                    )
 
     def device_type(self) -> str:
         """ "cpu" or "cuda", by `accelerator`."""
