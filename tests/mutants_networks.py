@@ -269,7 +269,7 @@ MUTANTS = [
     ),
     *at(
         "networks/ddpm_unet.py",
-        "import_guided",
+        "import_guided import_diffusers",
         ("width = widths[0] if within", "width = model_channels if within"),
         ("heads < 1 or", "False or"),
         ("or (head_channels and channels // heads != head_channels)", ""),
