@@ -315,14 +315,18 @@ def test_dropout_acts_in_training_only_and_not_at_high_resolution():
 @torch.no_grad()
 def test_the_residual_u_vit_passes_around_its_inner_levels():
     """One skip a level: h comes back as Up(y - h_d) + h, so y = h_d leaves h alone."""
-    network = UVIT(residual=True).eval()
+    network = awake(UVIT(residual=True)).eval()
     for layer in network.middle:  # transformers that change nothing
         for last in (layer.dense1, layer.proj):
             torch.nn.init.zeros_(last.weight)
-    before = network(image(), LEVELS)
-    for layer in (*network.down, *network.up):  # not read: y - h_d is zero
-        torch.nn.init.normal_(layer.weight)
-    torch.testing.assert_close(network(image(), LEVELS), before)
+            torch.nn.init.zeros_(last.bias)
+    for layer in network.up:  # of y - h_d = 0
+        torch.nn.init.zeros_(layer.bias)
+    embedding, x = network.embed(LEVELS), network.stem(image())
+    for layer in (*network.encoder[0], *network.decoder[-1]):
+        x = layer(x, embedding)
+    assert len(network.encoder) == 1
+    torch.testing.assert_close(network(image(), LEVELS), network.head(x))
     awake(network)
     with_levels = network(image(), LEVELS)
     torch.nn.init.normal_(network.up[0].weight)
