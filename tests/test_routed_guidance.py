@@ -60,15 +60,22 @@ def test_guidance_extrapolates_from_the_routed_network_with_the_same_label(make)
     made = generator(make)
     labels = LABEL if make is jit else None
     x = images(made.shape[1])
-    widths = []
-    blocks = made.denoiser.network.blocks if make is jit else made.denoiser.network.middle
-    blocks[2].register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    network = made.denoiser.network
+    widths, places = [], []
+
+    def look(module, inputs, output):
+        widths.append(output.shape[1])
+        places.append(network.router.places)
+
+    (network.blocks if make is jit else network.middle)[2].register_forward_hook(look)
     found = made.guided(labels, indices=[4, 5, 6])(x, SIGMA)
     front = 2 if make is jit else 0
     assert sorted(widths) == [front + 4, front + 16]  # of 16 patches 16 - 12 stay
+    [drawn] = [each for each in places if each is not None]
     known = {} if labels is None else {"label": labels}
-    weak = by_image(made.guide.denoiser, 0, [4, 5, 6])(x, SIGMA, **known)
     strong = made.denoiser(x, SIGMA, **known)
+    with network.router.evaluated(0.75, made.guide.denoiser.network.row, drawn):
+        weak = made.denoiser(x, SIGMA, **known)
     assert not torch.isclose(weak, strong, atol=1e-4).all(dim=(1, 2, 3)).any()
     torch.testing.assert_close(found, 3 * strong - 2 * weak)
 
