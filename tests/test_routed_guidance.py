@@ -94,6 +94,10 @@ def test_the_draws_are_the_seeds_the_images_and_the_levels_own():
     assert torch.equal(weak(None), weak([0, 1, 2]))
     for other in (whole[1:2], weak([4], seed=1), weak([7])):
         assert not torch.allclose(other, whole[:1], **close)
+    ours, others = (
+        generator(seed=seed).guided(LABEL, indices=[4, 5, 6])(images(), SIGMA) for seed in (0, 1)
+    )
+    assert not torch.isclose(ours, others, **close).all(dim=(1, 2, 3)).any()
     # Another level draws anew: at once the same tokens would be a coincidence of 1 in 12,870.
     near = weak([4], sigma=SIGMA * (1 + 1e-5))
     assert not torch.allclose(near, whole[:1], **close)

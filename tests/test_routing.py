@@ -194,6 +194,12 @@ def test_the_choice_is_the_images_and_the_seeds_own():
     assert torch.equal(counted([7, 5], tokens=64), whole[[2, 0]])
     for other in (counted([5], seed=1, tokens=64), counted([4], tokens=64)):
         assert not torch.equal(other, whole[:1])
+    # The row and the windows are both the seed's.
+    routers = [Router(MIDDLE, 5) for _ in range(2)]
+    for seed, router in enumerate(routers):
+        CountedRandomness(router, seed).begin(torch.tensor([5]), CPU)
+    assert not torch.equal(routers[0].places, routers[1].places)
+    assert not torch.equal(routers[0].ranks, routers[1].ranks)
     # A batch seen twice, as guidance sees one, has its choices twice; another one is refused.
     router = Router(MIDDLE, 5)
     router.begin(torch.randperm(PLACES).int().repeat(2), torch.tensor([0, 9]))
