@@ -40,7 +40,11 @@ MUTANTS = [
         ("second, nn.SiLU(), third", "second, third"),
         ("if front not in (0, ", "if False and front not in (0, "),
         ("self.stride, self.front = stride, front", "self.stride, self.front = stride, 0"),
-        ("self.listens, self.hidden = True, None", "self.listens = True"),
+        ("nn.init.xavier_uniform_(layer.weight)", "pass"),
+        (
+            "hidden, self.hidden, self.listens = self.hidden, None, False",
+            "hidden, self.listens = self.hidden, False",
+        ),
         ("        if self.listens:", "        if True:"),
         (
             "tokens = hidden.flatten(2).transpose(1, 2)",

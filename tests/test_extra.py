@@ -181,6 +181,71 @@ def test_the_alignment_is_minus_the_mean_cosine_of_projected_tokens_and_features
     torch.testing.assert_close(found - alone, 2 * expected, rtol=1e-4, atol=2e-4)
 
 
+class Same(nn.Module):
+    def forward(self, images):
+        return (images,)
+
+
+class Pixels(Maps):
+    """Names a network that gives the image itself."""
+
+    def __init__(self):
+        self.network = Same()
+
+    def outline(self, channels, resolution):
+        return ((3, resolution, resolution),)
+
+
+class Own(nn.Module):
+    """A network of the user's own, with a hidden map, and the same as tokens."""
+
+    channels, classes = 3, 0
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Conv2d(3, 5, 1)
+        self.rows = nn.Flatten(2)
+        self.tokens = nn.Identity()
+        self.leave = nn.Conv2d(5, 3, 1)
+
+    def forward(self, x, c_noise, **condition):
+        hidden = self.enter(x)
+        tokens = self.tokens(self.rows(hidden).transpose(1, 2))
+        return self.leave(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+@pytest.mark.parametrize("module", ["enter", "tokens"])
+def test_a_map_s_pixels_are_tokens_row_by_row(module):
+    torch.manual_seed(0)
+    network = Own()
+    alignment = Alignment(Pixels(), module, weight=1.0, width=8)
+    objective = attached(network, alignment)
+    denoiser = objective.denoiser(network)
+    image, u, noise = batch()
+    found = objective.loss(denoiser, image, u, noise) - EDM().loss(denoiser, image, u, noise)
+    hidden = hidden_of(network, "enter", denoiser, image, u, noise)
+    expected = torch.zeros(4)
+    for row in range(SIDE):
+        for column in range(SIDE):
+            guess = alignment.projection(hidden[:, :, row, column])
+            target = image[:, :, row, column]
+            expected -= (unit(guess, 1) * unit(target, 1)).sum(1) / SIDE**2
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_projection_begins_as_published():
+    """Xavier-uniform: uniform within sqrt(6 / (in + out)); biases 0."""
+    torch.manual_seed(0)
+    alignment = Alignment(Maps(), 1, width=64)
+    attached(jit(), alignment)
+    for layer, ends in zip(alignment.projection[::2], ((16, 64), (64, 64), (64, 3)), strict=True):
+        bound = (6 / sum(ends)) ** 0.5
+        assert layer.weight.shape == ends[::-1]
+        # The largest of at least 192 uniform numbers.
+        assert 0.95 * bound < float(layer.weight.detach().abs().max()) <= bound
+        assert not layer.bias.any()
+
+
 def triangle(at, count):
     """Weights of a filter of width 4 around the middle of two pixels."""
     weights = torch.zeros(count)

@@ -349,7 +349,7 @@ class Alignment(nn.Module):
 
     def begin(self) -> None:
         """Keep the block's next output; see `NeedsNetwork`."""
-        self.listens, self.hidden = True, None
+        self.listens = True
 
     def keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Keep the block's output; when activation checkpointing runs it again, nothing."""
