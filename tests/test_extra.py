@@ -745,11 +745,18 @@ def test_a_model_of_torchvision_gives_its_layers_for_images_as_it_was_trained(sq
     torch.testing.assert_close(maps[1], network.features[4:7](first))
     assert named.outline(3, 64) == [tuple(each.shape[1:]) for each in maps]
     larger = Torchvision("squeezenet1_1", ["features.3"], str(path), digest, side=128)
-    assert larger.load()(image)[0].shape == (4, *larger.outline(3, 64)[0])
+    expected = network.features[:4](torch.zeros(4, 3, 128, 128)).shape
+    assert larger.load()(image)[0].shape == (4, *larger.outline(3, 64)[0]) == expected
 
 
-def test_a_file_of_another_digest_or_model_is_refused(squeezenet):
-    path, _ = squeezenet
+def test_a_file_of_another_digest_or_model_is_refused(squeezenet, tmp_path):
+    path, network = squeezenet
+    part, state = tmp_path / "part.pth", network.state_dict()
+    state.pop("features.0.bias")
+    torch.save(state, part)
+    digest = hashlib.sha256(part.read_bytes()).hexdigest()
+    with pytest.raises(UserError, match="holds no weights of .* Missing key"):
+        Torchvision("squeezenet1_1", ["features.3"], str(part), digest).load()
     with pytest.raises(UserError, match="has the sha256 .*, not b8a52dc0\\.\\.\\.; get https://"):
         Torchvision("squeezenet1_1", ["features.3"], str(path)).load()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
