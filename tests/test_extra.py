@@ -762,6 +762,8 @@ def test_a_file_of_another_digest_or_model_is_refused(squeezenet, tmp_path):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(UserError, match="holds no weights of torchvision's squeezenet1_0"):
         Torchvision("squeezenet1_0", ["features.3"], str(path), digest).load()
+    with pytest.raises(UserError, match="has the sha256 .*, not 00000000\\.\\.\\."):
+        Torchvision("squeezenet1_1", ["features.3"], str(path), "0" * 8).load()
     with pytest.raises(UserError, match="sha256 must be 8 to 64 hex digits"):
         Torchvision("squeezenet1_1", ["features.3"], str(path), "B8A52DC0")
     with pytest.raises(UserError, match="name at least one"):
