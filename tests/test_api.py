@@ -85,6 +85,10 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
     # The same from the shell, where the parts of others are asked for.
     assert main(["sample", "runs/mine", "--count", "2", "--allow", "mine"]) == 0
     assert main(["sample", "runs/mine", "--count", "2"]) == 2
+    # One package need not stand in a list.
+    assert dp.Run("runs/mine", allow="mine").images_seen == names["run"].images_seen
+    with pytest.raises(dp.UserError, match="--allow mine"):
+        dp.Run("runs/mine", allow="min")
 
 
 def test_the_readme_s_python_runs(monkeypatch, tmp_path):
