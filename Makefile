@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check data train slurm preempt sample enlarge evaluate export import \
-	reference sweep experiments test test-slow test-faults test-slurm mutants soak ci-fid bench clean
+	reference sweep experiments test test-slow test-faults test-slurm mutants soak ci-fid bench ladder clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -88,6 +88,9 @@ soak: $(STAMP)  ## let a hundred faults befall small runs; none may hang, get lo
 
 ci-fid: $(STAMP)  ## train a small recipe on CIFAR-10 and compare its distance with the recorded one
 	@$(RUN_PYTHON) -m benchmarks.cifar10_ci $(ARGS)
+
+ladder: $(STAMP)  ## train recipes with one line changed, three seeds each (docs/what_pays.md) [ARGS="--minutes 90"]
+	@$(RUN_PYTHON) -m benchmarks.ladder $(ARGS)
 
 bench: $(STAMP)  ## measure BENCH=networks, samplers, loop, commands, data, metrics, memory, scaling; pyramid RUN=...
 	@for name in $(or $(BENCH),networks samplers loop commands data metrics); do \
