@@ -249,7 +249,7 @@ MUTANTS = [
     ),
     *at(
         "networks/ddpm_unet.py",
-        "initial_weights ddpm_unet networks",
+        "initial_weights ddpm_unet networks import_diffusers",
         ("len(channel_mult) - 1", "len(channel_mult)"),
         ("dropout=dropout, adaptive", "dropout=0.0, adaptive"),
         ("resolution // 2**level in", "resolution // 2 ** (level + 1) in"),
@@ -269,7 +269,7 @@ MUTANTS = [
     ),
     *at(
         "networks/ddpm_unet.py",
-        "import_guided import_diffusers",
+        "import_guided import_diffusers ddpm_unet",
         ("width = widths[0] if within", "width = model_channels if within"),
         ("heads < 1 or", "False or"),
         ("or (head_channels and channels // heads != head_channels)", ""),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from diffusion_pl.networks.ddpm_unet import DDPMUNet
+from diffusion_pl.errors import UserError
+from diffusion_pl.networks.ddpm_unet import DDPMUNet, attend
 from diffusion_pl.networks.position import coordinates
 from diffusion_pl.objectives.ddpm import DDPM
 
@@ -87,3 +89,21 @@ def test_a_multiplier_that_is_not_whole_gives_the_nearest_width():
     with torch.device("meta"):
         network = unet(model_channels=100, channel_mult=(1, 0.29), groups=1, attention=())
     assert network.middle[0].conv1.out_channels == 29
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_channels"), [(5, None), (0, None), (1, 16), (1, 5), (1, 8)]
+)
+def test_channels_that_are_no_whole_number_of_heads_are_refused(heads, head_channels):
+    norm = nn.GroupNorm(3, 12)
+    with pytest.raises(UserError, match="12 channels are no whole number of attention heads"):
+        attend(norm, heads, head_channels)
+    assert attend(norm, 3, None).heads == 3
+    assert attend(norm, 1, 4).heads == 3
+
+
+@pytest.mark.parametrize(("resample", "width"), [("block", 16), ("right", 8), ("even", 8)])
+def test_the_first_convolution_is_of_the_first_levels_width_in_adm_alone(resample, width):
+    settings = {"channel_mult": (2, 2), "blocks": 1, "attention": (), "groups": 4}
+    network = DDPMUNet(8, model_channels=8, resample=resample, **settings)
+    assert network.stem.weight.shape[0] == width
