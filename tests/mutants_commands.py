@@ -72,7 +72,7 @@ MUTANTS = [
         ("ends = images + level * ImageNoise", "ends = images + ImageNoise"),
         ("great_circle if spherical else linear,", "linear,"),
         ("(ends[0], ends[1])", "(ends[1], ends[0])"),
-        ("(sampling.sampler) if by_flow else sampler.integrate", "(sampling.sampler)"),
+        ("    if by_flow:\n        integrate =", "    if True:\n        integrate ="),
         ('"sigma": level', '"sigma": highest'),
         ("ImageNoise(options.seed, [0, 1]", "ImageNoise(0, [0, 1]"),
     ),

@@ -38,7 +38,9 @@ MUTANTS = [
         ("nn.init.zeros_(layer.bias)", "pass"),
         ("first, nn.SiLU(), second", "first, nn.ReLU(), second"),
         ("second, nn.SiLU(), third", "second, third"),
-        ("if front not in (0, ", "if False and front not in (0, "),
+        ("if routed or front not in (0, ", "if routed and front not in (0, "),
+        ("if routed or front not in (0, ", "if front not in (0, "),
+        ("<= router.last\n", "< router.last\n"),
         ("self.stride, self.front = stride, front", "self.stride, self.front = stride, 0"),
         ("nn.init.xavier_uniform_(layer.weight)", "pass"),
         (
@@ -90,8 +92,8 @@ MUTANTS = [
         ),
         ("if self.model not in known:", "if False:"),
         (
-            "x.new_tensor(each).view(3, 1, 1) for each in (MEAN, STD)",
-            "x.new_tensor(each).view(3, 1, 1) for each in (STD, MEAN)",
+            "x.new_tensor(each).view(3, 1, 1) for each in (self.mean, self.std)",
+            "x.new_tensor(each).view(3, 1, 1) for each in (self.std, self.mean)",
         ),
         ("((x + 1) / 2 - mean) / std", "(x - mean) / std"),
         ("if self.side is not None:\n            x =", "if False:\n            x ="),

@@ -74,7 +74,8 @@ MUTANTS = [
     *at(
         "commands/runs.py",
         "hostile_corpus",
-        ('meta_network(experiment, len(loaded["state_dict"]))', "meta_network(experiment)"),
+        ("objective.denoiser(parts.meta_network(experiment, most))",
+         "objective.denoiser(parts.meta_network(experiment))"),
     ),
     *at(
         "commands/convert.py",

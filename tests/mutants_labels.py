@@ -109,7 +109,7 @@ MUTANTS = [
         "commands/runs.py",
         "class_names",
         ("label=class_of(label, model.class_names, classes)", "label=None"),
-        ("label_dropout, names)", "label_dropout)"),
+        ("label_dropout, trained, names)", "label_dropout, trained)"),
     ),
     *at(
         "training/callbacks.py",

@@ -42,7 +42,7 @@ MUTANTS = [
     *at(
         "samplers/sampler.py",
         "pyramid",
-        ("self.integrate(denoise, state, sigmas,", "self.integrate(denoise, state, self.sigmas(),"),
+        ("self.limited(denoise), state, sigmas,", "self.limited(denoise), state, self.sigmas(),"),
     ),
     *at(
         "diffusion/resizing.py",

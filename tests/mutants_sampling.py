@@ -43,15 +43,17 @@ MUTANTS = [
     *at(
         "commands/sampling.py",
         "commands_sampling",
-        ("dataclasses.replace(new, integrate=with_levels(given, own.integrate))",
-         "dataclasses.replace(new, integrate=with_levels(given, own.integrate),"
+        ("dataclasses.replace(new, integrate=fitted(given, own.integrate, objective))",
+         "dataclasses.replace(new, integrate=fitted(given, own.integrate, objective),"
          " clip_denoised=False)"),
         ("return partial(given, nearest=nearest)", "return given"),
         ('or "nearest" not in inspect.signature(given).parameters', ""),
         ("dataclasses.replace(new, steps=options.steps)", "new"),
         ("if value is not None and re.fullmatch(pattern, key):", "if False:"),
         ("(first <= high * SLACK or near[1]) and", ""),
-        ("and (last * SLACK >= low or near[0])", ""),
+        ("last * SLACK >= low or (near[0] and last * FAR >= low)", "True"),
+        ("(near[0] and last * FAR >= low)", "last * FAR >= low"),
+        ("(near[0] and last * FAR >= low)", "near[0]"),
         ("first <= high * SLACK or near[1]", "first <= high * SLACK"),
         ('inspect.signature(function).bind("denoise", "x", "sigmas", "randn_like")', "pass"),
     ),
@@ -61,7 +63,7 @@ MUTANTS = [
         ("if not base_alone:", "if False:"),
         ("elif base_alone:", "elif False:"),
         ("if name not in known:", "if False:"),
-        ('sampler or "heun"', '"heun"'),
+        ('name = sampler or (', "name = ("),
     ),
     *at(
         "commands/progressive.py",
@@ -121,7 +123,7 @@ MUTANTS = [
         "commands/parts.py",
         "commands_sampling",
         ("    _check_guided(experiment, settings)", "    abs(0)"),
-        ('or evaluation.get("guide") is not None', ""),
+        ("if weight == 1 or guide is not None:", "if weight == 1:"),
     ),
     *at(
         "commands/import_.py",

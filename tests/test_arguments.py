@@ -237,6 +237,8 @@ def test_a_shell_completes_commands_and_options(shell, capsys):
     assert cli.main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert all(word in script for word in ("evaluate", "guidance-interval", "shard-images"))
+    own = {"bash": "complete -F", "zsh": "#compdef", "fish": "complete -c"}
+    assert [each for each in own if own[each] in script] == [shell]
 
 
 @pytest.mark.parametrize(

@@ -159,10 +159,10 @@ def test_a_sampler_of_the_users_own_goes_by_its_dotted_path(run):
 
 def test_the_levels_that_a_network_knows_go_over_to_another_integrator():
     own = partial(heun, S_churn=40.0, nearest=nearest)
-    churn = sampling.with_levels(sampling.integrator_of("churn"), own)
+    churn = sampling.fitted(sampling.integrator_of("churn"), own, EDM())
     assert churn.keywords["nearest"] is nearest and churn.keywords["S_churn"] == 40.0
-    assert sampling.with_levels(euler, own) is euler
-    assert sampling.with_levels(heun, partial(heun, S_churn=1.0)) is heun
+    assert sampling.fitted(euler, own, EDM()) is euler
+    assert sampling.fitted(heun, partial(heun, S_churn=1.0), EDM()) is heun
 
 
 def test_a_sweep_compares_on_the_runs_own_levels(run):

@@ -291,7 +291,12 @@ def test_balanced_labels_are_the_classes_in_turn_and_a_number_says_so():
     assert balanced.labels([5, 3]).tolist() == [2, 0]
     assert balanced.about()["labels"] == "balanced"
     usual = generator(classes=3)
-    assert "labels" not in usual.about()
+    for other in (
+        usual,
+        generator(classes=3, balanced=True, label=1),
+        generator(classes=0, balanced=True),
+    ):
+        assert "labels" not in other.about()
     drawn = usual.labels(range(3000)).bincount()
     assert drawn.min() > 900
     assert drawn.tolist() != [1000, 1000, 1000]

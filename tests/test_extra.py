@@ -411,6 +411,7 @@ def test_activation_checkpointing_changes_no_gradient(module, checkpointed):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo
 @pytest.mark.parametrize("how", ["whole", "blocks"])
 def test_a_compiled_network_is_aligned_by_the_same_gradient(how):
     found = []
@@ -692,6 +693,24 @@ def test_a_block_whose_patches_are_routed_is_refused():
     with pytest.raises(UserError, match="blocks.1 has 8 tokens in training, which are no grid"):
         attached(network, Alignment(Maps(), 1))
     attached(network, Alignment(Maps(), 3, width=8))
+    # Even where class tokens and kept patches are as many as patches.
+    tokens = {"classes": 4, "class_tokens": 8, "class_tokens_from": 0}
+    network = jit(routing=Routing(rate=0.5, first=1, last=2), **tokens)
+    with pytest.raises(UserError, match="outside of those that routing skips"):
+        attached(network, Alignment(Maps(), 2))
+    attached(network, Alignment(Maps(), 3, width=8))
+
+
+def test_torchvision_models_see_images_as_their_weights_did():
+    for name, mean in [("vgg16", 0.485), ("efficientnet_v2_l", 0.5)]:
+        layer = ["features.1"] if name != "vgg16" else ["features.3"]
+        extractor = Torchvision(name, layer)
+        assert extractor._maps(extractor._model()).mean[0] == mean
+    urls = Torchvision("vgg16", ["features.3"])._addresses()
+    assert len(urls) == 1 and "features" not in urls[0]  # those of another normalisation
+    assert Torchvision("googlenet", ["conv1"])._model().transform_input
+    with pytest.raises(UserError, match=r"layers of swin_t give \(B, h, w, C\), which is not read"):
+        Torchvision("swin_t", ["features.3"]).outline(3, 224)
 
 
 def test_what_is_no_loss_is_refused():

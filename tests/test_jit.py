@@ -19,19 +19,22 @@ from torch import nn
 import diffusion_pl as dp
 from diffusion_pl import config
 from diffusion_pl.cli import main
-from diffusion_pl.commands import parts, sampling
+from diffusion_pl.commands import latents, parts, sampling
 from diffusion_pl.diffusion.guidance import VelocityClamp, guided
+from diffusion_pl.diffusion.objective import EpsWeight
 from diffusion_pl.diffusion.paths import Along
-from diffusion_pl.diffusion.schedules import levels
+from diffusion_pl.diffusion.schedules import Rho, levels
 from diffusion_pl.diffusion.spacings import EqualSteps
 from diffusion_pl.errors import UserError
 from diffusion_pl.interop import jit
 from diffusion_pl.networks.jit import Attention, JiT, SwiGLU
 from diffusion_pl.networks.tokens import patch_table, rotary_table, rotated, unrotated
+from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.objectives.jit import JiT as Objective
 from diffusion_pl.objectives.rectified_flow import Straight
 from diffusion_pl.samplers.euler import euler
 from diffusion_pl.samplers.heun import heun
+from diffusion_pl.samplers.inversion import invert
 from diffusion_pl.samplers.named import integrator
 from diffusion_pl.samplers.sampler import Sampler
 
@@ -302,6 +305,10 @@ def test_positions_of_a_pyramid_join_the_image():
         ({"class_tokens_from": 4}, "class_tokens_from must be a block from 0 to 3 (got 4)"),
         ({"width": 20}, "width must be a multiple of 4 heads"),
         ({"patch_size": 0}, "patch_size must be at least 1 (got 0)"),
+        ({"bottleneck": 0}, "bottleneck must be at least 1 (got 0)"),
+        ({"width": 0}, "width must be at least 1 (got 0)"),
+        ({"dropout": 1.0}, "dropout must be in [0, 1), and 0 below 4 blocks"),
+        ({"dropout": 0.5, "depth": 3}, "which have no middle half (got 0.5 for depth 3)"),
     ],
 )
 def test_settings_that_make_no_network_are_refused(settings, message):
@@ -501,12 +508,51 @@ def test_the_velocity_clamp_leaves_the_noise_that_it_leaves(scale):
             VelocityClamp(**wrong)
 
 
+def test_the_clamp_is_of_every_walk_through_the_levels():
+    sampler = Sampler(euler, Rho(0.02, 2.0), 4, clip_denoised=0.1, velocity_clamp=VelocityClamp())
+    x, sigma = torch.full((1, 1, 2, 2), 3.0), torch.tensor(0.02)
+    found = sampler.limited(lambda x, sigma, **more: torch.ones_like(x))(x, sigma)
+    r = 0.02 / 1.02 / 0.05
+    torch.testing.assert_close(found, (1 - r) / 1.02 * x + r * 0.1)
+
+
+def test_flow_heun_steps_with_the_objectives_scale_of_the_noise():
+    given = sampling.integrator_of("flow_heun")
+    for own, objective, scale in [
+        (euler, Objective(noise_scale=2.0), 2.0),
+        (partial(heun, noise_scale=3.0), Objective(), 3.0),
+        (heun, EDM(), 1.0),
+    ]:
+        assert sampling.fitted(given, own, objective).keywords == {"noise_scale": scale}
+
+
+@torch.no_grad()
+def test_an_image_is_inverted_in_the_time_of_the_runs_own_steps():
+    world = Gaussian(0.3, 0.5)
+    image = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    sigmas = levels(Along(Straight(), 0.0, 1.0), 50, EqualSteps())
+
+    def error(integrate):
+        state = invert(world.denoise, image, sigmas, integrate)
+        again = integrate(world.denoise, state, sigmas, torch.zeros_like)
+        return float((again - image).abs().max())
+
+    own = latents.ode_integrator(None, partial(heun, noise_scale=1.0))
+    assert error(own) < 1e-4 < 1e-2 < error(heun)
+    assert latents.ode_integrator(None, euler) is heun
+    assert latents.ode_integrator("flow_heun", own).keywords == {"noise_scale": 1.0}
+
+
 def test_pure_noise_is_no_untrained_level_where_time_hardly_changes():
     objective = Objective()
     sampler = Sampler(euler, Along(Straight(), 0.0, 1.0), 50, EqualSteps())
     assert sampling.untrained_levels(sampler, objective) is None
     far = Sampler(euler, Along(Straight(), 0.0, 1.0), 2000, EqualSteps())
     assert "untrained beyond" not in str(sampling.untrained_levels(sampler, objective))
+    # At the other end details are still drawn.
+    for low, said in [(0.02, False), (0.002, True)]:
+        given = Sampler(euler, Rho(low, 80.0), 10)
+        assert ("untrained beyond" in str(sampling.untrained_levels(given, objective))) == said
     narrow = Objective(std=0.1)
     assert "untrained beyond" in str(sampling.untrained_levels(far, narrow))
 
@@ -522,7 +568,10 @@ def checkpoint(fixture, path, **args):
     return path
 
 
-SAID = {"noise_scale": 2.0, "t_eps": 0.04, "proj_dropout": 0.2, "img_size": 32}
+SAID = {
+    "noise_scale": 2.0, "t_eps": 0.04, "proj_dropout": 0.2, "img_size": 32,
+    "label_drop_prob": 0.2, "P_mean": -0.3, "P_std": 0.9,
+}  # fmt: skip
 
 
 def test_a_training_checkpoint_comes_in_and_goes_out(fixture, tmp_path, monkeypatch, capsys):
@@ -533,7 +582,8 @@ def test_a_training_checkpoint_comes_in_and_goes_out(fixture, tmp_path, monkeypa
     assert read.get("objective.noise_scale") == 2.0
     assert read.get("objective.t_eps") == 0.04
     assert read.get("network.dropout") == 0.2
-    assert read.get("trainer.label_dropout") == 0.1
+    assert read.get("trainer.label_dropout") == 0.2
+    assert read.get("objective.mean") == -0.3
     assert read.get("sampler.integrate.noise_scale") == 2.0
     assert read.get("sampler.schedule.path.shift") == 2.0
     assert read.get("sampler.velocity_clamp.t_eps") == 0.04
@@ -542,7 +592,13 @@ def test_a_training_checkpoint_comes_in_and_goes_out(fixture, tmp_path, monkeypa
     for key, value in fixture.weights.items():
         torch.testing.assert_close(written["model_ema1"][key], value, rtol=0, atol=2e-7)
     assert main(["import", "jit", "out.pth", "runs/b"]) == 0  # nothing is asked
-    assert config.load("runs/b/config.yaml", ()).get("objective.t_eps") == 0.04
+    again = config.load("runs/b/config.yaml", ())
+    for key in ("objective", "sampler", "network", "trainer.label_dropout"):
+        assert again.get(key) == read.get(key), key
+    # Half-precision files are the same model, rounded.
+    half = {key: value.to(torch.bfloat16) for key, value in fixture.weights.items()}
+    torch.save({"model_ema1": half, "model": half, "args": SAID}, "half.pth")
+    assert main(["import", "jit", "half.pth", "runs/h", "--set", "in_context_start=2"]) == 0
     capsys.readouterr()
     raw = jit.read(Path("last.pth"), {}, "raw")[1]
     second = jit.read(Path("last.pth"), {"ema_decay": 0.9996})[1]
@@ -554,7 +610,8 @@ def test_a_training_checkpoint_comes_in_and_goes_out(fixture, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("args", "words", "message"),
     [
-        ({}, [], "in_context_start: it does not say in_context_start, noise_scale, t_eps"),
+        ({}, [], "it does not say in_context_start, noise_scale, t_eps, label_drop_prob, P_mean"),
+        (SAID, ["in_context_start=2", "ema_decay=[1]"], "ema_decay: must be one of 0.9999, 0.9996"),
         (SAID, [], "in_context_start: it does not say in_context_start; the paper's are --set "),
         (SAID | {"model": "JiT-B/16"}, [], "the weights are those of no published model, not of "),
         (SAID | {"model": "DiT-B"}, [], "model: must be such as JiT-B/16, of B, L, H, G"),
@@ -606,9 +663,11 @@ def test_only_a_jit_with_its_objective_is_written_as_one(tmp_path):
     for network, objective in [
         (nn.Identity(), Objective()),
         (tiny(), Objective(predict="velocity")),
+        (tiny(), Objective(loss="image")),
+        (tiny(), dataclasses.replace(Objective(), weight=EpsWeight())),
         (tiny(position_frequencies=1), Objective()),
         (tiny(classes=0, class_tokens=0), Objective()),
     ]:
         with pytest.raises(UserError, match="JiT"):
-            jit.write(objective.denoiser(network), 16, 0.05, path)
+            jit.write(objective.denoiser(network), objective, 0.1, 16, path)
     assert not path.exists()

@@ -198,6 +198,12 @@ def test_the_factor_of_every_step_is_tried(bad):
         lr_schedule.check(lambda images, _: {}[images], trial(), 8, 4)
 
 
+def test_a_scheduler_that_waits_for_a_number_is_refused():
+    plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=3)
+    with pytest.raises(dp.UserError, match="ReduceLROnPlateau waits for a measured number"):
+        lr_schedule.check(plateau, trial(), 8, 4)
+
+
 def test_a_long_training_is_checked_at_some_steps():
     asked = []
     lr_schedule.check(lambda images, _: asked.append(images) or 1, trial(), 2_500_000, 2)

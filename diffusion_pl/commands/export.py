@@ -43,8 +43,7 @@ def command(
         ours.write(dest, model.denoiser.state_dict(), known)
     elif format == "jit":
         resolution = build(model.config, "data.dataset").resolution
-        t_eps = getattr(getattr(model.objective, "weight", None), "t_eps", 0.05)
-        jit.write(model.denoiser, resolution, t_eps, dest)
+        jit.write(model.denoiser, model.objective, model.label_dropout, resolution, dest)
     else:
         sampler = parts.sampler_of(model.config, model.objective)
         node = model.config.tree["sampler"]

@@ -63,7 +63,9 @@ def command(
     sampler = latents.single_size_sampler(generator, "interpolate", base_alone)
     images = latents.read_images(image, generator)
     by_flow = by == "flow"
-    integrate = latents.ode_integrator(sampling.sampler) if by_flow else sampler.integrate
+    integrate = sampler.integrate
+    if by_flow:
+        integrate = latents.ode_integrator(sampling.sampler, integrate)
     highest = float(sampler.sigmas()[0])
     level = sigma or (highest if by_flow else min(PUBLISHED, highest))
     sigmas = below(sampler.sigmas(), level)
@@ -74,8 +76,9 @@ def command(
         else:
             ends = images + level * ImageNoise(options.seed, [0, 1], "ends")(images)
         labels = latents.required_labels(generator, count)
+        denoise = generator.guided(labels)
         between = interpolate(
-            generator.guided(labels, clip=sampler.clip_denoised and not by_flow),
+            denoise if by_flow else sampler.limited(denoise),
             (ends[0], ends[1]),
             torch.linspace(0, 1, count),
             sigmas,

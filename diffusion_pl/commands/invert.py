@@ -40,7 +40,7 @@ def command(
     opened = runs.open_run(run, sampling, options, label=label)
     generator = opened.generator
     sampler = latents.single_size_sampler(generator, "invert", base_alone)
-    integrate = latents.ode_integrator(sampling.sampler)
+    integrate = latents.ode_integrator(sampling.sampler, sampler.integrate)
     images = latents.read_images(image, generator)
     sigmas = sampler.sigmas()
     with generator.inference():

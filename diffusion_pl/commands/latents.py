@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import ImageGenerator
 from diffusion_pl.images import from_bytes
 from diffusion_pl.io.files import regular
+from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.named import integrator
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Integrator, Sampler
@@ -95,16 +97,22 @@ def base_sampler(generator: ImageGenerator) -> Sampler:
     return base
 
 
-def ode_integrator(sampler: str | None) -> Integrator:
-    """The ODE integrator that `--sampler` names, Heun's method when not given.
+def ode_integrator(sampler: str | None, own: Integrator) -> Integrator:
+    """The ODE integrator that `--sampler` names; when not given, Heun's method.
+
+    Args:
+        sampler: its name, or None.
+        own: that of the run's sampler, with the options; if it is Heun's method in the time of flow
+            matching, so is the default.
 
     Raises:
         UserError: one that adds noise, or a multistep method.
     """
-    known = ("heun", "midpoint", "euler", "ddim")
-    name = sampler or "heun"
+    known = ("heun", "midpoint", "flow_heun", "euler", "ddim")
+    scale = getattr(own, "keywords", {}).get("noise_scale")
+    name = sampler or ("heun" if scale is None else "flow_heun")
     if name not in known:
         raise UserError(
             f"--sampler: {name} cannot be run in both directions, as {', '.join(known)} can"
         )
-    return integrator(name)
+    return integrator(name) if name != "flow_heun" else partial(heun, noise_scale=scale)

@@ -125,7 +125,7 @@ def _branches(generator: ImageGenerator, sampler: Sampler, count: int, level: fl
 
     def denoise(x: Tensor, sigma: Tensor, **more: bool) -> Tensor:
         labels = None if label is None else label.expand(len(x))
-        return generator.guided(labels, clip=sampler.clip_denoised)(x, sigma, **more)
+        return sampler.limited(generator.guided(labels))(x, sigma, **more)
 
     ends = branch(
         denoise,

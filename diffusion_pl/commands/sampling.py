@@ -31,7 +31,8 @@ OPTION_KEYS: dict[str, str] = {
 
 # The sampler may exceed the trained range by this factor, or by this share of it as the network is
 # told it (c_noise): near pure noise flow matching's time hardly changes, however large sigma gets.
-SLACK, SHARE = 1.1, 0.05
+# At the other end details are still drawn, so there sigma may be lower by FAR at most.
+SLACK, SHARE, FAR = 1.1, 0.05, 4.0
 
 
 def refuse_duplicates(sampling: SamplerOptions, options: RunOptions) -> None:
@@ -74,7 +75,7 @@ def sampler_of(
     def changed(own: Sampler) -> Sampler:
         new = own
         if given is not None:
-            new = dataclasses.replace(new, integrate=with_levels(given, own.integrate))
+            new = dataclasses.replace(new, integrate=fitted(given, own.integrate, objective))
         if options.steps is not None:
             new = dataclasses.replace(new, steps=options.steps)
         differences.append(difference(own, new))
@@ -92,7 +93,9 @@ def untrained_levels(sampler: Visiting, objective: TrainingObjective) -> str | N
     told = torch.tensor([low, high, last, first], dtype=torch.float64)
     ends = objective.preconditioning(told).c_noise.to(torch.float64)
     near = (ends[2:] - ends[:2]).abs() <= SHARE * (ends[1] - ends[0]).abs()
-    if (first <= high * SLACK or near[1]) and (last * SLACK >= low or near[0]):
+    if (first <= high * SLACK or near[1]) and (
+        last * SLACK >= low or (near[0] and last * FAR >= low)
+    ):
         return None
     return (
         f"the sampler visits sigma {first:.4g} to {last:.4g}, but training sampled {high:.4g} to "
@@ -120,9 +123,14 @@ def integrator_of(name: str) -> Integrator:
     return function
 
 
-def with_levels(given: Integrator, own: Integrator) -> Integrator:
-    """The integrator with the discrete levels of the network that the run's own rounds to."""
-    nearest = getattr(own, "keywords", {}).get("nearest")
+def fitted(given: Integrator, own: Integrator, objective: TrainingObjective) -> Integrator:
+    """The integrator with the discrete levels of the network that the run's own rounds to, and in
+    the time of flow matching with the objective's scale of the noise."""
+    settings = getattr(own, "keywords", {})
+    if isinstance(given, partial) and "noise_scale" in given.keywords:
+        scale = getattr(objective.preconditioning, "noise_scale", 1.0)
+        return partial(given, noise_scale=settings.get("noise_scale") or scale)
+    nearest = settings.get("nearest")
     if nearest is None or "nearest" not in inspect.signature(given).parameters:
         return given
     return partial(given, nearest=nearest)  # type: ignore[call-arg]

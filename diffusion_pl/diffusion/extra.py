@@ -331,7 +331,11 @@ class Alignment(nn.Module):
         if stride is None:  # a network of the user's own
             stride = max(1, resolution // max(1, math.isqrt(tokens)))
         front = tokens - (resolution // stride) ** 2
-        if front not in (0, getattr(network, "class_tokens", 0)):
+        router: Any = getattr(network, "router", None)
+        number = name.rpartition(".")[2]
+        routed = router is not None and number.isdecimal()
+        routed = routed and router.first <= int(number) <= router.last
+        if routed or front not in (0, getattr(network, "class_tokens", 0)):
             raise UserError(
                 f"block: {name} has {tokens} tokens in training, which are no grid of patches of "
                 f"{stride} over {resolution} pixels; take a block that sees every patch, outside "

@@ -143,6 +143,7 @@ class ImageGenerator:
     def about(self) -> dict[str, Any]:
         """How the images were sampled, as recorded with every number."""
         interval = None if self.guidance_interval == EVERYWHERE else list(self.guidance_interval)
+        balanced = self.balanced and self.classes and self.label is None
         return {
             **self.origin,
             "sampler": described(self.sampler),
@@ -151,7 +152,7 @@ class ImageGenerator:
             "guidance_interval": interval,
             "guide": None if self.guide is None else self.guide.name,
             "label": self.label,
-            **({"labels": "balanced"} if self.balanced else {}),
+            **({"labels": "balanced"} if balanced else {}),
             "precision": "fp32" if self.precision is None else described(self.precision),
         }
 

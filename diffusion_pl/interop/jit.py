@@ -23,16 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
+from diffusion_pl.diffusion.schedules import LogNormal
 from diffusion_pl.errors import UserError
 from diffusion_pl.interop import denoisers
 from diffusion_pl.interop.denoisers import matched, meta_network
 from diffusion_pl.interop.pickles import Standin, read_state, state_dict
-from diffusion_pl.interop.values import WIDEST, got, only, real, whole
+from diffusion_pl.interop.values import WIDEST, choice, got, only, real, whole
 from diffusion_pl.io.files import write_atomically
 from diffusion_pl.networks.jit import TIME_FEATURES, JiT
 from diffusion_pl.networks.tokens import patch_table
-from diffusion_pl.objectives.jit import Interpolation
+from diffusion_pl.objectives.jit import ClampedWeight, Interpolation
 
 # Model: width, depth, heads, bottleneck, first block with class tokens (Table 9; G as the author
 # has it there, the released code has no such class).
@@ -56,7 +58,8 @@ ARGUMENTS: dict[str, tuple[str, Any]] = {
     "in_context_start": ("class_tokens_from", None),
 }
 OBJECTIVE = {"P_mean": ("mean", -0.8), "P_std": ("std", 0.8)}
-ASKED = ("in_context_start", "noise_scale", "t_eps")
+ASKED = {"in_context_start": 4, "noise_scale": 1.0, "t_eps": 0.05, "label_drop_prob": 0.1,
+         "P_mean": -0.8, "P_std": 0.8}  # fmt: skip
 AVERAGES = {0.9999: "model_ema1", 0.9996: "model_ema2"}
 # Of the command line, what this module looks at.
 COMMAND = ("model", "P_mean", "P_std", "noise_scale", "t_eps", "proj_dropout", "attn_dropout",
@@ -102,18 +105,17 @@ def read(
         args = args.state if isinstance(args, Standin) else args
         if isinstance(args, Mapping):
             command = {key: args[key] for key in COMMAND if key in args}
-        decay = said.get("ema_decay", 0.9999)
-        if weights != "raw" and decay not in AVERAGES:
-            raise UserError(
-                f"ema_decay: must be one of {', '.join(map(str, AVERAGES))} {got(decay)}"
-            )
-        key = "model" if weights == "raw" else AVERAGES[decay]
+        key = "model" if weights == "raw" else choice(said, "ema_decay", 0.9999, AVERAGES)
         if key not in content:
             raise UserError(
                 f"{path}: holds no {key}; it holds {', '.join(map(str, content))[:200]}"
             )
         content = content[key]
-        notes = ["raw weights" if weights == "raw" else f"the average of decay {decay} a step"]
+        notes = [
+            "raw weights"
+            if weights == "raw"
+            else f"{key}, the average of decay {said.get('ema_decay', 0.9999)} a step"
+        ]
     state = state_dict(content, str(path))
     state = {key.removeprefix("net."): value for key, value in state.items()}
     config = config_of_weights(state) | command | said
@@ -136,22 +138,24 @@ def config_of_weights(state: Mapping[str, Tensor]) -> dict[str, Any]:
         table = state.get("y_embedder.embedding_table.weight")
         front = state.get("in_context_posemb")
         found = {int(m.group(1)) for key in state if (m := re.match(r"blocks\.(\d{1,4})\.", key))}
+        rows = 0 if table is None else table.shape[0]
+        front_tokens = 0 if front is None else front.shape[1]
     except (KeyError, ValueError, IndexError) as error:
         beside = ", ".join(list(state)[:3])[:200]
         raise UserError(f"{error}: is not in JiT's layout (its keys: {beside}, ...)") from error
     side = math.isqrt(tokens)
-    if side * side != tokens or width % head_width or table is None:
+    if side * side != tokens or width % head_width or not rows:
         raise UserError("the weights are not in JiT's layout: no square of patches with classes")
     return {
         "input_size": side * patch,
         "in_channels": channels,
-        "num_classes": table.shape[0] - 1,
+        "num_classes": rows - 1,
         "patch_size": patch,
         "hidden_size": width,
         "depth": len(found),
         "num_heads": width // head_width,
         "bottleneck_dim": bottleneck,
-        "in_context_len": 0 if front is None else front.shape[1],
+        "in_context_len": front_tokens,
     }
 
 
@@ -188,7 +192,7 @@ def asked(config: Mapping[str, Any]) -> str | None:
     if not missing:
         return None
     side = config.get("input_size", 256)
-    values = {"in_context_start": 4, "noise_scale": max(1.0, side / 256), "t_eps": 0.05}
+    values = {**ASKED, "noise_scale": max(1.0, side / 256)}
     shape = tuple(config.get(k) for k in ("hidden_size", "depth", "num_heads", "bottleneck_dim"))
     if fitting := _fitting(shape):  # type: ignore[arg-type]
         values["in_context_start"] = SIZES[fitting][-1]
@@ -283,7 +287,7 @@ def weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str,
     side = config["input_size"] // config["patch_size"]
     table = patch_table(config["hidden_size"], side, side, torch.device("cpu"))
     given = state.get("pos_embed", table[None])
-    if given.shape != (1, *table.shape) or not torch.allclose(given[0].float(), table, atol=1e-4):
+    if given.shape != (1, *table.shape) or not torch.allclose(given[0].float(), table, atol=1e-2):
         raise UserError("pos_embed: is not the fixed table of JiT's code")
     return found
 
@@ -329,15 +333,22 @@ def denoiser_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Den
     return denoisers.denoiser_from(jit, config, state)
 
 
-def write(denoiser: Denoiser, resolution: int, t_eps: float, path: Path) -> None:
+def write(
+    denoiser: Denoiser,
+    objective: TrainingObjective,
+    label_dropout: float,
+    resolution: int,
+    path: Path,
+) -> None:
     """Write a checkpoint that the released code loads.
 
     Its `args`, a plain dictionary, say what shapes do not, in the words of the released command.
 
     Args:
         denoiser: a JiT that predicts the image.
+        objective: that trained it.
+        label_dropout: share of the labels that were hidden from it.
         resolution: side of the images.
-        t_eps: of the objective.
         path: the file, written whole or not at all.
 
     Raises:
@@ -349,8 +360,19 @@ def write(denoiser: Denoiser, resolution: int, t_eps: float, path: Path) -> None
             "only a JiT with its objective has JiT's layout (got "
             f"{type(network).__name__}, {type(form).__name__}); export it as safetensors"
         )
-    if (form.predict, form.timestep_scale) != ("image", 1.0):
-        raise UserError("JiT's layout knows predict: image and timestep_scale: 1 alone")
+    inner: Any = objective
+    while isinstance(inner, nn.Module) and hasattr(inner, "objective"):  # further losses, weights
+        inner = inner.objective
+    weight, schedule = getattr(inner, "weight", None), getattr(inner, "schedule", None)
+    if (form.predict, form.timestep_scale) != ("image", 1.0) or not (
+        isinstance(weight, ClampedWeight)
+        and weight.loss == "velocity"
+        and isinstance(schedule, LogNormal)
+    ):
+        raise UserError(
+            "JiT's layout knows its objective with predict: image, loss: velocity and "
+            "timestep_scale: 1 alone; export it as safetensors"
+        )
     if network.position.channels or not network.classes or network.out_channels != network.channels:
         raise UserError(
             "JiT's layout knows networks with classes, and no position_frequencies or "
@@ -360,11 +382,18 @@ def write(denoiser: Denoiser, resolution: int, t_eps: float, path: Path) -> None
     state = {f"net.{theirs}": _theirs(ours, own[ours]) for ours, theirs in names(network)}
     side = resolution // network.patch_size
     state["net.pos_embed"] = patch_table(network.width, side, side, torch.device("cpu"))[None]
+    middle: Any = network.blocks[len(network.blocks) // 4]
+    dropout = middle.mlp.drop.p if len(network.blocks) >= 4 else 0.0
     args = {
         "img_size": resolution,
         "class_num": network.classes,
         "noise_scale": form.noise_scale,
-        "t_eps": t_eps,
+        "t_eps": weight.t_eps,
+        # Rounded, since ln s was added to it.
+        "P_mean": round(math.log(form.noise_scale) - schedule.mean, 12),
+        "P_std": schedule.std,
+        "label_drop_prob": label_dropout,
+        "proj_dropout": dropout,
         "in_context_start": network.class_tokens_from,
     }
     content = {"model": state, "model_ema1": state, "model_ema2": state, "args": args}

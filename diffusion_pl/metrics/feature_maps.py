@@ -12,6 +12,7 @@ import io
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,11 +171,6 @@ class InceptionMaps(nn.Module):
         return tuple(maps)
 
 
-# Of the images that torchvision's models were trained on, in [0, 1].
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-
-
 @dataclass(frozen=True)
 class Torchvision:
     """A classifier of torchvision's with published weights in a file; nothing is downloaded.
@@ -281,24 +277,41 @@ class Torchvision:
                 f"extractor: torchvision has no classifier {self.model!r}; it has "
                 f"{', '.join(near)} and others, by the names in torchvision.models"
             )
-        with torch.device("meta"):
-            model: nn.Module = models.get_model(self.model, weights=None).eval()
+        if self.model.startswith("swin"):
+            raise UserError(
+                f"extractor: layers of {self.model} give (B, h, w, C), which is not read; take "
+                "another model"
+            )
+        # The published weights of these two were trained on images in [-1, 1].
+        own = {"transform_input": True} if self.model in ("googlenet", "inception_v3") else {}
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of initial weights, which are not used
+            model: nn.Module = models.get_model(self.model, weights=None, **own).eval()
         return model
 
     def _maps(self, model: nn.Module) -> TorchvisionMaps:
+        from torchvision import models
         from torchvision.models.feature_extraction import create_feature_extractor
 
         _check_layers(self.model, self.layers, [name for name, _ in model.named_modules() if name])
         network = create_feature_extractor(model, list(self.layers))
-        return TorchvisionMaps(network, self.side)
+        usual = models.get_model_weights(self.model).DEFAULT.transforms()
+        return TorchvisionMaps(network, self.side, usual.mean, usual.std)
 
     def _addresses(self) -> list[str]:
         """Where the published weights are, the newest first."""
         from torchvision import models
 
         every: Any = models.get_model_weights(self.model)
-        newest = every.DEFAULT
-        return [newest.url, *(each.url for each in every if each is not newest)]
+        newest, usual = every.DEFAULT, every.DEFAULT.transforms()
+        # Weights of another normalisation (VGG16's of features alone) are not read.
+        others = [
+            each.url
+            for each in every
+            if each is not newest
+            and (each.transforms().mean, each.transforms().std) == (usual.mean, usual.std)
+        ]
+        return [newest.url, *others]
 
     def _path(self) -> Path:
         if self.weights is not None:
@@ -320,10 +333,14 @@ class TorchvisionMaps(nn.Module):
     Args:
         network: from images to a mapping of outputs.
         side: to which images are resized, pixels; None: as they are.
+        mean, std: of the images in [0, 1] that the model was trained on, a number for each colour.
     """
 
-    def __init__(self, network: nn.Module, side: int | None) -> None:
+    def __init__(
+        self, network: nn.Module, side: int | None, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         super().__init__()
+        self.mean, self.std = mean, std
         self.network = network
         self.side = side
 
@@ -334,7 +351,7 @@ class TorchvisionMaps(nn.Module):
             x = functional.interpolate(
                 x, (self.side, self.side), mode="bilinear", align_corners=False, antialias=True
             )
-        mean, std = (x.new_tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+        mean, std = (x.new_tensor(each).view(3, 1, 1) for each in (self.mean, self.std))
         return tuple(as_map(each) for each in self.network(((x + 1) / 2 - mean) / std).values())
 
 

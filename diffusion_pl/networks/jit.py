@@ -169,9 +169,15 @@ class JiT(Network):
         learned_variance: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
-        for name, value in (("patch_size", patch_size), ("depth", depth), ("heads", heads)):
+        sizes = {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
+        for name, value in {**sizes, "bottleneck": bottleneck}.items():
             if value < 1:
                 raise UserError(f"{name} must be at least 1 (got {value})")
+        if not 0 <= dropout < 1 or (dropout and depth < 4):
+            raise UserError(
+                "dropout must be in [0, 1), and 0 below 4 blocks, which have no middle half (got "
+                f"{dropout} for depth {depth})"
+            )
         if width % (4 * heads):
             raise UserError(
                 f"width must be a multiple of 4 heads, for two coordinates in pairs of channels "

@@ -114,9 +114,12 @@ class Sampler:
         Returns:
             float32 (B, C, H, W).
         """
+        return self.integrate(self.limited(denoise), state, sigmas, randn_like).to(torch.float32)
+
+    def limited(self, denoise: Denoise) -> Denoise:
+        """The denoiser as the steps see it: clipped, its velocity clamped."""
         denoise = clipped(denoise, self.clip_denoised) if self.clip_denoised else denoise
-        denoise = self.velocity_clamp(denoise) if self.velocity_clamp else denoise
-        return self.integrate(denoise, state, sigmas, randn_like).to(torch.float32)
+        return self.velocity_clamp(denoise) if self.velocity_clamp else denoise
 
 
 def steps_along(sigmas: Tensor, x: Tensor) -> Iterator[tuple[float, float, Tensor]]:
