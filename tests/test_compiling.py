@@ -28,9 +28,10 @@ def compiled(monkeypatch):
         compile_module(module, backend=counter)
 
     monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch._dynamo.reset()
-    yield modules, counter
+    # Not by monkeypatch, which afterwards leaves torch's setting deleted.
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield modules, counter
     torch._dynamo.reset()
 
 

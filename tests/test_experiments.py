@@ -21,7 +21,10 @@ from diffusion_pl.training.module import DiffusionModule
 FOLDER = Path(__file__).parents[1] / "experiments"
 NAMES = sorted(config.experiments(FOLDER))
 # What the networks call their widths, and their depths.
-SMALL = {"model_channels": 8, "groups": 8, "embedding_channels": 16}
+SMALL = {
+    "model_channels": 8, "groups": 8, "embedding_channels": 16,
+    "width": 16, "heads": 2, "bottleneck": 8, "class_tokens": 4, "class_tokens_from": 1,
+}  # fmt: skip
 SHALLOW = {"blocks", "transformers"}
 
 
@@ -76,7 +79,10 @@ def shrink(node):
     """
     taken = inspect.signature(targets.locate(node["_target_"])).parameters
     for key in SMALL.keys() & taken.keys():
-        node[key] = SMALL[key]
+        if key != "heads" or "width" in taken:
+            node[key] = SMALL[key]
+    if "patch_size" in taken:  # four blocks, so that dropout has its middle half
+        node |= {"depth": 4, "patch_size": min(node["patch_size"], 8)}
     for key in SHALLOW & node.keys():
         count = node[key]
         node[key] = min(count, 2) if isinstance(count, int) else [min(n, 2) for n in count]
