@@ -25,9 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from diffusion_pl.diffusion.objective import Denoise, NeedsNetwork, TrainingObjective
-from diffusion_pl.diffusion.preconditioning import Denoiser, Preconditioning
-from diffusion_pl.diffusion.schedules import Schedule
+from diffusion_pl.diffusion.objective import (
+    Denoise,
+    NeedsNetwork,
+    ObjectiveAround,
+    TrainingObjective,
+)
 from diffusion_pl.errors import UserError
 
 LISTS = ("blocks", "middle")  # of a network's blocks, where a block is named by its number
@@ -120,7 +123,7 @@ class Frozen:
         return maps
 
 
-class WithExtra(nn.Module):
+class WithExtra(ObjectiveAround):
     """An objective with further losses, each with a weight: `extra` of the section `objective`.
 
     An image's further losses are added to its own loss after all that the objective does to it, and
@@ -135,8 +138,7 @@ class WithExtra(nn.Module):
     """
 
     def __init__(self, objective: TrainingObjective, extra: Sequence[ExtraLoss]) -> None:
-        super().__init__()
-        self.objective = objective
+        super().__init__(objective)
         for number, each in enumerate(extra):
             if not isinstance(each, ExtraLoss):
                 raise UserError(
@@ -147,20 +149,6 @@ class WithExtra(nn.Module):
         # So that their weights are trained and saved.
         self.extra = nn.ModuleList(each for each in extra if isinstance(each, nn.Module))
         self.sums: dict[str, Tensor] = {}
-
-    @property
-    def schedule(self) -> Schedule:
-        """The inner objective's."""
-        return self.objective.schedule
-
-    @property
-    def preconditioning(self) -> Preconditioning:
-        """The inner objective's."""
-        return self.objective.preconditioning
-
-    def denoiser(self, network: nn.Module) -> Denoiser:
-        """The inner objective's."""
-        return self.objective.denoiser(network)
 
     def loss(
         self, denoise: Denoise, image: Tensor, u: Tensor, noise: Tensor, **condition: Tensor | None

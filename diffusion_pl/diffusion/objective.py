@@ -55,6 +55,32 @@ class TrainingObjective(Protocol):
         """The loss of each image, float32 (B,); see `Objective.loss`."""
 
 
+class ObjectiveAround(nn.Module):
+    """An objective around another, which keeps its levels, preconditioning and denoiser.
+
+    Args:
+        objective: what is trained.
+    """
+
+    def __init__(self, objective: TrainingObjective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner objective's."""
+        return self.objective.schedule
+
+    @property
+    def preconditioning(self) -> Preconditioning:
+        """The inner objective's."""
+        return self.objective.preconditioning
+
+    def denoiser(self, network: nn.Module) -> Denoiser:
+        """The inner objective's."""
+        return self.objective.denoiser(network)
+
+
 # Of a schedule without ends, the share of the training images beyond either end of its range.
 TAIL = 1e-6
 

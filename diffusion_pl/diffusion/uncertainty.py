@@ -13,12 +13,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffusion_pl.diffusion.objective import Denoise, TrainingObjective
-from diffusion_pl.diffusion.preconditioning import Denoiser, Preconditioning
-from diffusion_pl.diffusion.schedules import Schedule
+from diffusion_pl.diffusion.objective import Denoise, ObjectiveAround, TrainingObjective
 
 
-class LearnedUncertainty(nn.Module):
+class LearnedUncertainty(ObjectiveAround):
     """An objective whose loss is divided by a learned estimate of itself.
 
     The estimate is of an image's loss, the paper's of a pixel's: the gradient is the paper's
@@ -33,26 +31,11 @@ class LearnedUncertainty(nn.Module):
     phase: Tensor
 
     def __init__(self, objective: TrainingObjective, channels: int = 128) -> None:
-        super().__init__()
-        self.objective = objective
+        super().__init__(objective)
         # Buffers: drawn once and kept, like weights, but not trained.
         self.register_buffer("frequency", torch.randn(channels))
         self.register_buffer("phase", torch.rand(channels))
         self.weight = nn.Parameter(torch.zeros(channels))
-
-    @property
-    def schedule(self) -> Schedule:
-        """The inner objective's."""
-        return self.objective.schedule
-
-    @property
-    def preconditioning(self) -> Preconditioning:
-        """The inner objective's."""
-        return self.objective.preconditioning
-
-    def denoiser(self, network: nn.Module) -> Denoiser:
-        """The inner objective's."""
-        return self.objective.denoiser(network)
 
     def log_loss(self, sigma: Tensor) -> Tensor:
         """u, the estimated logarithm of the loss at some levels: (B,) -> float32 (B,)."""

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from diffusion_pl.diffusion.guidance import (
     EVERYWHERE,
-    Clip,
     Guide,
     by_image,
     check_guidance,
     check_interval,
-    clipped,
     guided,
 )
 from diffusion_pl.diffusion.objective import Denoise
@@ -186,7 +184,6 @@ class ImageGenerator:
         labels: Tensor | None,
         *,
         indices: Sequence[int] | None = None,
-        clip: Clip = False,
         denoise: Denoise | None = None,
         guide: Denoise | None = None,
     ) -> Denoise:
@@ -195,7 +192,6 @@ class ImageGenerator:
         Args:
             labels: int64 (B,), None for an unconditional model.
             indices: of the images, for a guide that draws; their places in the batch when None.
-            clip: of the denoised images, as a sampler has it.
             denoise: stands in for the denoiser, such as one that counts its evaluations.
             guide: the same for the guide.
         """
@@ -204,14 +200,13 @@ class ImageGenerator:
         if self.guide is not None and self.guide.routed:
             assert guide is not None
             guide = by_image(guide, self.seed, indices)
-        result = guided(
+        return guided(
             self.denoiser if denoise is None else denoise,
             label=None if labels is None else labels.to(self.device),
             weight=self.guidance,
             interval=self.guidance_interval,
             guide=guide,
         )
-        return clipped(result, clip) if clip else result
 
     def _sample(self, indices: Sequence[int], denoise: Denoise, guide: Denoise | None) -> Tensor:
         with self.inference():
