@@ -35,6 +35,61 @@ class Store(Protocol):
         ...
 
 
+class Texts(Protocol):
+    """Captions of the images of a set, and the token states that a frozen encoder gives them."""
+
+    @property
+    def encoder(self) -> str:
+        """The name of the encoder."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the encoder's weights."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """E, numbers a token."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """L, tokens that a caption is padded or was cut to."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of encoder, length and captions."""
+        ...
+
+    @property
+    def null(self) -> tuple[Tensor, Tensor]:
+        """The encoding of "": float16 (L, E) and bool (L,)."""
+        ...
+
+    def captions_of(self, image: int, /) -> tuple[str, ...]:
+        """The captions of an image; () where it has none."""
+        ...
+
+    def caption(self, image: int, choice: float, /) -> str:
+        """The caption that `read` takes; "" for an image without."""
+        ...
+
+    def read(self, images: Tensor, choice: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Token states of one caption an image.
+
+        Args:
+            images: int64 (n,), each in [0, N).
+            choice: float64 (n,) in [0, 1); picks among several captions.
+
+        Returns:
+            float16 (n, L, E), zero where there is no token, and bool (n, L), True where there is
+            one: nowhere for an image without captions.
+        """
+        ...
+
+
 class ImageDataset(Store, Protocol):
     """A fixed, ordered set of square images with optional labels: to train on, or to measure.
 
@@ -48,6 +103,7 @@ class ImageDataset(Store, Protocol):
         class_names: in order, () where there are none.
         shards: images in each shard, in order; () where there are none.
         window: shards to shuffle together; 0: all.
+        texts: captions and their token states, or None where they are not read.
     """
 
     name: str
@@ -57,10 +113,15 @@ class ImageDataset(Store, Protocol):
     class_names: tuple[str, ...] = ()
     shards: tuple[int, ...] = ()
     window: int = 0
+    texts: Texts | None = None
 
     def origin(self, index: int) -> str:
         """The file of an image, for messages; the set's name where there is none."""
         return self.name
+
+    def stand_ins(self, indices: Tensor) -> Tensor:
+        """The images that `read` gives: others where it has replaced broken ones."""
+        return indices
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -82,7 +143,8 @@ class Images(ImageDataset):
 
     Args:
         store: the images, uint8 (N, C, R, R), or where they are read.
-        name, fingerprint, labels, classes, class_names, shards, window: as `ImageDataset` has them.
+        name, fingerprint, labels, classes, class_names, shards, window, texts: as in
+            `ImageDataset`.
     """
 
     name: str
@@ -93,6 +155,7 @@ class Images(ImageDataset):
     class_names: tuple[str, ...] = ()
     shards: tuple[int, ...] = ()
     window: int = 0
+    texts: Texts | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ FLOORS = [
     {"addresses", "names", "processes"},
     {"io"},
     {"locks"},
-    {"images", "positions", "progress", "ranks", "seeds", "signals", "config"},
+    {"images", "positions", "texts", "progress", "ranks", "seeds", "signals", "config"},
     {"diffusion", "networks", "metrics", "data"},
     {"objectives", "samplers"},
     {"evaluation", "interop"},

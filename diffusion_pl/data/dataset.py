@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -168,7 +168,8 @@ def reduced(images: Images, resolution: int | None) -> Images:
     name = f"{images.name.removesuffix(f'-{whole}')}-{resolution}"
     store = _Reduced(images, resolution)
     labels, classes = images.labels, images.classes
-    return load(name, store, labels, classes=classes, class_names=images.class_names)
+    loaded = load(name, store, labels, classes=classes, class_names=images.class_names)
+    return replace(loaded, texts=images.texts)
 
 
 def _pieces(store: Tensor | Store) -> Iterator[tuple[int, Tensor]]:

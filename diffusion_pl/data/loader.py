@@ -63,7 +63,7 @@ class Loader:
     Args:
         data: how the batches are made.
         images: the data set, opened at every resolution of the run.
-        seed: of the order, the resolutions, the flips and the crops.
+        seed: of the order, the resolutions, the flips, the crops and the choice of captions.
         stop: the step after the last.
         start: the first step.
         rank: of this device, 0 .. world_size - 1.
@@ -124,9 +124,11 @@ class Loader:
 
     @property
     def most_bytes(self) -> int:
-        """Upper bound of a batch's bytes: pixels, their coordinates, index and label."""
-        pixel = self.images[self.frame].channels + 8
-        return len(self.positions(0)) * (pixel * self.frame**2 + 16)
+        """Upper bound of a batch's bytes: pixels, their coordinates, index, label and text."""
+        whole = self.images[self.frame]
+        pixel = whole.channels + 8
+        text = 0 if whole.texts is None else whole.texts.length * (2 * whole.texts.width + 1)
+        return len(self.positions(0)) * (pixel * self.frame**2 + 16 + text)
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         """Args:
@@ -134,7 +136,9 @@ class Loader:
 
         Returns:
             "image" uint8 (B, C, R, R), "index" int64 (B,), the positions in the run; "label" int64
-            (B,) where the data has labels; "position" float32 (B, 2, R, R) where a crop returns it.
+            (B,) where the data has labels; "text" float16 (B, L, E) and "text_mask" bool (B, L)
+            where it has texts, of one caption an image; "position" float32 (B, 2, R, R) where a
+            crop returns it.
         """
         share, crop = self.positions(step), self.data.crop
         positions = torch.arange(share.start, share.stop)
@@ -154,6 +158,10 @@ class Loader:
                 batch["position"] = position
         if images.labels is not None:
             batch["label"] = images.labels[indices]
+        if images.texts is not None:
+            choice = uniforms(self.seed, "caption", positions)
+            shown = images.stand_ins(indices)
+            batch["text"], batch["text_mask"] = images.texts.read(shown, choice)
         return batch
 
     def __len__(self) -> int:

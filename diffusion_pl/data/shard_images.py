@@ -20,7 +20,7 @@ from diffusion_pl.data.member_images import RAW_HEADER, decode_into, raw_header
 from diffusion_pl.data.shard_format import ENDINGS, open_index
 from diffusion_pl.data.tars import Tars
 from diffusion_pl.errors import UserError
-from diffusion_pl.images import ImageDataset
+from diffusion_pl.images import ImageDataset, Texts
 from diffusion_pl.names import plain
 
 _TAR_BLOCK = 512
@@ -42,6 +42,7 @@ class ShardImages(ImageDataset):
         skip_broken: how many broken images this process may replace, each by the next good one of
             the same label.
         labels: int64 (N,), checked by `Shards`.
+        texts: captions and their token states, where they are read.
         decoded: all images, uint8 (N, C, R, R), where they are held in memory.
     """
 
@@ -51,8 +52,10 @@ class ShardImages(ImageDataset):
     window: int = 0
     skip_broken: int = 0
     labels: Tensor | None = None
+    texts: Texts | None = None
     decoded: Tensor | None = field(default=None, repr=False)
     _broken: set[int] = field(default_factory=set, repr=False)
+    _stand_ins: dict[int, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         manifest = self.tars.manifest
@@ -89,6 +92,12 @@ class ShardImages(ImageDataset):
     def broken(self) -> int:
         """How many images have been replaced in this process."""
         return len(self._broken)
+
+    def stand_ins(self, indices: Tensor) -> Tensor:
+        """The images that this process has read in the place of these."""
+        if not self._stand_ins:
+            return indices
+        return torch.tensor([self._stand_ins.get(index, index) for index in indices.tolist()])
 
     def read(self, indices: Tensor) -> Tensor:
         """uint8 (n, C, R, R).
@@ -177,6 +186,7 @@ class ShardImages(ImageDataset):
             except BrokenImage as error:
                 self._note(other, error)
             else:
+                self._stand_ins[broken] = other
                 return
         raise complaint
 

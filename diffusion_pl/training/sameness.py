@@ -29,6 +29,8 @@ LOCAL = {"data.dataset.path", "data.dataset.cache_folder", "features.weights"}
 
 CHANGES = "changes.jsonl"  # in a run's folder: one line for each change of the run
 
+_TEXT = ("encoder", "digest", "length", "fingerprint")
+
 _SHOWN = 3  # differences in an error message
 _SHARED_WAIT = 30.0  # seconds until a network file system shows what another machine wrote
 
@@ -41,17 +43,21 @@ def data_of(opened: Mapping[int, ImageDataset]) -> dict[str, Any]:
 
     Returns:
         Number of images; sha256 (hex) of images and labels at each resolution, and of the class
-        names; and of the shards' sizes if shards are shuffled in windows, since the order of the
-        images then depends on them.
+        names; of the shards' sizes if shards are shuffled in windows, since the order of the
+        images then depends on them; and of captions and encoder where texts are read.
     """
     whole = opened[max(opened)]
     cut = json.dumps(whole.shards).encode() if whole.window and whole.shards else None
-    return {
+    said = {
         "count": len(whole),
         "fingerprints": {str(side): opened[side].fingerprint for side in sorted(opened)},
         "classes": hashlib.sha256(json.dumps(list(whole.class_names)).encode()).hexdigest(),
         "shards": None if cut is None else hashlib.sha256(cut).hexdigest(),
     }
+    texts = whole.texts
+    if texts is not None:
+        said["text"] = {name: getattr(texts, name) for name in _TEXT}
+    return said
 
 
 def data_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -67,11 +73,25 @@ def data_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | Non
         return f"{data.get('count')} images of {' '.join(str(each)[:12] for each in digests)}"
 
     was, is_ = named(before), named(now)
+    texts = before.get("text"), now.get("text")
+    if was == is_ and texts[0] != texts[1]:
+        return f"{was}, {_text_named(texts[0])} -> {_text_named(texts[1])}"
     if was == is_ and before.get("classes") != now.get("classes"):
         return f"{was}, whose classes have other names"
     if was == is_:
         return f"{was}, in other shards"
     return f"{was} -> {is_}"
+
+
+def _text_named(text: object) -> str:
+    """What `data_of` says of texts, in words."""
+    if not isinstance(text, Mapping):
+        return "without texts"
+    print_ = str(text.get("fingerprint"))[:12]
+    return (
+        f"texts {print_} of encoder {text.get('encoder')} (sha256 "
+        f"{str(text.get('digest'))[:12]}, {text.get('length')} tokens)"
+    )
 
 
 def code_of(tree: Mapping[str, Any]) -> str:
