@@ -33,7 +33,7 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, reference_of
 from diffusion_pl.evaluation.blocks import evaluate_blocks
 from diffusion_pl.evaluation.image_files import ImageFiles
-from diffusion_pl.evaluation.measuring import GeneratedImages
+from diffusion_pl.evaluation.measuring import GeneratedImages, check_captions
 from diffusion_pl.evaluation.provenance import described, surroundings
 from diffusion_pl.interop import statistics
 from diffusion_pl.metrics import extractors
@@ -130,6 +130,7 @@ def measured(
             raise UserError(f"{what}: has {len(files.real):,} images (need {total:,})")
         reference = reference_for(origin, images, settings, extractor, choice)
     reference.check(extractor, images.shape[1])
+    settings = choice.feasible(settings, lambda m: check_captions(m, images))
     settings = choice.feasible(settings, lambda m: m.build(extractor, reference, settings.count))
     with counted("evaluation") as progress:
         rows, _ = evaluate_blocks(

@@ -10,6 +10,7 @@ from diffusion_pl.commands.options import MetricOptions, RunOptions
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.evaluation.settings import MetricSettings
+from diffusion_pl.metrics.agreement import Agreement
 from diffusion_pl.metrics.density_coverage import DensityCoverage
 from diffusion_pl.metrics.fid import Frechet
 from diffusion_pl.metrics.inception_score import InceptionScore
@@ -24,6 +25,7 @@ METRICS: Mapping[str, MetricSettings] = {
     "kernel": Kernel(),
     "precision_recall": PrecisionRecall(),
     "density_coverage": DensityCoverage(),
+    "agreement": Agreement(),
 }
 
 

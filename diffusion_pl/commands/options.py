@@ -166,7 +166,8 @@ class MetricOptions:
         reference: statistics (.safetensors, .npz), an experiment's data, or images.
         resize: enlarge smaller images of the reference.
         subset_size: images per subset of the kernel distance; at most 1000 when not given.
-        metrics: frechet, spatial, score, kernel, precision_recall, density_coverage, or all.
+        metrics: frechet, spatial, score, kernel, precision_recall, density_coverage,
+            agreement, or all.
     """
 
     count: Integer | None = None

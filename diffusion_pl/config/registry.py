@@ -123,6 +123,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
     "features": _of("metrics.extractors", "load"),
     "evaluation": (*_of("evaluation", "Evaluation"), *_of("evaluation.settings", "Evaluation")),
     "metrics": (
+        *_of("metrics.agreement", "Agreement"),
         *_of("metrics.density_coverage", "DensityCoverage"),
         *_of("metrics.fid", "Frechet"),
         *_of("metrics.inception_score", "InceptionScore"),

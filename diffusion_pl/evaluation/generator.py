@@ -126,6 +126,10 @@ class ImageGenerator:
         seen = counted.seen + (guide.seen if guide is not None else 0)
         return to_bytes(found), seen // len(indices)
 
+    def captions(self, indices: Sequence[int]) -> tuple[str, ...] | None:
+        """What each image is asked to show; None where nothing is asked in words."""
+        return None
+
     def calls(self) -> Counter[int]:
         """Network evaluations of one image, by the width in pixels of the network's input.
 

@@ -46,6 +46,10 @@ class ImageFiles:
             )
         return self.real.read(torch.tensor(indices)).to(self.device), 0
 
+    def captions(self, indices: Sequence[int]) -> tuple[str, ...] | None:
+        """None: files of images do not say what they were asked to show."""
+        return None
+
     def about(self) -> Mapping[str, Any]:
         """What is recorded of these images with every number."""
         drawn = {} if self.drawn is None else {"drawn": self.drawn}

@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 
 from diffusion_pl import ranks
+from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.generator import batches
 from diffusion_pl.evaluation.provenance import now, surroundings
-from diffusion_pl.evaluation.settings import Evaluation, Metric
+from diffusion_pl.evaluation.settings import (
+    Evaluation,
+    Metric,
+    MetricSettings,
+    wants_captions,
+)
 from diffusion_pl.images import ImageDataset
 from diffusion_pl.metrics import published
 from diffusion_pl.metrics.features import TILE, Extractor, tile
@@ -44,6 +50,9 @@ class GeneratedImages(Protocol):
 
     def images(self, indices: Sequence[int]) -> tuple[Tensor, int]:
         """uint8 (n, C, H, W) on the device, and the network's evaluations per image."""
+
+    def captions(self, indices: Sequence[int]) -> tuple[str, ...] | None:
+        """What each image was asked to show; None where nothing was asked in words."""
 
     def about(self) -> Mapping[str, Any]:
         """What is recorded of the images with every number."""
@@ -101,13 +110,28 @@ def build(
     """The metrics of one evaluation.
 
     Raises:
-        UserError: a metric cannot be computed with this extractor, reference and count.
+        UserError: a metric cannot be computed with these images, extractor, reference and count.
     """
     reference.check(extractor, drawn.shape[1])
+    for metric in settings.metrics:
+        check_captions(metric, drawn)
     return [
         metric.build(extractor, reference, settings.count).to(drawn.device)
         for metric in settings.metrics
     ]
+
+
+def check_captions(metric: MetricSettings, drawn: GeneratedImages) -> None:
+    """Refuse a metric that compares images with captions where there are none.
+
+    Raises:
+        UserError: names the metric.
+    """
+    if wants_captions(metric) and drawn.captions([0]) is None:
+        raise UserError(
+            f"{type(metric).__name__}: compares images with what they were asked to show, and "
+            "these were not asked for in words; leave it out of the metrics"
+        )
 
 
 def evaluate(
@@ -154,11 +178,15 @@ def evaluate(
     pieces = Pieces(drawn, range(first + share.start, first + share.stop), settings.batch_size)
     for piece in pieces:
         position = piece.start - first
+        indices = range(piece.start, piece.start + len(piece.images))
         if position < settings.grid:
             shown.append(piece.images[: settings.grid - position])
         if metrics:
             with torch.inference_mode():
-                features = tile(extractor, piece.images)
+                features = tile(extractor, piece.images)._replace(
+                    images=piece.images,
+                    captions=drawn.captions(indices) if settings.wants_captions else None,
+                )
             for metric in metrics:
                 metric.update(features)
         if progress is not None:

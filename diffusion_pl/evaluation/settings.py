@@ -31,7 +31,11 @@ class Metric(Protocol):
 
 
 class MetricSettings(Protocol):
-    """A metric in YAML; builds the metric for an evaluation of `count` images."""
+    """A metric in YAML; builds the metric for an evaluation of `count` images.
+
+    One whose class has `wants_captions = True` gets `Features.captions`, and images without
+    captions are refused.
+    """
 
     @property
     def wants_features(self) -> bool:
@@ -90,3 +94,13 @@ class Evaluation:
     def wants_features(self) -> bool:
         """Whether a metric needs the features of single real images."""
         return any(metric.wants_features for metric in self.metrics)
+
+    @property
+    def wants_captions(self) -> bool:
+        """Whether a metric compares images with what they were asked to show."""
+        return any(map(wants_captions, self.metrics))
+
+
+def wants_captions(metric: MetricSettings) -> bool:
+    """Whether a metric compares images with what they were asked to show."""
+    return bool(getattr(metric, "wants_captions", False))

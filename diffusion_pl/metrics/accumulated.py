@@ -27,9 +27,9 @@ class Kept(Metric):
     """Keeps all features of a kind; in the images' order if each rank has consecutive images.
 
     Args:
-        of: kind of features.
+        of: kind of features, or what makes numbers (B, D) of a batch.
         dimension: D.
-        formula: from features (N, D) to named values.
+        formula: from features (N, D) to named values, or to these and notes.
     """
 
     is_differentiable = False
@@ -38,7 +38,11 @@ class Kept(Metric):
     features: list[Tensor]
 
     def __init__(
-        self, of: Kind, dimension: int, formula: Callable[[Tensor], Values], **settings: Any
+        self,
+        of: Kind | Callable[[Features], Tensor],
+        dimension: int,
+        formula: Callable[[Tensor], Values | tuple[Values, Notes]],
+        **settings: Any,
     ) -> None:
         super().__init__(**settings)
         self._of, self._dimension, self._formula = of, dimension, formula
@@ -47,7 +51,8 @@ class Kept(Metric):
 
     def update(self, features: Features) -> None:
         """Add a batch, (B, D)."""
-        self.features.append(_of_kind(features, self._of))
+        of = self._of
+        self.features.append(of(features) if callable(of) else _of_kind(features, of))
 
     def sync(self, *options: Any, **more: Any) -> None:
         """Gather from all ranks, also those without images."""
@@ -55,12 +60,14 @@ class Kept(Metric):
         super().sync(*options, **more)
 
     def compute(self) -> Values:
-        """Named values.
+        """Named values; sets `notes`.
 
         Raises:
             UserError: non-finite features.
         """
-        return self._formula(_finite(dim_zero_cat(self.features)))
+        found = self._formula(_finite(dim_zero_cat(self.features)))
+        values, self.notes = found if isinstance(found, tuple) else (found, {})
+        return values
 
 
 class Summed(Metric):

@@ -13,17 +13,21 @@ TILE = 32
 
 
 class Features(NamedTuple):
-    """Output of an extractor for a batch, for all metrics.
+    """What metrics get of a batch: the output of an extractor, and what it was made of.
 
     Args:
         pooled: float32 (B, D), for distances.
         logits: float32 (B, K), over the extractor's classes; None without classes.
         spatial: float32 (B, S), activations by position; None without them.
+        images: uint8 (B, C, H, W), the batch itself, from an evaluation.
+        captions: what each image was asked to show, for metrics that want captions.
     """
 
     pooled: Tensor
     logits: Tensor | None = None
     spatial: Tensor | None = None
+    images: Tensor | None = None
+    captions: tuple[str, ...] | None = None
 
 
 class Extractor(Protocol):
