@@ -51,6 +51,9 @@ INTERRUPTED = 130  # the shells' code for Ctrl-C
 # Commands that continue their work when they are run again; `train` says so by itself.
 RESUMING = frozenset({"prepare", "sample", "sweep"})
 
+# Folders of installed packages, of Python's or of a distribution's, wherever they stand.
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
+
 # Control characters that stay in an error's text: every problem is a line.
 LINES = "\n\t"
 
@@ -144,10 +147,15 @@ def _broken_output(error: OSError) -> int:
 
 def _is_user_code(error: BaseException) -> bool:
     """Whether an error passed through the user's code: neither ours nor installed."""
-    known = [Path(__file__).parent, *map(Path, set(sysconfig.get_paths().values()))]
+    known = (Path(__file__).parent, Path(sysconfig.get_path("stdlib")))
     frames = traceback.walk_tb(error.__traceback__)
     files = (Path(frame.f_code.co_filename) for frame, _ in frames)
-    return any(file.is_file() and not any(map(file.is_relative_to, known)) for file in files)
+    return any(
+        file.is_file()
+        and not _INSTALLED.intersection(file.parts)
+        and not any(map(file.is_relative_to, known))
+        for file in files
+    )
 
 
 def _bad_input(error: ValueError) -> int:

@@ -65,7 +65,6 @@ MUTANTS = [
         "api",
         ('        if isinstance(value, dict) and "_target_" in value:\n            _set',
          "        if False:\n            _set"),
-        ("    if not changes:\n        return config\n", ""),
         ("        used.pop(section, None)", "        pass"),
     ),
     *at(
@@ -80,6 +79,7 @@ MUTANTS = [
         "api",
         ("        if _is_user_code(error):\n            raise\n", ""),
         ("not any(map(file.is_relative_to, known))", "True"),
+        ("not _INSTALLED.intersection(file.parts)", "True"),
     ),
     *at(
         "commands/train.py",

@@ -24,6 +24,7 @@ from diffusion_pl.config.objects import plain
 from diffusion_pl.data.dataset import load
 from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.loader import DataConfig
+from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.training.ema import EMA
@@ -170,6 +171,14 @@ def test_a_mistake_of_the_user_s_own_class_keeps_its_traceback(tmp_path, monkeyp
     assert "network: width must be positive" in capsys.readouterr().err
 
 
+def test_what_a_library_refuses_is_a_line_without_traceback(tmp_path, monkeypatch, capsys):
+    """Nothing of the user's own code stands in it."""
+    monkeypatch.chdir(tmp_path)
+    words = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
+    assert main(["train", "quickstart", *words, "trainer.accelerator=abacus"]) == 2
+    assert "error: You selected an invalid accelerator name" in capsys.readouterr().err
+
+
 def test_callbacks_and_loggers_stand_in_yaml_and_are_not_needed_to_open(tmp_path, monkeypatch):
     own_module(
         tmp_path,
@@ -259,6 +268,14 @@ def test_replacing_takes_whole_sections_and_merges_dictionaries():
     assert merged.config.get("trainer.total_images") == 5
     assert merged.config.get("lr_schedule.warmup") == 2_000
     assert exp.config.get("trainer.total_images") == 56_000  # the first one is as it was
+    # The same target again is a whole node, too: nothing of the one before it stays.
+    lazy = dp.lazy(EMA, half_life=9)
+    node = exp.replace(ema=lazy).config.tree["ema"]
+    assert node == {"_target_": "diffusion_pl.training.ema.EMA", "half_life": 9}
+    dataset = {"data.dataset": dp.lazy(Synthetic, resolution=16, count=3)}
+    replaced = exp.replace(dataset).config.tree["data"]["dataset"]
+    assert replaced.keys() == {"_target_", "resolution", "count"}
+    assert exp.config.tree["data"]["dataset"].keys() > replaced.keys()
     whole = exp.replace(ema=EMA(half_life=9))
     assert whole.config.get("ema.half_life") == 9
     assert whole.config.get("ema.ramp_up") == EMA(9).ramp_up != exp.config.get("ema.ramp_up")

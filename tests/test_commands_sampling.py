@@ -22,6 +22,7 @@ from diffusion_pl.evaluation import ImageGenerator
 from diffusion_pl.interop import edm
 from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.objectives.edm_iddpm import nearest
+from diffusion_pl.objectives.rectified_flow import RectifiedFlow
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.dpm_solver import dpmpp_2m
 from diffusion_pl.samplers.euler import euler
@@ -307,4 +308,16 @@ def test_levels_that_training_never_drew_are_told(capsys):
     assert "the network is untrained beyond" in capsys.readouterr().out
     for name in ("cifar10_edm", "cifar10_rectified_flow", "cifar10_edm_a_ve", "quickstart"):
         assert main(["check", name]) == 0
-        assert "does not know" not in capsys.readouterr().out
+        assert "untrained beyond" not in capsys.readouterr().out
+
+
+def test_near_pure_noise_a_flow_knows_whatever_level_its_time_hardly_tells_apart():
+    """t = sigma / (1 + sigma): within a twentieth of its range of the highest time trained."""
+    flow = RectifiedFlow(std=1.0)  # logit-normal: t to 0.99, sigma to exp(4.75) = 116
+
+    def said(low, high):
+        return sampling.untrained_levels(Sampler(heun, Rho(low, high), 4), flow)
+
+    assert said(0.05, 10_000.0) is None  # t 0.9999
+    # At the other end details are drawn: a level is lower than 0.0086 by a factor of 4 at most.
+    assert "visits sigma 100 to 0.0008" in said(0.0008, 100.0)

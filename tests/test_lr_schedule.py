@@ -17,6 +17,7 @@ import diffusion_pl as dp
 from diffusion_pl import config
 from diffusion_pl.cli import main
 from diffusion_pl.config import renaming
+from diffusion_pl.interop import weights
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import lr_schedule
 from diffusion_pl.training.history import History
@@ -250,6 +251,26 @@ def test_keys_of_earlier_versions_are_read_under_the_new_names(train, tmp_path, 
     ]
     assert config.build(read, "lr_schedule") == WarmupDecay(8, 16, 12)
     assert dp.experiment(TINY).replace(trainer={"warmup": 5}).config.get("lr_schedule.warmup") == 5
+
+
+def test_an_earlier_section_beside_the_later_one_is_refused_from_python():
+    """Whichever of the two comes first, none is set over the other in silence."""
+    old, new = {"trainer": {"warmup": 5}}, {"lr_schedule": {"warmup": 6}}
+    for changes in ({**old, **new}, {**new, **old}):
+        with pytest.raises(dp.UserError, match=r"trainer\.warmup: is the former name of"):
+            dp.experiment(TINY).replace(changes)
+
+
+def test_weights_of_an_earlier_version_are_imported_with_a_schedule(train, capsys):
+    """An export of a run that had no section lr_schedule; --set is over the run's config."""
+    assert train("trainer.total_images=4")[0] == 0
+    assert main(["export", "runs/a", "a.safetensors"]) == 0
+    known, state = weights.read(Path("a.safetensors"))
+    del known["config"]["lr_schedule"]
+    weights.write(Path("a.safetensors"), state, known)
+    words = ["--set", "lr_schedule.warmup=8"]
+    assert main(["import", "safetensors", "a.safetensors", "runs/b", *words]) == 0
+    assert config.build(config.load("runs/b/config.yaml"), "lr_schedule") == WarmupDecay(warmup=8)
 
 
 def test_a_run_of_an_earlier_version_goes_on_under_either_name(train):

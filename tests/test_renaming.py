@@ -17,6 +17,7 @@ from diffusion_pl.config import renaming
 from diffusion_pl.config.annotations import signature
 from diffusion_pl.config.registry import PACKAGE
 from diffusion_pl.config.targets import locate
+from diffusion_pl.interop import weights
 from diffusion_pl.training import checkpoint as checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -176,6 +177,44 @@ def test_a_run_of_old_names_opens_and_is_converted(given_up, monkeypatch, capsys
     assert "base_width" not in json.dumps(checkpoints.described(checkpoints.load(newest), newest))
     assert dp.Run(run).sample(1).shape == (1, 3, 8, 8)
     assert config.load(kept).tree["network"]["model_channels"] == 8
+
+
+def test_weights_of_old_names_are_imported(given_up, capsys):
+    assert homes.main(["train", "old"]) == 0
+    assert homes.main(["export", "runs/old", "old.safetensors"]) == 0
+    known, state = weights.read(Path("old.safetensors"))
+    weights.write(Path("old.safetensors"), state, {**known, "config": backwards(known["config"])})
+    assert homes.main(["import", "safetensors", "old.safetensors", "runs/new"]) == 0
+    assert config.load("runs/new/config.yaml").tree["network"]["model_channels"] == 8
+    assert dp.Run("runs/new").sample(1).shape == (1, 3, 8, 8)
+
+
+def test_training_starts_from_the_weights_of_a_run_of_old_names(given_up, capsys):
+    """Its network is the same one, whose arguments were called otherwise."""
+    assert homes.main(["train", "old"]) == 0
+    newest = checkpoints.latest(Path("runs/old/checkpoints"))
+    loaded = checkpoints.load(newest)
+    loaded[checkpoints.SECTION]["config"] = backwards(loaded[checkpoints.SECTION]["config"])
+    checkpoints.save(loaded, newest)
+    capsys.readouterr()
+    code = homes.main(["train", "old", "--from", "runs/old", "--run", "runs/tuned"])
+    err = capsys.readouterr().err
+    assert code == 0, err
+    assert "trained otherwise" not in err
+
+
+def test_nobody_is_told_to_rename_what_stands_in_a_run(given_up, caplog):
+    """`convert` does; a run's files are not written by hand."""
+    text = yaml.safe_dump(backwards(config.load("old").tree))
+    Path("runs/old").mkdir(parents=True)
+    Path("runs/old/config.yaml").write_text(text)
+    Path("mine.yaml").write_text(text)
+    caplog.set_level(logging.WARNING)
+    caplog.clear()
+    loaded = [config.load(path).tree for path in ("runs/old/config.yaml", "./mine.yaml")]
+    assert loaded[0] == loaded[1]
+    files = {record.getMessage().partition(":")[0] for record in caplog.records}
+    assert files == {"mine.yaml"}
 
 
 def backwards(tree):

@@ -245,6 +245,22 @@ def test_the_budget_is_free_until_the_learning_rate_falls_towards_its_end(place,
     assert_equal(state(32, "cool"), state(32, "straight"))
 
 
+def test_a_longer_budget_and_cooldown_are_free_together_where_no_past_rate_differs(place, train):
+    """Neither end of 20 images at the full rate is near, though one setting alone would be."""
+    assert train("lr_schedule.cooldown=12", "trainer.total_images=32", run="cool")[0] == 0
+    checkpoints.point_to(
+        file_of(24, "cool")
+    )  # steps after 0, 8 and 16 images, all at the full rate
+    # Of 32 images a cooldown over 28 begins after 4, of 48 after 20.
+    assert train("lr_schedule.cooldown=28", "trainer.total_images=32", run="cool")[0] == 2
+    code, err = train("lr_schedule.cooldown=28", "trainer.total_images=48", run="cool")
+    assert code == 0, err
+    assert changes("cool") == [
+        (24, "lr_schedule.cooldown: 12 -> 28"),
+        (24, "trainer.total_images: 32 -> 48"),
+    ]
+
+
 def test_a_budget_below_what_was_seen_is_refused(place, train):
     code, err = train("trainer.total_images=8")
     assert code == 2

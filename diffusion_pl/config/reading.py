@@ -167,8 +167,6 @@ def replaced(config: Config, changes: Mapping[str, Any], source: str) -> Config:
         ConfigError: a key that is not there or comes by two names, or a value that YAML cannot
             hold.
     """
-    if not changes:
-        return config
     copy = replace(config, tree=plain(config.tree, config.file), origins=dict(config.origins))
     changes = renamed(dict(changes), config.tree, source)
     spelt: dict[str, str] = {}
