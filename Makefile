@@ -7,7 +7,7 @@ RUN_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check data train slurm preempt sample enlarge evaluate export import \
+.PHONY: help setup check data train slurm preempt sample enlarge inpaint evaluate export import \
 	reference sweep experiments test test-slow test-faults test-slurm mutants soak ci-fid bench ladder clean
 
 help:  ## list the targets
@@ -39,6 +39,9 @@ preempt:  ## have a job stop as before its limit, requeued where it stood: JOB=1
 
 enlarge: $(STAMP)  ## super-resolution: RUN=runs/... IMAGES="a.png folder" [TO=256] [ARGS="--restart 2 ..."]
 	@$(RUN_PYTHON) -m diffusion_pl enlarge $(if $(RUN),"$$RUN") $(IMAGES) $(if $(TO),--to $(TO)) $(ARGS)
+
+inpaint: $(STAMP)  ## fill the white part of a mask: RUN=runs/... IMAGE=a.png MASK=mask.png [ARGS="--label heart ..."]
+	@$(RUN_PYTHON) -m diffusion_pl inpaint $(if $(RUN),"$$RUN") $(if $(IMAGE),"$$IMAGE") $(if $(MASK),"$$MASK") $(ARGS)
 
 evaluate: $(STAMP)  ## measure a run: RUN=runs/quickstart [ARGS="--count 1000 ..."]
 	@$(RUN_PYTHON) -m diffusion_pl evaluate $(if $(RUN),"$$RUN") $(ARGS)

@@ -40,8 +40,8 @@ from diffusion_pl.signals import RESUMABLE, StopError, StopRequest, is_later_ran
 
 COMMANDS = (
     "prepare", "train", "launch", "sample", "evaluate", "reference", "sweep", "replay", "losses",
-    "progressive", "interpolate", "enlarge", "invert", "likelihood", "import", "export", "convert",
-    "verify", "check", "experiments", "completion",
+    "progressive", "interpolate", "enlarge", "inpaint", "invert", "likelihood", "import", "export",
+    "convert", "verify", "check", "experiments", "completion",
 )  # fmt: skip
 
 # A path joins the two slashes of an address; one letter before them is a disk.

@@ -73,3 +73,31 @@ class Mixture:
             below = end.cdf(middle) < quantile
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class Correlated:
+    """x ~ N(mean, covariance) over all pixels and channels of an image.
+
+    Args:
+        mean: float64 (C, H, W).
+        covariance: float64 (C H W, C H W).
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The posterior mean of x given x + sigma eps."""
+        noisy = self.covariance + sigma.square() * torch.eye(len(self.covariance)).to(x)
+        offset = (x - self.mean).flatten(1)
+        return self.mean + (offset @ torch.linalg.solve(noisy, self.covariance)).view_as(x)
+
+    def given(self, matrix: Tensor, measured: Tensor, std: float) -> Correlated:
+        """The distribution given matrix x + std eps = measured, by Gaussian conditioning."""
+        eye = torch.eye(len(matrix), dtype=matrix.dtype)
+        spread = matrix @ self.covariance @ matrix.T + std**2 * eye
+        gain = self.covariance @ matrix.T @ torch.linalg.pinv(spread, hermitian=True)
+        residual = measured.flatten() - matrix @ self.mean.flatten()
+        mean = self.mean + (gain @ residual).view_as(self.mean)
+        return Correlated(mean, self.covariance - gain @ matrix @ self.covariance)

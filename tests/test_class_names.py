@@ -124,6 +124,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(run):
     [
         ("progressive", "runs/tiny", "--count", 1, "--frames", 2),
         ("enlarge", "runs/tiny", "small.png"),
+        ("inpaint", "runs/tiny", "whole.png", "mask.png", "--count", 1),
         ("invert", "runs/tiny", "whole.png"),
         ("interpolate", "runs/tiny", "whole.png", "whole.png", "--count", 2, "--sigma", 1),
     ],
@@ -131,6 +132,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(run):
 def test_every_command_with_a_label_takes_the_name(words, run, home):
     Image.fromarray(np.asarray(noise(0, 4, 4))).save(home / "small.png")
     noise(1).save(home / "whole.png")
+    noise(2).save(home / "mask.png")
     command, *rest = words
     code, _, err = run(command, *rest, "--label", "poodle")
     assert code == 0, err

@@ -73,6 +73,9 @@ def home(tmp_path_factory):
         # Black and white mostly: what is clipped must agree too.
         pixels = (source.normal(128, 200, shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / name)
+    half = np.zeros((16, 16), np.uint8)
+    half[:8] = 255
+    Image.fromarray(half).save(folder / "mask.png")
     for name in "eagcbfhd":  # not in order
         shutil.copy(folder / "a.png", folder / "pictures" / f"{name}.png")
     (folder / "pictures" / "notes.txt").write_text("not a picture")
@@ -175,6 +178,7 @@ def test_a_drawn_image_depends_on_seed_and_index_alone(run, tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
+        ("inpaint", "runs/tiny", "large.png", "mask.png", "--count", 1),
         ("invert", "runs/tiny", "large.png"),
         ("interpolate", "runs/tiny", "large.png", "large.png", "--count", 3),
         ("progressive", "runs/tiny", "--count", 2, "--share", 1.0),

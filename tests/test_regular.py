@@ -9,11 +9,13 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 from homes import trained
 from test_cli import TINY
 
 from diffusion_pl import processes
 from diffusion_pl.cli import main
+from diffusion_pl.images import save_png
 from diffusion_pl.io.files import open_lock, regular, write_atomically
 
 
@@ -74,6 +76,7 @@ def place(home, tmp_path, monkeypatch):
     shutil.copytree(home, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set").mkdir()
+    save_png(torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / "given.png")
     return tmp_path
 
 
@@ -97,6 +100,7 @@ NAMED = {
     "CIFAR-10": ("set/cifar-10-python.tar.gz", ["prepare", "set", "to", *PREPARE]),
     "a manifest": ("set/dataset.json", ["verify", "set"]),
     "an image": ("a.png", ["enlarge", "runs/tiny", "a.png"]),
+    "a mask": ("m.png", ["inpaint", "runs/tiny", "given.png", "m.png"]),
     "images to measure": ("a.npz", ["evaluate", "a.npz", "--reference", "a.npz"]),
     "a reference": ("set/a.npz", ["evaluate", "runs/tiny", "--reference", "set/a.npz"]),
     "a published model": ("a.pkl", ["import", "edm", "a.pkl", "runs/new"]),

@@ -80,6 +80,7 @@ OPENING = {
     "progressive": ["progressive", "stranger"],
     "interpolate": ["interpolate", "stranger", "a.png", "a.png"],
     "enlarge": ["enlarge", "stranger", "a.png"],
+    "inpaint": ["inpaint", "stranger", "a.png", "a.png"],
     "invert": ["invert", "stranger", "a.png"],
     "likelihood": ["likelihood", "stranger"],
     "export": ["export", "stranger", "out.safetensors"],

@@ -1,0 +1,163 @@
+"""`inpaint`: sample the masked part of an image, and leave the rest as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_pl.commands import latents, runs
+from diffusion_pl.commands.options import BaseAlone, Integer, RunOptions, RunPath, SamplerOptions
+from diffusion_pl.commands.results import Result
+from diffusion_pl.data.decode import decode
+from diffusion_pl.diffusion.inverse import posterior, replaced
+from diffusion_pl.diffusion.measurements import Mask
+from diffusion_pl.diffusion.recording import Counted
+from diffusion_pl.errors import UserError
+from diffusion_pl.evaluation import ImageGenerator, batches
+from diffusion_pl.images import grid, save_png, to_bytes
+from diffusion_pl.progress import track
+from diffusion_pl.samplers.resampling import Resampled
+from diffusion_pl.samplers.sampler import Sampler
+
+BATCH = 16
+WHITE = 128  # a mask's lightness from which on a pixel is filled
+
+
+def command(
+    run: RunPath,
+    image: Path,
+    mask: Path,
+    /,
+    *,
+    method: Literal["replacement", "gradient"] = "gradient",
+    resample: Integer = 1,
+    count: Integer = 4,
+    label: str | None = None,
+    base_alone: BaseAlone = False,
+    out: Path | None = None,
+    sampling: SamplerOptions = SamplerOptions(),
+    options: RunOptions = RunOptions(),
+) -> Result:
+    """Inpainting: fill the white part of a mask; all other pixels stay exactly as they are.
+
+    Writes the images, and a grid of the image, the mask and the images.
+
+    Example: diffusion_pl inpaint runs/mine a.png mask.png --label 3 --count 8
+
+    Args:
+        image: PNG, JPEG or WebP of the run's size.
+        mask: an image of the same size; what is white (lighter than mid-grey) is filled.
+        method: gradient guides the filled part through the network (two to three times slower);
+            replacement only sets the known part.
+        resample: times that each step is taken, with noise added in between (RePaint).
+        count: images.
+        label: class of every image, its name or index.
+        out: folder of the results; RUN/inpaint when not given.
+    """
+    if count < 1 or resample < 1:
+        raise UserError(f"--count and --resample must be at least 1 (got {count}, {resample})")
+    opened = runs.open_run(run, sampling, options, label=label)
+    generator = opened.generator
+    sampler = latents.single_size_sampler(generator, "inpaint", base_alone)
+    if resample > 1:
+        sampler = dataclasses.replace(sampler, integrate=Resampled(sampler.integrate, resample))
+    given = latents.read_images([image], generator)
+    filled = read_mask(mask, image, (given.shape[2], given.shape[3])).to(generator.device)
+    latents.required_labels(generator, count)  # refused before the progress begins
+    pieces = list(batches(range(count), options.batch_size or BATCH))
+    found = [
+        inpainted(generator, sampler, given, filled, piece, method)
+        for piece in track(pieces, "inpainting")
+    ]
+    pixels = torch.cat([images for images, _ in found])
+    if not torch.isfinite(pixels).all():
+        raise UserError("the sampler gave images that are not finite; the weights are unfit")
+    original = to_bytes(given).cpu()
+    # To the bit, also where a sampler does not end in a denoised image.
+    results = torch.where(filled.cpu(), to_bytes(pixels).cpu(), original)
+    folder = out or opened.folder / "inpaint"
+    names = [f"{index:06d}.png" for index in range(count)]
+    for name, each in zip(names, results, strict=True):
+        save_png(each, folder / name)
+    shown = (255 * filled.cpu()).to(torch.uint8).expand_as(original).clone()
+    shown[:, 3:] = 255  # opaque
+    save_png(grid(torch.cat([original, shown, results]), columns=count + 2), folder / "grid.png")
+    result = {
+        **opened.about(folder),
+        "image": str(image),
+        "mask": str(mask),
+        "filled": round(float(filled.float().mean()), 6),
+        "method": method,
+        "resample": resample,
+        "count": count,
+        "evaluations": found[0][1],
+        "files": names,
+    }
+    return Result(result)
+
+
+def read_mask(path: Path, image: Path, size: tuple[int, int]) -> Tensor:
+    """The pixels that a mask fills, bool (H, W).
+
+    Args:
+        path: the mask's file.
+        image: the file of the image, for messages.
+        size: H and W of the image.
+
+    Raises:
+        UserError: it cannot be read, has another size, or fills nothing or everything.
+    """
+    lightness = np.array(decode(latents.read_file(path), where=str(path)).convert("L"))
+    if lightness.shape != size:
+        height, width = lightness.shape
+        raise UserError(
+            f"{path}: {width} x {height} pixels, and {image} has {size[1]} x {size[0]}; a mask has "
+            "the size of its image"
+        )
+    filled = torch.from_numpy(lightness >= WHITE)
+    if not filled.any():
+        raise UserError(f"{path}: fills nothing; paint white what is to be filled")
+    if filled.all():
+        raise UserError(f"{path}: is white everywhere, so nothing of {image} is kept; use sample")
+    return filled
+
+
+def inpainted(
+    generator: ImageGenerator,
+    sampler: Sampler,
+    image: Tensor,
+    filled: Tensor,
+    indices: Sequence[int],
+    method: Literal["replacement", "gradient"],
+) -> tuple[Tensor, int]:
+    """Sample the filled part; each result depends on the image, the seed and its index alone.
+
+    Args:
+        generator: of the model.
+        sampler: of one size.
+        image: (1, C, H, W) in [-1, 1].
+        filled: bool (H, W).
+        indices: of the results.
+        method: replacement alone, or with the gradient too.
+
+    Returns:
+        float32 (n, C, H, W), and evaluations of the network for each.
+    """
+    known = ~filled
+    counted = Counted(generator.denoiser)
+    denoise = generator.guided(
+        latents.required_labels(generator, len(indices)), indices=indices, denoise=counted
+    )
+    if method == "gradient":
+        mask = Mask(known)
+        denoise = posterior(denoise, mask, mask.forward(image))
+    denoise = replaced(denoise, image, known)
+    with generator.inference():
+        found = sampler(denoise, generator.noise(indices), generator.step_noise(indices))
+    return found, counted.seen // len(indices)
