@@ -25,6 +25,7 @@ FLOORS = [
         "scene_words",
         "seeds",
         "signals",
+        "text",
         "texts",
     },
     {"diffusion", "networks", "metrics", "data"},
