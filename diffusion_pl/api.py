@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_pl import config
 from diffusion_pl.commands.options import (
+    ConditionOptions,
     FeatureOptions,
     MetricOptions,
     RunOptions,
@@ -351,7 +352,7 @@ class Run:
             raise UserError(f"count: must be positive, first at least 0 (got {count}, {first})")
         if batch_size < 1:
             raise UserError(f"batch_size: must be at least 1 (got {batch_size})")
-        generator = self._generator("sample", options, label)
+        generator = self._generator("sample", options, ConditionOptions(label=label))
         pieces = batches(range(first, first + count), batch_size)
         return torch.cat([generator.images(piece)[0].cpu() for piece in pieces])
 
@@ -430,7 +431,8 @@ class Run:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             got = f"{images.dtype} {tuple(images.shape)}"
             raise UserError(f"images: must be uint8 (N, 3, h, w) (got {got})")
-        generator = self._generator("enlarge", options, label)
+        wanted = ConditionOptions(label=label)
+        generator = self._generator("enlarge", options, wanted, complete=True)
         side = generator.shape[1] if to is None else to
         found = []
         for number, image in enumerate(images):
@@ -452,14 +454,19 @@ class Run:
         return {**self._options, **_sampler_options(options)}
 
     def _generator(
-        self, command: str, given: Mapping[str, Any], label: int | str | None
+        self,
+        command: str,
+        given: Mapping[str, Any],
+        wanted: ConditionOptions,
+        *,
+        complete: bool = False,
     ) -> ImageGenerator:
         """What samples images from the run, by the options of a command."""
         from diffusion_pl.commands import runs
 
         given = self._given(given)
         sampling, options = grouped(command, given, SamplerOptions, RunOptions)
-        return runs.make_generator(self.model, sampling, options, label)[0]
+        return runs.make_generator(self.model, sampling, options, wanted, complete=complete)[0]
 
     def __repr__(self) -> str:
         return f"<Run {self.folder}, {self.images_seen:,} images>"

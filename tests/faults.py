@@ -54,7 +54,7 @@ trainer:
   total_images: 96
   checkpoint_every: 32
   log_every: 24
-  label_dropout: 0.2
+  dropout: {label: 0.2}
   grad_clip: 1.0
   accelerator: cpu
   precision: fp32

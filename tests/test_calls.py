@@ -16,12 +16,14 @@ from diffusion_pl.diffusion.guidance import Guide
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.evaluation import ImageGenerator
+from diffusion_pl.evaluation.sources import Labels
 from diffusion_pl.samplers.ancestral import ancestral
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Sampler
 
 LEARNED = Sampler(partial(ancestral, variance="learned"), Rho(), 5, clip_denoised=True)
+DROPOUT = {"label": 0.1}
 CHURN = Sampler(partial(heun, S_churn=10.0), Rho(), 4)
 
 
@@ -48,7 +50,8 @@ def generator(sampler, *, classes=0, more=3, guided_by=None, **options):
         guide = Denoiser(Telling(classes, guided_by), Karras(0.5))
         options |= {"guide": Guide("runs/bad", guide), "guidance": 2.0}
     denoiser = Denoiser(Telling(classes, more), Karras(0.5))
-    return ImageGenerator(denoiser, sampler, (3, 16, 16), classes=classes, **options)
+    sources = [Labels(classes)] if classes else []
+    return ImageGenerator(denoiser, sampler, (3, 16, 16), sources=sources, **options)
 
 
 @pytest.mark.parametrize("sampler", [LEARNED, CHURN])
@@ -57,8 +60,13 @@ def generator(sampler, *, classes=0, more=3, guided_by=None, **options):
     [
         {},
         {"classes": 4},
-        {"classes": 4, "label_dropout": 0.1, "guidance": 2.0},
-        {"classes": 4, "label_dropout": 0.1, "guidance": 2.0, "guidance_interval": (0.5, 10.0)},
+        {"classes": 4, "dropout": DROPOUT, "guidance": 2.0},
+        {
+            "classes": 4,
+            "dropout": {"label": 0.1},
+            "guidance": 2.0,
+            "guidance_interval": (0.5, 10.0),
+        },
         {"guided_by": 0},  # a guide that says nothing of the variance
         {"classes": 4, "guided_by": 3, "guidance_interval": (0.5, 10.0)},
         {"precision": torch.bfloat16},

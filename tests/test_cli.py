@@ -41,7 +41,7 @@ sampler: {steps: 3}
 features: {name: shapes}
 evaluation: {every: 16, count: 20, batch_size: 10, grid: 9}
 trainer: {total_images: 32, checkpoint_every: 8, log_every: 8, accelerator: cpu, precision: fp32,
-  label_dropout: 0.1}
+  dropout: {label: 0.1}}
 """
 
 

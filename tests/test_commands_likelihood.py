@@ -13,7 +13,7 @@ from test_commands_models import TINY
 
 from diffusion_pl.commands import runs
 from diffusion_pl.data.synthetic import Synthetic
-from diffusion_pl.diffusion.guidance import conditioned
+from diffusion_pl.diffusion.classifier_free import conditioned
 from diffusion_pl.diffusion.objective import trained_range
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.timesteps import LinearBetas

@@ -52,7 +52,7 @@ sampler:
 features: {name: shapes}
 evaluation: {every: 1000, count: 8, batch_size: 8, grid: 4, metrics: []}
 trainer: {total_images: 16, checkpoint_every: 16, log_every: 16, accelerator: cpu, precision: fp32,
-  loggers: [], label_dropout: 0.2}
+  loggers: [], dropout: {label: 0.2}}
 """
 
 

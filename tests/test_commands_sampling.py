@@ -15,10 +15,11 @@ from diffusion_pl import cli
 from diffusion_pl.cli import main
 from diffusion_pl.commands import runs, sampling, sweep
 from diffusion_pl.commands.import_ import experiment_of
-from diffusion_pl.diffusion.guidance import check_guidance
+from diffusion_pl.diffusion.classifier_free import check_guidance
 from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.evaluation import ImageGenerator
+from diffusion_pl.evaluation.sources import Labels
 from diffusion_pl.interop import edm
 from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.objectives.edm_iddpm import nearest
@@ -44,7 +45,7 @@ number = 3
 def home(tmp_path_factory):
     """A run whose labels were dropped, and one of the same whose were not."""
     folder = tmp_path_factory.mktemp("home")
-    plain = ("trainer.label_dropout=0", "trainer.total_images=8", "--run", "runs/plain")
+    plain = ("trainer.dropout.label=0", "trainer.total_images=8", "--run", "runs/plain")
     homes.trained(folder, TINY, plain)
     (folder / "my_samplers.py").write_text(OWN)
     return folder
@@ -83,7 +84,9 @@ def test_another_sampler_replaces_the_integrator_alone(run, name, integrate):
     model = runs.open_model(Path("runs/tiny"))
     schedule = LinearBetas(20, 1e-3, 0.4)
     sampler = Sampler(integrate, schedule, 20, clip_denoised=True, unit_start=True)
-    images, _ = ImageGenerator(model.denoiser, sampler, (3, 8, 8), classes=8).images(range(3))
+    images, _ = ImageGenerator(model.denoiser, sampler, (3, 8, 8), sources=[Labels(8)]).images(
+        range(3)
+    )
     assert np.array_equal(drawn(result), images.permute(0, 2, 3, 1).numpy())
 
 
@@ -206,18 +209,18 @@ def test_a_sweep_with_an_impossible_point_measures_none(run, tmp_path):
         ("sample", "runs/plain", "--count", 1, "--guidance", 0),
         ("sample", "runs/plain", "--count", 1, "--set", "evaluation.guidance=2"),
         # What a command says now is not how the run was trained.
-        ("sample", "runs/plain", "--guidance", 2, "--set", "trainer.label_dropout=0.1"),
+        ("sample", "runs/plain", "--guidance", 2, "--set", "trainer.dropout.label=0.1"),
         ("evaluate", "runs/plain", "--count", 20, "--metrics", "frechet", "--guidance", 2),
         ("sweep", "runs/plain", "--count", 20, "--metrics", "frechet", "--guidance", "1,2"),
         ("progressive", "runs/plain", "--count", 1, "--guidance", 2),
-        ("check", "tiny", "evaluation.guidance=2", "trainer.label_dropout=0"),
-        ("train", "tiny", "evaluation.guidance=2", "trainer.label_dropout=0", "--run", "runs/no"),
+        ("check", "tiny", "evaluation.guidance=2", "trainer.dropout.label=0"),
+        ("train", "tiny", "evaluation.guidance=2", "trainer.dropout.label=0", "--run", "runs/no"),
     ],
 )
 def test_guidance_by_a_null_label_that_was_never_trained_is_refused(run, words):
     err = refused(run, *words)
-    assert "was never trained (trainer.label_dropout is 0)" in err
-    assert "train or fine-tune with trainer.label_dropout=0.1" in err
+    assert "was never trained (trainer.dropout.label is 0)" in err
+    assert "train or fine-tune with trainer.dropout.label=0.1" in err
     assert not Path("runs/no").exists() and not Path("runs/plain/sweep").exists()
 
 
@@ -232,7 +235,7 @@ def test_another_run_guides_what_was_never_without_its_label(run):
     code, result, err = run("sample", "runs/plain", *words)
     assert (code, result["evaluations"]) == (0, 40), err
     guide = "evaluation.guide={_target_: diffusion_pl.commands.runs.guide, run: runs/tiny}"
-    assert main(["check", "tiny", "evaluation.guidance=2", "trainer.label_dropout=0", guide]) == 0
+    assert main(["check", "tiny", "evaluation.guidance=2", "trainer.dropout.label=0", guide]) == 0
 
 
 @pytest.mark.parametrize(
@@ -261,7 +264,7 @@ def test_an_imported_model_says_whether_it_was_trained_without_labels(home, monk
         nodes = edm.nodes(published | said)
         # The experiment that it borrows its data from was trained with dropout.
         made = experiment_of(nodes, Path("theirs.pkl"), (), name="brought", like="tiny", allow=())
-        assert made.tree["trainer"]["label_dropout"] == expected
+        assert made.tree["trainer"]["dropout"] == {"label": expected}
 
 
 def test_a_sweep_guides_only_where_there_is_guidance():
@@ -274,9 +277,9 @@ def test_a_sweep_guides_only_where_there_is_guidance():
 
 def test_a_model_that_never_saw_its_labels_guides_nothing():
     with pytest.raises(ValueError, match="needs the model with its label, which was never trained"):
-        check_guidance(2.0, classes=8, label_dropout=1.0)
-    check_guidance(2.0, classes=8, label_dropout=0.1)
-    check_guidance(1.0, classes=0, label_dropout=0.0)
+        check_guidance(2.0, taken={"label": 8}, dropout={"label": 1.0})
+    check_guidance(2.0, taken={"label": 8}, dropout={"label": 0.1})
+    check_guidance(1.0, taken={"label": 0}, dropout={})
 
 
 # --- what is drawn, held against what was trained -------------------------------------------------

@@ -258,7 +258,7 @@ def test_a_training_run_stores_normalised_weights(tmp_path):
         for layer in network.modules():
             if isinstance(layer, UnitLayer):
                 layer.weight.mul_(30)
-    settings = {"label_dropout": 0.0, "checkpoint_every": 8}
+    settings = {"dropout": {"label": 0.0}, "checkpoint_every": 8}
     made = experiment(16, network=network, objective=EDM2(channels=4), settings=settings)
     fit(made, tmp_path, tmp_path / "references", StopRequest())
     state = checkpoints.load(checkpoints.latest(tmp_path / "checkpoints"))["state_dict"]

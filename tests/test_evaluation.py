@@ -20,6 +20,7 @@ from diffusion_pl.evaluation.blocks import evaluate_blocks
 from diffusion_pl.evaluation.cost import Cost, estimate
 from diffusion_pl.evaluation.measuring import Pieces
 from diffusion_pl.evaluation.provenance import described
+from diffusion_pl.evaluation.sources import Labels
 from diffusion_pl.metrics import real_images, shapes
 from diffusion_pl.metrics.features import TILE
 from diffusion_pl.metrics.fid import Frechet
@@ -51,7 +52,7 @@ class Tinted(nn.Module):
 
 def generator(sampler=CHURN, **options):
     denoiser = Denoiser(Tinted(), Karras(0.5))
-    usual = {"classes": 4, "label_dropout": 0.1}
+    usual = {"sources": [Labels(4)], "dropout": {"label": 0.1}}
     return ImageGenerator(denoiser, sampler, (3, 16, 16), **(usual | options))
 
 
@@ -68,7 +69,7 @@ def test_an_image_depends_on_seed_and_index_alone():
 
 def test_the_first_noise_is_the_seeds_too():
     quiet = Sampler(heun, Rho(), 4)  # draws no noise of its own
-    one, other = (generator(quiet, seed=seed, classes=0).images([4])[0] for seed in (0, 1))
+    one, other = (generator(quiet, seed=seed, sources=[]).images([4])[0] for seed in (0, 1))
     assert not torch.equal(one, other)
 
 
@@ -77,12 +78,12 @@ def test_labels_are_uniform_and_belong_to_the_index():
     counts = torch.bincount(labels, minlength=4)
     assert counts.min() > 900  # 1000 expected, a standard deviation is 27
     assert torch.equal(generator().labels([7, 3]), labels[[7, 3]])
-    assert generator(classes=0).labels([0]) is None
+    assert generator(sources=[]).labels([0]) is None
 
 
 def test_a_given_label_is_every_images():
-    dark, _ = generator(label=0).images(range(4))
-    bright, _ = generator(label=3).images(range(4))
+    dark, _ = generator(sources=[Labels(4, 0)]).images(range(4))
+    bright, _ = generator(sources=[Labels(4, 3)]).images(range(4))
     assert (bright.float().mean(dim=(1, 2, 3)) > dark.float().mean(dim=(1, 2, 3))).all()
 
 
@@ -97,17 +98,13 @@ def test_bytes_are_what_is_drawn():
     assert images.shape == (2, 3, 16, 16)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"label": 4}, r"label 4 is not one of the model's classes \(0 to 3\)"),
-        ({"label": 0, "classes": 0}, "none: it is unconditional"),
-        ({"guidance": 2.0, "classes": 0}, "guidance needs a model with classes"),
-    ],
-)
-def test_conditions_that_the_model_lacks_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        generator(**options)
+def test_conditions_that_the_model_lacks_are_refused():
+    with pytest.raises(UserError, match=r"label 4 is not one of the model's classes \(0 to 3\)"):
+        Labels(4, 4)
+    denoiser = Denoiser(Tinted(), Karras(0.5))
+    denoiser.network.classes = 0
+    with pytest.raises(UserError, match="guidance needs a model with classes or text"):
+        ImageGenerator(denoiser, CHURN, (3, 16, 16), guidance=2.0)
 
 
 def test_images_that_are_not_finite_are_never_measured():
@@ -286,21 +283,17 @@ def test_impossible_evaluations_are_refused(change):
 
 
 def test_balanced_labels_are_the_classes_in_turn_and_a_number_says_so():
-    balanced = generator(classes=3, balanced=True)
+    balanced = generator(sources=[Labels(3, balanced=True)])
     assert balanced.labels(range(7)).tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert balanced.labels([5, 3]).tolist() == [2, 0]
     assert balanced.about()["labels"] == "balanced"
-    usual = generator(classes=3)
-    for other in (
-        usual,
-        generator(classes=3, balanced=True, label=1),
-        generator(classes=0, balanced=True),
-    ):
+    usual = generator(sources=[Labels(3)])
+    one = generator(sources=[Labels(3, 1, balanced=True)])
+    for other in (usual, one, generator(sources=[])):
         assert "labels" not in other.about()
     drawn = usual.labels(range(3000)).bincount()
     assert drawn.min() > 900
     assert drawn.tolist() != [1000, 1000, 1000]
-    assert generator(classes=3, balanced=True, label=1).labels(range(3)).tolist() == [1, 1, 1]
-    assert generator(classes=0, balanced=True).labels(range(3)) is None
+    assert one.labels(range(3)).tolist() == [1, 1, 1]
     with pytest.raises(UserError, match="labels must be random or balanced"):
         Evaluation(every=1, labels="even")

@@ -44,5 +44,5 @@ def test_labels_go_with_their_images(images):
         seen.append(label)
         return x
 
-    errors_by_level(denoise, images, [1.0], labels=labels, batch_size=20)
+    errors_by_level(denoise, images, [1.0], condition={"label": labels}, batch_size=20)
     assert torch.equal(torch.cat(seen), labels)

@@ -13,6 +13,7 @@ from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.evaluation import Evaluation, ImageGenerator, evaluate, reference_of
+from diffusion_pl.evaluation.sources import Labels
 from diffusion_pl.metrics import shapes
 from diffusion_pl.metrics.density_coverage import DensityCoverage
 from diffusion_pl.metrics.fid import Frechet
@@ -43,7 +44,9 @@ def measure(rank, world_size, folder, batch_size):
     """Rows of one evaluation, and its grid, as plain lists."""
     torch.manual_seed(0)
     sampler = Sampler(partial(heun, S_churn=10.0), Rho(), 4)
-    generator = ImageGenerator(Denoiser(Smooth(), Karras(0.5)), sampler, (3, 16, 16), classes=3)
+    generator = ImageGenerator(
+        Denoiser(Smooth(), Karras(0.5)), sampler, (3, 16, 16), sources=[Labels(3)]
+    )
     settings = Evaluation(every=1, count=COUNT, metrics=METRICS, batch_size=batch_size, grid=100)
     extractor = shapes.load()
     images = Synthetic(170, 16).open()

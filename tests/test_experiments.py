@@ -121,7 +121,6 @@ def test_it_takes_a_training_step(name):
         config.build(experiment, "trainer"),
         batch_size=4,
         resolution=side,
-        classes=network.classes,
         augment=config.build(experiment, "augment"),
     )
     optimizer = module.configure_optimizers()

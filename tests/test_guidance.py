@@ -7,11 +7,10 @@ import torch
 from analytic import Gaussian
 from torch import nn
 
+from diffusion_pl.diffusion.classifier_free import classifier_free, conditioned
 from diffusion_pl.diffusion.guidance import (
     Guide,
     autoguided,
-    classifier_free,
-    conditioned,
     guided,
     within,
 )
@@ -80,7 +79,7 @@ def test_each_guidance_costs_what_it_asks_of_the_networks():
         {"weight": 2.0, "guide": weak},
     ):
         main.seen = weak.seen = 0
-        guided(main, label=label, **options)(X, sigma)
+        guided(main, condition={"label": label}, **options)(X, sigma)
         cost.append((main.seen / 2, weak.seen / 2))
     assert cost == [(1, 0), (2, 0), (1, 0), (1, 1)]
 
@@ -89,13 +88,13 @@ def test_guide_and_model_see_the_same_label():
     label, sigma = torch.tensor([0, 1]), torch.tensor(1.0, dtype=F64)
     denoise = answers(None)
     # A guide as good as the model changes nothing, whatever the weight.
-    same = guided(denoise, label=label, weight=3.0, guide=denoise)(X, sigma)
+    same = guided(denoise, condition={"label": label}, weight=3.0, guide=denoise)(X, sigma)
     torch.testing.assert_close(same, conditioned(denoise, label=label)(X, sigma))
 
 
 def test_a_model_without_classes_is_guided_by_a_weaker_one():
     sigma = torch.tensor(0.7, dtype=F64)
-    answer = guided(GOOD.denoise, label=None, weight=2.0, guide=BAD.denoise)(X, sigma)
+    answer = guided(GOOD.denoise, condition={}, weight=2.0, guide=BAD.denoise)(X, sigma)
     expected = 2 * GOOD.denoise(X, sigma) - BAD.denoise(X, sigma)
     torch.testing.assert_close(answer, expected)
 
@@ -106,7 +105,9 @@ def test_the_variance_stays_that_of_the_conditional_model():
         return torch.cat([own, 10 + own], dim=1)
 
     label = torch.tensor([3, 5])
-    both = classifier_free(denoise, label=label, weight=2.0)(X, torch.tensor(1.0), variance=True)
+    both = classifier_free(denoise, condition={"label": label}, weight=2.0)(
+        X, torch.tensor(1.0), variance=True
+    )
     assert both[:, :1].amax(dim=(1, 2, 3)).tolist() == [7, 11]  # -1 + 2 (3 + 1)
     assert both[:, 1:].amax(dim=(1, 2, 3)).tolist() == [13, 15]
 
@@ -143,8 +144,8 @@ def generator(**options):
     ("network", "weight", "message"),
     [
         (Plain(), 1.0, "does nothing at guidance 1"),
-        (Plain(classes=4), 2.0, "3 channels and 4 classes, the model 3 and 0"),
-        (Plain(channels=1), 2.0, "1 channels and 0 classes, the model 3 and 0"),
+        (Plain(classes=4), 2.0, "it has channels 3, classes 4, the model channels 3"),
+        (Plain(channels=1), 2.0, "it has channels 1, the model channels 3"),
         (Plain(divisor=4), 2.0, "must be multiples of 4"),
     ],
 )

@@ -177,7 +177,7 @@ def test_the_experiments_hold_the_published_sizes_and_settings(name, count):
         "evaluation.labels": "balanced",
         "evaluation.count": 50_000,
         "trainer.total_images": 200 * epoch,
-        "trainer.label_dropout": 0.1,
+        "trainer.dropout.label": 0.1,
     }
     assert {key: experiment.get(key) for key in published} == published
     assert config.build(experiment, "ema").decay(0, 1024) == pytest.approx(0.9999, abs=1e-9)
@@ -583,7 +583,7 @@ def test_a_training_checkpoint_comes_in_and_goes_out(fixture, tmp_path, monkeypa
     assert read.get("objective.noise_scale") == 2.0
     assert read.get("objective.t_eps") == 0.04
     assert read.get("network.dropout") == 0.2
-    assert read.get("trainer.label_dropout") == 0.2
+    assert read.get("trainer.dropout.label") == 0.2
     assert read.get("objective.mean") == -0.3
     assert read.get("sampler.integrate.noise_scale") == 2.0
     assert read.get("sampler.schedule.path.shift") == 2.0
@@ -594,7 +594,7 @@ def test_a_training_checkpoint_comes_in_and_goes_out(fixture, tmp_path, monkeypa
         torch.testing.assert_close(written["model_ema1"][key], value, rtol=0, atol=2e-7)
     assert main(["import", "jit", "out.pth", "runs/b"]) == 0  # nothing is asked
     again = config.load("runs/b/config.yaml", ())
-    for key in ("objective", "sampler", "network", "trainer.label_dropout"):
+    for key in ("objective", "sampler", "network", "trainer.dropout.label"):
         assert again.get(key) == read.get(key), key
     # Half-precision files are the same model, rounded.
     half = {key: value.to(torch.bfloat16) for key, value in fixture.weights.items()}

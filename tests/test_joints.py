@@ -61,8 +61,8 @@ def test_labels_are_dropped_by_numbers_that_the_augmentation_does_not_see():
     augment = Recorded()
     made = DiffusionModule(
         Passing(), EDM(), partial(torch.optim.Adam, lr=1e-3), EMA(10),
-        TrainerConfig(total_images=1, checkpoint_every=1, label_dropout=0.5),
-        batch_size=2048, resolution=4, classes=4, augment=augment,
+        TrainerConfig(total_images=1, checkpoint_every=1, dropout={"label": 0.5}),
+        batch_size=2048, resolution=4, augment=augment,
     )  # fmt: skip
     label = torch.zeros(2048, dtype=torch.long)
     _, u, _, condition = made.draw(torch.zeros(2048, 3, 4, 4), torch.arange(2048), {"label": label})

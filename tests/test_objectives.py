@@ -7,7 +7,8 @@ import torch
 from analytic import Gaussian
 from torch import nn
 
-from diffusion_pl.diffusion.guidance import classifier_free, clipped
+from diffusion_pl.diffusion.classifier_free import classifier_free
+from diffusion_pl.diffusion.guidance import clipped
 from diffusion_pl.diffusion.objective import EpsWeight, UnitOutput, pixel_mean, pixel_sum
 from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.diffusion.timesteps import LinearBetas
@@ -144,7 +145,7 @@ class TwoAnswers(nn.Module):
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
 def test_guidance_extrapolates_from_no_label_to_the_label(weight):
     label = torch.tensor([3, 1])
-    guided = classifier_free(TwoAnswers(), label=label, weight=weight)
+    guided = classifier_free(TwoAnswers(), condition={"label": label}, weight=weight)
     answer = guided(torch.zeros(2, 1, 2, 2), torch.tensor(1.0))
     assert torch.equal(answer, torch.full((2, 1, 2, 2), weight))
 

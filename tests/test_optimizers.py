@@ -188,7 +188,7 @@ def test_the_gradient_of_all_groups_is_clipped_together(go):  # noqa: F811
         network=network(dropout=0.0, classes=8),
         optimizer=Grouped(partial(SGD, lr=0.5), groups),
         lr_schedule=None,
-        settings={"grad_clip": 1e-3, "label_dropout": 0.0},
+        settings={"grad_clip": 1e-3, "dropout": {"label": 0.0}},
     )
     before = {name: value.clone() for name, value in made.network.state_dict().items()}
     _, after = go(made)
@@ -205,7 +205,7 @@ def test_an_overflow_of_fp16_leaves_the_step_of_all_out(go):  # noqa: F811
             8,
             network=network(dropout=0.0, classes=8),
             optimizer=optimizer,
-            settings={"precision": "fp16", "label_dropout": 0.0},
+            settings={"precision": "fp16", "dropout": {"label": 0.0}},
             lr_schedule=WarmupDecay(),
         )
 

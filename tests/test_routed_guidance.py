@@ -15,6 +15,7 @@ from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.diffusion.schedules import Rho
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import ImageGenerator
+from diffusion_pl.evaluation.sources import Labels
 from diffusion_pl.networks.routing import PLACES, Routing
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.sampler import Sampler
@@ -28,7 +29,7 @@ def generator(make=jit, rate=0.75, **options):
         for parameter in denoiser.parameters():
             parameter *= 0.3  # images that are not all clipped
     side = 16 if make is jit else 8
-    usual = {"classes": 3 if make is jit else 0, "guidance": 3.0}
+    usual = {"sources": [Labels(3)] if make is jit else [], "guidance": 3.0}
     usual["guide"] = Routed(rate).guide(denoiser) if rate else None
     sampler = Sampler(heun, Rho(), 3)
     return ImageGenerator(denoiser, sampler, (3, side, side), **(usual | options))
@@ -58,7 +59,7 @@ def test_the_weak_network_is_the_network_with_more_tokens_routed():
 @torch.no_grad()
 def test_guidance_extrapolates_from_the_routed_network_with_the_same_label(make):
     made = generator(make)
-    labels = LABEL if make is jit else None
+    known = {"label": LABEL} if make is jit else {}
     x = images(made.shape[1])
     network = made.denoiser.network
     widths, places = [], []
@@ -68,11 +69,10 @@ def test_guidance_extrapolates_from_the_routed_network_with_the_same_label(make)
         places.append(network.router.places)
 
     (network.blocks if make is jit else network.middle)[2].register_forward_hook(look)
-    found = made.guided(labels, indices=[4, 5, 6])(x, SIGMA)
+    found = made.guided(known, indices=[4, 5, 6])(x, SIGMA)
     front = 2 if make is jit else 0
     assert sorted(widths) == [front + 4, front + 16]  # of 16 patches 16 - 12 stay
     [drawn] = [each for each in places if each is not None]
-    known = {} if labels is None else {"label": labels}
     strong = made.denoiser(x, SIGMA, **known)
     with network.router.evaluated(0.75, made.guide.denoiser.network.row, drawn):
         weak = made.denoiser(x, SIGMA, **known)
@@ -94,8 +94,9 @@ def test_the_draws_are_the_seeds_the_images_and_the_levels_own():
     assert torch.equal(weak(None), weak([0, 1, 2]))
     for other in (whole[1:2], weak([4], seed=1), weak([7])):
         assert not torch.allclose(other, whole[:1], **close)
+    known = {"label": LABEL}
     ours, others = (
-        generator(seed=seed).guided(LABEL, indices=[4, 5, 6])(images(), SIGMA) for seed in (0, 1)
+        generator(seed=seed).guided(known, indices=[4, 5, 6])(images(), SIGMA) for seed in (0, 1)
     )
     assert not torch.isclose(ours, others, **close).all(dim=(1, 2, 3)).any()
     # Another level draws anew: at once the same tokens would be a coincidence of 1 in 12,870.

@@ -229,7 +229,7 @@ def module(make=jit, *, seed=0, limit=None, **settings):
     made = DiffusionModule(
         make(**settings), EDM(), partial(torch.optim.Adam, lr=1e-3), Average(10),
         TrainerConfig(total_images=1, checkpoint_every=1, device_batch_size=limit),
-        batch_size=8, resolution=16, classes=3 if make is jit else 0, seed=seed,
+        batch_size=8, resolution=16, seed=seed,
     )  # fmt: skip
     made.denoiser.train()
     return made

@@ -39,7 +39,7 @@ class Steep(nn.Module):
 
 
 def test_a_gradient_without_a_value_stops_the_run_before_the_weights(go, tmp_path):  # noqa: F811
-    made = experiment(network=Steep(), settings={"label_dropout": 0.0, "checkpoint_every": 8})
+    made = experiment(network=Steep(), settings={"dropout": {"label": 0.0}, "checkpoint_every": 8})
     complaint = r"gradient's norm is (inf|nan) at step 2, 16 images; images 16 to 23"
     with pytest.raises(NonFiniteError, match=complaint) as error:
         go(made)
@@ -52,7 +52,7 @@ def test_a_gradient_without_a_value_stops_the_run_before_the_weights(go, tmp_pat
 def test_the_logged_gradient_is_the_norm_before_it_is_clipped(go):  # noqa: F811
     # Plain descent: the first weights and those after a step give the gradient that was taken.
     rate, clip = 0.5, 1e-3
-    settings = {"grad_clip": clip, "label_dropout": 0.0, "log_every": 8, "total_images": 8}
+    settings = {"grad_clip": clip, "dropout": {"label": 0.0}, "log_every": 8, "total_images": 8}
     made = experiment(
         8,
         network=network(dropout=0.0, classes=8),
@@ -94,7 +94,7 @@ def test_fp16_measures_and_clips_the_gradient_and_not_its_scaled_double(go):  # 
 
 def test_fp16_says_when_it_leaves_a_step_out(go, capsys):  # noqa: F811
     # EDM's loss is a sum over pixels: some 1e3, times 2^16 beyond half precision on the way back.
-    settings = {"precision": "fp16", "log_every": 8, "label_dropout": 0.0}
+    settings = {"precision": "fp16", "log_every": 8, "dropout": {"label": 0.0}}
     folder, after = go(experiment(24, settings=settings))
     rows = [row for row in History(folder / "metrics.jsonl").rows() if "loss" in row]
     assert rows[0]["loss_scale"] == 2.0**15

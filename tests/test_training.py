@@ -56,7 +56,7 @@ def experiment(images=48, *, objective=None, sampler=None, settings=None, **part
         "log_every": 16,
         "precision": "fp32",
         "accelerator": "cpu",
-        "label_dropout": 0.3,
+        "dropout": {"label": 0.3},
         "loggers": (),
     }
     return Experiment(
@@ -328,7 +328,7 @@ class Exploding(torch.nn.Module):
 
 
 def test_a_non_finite_loss_stops_the_run_before_the_weights(go, tmp_path):
-    made = experiment(network=Exploding(), settings={"label_dropout": 0.0})
+    made = experiment(network=Exploding(), settings={"dropout": {"label": 0.0}})
     with pytest.raises(
         NonFiniteError,
         match=r"loss is (inf|nan) at step 2, 16 images; images 16 to 23 of the run, of 16 px; "
@@ -398,7 +398,7 @@ def test_noise_levels_are_stratified_over_the_global_batch():
 
 
 def test_what_is_drawn_for_an_image_does_not_depend_on_the_cut():
-    made = module(batch_size=8, label_dropout=0.5)
+    made = module(batch_size=8, dropout={"label": 0.5})
     image, label = torch.zeros(8, 3, 16, 16), torch.arange(8)
     whole = made.draw(image, torch.arange(16, 24), {"label": label})
     part = made.draw(image[4:], torch.arange(20, 24), {"label": label[4:]})
@@ -410,7 +410,7 @@ def test_what_is_drawn_for_an_image_does_not_depend_on_the_cut():
 
 
 def test_labels_are_dropped_at_the_stated_rate():
-    made = module(batch_size=4096, label_dropout=0.25)
+    made = module(batch_size=4096, dropout={"label": 0.25})
     image, label = torch.zeros(4096, 1, 1, 1), torch.ones(4096, dtype=torch.long)
     dropped = made.draw(image, torch.arange(4096), {"label": label})[3]["label"]
     assert set(dropped.tolist()) == {-1, 1}

@@ -14,7 +14,13 @@ from cyclopts import Parameter
 from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
-from diffusion_pl.commands.options import Integer, RunOptions, RunPath, SamplerOptions
+from diffusion_pl.commands.options import (
+    ConditionOptions,
+    Integer,
+    RunOptions,
+    RunPath,
+    SamplerOptions,
+)
 from diffusion_pl.commands.results import Result
 from diffusion_pl.data.decode import decode
 from diffusion_pl.data.files import EXTENSIONS, ending_of, is_leftover
@@ -60,8 +66,8 @@ def command(
     restart: float | None = None,
     consistent: Annotated[bool, Parameter(negative="--no-consistent")] = True,
     count: Integer = 1,
-    label: str | None = None,
     out: Path | None = None,
+    conditions: ConditionOptions = ConditionOptions(),
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
 ) -> Result:
@@ -77,13 +83,12 @@ def command(
         restart: sigma to restart from at each size; half the factor when not given.
         consistent: make the result, downsampled, equal the image.
         count: variations of each image.
-        label: class of every image, its name or index.
         out: folder of the results; RUN/enlarge when not given.
     """
     if not 1 <= count <= VARIATIONS:
         raise UserError(f"--count must be 1 to {VARIATIONS:,} (got {count})")
     paths = files(image)
-    opened = runs.open_run(run, sampling, options, label=label)
+    opened = runs.open_run(run, sampling, options, conditions, complete=True)
     generator = opened.generator
     side = generator.shape[1] if to is None else to
     tasks = [
@@ -240,8 +245,8 @@ def enlarged(
         uint8 (n, 3, H, W) on the CPU, and network evaluations of each at all sizes together.
     """
     small = from_bytes(task.image).to(generator.device).expand(len(indices), -1, -1, -1)
-    labels = latents.required_labels(generator, len(indices))
-    counted = Counted(generator.guided(labels, indices=indices))
+    condition = generator.condition([index // VARIATIONS for index in indices])
+    counted = Counted(generator.guided(condition, indices=indices))
     denoise = consistent_with(counted, small) if consistent else counted
     with generator.inference():
         image = task.pyramid.from_image(

@@ -43,7 +43,8 @@ def command(
         ours.write(dest, model.denoiser.state_dict(), known)
     elif format == "jit":
         resolution = build(model.config, "data.dataset").resolution
-        jit.write(model.denoiser, model.objective, model.label_dropout, resolution, dest)
+        hidden = model.dropout.get("label", 0.0)
+        jit.write(model.denoiser, model.objective, hidden, resolution, dest)
     else:
         sampler = parts.sampler_of(model.config, model.objective)
         node = model.config.tree["sampler"]

@@ -167,7 +167,7 @@ def experiment_of(
     network = nodes["network"]
     label_dropout = nodes.get("label_dropout", 0.0)
     tree = base.tree | {key: node for key, node in nodes.items() if key != "label_dropout"}
-    tree["trainer"] = {**tree["trainer"], "label_dropout": label_dropout}
+    tree["trainer"] = {**tree["trainer"], "dropout": {"label": label_dropout}}
     if like is None:
         tree["data"] = {
             **tree["data"],

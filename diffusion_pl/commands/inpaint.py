@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from diffusion_pl.commands import latents, runs
-from diffusion_pl.commands.options import BaseAlone, Integer, RunOptions, RunPath, SamplerOptions
+from diffusion_pl.commands.options import (
+    BaseAlone,
+    ConditionOptions,
+    Integer,
+    RunOptions,
+    RunPath,
+    SamplerOptions,
+)
 from diffusion_pl.commands.results import Result
 from diffusion_pl.data.decode import decode
 from diffusion_pl.diffusion.inverse import posterior, replaced
@@ -38,9 +45,9 @@ def command(
     method: Literal["replacement", "gradient"] = "gradient",
     resample: Integer = 1,
     count: Integer = 4,
-    label: str | None = None,
     base_alone: BaseAlone = False,
     out: Path | None = None,
+    conditions: ConditionOptions = ConditionOptions(),
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
 ) -> Result:
@@ -57,19 +64,17 @@ def command(
             replacement only sets the known part.
         resample: times that each step is taken, with noise added in between (RePaint).
         count: images.
-        label: class of every image, its name or index.
         out: folder of the results; RUN/inpaint when not given.
     """
     if count < 1 or resample < 1:
         raise UserError(f"--count and --resample must be at least 1 (got {count}, {resample})")
-    opened = runs.open_run(run, sampling, options, label=label)
+    opened = runs.open_run(run, sampling, options, conditions, complete=True)
     generator = opened.generator
     sampler = latents.single_size_sampler(generator, "inpaint", base_alone)
     if resample > 1:
         sampler = dataclasses.replace(sampler, integrate=Resampled(sampler.integrate, resample))
     given = latents.read_images([image], generator)
     filled = read_mask(mask, image, (given.shape[2], given.shape[3])).to(generator.device)
-    latents.required_labels(generator, count)  # refused before the progress begins
     pieces = list(batches(range(count), options.batch_size or BATCH))
     found = [
         inpainted(generator, sampler, given, filled, piece, method)
@@ -151,9 +156,8 @@ def inpainted(
     """
     known = ~filled
     counted = Counted(generator.denoiser)
-    denoise = generator.guided(
-        latents.required_labels(generator, len(indices)), indices=indices, denoise=counted
-    )
+    asked = generator.condition(indices)
+    denoise = generator.guided(asked, indices=indices, denoise=counted)
     if method == "gradient":
         mask = Mask(known)
         denoise = posterior(denoise, mask, mask.forward(image))

@@ -10,6 +10,7 @@ import torch
 from diffusion_pl.commands import latents, runs
 from diffusion_pl.commands.options import (
     BaseAlone,
+    ConditionOptions,
     Integer,
     RunOptions,
     RunPath,
@@ -32,13 +33,13 @@ def command(
     image: tuple[Path, Path],
     /,
     *,
-    label: str | None = None,
     count: Integer = 9,
     sigma: float | None = None,
     by: Literal["noise", "flow"] = "noise",
     spherical: bool = False,
     base_alone: BaseAlone = False,
     out: Path | None = None,
+    conditions: ConditionOptions = ConditionOptions(),
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
 ) -> Result:
@@ -48,7 +49,6 @@ def command(
 
     Args:
         image: two PNG files of the run's size.
-        label: class of every image, its name or index.
         count: images, both ends included.
         sigma: noise level at which they are mixed; when not given 3.42 with noise (timestep 500 of
             DDPM), the highest with flow.
@@ -58,7 +58,7 @@ def command(
     """
     if count < 2:
         raise UserError(f"--count: both ends are included, so at least 2 (got {count})")
-    opened = runs.open_run(run, sampling, options, label=label)
+    opened = runs.open_run(run, sampling, options, conditions, complete=True)
     generator = opened.generator
     sampler = latents.single_size_sampler(generator, "interpolate", base_alone)
     images = latents.read_images(image, generator)
@@ -71,12 +71,11 @@ def command(
     sigmas = below(sampler.sigmas(), level)
     with generator.inference():
         if by_flow:
-            denoise = generator.guided(latents.required_labels(generator, 2))
+            denoise = generator.guided(generator.condition(range(2)))
             ends = invert(denoise, images, sigmas, integrate)
         else:
             ends = images + level * ImageNoise(options.seed, [0, 1], "ends")(images)
-        labels = latents.required_labels(generator, count)
-        denoise = generator.guided(labels)
+        denoise = generator.guided(generator.condition(range(count)))
         between = interpolate(
             denoise if by_flow else sampler.limited(denoise),
             (ends[0], ends[1]),

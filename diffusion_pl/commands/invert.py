@@ -8,7 +8,13 @@ import numpy as np
 import torch
 
 from diffusion_pl.commands import latents, runs
-from diffusion_pl.commands.options import BaseAlone, RunOptions, RunPath, SamplerOptions
+from diffusion_pl.commands.options import (
+    BaseAlone,
+    ConditionOptions,
+    RunOptions,
+    RunPath,
+    SamplerOptions,
+)
 from diffusion_pl.commands.results import Result
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.images import grid, save_png, to_bytes
@@ -20,9 +26,9 @@ def command(
     image: tuple[Path, ...],
     /,
     *,
-    label: str | None = None,
     base_alone: BaseAlone = False,
     out: Path | None = None,
+    conditions: ConditionOptions = ConditionOptions(),
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
 ) -> Result:
@@ -34,17 +40,16 @@ def command(
 
     Args:
         image: PNG files of the run's size.
-        label: class of every image, its name or index.
         out: folder of the latents; RUN/invert when not given.
     """
-    opened = runs.open_run(run, sampling, options, label=label)
+    opened = runs.open_run(run, sampling, options, conditions, complete=True)
     generator = opened.generator
     sampler = latents.single_size_sampler(generator, "invert", base_alone)
     integrate = latents.ode_integrator(sampling.sampler, sampler.integrate)
     images = latents.read_images(image, generator)
     sigmas = sampler.sigmas()
     with generator.inference():
-        denoise = generator.guided(latents.required_labels(generator, len(images)))
+        denoise = generator.guided(generator.condition(range(len(images))))
         state = invert(denoise, images, sigmas, integrate)
         again = integrate(denoise, state, sigmas, torch.zeros_like)
     error = (again - images).square().flatten(1).mean(dim=1).sqrt() * 127.5

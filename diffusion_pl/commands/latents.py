@@ -53,17 +53,6 @@ def read_images(paths: Sequence[Path], generator: ImageGenerator) -> Tensor:
     return from_bytes(torch.stack([torch.from_numpy(each) for each in read])).to(generator.device)
 
 
-def required_labels(generator: ImageGenerator, count: int) -> Tensor | None:
-    """The class given by `--label` for each of `count` images; None without classes.
-
-    Raises:
-        UserError: the model has classes and no class is given.
-    """
-    if generator.classes and generator.label is None:
-        raise UserError(f"--label: name the images' class, 0 to {generator.classes - 1}")
-    return generator.labels(range(count))
-
-
 def single_size_sampler(generator: ImageGenerator, command: str, base_alone: bool) -> Sampler:
     """The run's sampler; for a pyramid, with the user's consent, its base at full size.
 

@@ -18,12 +18,14 @@ from torch import Tensor
 from diffusion_pl.commands import latents, runs
 from diffusion_pl.commands.options import BaseAlone, Integer, RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result
-from diffusion_pl.diffusion.guidance import conditioned
+from diffusion_pl.diffusion.classifier_free import conditioned
+from diffusion_pl.diffusion.conditions import received
 from diffusion_pl.diffusion.objective import Denoise, trained_range
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.timesteps import Timesteps
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import batches
+from diffusion_pl.evaluation.sources import own_condition
 from diffusion_pl.images import ImageDataset, from_bytes
 from diffusion_pl.names import shown
 from diffusion_pl.objectives.likelihood import Variance, chain_of, variational_bound
@@ -84,7 +86,8 @@ def command(
     """
     _check_options(count, by, probes, variance, sampling, options)
     # Unguided; of the sampler only the start is used.
-    opened = runs.open_run(run, SamplerOptions(guidance=1.0, weights=sampling.weights), options)
+    plain = SamplerOptions(guidance=1.0, weights=sampling.weights)
+    opened = runs.open_run(run, plain, options, None)
     unit_start = latents.single_size_sampler(opened.generator, "likelihood", base_alone).unit_start
     images = runs.images_of(opened.model.config)
     _check_data(opened, images, count, by)
@@ -152,12 +155,7 @@ def _check_data(opened: runs.OpenedRun, images: ImageDataset, count: int, by: st
         network.check_resolution(images.resolution, images.resolution)
     except ValueError as error:
         raise UserError(f"{images.name}: the model does not take its size: {error}") from error
-    if generator.classes and images.labels is None:
-        raise UserError(f"{images.name} has no labels, and the model needs them")
-    if generator.classes and images.classes != generator.classes:
-        raise UserError(
-            f"{images.name} has {images.classes} classes, and the model {generator.classes}"
-        )
+    own_condition(images, torch.zeros(0, dtype=torch.int64), generator.taken)
     table = getattr(opened.model.objective.preconditioning, "timesteps", None)
     if by == "bound" and not isinstance(table, Timesteps):
         raise UserError("--by bound: the run's objective has no discrete timesteps; use --by flow")
@@ -181,14 +179,13 @@ def _over(
 def _batch(
     opened: runs.OpenedRun, images: ImageDataset, piece: Sequence[int]
 ) -> tuple[Tensor, Denoise]:
-    """A batch of images and the unguided denoiser with their labels, in float32."""
+    """A batch of images and the unguided denoiser with their conditions, in float32."""
     generator = opened.generator
     indices = torch.tensor(list(piece))
     image = from_bytes(images.read(indices)).to(generator.device)
-    if not generator.classes:
-        return image, generator.denoiser
-    assert images.labels is not None
-    return image, conditioned(generator.denoiser, label=images.labels[indices].to(generator.device))
+    own = received(generator.denoiser.network, own_condition(images, indices, generator.taken))
+    condition = {key: value.to(generator.device) for key, value in own.items()}
+    return image, conditioned(generator.denoiser, **condition)
 
 
 def _flow(data: Data, probes: int, steps: int | None, prior_std: float) -> Refined:

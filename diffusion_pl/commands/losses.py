@@ -13,8 +13,10 @@ from diffusion_pl import config
 from diffusion_pl.commands import data_sets, runs
 from diffusion_pl.commands.options import Integer, RunOptions, RunPath, SamplerOptions
 from diffusion_pl.commands.results import Result
+from diffusion_pl.diffusion.conditions import received
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.levels import LevelError, errors_by_level
+from diffusion_pl.evaluation.sources import own_condition
 from diffusion_pl.images import ImageDataset, from_bytes
 from diffusion_pl.names import shown
 
@@ -50,7 +52,7 @@ def command(
     for weights in WEIGHTS:
         # Unguided.
         sampling = SamplerOptions(guidance=1.0, weights=weights)
-        opened = runs.open_run(run, sampling, options)
+        opened = runs.open_run(run, sampling, options, None)
         images = _images(data, opened.model.config)
         if not about:
             about = {
@@ -87,11 +89,9 @@ def _curve(
         )
     indices = torch.arange(count) * len(images) // count
     clean = from_bytes(images.read(indices)).to(generator.device)
-    labels = None
-    if generator.classes:
-        if images.labels is None:
-            raise UserError(f"{images.name}: has no labels, the run {generator.classes} classes")
-        labels = images.labels[indices].to(generator.device)
+    condition = received(
+        generator.denoiser.network, own_condition(images, indices, generator.taken)
+    )
     low, high = opened.model.objective.preconditioning.sigma_range
     ends = torch.tensor([max(low, 0.002), min(high, 80.0)], dtype=torch.float64).log()
     sigmas = torch.linspace(ends[0].item(), ends[1].item(), levels).exp().tolist()
@@ -100,7 +100,7 @@ def _curve(
             generator.denoiser,
             clean,
             sigmas,
-            labels=labels,
+            condition={key: value.to(generator.device) for key, value in condition.items()},
             sigma_data=clean.std().item(),
             seed=generator.seed,
             batch_size=batch_size or 64,

@@ -129,6 +129,18 @@ class SamplerOptions:
     weights: Weights = "ema"
 
 
+@Parameter(name="*", group=Group("Conditions", sort_key=0))
+@dataclass(frozen=True, kw_only=True)
+class ConditionOptions:
+    """What the images are to be.
+
+    Args:
+        label: class of every image, its name or index.
+    """
+
+    label: str | int | None = None
+
+
 @Parameter(name="*", group=Group("Run", sort_key=2))
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:

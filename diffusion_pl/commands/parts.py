@@ -22,7 +22,9 @@ from diffusion_pl.data.folder import ImageFolder
 from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.shard_format import MANIFEST
 from diffusion_pl.data.shards import Shards
-from diffusion_pl.diffusion.guidance import Routed, check_guidance
+from diffusion_pl.diffusion.classifier_free import check_guidance, is_plain
+from diffusion_pl.diffusion.conditions import sizes
+from diffusion_pl.diffusion.guidance import Routed
 from diffusion_pl.diffusion.objective import TrainingObjective, needing_network
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
@@ -210,11 +212,10 @@ def _check_guided(experiment: Config, settings: TrainerConfig) -> None:
             routed.check(meta_network(experiment), weight)
         except UserError as error:
             raise experiment.error("evaluation.guide", str(error)) from error
-    if weight == 1 or guide is not None:
+    if is_plain(weight) or guide is not None:
         return
-    classes: Any = meta_network(experiment).classes
     try:
-        check_guidance(weight, classes=classes, label_dropout=settings.label_dropout)
+        check_guidance(weight, taken=sizes(meta_network(experiment)), dropout=settings.dropout)
     except ValueError as error:
         raise experiment.error("evaluation.guidance", str(error)) from error
 

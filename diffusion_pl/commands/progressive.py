@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusion_pl.commands import latents, runs
 from diffusion_pl.commands.options import (
     BaseAlone,
+    ConditionOptions,
     Integer,
     RunOptions,
     RunPath,
@@ -34,12 +35,12 @@ def command(
     run: RunPath,
     /,
     *,
-    label: str | None = None,
     count: Integer = 8,
     frames: Integer = 10,
     share: float | None = None,
     base_alone: BaseAlone = False,
     out: Path | None = None,
+    conditions: ConditionOptions = ConditionOptions(),
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
 ) -> Result:
@@ -50,7 +51,6 @@ def command(
     Example: diffusion_pl progressive runs/mine --count 8 --frames 10
 
     Args:
-        label: class of every image, its name or index; uniform when not given.
         count: number of images.
         frames: number of levels shown.
         share: COUNT images that share their noise down to this sigma.
@@ -58,7 +58,7 @@ def command(
     """
     if count < 1 or frames < 1:
         raise UserError(f"--count and --frames must be positive (got {count}, {frames})")
-    opened = runs.open_run(run, sampling, options, label=label)
+    opened = runs.open_run(run, sampling, options, conditions)
     generator = opened.generator
     with generator.inference():
         if share is None:
@@ -104,7 +104,7 @@ def _frames(
     steps = torch.linspace(0, len(visited) - 1, min(frames, len(visited))).round().long()
     wanted = [visited[step] for step in steps.tolist()]
     indices = range(count)
-    denoise = generator.guided(generator.labels(indices))
+    denoise = generator.guided(generator.condition(indices))
     recorded = {
         size: Recorded(denoise, [sigma for at, sigma in wanted if at == size]) for size, _ in stages
     }
@@ -121,11 +121,11 @@ def _frames(
 def _branches(generator: ImageGenerator, sampler: Sampler, count: int, level: float) -> Tensor:
     """Images that share image 0's noise down to the level, and have their own below it."""
     own = ImageNoise(generator.seed, range(count), "branch", generator.device)
-    label = generator.labels([0])
+    shared = generator.condition([0])
 
     def denoise(x: Tensor, sigma: Tensor, **more: bool) -> Tensor:
-        labels = None if label is None else label.expand(len(x))
-        return sampler.limited(generator.guided(labels))(x, sigma, **more)
+        same = {key: value.expand(len(x), *value.shape[1:]) for key, value in shared.items()}
+        return sampler.limited(generator.guided(same))(x, sigma, **more)
 
     ends = branch(
         denoise,

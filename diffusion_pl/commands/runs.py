@@ -12,23 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_pl import config
-from diffusion_pl.commands import hints, parts, trust
-from diffusion_pl.commands.labels import class_of
-from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands import asked, hints, parts, trust
+from diffusion_pl.commands.options import ConditionOptions, RunOptions, SamplerOptions
 from diffusion_pl.commands.sampling import refuse_duplicates, sampler_of, untrained_levels
 from diffusion_pl.config import Config
+from diffusion_pl.diffusion.classifier_free import Weight, is_plain
+from diffusion_pl.diffusion.conditions import sizes
 from diffusion_pl.diffusion.guidance import Guide, Routed, guide_of
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, ImageGenerator
 from diffusion_pl.evaluation.provenance import described
+from diffusion_pl.evaluation.sources import Source
 from diffusion_pl.images import ImageDataset
 from diffusion_pl.names import plain, shown
 from diffusion_pl.samplers.sampler import Visiting, check_range
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import power_ema
 from diffusion_pl.training.settings import AUTOCAST, TrainerConfig, resolve_precision
+
+NOTHING = ConditionOptions()  # is asked for
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,10 @@ class Model:
         config: the run's, with the command's overrides.
         objective: of its training.
         denoiser: D, in evaluation mode.
-        label_dropout: of its training, whatever the command's overrides say.
+        dropout: of its conditions in training, whatever the command's overrides say.
         trained: the network as it was trained, without memory for its weights.
         class_names: in order, from the training data; () where it had none.
+        encoder: of the captions it was trained with; None for a model without text.
     """
 
     checkpoint: Path
@@ -51,9 +56,15 @@ class Model:
     config: Config
     objective: TrainingObjective
     denoiser: Denoiser
-    label_dropout: float
+    dropout: Mapping[str, float]
     trained: nn.Module
     class_names: tuple[str, ...] = ()
+    encoder: checkpoints.TextEncoder | None = None
+
+    @property
+    def taken(self) -> dict[str, int]:
+        """How much of each kind of condition it takes, see `conditions.sizes`."""
+        return sizes(self.denoiser.network)
 
 
 @dataclass(frozen=True)
@@ -73,10 +84,10 @@ class OpenedRun:
     def about(self, folder: Path | None = None) -> dict[str, Any]:
         """What a result says of its run; with a folder, of the grid that is written there too."""
         written = {} if folder is None else {"folder": folder, "grid": folder / "grid.png"}
-        guide, label = self.generator.guide, self.generator.label
-        names = self.model.class_names
-        named: dict[str, Any] = {} if label is None else {"label": label}
-        if label is not None and label < len(names):
+        guide, names = self.generator.guide, self.model.class_names
+        said = self.generator.asked()
+        named = {key: value for key, value in said.items() if value is not None}
+        if (label := said.get("label")) is not None and label < len(names):
             named |= {"class_name": names[label]}
         return {
             **{key: str(path) for key, path in written.items()},
@@ -112,7 +123,7 @@ def open_model(
     tree, images = checkpoints.described(loaded, path)
     experiment = _read_config(tree, path, allow, overrides)
     objective: TrainingObjective = config.build(experiment, "objective")
-    names = checkpoints.class_names(loaded)
+    names, encoder = checkpoints.class_names(loaded), checkpoints.text_encoder(loaded, path)
     kind, _, length = weights.partition(":")
     source = path
     if length:
@@ -128,9 +139,9 @@ def open_model(
     denoiser.to(memory_format=torch.channels_last)
     denoiser.eval().requires_grad_(False)
     own = config.load_resolved(tree, str(path), allow)
-    label_dropout: float = config.build(own, "trainer").label_dropout
+    dropout: Mapping[str, float] = config.build(own, "trainer").dropout
     trained = parts.meta_network(own, most) if overrides else meta.network
-    return Model(path, images, experiment, objective, denoiser, label_dropout, trained, names)
+    return Model(path, images, experiment, objective, denoiser, dropout, trained, names, encoder)
 
 
 def config_of(run: Path, allow: Sequence[str] = ()) -> Config:
@@ -157,20 +168,26 @@ def _read_config(
 
 
 def open_run(
-    run: Path, sampling: SamplerOptions, options: RunOptions, label: str | int | None = None
+    run: Path,
+    sampling: SamplerOptions,
+    options: RunOptions,
+    wanted: ConditionOptions | None = NOTHING,
+    *,
+    complete: bool = False,
 ) -> OpenedRun:
     """Open a run for sampling; what its sampler does otherwise than in training goes to stderr.
 
     Args:
         sampling: sampler and weights.
         options: of the run.
-        label: the class of every image, its name or index.
+        wanted: what the images are to be; None: they are given, with conditions of their own.
+        complete: refuse to draw what is not wanted explicitly, as for images of the user's.
 
     Raises:
         UserError: there is no run, it is unfit, or a setting does not fit it.
     """
     model = open_model(run, sampling.weights, options.allow, options.set)
-    generator, changed = make_generator(model, sampling, options, label)
+    generator, changed = make_generator(model, sampling, options, wanted, complete=complete)
     unknown = untrained_levels(generator.sampler, model.objective)  # type: ignore[arg-type]
     for text in filter(None, (changed, unknown)):
         print(shown(text), file=sys.stderr)
@@ -178,7 +195,12 @@ def open_run(
 
 
 def make_generator(
-    model: Model, sampling: SamplerOptions, options: RunOptions, label: str | int | None = None
+    model: Model,
+    sampling: SamplerOptions,
+    options: RunOptions,
+    wanted: ConditionOptions | None = NOTHING,
+    *,
+    complete: bool = False,
 ) -> tuple[ImageGenerator, str | None]:
     """The generator that the options ask for, and how its sampler differs from the run's, if so.
 
@@ -186,16 +208,17 @@ def make_generator(
         model: opened; moved to the device.
         sampling: sampler and weights.
         options: of the run.
-        label: the class of every image, its name or index.
+        wanted, complete: as for `open_run`.
 
     Raises:
         UserError: a setting does not fit the model.
     """
     refuse_duplicates(sampling, options)
+    if complete and wanted is not None:
+        asked.require(wanted, model.taken)
     sampler, changed = sampler_of(sampling, model.config, model.objective)
     device = resolve_device(options.device)
     model.denoiser.to(device)
-    classes: int = model.denoiser.network.classes  # type: ignore[assignment]
     data = config.build(model.config, "data.dataset")
     _check_images(model, data.channels, data.resolution)
     settings: TrainerConfig = config.build(model.config, "trainer")
@@ -204,16 +227,25 @@ def make_generator(
         denoiser=model.denoiser,
         sampler=sampler,
         shape=(data.channels, data.resolution, data.resolution),
-        classes=classes,
-        label_dropout=model.label_dropout,
+        sources=() if wanted is None else _sources(model, wanted),
+        dropout=model.dropout,
         seed=options.seed,
-        label=class_of(label, model.class_names, classes),
-        balanced=config.build(model.config, "evaluation").labels == "balanced",
         precision=AUTOCAST[precision],
         origin=_origin(model, sampling.weights),
         **_guidance(sampling, options, model, sampler),
     )
     return generator, changed
+
+
+def _sources(model: Model, options: ConditionOptions) -> tuple[Source, ...]:
+    """What the images are asked to be."""
+    return asked.sources(
+        options,
+        model.taken,
+        class_names=model.class_names,
+        balanced=config.build(model.config, "evaluation").labels == "balanced",
+        open_data=lambda: images_of(model.config),
+    )
 
 
 def _check_images(model: Model, channels: int, side: int) -> None:
@@ -269,7 +301,7 @@ def _guidance(
     interval = options.guidance_interval or settings.guidance_interval
     if options.guidance_interval is not None:
         _check_interval(interval, weight, sampler.sigmas())
-    if weight == 1 and not options.guide:
+    if is_plain(weight) and not options.guide:
         return {"guidance": 1.0}
     if isinstance(named, Routed):
         named.check(model.trained, weight)
@@ -293,10 +325,10 @@ def _named_guide(options: RunOptions) -> Guide | Routed:
         raise UserError(f"--guide {options.guide}: RATE must be a number in (0, 1)") from error
 
 
-def _check_interval(interval: tuple[float, float], weight: float, sigmas: Tensor) -> None:
+def _check_interval(interval: tuple[float, float], weight: Weight, sigmas: Tensor) -> None:
     """Refuse an interval of the command line in which no level is guided."""
     low, high = interval
-    if weight == 1:
+    if is_plain(weight):
         raise UserError("--guidance-interval does nothing at guidance 1; give --guidance WEIGHT")
     if low < high and not bool(((sigmas[:-1] > low) & (sigmas[:-1] <= high)).any()):
         raise UserError(

@@ -12,6 +12,7 @@ from torch import nn
 
 from diffusion_pl.commands import hints, runs
 from diffusion_pl.commands.options import (
+    ConditionOptions,
     Integer,
     RunOptions,
     RunPath,
@@ -34,8 +35,8 @@ def command(
     *,
     count: Integer = 64,
     first: Integer = 0,
-    label: str | None = None,
     out: Path | None = None,
+    conditions: ConditionOptions = ConditionOptions(),
     sampling: SamplerOptions = SamplerOptions(),
     options: RunOptions = RunOptions(),
 ) -> Result:
@@ -48,12 +49,11 @@ def command(
     Args:
         count: number of images.
         first: index of the first image.
-        label: class of every image, its name or index; uniform when not given.
         out: folder of the images; RUN/drawn when not given.
     """
     if count < 1 or first < 0:
         raise UserError(f"--count must be positive, --first at least 0 (got {count}, {first})")
-    opened = runs.open_run(run, sampling, options, label=label)
+    opened = runs.open_run(run, sampling, options, conditions)
     generator = opened.generator
     wanted = range(first, first + count)
     folder, whole = folder_for(out, opened, wanted)
@@ -79,7 +79,7 @@ def command(
         line("images", f"{folder.images}  ({len(whole):,}, of which {len(missing):,} new)"),
         line("grid", sheet),
     ]
-    if label is None and opened.model.class_names:
+    if conditions.label is None and opened.model.class_names:
         lines.append(line("classes", hints.classes(opened.model.class_names)))
     if (data := runs.missing_data(opened.model.config)) is None:
         after = hints.next_line("evaluate", run)

@@ -26,6 +26,7 @@ RENAMED: dict[str, str] = {
     f"{PACKAGE}.metrics.kernel": f"{PACKAGE}.metrics.kid",
     "trainer.images": "trainer.total_images",
     "trainer.clip": "trainer.grad_clip",
+    "trainer.label_dropout": "trainer.dropout.label",
     "trainer.warmup": "lr_schedule.warmup",
     "trainer.decay_from": "lr_schedule.decay_from",
     "trainer.cooldown": "lr_schedule.cooldown",

@@ -5,8 +5,8 @@ is never extrapolated: it stays the conditional model's.
 
 | guidance | formula | source |
 |---|---|---|
-| classifier-free | D_none + w (D_label - D_none) | Ho & Salimans 2022, arXiv:2207.12598, Eq. 6 |
-| interval | the above at sigma in (low, high], else D_label | Kynkaanniemi 2024, arXiv:2404.07724 |
+| classifier-free | see classifier_free.py | |
+| interval | the above at sigma in (low, high], else D_all | Kynkaanniemi 2024, arXiv:2404.07724 |
 | autoguidance | D_bad + w (D_main - D_bad) | Karras 2024, arXiv:2406.02507 |
 | sparse | D_routed + w (D - D_routed) | Krause 2026, arXiv:2601.01608 |
 | dynamic threshold | clip to s, divide by s | Saharia 2022, arXiv:2205.11487, 2.3 |
@@ -16,7 +16,7 @@ is never extrapolated: it stays the conditional model's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -24,6 +24,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from diffusion_pl.diffusion.classifier_free import (
+    Weight,
+    classifier_free,
+    conditioned,
+    extrapolated,
+    is_plain,
+)
+from diffusion_pl.diffusion.conditions import HIDEABLE, KINDS, Condition, sizes
 from diffusion_pl.diffusion.levels import per_image
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.preconditioning import Denoiser
@@ -40,7 +48,7 @@ class Guide:
 
     Args:
         name: where it comes from, for the record of what was measured.
-        denoiser: D_bad, of the same images and classes as the model it guides.
+        denoiser: D_bad, of the same images and conditions as the model it guides.
         routed: whether it takes what `by_image` hands it.
     """
 
@@ -48,29 +56,39 @@ class Guide:
     denoiser: Denoiser
     routed: bool = False
 
-    def check(self, shape: tuple[int, int, int], classes: int, weight: float) -> None:
+    def check(self, shape: tuple[int, int, int], taken: Mapping[str, int], weight: Weight) -> None:
         """Refuse a guide that does not fit the model it is to guide, or has nothing to do.
 
         Args:
             shape: (C, H, W) of the model's images.
-            classes: of the model, 0 for none.
+            taken: how much of each kind of condition the model takes, see `conditions.sizes`.
             weight: of the guidance.
 
         Raises:
             UserError: names what differs.
         """
         network: Any = self.denoiser.network
-        if weight == 1:
+        if is_plain(weight):
             raise UserError(f"{self.name}: a guide does nothing at guidance 1; give a weight")
-        if (network.channels, network.classes) != (shape[0], classes):
+        if isinstance(weight, Mapping):
             raise UserError(
-                f"{self.name}: is no guide for this model: it has {network.channels} channels and "
-                f"{network.classes} classes, the model {shape[0]} and {classes}"
+                f"{self.name}: a guide sees all conditions; give guidance as one number"
+            )
+        own = _listed(network.channels, sizes(network))
+        if own != (needed := _listed(shape[0], taken)):
+            raise UserError(
+                f"{self.name}: is no guide for this model: it has {own}, the model {needed}"
             )
         try:
             network.check_resolution(*shape[1:])
         except ValueError as error:
             raise UserError(f"{self.name}: is no guide for this model: {error}") from error
+
+
+def _listed(channels: int, taken: Mapping[str, int]) -> str:
+    """The sizes that a guide and its model have in common, in words."""
+    named = {KINDS[kind].size: size for kind, size in taken.items() if size}
+    return ", ".join(f"{name} {size}" for name, size in {"channels": channels, **named}.items())
 
 
 @runtime_checkable
@@ -120,7 +138,7 @@ class Routed:
         if not 0 < self.rate < 1:
             raise UserError(f"the rate of a routed guide must be in (0, 1) (got {self.rate})")
 
-    def check(self, network: nn.Module, weight: float) -> None:
+    def check(self, network: nn.Module, weight: Weight) -> None:
         """Refuse a network that was not trained with routing, or a guide with nothing to do.
 
         Args:
@@ -130,7 +148,7 @@ class Routed:
         Raises:
             UserError: says what to do.
         """
-        if weight == 1:
+        if is_plain(weight):
             raise UserError("a guide does nothing at guidance 1; give a weight")
         router_of(network)
 
@@ -165,7 +183,9 @@ class RoutedNetwork(nn.Module):
         self.router = router_of(network)
         self.rate = rate
         self.register_buffer("row", self.router.row(generator(0, "routing row", 0)), False)
-        self.channels, self.classes = network.channels, network.classes
+        self.channels = network.channels
+        for kind, size in sizes(network).items():
+            setattr(self, KINDS[kind].size or "", size)
         self.check_resolution = network.check_resolution
 
     def forward(
@@ -203,45 +223,12 @@ def by_image(guide: Denoise, seed: int, indices: Sequence[int] | None) -> Denois
     return denoise
 
 
-def check_guidance(
-    weight: float, *, classes: int, label_dropout: float, guide: Guide | None = None
-) -> None:
-    """Refuse a guidance by the model without its label where there is none, or none was trained.
-
-    Args:
-        weight: of the guidance; 1 needs nothing.
-        classes: of the model, 0 for none.
-        label_dropout: share of the labels that were hidden from it in training.
-        guide: another model in its place, which needs neither.
-
-    Raises:
-        UserError: says what to do.
-    """
-    if weight == 1 or guide is not None:
-        return
-    if not classes:
-        raise UserError(
-            "guidance needs a model with classes; this one is unconditional (a weaker run can "
-            "guide it: --guide RUN)"
-        )
-    if not label_dropout:
-        raise UserError(
-            f"guidance {weight:g} needs the model without its label, which was never trained "
-            "(trainer.label_dropout is 0); train or fine-tune with trainer.label_dropout=0.1, or "
-            "let a weaker run guide: --guide RUN"
-        )
-    if label_dropout >= 1:
-        raise UserError(
-            f"guidance {weight:g} needs the model with its label, which was never trained "
-            "(trainer.label_dropout is 1); train with trainer.label_dropout=0.1"
-        )
-
-
 def guided(
     denoise: Denoise,
     *,
-    label: Tensor | None,
-    weight: float,
+    condition: Condition,
+    weight: Weight,
+    kinds: Collection[str] = HIDEABLE,
     interval: tuple[float, float] = EVERYWHERE,
     guide: Denoise | None = None,
 ) -> Denoise:
@@ -249,45 +236,21 @@ def guided(
 
     Args:
         denoise: the model.
-        label: int64 (B,), the wanted classes; None for a model without classes.
+        condition: what the images are to be, a row an image; {} for an unconditional model.
         weight: 1 is the plain conditional model, which alone is then evaluated.
+        kinds: that one weight removes together.
         interval: levels (low, high] that are guided.
-        guide: the weaker model of autoguidance; None for the model itself without its label.
+        guide: the weaker model of autoguidance; None for the model itself without its conditions.
     """
-    plain = denoise if label is None else conditioned(denoise, label=label)
-    if weight == 1:
+    plain = conditioned(denoise, **condition)
+    if is_plain(weight):
         return plain
     if guide is not None:
-        weaker = guide if label is None else conditioned(guide, label=label)
-        strong = autoguided(plain, weaker, weight=weight)
+        assert not isinstance(weight, Mapping)
+        strong = autoguided(plain, conditioned(guide, **condition), weight=weight)
     else:
-        assert label is not None
-        strong = classifier_free(denoise, label=label, weight=weight)
+        strong = classifier_free(denoise, condition=condition, weight=weight, kinds=kinds)
     return strong if interval == EVERYWHERE else within(strong, plain, interval)
-
-
-def classifier_free(denoise: Denoise, *, label: Tensor, weight: float) -> Denoise:
-    """Classifier-free guidance, D = D_none + weight (D_label - D_none) (Ho & Salimans 2022).
-
-    Args:
-        denoise: a conditional denoiser that was trained with label dropout.
-        label: int64 (B,), the wanted classes; -1 means no label.
-        weight: 1 is the plain conditional model, 0 the unconditional one; in the notation of the
-            paper weight = 1 + w. Each call then costs one evaluation of the network on 2 B images.
-
-    Returns:
-        A denoiser `(x, sigma) -> x_hat` with the label closed in.
-    """
-    if weight == 1:
-        return conditioned(denoise, label=label)
-
-    def guide(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
-        labels = torch.cat([label, torch.full_like(label, -1)])
-        levels = sigma.repeat(2) if sigma.ndim else sigma
-        with_label, without = denoise(x.repeat(2, 1, 1, 1), levels, label=labels, **more).chunk(2)
-        return _extrapolated(without, with_label, weight, x.shape[1])
-
-    return guide
 
 
 def autoguided(denoise: Denoise, guide: Denoise, *, weight: float) -> Denoise:
@@ -301,7 +264,7 @@ def autoguided(denoise: Denoise, guide: Denoise, *, weight: float) -> Denoise:
 
     def guide_by(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
         # The guide is asked for the image alone: it may say nothing of the variance.
-        return _extrapolated(guide(x, sigma), denoise(x, sigma, **more), weight, x.shape[1])
+        return extrapolated(guide(x, sigma), denoise(x, sigma, **more), weight, x.shape[1])
 
     return guide_by
 
@@ -340,24 +303,6 @@ def check_interval(interval: tuple[float, float]) -> None:
         raise UserError(
             f"a guidance interval needs 0 <= low < high (got {low:g} to {high:g}); swap them?"
         )
-
-
-def _extrapolated(weak: Tensor, strong: Tensor, weight: float, channels: int) -> Tensor:
-    """weak + weight (strong - weak) in the image's channels, the strong one's beyond them."""
-    image, beside = strong.tensor_split([channels], dim=1)
-    if beside.shape[1]:
-        return torch.cat([_extrapolated(weak, image, weight, channels), beside], dim=1)
-    without = weak[:, :channels]
-    return without + weight * (image - without)
-
-
-def conditioned(denoise: Denoise, **condition: Any) -> Denoise:
-    """Close a condition in, so that a sampler never sees it."""
-
-    def with_condition(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
-        return denoise(x, sigma, **condition, **more)
-
-    return with_condition
 
 
 Clip = bool | float | Callable[[Tensor], Tensor]

@@ -52,8 +52,8 @@ def estimate(generator: ImageGenerator, settings: Evaluation, extractor: Extract
     """
     device = generator.device
     count = min(TILE, settings.batch_size, settings.count)
-    labels = generator.labels(range(count))
-    condition = {} if labels is None else {"label": labels.to(device)}
+    asked = generator.condition(range(count))
+    condition = {key: value.to(device) for key, value in asked.items()}
     sigma = torch.tensor(1.0, device=device)
 
     def seconds_at(side: int) -> float:

@@ -1,4 +1,4 @@
-"""Images sampled from a trained denoiser: image i's noise and label come from (seed, i) alone.
+"""Images sampled from a trained denoiser: image i's noise and condition come from (seed, i) alone.
 
 So they depend neither on the batch size nor on the number of devices. What is measured is uint8, as
 images are saved.
@@ -16,22 +16,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffusion_pl.diffusion.guidance import (
-    EVERYWHERE,
-    Guide,
-    by_image,
-    check_guidance,
-    check_interval,
-    guided,
-)
+from diffusion_pl.diffusion.classifier_free import Weight, check_guidance, removable
+from diffusion_pl.diffusion.conditions import received, sizes
+from diffusion_pl.diffusion.guidance import EVERYWHERE, Guide, by_image, check_interval, guided
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.diffusion.recording import Counted
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.provenance import described
+from diffusion_pl.evaluation.sources import Source
 from diffusion_pl.images import to_bytes
-from diffusion_pl.seeds import seed_of
 
 
 class Sampler(Protocol):
@@ -50,59 +45,59 @@ class ImageGenerator:
         denoiser: D.
         sampler: the algorithm with its noise levels.
         shape: (C, H, W) of an image.
-        classes: number of classes, 0 for an unconditional model.
-        label_dropout: fraction of labels dropped in training; at 0 the model cannot be evaluated
-            without a label, so it cannot guide itself.
-        guidance: weight, 1 for none.
+        sources: of the conditions that the model takes; of a kind without one nothing is asked.
+        dropout: share of the images that each kind was hidden from in training; at 0 the model
+            cannot be evaluated without it, so it cannot guide itself.
+        guidance: weight, 1 for none; or a weight for each kind of condition.
         guidance_interval: noise levels (low, high] that are guided.
-        guide: the weaker model of autoguidance; None for the model itself without its label.
-        label: the class of every image; None: as `balanced` says.
-        balanced: image i has class i modulo their number; otherwise uniform from (seed, i).
+        guide: the weaker model of autoguidance; None for the model itself without its conditions.
         precision: autocast dtype, None for float32.
         origin: recorded with every number, such as {"weights": "ema"}.
 
     Raises:
-        UserError: the label is out of range; guidance without a guide, where the model has no
-            classes or was trained without label dropout; the guide has another shape or classes.
+        UserError: guidance without a guide, where the model takes no condition or was trained
+            without dropout; the guide has another shape or takes other conditions.
     """
 
     denoiser: Denoiser
     sampler: Sampler
     shape: tuple[int, int, int]
-    classes: int = 0
-    label_dropout: float = 0.0
+    sources: Sequence[Source] = ()
+    dropout: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seed: int = 0
-    guidance: float = 1.0
+    guidance: Weight = 1.0
     guidance_interval: tuple[float, float] = EVERYWHERE
     guide: Guide | None = None
-    label: int | None = None
-    balanced: bool = False
     precision: torch.dtype | None = None
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.label is not None and not 0 <= self.label < self.classes:
-            known = f"0 to {self.classes - 1}" if self.classes else "none: it is unconditional"
-            raise UserError(f"label {self.label} is not one of the model's classes ({known})")
         check_interval(self.guidance_interval)
         if self.guide is not None:
-            self.guide.check(self.shape, self.classes, self.guidance)
-        check_guidance(
-            self.guidance,
-            classes=self.classes,
-            label_dropout=self.label_dropout,
-            guide=self.guide,
-        )
+            self.guide.check(self.shape, self.taken, self.guidance)
+        else:
+            check_guidance(self.guidance, taken=self.taken, dropout=self.dropout)
+
+    @property
+    def taken(self) -> dict[str, int]:
+        """How much of each kind of condition the model takes, see `conditions.sizes`."""
+        return sizes(self.denoiser.network)
+
+    def condition(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """What each image is to be, a row an image; on the CPU."""
+        joined: dict[str, Tensor] = {}
+        for source in self.sources:
+            joined |= source.condition(self.seed, indices)
+        return received(self.denoiser.network, joined)
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
         """The class of each image, int64 (n,); None without classes."""
-        if not self.classes:
-            return None
-        if self.label is not None:
-            return torch.full((len(indices),), self.label)
-        if self.balanced:
-            return torch.tensor([i % self.classes for i in indices])
-        return torch.tensor([seed_of(self.seed, "label", i) % self.classes for i in indices])
+        return self.condition(indices).get("label")
+
+    def captions(self, indices: Sequence[int]) -> tuple[str, ...] | None:
+        """The words that each image was asked for; None where the model takes no text."""
+        found = (source.captions(self.seed, indices) for source in self.sources)
+        return next((words for words in found if words is not None), None)
 
     @property
     def device(self) -> torch.device:
@@ -126,10 +121,6 @@ class ImageGenerator:
         seen = counted.seen + (guide.seen if guide is not None else 0)
         return to_bytes(found), seen // len(indices)
 
-    def captions(self, indices: Sequence[int]) -> tuple[str, ...] | None:
-        """What each image is asked to show; None where nothing is asked in words."""
-        return None
-
     def calls(self) -> Counter[int]:
         """Network evaluations of one image, by the width in pixels of the network's input.
 
@@ -142,19 +133,22 @@ class ImageGenerator:
         self._sample([0], _rehearsed(self.denoiser, counted), guide)
         return counted
 
+    def asked(self) -> dict[str, Any]:
+        """What the sources say of the conditions."""
+        return {key: value for source in self.sources for key, value in source.about().items()}
+
     def about(self) -> dict[str, Any]:
         """How the images were sampled, as recorded with every number."""
         interval = None if self.guidance_interval == EVERYWHERE else list(self.guidance_interval)
-        balanced = self.balanced and self.classes and self.label is None
+        weight = self.guidance
         return {
             **self.origin,
             "sampler": described(self.sampler),
             "seed": self.seed,
-            "guidance": self.guidance,
+            "guidance": dict(weight) if isinstance(weight, Mapping) else weight,
             "guidance_interval": interval,
             "guide": None if self.guide is None else self.guide.name,
-            "label": self.label,
-            **({"labels": "balanced"} if balanced else {}),
+            **({"label": None} | self.asked()),
             "precision": "fp32" if self.precision is None else described(self.precision),
         }
 
@@ -185,16 +179,16 @@ class ImageGenerator:
 
     def guided(
         self,
-        labels: Tensor | None,
+        condition: Mapping[str, Tensor],
         *,
         indices: Sequence[int] | None = None,
         denoise: Denoise | None = None,
         guide: Denoise | None = None,
     ) -> Denoise:
-        """The denoiser with labels and guidance applied.
+        """The denoiser with a condition and guidance applied.
 
         Args:
-            labels: int64 (B,), None for an unconditional model.
+            condition: a row an image; {} for an unconditional model.
             indices: of the images, for a guide that draws; their places in the batch when None.
             denoise: stands in for the denoiser, such as one that counts its evaluations.
             guide: the same for the guide.
@@ -206,16 +200,17 @@ class ImageGenerator:
             guide = by_image(guide, self.seed, indices)
         return guided(
             self.denoiser if denoise is None else denoise,
-            label=None if labels is None else labels.to(self.device),
+            condition={key: value.to(self.device) for key, value in condition.items()},
             weight=self.guidance,
+            kinds=removable(self.taken, self.dropout),
             interval=self.guidance_interval,
             guide=guide,
         )
 
     def _sample(self, indices: Sequence[int], denoise: Denoise, guide: Denoise | None) -> Tensor:
         with self.inference():
-            labels = self.labels(indices)
-            denoise = self.guided(labels, indices=indices, denoise=denoise, guide=guide)
+            condition = self.condition(indices)
+            denoise = self.guided(condition, indices=indices, denoise=denoise, guide=guide)
             return self.sampler(denoise, self.noise(indices), self.step_noise(indices))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion_pl.diffusion.conditions import Condition
 from diffusion_pl.diffusion.objective import Denoise
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.evaluation.generator import batches
@@ -37,7 +38,7 @@ def errors_by_level(
     images: Tensor,
     sigmas: Sequence[float],
     *,
-    labels: Tensor | None = None,
+    condition: Condition | None = None,
     sigma_data: float = 0.5,
     seed: int = 0,
     batch_size: int = 64,
@@ -48,7 +49,7 @@ def errors_by_level(
         denoise: D.
         images: clean, float32 (N, C, H, W) in [-1, 1], on the denoiser's device.
         sigmas: the levels.
-        labels: int64 (N,), or None.
+        condition: of the images, a row each; None for an unconditional model.
         sigma_data: standard deviation of the pixels, for `loss`.
         seed: of the noise of each image.
         batch_size: images per batch; changes no number.
@@ -61,7 +62,7 @@ def errors_by_level(
             clean = images[rows]
             noise = ImageNoise(seed, piece, "levels")(torch.empty(clean.shape)).to(clean.device)
             level = torch.tensor(sigma, dtype=torch.float32, device=clean.device)
-            more = {} if labels is None else {"label": labels[rows]}
+            more = {key: value[rows] for key, value in (condition or {}).items()}
             difference = denoise(clean + level * noise, level, **more)[:, : clean.shape[1]] - clean
             each.append(difference.double().square().flatten(1).mean(dim=1))
         values = torch.cat(each)

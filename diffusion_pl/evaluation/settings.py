@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from diffusion_pl.diffusion.classifier_free import Weight
 from diffusion_pl.diffusion.guidance import EVERYWHERE, Guide, Routed, check_interval
 from diffusion_pl.errors import UserError
 from diffusion_pl.metrics.features import Extractor, Features
@@ -62,10 +63,11 @@ class Evaluation:
         seed: of noise and labels.
         labels: "random": uniform over the classes; "balanced": the classes in turn, so that their
             counts differ by one at most (JiT's protocol: 50 images of each of 1000 classes).
-        guidance: weight, 1 for none.
+        guidance: weight, 1 for none; or a weight for each kind of condition, such as
+            {text: 3, label: 1.5}.
         guidance_interval: noise levels (low, high] that are guided.
         guide: the weaker model of autoguidance, or `Routed`: the model itself with routed tokens;
-            None for the model itself without its label.
+            None for the model itself without its conditions.
         grid: images on the sample grid, the first of those sampled.
         reference: file of statistics to compare with; None: computed from the training data.
     """
@@ -76,7 +78,7 @@ class Evaluation:
     batch_size: int = 250
     seed: int = 0
     labels: Labels = "random"
-    guidance: float = 1.0
+    guidance: Weight = 1.0
     guidance_interval: tuple[float, float] = EVERYWHERE
     guide: Guide | Routed | None = None
     grid: int = 64

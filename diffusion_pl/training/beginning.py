@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from diffusion_pl.diffusion.conditions import sizes
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import read_small, write_atomically
 from diffusion_pl.locks import Lock
@@ -149,7 +150,8 @@ class Begin(Callback):
         sameness.note(self.run, images, self.changes)
         about = self.about()
         names = trainer.datamodule.opened().class_names  # type: ignore[attr-defined]
-        if names and pl_module.classes:  # for readers of the file; checkpoints have them too
+        if names and sizes(pl_module.denoiser.network)["label"]:
+            # For readers of the file; checkpoints have them too.
             about["class_names"] = list(names)
         record = json.dumps(about, indent=1) + "\n"
         write_atomically(self.run / RECORD, lambda file: file.write(record.encode()))

@@ -11,6 +11,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from diffusion_pl import ranks
+from diffusion_pl.diffusion.conditions import sizes
 from diffusion_pl.evaluation.provenance import now
 from diffusion_pl.progress import Progress
 from diffusion_pl.signals import StopRequest
@@ -197,15 +198,25 @@ class Checkpoints(Callback):
         return self.keep_every is not None and images % self.keep_every < batch_size
 
 
-class ClassNames(Callback):
-    """Writes the class names into the checkpoints, for `--label NAME`."""
+class Vocabulary(Callback):
+    """Writes into the checkpoints what words need: class names for `--label NAME`, and which
+    encoder the captions have for `--prompt`."""
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        names = trainer.datamodule.opened().class_names  # type: ignore[attr-defined]
-        if names and pl_module.classes:
-            checkpoint[checkpoints.CLASS_NAMES] = list(names)
+        images = trainer.datamodule.opened()  # type: ignore[attr-defined]
+        taken = sizes(pl_module.denoiser.network)
+        if images.class_names and taken["label"]:
+            checkpoint[checkpoints.CLASS_NAMES] = list(images.class_names)
+        if taken["text"]:
+            texts = images.texts
+            checkpoint[checkpoints.TEXT_ENCODER] = {
+                "name": texts.encoder,
+                "digest": texts.digest,
+                "width": texts.width,
+                "length": texts.length,
+            }
 
 
 class Snapshots(Callback):

@@ -17,6 +17,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from diffusion_pl.io.unpickle import reason_of, unfit_content, unfit_entries
 from diffusion_pl.names import shown
 
 CLASS_NAMES = "class_names"
+TEXT_ENCODER = "text_encoder"
 FORMAT = 2
 READABLE = (1, 2)  # format 1 was without a digest
 SECTION = "diffusion_pl"
@@ -307,6 +309,39 @@ def class_names(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
     names = checkpoint.get(CLASS_NAMES)
     fine = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return tuple(names) if fine and names is not None else ()
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """The encoder of the captions that a run was trained with.
+
+    Args:
+        name: as `text.encoder` takes it.
+        digest: sha256 (hex) of its weights.
+        width: numbers a token.
+        length: tokens that a caption is padded or cut to.
+    """
+
+    name: str
+    digest: str
+    width: int
+    length: int
+
+
+def text_encoder(checkpoint: Mapping[str, Any], path: Path) -> TextEncoder | None:
+    """The encoder of the run's captions; None for a run without text.
+
+    Raises:
+        UserError: what is said of it is none.
+    """
+    said = checkpoint.get(TEXT_ENCODER)
+    if said is None:
+        return None
+    kinds = {field.name: str if field.name in ("name", "digest") else int
+             for field in fields(TextEncoder)}  # fmt: skip
+    if not isinstance(said, Mapping) or {key: type(each) for key, each in said.items()} != kinds:
+        raise UserError(f"{path}: does not say by which encoder its captions were encoded")
+    return TextEncoder(**said)
 
 
 def match_weights(

@@ -11,11 +11,13 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from diffusion_pl.diffusion.conditions import sizes
 from diffusion_pl.diffusion.guidance import guide_of
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, ImageGenerator, Sampler, evaluate, reference_of
 from diffusion_pl.evaluation.cost import estimate
 from diffusion_pl.evaluation.measuring import Interrupted, build
+from diffusion_pl.evaluation.sources import sources_of
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.interop import statistics
 from diffusion_pl.io.files import regular
@@ -210,17 +212,18 @@ class Evaluate(Callback):
             self.best.write(rows, images)
 
     def _generator(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> ImageGenerator:
+        images = trainer.datamodule.opened()  # type: ignore[attr-defined]
+        balanced = self.settings.labels == "balanced"
         return ImageGenerator(
             denoiser=pl_module.ema,
             sampler=self.sampler,
-            shape=trainer.datamodule.opened().shape[1:],  # type: ignore[attr-defined]
-            classes=pl_module.classes,
-            label_dropout=pl_module.settings.label_dropout,
+            shape=images.shape[1:],
+            sources=sources_of(sizes(pl_module.ema.network), images, balanced=balanced),
+            dropout=pl_module.settings.dropout,
             seed=self.settings.seed,
             guidance=self.settings.guidance,
             guidance_interval=self.settings.guidance_interval,
             guide=guide_of(self.settings.guide, pl_module.ema),
-            balanced=self.settings.labels == "balanced",
             precision=self.precision,
             origin=self.origin,
         )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from diffusion_pl.data.draws import uniforms
+from diffusion_pl.diffusion import conditions
 from diffusion_pl.diffusion.objective import (
     RemembersSteps,
     Reports,
@@ -18,6 +20,7 @@ from diffusion_pl.diffusion.objective import (
 )
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.diffusion.random import ImageNoise, generator, own_generator
+from diffusion_pl.errors import UserError
 from diffusion_pl.images import from_bytes
 from diffusion_pl.seeds import seed_of
 from diffusion_pl.training import ema as averaging
@@ -26,6 +29,7 @@ from diffusion_pl.training import power_ema, sharding
 from diffusion_pl.training.adapter import QuickModule
 from diffusion_pl.training.counted import CountedRandomness
 from diffusion_pl.training.optimizers import MakeOptimizer, optimizer_of
+from diffusion_pl.training.run_data import RunData
 from diffusion_pl.training.sanity import Place
 from diffusion_pl.training.settings import TrainerConfig
 from diffusion_pl.training.totals import Totals
@@ -54,10 +58,9 @@ class DiffusionModule(QuickModule):
         objective: training objective.
         optimizer: makes the optimizer from the parameters.
         ema: half-life of the average.
-        settings: budget, gradient clipping, label dropout, size of a micro-batch.
+        settings: budget, gradient clipping, dropout of conditions, size of a micro-batch.
         batch_size: images of an optimizer step over all devices.
         resolution: side of a full-resolution image, pixels.
-        classes: of the labels that the network takes, 0 for an unconditional network.
         augment: augmentation, whose parameters condition the network, or None.
         lr_schedule: factor of the learning rate by images seen, or a torch scheduler.
         seed: of all random numbers in training.
@@ -73,7 +76,6 @@ class DiffusionModule(QuickModule):
         *,
         batch_size: int,
         resolution: int,
-        classes: int = 0,
         augment: Augment | None = None,
         lr_schedule: schedules.LRSchedule | None = None,
         seed: int = 0,
@@ -99,7 +101,6 @@ class DiffusionModule(QuickModule):
         self.settings = settings
         self.batch_size = batch_size
         self.resolution = resolution
-        self.classes = classes
         self.augment = augment
         self.lr_schedule = lr_schedule or schedules.WarmupDecay()
         self.seed = seed
@@ -111,6 +112,17 @@ class DiffusionModule(QuickModule):
         parts += objective.modules() if isinstance(objective, nn.Module) else ()
         self.memories = [part for part in parts if isinstance(part, RemembersSteps)]
         self.reporting = [part for part in parts if isinstance(part, Reports)]
+
+    def setup(self, stage: str) -> None:
+        """Give the networks the data's encoding of "", their null."""
+        if not conditions.sizes(self.denoiser.network)["text"]:
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, RunData):
+            texts = data.opened().texts
+            assert texts is not None  # its opening saw to it
+            for each in (self.denoiser, self.ema, *self.profiles):
+                cast(Any, each).network.set_null_text(*texts.null)
 
     @property
     def images_seen(self) -> int:
@@ -204,10 +216,9 @@ class DiffusionModule(QuickModule):
 
         Args:
             batch: "image" uint8 (B, C, H, W); "index" int64 (B,) on the host, the images'
-                positions in the run; "label" int64 (B,) if the data has classes; other conditions.
+                positions in the run; conditions, of which the network gets those that it takes.
         """
-        hidden = {"image", "index"} if self.classes else {"image", "index", "label"}
-        condition = {key: value for key, value in batch.items() if key not in hidden}
+        condition = self.condition(batch)
         image = from_bytes(batch["image"])
         image, u, noise, condition = self.draw(image, batch["index"], condition)
         positions, count = batch["index"].tolist(), self.micro_batches(image)
@@ -223,6 +234,11 @@ class DiffusionModule(QuickModule):
             yield self.objective.loss(
                 self.denoiser, image[part], u[part], noise[part], **conditions
             )
+
+    def condition(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The conditions of a batch that the network takes."""
+        given = {key: value for key, value in batch.items() if key not in ("image", "index")}
+        return conditions.received(self.denoiser.network, given)
 
     def unsynchronised(self) -> contextlib.AbstractContextManager[None]:
         """Context in which a backward pass does not exchange gradients."""
@@ -241,7 +257,7 @@ class DiffusionModule(QuickModule):
             u: quantiles in (0, 1), float64 (B,), stratified over the global batch: one in each of
                 batch_size equal intervals.
             noise: standard normal (B, C, H, W).
-            condition: with label dropout, and the augmentation's parameters.
+            condition: with dropout of each kind, and the augmentation's parameters.
         """
         positions = index.tolist()
         step, first = divmod(positions[0], self.batch_size)
@@ -253,9 +269,11 @@ class DiffusionModule(QuickModule):
         u = (strata[mine] + uniform[mine, 0]) / self.batch_size
         uniform = uniform[mine].to(image.device, non_blocking=True)
         condition = dict(condition)
-        if self.settings.label_dropout and "label" in condition:
-            dropped = uniform[:, 1] < self.settings.label_dropout
-            condition["label"] = condition["label"].masked_fill(dropped, -1)
+        for kind, share in self.settings.dropout.items():
+            # The label's numbers are older than other kinds', which have a stream each.
+            own = kind != "label"
+            drawn = uniforms(self.seed, f"{kind} dropout", index) if own else uniform[:, 1]
+            condition = conditions.without(condition, [kind], drawn.to(image.device) < share)
         if self.augment is not None:
             image, condition["augment"] = self.augment(image, uniform[:, 2:])
         noise = ImageNoise(self.seed, positions, "training", image.device)(image)
@@ -292,6 +310,18 @@ class DiffusionModule(QuickModule):
         checkpoint["totals"] = self.totals.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the sums for the next row of the log."""
+        """Restore the sums for the next row of the log; refuse another null of the text.
+
+        Raises:
+            UserError: the data's encoding of "" is not the one that the run was trained with.
+        """
+        own = self.state_dict()
+        for key in ("denoiser.network.null_text", "denoiser.network.null_text_mask"):
+            then = checkpoint["state_dict"].get(key)
+            if key in own and then is not None and not torch.equal(own[key].cpu(), then.cpu()):
+                raise UserError(
+                    "the data encodes the empty caption otherwise than the run was trained with; "
+                    "encode its captions with the run's encoder and length"
+                )
         if "totals" in checkpoint:  # not in early checkpoints
             self.totals.restore(checkpoint["totals"])

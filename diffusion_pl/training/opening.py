@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from diffusion_pl.data.loader import DataConfig
+from diffusion_pl.diffusion.conditions import sizes
 from diffusion_pl.errors import UserError
 from diffusion_pl.images import ImageDataset
 
@@ -18,11 +19,33 @@ class Network(Protocol):
     def check_resolution(self, height: int, width: int) -> None: ...
 
 
+def check_texts(images: ImageDataset, network: Any) -> None:
+    """Refuse data whose captions are not what a network takes.
+
+    Raises:
+        UserError: says what to do.
+    """
+    if not sizes(network)["text"]:
+        return
+    texts = images.texts
+    if texts is None:
+        raise UserError(
+            f"{images.name} has no encoded captions, and the network takes text; prepare it with "
+            "--encode ENCODER, or set network.text_width=0"
+        )
+    for name, own in (("width", texts.width), ("length", texts.length)):
+        if (taken := getattr(network, f"text_{name}")) != own:
+            raise UserError(
+                f"network.text_{name} is {taken}, the captions of {images.name} have {own}; set "
+                f"network.text_{name}={own}"
+            )
+
+
 def open_for(network: Network, data: DataConfig) -> dict[int, ImageDataset]:
     """Open prepared data at every resolution of the run.
 
     Raises:
-        UserError: a resolution, channels or classes that the network does not take.
+        UserError: a resolution, channels, classes or captions that the network does not take.
     """
     opened: dict[int, ImageDataset] = {}
     whole = data.dataset.resolution
@@ -49,4 +72,5 @@ def open_for(network: Network, data: DataConfig) -> dict[int, ImageDataset]:
             f"network.classes is {network.classes}, {images.name} has {images.classes}; "
             f"set network.classes={images.classes}"
         )
+    check_texts(images, network)
     return opened

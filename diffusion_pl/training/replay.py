@@ -119,10 +119,9 @@ def _inspect(module: DiffusionModule, data: RunData, step: int) -> Replayed:
         for name, parameter in module.named_parameters()
         if parameter.grad is not None
     }
-    condition = {key: batch[key] for key in batch if key not in ("image", "index")}
-    if not module.classes:
-        condition.pop("label", None)
-    image, u, noise, condition = module.draw(from_bytes(batch["image"]), batch["index"], condition)
+    image, u, noise, condition = module.draw(
+        from_bytes(batch["image"]), batch["index"], module.condition(batch)
+    )
     sigma = module.objective.schedule(u)
     module.counted.begin(batch["index"], image.device)  # of all micro-batches together
     noisy = image + sigma.to(image)[:, None, None, None] * noise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning
 import torch
@@ -26,11 +26,11 @@ from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.beginning import Begin, Start
 from diffusion_pl.training.callbacks import (
     Checkpoints,
-    ClassNames,
     Log,
     Snapshots,
     Stop,
     TimeLimits,
+    Vocabulary,
 )
 from diffusion_pl.training.compiling import compile_network
 from diffusion_pl.training.ema import EMA
@@ -39,7 +39,6 @@ from diffusion_pl.training.history import History
 from diffusion_pl.training.loggers import Described, make_loggers
 from diffusion_pl.training.lr_schedule import LRSchedule
 from diffusion_pl.training.module import Augment, DiffusionModule
-from diffusion_pl.training.opening import Network
 from diffusion_pl.training.optimizers import MakeOptimizer
 from diffusion_pl.training.run_data import RunData
 from diffusion_pl.training.settings import (
@@ -142,7 +141,7 @@ def fit(
             # Before the checkpoint of the same step, which then always has its snapshot.
             snapshots = Snapshots(run / power_ema.FOLDER, experiment.ema.posthoc_every)
             trainer.callbacks.append(snapshots)  # type: ignore[attr-defined]
-        trainer.callbacks.append(ClassNames())  # type: ignore[attr-defined]
+        trainer.callbacks.append(Vocabulary())  # type: ignore[attr-defined]
         stop, limits = Stop(stop_request), TimeLimits(settings)
         trainer.callbacks.extend(experiment.callbacks)  # type: ignore[attr-defined]
         evaluation = Evaluate(
@@ -222,7 +221,6 @@ def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning
 def make_module(experiment: Experiment) -> DiffusionModule:
     """The LightningModule of an experiment, compiled if set so."""
     settings = experiment.settings
-    network = cast(Network, experiment.network)
     experiment.network.to(memory_format=torch.channels_last)
     module = DiffusionModule(
         experiment.network,
@@ -232,7 +230,6 @@ def make_module(experiment: Experiment) -> DiffusionModule:
         settings,
         batch_size=experiment.data.batch_size,
         resolution=experiment.data.dataset.resolution,
-        classes=network.classes,
         augment=experiment.augment,
         lr_schedule=experiment.lr_schedule,
         seed=experiment.seed,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
+from diffusion_pl.diffusion.conditions import check_dropout
 from diffusion_pl.diffusion.objective import NeedsNetwork
 from diffusion_pl.errors import UserError
 from diffusion_pl.training.best import Best
@@ -53,7 +54,8 @@ class TrainerConfig:
             stays as RUN/best/fid.ckpt.
         log_every: images between rows of the log.
         grad_clip: largest global norm of the gradient, None for no clipping.
-        label_dropout: probability that a label is hidden from the network, for guidance.
+        dropout: probability that a condition is hidden from the network, by its kind, such as
+            {label: 0.1, text: 0.1}; each on its own, for guidance.
         precision: "auto" is bf16 where the device has matrix units for it, else fp32.
         devices: per node, or "auto" for all.
         nodes: machines.
@@ -86,7 +88,7 @@ class TrainerConfig:
     keep_every: int | None = None
     keep_best: str | None = None
     grad_clip: float | None = None
-    label_dropout: float = 0.0
+    dropout: Mapping[str, float] = field(default_factory=dict)
     precision: Precision = "auto"
     devices: int | Literal["auto"] = "auto"
     nodes: int = 1
@@ -130,8 +132,7 @@ class TrainerConfig:
                 "precision: fp16 does not go with strategy: fsdp, since a device sees the overflow "
                 "of its own part alone; use bf16, or strategy: ddp"
             )
-        if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"label_dropout must be in [0, 1] (got {self.label_dropout})")
+        check_dropout(self.dropout)
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise UserError(f"grad_clip must be positive or null (got {self.grad_clip})")
 

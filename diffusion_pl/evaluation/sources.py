@@ -1,0 +1,207 @@
+"""What generated images are asked to be: the conditions of image i, from (seed, i) alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffusion_pl.errors import UserError
+from diffusion_pl.images import ImageDataset
+from diffusion_pl.seeds import seed_of
+
+
+class Source(Protocol):
+    """Where a kind of condition comes from; see `diffusion.conditions`."""
+
+    def condition(self, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors of the images with these indices, on the CPU."""
+
+    def captions(self, seed: int, indices: Sequence[int]) -> tuple[str, ...] | None:
+        """The words of each image; None for a source without words."""
+
+    def about(self) -> Mapping[str, Any]:
+        """What is recorded with every number and every image."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Classes of the images.
+
+    Args:
+        classes: their number, at least 1.
+        label: of every image; None: as `balanced` says.
+        balanced: image i has class i modulo their number; otherwise uniform from (seed, i).
+
+    Raises:
+        UserError: the label is out of range.
+    """
+
+    classes: int
+    label: int | None = None
+    balanced: bool = False
+
+    def __post_init__(self) -> None:
+        if self.label is not None and not 0 <= self.label < self.classes:
+            known = f"0 to {self.classes - 1}"
+            raise UserError(f"label {self.label} is not one of the model's classes ({known})")
+
+    def condition(self, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
+        """`label`, int64 (n,)."""
+        if self.label is not None:
+            return {"label": torch.full((len(indices),), self.label)}
+        if self.balanced:
+            return {"label": torch.tensor([i % self.classes for i in indices])}
+        return {"label": torch.tensor([seed_of(seed, "label", i) % self.classes for i in indices])}
+
+    def captions(self, seed: int, indices: Sequence[int]) -> None:
+        """None: a class is no prompt."""
+
+    def about(self) -> Mapping[str, Any]:
+        """The class of every image, or how classes are chosen."""
+        balanced = self.balanced and self.label is None
+        return {"label": self.label, **({"labels": "balanced"} if balanced else {})}
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Given prompts: image i has number i modulo how many there are.
+
+    Args:
+        words: of each prompt.
+        text: their token states, float (n, L, E).
+        text_mask: bool (n, L), True where there is a token.
+    """
+
+    words: Sequence[str]
+    text: Tensor
+    text_mask: Tensor
+
+    def condition(self, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
+        """`text` and `text_mask`."""
+        rows = torch.tensor([i % len(self.words) for i in indices])
+        return {"text": self.text[rows], "text_mask": self.text_mask[rows]}
+
+    def captions(self, seed: int, indices: Sequence[int]) -> tuple[str, ...]:
+        """The prompt of each image."""
+        return tuple(self.words[i % len(self.words)] for i in indices)
+
+    def about(self) -> Mapping[str, Any]:
+        """The prompt if it is the only one, else their number and digest."""
+        if len(self.words) == 1:
+            return {"prompt": self.words[0]}
+        digest = hashlib.sha256(json.dumps(list(self.words)).encode()).hexdigest()
+        return {"prompts": f"{len(self.words)} {digest[:12]}"}
+
+
+@dataclass(frozen=True, eq=False)
+class Captions:
+    """Captions of a data set: image i has one of an image that is drawn uniformly from (seed, i).
+
+    Args:
+        images: the data; it has texts.
+        labelled: give also the class of the image whose caption it is.
+    """
+
+    images: ImageDataset
+    labelled: bool = False
+
+    def condition(self, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
+        """`text` and `text_mask`, and `label` if so asked."""
+        table, rows, choice = self.images.texts, *self._drawn(seed, indices)
+        assert table is not None
+        text, mask = table.read(rows, choice)
+        condition = {"text": text, "text_mask": mask}
+        if self.labelled:
+            assert self.images.labels is not None
+            condition["label"] = self.images.labels[rows]
+        return condition
+
+    def captions(self, seed: int, indices: Sequence[int]) -> tuple[str, ...]:
+        """The caption of each image."""
+        table, rows, choice = self.images.texts, *self._drawn(seed, indices)
+        assert table is not None
+        pairs = zip(rows.tolist(), choice.tolist(), strict=True)
+        return tuple(table.caption(image, at) for image, at in pairs)
+
+    def about(self) -> Mapping[str, Any]:
+        """The data, and the digest of its captions."""
+        assert self.images.texts is not None
+        return {"captions": f"{self.images.name} {self.images.texts.fingerprint[:12]}"}
+
+    def _drawn(self, seed: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The image of each caption, and the number in [0, 1) that chooses among its captions."""
+        rows = [seed_of(seed, "caption", i) % len(self.images) for i in indices]
+        choice = [(seed_of(seed, "which caption", i) >> 10) / 2**53 for i in indices]
+        return torch.tensor(rows), torch.tensor(choice, dtype=torch.float64)
+
+
+def own_condition(
+    images: ImageDataset, indices: Tensor, taken: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """The data's own labels and the first caption of each image.
+
+    Args:
+        images: the data.
+        indices: int64 (n,).
+        taken: how much of each kind a model takes, see `conditions.sizes`.
+
+    Raises:
+        UserError: the data has none of what the model takes, or of another size.
+    """
+    condition: dict[str, Tensor] = {}
+    if classes := taken["label"]:
+        if images.labels is None:
+            raise UserError(f"{images.name} has no labels, and the model needs them")
+        if images.classes != classes:
+            raise UserError(f"{images.name} has {images.classes} classes, and the model {classes}")
+        condition["label"] = images.labels[indices]
+    if width := taken["text"]:
+        if images.texts is None:
+            raise UserError(
+                f"{images.name} has no encoded captions, and the model needs them; prepare it with "
+                "--encode ENCODER"
+            )
+        if images.texts.width != width:
+            raise UserError(
+                f"{images.name}: {images.texts.encoder} gives {images.texts.width} numbers a "
+                f"token, and the model takes {width}; encode it with the run's encoder"
+            )
+        first = torch.zeros(len(indices), dtype=torch.float64)
+        condition["text"], condition["text_mask"] = images.texts.read(indices, first)
+    return condition
+
+
+def sources_of(
+    taken: Mapping[str, int],
+    images: ImageDataset | None,
+    *,
+    balanced: bool = False,
+    label: int | None = None,
+    prompts: Prompts | None = None,
+) -> tuple[Source, ...]:
+    """The sources for all that a model takes, of what was asked for and else of the data.
+
+    Args:
+        taken: how much of each kind the model takes, see `conditions.sizes`.
+        images: the data, whose captions are taken where there are no prompts; with a caption its
+            image's class, where none is asked for.
+        balanced: as for `Labels`.
+        label: the class of every image.
+        prompts: given ones.
+    """
+    classes, text = taken["label"], taken["text"]
+    captions = None
+    if text and prompts is None:
+        assert images is not None
+        captions = Captions(images, labelled=bool(classes) and label is None)
+        if captions.labelled:
+            return (captions,)
+    labels = (Labels(classes, label, balanced),) if classes else ()
+    words = prompts or captions
+    return (*labels, words) if text and words is not None else labels
