@@ -4,6 +4,9 @@ arXiv:2511.13720.
 A plain transformer over patches of pixels. Every block is modulated by the noise level and the
 label (adaLN-Zero of DiT, arXiv:2212.09748); from one block on, copies of the label's embedding
 stand before the patches as further tokens. Its initial output is 0.
+
+Text, which JiT has not, goes in as in PRX (Photoroom 2025, released code): one linear map at the
+entry, then further keys and values in every block; see text.py.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import PositionalEmbedding, float32_region, run, xavier
 from diffusion_pl.networks.network import Network
 from diffusion_pl.networks.routing import Router, Routing, restored, taken
+from diffusion_pl.networks.text import Text, TextKeys, attended
 from diffusion_pl.networks.tokens import (
     RMSNorm,
     chosen,
@@ -37,9 +41,10 @@ class Attention(nn.Module):
         width: channels of a token, a multiple of `heads`.
         heads: attention heads.
         dropout: probability, of the output.
+        text: whether there are texts to attend to, whose tokens have `width` channels.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, text: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = xavier(nn.Linear(width, 3 * width))
@@ -47,14 +52,14 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(width // heads)
         self.proj = xavier(nn.Linear(width, width))
         self.drop = Dropout(dropout)
+        self.text = TextKeys(width, width, heads, normed=True) if text else None
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, text: Text | None = None) -> Tensor:
         """(B, tokens, width); rotary as `rotated` takes it -> (B, tokens, width)."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotated(self.norm_q(q), rotary), rotated(self.norm_k(k), rotary)
-        # softmax in float32 inside
-        attended = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        projected: Tensor = self.drop(self.proj(attended.transpose(1, 2).flatten(2)))
+        output = attended(q.to(v.dtype), k.to(v.dtype), v, text, self.text)
+        projected: Tensor = self.drop(self.proj(output.transpose(1, 2).flatten(2)))
         return projected
 
 
@@ -87,20 +92,23 @@ class Block(nn.Module):
         width: channels of a token, a multiple of `heads`.
         heads: attention heads.
         dropout: probability, in both.
+        text: whether the attention has texts too.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, text: bool = False) -> None:
         super().__init__()
         self.norm0 = RMSNorm(width)
-        self.attention = Attention(width, heads, dropout)
+        self.attention = Attention(width, heads, dropout, text)
         self.norm1 = RMSNorm(width)
         self.mlp = SwiGLU(width, dropout)
         self.affine = zero(nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, condition: Tensor, rotary: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, condition: Tensor, rotary: Tensor, text: Text | None = None
+    ) -> Tensor:
         """(B, tokens, width), silu of the condition (B, width), rotary -> (B, tokens, width)."""
         shift0, scale0, gate0, shift1, scale1, gate1 = self.affine(condition)[:, None].chunk(6, -1)
-        x = x + gate0 * self.attention(modulated(self.norm0(x), shift0, scale0), rotary)
+        x = x + gate0 * self.attention(modulated(self.norm0(x), shift0, scale0), rotary, text)
         return x + gate1 * self.mlp(modulated(self.norm1(x), shift1, scale1))
 
 
@@ -142,8 +150,8 @@ class JiT(Network):
         class_tokens_from: the block, from 0, before which they enter.
         dropout: probability, in the middle half of the blocks.
         routing: in training a part of the patches skips a range of blocks; class tokens never do.
-        resolution, channels, classes, position_frequencies, frame, learned_variance,
-            activation_checkpointing: as for every `Network`.
+        resolution, channels, classes, position_frequencies, frame, text_width, text_length,
+            learned_variance, activation_checkpointing: as for every `Network`.
 
     Raises:
         UserError: a resolution that the patch does not divide, widths that the heads do not divide,
@@ -168,6 +176,8 @@ class JiT(Network):
         frame: int | None = None,
         learned_variance: bool = False,
         activation_checkpointing: bool = False,
+        text_width: int = 0,
+        text_length: int = 0,
     ) -> None:
         sizes = {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
         for name, value in {**sizes, "bottleneck": bottleneck}.items():
@@ -196,6 +206,7 @@ class JiT(Network):
             resolution, channels, classes, 0,
             position_frequencies=position_frequencies, frame=frame,
             learned_variance=learned_variance, activation_checkpointing=activation_checkpointing,
+            text_width=text_width, text_length=text_length,
         )  # fmt: skip
         self.patch_size = self.divisor = patch_size
         self.check_resolution(resolution, resolution)
@@ -216,8 +227,10 @@ class JiT(Network):
         )
         middle = range(depth // 4, 3 * (depth // 4))
         self.blocks = nn.ModuleList(
-            Block(width, heads, dropout if number in middle else 0.0) for number in range(depth)
+            Block(width, heads, dropout if number in middle else 0.0, bool(text_width))
+            for number in range(depth)
         )
+        self.text = xavier(nn.Linear(text_width, width)) if text_width else None
         self.router = None if routing is None else Router(routing, depth)
         self.norm = RMSNorm(width)
         self.affine = zero(nn.Linear(width, 2 * width))
@@ -251,14 +264,15 @@ class JiT(Network):
             own = self.label(label)
             return torch.cat([vector + own, own], dim=1)
 
-    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
+    def denoise(self, x: Tensor, embedding: Tensor, text: Text | None = None) -> Tensor:
+        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding and texts."""
         rows, columns = (side // self.patch_size for side in x.shape[2:])
         vector, own = embedding.chunk(2, dim=1)
         condition = F.silu(vector)
         tokens = self.stem(self.patches(x)).flatten(2).transpose(1, 2)
         tokens = tokens + patch_table(self.width, rows, columns, x.device)
         table = rotary = rotary_table(self.head_width, rows, columns, x.device)
+        text = text.through(self.text) if text and self.text else None
         front, patches, kept = 0, tokens, None
         for number, block in enumerate(self.blocks):
             if self.class_positions is not None and number == self.class_tokens_from:
@@ -272,7 +286,7 @@ class JiT(Network):
                     tokens = taken(tokens, kept, front)
                     rotary = unrotated(front, chosen(table, kept))
             tokens = run(
-                block, tokens, condition, rotary, checkpointed=self.activation_checkpointing
+                block, tokens, condition, rotary, text, checkpointed=self.activation_checkpointing
             )
             if self.router is not None and kept is not None and number == self.router.last:
                 tokens = restored(tokens, kept, patches, front)

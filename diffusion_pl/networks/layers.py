@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ def float32_region(device: torch.device) -> contextlib.AbstractContextManager[ob
     return torch.autocast(device.type, enabled=False)
 
 
-def run(layer: nn.Module, x: Tensor, *condition: Tensor, checkpointed: bool) -> Tensor:
+def run(layer: nn.Module, x: Tensor, *condition: Any, checkpointed: bool) -> Tensor:
     """Apply a layer; checkpointed, its activations are not kept for the backward pass, which runs
     it again."""
     again = checkpointed and torch.is_grad_enabled()

@@ -15,6 +15,7 @@ from diffusion_pl.networks.network import Network
 from diffusion_pl.networks.residual import ZERO
 from diffusion_pl.networks.routing import Router, Routing, restored, taken
 from diffusion_pl.networks.simple_layers import Condition, Head, Reduction, Stem, residual_block
+from diffusion_pl.networks.text import Text, TextKeys, attended
 
 
 class Transformer(nn.Module):
@@ -26,10 +27,17 @@ class Transformer(nn.Module):
         length: of the condition's vector.
         dropout: probability, inside the MLP.
         expansion: width of the MLP, in `width`.
+        text: whether there are texts to attend to, whose tokens have `width` channels.
     """
 
     def __init__(
-        self, width: int, heads: int, length: int, dropout: float, expansion: int = 4
+        self,
+        width: int,
+        heads: int,
+        length: int,
+        dropout: float,
+        expansion: int = 4,
+        text: bool = False,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -41,16 +49,16 @@ class Transformer(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.qkv = xavier(nn.Linear(width, 3 * width))
         self.proj = xavier(nn.Linear(width, width), ZERO)
+        self.text = TextKeys(width, width, heads) if text else None
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, text: Text | None = None) -> Tensor:
         """(B, tokens, width), (B, length) -> (B, tokens, width)."""
         scale, shift = self.affine(condition)[:, None].chunk(2, dim=2)
         hidden = F.gelu(self.dense0(self.norm0(x) * (1 + scale) + shift))
         x = x + self.dense1(self.drop(hidden))
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)  # softmax in float32 inside
-        return x + self.proj(attended.transpose(1, 2).flatten(2))
+        return x + self.proj(attended(q, k, v, text, self.text).transpose(1, 2).flatten(2))
 
 
 class UViT(Network):
@@ -64,6 +72,9 @@ class UViT(Network):
     level instead: h before it is halved to h_d comes back as Up(y - h_d) + h, y what the inner
     levels make of h_d.
 
+    Text joins the keys and values of every transformer (see text.py). Its tokens are normalised as
+    the image's are before those are made: linear map to the width, LayerNorm.
+
     Args:
         model_channels: channels at multiplier 1, a multiple of 4.
         channel_mult: multiplier of each level, the last one the transformers'.
@@ -76,8 +87,8 @@ class UViT(Network):
         reduction: how.
         residual: SiD2's skip connections.
         routing: in training a part of the tokens skips a range of transformers.
-        resolution, channels, classes, position_frequencies, frame, activation_checkpointing: as for
-            every `Network`.
+        resolution, channels, classes, position_frequencies, frame, text_width, text_length,
+            activation_checkpointing: as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, blocks that do not fit them, or
@@ -103,6 +114,8 @@ class UViT(Network):
         position_frequencies: int = 0,
         frame: int | None = None,
         activation_checkpointing: bool = False,
+        text_width: int = 0,
+        text_length: int = 0,
     ) -> None:
         if len(blocks) != len(channel_mult) - 1:
             raise UserError(
@@ -113,6 +126,7 @@ class UViT(Network):
             resolution, channels, classes, halvings + len(blocks),
             position_frequencies=position_frequencies, frame=frame,
             activation_checkpointing=activation_checkpointing,
+            text_width=text_width, text_length=text_length,
         )  # fmt: skip
         self.residual = residual
         length = embedding_channels
@@ -132,8 +146,13 @@ class UViT(Network):
                 0, nn.ModuleList(residual_block(joined, width, length, 0.0) for _ in range(count))
             )
         self.middle = nn.ModuleList(
-            Transformer(widths[-1], heads, length, dropout) for _ in range(transformers)
+            Transformer(widths[-1], heads, length, dropout, text=bool(text_width))
+            for _ in range(transformers)
         )
+        self.text: nn.Module | None = None
+        if text_width:
+            entry = xavier(nn.Linear(text_width, widths[-1]))
+            self.text = nn.Sequential(entry, nn.LayerNorm(widths[-1]))
         self.router = None if routing is None else Router(routing, transformers)
         self.head = Head(widths[0], channels, halvings, reduction)
 
@@ -141,8 +160,8 @@ class UViT(Network):
         """Embed the condition in float32, whatever autocast says, (B, embedding_channels)."""
         return self.condition(c_noise, label)
 
-    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
+    def denoise(self, x: Tensor, embedding: Tensor, text: Text | None = None) -> Tensor:
+        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding and texts."""
         x = self.stem(x)
         skips = []
         for layers, down in zip(self.encoder, self.down, strict=True):
@@ -151,7 +170,7 @@ class UViT(Network):
                 skips.append(x)
             x = down(halve(x))
             skips.append(x)
-        x = self.transform(x, embedding)
+        x = self.transform(x, embedding, text)
         for layers, up in zip(self.decoder, self.up, strict=True):
             halved = skips.pop()
             x = double(up(x - halved)) + skips[-1] if self.residual else double(up(x))
@@ -161,16 +180,17 @@ class UViT(Network):
                 x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
         return self.head(x)
 
-    def transform(self, x: Tensor, condition: Tensor) -> Tensor:
+    def transform(self, x: Tensor, condition: Tensor, text: Text | None = None) -> Tensor:
         """Pass the pixels through the transformers as tokens, (B, C, H, W) -> (B, C, H, W)."""
         shape = x.shape[2:]
         tokens = x.flatten(2).transpose(1, 2)
         whole, kept = tokens, None
+        text = text.through(self.text) if text and self.text else None
         for number, layer in enumerate(self.middle):
             if self.router is not None and number == self.router.first:
                 whole, kept = tokens, self.router.kept(tokens)
                 tokens = tokens if kept is None else taken(tokens, kept)
-            tokens = run(layer, tokens, condition, checkpointed=self.activation_checkpointing)
+            tokens = run(layer, tokens, condition, text, checkpointed=self.activation_checkpointing)
             if self.router is not None and kept is not None and number == self.router.last:
                 tokens, kept = restored(tokens, kept, whole), None
         return tokens.transpose(1, 2).unflatten(2, shape)
