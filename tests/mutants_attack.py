@@ -52,7 +52,7 @@ MUTANTS = [
     *at(
         "data/sources/folder.py",
         "prepare_labels",
-        ("changed=[listing.files.changed(each) for each in listing.names],", ""),
+        ("changed=[max(map(files.changed, each)) for each in written],", ""),
     ),
     *at(
         "data/sources/tars.py",

@@ -46,10 +46,10 @@ MUTANTS = [
     *at(
         "data/sources/folder.py",
         "prepare_labels prepare",
-        ("split=spec.split, ", ""),
-        (", column=spec.label", ""),
+        ("split=spec.split,", ""),
+        ("column=spec.label,", ""),
         ("**label_fields(listing.labels),", ""),
-        ("states=[listing.files.state(each) for each in listing.names],", ""),
+        ("states=[files.state(each) for each in listing.names],", ""),
         ("unread=listing.unread,", ""),
         ("notes=listing.notes,", ""),
     ),

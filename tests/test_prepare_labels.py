@@ -130,11 +130,11 @@ def test_a_dataset_json_of_something_else_is_only_not_read(tmp_path, capsys):
 def test_metadata_of_a_folder_is_read(tmp_path, capsys):
     """As Hugging Face's imagefolder takes it: words, numbers as text, lines of JSON."""
     images = {f"{i}.png": grey(10 * i) for i in range(4)}
-    table = "file_name,label,text\n" + "".join(f"{i}.png,{'ba'[i % 2]},hello\n" for i in range(4))
+    table = "file_name,label,note\n" + "".join(f"{i}.png,{'ba'[i % 2]},hello\n" for i in range(4))
     dest = _prepared(fill(tmp_path / "csv", images | {"metadata.csv": table.encode()}))
     assert _levels(dest) == {"0": {10, 30}, "1": {0, 20}}
     assert manifest(dest)["class_names"] == ["a", "b"]
-    assert "not read of metadata.csv: column text" in capsys.readouterr().err
+    assert "not read of metadata.csv: column note" in capsys.readouterr().err
     lines = "\n".join(json.dumps({"file_name": f"{i}.png", "kind": i // 2}) for i in range(4))
     source = fill(tmp_path / "jsonl", images | {"metadata.jsonl": lines.encode()})
     assert manifest(_prepared(source))["classes"] == 0
@@ -231,7 +231,7 @@ def test_folders_named_by_numbers_are_ordered_as_numbers(tmp_path):
 def test_class_folders_are_taken_or_it_is_said_that_they_are_not(tmp_path, capsys):
     contents = {f"{name}/deep/{i}.png": grey(i) for name in ("cat", "dog") for i in range(2)}
     source = fill(tmp_path / "x", contents | {"cat/deep/0.txt": b"a cat", "cat/deep/1.txt": b"b"})
-    assert manifest(_prepared(source))["classes"] == 0
+    assert manifest(_prepared(source, "--no-captions"))["classes"] == 0
     said = capsys.readouterr()
     assert "the images lie in 2 folders (cat, dog), which are not taken as classes" in said.err
     assert (
@@ -311,7 +311,7 @@ def test_labels_inside_json_are_found_or_named(tmp_path, capsys):
     dest = _prepared(source("b.tar", [{"label": "ba"[i % 2]} for i in range(4)]))
     assert manifest(dest)["class_names"] == ["a", "b"]
     capsys.readouterr()
-    other = source("c.tar", [{"category_id": i, "caption": "x"} for i in range(3)])
+    other = source("c.tar", [{"category_id": i, "note": "x"} for i in range(3)])
     assert manifest(_prepared(other))["classes"] == 0
     error = capsys.readouterr().err
     assert "hold category_id; --label json.category_id takes them" in error
@@ -330,7 +330,7 @@ def test_words_in_cls_are_classes_and_captions_are_counted(tmp_path, capsys):
     contents: dict[str, bytes] = {}
     for i in range(4):
         contents |= {f"{i}.png": grey(i), f"{i}.cls": [b"dog", b"cat\n"][i % 2], f"{i}.txt": b"x"}
-    dest = _prepared(tarred(tmp_path / "x.tar", contents))
+    dest = _prepared(tarred(tmp_path / "x.tar", contents), "--no-captions")
     assert manifest(dest)["class_names"] == ["cat", "dog"]
     assert _levels(dest) == {"0": {1, 3}, "1": {0, 2}}
     assert "not read: 4 .txt (captions?)" in capsys.readouterr().err
@@ -356,14 +356,14 @@ def test_two_columns_of_labels_are_named_and_chosen(tmp_path, capsys):
     """As CIFAR-100's table has them."""
     fine, coarse = [5, 4, 3, 2, 1, 0], [1, 1, 1, 0, 0, 0]
     names = {"coarse_label": {"names": ["x", "y"], "_type": "ClassLabel"}}
-    columns = {"fine_label": fine, "coarse_label": coarse, "text": ["x"] * 6}
+    columns = {"fine_label": fine, "coarse_label": coarse, "note": ["x"] * 6}
     source = _table(tmp_path / "x.parquet", columns, names)
     error = _refused(source, capsys)
     assert "several columns may be the labels (fine_label, coarse_label of 2 classes)" in error
     assert "--label fine_label" in error and "--no-labels" in error
     dest = _prepared(source, "--label", "fine_label")
     assert _levels(dest) == {str(5 - i): {10 * i} for i in range(6)}
-    assert manifest(dest)["unread"] == {"column coarse_label": 6, "column text": 6}
+    assert manifest(dest)["unread"] == {"column coarse_label": 6, "column note": 6}
     dest = _prepared(source, "--label", "coarse_label")
     assert manifest(dest)["class_names"] == ["x", "y"]
     assert _levels(dest) == {"0": {30, 40, 50}, "1": {0, 10, 20}}
@@ -372,12 +372,12 @@ def test_two_columns_of_labels_are_named_and_chosen(tmp_path, capsys):
 
 def test_the_one_column_that_can_only_be_the_labels_is_taken_and_said(tmp_path, capsys):
     names = {"animal": {"names": ["cat", "dog", "eel"], "_type": "ClassLabel"}}
-    source = _table(tmp_path / "x.parquet", {"animal": [0, 1] * 3, "text": ["a"] * 6}, names)
+    source = _table(tmp_path / "x.parquet", {"animal": [0, 1] * 3, "note": ["a"] * 6}, names)
     dest = _prepared(source)
     assert manifest(dest)["class_names"] == ["cat", "dog", "eel"]
     assert manifest(dest)["class_counts"] == [3, 3, 0]
     error = capsys.readouterr().err
-    assert "3 classes by column 'animal'" in error and "not read: column text" in error
+    assert "3 classes by column 'animal'" in error and "not read: column note" in error
 
 
 @pytest.mark.parametrize(

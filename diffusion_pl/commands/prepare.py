@@ -48,6 +48,8 @@ def command(
     split: str | None = None,
     image: str | None = None,
     label: str | None = None,
+    captions: Annotated[bool | None, Parameter(negative="--no-captions")] = None,
+    caption: str | None = None,
     workers: Integer | None = None,
     skip_broken: Integer = 0,
 ) -> Result:
@@ -71,6 +73,9 @@ def command(
         split: train, val, test, or all; for CIFAR-10 train when not given.
         image: column of a table, ending in a tar, or all.
         label: column or ending of the labels, or json.FIELD.
+        captions: captions are wanted, or left out; those that are there when not given.
+        caption: columns, endings or json.FIELD of the captions, with commas between, or a COCO
+            file.
         workers: processes; one per core when not given.
         skip_broken: number of broken images that may be skipped.
     """
@@ -81,7 +86,15 @@ def command(
         raise UserError(f"--resolutions: sides in pixels, such as 256,128,64 (got {sides})")
     request = Request(
         SourceSpec(
-            source, labels=labels, count=count, seed=seed, split=split, image=image, label=label
+            source,
+            labels=labels,
+            count=count,
+            seed=seed,
+            split=split,
+            image=image,
+            label=label,
+            captions=captions,
+            caption=caption,
         ),
         Recipe(
             resolutions=tuple(map(int, sides)),
@@ -121,6 +134,8 @@ def result(folder: Path, manifest: Manifest, already: bool, seconds: float) -> R
         "labels_from": manifest.labels_from,
         "class_names": manifest.class_names,
         "class_counts": manifest.class_counts,
+        "captions": about.unique if (about := manifest.captions) else 0,
+        "captions_from": about.origin if about else None,
         "not_read": manifest.unread or {},
         "fingerprint": manifest.fingerprint,
         "train": plan.command,
@@ -134,6 +149,10 @@ def result(folder: Path, manifest: Manifest, already: bool, seconds: float) -> R
         lines.append(
             f"{folder}: {manifest.count:,} images at {manifest.resolutions} px in "
             f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB, {seconds:,.1f} s"
+        )
+    if about is not None:
+        lines.append(
+            f"captions: {about.total:,} ({about.unique:,} different) by {shown(about.origin)}"
         )
     if any("--labels takes" in text for text in manifest.notes or []):
         lines.append(f"with classes: {recommend.with_labels(manifest, folder)}")

@@ -364,7 +364,9 @@ def _prepare(manifest: Manifest, folder: str, sides: str, labels: bool | None) -
     source = manifest.source
     words = [str(source["path"]), folder, "--resolutions", sides]
     words += [] if labels is None else ["--labels" if labels else "--no-labels"]
-    for name in ("count", "seed", "split", "image", "label"):
+    if source.get("captions") is not None:
+        words.append("--captions" if source["captions"] else "--no-captions")
+    for name in ("count", "seed", "split", "image", "label", "caption"):
         if source.get(name) is not None:
             words += [f"--{name}", str(source[name])]
     for name in ("filter", "fit", "encoding", "channels", "shard_images"):

@@ -83,6 +83,9 @@ class Files(Protocol):
     def read(self, name: str) -> bytes:
         """The bytes of a file, at most LARGEST_FILE."""
 
+    def size(self, name: str) -> int:
+        """Bytes of a file; 0 where it is gone."""
+
     def head(self, name: str) -> bytes:
         """The first bytes of a file, at most HEAD."""
 
@@ -171,6 +174,12 @@ class FolderFiles:
             return regular(path).read_bytes()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+    def size(self, name: str) -> int:
+        try:
+            return (self.path / name).stat().st_size
+        except OSError:
+            return 0
 
     def head(self, name: str) -> bytes:
         path = self.path / name
@@ -265,6 +274,9 @@ class ZipFiles:
         except Exception as error:
             # zipfile passes on whatever its decompressors raise, and KeyError if the file changed.
             raise UserError(f"{self.path}: {name} is damaged ({error})") from error
+
+    def size(self, name: str) -> int:
+        return self._found()[name].file_size if name in self._found() else 0
 
     def head(self, name: str) -> bytes:
         try:

@@ -11,12 +11,9 @@ Known layouts:
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -40,12 +37,13 @@ from diffusion_pl.data.labels import (
     number_labels,
     sort_class_names,
 )
+from diffusion_pl.data.metadata import METADATA, columns_named, folders_above, json_of, rows_of
+from diffusion_pl.data.sources.captions import CaptionSource
+from diffusion_pl.data.sources.folder_captions import FolderCaptions, find_captions
 from diffusion_pl.data.splits import ALL, is_split, split_of
 from diffusion_pl.errors import UserError
 
 _PACKED = "dataset.json"
-_METADATA = ("metadata.csv", "metadata.jsonl")
-_LARGEST_CELL = 1024**2
 
 # Folders of 1,000 numbered images, as the packing tools write them.
 _INDEX_FOLDER = re.compile(r"(\d{5})/img(\d{8})\.\w+")
@@ -68,6 +66,7 @@ class Listing:
         labels: of the images.
         unread: how many files of each ending are not read.
         notes: for the user.
+        captions: of the images.
     """
 
     files: Files
@@ -75,10 +74,17 @@ class Listing:
     labels: ImageLabels | None
     unread: dict[str, int]
     notes: list[str]
+    captions: CaptionSource | None = None
 
 
 def list_images(
-    path: str, *, labels: bool | None, split: str | None = None, column: str | None = None
+    path: str,
+    *,
+    labels: bool | None,
+    split: str | None = None,
+    column: str | None = None,
+    captions: bool | None = False,
+    caption: str | None = None,
 ) -> Listing:
     """List the images of a folder or a zip file; nothing is decoded.
 
@@ -88,6 +94,8 @@ def list_images(
             and notes where folders may be classes.
         split: which of several splits; `all` takes every one.
         column: of metadata.csv or metadata.jsonl, with the labels.
+        captions: False leaves them out.
+        caption: where they are, as `find_captions` takes it.
 
     Raises:
         UserError: nothing there, no images, splits of which none is chosen, or no classes.
@@ -110,19 +118,24 @@ def list_images(
     foreign = next((name for name in others if ending_of(name) in FOREIGN), None)
     if foreign is not None:
         raise UserError(f"{path}/{foreign}: not PNG, JPEG or WebP; convert it or remove it")
+    said = FolderCaptions()
+    if captions is not False:
+        said = find_captions(path, files, others, images, caption)
+        notes += said.notes
     found: ImageLabels | None = None
     read: set[str] = set()
     if labels is not False:
-        found, read = _written_down(path, files, others, images, column, notes)
+        found, read = _written_down(path, files, others, images, column, said.columns, notes)
         if found is None and not read:
             found = _folders(path, files, images, prefix, layers, labels, notes)
     if labels and found is None:
         raise UserError(f"{path}: {_PACKED} says that there are no labels; leave labels out")
-    rest = [name for name in others if name not in read]
+    rest = [name for name in others if name not in read | said.read]
     unread = dict(Counter(ending_of(name) or "no ending" for name in rest).most_common())
     if rest:
         notes.append(_not_read(rest, images))
-    return Listing(files, images, found, unread, [*(found.notes if found else ()), *notes])
+    notes = [*(found.notes if found else ()), *notes]
+    return Listing(files, images, found, unread, notes, said.source)
 
 
 def _sorted_out(path: str, files: Files, every: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -250,24 +263,24 @@ def _written_down(
     others: Sequence[str],
     images: Sequence[str],
     column: str | None,
+    captions: Sequence[str],
     notes: list[str],
 ) -> tuple[ImageLabels | None, set[str]]:
     """Read the labels in a file beside the images; also returns which files were read."""
     there = set(others)
-    for folder in reversed(PurePosixPath(images[0]).parents):  # the outermost first
-        start = "" if str(folder) == "." else f"{folder}/"
+    for start in folders_above(images[0]):
         if start + _PACKED in there:
             known, labels = _packed(files, start, images)
             if known:
                 return labels, {start + _PACKED}
-        for name in _METADATA:
+        for name in METADATA:
             if start + name in there:
-                labels = _tabled(files, start, name, images, column, notes)
+                labels = _tabled(files, start + name, images, column, captions, notes)
                 if labels is not None:
                     return labels, {start + name}
     if column is not None:
         raise UserError(
-            f"{path}: --label names a column of {' or '.join(_METADATA)}, and neither is here"
+            f"{path}: --label names a column of {' or '.join(METADATA)}, and neither is here"
         )
     return None, set()
 
@@ -275,7 +288,7 @@ def _written_down(
 def _packed(files: Files, start: str, images: Sequence[str]) -> tuple[bool, ImageLabels | None]:
     """Whether a dataset.json has the key `labels`, and the labels of the images."""
     name = start + _PACKED
-    content = _json(files.read(name), name)
+    content = json_of(files.read(name), name)
     if not isinstance(content, dict) or "labels" not in content:
         return False, None
     if content["labels"] is None:
@@ -309,22 +322,22 @@ def _of_names(pairs: dict[str, Any], start: str, images: Sequence[str], source: 
 
 def _tabled(
     files: Files,
-    start: str,
-    name: str,
+    where: str,
     images: Sequence[str],
     column: str | None,
+    captions: Sequence[str],
     notes: list[str],
 ) -> ImageLabels | None:
     """Labels of a metadata table; None where it has no column of labels."""
-    where = start + name
-    rows = list(_rows(files.read(where), where))
+    start = where.removesuffix(PurePosixPath(where).name)
+    rows = list(rows_of(files.read(where), where))
     if not rows or "file_name" not in rows[0]:
         return None
     columns = [str(each) for each in rows[0]]
     wanted = column or ("label" if "label" in columns else None)
     if wanted is not None and wanted not in columns:
         raise UserError(f"{where}: no column {wanted!r} ({', '.join(columns)})")
-    rest = [each for each in columns if each not in ("file_name", wanted)]
+    rest = [each for each in columns if each not in ("file_name", wanted, *captions)]
     if rest:
         notes.append(f"not read of {where}: {columns_named(rest)}")
     if wanted is None:
@@ -333,43 +346,6 @@ def _tabled(
     found = _of_names(pairs, start, images, where)
     found.source = f"column {wanted!r} of {where}"
     return found
-
-
-def columns_named(names: Sequence[str]) -> str:
-    """Columns of a table in words."""
-    return f"{'column' if len(names) == 1 else 'columns'} {', '.join(names)}"
-
-
-def _rows(data: bytes, name: str) -> Iterable[dict[str, Any]]:
-    """The rows of metadata.csv or metadata.jsonl."""
-    text = _text(data, name)
-    if name.endswith(".csv"):
-        csv.field_size_limit(_LARGEST_CELL)
-        try:
-            yield from csv.DictReader(io.StringIO(text, newline=""))
-        except csv.Error as error:
-            raise UserError(f"{name}: not a readable table ({error})") from error
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            row = _json(line.encode(), f"{name}:{number}")
-            if not isinstance(row, dict):
-                raise UserError(f"{name}:{number}: not a JSON object")
-            yield row
-
-
-def _text(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 ({error.reason})") from error
-
-
-def _json(data: bytes, name: str) -> Any:
-    try:
-        return json.loads(_text(data, name))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not JSON ({error})") from error
 
 
 def _folders(

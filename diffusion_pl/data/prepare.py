@@ -26,6 +26,7 @@ from diffusion_pl.data.shard_format import (
 from diffusion_pl.data.shard_workers import too_many, write_all
 from diffusion_pl.data.sources.base import SourceSpec
 from diffusion_pl.data.sources.open import open_originals
+from diffusion_pl.data.stored import TEXT
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import last_change, regular, write_atomically
 from diffusion_pl.names import refuse_class_names, refuse_name, shown
@@ -59,6 +60,9 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """The settings that make two requests the same, as dataset.json has them."""
         source = asdict(self.source) | {"path": os.path.normpath(self.source.path)}
+        for name in ("captions", "caption"):  # absent where not set, as in older data sets
+            if source[name] is None:
+                del source[name]
         drawn = self.source.path == "synthetic"
         return {
             "name": self.name,
@@ -181,10 +185,11 @@ def _refuse_difference(there: Mapping[str, Any], wanted: Mapping[str, Any], fold
         node: Any = there
         for part in key.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
-        unknown = key == "source.states" and node is None  # begun by an earlier version
+        # Begun by an earlier version.
+        unknown = key in ("source.states", "source.spoken") and node is None
         if node == value or unknown or (key == "name" and value is None):
             continue
-        if key in ("source.listing", "source.states"):
+        if key in ("source.listing", "source.states", "source.spoken"):
             differ.append("the source's images are others now")
         else:
             differ.append(f"{key} is {node!r} there and {value!r} now")
@@ -231,7 +236,7 @@ def _claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
 
 def _sweep(folder: Path) -> None:
     """Remove unfinished files of a run that was killed; earlier versions wrote `.part`."""
-    for place in (folder, folder / SHARDS, folder / PROGRESS):
+    for place in (folder, folder / SHARDS, folder / PROGRESS, folder / TEXT):
         for part in (*place.glob(".*.tmp"), *place.glob("*.part")):
             part.unlink()
 

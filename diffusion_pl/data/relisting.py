@@ -6,6 +6,7 @@ import glob
 import json
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from diffusion_pl.data.labels import first_few
 from diffusion_pl.data.recipe import Recipe, versions
 from diffusion_pl.data.shard_format import Manifest, key_of, open_index
 from diffusion_pl.data.sources.base import Originals, SourceSpec, digest_of
+from diffusion_pl.data.sources.captions import cleaned
 from diffusion_pl.data.sources.open import open_originals
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import last_change, regular
@@ -31,7 +33,9 @@ def source_state(originals: Originals) -> dict[str, Any]:
     """What a manifest keeps of a source, to compare the source with later."""
     states = originals.states
     kept = {"originals": originals.count, "listing": originals.listing}
-    return kept | ({} if states is None else {"states": digest_of(states)})
+    kept |= {} if states is None else {"states": digest_of(states)}
+    captions = originals.captions
+    return kept | ({} if captions is None else {"spoken": captions.reader.listing})
 
 
 def check_unchanged(
@@ -88,9 +92,17 @@ def _contents(
             f"{len(newer):,} images were written anew since; whether they are others can't be "
             "told, for other versions of libraries made the set"
         )
+    if originals.captions and not manifest.captions and manifest.count:
+        return "", (
+            f"the source has captions ({originals.captions.origin}), and the set was prepared "
+            "without; prepare into a new folder to take them"
+        )
     step = -(-len(newer) // _MOST_MADE) or 1
     looked = newer[::step]
     others = [i for i in looked if not is_as_made(originals, recipe, i, rows[places[i]])]
+    spoken = _other_captions(manifest, originals, folder, {i: places[i] for i in looked})
+    if spoken:
+        return f"the captions of {spoken:,} images are others", None
     if others:
         which = f" ({first_few([originals.names[i] for i in others])})" if originals.names else ""
         return f"{len(others):,} of the same name and size are other images{which}", None
@@ -100,6 +112,20 @@ def _contents(
             "none is another"
         )
     return "", None
+
+
+def _other_captions(
+    manifest: Manifest, originals: Originals, folder: Path, places: Mapping[int, int]
+) -> int:
+    """How many of these originals, by their place in the set, have other captions now."""
+    if manifest.captions is None or not places:
+        return 0
+    from diffusion_pl.data.caption_files import open_captions  # which waits for torch
+
+    captions = open_captions(folder, manifest.captions, manifest.count)
+    source = originals.captions
+    now = {i: cleaned(source.reader.read(i), Counter()) if source else [] for i in places}
+    return sum(tuple(now[i]) != captions.of_image(place) for i, place in places.items())
 
 
 def written_since(originals: Originals, since: Mapping[int, int]) -> list[int]:

@@ -5,8 +5,10 @@
     <key>.<R>.<ending>       the image at R pixels, for each resolution; the key is the original's
                              place in the source, nine digits
     <key>.cls                its label in decimal digits, only in a labelled set
-    <key>.json               {"name", "size": [width, height]} of the original
+    <key>.json               {"name", "size": [width, height]} of the original, and "captions", a
+                             list of words, where it has any
     DEST/index.npy           an array of `index_dtype`, a row an image, in order
+    DEST/text/               captions, see `caption_files`, and their token states, see `encodings`
     DEST/dataset.json        `Manifest`; written last, so a folder without it is unfinished
 
 Endings: png, webp (both without loss), jpg, and npy: raw uint8 (C, R, R) behind a header of 128
@@ -27,6 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffusion_pl.data.stored import CaptionFiles
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import regular, write_atomically
 
@@ -41,7 +44,7 @@ ENDINGS = {"png": "png", "webp": "webp", "raw": "npy", "jpeg": "jpg"}
 LARGEST_RESOLUTION = 8192
 
 # What a manifest may lack.
-OPTIONAL = frozenset({"notes", "class_counts", "labels_from", "unread"})
+OPTIONAL = frozenset({"notes", "class_counts", "labels_from", "unread", "captions"})
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 LARGEST_MANIFEST = 128 * 1024**2  # of some 800,000 shards
@@ -112,6 +115,7 @@ class Manifest:
         class_counts: images of each class in order, None when unlabelled.
         labels_from: what the labels were read from, in words.
         unread: how many members, columns or files of the source were not read, by kind.
+        captions: where they lie; None for none.
     """
 
     name: str
@@ -134,6 +138,7 @@ class Manifest:
     class_counts: list[int] | None = None
     labels_from: str | None = None
     unread: dict[str, int] | None = None
+    captions: CaptionFiles | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -177,6 +182,8 @@ class Manifest:
         try:
             content["shards"] = [Shard(**shard) for shard in content["shards"]]
             content["fingerprints"] = {int(k): v for k, v in content["fingerprints"].items()}
+            if content.get("captions") is not None:
+                content["captions"] = CaptionFiles.of(content["captions"])
             manifest = cls(**content)
             problem = manifest._problem()
         except (TypeError, AttributeError, KeyError, ValueError) as error:
@@ -222,7 +229,7 @@ class Manifest:
             parts = PurePosixPath(shard.file).parts
             if parts[:1] != (SHARDS,) or len(parts) != 2 or ".." in parts or "\\" in shard.file:
                 return f"shard {shard.file!r} is not in {SHARDS}/"
-        return None
+        return None if self.captions is None else self.captions.problem
 
 
 def _is_list_of(values: object, kind: type) -> bool:

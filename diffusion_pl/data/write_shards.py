@@ -1,8 +1,8 @@
 """Write the shards of a data set, each whole or not at all, then the index.
 
 A shard gets its name when all of it is on the disk; its rows of the index lie in `.progress` until
-the last shard is written. A shard depends only on the originals and the recipe, so the same command
-finishes a killed run to the same bytes.
+the last shard is written, and so do its captions. A shard depends only on the originals and the
+recipe, so the same command finishes a killed run to the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy.typing as npt
 import webdataset.utils
 from webdataset import TarWriter
 
+from diffusion_pl.data.caption_files import write_captions
 from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.fingerprint import fingerprint, image_digests
 from diffusion_pl.data.labels import counts
@@ -39,6 +41,8 @@ from diffusion_pl.data.shard_format import (
     shard_name,
 )
 from diffusion_pl.data.sources.base import Originals
+from diffusion_pl.data.sources.captions import caption_notes, cleaned
+from diffusion_pl.data.stored import CaptionFiles
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import aside, regular, write_atomically
 
@@ -85,6 +89,8 @@ class Written:
         skipped: errors of the originals that were left out, by key.
         depths: range of its 16-bit originals.
         enlarged: sides in pixels of originals smaller than the largest resolution.
+        captions: of each image.
+        problems: how many captions were left out or changed, by kind.
     """
 
     shard: Shard
@@ -93,6 +99,8 @@ class Written:
     skipped: dict[str, str]
     depths: Depths
     enlarged: list[int]
+    captions: list[list[str]]
+    problems: dict[str, int]
 
 
 class _Hashed:
@@ -149,6 +157,8 @@ class _Contents:
         self.skipped: dict[str, str] = {}
         self.depths = Depths()
         self.enlarged: list[int] = []
+        self.captions: list[list[str]] = []
+        self.problems: Counter[str] = Counter()
 
     def samples(self, number: int) -> Iterator[dict[str, str | bytes]]:
         """The originals of a shard as samples of webdataset's writer."""
@@ -165,6 +175,7 @@ class _Contents:
             original = originals.reader.read(index)
             where = f"{self.job.where}/{original.name}"
             squares, size = recipe.squares(original, where=where, depths=self.depths)
+            spoken = originals.captions.reader.read(index) if originals.captions else []
         except ValueError as error:
             self.skip(str(error))
             self.skipped[key] = str(error)
@@ -181,7 +192,9 @@ class _Contents:
             self.digests.append(image_digests(decoded[None]))
         if label >= 0:
             members["cls"] = str(label).encode()
-        about = {"name": original.name, "size": size}
+        about: dict[str, Any] = {"name": original.name, "size": size}
+        self.captions.append(cleaned(spoken, self.problems))
+        about |= {"captions": self.captions[-1]} if self.captions[-1] else {}
         members["json"] = json.dumps(about, ensure_ascii=True).encode()
         self.keys.append(key)
         self.rows.append(tuple(row))
@@ -209,6 +222,8 @@ def _note(
     depths = contents.depths.__getstate__()
     noted: dict[str, Any] = {"shard": shard.__dict__, "skipped": contents.skipped}
     noted |= {"depths": depths, "enlarged": contents.enlarged}
+    if contents.job.originals.captions:
+        noted |= {"captions": contents.captions, "problems": contents.problems}
     about, digests = json.dumps(noted).encode(), b"".join(contents.digests)
     buffer = io.BytesIO()
     np.savez(
@@ -228,6 +243,8 @@ def read_written(job: Job, number: int) -> Written | None:
             rows, digests = noted["rows"], noted["digests"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None  # absent, or truncated by a power cut: written again
+    if ("captions" in about) != (job.originals.captions is not None):
+        return None  # by a version that did not read them
     shard = Shard(**about["shard"])
     path = job.folder / shard.file
     if not path.is_file() or path.stat().st_size != shard.bytes:
@@ -235,7 +252,8 @@ def read_written(job: Job, number: int) -> Written | None:
     sides = len(job.recipe.resolutions)
     depths = Depths(**about.get("depths", {}))
     digests, enlarged = digests.reshape(len(rows), sides, 32), about.get("enlarged", [])
-    return Written(shard, rows, digests, about["skipped"], depths, enlarged)
+    captions = about.get("captions", []), about.get("problems", {})
+    return Written(shard, rows, digests, about["skipped"], depths, enlarged, *captions)
 
 
 def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
@@ -263,7 +281,8 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
     for part in shards:
         depths.add(part.depths)
     small = enlarged([side for part in shards for side in part.enlarged], recipe.descending[0])
-    notes = [*originals.notes, *(line for line in (depths.line(), small) if line)]
+    captions, said = _write_captions(job, shards)
+    notes = [*originals.notes, *said, *(line for line in (depths.line(), small) if line)]
     manifest = Manifest(
         name=settings["name"],
         count=len(rows),
@@ -289,12 +308,26 @@ def finish(job: Job, settings: Mapping[str, Any]) -> Manifest:
         class_counts=None if labels is None else counts(labels.tolist(), originals.classes),
         labels_from=originals.labels_from or None,
         unread=originals.unread or None,
+        captions=captions,
         versions=versions(),
     )
     write_atomically(job.folder / INDEX, lambda file: file.write(buffer.getvalue()))
     manifest.write(job.folder)
     shutil.rmtree(job.folder / PROGRESS)
     return manifest
+
+
+def _write_captions(job: Job, shards: Sequence[Written]) -> tuple[CaptionFiles | None, list[str]]:
+    """Write the captions of all shards; also returns notes on them."""
+    if job.originals.captions is None:
+        return None, []
+    captions = [each for part in shards for each in part.captions]
+    problems: Counter[str] = Counter()
+    for part in shards:
+        problems.update(part.problems)
+    written = write_captions(job.folder, captions, job.originals.captions.origin)
+    bare = sum(not each for each in captions)
+    return written, caption_notes(problems, bare, len(captions))
 
 
 def enlarged(sides: Sequence[int], wanted: int) -> str | None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from diffusion_pl.data.labels import ImageLabels
+
+if TYPE_CHECKING:
+    from diffusion_pl.data.sources.captions import CaptionSource
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -54,6 +57,7 @@ class Originals:
         states: of each image, as of `Files.state`; None where `listing` covers changes.
         changed: when the file of each was last written or replaced, ns; None where the others
             cover changes.
+        captions: of the images, None where there are none or they are not wanted.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Originals:
     names: list[str] | None = None
     states: list[str] | None = None
     changed: Sequence[int] | npt.NDArray[np.int64] | None = None
+    captions: CaptionSource | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,9 @@ class SourceSpec:
         split: train or test of CIFAR-10; one of a folder's, a table's or tars' splits.
         image: name of the images in a table or of their ending in a tar, where there are several.
         label: the same of the labels; beside a folder's images, a column of metadata.csv.
+        captions: True wants captions, False drops them; None takes those that are there.
+        caption: columns of a table, endings of files or `json.FIELD`, or a COCO file; several with
+            commas between.
     """
 
     path: str
@@ -93,6 +101,15 @@ class SourceSpec:
     split: str | None = None
     image: str | None = None
     label: str | None = None
+    captions: bool | None = None
+    caption: str | None = None
+
+    @property
+    def caption_fields(self) -> list[str] | None:
+        """What `caption` names; None where it names nothing."""
+        if self.caption is None:
+            return None
+        return [word for each in self.caption.split(",") if (word := each.strip())]
 
 
 def label_fields(found: ImageLabels | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from diffusion_pl.data.files import Files
 from diffusion_pl.data.layout import list_images
 from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of, label_fields
+from diffusion_pl.data.sources.captions import Beside
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,29 @@ def open_folder(spec: SourceSpec, name: str) -> Originals:
     Raises:
         UserError: as `list_images`.
     """
-    listing = list_images(spec.path, labels=spec.labels, split=spec.split, column=spec.label)
+    listing = list_images(
+        spec.path,
+        labels=spec.labels,
+        split=spec.split,
+        column=spec.label,
+        captions=spec.captions,
+        caption=spec.caption,
+    )
+    files, captions = listing.files, listing.captions
+    beside = captions.reader.places if captions and isinstance(captions.reader, Beside) else None
+    written = [[name] for name in listing.names]
+    for place, more in enumerate(beside or ()):
+        written[place] += [name for name, _ in more]
     return Originals(
         name=name,
-        reader=_FileReader(listing.files, listing.names),
+        reader=_FileReader(files, listing.names),
         count=len(listing.names),
         listing=digest_of(listing.names),
         **label_fields(listing.labels),
         unread=listing.unread,
         notes=listing.notes,
         names=listing.names,
-        states=[listing.files.state(each) for each in listing.names],
-        changed=[listing.files.changed(each) for each in listing.names],
+        states=[files.state(each) for each in listing.names],
+        changed=[max(map(files.changed, each)) for each in written],
+        captions=captions,
     )

@@ -17,15 +17,15 @@ from diffusion_pl.errors import UserError
 
 Kind = Literal["synthetic", "folder", "zip", "cifar10", "tars", "lmdb", "parquet"]
 
-# The settings of each kind of source, besides `path` and `labels`.
+# The settings of each kind of source, besides `path`, `labels` and `captions`.
 SETTINGS: dict[Kind, frozenset[str]] = {
     "synthetic": frozenset({"count", "seed"}),
-    "folder": frozenset({"split", "label"}),
-    "zip": frozenset({"split", "label"}),
+    "folder": frozenset({"split", "label", "caption"}),
+    "zip": frozenset({"split", "label", "caption"}),
     "cifar10": frozenset({"split"}),
-    "tars": frozenset({"image", "label", "split"}),
+    "tars": frozenset({"image", "label", "split", "caption"}),
     "lmdb": frozenset(),
-    "parquet": frozenset({"image", "label", "split"}),
+    "parquet": frozenset({"image", "label", "split", "caption"}),
 }
 
 _KNOWN = (
@@ -118,7 +118,7 @@ def open_originals(spec: SourceSpec, resolutions: Sequence[int]) -> tuple[Kind, 
         UserError: nothing there, unfit or damaged, or a setting that the source does not know.
     """
     kind, files = kind_of(spec.path)
-    for setting in ("count", "seed", "split", "image", "label"):
+    for setting in ("count", "seed", "split", "image", "label", "caption"):
         if getattr(spec, setting) is not None and setting not in SETTINGS[kind]:
             raise UserError(f"{spec.path}: --{setting} does not apply to a source of kind {kind}")
     originals = _opened(kind, spec, files, resolutions)
@@ -126,6 +126,8 @@ def open_originals(spec: SourceSpec, resolutions: Sequence[int]) -> tuple[Kind, 
         raise UserError(f"{spec.path}: no images here")
     if spec.labels and originals.labels is None:
         raise UserError(f"{spec.path}: has no labels; leave out --labels")
+    if spec.captions and originals.captions is None:
+        raise UserError(f"{spec.path}: has no captions; leave out --captions, or see --caption")
     if spec.labels is False and originals.labels is not None:
         bare = replace(originals, labels=None, classes=0, class_names=None, labels_from="")
         return kind, bare

@@ -18,9 +18,15 @@ import numpy.typing as npt
 
 from diffusion_pl.data.files import LARGEST_FILE
 from diffusion_pl.data.labels import LIKE_LABELS, ImageLabels, number_labels
-from diffusion_pl.data.layout import columns_named
 from diffusion_pl.data.lmdb_reading import Child
+from diffusion_pl.data.metadata import columns_named
 from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of, label_fields
+from diffusion_pl.data.sources.captions import (
+    LARGEST,
+    LIKE_CAPTIONS,
+    TOO_LARGE,
+    CaptionSource,
+)
 from diffusion_pl.data.splits import files_of_split
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import last_change, regular
@@ -102,11 +108,11 @@ class _ParquetReader:
         return self.__dict__ | {"_kept": None}
 
     def read(self, index: int) -> Original:
-        group = int(np.searchsorted(self.starts, index, side="right")) - 1
-        file, number = self.groups[group]
-        row = index - int(self.starts[group])
+        file, cell = self.cell(index)
         name = f"{self.paths[file].name}:{index - self.firsts[file]}"
-        value = self._value(group, self.paths[file], number, row, name)
+        if _bytes_of(cell) > LARGEST_FILE:
+            raise UserError(f"{self.paths[file]}: {name} is too large for an image")
+        value = cell[0].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if isinstance(value, dict) and value.get("path"):
             name = f"{name}:{value['path']}"
@@ -114,19 +120,33 @@ class _ParquetReader:
             raise UserError(f"{self.paths[file]}: {name} is a path or nothing; embed the images")
         return Original(name, data)
 
-    def _value(self, group: int, path: Path, number: int, row: int, name: str) -> Any:
-        """A row of a row group; those before it are passed over."""
+    def cell(self, index: int) -> tuple[int, Any]:
+        """The file of a row, and the row; those of its group before it are passed over."""
+        group = int(np.searchsorted(self.starts, index, side="right")) - 1
+        file, number = self.groups[group]
+        row = index - int(self.starts[group])
         if self._kept is None or self._kept[0] != group or row < self._kept[1]:
-            self._kept = (group, 0, _rows(path, number, self.column))
+            self._kept = (group, 0, _rows(self.paths[file], number, self.column))
         _, there, rows = self._kept
         self._kept = None
         for _ in range(row - there):
             next(rows)
         cell = next(rows)
         self._kept = (group, row + 1, rows)
-        if _bytes_of(cell) > LARGEST_FILE:
-            raise UserError(f"{path}: {name} is too large for an image")
-        return cell[0].as_py()
+        return file, cell
+
+
+@dataclass(frozen=True)
+class _ParquetCaptions:
+    columns: list[_ParquetReader]
+
+    @property
+    def listing(self) -> str:
+        return digest_of(each.column for each in self.columns)
+
+    def read(self, index: int) -> list[Any]:
+        cells = [each.cell(index)[1] for each in self.columns]
+        return [TOO_LARGE if _bytes_of(cell) > LARGEST else cell[0].as_py() for cell in cells]
 
 
 def _rows(path: Path, group: int, column: str) -> Iterator[Any]:
@@ -164,6 +184,8 @@ def _bytes_of(cell: Any) -> int:
         return max((_bytes_of(cell.field(number)) for number in range(kind.num_fields)), default=0)
     if types.is_dictionary(kind):
         return _bytes_of(cell.dictionary)
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _bytes_of(cell.flatten()) * max(1, len(cell.flatten()))
     tests = (types.is_binary, types.is_large_binary, types.is_string, types.is_large_string)
     if any(test(kind) for test in tests):
         return compute.max(compute.binary_length(cell)).as_py() or 0
@@ -211,8 +233,9 @@ def open_parquet(files: Sequence[Path], name: str, spec: SourceSpec) -> Original
             group_rows.append([group.num_rows for group in groups_of])
     column = spec.image or _image_column(schemas[0], files[0])
     label = None if spec.labels is False else spec.label or _label_column(schemas[0], files[0])
+    captions = [] if spec.captions is False else _caption_columns(schemas[0], spec, label)
     for file, schema in zip(files, schemas, strict=True):
-        for wanted in (column, *([label] if label else [])):
+        for wanted in (column, *([label] if label else []), *captions):
             if wanted not in schema.names:
                 raise UserError(f"{file}: no column {wanted!r} ({', '.join(schema.names)})")
         if label and _known_names(schema, label) != _known_names(schemas[0], label):
@@ -229,7 +252,9 @@ def open_parquet(files: Sequence[Path], name: str, spec: SourceSpec) -> Original
         counts += rows
     starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
     found = _table_labels(files, label, schemas[0]) if label and starts[-1] else None
-    rest = [name for name in schemas[0].names if name not in (column, label)]
+    rest = [name for name in schemas[0].names if name not in (column, label, *captions)]
+    readers = [_ParquetReader(list(files), starts, groups, firsts, each) for each in captions]
+    said = f"{columns_named([*map(repr, captions)])}"
     return Originals(
         name=name,
         reader=_ParquetReader(list(files), starts, groups, firsts, column),
@@ -242,7 +267,31 @@ def open_parquet(files: Sequence[Path], name: str, spec: SourceSpec) -> Original
             *(found.notes if found else []),
             *([f"not read: {columns_named(rest)}"] if rest else []),
         ],
+        captions=CaptionSource(_ParquetCaptions(readers), said) if captions else None,
     )
+
+
+def _caption_columns(schema: Any, spec: SourceSpec, label: str | None) -> list[str]:
+    """The columns of captions: those that are named, or the first of their usual names."""
+    from pyarrow import types
+
+    def holds(kind: Any) -> bool:
+        if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
+            return holds(kind.value_type)
+        return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind))
+
+    if spec.caption_fields is not None:
+        there = [each for each in spec.caption_fields if each in schema.names]
+        bare = [each for each in there if not holds(schema.field(each).type)]
+        if bare:
+            kind = schema.field(bare[0]).type
+            raise UserError(
+                f"{spec.path}: column {bare[0]!r} holds {kind}, no captions; --caption names "
+                "columns of words, or of lists of words"
+            )
+        return spec.caption_fields
+    names = [each for each in LIKE_CAPTIONS if each in schema.names and each != label]
+    return [each for each in names if holds(schema.field(each).type)][:1]
 
 
 def _label_column(schema: Any, file: Path) -> str | None:

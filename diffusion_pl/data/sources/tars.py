@@ -35,6 +35,13 @@ from diffusion_pl.data.labels import (
     sort_class_names,
 )
 from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, digest_of, label_fields
+from diffusion_pl.data.sources.captions import (
+    LARGEST,
+    LIKE_CAPTIONS,
+    TOO_LARGE,
+    CaptionSource,
+    content,
+)
 from diffusion_pl.data.splits import ALL, files_of_split
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import last_change, regular
@@ -104,6 +111,8 @@ def open_tars(files: Sequence[Path], name: str, spec: SourceSpec) -> Originals:
         found, read = _labels(files, picked, spec.label)
         if found is None and spec.labels:
             found = _folders(files, picked)
+    captions, said = _captions(files, picked, spec)
+    read |= said
     places = [
         (number, _name(sample, ending), *sample.members[ending])
         for number, sample, ending in picked
@@ -126,6 +135,7 @@ def open_tars(files: Sequence[Path], name: str, spec: SourceSpec) -> Originals:
         unread=dict(unread.most_common()),
         notes=[*(found.notes if found else []), *_hints(files, picked, unread, found is None)],
         names=[f"{files[number].name}/{each}" for number, each, _, _ in places],
+        captions=captions,
     )
 
 
@@ -206,6 +216,68 @@ def _labels(
         for (number, sample, _), member in zip(picked, members, strict=True)
     }
     return found, read
+
+
+@dataclass(frozen=True)
+class _TarCaptions:
+    paths: list[str]
+    # Of each image: tar, offset, size and, of a .json, the field.
+    places: list[list[tuple[int, int, int, str | None]]]
+
+    @property
+    def listing(self) -> str:
+        return digest_of(self.places)
+
+    def read(self, index: int) -> list[Any]:
+        return [
+            TOO_LARGE if size > LARGEST else content(_bytes(self.paths[tar], offset, size), field)
+            for tar, offset, size, field in self.places[index]
+        ]
+
+
+def _captions(
+    files: Sequence[Path], picked: Sequence[_Picked], spec: SourceSpec
+) -> tuple[CaptionSource | None, set[tuple[int, str, str]]]:
+    """The captions of the picked images, and the members that hold them.
+
+    Raises:
+        UserError: none of those that are named.
+    """
+    wanted = _caption_members(files, picked, spec)
+    places: list[list[tuple[int, int, int, str | None]]] = [[] for _ in picked]
+    read: set[tuple[int, str, str]] = set()
+    for ending, name in wanted:
+        found = [_member(sample, image, ending) for _, sample, image in picked]
+        if not any(found) and spec.caption is not None:
+            raise UserError(f"{files[0]}: no member .{ending} beside an image; see --caption")
+        for place, (number, sample, _), member in zip(places, picked, found, strict=True):
+            if member is not None:
+                place.append((number, *sample.members[member], name))
+                read.add((number, sample.key, member))
+    if not read:
+        return None, read
+    origin = [f"members .{e}" if f is None else f"field {f!r} of .json" for e, f in wanted]
+    reader = _TarCaptions([str(each) for each in files], places)
+    return CaptionSource(reader, ", ".join(origin)), read
+
+
+def _caption_members(
+    files: Sequence[Path], picked: Sequence[_Picked], spec: SourceSpec
+) -> list[tuple[str, str | None]]:
+    """The endings of members with captions, each with the field of a .json."""
+    if spec.captions is False:
+        return []
+    if spec.caption_fields is not None:
+        return [
+            ("json", each[5:]) if each.lower().startswith("json.") else (each.lower(), None)
+            for each in spec.caption_fields
+        ]
+    label = (spec.label or "").lower()
+    if label != "txt" and any(_member(sample, image, "txt") for _, sample, image in picked):
+        return [("txt", None)]
+    fields = _fields(files, picked[0])
+    like = [each for each in LIKE_CAPTIONS if each in fields and f"json.{each}" != label]
+    return [("json", each) for each in like[:1]]
 
 
 def _tops(picked: Sequence[_Picked]) -> list[str]:
