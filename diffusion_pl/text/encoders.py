@@ -143,4 +143,8 @@ def encoder(name: str, length: int | None = None, *, device: torch.device | str 
         from diffusion_pl.text import minilm
 
         return minilm.load(length, device)
+    if name.startswith(HUGGING_FACE) and name != HUGGING_FACE:
+        from diffusion_pl.text import hugging_face
+
+        return hugging_face.load(name, length, device)
     raise UserError(f"unknown text encoder {name!r}; take minilm, or hf: and a folder or hub name")
