@@ -7,8 +7,14 @@ RUN_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help setup check data train slurm preempt sample enlarge inpaint evaluate export import \
 	reference sweep experiments test test-slow test-faults test-slurm mutants soak ci-fid bench ladder clean
+=======
+.PHONY: help setup check data train slurm preempt sample enlarge evaluate export import \
+	reference sweep compare runs experiments test test-slow test-faults test-slurm mutants soak \
+	ci-fid bench ladder clean
+>>>>>>> 9684a84 (Runs side by side, at equal images and equal time, and a list of runs)
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -58,6 +64,12 @@ reference: $(STAMP)  ## statistics of real images: DATA=photographs [ARGS="--res
 
 sweep: $(STAMP)  ## measure many samplers: RUN=runs/... ARGS="--steps 5,9,18 --samplers heun,deis"
 	@$(RUN_PYTHON) -m diffusion_pl sweep $(if $(RUN),"$$RUN") $(ARGS)
+
+compare: $(STAMP)  ## runs side by side: RUNS="runs/a runs/b"
+	@$(RUN_PYTHON) -m diffusion_pl compare $(RUNS) $(ARGS)
+
+runs: $(STAMP)  ## list the runs with their state and newest number
+	@$(RUN_PYTHON) -m diffusion_pl runs $(ARGS)
 
 experiments: $(STAMP)  ## list the experiments with their published numbers
 	@$(RUN_PYTHON) -m diffusion_pl experiments

@@ -16,7 +16,6 @@ import faulthandler
 import importlib
 import importlib.util
 import itertools
-import keyword
 import os
 import re
 import sys
@@ -39,9 +38,9 @@ from diffusion_pl.names import refuse_controls, shown
 from diffusion_pl.signals import RESUMABLE, StopError, StopRequest, is_later_rank
 
 COMMANDS = (
-    "prepare", "train", "launch", "sample", "evaluate", "reference", "sweep", "replay", "losses",
-    "progressive", "interpolate", "enlarge", "inpaint", "invert", "likelihood", "import", "export",
-    "convert", "verify", "check", "experiments", "completion",
+    "prepare", "train", "launch", "sample", "evaluate", "reference", "sweep", "compare", "runs",
+    "replay", "losses", "progressive", "interpolate", "enlarge", "invert", "inpaint", "likelihood",
+    "import", "export", "convert", "verify", "check", "experiments", "completion",
 )  # fmt: skip
 
 # A path joins the two slashes of an address; one letter before them is a disk.
@@ -248,8 +247,9 @@ def program(words: Sequence[str] = ()) -> App:
 
 
 def module_of(command: str) -> str:
-    """The module of a command; that of `import`, a keyword of Python, is import_."""
-    return f"diffusion_pl.commands.{command}{'_' * keyword.iskeyword(command)}"
+    """The module of a command; `import` is a keyword of Python, runs.py opens a run."""
+    other = {"import": "import_", "runs": "run_list"}
+    return f"diffusion_pl.commands.{other.get(command, command)}"
 
 
 def signature_of(command: str) -> Callable[..., None]:

@@ -27,6 +27,9 @@ RESUMABLE = 75
 # because schedulers change exit codes (srun turns 75 into 143).
 MARKER = "REQUEUE"
 
+# A file there with the reason of a failure that would recur.
+FAILED = "FAILED"
+
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

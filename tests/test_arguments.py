@@ -24,7 +24,8 @@ WORDS = {
     "sweep": "r", "replay": "r --step 3", "enlarge": "r a.png", "invert": "r a.png",
     "inpaint": "r a.png mask.png",
     "interpolate": "r a.png b.png", "reference": "d", "import": "edm a.pkl d", "export": "r d",
-    "verify": "p", "convert": "r", "experiments": "", "completion": "bash",
+    "compare": "a b", "runs": "", "verify": "p", "convert": "r", "experiments": "",
+    "completion": "bash",
 }  # fmt: skip
 DRAWING = "sample evaluate progressive interpolate enlarge inpaint invert likelihood"
 

@@ -97,6 +97,7 @@ Allow = Annotated[
         help="trust a file of others with it: a package, or the address of data",
     ),
 ]
+RunFolder = Annotated[Path, Parameter(help="a run's folder")]
 RunPath = Annotated[Path, Parameter(help="a run's folder, or a checkpoint file")]
 BaseAlone = Annotated[
     bool,

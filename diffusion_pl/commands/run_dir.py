@@ -57,9 +57,6 @@ FREE = {
 # Keys that may change but not be turned on or off: missing snapshots cannot be made later.
 ON = {"ema.posthoc_every"}
 
-# A file in the run's folder with the reason of a failure that would recur.
-FAILED = "FAILED"
-
 _CONFIG, _FROM, _METRICS = "config.yaml", "from", "metrics.jsonl"
 
 

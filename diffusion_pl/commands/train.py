@@ -17,7 +17,6 @@ from diffusion_pl import config, locks, ranks
 from diffusion_pl.commands import hints, parts, run_dir, starting, trust
 from diffusion_pl.commands.options import TrainOptions
 from diffusion_pl.commands.results import Result, line
-from diffusion_pl.commands.run_dir import FAILED
 from diffusion_pl.config import Config
 from diffusion_pl.data.dataset import DatasetSpec
 from diffusion_pl.data.folder import ImageFolder
@@ -27,7 +26,7 @@ from diffusion_pl.data.shards import Shards
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import sweep, write_atomically
 from diffusion_pl.names import shown
-from diffusion_pl.signals import MARKER, RESUMABLE, StopRequest
+from diffusion_pl.signals import FAILED, MARKER, RESUMABLE, StopRequest
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.beginning import Start, class_names
 from diffusion_pl.training.evaluating import is_evaluated

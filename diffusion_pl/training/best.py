@@ -16,6 +16,11 @@ from diffusion_pl.io.files import aside, read_small, write_atomically
 
 FOLDER = "best"
 
+# Metrics that may choose the best checkpoint, and whether higher is better.
+HIGHER = dict.fromkeys(("fid", "fd", "sfid", "sfd", "kid", "kd"), False) | dict.fromkeys(
+    ("is", "cs", "precision", "recall", "density", "coverage"), True
+)
+
 
 class Best:
     """Tracks the best value so far and keeps its checkpoint.

@@ -14,14 +14,9 @@ from torch import nn
 from diffusion_pl.diffusion.conditions import check_dropout
 from diffusion_pl.diffusion.objective import NeedsNetwork
 from diffusion_pl.errors import UserError
-from diffusion_pl.training.best import Best
+from diffusion_pl.training.best import HIGHER, Best
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-
-# Metrics that may choose the best checkpoint, and whether higher is better.
-HIGHER = dict.fromkeys(("fid", "fd", "sfid", "sfd", "kid", "kd"), False) | dict.fromkeys(
-    ("is", "cs", "precision", "recall", "density", "coverage"), True
-)
 
 OURS = ("ddp", "fsdp")  # this package's own strategies
 
