@@ -7,14 +7,9 @@ RUN_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
 .PHONY: help setup check data train slurm preempt sample enlarge inpaint evaluate export import \
-	reference sweep experiments test test-slow test-faults test-slurm mutants soak ci-fid bench ladder clean
-=======
-.PHONY: help setup check data train slurm preempt sample enlarge evaluate export import \
 	reference sweep compare runs experiments test test-slow test-faults test-slurm mutants soak \
 	ci-fid bench ladder clean
->>>>>>> 9684a84 (Runs side by side, at equal images and equal time, and a list of runs)
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
