@@ -28,8 +28,9 @@ data: $(STAMP)  ## make shards: SOURCE=photographs DEST=data/cats RES=256,128,64
 train: $(STAMP)  ## train EXP=quickstart [SET="optimizer.lr=1e-4 ..."] [RUN=runs/name]; again: goes on
 	@$(RUN_PYTHON) -m diffusion_pl train $(EXP) $(SET) $(if $(RUN),--run "$$RUN")
 
-sample: $(STAMP)  ## draw images: RUN=runs/quickstart [COUNT=64] [ARGS="--sampler heun --steps 9 ..."]
-	@$(RUN_PYTHON) -m diffusion_pl sample $(if $(RUN),"$$RUN") --count $(or $(COUNT),64) $(ARGS)
+sample: $(STAMP)  ## draw images: RUN=runs/quickstart [COUNT=64] [PROMPT="..."] [ARGS="--steps 9 ..."]
+	@$(RUN_PYTHON) -m diffusion_pl sample $(if $(RUN),"$$RUN") --count $(or $(COUNT),64) \
+		$(if $(PROMPT),--prompt "$$PROMPT") $(ARGS)
 
 slurm: $(STAMP)  ## train on a cluster: EXP=... NODES=4 GPUS=8 TIME=24:00:00 [TASKS=8] [ARGS="--sweep ..."]
 	@$(RUN_PYTHON) -m diffusion_pl launch $(EXP) $(SET) --nodes $(or $(NODES),1) \

@@ -324,8 +324,10 @@ class Run:
         count: int,
         *,
         label: int | str | None = None,
+        prompt: str | Sequence[str] = (),
         first: int = 0,
         batch_size: int = 64,
+        encoder: str | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """Sample images; image i depends on (seed, i) alone.
@@ -333,8 +335,11 @@ class Run:
         Args:
             count: number of images.
             label: the class of every image, its name or index; uniform when not given.
+            prompt: what the images show, of a model that takes text; of several, image i has number
+                i modulo how many there are. Captions of the run's data when not given.
             first: index of the first image.
             batch_size: images per batch; changes no image.
+            encoder: the model's text encoder, where it is not found by its own name.
             options: of the command `sample`: sampler, steps, seed, guidance, guidance_interval,
                 guide, device.
 
@@ -352,7 +357,8 @@ class Run:
             raise UserError(f"count: must be positive, first at least 0 (got {count}, {first})")
         if batch_size < 1:
             raise UserError(f"batch_size: must be at least 1 (got {batch_size})")
-        generator = self._generator("sample", options, ConditionOptions(label=label))
+        wanted = ConditionOptions(label=label, prompt=_names(prompt), encoder=encoder)
+        generator = self._generator("sample", options, wanted)
         pieces = batches(range(first, first + count), batch_size)
         return torch.cat([generator.images(piece)[0].cpu() for piece in pieces])
 
@@ -406,6 +412,8 @@ class Run:
         restart: float | None = None,
         consistent: bool = True,
         label: int | str | None = None,
+        prompt: str | Sequence[str] = (),
+        encoder: str | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """Super-resolution: sample larger images that are consistent with the given ones.
@@ -416,6 +424,8 @@ class Run:
             restart: sigma to restart from at each size; half the factor when not given.
             consistent: make the result, downsampled, equal the image.
             label: the class of every image, its name or index.
+            prompt: what the images show, as for `sample`.
+            encoder: as for `sample`.
             options: of the command `enlarge`: sampler, steps, seed, device, ...
 
         Returns:
@@ -431,7 +441,7 @@ class Run:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             got = f"{images.dtype} {tuple(images.shape)}"
             raise UserError(f"images: must be uint8 (N, 3, h, w) (got {got})")
-        wanted = ConditionOptions(label=label)
+        wanted = ConditionOptions(label=label, prompt=_names(prompt), encoder=encoder)
         generator = self._generator("enlarge", options, wanted, complete=True)
         side = generator.shape[1] if to is None else to
         found = []

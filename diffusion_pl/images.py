@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import write_atomically
+from diffusion_pl.names import shown
 
 
 class Store(Protocol):
@@ -203,10 +206,16 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 VISIBLE = 64  # pixels to which small images are magnified in a grid
+READABLE = 96  # the same with words below them
+POINTS, LINE, LINES = 10, 12, 4  # of words: size of type, pixels a line, lines at most
 
 
 def grid(
-    images: Tensor, columns: int | None = None, gap: int = 2, zoom: int | None = None
+    images: Tensor,
+    columns: int | None = None,
+    gap: int = 2,
+    zoom: int | None = None,
+    words: Sequence[str] | None = None,
 ) -> Tensor:
     """Arrange images in rows from left to right on a white sheet.
 
@@ -214,13 +223,17 @@ def grid(
         images: uint8 (B, C, H, W), C = 1, 3 or 4 (with alpha).
         columns: images per row; about the square root of B when not given.
         gap: white pixels between images.
-        zoom: magnification; up to at least 64 pixels when not given.
+        zoom: magnification; up to at least 64 pixels when not given, 96 with words.
+        words: to write below each image, four short lines at most.
 
     Returns:
-        uint8 (3 or 4, rows * (H + gap) - gap, columns * (W + gap) - gap), H, W after the zoom.
+        uint8 (3 or 4, rows * (H + gap) - gap, columns * (W + gap) - gap), H, W after the zoom, H
+        with the words.
     """
-    zoom = zoom or max(1, math.ceil(VISIBLE / images.shape[3]))
+    zoom = zoom or max(1, math.ceil((READABLE if words else VISIBLE) / images.shape[3]))
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    if words:
+        images = torch.cat([images.cpu(), _written(words, images)], dim=2)
     count, channels, height, width = images.shape
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
@@ -231,6 +244,41 @@ def grid(
         left = index % columns * (width + gap)
         sheet[:, top : top + height, left : left + width] = image  # broadcasts one channel
     return sheet
+
+
+def _written(words: Sequence[str], images: Tensor) -> Tensor:
+    """Words in black on white, uint8 (B, C, h, W) for images of that C and W."""
+    font = ImageFont.load_default(POINTS)
+    width = images.shape[3] - 2
+    split = [_lines(each, lambda line: font.getlength(line) <= width) for each in words]
+    strips = []
+    for lines in split:
+        strip = Image.new("L", (images.shape[3], LINE * max(map(len, split)) + 2), 255)
+        ImageDraw.Draw(strip).multiline_text((1, 0), "\n".join(lines), 0, font, spacing=2)
+        strips.append(torch.from_numpy(np.array(strip)))
+    written = torch.stack(strips)[:, None].repeat(1, images.shape[1], 1, 1)
+    written[:, 3:] = 255  # opaque
+    return written
+
+
+def _lines(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """Lines that fit, broken between words where possible; what is left out becomes an ellipsis."""
+    lines, rest = [""], shown(text).split()
+    while rest:
+        word = rest.pop(0)
+        longer = f"{lines[-1]} {word}".strip()
+        if fits(longer):
+            lines[-1] = longer
+        elif lines[-1] and len(lines) < LINES:
+            lines.append("")
+            rest.insert(0, word)
+        else:
+            kept = longer
+            while kept and not fits(f"{kept}…"):
+                kept = kept[:-1]
+            lines[-1] = f"{kept}…"
+            break
+    return lines
 
 
 def save_png(image: Tensor, path: Path) -> None:

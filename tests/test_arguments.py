@@ -27,6 +27,7 @@ WORDS = {
     "compare": "a b", "runs": "", "verify": "p", "convert": "r", "experiments": "",
     "completion": "bash",
 }  # fmt: skip
+ASKING = "sample progressive interpolate enlarge inpaint invert"
 DRAWING = "sample evaluate progressive interpolate enlarge inpaint invert likelihood"
 
 # What is typed, the value without it, the value with it, and the commands that take it.
@@ -58,6 +59,7 @@ OPTIONS = [
     ("--data-changed", False, True, "train launch"),
     ("--device word", "auto", "word", f"{DRAWING} reference sweep losses"),
     ("--dry-run", False, True, "launch"),
+    ("--encoder word", None, "word", ASKING),
     ("--encoding word", "png", "word", "prepare"),
     ("--feature-precision bf16", "fp32", "bf16", "evaluate reference sweep"),
     ("--feature-weights word", None, "word", "evaluate reference sweep"),
@@ -93,6 +95,8 @@ OPTIONS = [
     ("--out word", None, "word",
      "sample reference sweep replay losses progressive interpolate enlarge inpaint invert"),
     ("--probes 7", None, 7, "likelihood"),
+    ("--prompt a=1 --prompt b=2", [], ["a=1", "b=2"], ASKING),
+    ("--prompts word", None, "word", ASKING),
     ("--reference word", None, "word", "evaluate sweep"),
     ("--resample 7", 1, 7, "inpaint"),
     ("--resize", False, True, "evaluate sweep"),

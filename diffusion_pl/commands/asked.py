@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from diffusion_pl.commands.labels import class_of
 from diffusion_pl.commands.options import ConditionOptions
 from diffusion_pl.errors import UserError
-from diffusion_pl.evaluation.sources import Source, sources_of
+from diffusion_pl.evaluation import Evaluation
+from diffusion_pl.evaluation.prompts import TextEncoder, read_prompts
+from diffusion_pl.evaluation.sources import Prompts, Source, sources_of
 from diffusion_pl.images import ImageDataset
+from diffusion_pl.text.encoders import HUGGING_FACE
 
 
 def sources(
     options: ConditionOptions,
     taken: Mapping[str, int],
+    settings: Evaluation,
     *,
     class_names: Sequence[str],
-    balanced: bool,
+    encoder: TextEncoder | None,
     open_data: Callable[[], ImageDataset],
 ) -> tuple[Source, ...]:
     """The sources for all that a model takes; without prompts, captions of its data.
@@ -24,8 +29,9 @@ def sources(
     Args:
         options: what is asked for.
         taken: how much of each kind the model takes, see `conditions.sizes`.
+        settings: of the run's evaluation, for what is not asked for.
         class_names: of the model, in order.
-        balanced: without a label, the classes in turn.
+        encoder: of the captions that it was trained with.
         open_data: opens the run's data.
 
     Raises:
@@ -34,12 +40,18 @@ def sources(
     label = class_of(options.label, class_names, taken["label"])
     if label is not None and not taken["label"]:
         raise UserError(f"label {label}: the model has no classes; leave it out")
-    images = None
-    if taken["text"]:
-        images = open_data()
-        if images.texts is None:
-            raise UserError(f"{images.name} has no encoded captions to sample by")
-    return sources_of(taken, images, balanced=balanced, label=label)
+    words = _words(options)
+    if words and not taken["text"]:
+        raise UserError("--prompt: the model was trained without text; leave it out")
+    if not words and settings.prompts is not None and taken["text"]:
+        words = read_prompts(Path(settings.prompts))
+    images = prompts = None
+    if words:
+        prompts = _encoded(words, encoder, options.encoder)
+    elif taken["text"]:
+        images = _data(open_data)
+    balanced = settings.labels == "balanced"
+    return sources_of(taken, images, balanced=balanced, label=label, prompts=prompts)
 
 
 def require(options: ConditionOptions, taken: Mapping[str, int]) -> None:
@@ -50,3 +62,40 @@ def require(options: ConditionOptions, taken: Mapping[str, int]) -> None:
     """
     if taken["label"] and options.label is None:
         raise UserError(f"--label: name the images' class, 0 to {taken['label'] - 1}")
+    if taken["text"] and not _words(options):
+        raise UserError("--prompt: describe the images, the model was trained with captions")
+
+
+def _words(options: ConditionOptions) -> tuple[str, ...]:
+    """The prompts of the options; () where there are none."""
+    if options.prompt and options.prompts is not None:
+        raise UserError("--prompt and --prompts: give prompts by one of them")
+    return options.prompt if options.prompts is None else read_prompts(options.prompts)
+
+
+def _encoded(words: Sequence[str], encoder: TextEncoder | None, name: str | None) -> Prompts:
+    """Prompts by the encoder of the model's captions."""
+    if encoder is None:
+        raise UserError(
+            "--prompt: the checkpoint does not say by which encoder its captions were encoded; "
+            "train again with this version"
+        )
+    if name is None and encoder.name.startswith(HUGGING_FACE):
+        raise UserError(
+            f"--prompt: the model's captions were encoded by {encoder.name}, at the word of the "
+            f"checkpoint; if you trust it, name it: --encoder {encoder.name}"
+        )
+    return encoder.encode(words, name)
+
+
+def _data(open_data: Callable[[], ImageDataset]) -> ImageDataset:
+    """The run's data, for its captions."""
+    try:
+        images = open_data()
+    except UserError as error:
+        raise UserError(
+            f"the model takes text; give --prompt, or the data whose captions to draw ({error})"
+        ) from error
+    if images.texts is None:
+        raise UserError(f"{images.name} has no encoded captions to draw; give --prompt")
+    return images

@@ -40,6 +40,21 @@ def weights(text: str) -> str:
     return text
 
 
+def guidance(text: str) -> float | dict[str, float]:
+    """Parse a weight, or a weight for each kind of condition, KIND=WEIGHT,...
+
+    Raises:
+        ValueError: not a number.
+    """
+    try:
+        if "=" not in text:
+            return float(text)
+        pairs = (word.partition("=") for word in text.split(","))
+        return {kind.strip(): float(weight) for kind, _, weight in pairs}
+    except ValueError as error:
+        raise ValueError(f"a number, or KIND=NUMBER,... (got {text!r})") from error
+
+
 def interval(text: str) -> tuple[float, float]:
     """Parse two noise levels, LOW,HIGH.
 
@@ -103,6 +118,7 @@ BaseAlone = Annotated[
     bool,
     Parameter(help="for a pyramid: its base at full size, which is not how the run samples"),
 ]
+Guidance = Annotated[float | dict[str, float], _read(guidance, "WEIGHT")]
 Interval = Annotated[tuple[float, float], _read(interval, "LOW,HIGH")]
 Weights = Annotated[str, _read(weights, "KIND")]
 Words = Annotated[tuple[str, ...], _read(listed(str), "NAME,...")]
@@ -120,13 +136,13 @@ class SamplerOptions:
     Args:
         sampler: heun, deis, ... (docs/samplers.md) or a function's path, on the run's own levels.
         steps: of the sampler.
-        guidance: weight, 1 for none.
+        guidance: weight, 1 for none; or of each kind of condition: text=3,label=1.5.
         weights: ema, denoiser (raw), or ema:0.1 for the average of that length.
     """
 
     sampler: str | None = None
     steps: Integer | None = None
-    guidance: float | None = None
+    guidance: Guidance | None = None
     weights: Weights = "ema"
 
 
@@ -136,10 +152,16 @@ class ConditionOptions:
     """What the images are to be.
 
     Args:
-        label: class of every image, its name or index.
+        label: class of every image, its name or index; uniform when not given.
+        prompt: what the images show; of several, image i has number i modulo how many there are.
+        prompts: file of prompts, a line each.
+        encoder: the model's text encoder, where it is not found by its own name.
     """
 
     label: str | int | None = None
+    prompt: Repeated = ()
+    prompts: Path | None = None
+    encoder: str | None = None
 
 
 @Parameter(name="*", group=Group("Run", sort_key=2))

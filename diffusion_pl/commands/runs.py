@@ -23,6 +23,7 @@ from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, ImageGenerator
+from diffusion_pl.evaluation.prompts import TextEncoder
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.evaluation.sources import Source
 from diffusion_pl.images import ImageDataset
@@ -59,7 +60,7 @@ class Model:
     dropout: Mapping[str, float]
     trained: nn.Module
     class_names: tuple[str, ...] = ()
-    encoder: checkpoints.TextEncoder | None = None
+    encoder: TextEncoder | None = None
 
     @property
     def taken(self) -> dict[str, int]:
@@ -242,8 +243,9 @@ def _sources(model: Model, options: ConditionOptions) -> tuple[Source, ...]:
     return asked.sources(
         options,
         model.taken,
+        config.build(model.config, "evaluation"),
         class_names=model.class_names,
-        balanced=config.build(model.config, "evaluation").labels == "balanced",
+        encoder=model.encoder,
         open_data=lambda: images_of(model.config),
     )
 

@@ -65,7 +65,8 @@ def command(
             folder.add(piece, images.cpu())
     folder.finish(whole)
     sheet = folder.folder / "grid.png"
-    save_png(grid(folder.read(whole[:GRID])), sheet)
+    words = generator.words(whole[:GRID], opened.model.class_names)
+    save_png(grid(folder.read(whole[:GRID]), words=words), sheet)
     result = {
         **opened.about(folder.folder),
         "images": str(folder.images),
@@ -84,8 +85,8 @@ def command(
     if (data := runs.missing_data(opened.model.config)) is None:
         after = hints.next_line("evaluate", run)
     else:
-        words = hints.command("evaluate", run, "--set", "data.dataset.path=PATH")
-        after = f"measure  {words}  ({data}, its data, is not here)"
+        asked = hints.command("evaluate", run, "--set", "data.dataset.path=PATH")
+        after = f"measure  {asked}  ({data}, its data, is not here)"
     return Result(result, lines, [after])
 
 

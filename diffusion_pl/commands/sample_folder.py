@@ -97,6 +97,8 @@ class SampleFolder:
             "images": self.read(whole).permute(0, 2, 3, 1).numpy(),
             "labels": np.full(len(whole), -1) if labels is None else labels.numpy(),
         }
+        if (captions := self.opened.generator.captions(whole)) is not None:
+            arrays["captions"] = np.array(captions)
         write_atomically(self.folder / "images.npz", lambda file: np.savez(file, **arrays))
         self._write(whole, settings_of(self.opened), complete=True)
 
@@ -108,12 +110,14 @@ class SampleFolder:
 
     def _write(self, whole: range, settings: Mapping[str, Any], *, complete: bool) -> None:
         labels = self.opened.generator.labels(whole)
+        captions = self.opened.generator.captions(whole)
         said = {
             "format": FORMAT,
             "complete": complete,
             "first": whole.start,
             "count": len(whole),
             "labels": None if labels is None else labels.tolist(),
+            **({} if captions is None else {"captions": captions}),
             "run": str(self.opened.folder),
             "checkpoint": str(self.opened.model.checkpoint),
             "settings": dict(settings),

@@ -99,6 +99,20 @@ class ImageGenerator:
         found = (source.captions(self.seed, indices) for source in self.sources)
         return next((words for words in found if words is not None), None)
 
+    def words(self, indices: Sequence[int], class_names: Sequence[str]) -> list[str] | None:
+        """What each image was asked to be: its prompt, else its class; None for neither.
+
+        Args:
+            indices: of the images.
+            class_names: in order; () where there are none.
+        """
+        if (found := self.captions(indices)) is not None:
+            return list(found)
+        labels = self.labels(indices)
+        if labels is None:
+            return None
+        return [class_names[i] if class_names else f"class {i}" for i in labels.tolist()]
+
     @property
     def device(self) -> torch.device:
         """The denoiser's device."""

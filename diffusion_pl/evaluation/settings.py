@@ -63,6 +63,8 @@ class Evaluation:
         seed: of noise and labels.
         labels: "random": uniform over the classes; "balanced": the classes in turn, so that their
             counts differ by one at most (JiT's protocol: 50 images of each of 1000 classes).
+        prompts: file of prompts, a line each, of a model that takes text: image i has line i modulo
+            their number; None: captions of the data, drawn from (seed, i).
         guidance: weight, 1 for none; or a weight for each kind of condition, such as
             {text: 3, label: 1.5}.
         guidance_interval: noise levels (low, high] that are guided.
@@ -78,6 +80,7 @@ class Evaluation:
     batch_size: int = 250
     seed: int = 0
     labels: Labels = "random"
+    prompts: str | None = None
     guidance: Weight = 1.0
     guidance_interval: tuple[float, float] = EVERYWHERE
     guide: Guide | Routed | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from diffusion_pl import ranks
 from diffusion_pl.diffusion.conditions import sizes
+from diffusion_pl.evaluation.prompts import TextEncoder
 from diffusion_pl.evaluation.provenance import now
 from diffusion_pl.progress import Progress
 from diffusion_pl.signals import StopRequest
@@ -210,13 +212,7 @@ class Vocabulary(Callback):
         if images.class_names and taken["label"]:
             checkpoint[checkpoints.CLASS_NAMES] = list(images.class_names)
         if taken["text"]:
-            texts = images.texts
-            checkpoint[checkpoints.TEXT_ENCODER] = {
-                "name": texts.encoder,
-                "digest": texts.digest,
-                "width": texts.width,
-                "length": texts.length,
-            }
+            checkpoint[checkpoints.TEXT_ENCODER] = asdict(TextEncoder.of(images.texts))
 
 
 class Snapshots(Callback):

@@ -17,7 +17,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from diffusion_pl.config.renaming import renamed
 from diffusion_pl.config.tree import plain
 from diffusion_pl.errors import UserError
+from diffusion_pl.evaluation.prompts import TextEncoder
 from diffusion_pl.io.files import read_small, regular, sha256_of, write_atomically
 from diffusion_pl.io.unpickle import reason_of, unfit_content, unfit_entries
 from diffusion_pl.names import shown
@@ -309,23 +310,6 @@ def class_names(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
     names = checkpoint.get(CLASS_NAMES)
     fine = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return tuple(names) if fine and names is not None else ()
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """The encoder of the captions that a run was trained with.
-
-    Args:
-        name: as `text.encoder` takes it.
-        digest: sha256 (hex) of its weights.
-        width: numbers a token.
-        length: tokens that a caption is padded or cut to.
-    """
-
-    name: str
-    digest: str
-    width: int
-    length: int
 
 
 def text_encoder(checkpoint: Mapping[str, Any], path: Path) -> TextEncoder | None:

@@ -17,7 +17,8 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, ImageGenerator, Sampler, evaluate, reference_of
 from diffusion_pl.evaluation.cost import estimate
 from diffusion_pl.evaluation.measuring import Interrupted, build
-from diffusion_pl.evaluation.sources import sources_of
+from diffusion_pl.evaluation.prompts import TextEncoder, read_prompts
+from diffusion_pl.evaluation.sources import Prompts, sources_of
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.interop import statistics
 from diffusion_pl.io.files import regular
@@ -99,6 +100,7 @@ class Evaluate(Callback):
         self.stop = stop
         self.best = best
         self.interval = Interval(settings.every)
+        self.prompts: Prompts | None = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Load or compute the reference statistics before the first step, on all ranks."""
@@ -110,6 +112,9 @@ class Evaluate(Callback):
                     f"{', '.join(known) or 'nothing'}); add its metric to evaluation.metrics"
                 )
         images = trainer.datamodule.opened()  # type: ignore[attr-defined]
+        if self.settings.prompts is not None and images.texts is not None:
+            words = read_prompts(Path(self.settings.prompts))
+            self.prompts = TextEncoder.of(images.texts).encode(words)
         device = trainer.strategy.root_device
         self.reference = reference_of(
             images,
@@ -185,7 +190,8 @@ class Evaluate(Callback):
         if trainer.is_global_zero:
             self.training_log.check()
             path = grid_of(self.run, images)
-            sheet = grid(shown)
+            names = trainer.datamodule.opened().class_names  # type: ignore[attr-defined]
+            sheet = grid(shown, words=generator.words(range(len(shown)), names))
             save_png(sheet, path)
             show(trainer, sheet, images)
             self.history.measure(images, rows)
@@ -213,12 +219,17 @@ class Evaluate(Callback):
 
     def _generator(self, trainer: lightning.Trainer, pl_module: DiffusionModule) -> ImageGenerator:
         images = trainer.datamodule.opened()  # type: ignore[attr-defined]
-        balanced = self.settings.labels == "balanced"
+        sources = sources_of(
+            sizes(pl_module.ema.network),
+            images,
+            balanced=self.settings.labels == "balanced",
+            prompts=self.prompts,
+        )
         return ImageGenerator(
             denoiser=pl_module.ema,
             sampler=self.sampler,
             shape=images.shape[1:],
-            sources=sources_of(sizes(pl_module.ema.network), images, balanced=balanced),
+            sources=sources,
             dropout=pl_module.settings.dropout,
             seed=self.settings.seed,
             guidance=self.settings.guidance,

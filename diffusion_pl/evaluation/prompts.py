@@ -1,0 +1,87 @@
+"""Prompts, encoded as the captions that a model was trained with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusion_pl import text
+from diffusion_pl.errors import UserError
+from diffusion_pl.evaluation.sources import Prompts
+from diffusion_pl.images import Texts
+from diffusion_pl.io.files import regular
+from diffusion_pl.names import shown
+
+MOST_BYTES = 2**24  # of a file of prompts
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """The encoder of the captions that a model was trained with.
+
+    Args:
+        name: as `text.encoder` takes it.
+        digest: sha256 (hex) of its weights.
+        width: numbers a token.
+        length: tokens that a caption is padded or cut to.
+    """
+
+    name: str
+    digest: str
+    width: int
+    length: int
+
+    @classmethod
+    def of(cls, texts: Texts) -> TextEncoder:
+        """That of the captions of a data set."""
+        return cls(texts.encoder, texts.digest, texts.width, texts.length)
+
+    def encode(self, words: Sequence[str], name: str | None = None) -> Prompts:
+        """Encode prompts; one beyond the length is cut, and a line on stderr says where.
+
+        Args:
+            words: at least one prompt.
+            name: where the encoder is now; its own name for None.
+
+        Raises:
+            UserError: it is not installed, or is not the one of the captions.
+        """
+        encoder = text.encoder(name or self.name, self.length)
+        if encoder.digest != self.digest:
+            raise UserError(
+                f"the model's captions were encoded by {self.name} (sha256 {self.digest[:12]}), "
+                f"and {encoder.name} here is another (sha256 {encoder.digest[:12]}); install the "
+                "first, or say where it is: --encoder"
+            )
+        encoded = encoder.encode(words)
+        for number in encoded.cut:
+            print(
+                f"prompt {shown(words[number])!r} has more than {self.length:d} tokens and is cut "
+                f"after {shown(encoder.kept(words[number]))!r}",
+                file=sys.stderr,
+            )
+        return Prompts(tuple(words), encoded.tokens, encoded.mask)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts in a file, a line each; blank lines are passed over.
+
+    Raises:
+        UserError: it cannot be read, is not UTF-8, is larger than 16 MB, or has no prompt.
+    """
+    try:
+        with regular(path).open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        lines = content.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text; prompts are a line each") from error
+    if len(content) > MOST_BYTES:
+        raise UserError(f"{path}: is larger than {MOST_BYTES >> 20} MB; prompts are a line each")
+    found = tuple(line.strip() for line in lines if line.strip())
+    if not found:
+        raise UserError(f"{path}: has no prompt; write one a line")
+    return found
