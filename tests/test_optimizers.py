@@ -99,6 +99,37 @@ def test_groups_are_the_optimizers_that_one_would_write_out():
     assert not torch.equal(ours.first.weight, Small().first.weight)
 
 
+def test_each_of_three_optimizers_keeps_its_own_groups():
+    """Their rates, which a schedule changes from outside, are those by which they step."""
+    ours, theirs = Small(), Small()
+    groups = [
+        Group(names=["first.weight"], optimizer=partial(Muon, lr=0.05)),
+        Group(names=["last.*"], optimizer=partial(AdamW, lr=0.02)),
+    ]
+    together = optimizer_of(Grouped(partial(SGD, lr=0.01), groups), whole(ours))
+    by_hand = [
+        SGD([theirs.first.bias, theirs.norm.weight, theirs.norm.bias], lr=0.01),
+        Muon([theirs.first.weight], lr=0.05),
+        AdamW([theirs.last.weight, theirs.last.bias], lr=0.02),
+    ]
+    for each in (together, *by_hand):
+        for group in each.param_groups:
+            group["lr"] *= 0.5
+    descend(ours, [together])
+    descend(theirs, by_hand)
+    assert_equal(ours.state_dict(), theirs.state_dict())
+
+
+def test_frozen_parameters_are_in_no_group():
+    small = Small()
+    small.norm.requires_grad_(False)
+    [group] = optimizer_of(partial(SGD, lr=0.1), whole(small)).param_groups
+    trained = {id(each) for layer in (small.first, small.last) for each in layer.parameters()}
+    assert {id(each) for each in group["params"]} == trained
+    with pytest.raises(UserError, match=r"groups\.0: no parameter is called norm\.\*"):
+        optimizer_of(Grouped(partial(SGD, lr=0.1), [Group(names=["norm.*"])]), whole(small))
+
+
 def test_several_optimizers_are_saved_as_one_and_go_on_to_the_same_bits():
     made = Grouped(
         partial(SGD, lr=0.01, momentum=0.9), [Group(ndim=2, optimizer=partial(Muon, lr=0.05))]
