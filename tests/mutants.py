@@ -38,6 +38,8 @@ WORKERS = 2
 LIMIT = 180  # seconds for the tests of one mutant
 WHOLE = 1800  # seconds for a test file without a bug, all of it
 UNUSABLE = 70  # the code of a child in which pytest itself raised
+# A library in memory may bring a plugin of pytest along, of which pytest warns that it comes late.
+UNTOLD = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 MUTANTS = [
@@ -367,7 +369,7 @@ def code_of(
                 os.dup2(stream.fileno(), 1)
                 os.dup2(stream.fileno(), 2)
                 plugins = [Covering(Path.cwd(), covering)] if covering else [Failing()]
-                code = pytest.main(["-x", "-m", "not slow", *tests], plugins)
+                code = pytest.main(["-x", "-m", "not slow", *UNTOLD, *tests], plugins)
         finally:
             os._exit(code)
     try:

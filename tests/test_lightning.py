@@ -42,6 +42,19 @@ def test_a_profiler_reports_into_the_run_and_changes_no_number(train):
     assert main(["sample", "runs/simple", "--count", "1"]) == 0
 
 
+def test_a_profiler_of_one_s_own_is_not_needed_to_open_the_run(train, tmp_path, monkeypatch):
+    text = (
+        "from lightning.pytorch.profilers import SimpleProfiler\nclass Mine(SimpleProfiler): pass\n"
+    )
+    own_module(tmp_path, monkeypatch, "myprofiler", text)
+    assert train("trainer.profiler={_target_: myprofiler.Mine}")[0] == 0
+    assert "myprofiler" in Path("runs/a/config.yaml").read_text()
+    Path("myprofiler.py").unlink()
+    monkeypatch.delitem(sys.modules, "myprofiler")
+    importlib.invalidate_caches()
+    assert main(["sample", "runs/a", "--count", "1"]) == 0
+
+
 def test_a_strategy_of_lightning_s_makes_the_run_of_ours(train, tmp_path):
     assert train(run="ours")[0] == 0
     shutil.copy("experiments/tiny.yaml", "experiments/tried.yaml")

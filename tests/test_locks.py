@@ -42,10 +42,20 @@ except ValueError:
 """
 
 
-def start(program, *words):
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, words)], stdout=subprocess.PIPE, text=True
-    )
+@pytest.fixture
+def start():
+    """Start a program; what a test that fails leaves running is killed."""
+    begun = []
+
+    def call(program, *words):
+        command = [sys.executable, "-c", program, *map(str, words)]
+        begun.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return begun[-1]
+
+    yield call
+    for each in begun:
+        each.kill()
+        each.communicate()
 
 
 @pytest.fixture
@@ -74,7 +84,7 @@ def assert_held(path, who):
         pass
 
 
-def test_a_living_holder_is_named_and_a_killed_one_gives_way_at_once(path):
+def test_a_living_holder_is_named_and_a_killed_one_gives_way_at_once(path, start):
     holder = start(HOLD, path)
     assert holder.stdout.readline() == "held\n"
     assert_held(path, f"process {holder.pid} on {locks.this_process('').host}")
@@ -85,10 +95,9 @@ def test_a_living_holder_is_named_and_a_killed_one_gives_way_at_once(path):
     time.sleep(0.1)  # nobody has asked how it ended: its number is still taken
     assert locks.live_holder(path) is None
     assert_free(path)
-    holder.communicate()
 
 
-def test_a_folder_that_was_copied_while_it_was_held_is_nobodys(path):
+def test_a_folder_that_was_copied_while_it_was_held_is_nobodys(path, start):
     """A run's folder copied aside while it trains is another run; one that was moved is not."""
     holder = start(HOLD, path)
     assert holder.stdout.readline() == "held\n"
@@ -105,9 +114,6 @@ def test_a_folder_that_was_copied_while_it_was_held_is_nobodys(path):
     assert another.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match="holds it"), locks.hold(moved, "training"):
         pass
-    for each in (holder, another):
-        each.kill()
-        each.communicate()
 
 
 @pytest.mark.parametrize("number", [10**30, 2**63, -1, 0])
@@ -119,7 +125,7 @@ def test_a_number_that_no_process_has_holds_nothing(number, path):
     assert processes.is_leftover(left)
 
 
-def test_of_many_that_take_a_dead_ones_lock_one_wins(path):
+def test_of_many_that_take_a_dead_ones_lock_one_wins(path, start):
     write(path, process=2**22 + 1)  # more than Linux gives
     began = time.time() + 1.0
     racing = [start(RACE, path, began) for _ in range(6)]
