@@ -43,12 +43,15 @@ class TextKeys(nn.Module):
         width: channels of the attention, a multiple of `heads`.
         heads: attention heads.
         normed: keys are RMS-normalised over a head's channels, where the image's are too.
+        bias: whether the map has biases.
     """
 
-    def __init__(self, text_width: int, width: int, heads: int, *, normed: bool = False) -> None:
+    def __init__(
+        self, text_width: int, width: int, heads: int, *, normed: bool = False, bias: bool = True
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self.kv = xavier(nn.Linear(text_width, 2 * width))
+        self.kv = xavier(nn.Linear(text_width, 2 * width, bias=bias))
         self.norm_k = RMSNorm(width // heads) if normed else None
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
