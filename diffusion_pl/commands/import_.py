@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,9 @@ from diffusion_pl.training import checkpoint as checkpoints
 
 
 def command(
-    kind: Literal["edm", "diffusers", "guided", "jit", "lucidrains", "pesser", "safetensors"],
+    kind: Literal[
+        "edm", "diffusers", "guided", "jit", "lucidrains", "pesser", "prx", "safetensors"
+    ],
     source: Path,
     dest: Path,
     /,
@@ -34,6 +37,7 @@ def command(
     like: str | None = None,
     set: Repeated = (),
     weights: Literal["ema", "raw"] = "ema",
+    null_text: str | None = None,
     allow: Allow = (),
 ) -> Result:
     """Make a run of a published checkpoint, to sample, evaluate and fine-tune.
@@ -47,12 +51,19 @@ def command(
         like: experiment for data, optimizer, evaluation and trainer.
         set: KEY=VALUE: what the file does not say, by its own keys, or over the run's config.
         weights: averaged or raw, where the file has both.
+        null_text: prx: safetensors with text (L, E) and text_mask (L,), the encoding of an empty
+            text, or the encoder that makes it, such as hf:FOLDER.
     """
+    if null_text is not None:
+        if kind != "prx":
+            raise UserError("--null-text is for prx alone; leave it out")
+        set = (*set, f"null_text={json.dumps(null_text)}")
     if dest.exists() and any(dest.iterdir()):
         raise UserError(f"{dest}: is not empty; name another folder")
     refuse_name(dest.resolve().name, shown(str(dest)), "name another folder")
     images, about = 0, {"kind": kind, "from": str(source)}
     names: tuple[str, ...] = ()
+    encoder: dict[str, Any] | None = None
     notes: list[str] = []
     weighed = source
     if kind == "safetensors":
@@ -62,13 +73,13 @@ def command(
         refuse_class_names(names, str(source), written=True)
         experiment = config.load_resolved(known["config"], str(source), allow, set)
     else:
-        experiment, state, notes, weighed = published(
+        experiment, state, notes, weighed, encoder = published(
             kind, source, weights, set, name=dest.name, like=like, allow=allow
         )
     parts.bind(experiment)
     check(experiment, state, source)
     about["sha256"] = digest(weighed)
-    path = write(dest, experiment, state, images, about, names)
+    path = write(dest, experiment, state, images, about, names, encoder)
     starting = ["--from", str(dest), "--run", f"runs/{dest.name}-tuned"]
     result = {
         "run": str(dest),
@@ -86,8 +97,10 @@ def command(
 
 def published(
     kind: str, source: Path, weights: str, settings: Sequence[str], **further: Any
-) -> tuple[Config, dict[str, Tensor], list[str], Path]:
+) -> tuple[Config, dict[str, Tensor], list[str], Path, dict[str, Any] | None]:
     """The experiment, the weights, the notes and the weights' file of a published checkpoint.
+
+    Beside them what is known of its text encoder; None for a model without text.
 
     Args:
         kind: the layout.
@@ -114,7 +127,7 @@ def published(
         state = layout.weights(about, given)
         named = {f"network.{key}": value for key, value in state.items()}
         weighed = Path(about.get("_from", {}).get("weights", source))
-        return experiment, named, layout.notes(about), weighed
+        return experiment, named, layout.notes(about), weighed, about.get("_text_encoder")
     except ValueError as error:
         if isinstance(error, ConfigError) or str(error).startswith(str(source)):
             raise
@@ -153,7 +166,8 @@ def experiment_of(
 
     Args:
         nodes: `network`, `objective`, `sampler`, perhaps others; without a sampler, Heun's method
-            over the network's range. `label_dropout`, where the model was trained with it.
+            over the network's range. `dropout` of conditions, or `label_dropout`, where the model
+            was trained with it.
         source: the file, for messages.
         overrides: `key=value` over it.
         name: of the run, and without `like` of the folder of its images.
@@ -165,9 +179,10 @@ def experiment_of(
     """
     base = config.load(like or "base", allow=allow)
     network = nodes["network"]
-    label_dropout = nodes.get("label_dropout", 0.0)
-    tree = base.tree | {key: node for key, node in nodes.items() if key != "label_dropout"}
-    tree["trainer"] = {**tree["trainer"], "dropout": {"label": label_dropout}}
+    dropout = nodes.get("dropout", {"label": nodes.get("label_dropout", 0.0)})
+    apart = ("label_dropout", "dropout")
+    tree = base.tree | {key: node for key, node in nodes.items() if key not in apart}
+    tree["trainer"] = {**tree["trainer"], "dropout": dropout}
     if like is None:
         tree["data"] = {
             **tree["data"],
@@ -217,6 +232,7 @@ def write(
     images: int,
     about: dict[str, Any],
     names: Sequence[str] = (),
+    encoder: dict[str, Any] | None = None,
 ) -> Path:
     """Write the run's folder; returns its checkpoint."""
     header = f"# Imported from {about['from']} ({about['kind']}), sha256 {about['sha256']}\n"
@@ -233,6 +249,8 @@ def write(
     whole: dict[str, Any] = {"state_dict": both, checkpoints.SECTION: section}
     if names:
         whole[checkpoints.CLASS_NAMES] = list(names)
+    if encoder is not None:
+        whole[checkpoints.TEXT_ENCODER] = encoder
     checkpoints.save(whole, path)
     checkpoints.point_to(path)
     return path

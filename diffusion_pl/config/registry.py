@@ -69,6 +69,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
         *_of("networks.edm2_unet", "EDM2UNet"),
         *_of("networks.jit", "JiT"),
         *_of("networks.linear_unet", "LinearUNet"),
+        *_of("networks.prx", "PRX"),
         *_of("networks.simple_unet", "SimpleUNet"),
         *_of("networks.song_unet", "SongUNet"),
         *_of("networks.uvit", "UViT"),

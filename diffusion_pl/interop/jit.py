@@ -364,7 +364,7 @@ def write(
     while isinstance(inner, nn.Module) and hasattr(inner, "objective"):  # further losses, weights
         inner = inner.objective
     weight, schedule = getattr(inner, "weight", None), getattr(inner, "schedule", None)
-    if (form.predict, form.timestep_scale) != ("image", 1.0) or not (
+    if (form.predict, form.timestep_scale, form.reversed_time) != ("image", 1.0, False) or not (
         isinstance(weight, ClampedWeight)
         and weight.loss == "velocity"
         and isinstance(schedule, LogNormal)
@@ -373,10 +373,11 @@ def write(
             "JiT's layout knows its objective with predict: image, loss: velocity and "
             "timestep_scale: 1 alone; export it as safetensors"
         )
-    if network.position.channels or not network.classes or network.out_channels != network.channels:
+    learned = network.out_channels != network.channels
+    if network.position.channels or not network.classes or learned or network.text_width:
         raise UserError(
-            "JiT's layout knows networks with classes, and no position_frequencies or "
-            "learned_variance; export it as safetensors"
+            "JiT's layout knows networks with classes, and no position_frequencies, "
+            "learned_variance or text; export it as safetensors"
         )
     own = network.state_dict()
     state = {f"net.{theirs}": _theirs(ours, own[ours]) for ours, theirs in names(network)}

@@ -9,7 +9,7 @@ The paper's time t runs from noise, 0, to the image, 1; its noise e has standard
 | noise levels | logit t normal, mean -0.8, std 0.8: ln sigma ~ N(ln s + 0.8, 0.8^2) | Table 9 |
 | c_skip, c_out | 0, 1: the network predicts the image | section 4 |
 | c_in | t: the network sees z | Eq. 1 |
-| c_noise | t | released code |
+| c_noise | t; or 1 - t, `reversed_time`, as PRX has it | released code |
 | weight | 1 / max(1 - t, t_eps)^2, the squared error of the velocity (x - z) / (1 - t) | Alg. 1 |
 | pooling | mean over channels and pixels | Alg. 1 |
 
@@ -51,12 +51,14 @@ class Interpolation:
         noise_scale: s, the standard deviation of e.
         timestep_scale: c_noise is t times this.
         sigma_data: of `edm`.
+        reversed_time: c_noise is 1 - t times `timestep_scale` instead.
     """
 
     predict: Prediction = "image"
     noise_scale: float = 1.0
     timestep_scale: float = 1.0
     sigma_data: float = 0.5
+    reversed_time: bool = False
 
     def __post_init__(self) -> None:
         if self.predict not in ("image", "noise", "velocity", "edm"):
@@ -72,7 +74,8 @@ class Interpolation:
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         t = self.noise_scale / (self.noise_scale + sigma)
-        one, c_noise = torch.ones_like(sigma), self.timestep_scale * t
+        time = sigma / (self.noise_scale + sigma) if self.reversed_time else t
+        one, c_noise = torch.ones_like(sigma), self.timestep_scale * time
         if self.predict == "image":
             return Coefficients(torch.zeros_like(sigma), one, t, c_noise)
         if self.predict == "noise":
@@ -120,6 +123,7 @@ def JiT(
     loss: Loss = "velocity",
     timestep_scale: float = 1.0,
     sigma_data: float = 0.5,
+    reversed_time: bool = False,
 ) -> Objective:
     """The velocity loss of a network that predicts the image.
 
@@ -133,11 +137,12 @@ def JiT(
         timestep_scale: c_noise is t times this; 1 as published, 1000 for networks whose embedding
             is made for timesteps up to 1000.
         sigma_data: of `predict: edm`.
+        reversed_time: c_noise is 1 - t instead of t, times `timestep_scale`.
 
     Raises:
         UserError: a value outside its range.
     """
-    preconditioning = Interpolation(predict, noise_scale, timestep_scale, sigma_data)
+    preconditioning = Interpolation(predict, noise_scale, timestep_scale, sigma_data, reversed_time)
     return Objective(
         schedule=LogNormal(math.log(noise_scale) - mean, std),
         preconditioning=preconditioning,
