@@ -374,7 +374,7 @@ class Run:
         Args:
             count: number of images; the experiment's when not given.
             metrics: frechet, spatial, score, kernel, precision_recall, density_coverage,
-                agreement, or all; the experiment's when not given.
+                cmmd, agreement, clip_score, or all; the experiment's when not given.
             blocks: number of disjoint blocks of images; gives mean, minimum and range.
             options: of the command `evaluate`: reference, features, sampler, steps, seed, guidance,
                 device, ...

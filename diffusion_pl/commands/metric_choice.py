@@ -11,6 +11,8 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.evaluation.settings import MetricSettings
 from diffusion_pl.metrics.agreement import Agreement
+from diffusion_pl.metrics.clip_score import ClipScore
+from diffusion_pl.metrics.cmmd import CMMD
 from diffusion_pl.metrics.density_coverage import DensityCoverage
 from diffusion_pl.metrics.fid import Frechet
 from diffusion_pl.metrics.inception_score import InceptionScore
@@ -25,7 +27,9 @@ METRICS: Mapping[str, MetricSettings] = {
     "kernel": Kernel(),
     "precision_recall": PrecisionRecall(),
     "density_coverage": DensityCoverage(),
+    "cmmd": CMMD(),
     "agreement": Agreement(),
+    "clip_score": ClipScore(),
 }
 
 

@@ -202,7 +202,7 @@ class MetricOptions:
         resize: enlarge smaller images of the reference.
         subset_size: images per subset of the kernel distance; at most 1000 when not given.
         metrics: frechet, spatial, score, kernel, precision_recall, density_coverage,
-            agreement, or all.
+            cmmd, agreement, clip_score, or all.
     """
 
     count: Integer | None = None

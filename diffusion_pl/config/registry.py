@@ -125,6 +125,8 @@ MADE: Mapping[str, tuple[str, ...]] = {
     "evaluation": (*_of("evaluation", "Evaluation"), *_of("evaluation.settings", "Evaluation")),
     "metrics": (
         *_of("metrics.agreement", "Agreement"),
+        *_of("metrics.clip_score", "ClipScore"),
+        *_of("metrics.cmmd", "CMMD"),
         *_of("metrics.density_coverage", "DensityCoverage"),
         *_of("metrics.fid", "Frechet"),
         *_of("metrics.inception_score", "InceptionScore"),

@@ -60,13 +60,14 @@ class Kept(Metric):
         super().sync(*options, **more)
 
     def compute(self) -> Values:
-        """Named values; sets `notes`.
+        """Named values; adds the formula's notes to `notes`.
 
         Raises:
             UserError: non-finite features.
         """
         found = self._formula(_finite(dim_zero_cat(self.features)))
-        values, self.notes = found if isinstance(found, tuple) else (found, {})
+        values, notes = found if isinstance(found, tuple) else (found, {})
+        self.notes = {**self.notes, **notes}
         return values
 
 

@@ -125,11 +125,15 @@ def library() -> ModuleType:
     return transformers
 
 
-def folder_of(name: str) -> Path:
-    """The folder of a model: as named, or the hub's snapshot, fetched if it is not in the cache.
+def folder_of(name: str, *, fetch: bool = True) -> Path:
+    """The folder of a model: as named, else the hub's snapshot in its cache.
+
+    Args:
+        name: "hf:" and a folder or a name of the hub.
+        fetch: fetch what is not in the cache.
 
     Raises:
-        UserError: no such folder, and the hub does not give it.
+        UserError: no such folder, and the hub, or its cache, does not give it.
     """
     place = name.removeprefix(HUGGING_FACE)
     folder = Path(place).expanduser()
@@ -140,12 +144,17 @@ def folder_of(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(place, allow_patterns=list(_PATTERNS)))
+        found = snapshot_download(place, allow_patterns=list(_PATTERNS), local_files_only=not fetch)
     except Exception as error:  # of the hub's library and of those below it
+        if not fetch:
+            raise UserError(
+                f"{name}: is no folder, and not in the hub's cache; run hf download {place}"
+            ) from error
         raise UserError(
             f"{name}: is no folder, and cannot be had from the hub ({_line(error)}); fetch it "
             "where there is a network and name the folder"
         ) from error
+    return Path(found)
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:

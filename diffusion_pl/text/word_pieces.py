@@ -83,8 +83,9 @@ def _words(caption: str) -> list[str]:
 
 
 def _is_dropped(char: str) -> bool:
-    """Control characters, and what stands for a character that could not be decoded."""
-    return char == "\ufffd" or (char not in "\t\n\r" and unicodedata.category(char)[0] == "C")
+    """Control, format and private characters, and what stands for one that was not decoded."""
+    dropped = unicodedata.category(char) in ("Cc", "Cf", "Co", "Cs")
+    return char == "\ufffd" or (dropped and char not in "\t\n\r")
 
 
 def _is_separate(char: str) -> bool:

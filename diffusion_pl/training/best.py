@@ -17,9 +17,9 @@ from diffusion_pl.io.files import aside, read_small, write_atomically
 FOLDER = "best"
 
 # Metrics that may choose the best checkpoint, and whether higher is better.
-HIGHER = dict.fromkeys(("fid", "fd", "sfid", "sfd", "kid", "kd"), False) | dict.fromkeys(
-    ("is", "cs", "precision", "recall", "density", "coverage"), True
-)
+HIGHER = dict.fromkeys(
+    ("fid", "fd", "sfid", "sfd", "kid", "kd", "cmmd", "mmd"), False
+) | dict.fromkeys(("is", "cs", "precision", "recall", "density", "coverage", "clip_score"), True)
 
 
 class Best:
