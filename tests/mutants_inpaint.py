@@ -45,7 +45,7 @@ MUTANTS = [
         ("if std == 0 and isinstance", "if False and isinstance"),
         ("if not 0 <= std < math.inf:", "if std < 0:"),
         ("goes = (curvature > 0) & ", "goes = (curvature != 0) & "),
-        ("(size > CONVERGED * enough)", "(size >= 0)"),
+        ("CONVERGED = 1e-26", "CONVERGED = 1e-2"),
         ("left - step * image", "left - step * along"),
         ("along = left + torch.where(goes, size / before, 0.0) * along", "along = left"),
         ("(one * other).flatten(1).sum(1)", "(one * other).sum().expand(len(one))"),

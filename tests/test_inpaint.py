@@ -21,7 +21,8 @@ HOLE = (slice(2, 6), slice(3, 7))
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """runs/tiny with 8 classes, runs/nothing, whose pixels are independent, and pictures."""
+    """Pictures; runs/tiny with 8 classes, runs/nothing, whose pixels are independent, and
+    runs/something, which has begun to learn, so that its Jacobian is still about a positive one."""
     folder = tmp_path_factory.mktemp("home")
     experiments(folder, TINY)
     (folder / "experiments" / "nothing.yaml").write_text(NOTHING)
@@ -47,6 +48,8 @@ def home(tmp_path_factory):
         patch.chdir(folder)
         for name in ("tiny", "nothing"):
             assert main(["train", name]) == 0
+        learns = ["optimizer.lr=1e-3", "trainer.total_images=64", "--run", "runs/something"]
+        assert main(["train", "nothing", *learns]) == 0
     return folder
 
 
@@ -140,8 +143,8 @@ def test_the_gradient_tells_the_filled_part_of_the_rest(run, tmp_path):
     for method in ("replacement", "gradient"):
         found = []
         for image in ("a.png", tmp_path / "b.png"):
-            words = ("--label", 3, "--method", method, "--count", 1, "--out", tmp_path / method)
-            _, result, _ = run("inpaint", "runs/tiny", image, "mask.png", *words, "--steps", 1)
+            words = ("--method", method, "--count", 1, "--out", tmp_path / method, "--steps", 1)
+            _, result, _ = run("inpaint", "runs/something", image, "mask.png", *words)
             found += results(result)
         moved[method] = np.abs(found[0] - found[1])[HOLE].max()
     assert moved["replacement"] == 0 < moved["gradient"]

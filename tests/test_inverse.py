@@ -395,7 +395,7 @@ def test_a_network_is_differentiated_within_inference_mode_too(denoiser):
     label = torch.tensor([0, -1])
     x = torch.randn(2, 3, 8, 8, dtype=F64)
     sigma = torch.tensor(0.5, dtype=F64)
-    for covariance in (Isotropic(), Jacobian()):
+    for covariance in (Isotropic(), Jacobian(), Jacobian(3)):
         informed = posterior(denoiser, Mask(known), Mask(known).forward(y), covariance=covariance)
         outside = informed(x, sigma, label=label)
         with torch.inference_mode():

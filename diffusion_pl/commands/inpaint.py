@@ -60,7 +60,7 @@ def command(
     Args:
         image: PNG, JPEG or WebP of the run's size.
         mask: an image of the same size; what is white (lighter than mid-grey) is filled.
-        method: gradient guides the filled part through the network (two to three times slower);
+        method: gradient guides the filled part through the network (about four times slower);
             replacement only sets the known part.
         resample: times that each step is taken, with noise added in between (RePaint).
         count: images.

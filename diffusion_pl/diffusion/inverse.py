@@ -13,7 +13,9 @@ With x | x_t taken as a Gaussian of mean D and covariance V the gradient is
 | known pixels set (`replaced`) | of independent pixels | Song 2021, arXiv:2011.13456, App. I.2 |
 
 For other images all are approximations. J^T is taken through the network, so an
-evaluation costs a backward pass, and with `Jacobian` one more for each iteration.
+evaluation costs a backward pass, and with `Jacobian` one more for each iteration. Pixels of images
+vary together, so A V A^T is larger than r^2 says: with `Isotropic` the guidance is too strong, and
+multistep methods with few steps diverge; one iteration of `Jacobian` finds the right length of it.
 """
 
 from __future__ import annotations
@@ -91,11 +93,11 @@ class Jacobian:
     J of an exact denoiser is symmetric, and J^T stands for it.
 
     Args:
-        iterations: at most, a backward pass each. As many as there are different eigenvalues of
-            A J A^T make it exact for Gaussian images; Rozet 2024 takes 1 to 3.
+        iterations: at most, a backward pass each; Rozet 2024 takes 1 to 3. As many as there are
+            different eigenvalues of A J A^T make it exact for Gaussian images.
     """
 
-    iterations: int = 3
+    iterations: int = 1
 
     def __post_init__(self) -> None:
         _check_positive("iterations", self.iterations)
@@ -130,7 +132,7 @@ def posterior(
     measured: Tensor,
     *,
     std: float = 0.0,
-    covariance: Covariance = Isotropic(),
+    covariance: Covariance = Jacobian(),
 ) -> Denoise:
     """The denoiser of the images that agree with a measurement.
 
