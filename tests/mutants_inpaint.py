@@ -93,7 +93,6 @@ MUTANTS = [
         ("generator.noise(indices)", "generator.noise(range(len(indices)))"),
         ("generator.step_noise(indices)", "generator.step_noise(range(len(indices)))"),
         ("counted.seen // len(indices)", "counted.seen"),
-        ("latents.required_labels(generator, count)  #", "#"),
         ("columns=count + 2", "columns=count"),
         ("torch.cat([original, shown, results])", "torch.cat([shown, original, results])"),
         ("shown = (255 * filled.cpu())", "shown = (255 * ~filled.cpu())"),

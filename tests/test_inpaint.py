@@ -14,7 +14,7 @@ from test_commands_models import TINY
 
 from diffusion_pl.cli import main
 from diffusion_pl.commands import inpaint, latents, runs
-from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.options import ConditionOptions, RunOptions, SamplerOptions
 
 HOLE = (slice(2, 6), slice(3, 7))
 
@@ -111,7 +111,9 @@ def test_any_format_is_read_and_lighter_than_mid_grey_is_filled(run, tmp_path, i
 def test_the_sampler_ends_in_the_known_pixels_by_itself(home, monkeypatch, method):
     """What is written over them at the end is theirs to rounding: there is no seam."""
     monkeypatch.chdir(home)
-    opened = runs.open_run(Path("runs/tiny"), SamplerOptions(), RunOptions(), label=3)
+    opened = runs.open_run(
+        Path("runs/tiny"), SamplerOptions(), RunOptions(), ConditionOptions(label=3)
+    )
     image = latents.read_images([Path("a.png")], opened.generator)
     filled = inpaint.read_mask(Path("mask.png"), Path("a.png"), (8, 8))
     sampler = latents.base_sampler(opened.generator)
