@@ -38,9 +38,9 @@ from diffusion_pl.names import refuse_controls, shown
 from diffusion_pl.signals import RESUMABLE, StopError, StopRequest, is_later_rank
 
 COMMANDS = (
-    "prepare", "train", "launch", "sample", "evaluate", "reference", "sweep", "compare", "runs",
-    "replay", "losses", "progressive", "interpolate", "enlarge", "invert", "inpaint", "likelihood",
-    "import", "export", "convert", "verify", "check", "experiments", "completion",
+    "prepare", "train", "launch", "sample", "evaluate", "reference", "sweep", "compare", "report",
+    "runs", "replay", "losses", "progressive", "interpolate", "enlarge", "invert", "inpaint",
+    "likelihood", "import", "export", "convert", "verify", "check", "experiments", "completion",
 )  # fmt: skip
 
 # A path joins the two slashes of an address; one letter before them is a disk.

@@ -144,11 +144,20 @@ def opened(folders: Sequence[Path]) -> list[Measured]:
     Raises:
         UserError: no run, one that is damaged or given twice.
     """
+    return [read(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The names of runs: their folders', or the paths where two have one name.
+
+    Raises:
+        UserError: a run is given twice.
+    """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice; name different ones")
     names = [folder.resolve().name for folder in folders]
     return [
-        read(folder, name if names.count(name) == 1 else str(folder))
+        name if names.count(name) == 1 else str(folder)
         for folder, name in zip(folders, names, strict=True)
     ]
 
@@ -174,19 +183,19 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 def differing(found: Sequence[Measured]) -> dict[str, list[str]]:
     """The settings that are not the same in all runs, as JSON; "absent" where a run has none."""
-    trees = [dict(_flat("", each.tree)) for each in found]
+    trees = [dict(flat("", each.tree)) for each in found]
     keys = dict.fromkeys(key for tree in trees for key in tree)
     rows = {key: [tree.get(key, "absent") for tree in trees] for key in keys}
     return {key: row for key, row in rows.items() if len(set(row)) > 1}
 
 
-def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
+def flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
     """The settings below a key, as JSON; a list of plain values is one of them."""
     nested = isinstance(value, list) and any(isinstance(each, (dict, list)) for each in value)
     if isinstance(value, Mapping) or nested:
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         for name, each in items:
-            yield from _flat(f"{key}.{name}" if key else str(name), each)
+            yield from flat(f"{key}.{name}" if key else str(name), each)
     else:
         yield key, json.dumps(value, ensure_ascii=False)
 
