@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check data train slurm preempt sample enlarge inpaint evaluate export import \
-	reference sweep compare runs experiments test test-slow test-faults test-slurm mutants soak \
-	ci-fid bench ladder clean
+	reference sweep compare report runs experiments test test-slow test-faults test-slurm mutants \
+	soak ci-fid bench ladder clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -63,6 +63,9 @@ sweep: $(STAMP)  ## measure many samplers: RUN=runs/... ARGS="--steps 5,9,18 --s
 
 compare: $(STAMP)  ## runs side by side: RUNS="runs/a runs/b"
 	@$(RUN_PYTHON) -m diffusion_pl compare $(RUNS) $(ARGS)
+
+report: $(STAMP)  ## one HTML file of runs: RUNS="runs/a runs/b" [ARGS="--no-draw"]
+	@$(RUN_PYTHON) -m diffusion_pl report $(RUNS) $(ARGS)
 
 runs: $(STAMP)  ## list the runs with their state and newest number
 	@$(RUN_PYTHON) -m diffusion_pl runs $(ARGS)

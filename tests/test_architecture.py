@@ -19,6 +19,7 @@ FLOORS = [
     {
         "config",
         "images",
+        "page",
         "positions",
         "progress",
         "ranks",

@@ -24,11 +24,11 @@ WORDS = {
     "sweep": "r", "replay": "r --step 3", "enlarge": "r a.png", "invert": "r a.png",
     "inpaint": "r a.png mask.png",
     "interpolate": "r a.png b.png", "reference": "d", "import": "edm a.pkl d", "export": "r d",
-    "compare": "a b", "runs": "", "verify": "p", "convert": "r", "experiments": "",
+    "compare": "a b", "report": "r", "runs": "", "verify": "p", "convert": "r", "experiments": "",
     "completion": "bash",
 }  # fmt: skip
 ASKING = "sample progressive interpolate enlarge inpaint invert"
-DRAWING = "sample evaluate progressive interpolate enlarge inpaint invert likelihood"
+DRAWING = "report sample evaluate progressive interpolate enlarge inpaint invert likelihood"
 
 # What is typed, the value without it, the value with it, and the commands that take it.
 OPTIONS = [
@@ -50,6 +50,7 @@ OPTIONS = [
     ("--count 7", 100, 7, "likelihood"),
     ("--count 7", 256, 7, "losses"),
     ("--count 7", 4, 7, "inpaint"),
+    ("--count 7", 40, 7, "report"),
     ("--count 7", 64, 7, "sample"),
     ("--count 7", 8, 7, "progressive"),
     ("--count 7", 9, 7, "interpolate"),
@@ -58,6 +59,8 @@ OPTIONS = [
     ("--data word", None, "word", "losses"),
     ("--data-changed", False, True, "train launch"),
     ("--device word", "auto", "word", f"{DRAWING} reference sweep losses"),
+    ("--draw", True, True, "report"),
+    ("--no-draw", True, False, "report"),
     ("--dry-run", False, True, "launch"),
     ("--encoder word", None, "word", ASKING),
     ("--encoding word", "png", "word", "prepare"),
@@ -93,7 +96,7 @@ OPTIONS = [
     ("--name word", None, "word", "prepare"),
     ("--nodes 7", 1, 7, "launch"),
     ("--out word", None, "word",
-     "sample reference sweep replay losses progressive interpolate enlarge inpaint invert"),
+     "report sample reference sweep replay losses progressive interpolate enlarge inpaint invert"),
     ("--probes 7", None, 7, "likelihood"),
     ("--prompt a=1 --prompt b=2", [], ["a=1", "b=2"], ASKING),
     ("--prompts word", None, "word", ASKING),

@@ -33,7 +33,9 @@ def test_markup_is_kept_and_a_text_with_it_is_not():
 
 
 def test_attributes_that_are_none_are_left_out():
-    assert tag("img", hidden=True, alt="", class_=None, data_at=0) == '<img hidden alt="" data-at="0">'
+    assert (
+        tag("img", hidden=True, alt="", class_=None, data_at=0) == '<img hidden alt="" data-at="0">'
+    )
 
 
 def test_a_table_has_a_title_for_each_column_and_row():
@@ -64,9 +66,7 @@ def test_an_image_is_within_the_page():
 def test_the_policy_allows_the_page_s_own_script_and_style_alone():
     page = parsed(document(HOSTILE, "text"))
     [policy] = page.find("meta", **{"http-equiv": "Content-Security-Policy"})
-    rules = dict(
-        rule.strip().split(" ", 1) for rule in policy.attributes["content"].split(";")
-    )
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.attributes["content"].split(";"))
     assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
     assert rules["img-src"] == "data:"
     for name, rule in (("script", "script-src"), ("style", "style-src")):
@@ -113,7 +113,9 @@ def test_any_axis_has_ticks_within_it(low, high):
         axis = axis_of([low, high], log)
         assert axis.low < axis.high and axis.low <= low and axis.high >= high
         ticks = axis.ticks()
-        assert 2 <= len(ticks) <= 13 and all(-1e-6 <= axis.share(tick) <= 1 + 1e-6 for tick in ticks)
+        assert 2 <= len(ticks) <= 13 and all(
+            -1e-6 <= axis.share(tick) <= 1 + 1e-6 for tick in ticks
+        )
 
 
 def test_an_axis_is_logarithmic_over_more_than_a_decade_of_positive_values():
@@ -122,10 +124,14 @@ def test_an_axis_is_logarithmic_over_more_than_a_decade_of_positive_values():
 
 def test_points_are_drawn_where_the_axes_say():
     found = parsed(plot([Line("a", [(0, 0), (50, 5), (100, 10)])], title="t", x="x"))
-    dots = [(float(dot.attributes["cx"]), float(dot.attributes["cy"])) for dot in found.find("circle")]
+    dots = [
+        (float(dot.attributes["cx"]), float(dot.attributes["cy"])) for dot in found.find("circle")
+    ]
     (x0, y0), (x1, y1), (x2, y2) = dots
     assert LEFT <= x0 < x1 < x2 <= RIGHT and TOP <= y2 < y1 < y0 <= BOTTOM  # upwards
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.02) and y0 - y1 == pytest.approx(y1 - y2, abs=0.02)
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.02) and y0 - y1 == pytest.approx(
+        y1 - y2, abs=0.02
+    )
     # The numbers beside the axis, and where their grid lies.
     rows = {
         each.text: float(each.attributes["y"]) - 4

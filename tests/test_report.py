@@ -211,8 +211,8 @@ def test_the_terminal_gets_no_control_characters(tmp_path, capsys):
 
 
 DAMAGED = {
-    "metrics.jsonl": b'{"images": 1000, "loss": 1}\nno JSON\n{"images": "many"}\n{"images": 1e999}\n',
-    "evaluations.jsonl": b'{"images": 1, "name": 5, "value": 1}\n{"images": 1, "name": "x@1"}\n\xff\n',
+    "metrics.jsonl": b'{"images": 1000, "loss": 1}\nno JSON\n{"images": "x"}\n{"images": 1e999}\n',
+    "evaluations.jsonl": b'{"images": 1, "name": 5, "value": 1}\n{"images": 1}x\n\xff\n',
     "run.json": b"[1]",
     "sweep/rows.jsonl": b'{"name": "x@1", "value": "much"}\n',
     "losses/losses.json": b'{"levels": {"ema": [1, {"sigma": "x"}, {"sigma": -1, "loss": 2}]}}',

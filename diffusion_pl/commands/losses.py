@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.levels import LevelError, errors_by_level
 from diffusion_pl.evaluation.sources import own_condition
 from diffusion_pl.images import ImageDataset, from_bytes
+from diffusion_pl.io.files import write_atomically
 from diffusion_pl.names import shown
 
 WEIGHTS = ("ema", "denoiser")
+LOSSES = "losses.json"  # beside the plot, the result
 
 
 def command(
@@ -43,10 +47,31 @@ def command(
         data: other images than the run's, such as a test set.
         count: number of images.
         levels: number of noise levels, evenly spaced in log sigma.
-        out: folder of the plot; RUN/losses when not given.
+        out: folder of plot and numbers; RUN/losses when not given.
     """
     if count < 2 or levels < 2:
         raise UserError(f"--count and --levels must be at least 2 (got {count}, {levels})")
+    curves, about, home = measured(run, data, count, levels, options)
+    if about["count"] < count:
+        text = f"{about['data']}: has {about['count']:,} images, fewer than {count:,}"
+        print(shown(text), file=sys.stderr)
+    folder = out or home / "losses"
+    folder.mkdir(parents=True, exist_ok=True)
+    plot(curves, folder / "losses.png")
+    found = {**about, "plot": str(folder / "losses.png"), "levels": rows_of(curves)}
+    text = f"{json.dumps(found, indent=1)}\n"
+    write_atomically(folder / LOSSES, lambda file: file.write(text.encode()))
+    return Result(found, indent=2)
+
+
+def measured(
+    run: Path, data: str | None, count: int, levels: int, options: RunOptions
+) -> tuple[dict[str, list[LevelError]], dict[str, Any], Path]:
+    """The errors of averaged and raw weights, what they are of, and the run's folder.
+
+    Raises:
+        UserError: there is no run, or no fit data.
+    """
     curves: dict[str, list[LevelError]] = {}
     about: dict[str, Any] = {}
     for weights in WEIGHTS:
@@ -61,14 +86,12 @@ def command(
                 "count": min(count, len(images)),
             }
         curves[weights] = _curve(opened, images, about["count"], levels, options.batch_size)
-    if about["count"] < count:
-        text = f"{about['data']}: has {about['count']:,} images, fewer than {count:,}"
-        print(shown(text), file=sys.stderr)
-    folder = out or opened.folder / "losses"
-    folder.mkdir(parents=True, exist_ok=True)
-    plot(curves, folder / "losses.png")
-    rows = {name: [dataclasses.asdict(level) for level in curve] for name, curve in curves.items()}
-    return Result({**about, "plot": str(folder / "losses.png"), "levels": rows}, indent=2)
+    return curves, about, opened.folder
+
+
+def rows_of(curves: Mapping[str, Sequence[LevelError]]) -> dict[str, list[dict[str, float]]]:
+    """The curves as a result of the command has them."""
+    return {name: [dataclasses.asdict(level) for level in curve] for name, curve in curves.items()}
 
 
 def _images(data: str | None, experiment: config.Config) -> ImageDataset:

@@ -62,7 +62,7 @@ def command(
     generator = opened.generator
     with generator.inference():
         if share is None:
-            images, shown = _frames(generator, count, frames, base_alone)
+            images, shown = denoised_frames(generator, count, frames, base_alone)
         else:
             sampler = latents.single_size_sampler(generator, "progressive", base_alone)
             images = _branches(generator, sampler, count, share)[:, None]
@@ -84,7 +84,7 @@ def command(
     return Result(result)
 
 
-def _frames(
+def denoised_frames(
     generator: ImageGenerator, count: int, frames: int, base_alone: bool
 ) -> tuple[Tensor, list[tuple[int, float]]]:
     """The denoised image at evenly spaced steps over all sizes, then the image itself.

@@ -1,9 +1,9 @@
-"""The parts of a report that show images: grids through training and what was sampled for it."""
+"""The part of a report that shows the grids of samples through training."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion_pl.commands.report_read import Told
 from diffusion_pl.io.files import read_small
-from diffusion_pl.page.html import Html, image, paragraph, section, slider, tag
+from diffusion_pl.page.html import Html, Part, image, paragraph, part, slider, tag
 
 GRIDS = 24  # of a run, evenly through its training
 WIDEST = 800  # pixels of a grid
@@ -19,7 +19,7 @@ LARGEST = 30_000_000  # bytes of a file
 SHARP = 250_000  # bytes up to which a grid is kept as it is, without loss
 
 
-def grids(runs: Sequence[Told]) -> Html:
+def grids(runs: Sequence[Told]) -> Part:
     """The samples of every evaluation under a slider."""
     parts: list[Html] = []
     for each in runs:
@@ -36,7 +36,7 @@ def grids(runs: Sequence[Told]) -> Html:
             parts.append(tag("h3", each.name))
         parts += [paragraph(text, kind="problem") for text in bad]
         parts.append(slider(frames, "images seen") if frames else paragraph("No samples yet."))
-    return section("grids", "Samples through training", *parts)
+    return part("grids", "Samples through training", *parts)
 
 
 def evenly(values: Sequence[Any], most: int) -> list[Any]:
@@ -65,9 +65,3 @@ def small(path: Path) -> tuple[bytes, str]:
     out = io.BytesIO()
     picture.save(out, "WEBP", quality=90)
     return out.getvalue(), "webp"
-
-
-def left_out(runs: Sequence[Told], title: str, name: str, why: Mapping[str, str]) -> Html:
-    """A part that could not be made, with a line for each run."""
-    lines = [paragraph(f"{each.name}: {why[each.name]}") for each in runs if each.name in why]
-    return section(name, title, *lines)

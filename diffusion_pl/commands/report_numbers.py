@@ -15,7 +15,7 @@ from diffusion_pl.commands import hints
 from diffusion_pl.commands.compare import DRAWN, SAME, Row, key_of
 from diffusion_pl.commands.report_read import Told, setting
 from diffusion_pl.commands.report_settings import published
-from diffusion_pl.page.html import Html, paragraph, section, table, tag
+from diffusion_pl.page.html import Html, Part, paragraph, part, table, tag
 from diffusion_pl.page.plots import Line, plot
 from diffusion_pl.training.best import HIGHER
 
@@ -23,7 +23,7 @@ MISSING = "not recorded"
 Key = tuple[Any, ...]
 
 
-def questions(runs: Sequence[Told]) -> Html:
+def questions(runs: Sequence[Told]) -> Part:
     """What a number must say to be reproduced, the same five lines for each."""
     cards = []
     for each in runs:
@@ -34,7 +34,7 @@ def questions(runs: Sequence[Told]) -> Html:
         for answered, names in blocks.items():
             cards.append(_card(each, dict.fromkeys(names), answered, len(runs) > 1))
     inside = tag("div", *cards, class_="cards") if cards else _unmeasured(runs)
-    return section("questions", "The five questions of reproduction", inside)
+    return part("questions", "The five questions of reproduction", inside)
 
 
 ASKED = (
@@ -102,7 +102,7 @@ def word_of(name: str) -> str:
     return name.partition("@")[0]
 
 
-def numbers(runs: Sequence[Told]) -> Html:
+def numbers(runs: Sequence[Told]) -> Part:
     """The newest value of every number with its provenance, beside what is published."""
     rows: list[tuple[str | None, Sequence[object]]] = []
     for each in runs:
@@ -124,11 +124,11 @@ def numbers(runs: Sequence[Told]) -> Html:
             ]
             rows.append((None, cells))
     if not rows:
-        return section("numbers", "Numbers", _unmeasured(runs))
+        return part("numbers", "Numbers", _unmeasured(runs))
     head = ["number", *(["run"] if len(runs) > 1 else []), "value", "images seen", "better"]
     head += ["best in training", "evaluations an image", "seed", "commit", "time"]
     said = [_published(each, len(runs) > 1) for each in runs]
-    return section("numbers", "Numbers", table(head, rows), *said, *_apart(runs))
+    return part("numbers", "Numbers", table(head, rows), *said, *_apart(runs))
 
 
 def _value(row: Row, spread: Row | None) -> str:
@@ -195,7 +195,7 @@ def _weights(key: Key) -> str:
     return {"ema": "averaged weights", "denoiser": "raw weights"}.get(weights, str(weights))
 
 
-def curves(runs: Sequence[Told]) -> Html:
+def curves(runs: Sequence[Told]) -> Part:
     """The loss and each number by the images seen and by the time of training."""
     figures: list[Html] = []
     note: Html | str = ""
@@ -213,7 +213,7 @@ def curves(runs: Sequence[Told]) -> Html:
             if any(len(curve) > 1 for _, _, curve in known) or len(known) > 1:
                 figures += _by_both(f"{key[0]}, {_weights(key)}", known)
     inside = tag("div", *figures, class_="plots") if figures else paragraph("nothing logged yet")
-    return section("curves", "Learning curves", note, inside)
+    return part("curves", "Learning curves", note, inside)
 
 
 def _losses(runs: Sequence[Told]) -> dict[str, list[int]]:
@@ -245,7 +245,7 @@ def _by_both(title: str, members: Sequence[tuple[int, Told, Mapping[int, float]]
     return [figure for figure in made if figure]
 
 
-def sweep(runs: Sequence[Told]) -> Html:
+def sweep(runs: Sequence[Told]) -> Part:
     """Numbers by network evaluations an image, a line for each sampler."""
     plots: dict[Key, dict[tuple[int, str], list[tuple[float, float]]]] = {}
     for number, each in enumerate(runs):
@@ -270,10 +270,8 @@ def sweep(runs: Sequence[Told]) -> Html:
     ]
     if not figures:
         words = hints.command("sweep", runs[0].run.folder, "--steps", "5,9,18")
-        return section(
-            "sweep", "Sweep of samplers", paragraph("not measured: ", tag("code", words))
-        )
-    return section("sweep", "Sweep of samplers", tag("div", *figures, class_="plots"))
+        return part("sweep", "Sweep of samplers", paragraph("not measured: ", tag("code", words)))
+    return part("sweep", "Sweep of samplers", tag("div", *figures, class_="plots"))
 
 
 def _sampler(row: Row) -> str:
@@ -285,7 +283,7 @@ def _sampler(row: Row) -> str:
     return name if guidance in (None, 1, 1.0) else f"{name}, guidance {_said(guidance)}"
 
 
-def levels(runs: Sequence[Told], drawn: Sequence[Mapping[str, Any] | None]) -> Html:
+def levels(runs: Sequence[Told], drawn: Sequence[Mapping[str, Any] | None]) -> Part:
     """The error at each noise level: as it was measured, else as it was drawn for the report."""
     figures, lines = [], []
     for each, own in zip(runs, drawn, strict=True):
@@ -307,16 +305,16 @@ def levels(runs: Sequence[Told], drawn: Sequence[Mapping[str, Any] | None]) -> H
             figures.append(paragraph(f"{each.name}: not measured: ", tag("code", words)))
     note = "1 is the best linear denoiser of white pixels of the images' variance."
     said = paragraph("; ".join([*lines, note]), kind="note") if lines else ""
-    return section("levels", "Loss by noise level", tag("div", *figures, class_="plots"), said)
+    return part("levels", "Loss by noise level", tag("div", *figures, class_="plots"), said)
 
 
 def _level_points(rows: Any) -> list[tuple[float, float]]:
     """Noise level and weighted error of rows of `losses`."""
     found = []
     for row in rows if isinstance(rows, list) else ():
-        pair = [row.get(key) if isinstance(row, dict) else None for key in ("sigma", "loss")]
-        if all(type(value) in (int, float) for value in pair) and pair[0] > 0:
-            found.append((float(pair[0]), float(pair[1])))
+        sigma, loss = (row.get(key) if isinstance(row, dict) else None for key in ("sigma", "loss"))
+        if isinstance(sigma, float | int) and isinstance(loss, float | int) and 0 < sigma < 1e300:
+            found.append((float(sigma), loss if abs(loss) < 1e300 else math.nan))
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 import json
 import math
 import re
@@ -13,7 +15,7 @@ from typing import Any
 from diffusion_pl import config
 from diffusion_pl.commands.compare import flat
 from diffusion_pl.commands.report_read import Told, setting
-from diffusion_pl.page.html import Html, paragraph, section, table, tag
+from diffusion_pl.page.html import Part, paragraph, part, table, tag
 from diffusion_pl.progress import clock
 
 # The rows of a paper's table, each a setting, or a section whose parts are listed.
@@ -33,10 +35,12 @@ PAPER = {
     "precision": "trainer.precision",
     "sampler": "sampler",
 }
+# What a run shares with the experiment whose published number stands beside its own.
+SAME_RECIPE = ("network", "objective", "data.dataset._target_")
 NOT_TOLD = ("made_of", "cache", "cache_bytes", "cache_folder")  # of the data, in the short table
 
 
-def what_was_run(runs: Sequence[Told]) -> Html:
+def what_was_run(runs: Sequence[Told]) -> Part:
     """Settings as a paper's table, those that differ marked, and all of them below."""
     names = ["", *(each.name for each in runs)]
     every = [dict(flat("", each.run.tree)) for each in runs]
@@ -51,7 +55,7 @@ def what_was_run(runs: Sequence[Told]) -> Html:
         if len(runs) > 1
         else []
     )
-    return section(
+    return part(
         "run",
         "What was run",
         *said,
@@ -105,27 +109,27 @@ def published(run: Told) -> tuple[str, str]:
     It is the experiment of the run's name, else one with the same data set, network and objective;
     ("", "") where none of them states a number.
     """
-    tree = run.run.tree
-    lines = config.all_experiments()
-    names = sorted(lines, key=lambda name: name != run.run.folder.resolve().name)
-    for name in names:
-        line = lines[name]
-        if not re.search(r"\b(FID|IS|NLL) \S*\d", line):
-            continue
-        try:
-            stated = config.load(name).tree
-        except ValueError:
-            continue
-        if all(setting(tree, key) == setting(stated, key) for key in ("network", "objective")) and (
-            setting(tree, "data.dataset._target_") == setting(stated, "data.dataset._target_")
-        ):
+    tree, own = run.run.tree, run.run.folder.resolve().name
+    for name, (line, stated) in sorted(_stated().items(), key=lambda each: each[0] != own):
+        if all(setting(tree, key) == setting(stated, key) for key in SAME_RECIPE):
             ours, theirs = dict(flat("", tree)), dict(flat("", stated))
             apart = [k for k in {**theirs, **ours} if ours.get(k) != theirs.get(k)]
             return f"{name}: {line}", ", ".join(apart)
     return "", ""
 
 
-def cost(runs: Sequence[Told]) -> Html:
+@functools.cache
+def _stated() -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """The experiments that state a published number: their first line and their settings."""
+    found = {}
+    for name, line in config.all_experiments().items():
+        if re.search(r"\b(FID|IS|NLL) \S*\d", line):
+            with contextlib.suppress(ValueError):
+                found[name] = line, config.load(name).tree
+    return found
+
+
+def cost(runs: Sequence[Told]) -> Part:
     """Throughput, device hours, and what evaluations took."""
     made: list[tuple[str, Callable[[Told], str]]] = [
         ("images a second (median)", _speed),
@@ -141,10 +145,10 @@ def cost(runs: Sequence[Told]) -> Html:
     ]
     note = "Training alone: evaluations, saving and stops are not counted in its time."
     names = ["", *(each.name for each in runs)]
-    return section("cost", "Throughput and cost", table(names, rows), paragraph(note, kind="note"))
+    return part("cost", "Throughput and cost", table(names, rows), paragraph(note, kind="note"))
 
 
-def environment(runs: Sequence[Told]) -> Html:
+def environment(runs: Sequence[Told]) -> Part:
     """Code, libraries and hardware of the newest number of each run."""
     found: list[dict[str, str]] = []
     for each in runs:
@@ -161,7 +165,7 @@ def environment(runs: Sequence[Told]) -> Html:
     rows = [_row(key, [own.get(key, "not recorded") for own in found]) for key in keys]
     names = ["", *(each.name for each in runs)]
     note = "Commit, hardware and versions are those of the newest evaluation."
-    return section("environment", "Environment", table(names, rows), paragraph(note, kind="note"))
+    return part("environment", "Environment", table(names, rows), paragraph(note, kind="note"))
 
 
 def _speed(run: Told) -> str:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import html
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from diffusion_pl.names import shown
 
@@ -20,6 +21,21 @@ class Html(str):
     """Markup; any other text is escaped where it is put into a tag."""
 
     __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a page.
+
+    Args:
+        name: its address on the page.
+        title: its heading.
+        inside: markup or text.
+    """
+
+    name: str
+    title: str
+    inside: Sequence[object]
 
 
 def text(value: object) -> Html:
@@ -57,9 +73,14 @@ def paragraph(*inside: object, kind: str | None = None) -> Html:
     return tag("p", *inside, class_=kind)
 
 
-def section(name: str, title: str, *inside: object) -> Html:
+def part(name: str, title: str, *inside: object) -> Part:
+    """A part of the page."""
+    return Part(name, title, inside)
+
+
+def section(part: Part) -> Html:
     """A part of the page with its heading, at the address #name."""
-    return tag("section", tag("h2", title), *inside, id=name)
+    return tag("section", tag("h2", part.title), *part.inside, id=part.name)
 
 
 def table(head: Sequence[object], rows: Iterable[tuple[str | None, Sequence[object]]]) -> Html:
@@ -186,9 +207,9 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .9rem; margin
 table { border-collapse: collapse; font-size: .875rem; min-width: 60%; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem .3rem;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
-td { overflow-wrap: break-word; max-width: 26rem; }
+td { overflow-wrap: break-word; min-width: 4rem; max-width: 26rem; }
 thead th { color: var(--soft); white-space: nowrap; }
-tbody th { font-weight: 600; max-width: 16rem; overflow-wrap: anywhere; }
+tbody th { font-weight: 600; min-width: 7rem; max-width: 16rem; overflow-wrap: break-word; }
 tr.differs td { background: var(--mark); }
 tr.group th { padding-top: 1rem; color: var(--soft); }
 details summary { cursor: pointer; padding: .4rem 0; }

@@ -60,8 +60,9 @@ class Axis:
         if not self.log:
             return _linear(self.low, self.high)
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        every = -(-(last - first) // 5)  # at most five decades are written
-        found = [10.0**p for p in range(first, last + 1) if not p % every and self._has(10.0**p)]
+        decades = [p for p in range(first, last + 1) if self._has(10.0**p)]
+        every = -(-len(decades) // 6) or 1  # at most six are written
+        found = [10.0**p for p in decades if not p % every]
         if len(found) < 3:
             steps = [m * 10.0**p for p in range(first, last + 1) for m in (1, 2, 5)]
             found = [value for value in steps if self._has(value)]
