@@ -4,7 +4,7 @@
     ratio      d(x, first) / d(x, second), the nearest and second nearest training image
 
 A sample counts as memorised where the ratio is below 1/3 (Yoon et al. 2023, "Diffusion
-Probabilistic Models Generalize when They Fail to Memorize", section 3): a copy is far nearer to its
+Probabilistic Models Generalize when They Fail to Memorize"): a copy is far nearer to its
 original than to any other image. Training images against the others, themselves left out, give the
 share that such data have by themselves. Copies of an image that is in the data twice are not found.
 """
