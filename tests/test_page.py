@@ -106,7 +106,20 @@ def test_ticks_are_round(axis, wanted):
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0.0, 3e-7), (249.9, 251.3), (3.1, 3.4), (-2.0, 1e9), (5.0, 5.0), (0.0, 0.0)]
+    ("low", "high"),
+    [
+        (0.0, 3e-7),
+        (249.9, 251.3),
+        (3.1, 3.4),
+        (-2.0, 1e9),
+        (5.0, 5.0),
+        (0.0, 0.0),
+        (1e-320, 1e299),
+        (-1e299, 1e299),
+        (0.0, 5e-324),
+        (0.0, 4 * (1 - 2**-53)),
+        (1e-200, 1.0),
+    ],
 )
 def test_any_axis_has_ticks_within_it(low, high):
     for log in (None, False, True):

@@ -126,7 +126,7 @@ def numbers(runs: Sequence[Told]) -> Part:
     if not rows:
         return part("numbers", "Numbers", _unmeasured(runs))
     head = ["number", *(["run"] if len(runs) > 1 else []), "value", "images seen", "better"]
-    head += ["best in training", "evaluations an image", "seed", "commit", "time"]
+    head += ["best so far", "evaluations an image", "seed", "commit", "time"]
     said = [_published(each, len(runs) > 1) for each in runs]
     return part("numbers", "Numbers", table(head, rows), *said, *_apart(runs))
 
@@ -142,7 +142,7 @@ def _value(row: Row, spread: Row | None) -> str:
 
 
 def _best(run: Told, row: Row) -> str:
-    """The best value of a number in training, and when."""
+    """The best value of a number, and when."""
     higher = HIGHER.get(word_of(row["name"]))
     curve = run.run.curve(key_of(row))
     fit = {at: value for at, value in curve.items() if math.isfinite(value)}

@@ -121,7 +121,7 @@ def published(run: Told) -> tuple[str, str]:
 @functools.cache
 def _stated() -> dict[str, tuple[str, Mapping[str, Any]]]:
     """The experiments that state a published number: their first line and their settings."""
-    found = {}
+    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for name, line in config.all_experiments().items():
         if re.search(r"\b(FID|IS|NLL) \S*\d", line):
             with contextlib.suppress(ValueError):

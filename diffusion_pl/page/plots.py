@@ -11,6 +11,8 @@ from diffusion_pl.page.html import Html, joined, tag
 COLOURS = 8  # classes c0 to c7 of the style
 MOST = 240  # points of a line
 DOTTED = 24  # points that are marked
+LARGEST = 1e300  # of a value that is drawn, so that no axis overflows
+DECADES = 150  # above and below 1, of a logarithmic axis
 
 WIDTH, HEIGHT = 380, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 368, 10, 202  # of the axes
@@ -81,8 +83,8 @@ def axis_of(values: Sequence[float], log: bool | None = None) -> Axis:
     """
     low, high = min(values), max(values)
     if log is None:
-        log = low > 0 and high > 10 * low
-    if log and low > 0:
+        log = high > 10 * low
+    if log and low > 10.0**-DECADES and high < 10.0**DECADES:
         room = max((high / low) ** 0.05, 1.02)
         return Axis(low / room, high * room, log=True)
     room = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
@@ -133,7 +135,7 @@ def short(value: float) -> str:
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    return [(x, y) for x, y in points if abs(x) < LARGEST and abs(y) < LARGEST]
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:
@@ -149,7 +151,8 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
 def _linear(low: float, high: float) -> list[float]:
     """Four to nine round values between two ends."""
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step = max(m * power for m in (1, 2, 5) if m * power <= (high - low) / 4)
+    fit = [m * power for m in (1, 2, 5) if m * power <= (high - low) / 4]
+    step = max(fit, default=power)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
