@@ -80,10 +80,18 @@ MUTANTS = [
         ("per_image(self.weight(sigma).sqrt(), image)", "per_image(self.weight(sigma), image)"),
     ),
     *at(
+        "diffusion/classifier_free.py",
+        "objectives",
+        ("return start + weight *", "return image + weight *"),
+    ),
+    *at(
+        "diffusion/conditions.py",
+        "objectives",
+        ("torch.full_like(label, -1)", "torch.full_like(label, 0)"),
+    ),
+    *at(
         "diffusion/guidance.py",
         "objectives",
-        ("return without + weight *", "return with_label + weight *"),
-        ("torch.full_like(label, -1)", "torch.full_like(label, 0)"),
         ("image.clamp(-limit, limit)", "image.clamp(-limit, 2 * limit)"),
     ),
     *at(
@@ -226,7 +234,7 @@ MUTANTS = [
         "training/module.py",
         "training",
         ("u = (strata[mine] + uniform[mine, 0])", "u = (uniform[mine, 0])"),
-        ("uniform[:, 1] < self", "uniform[:, 1] > self"),
+        ("drawn.to(image.device) < share", "drawn.to(image.device) > share"),
         ('passed.sum() / len(batch["image"])', "passed.mean()"),
         ("resolution**2", "resolution"),
         ("nn.utils.clip_grads_with_norm_(trained, self.settings.grad_clip, norm)", "pass"),

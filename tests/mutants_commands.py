@@ -60,7 +60,7 @@ MUTANTS = [
     *at(
         "commands/interpolate.py",
         "class_names",
-        ("options, label=label", "options, label=None"),
+        ("options, conditions", "options, ConditionOptions()"),
     ),
     *at(
         "commands/interpolate.py",
@@ -79,7 +79,7 @@ MUTANTS = [
     *at(
         "commands/invert.py",
         "class_names",
-        ("options, label=label", "options, label=None"),
+        ("options, conditions", "options, ConditionOptions()"),
     ),
     *at(
         "commands/invert.py",
@@ -102,7 +102,7 @@ MUTANTS = [
     *at(
         "commands/sample.py",
         "class_names",
-        ("options, label=label", "options, label=None"),
+        ("options, conditions", "options, ConditionOptions()"),
     ),
     *at(
         "commands/sample.py",

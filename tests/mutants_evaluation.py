@@ -57,9 +57,16 @@ MUTANTS = [
             'ImageNoise(self.seed, indices, "sampler", self.device)',
             'ImageNoise(self.seed, range(len(indices)), "sampler", self.device)',
         ),
-        ('seed_of(self.seed, "label", i) % self.classes', "i % 2"),
         ("seen = counted.seen + (guide.seen if guide is not None else 0)", "seen = counted.seen"),
         ("if not torch.isfinite(found).all():", "if False:"),
+    ),
+    *at(
+        "evaluation/sources.py",
+        "evaluation",
+        ('seed_of(seed, "label", i) % self.classes', "i % 2"),
+        ("[i % self.classes for i in indices]", "[n % self.classes for n in range(len(indices))]"),
+        ("if balanced else {}", "if False else {}"),
+        ("balanced = self.balanced and self.label is None", "balanced = self.balanced"),
     ),
     *at(
         "evaluation/image_files.py",
@@ -131,7 +138,6 @@ MUTANTS = [
         "commands/losses.py",
         "commands_measure",
         ("guidance=1.0, weights=weights", "guidance=1.0"),
-        ("if images.labels is None:", "if False:"),
     ),
     *at(
         "training/power_ema.py",

@@ -153,14 +153,6 @@ MUTANTS = [
         ("        check_augment(self.augment, self.network)", "        pass"),
     ),
     *at(
-        "evaluation/generator.py",
-        "evaluation",
-        ("[i % self.classes for i in indices]", "[n % self.classes for n in range(len(indices))]"),
-        ("if balanced else {}", "if False else {}"),
-        ("balanced = self.balanced and self.classes and self.label is None",
-         "balanced = self.balanced"),
-    ),
-    *at(
         "commands/latents.py",
         "jit",
         ('"heun" if scale is None else "flow_heun"', '"heun"'),

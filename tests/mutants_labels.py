@@ -108,13 +108,17 @@ MUTANTS = [
     *at(
         "commands/runs.py",
         "class_names",
-        ("label=class_of(label, model.class_names, classes)", "label=None"),
-        ("label_dropout, trained, names)", "label_dropout, trained)"),
+        ("dropout, trained, names, encoder)", "dropout, trained, (), encoder)"),
+    ),
+    *at(
+        "commands/asked.py",
+        "class_names",
+        ('label = class_of(options.label, class_names, taken["label"])', "label = None"),
     ),
     *at(
         "training/callbacks.py",
         "class_names",
-        ("        if names and pl_module.classes:", "        if False:"),
+        ('if images.class_names and taken["label"]:', "if False:"),
     ),
     *at(
         "commands/recommend.py",

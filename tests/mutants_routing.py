@@ -130,7 +130,7 @@ MUTANTS = [
         ("isinstance(part, Router) and part.p:", "isinstance(part, Router):"),
         ("if not 0 < self.rate < 1:", "if not 0 <= self.rate < 1:"),
         ("if not 0 < self.rate < 1:", "if not 0 < self.rate <= 1:"),
-        ("        if weight == 1:\n            raise UserError(\"a guide",
+        ("        if is_plain(weight):\n            raise UserError(\"a guide",
          "        if False:\n            raise UserError(\"a guide"),
         ("        router_of(network)\n\n    def", "        abs(1)\n\n    def"),
         ("RoutedNetwork(denoiser.network, self.rate)", "RoutedNetwork(denoiser.network, 0.5)"),
@@ -145,7 +145,7 @@ MUTANTS = [
         "evaluation/generator.py",
         "routed_guidance",
         ("by_image(guide, self.seed, indices)", "by_image(guide, 0, indices)"),
-        ("self.guided(labels, indices=indices, denoise", "self.guided(labels, denoise"),
+        ("self.guided(condition, indices=indices, denoise", "self.guided(condition, denoise"),
     ),
     *at(
         "training/evaluating.py",

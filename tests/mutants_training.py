@@ -58,8 +58,8 @@ MUTANTS = [
         ("self.augment(image, uniform[:, 2:])", "self.augment(image, uniform[:, 1:-1])"),
         ("self.augment(image, uniform[:, 2:])",
          "self.augment(image, uniform[:, [0, *range(2, uniform.shape[1] - 1)]])"),
-        ("dropped = uniform[:, 1] <", "dropped = uniform[:, 0] <"),
-        ("dropped = uniform[:, 1] <", "dropped = uniform[:, -1] <"),
+        ("else uniform[:, 1]", "else uniform[:, 0]"),
+        ("else uniform[:, 1]", "else uniform[:, -1]"),
     ),
     *at(
         "training/module.py",

@@ -124,9 +124,8 @@ def test_trajectories_end_where_the_published_ones_do(fixture, denoiser):
         low, high = said["interval"]
         # Guided strictly inside the interval of t: t = 0.1 of 50 steps is not.
         inside = (1 - high) / high, (1 - low) / low * (1 - 1e-9) if low else math.inf
-        denoise = guided(
-            denoiser, label=fixture["latent_labels"], weight=said["cfg"], interval=inside
-        )
+        known = {"label": fixture["latent_labels"]}
+        denoise = guided(denoiser, condition=known, weight=said["cfg"], interval=inside)
         integrate = partial(heun, noise_scale=1.0) if said["method"] == "heun" else euler
         sampler = Sampler(
             integrate, Along(Straight(), 0.0, 1.0), said["steps"], EqualSteps(),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from diffusion_pl import text
 from diffusion_pl.commands.labels import class_of
 from diffusion_pl.commands.options import ConditionOptions
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
-from diffusion_pl.evaluation.prompts import TextEncoder, read_prompts
-from diffusion_pl.evaluation.sources import Prompts, Source, sources_of
+from diffusion_pl.evaluation.prompts import TextEncoder, encoded, read_prompts
+from diffusion_pl.evaluation.sources import Source, sources_of
 from diffusion_pl.images import ImageDataset
 from diffusion_pl.text.encoders import HUGGING_FACE
 
@@ -22,6 +23,7 @@ def sources(
     *,
     class_names: Sequence[str],
     encoder: TextEncoder | None,
+    length: int,
     open_data: Callable[[], ImageDataset],
 ) -> tuple[Source, ...]:
     """The sources for all that a model takes; without prompts, captions of its data.
@@ -32,6 +34,7 @@ def sources(
         settings: of the run's evaluation, for what is not asked for.
         class_names: of the model, in order.
         encoder: of the captions that it was trained with.
+        length: tokens of its texts.
         open_data: opens the run's data.
 
     Raises:
@@ -47,7 +50,7 @@ def sources(
         words = read_prompts(Path(settings.prompts))
     images = prompts = None
     if words:
-        prompts = _encoded(words, encoder, options.encoder)
+        prompts = encoded(words, _encoder(encoder, options.encoder, taken["text"], length))
     elif taken["text"]:
         images = _data(open_data)
     balanced = settings.labels == "balanced"
@@ -73,19 +76,33 @@ def _words(options: ConditionOptions) -> tuple[str, ...]:
     return options.prompt if options.prompts is None else read_prompts(options.prompts)
 
 
-def _encoded(words: Sequence[str], encoder: TextEncoder | None, name: str | None) -> Prompts:
-    """Prompts by the encoder of the model's captions."""
-    if encoder is None:
+def _encoder(known: TextEncoder | None, name: str | None, width: int, length: int) -> text.Encoder:
+    """The encoder of the model's captions.
+
+    Args:
+        known: what the checkpoint says of it.
+        name: what the user says.
+        width, length: of the model's text.
+    """
+    if name is None and known is None:
         raise UserError(
             "--prompt: the checkpoint does not say by which encoder its captions were encoded; "
-            "train again with this version"
+            "name it: --encoder"
         )
-    if name is None and encoder.name.startswith(HUGGING_FACE):
+    if known is not None and name is None and known.name.startswith(HUGGING_FACE):
         raise UserError(
-            f"--prompt: the model's captions were encoded by {encoder.name}, at the word of the "
-            f"checkpoint; if you trust it, name it: --encoder {encoder.name}"
+            f"--prompt: the model's captions were encoded by {known.name}, at the word of the "
+            f"checkpoint; if you trust it, name it: --encoder {known.name}"
         )
-    return encoder.encode(words, name)
+    if known is not None:
+        return known.load(name)
+    assert name is not None
+    encoder = text.encoder(name, length)
+    if encoder.width != width:
+        raise UserError(
+            f"--encoder {name}: gives {encoder.width} numbers a token, and the model takes {width}"
+        )
+    return encoder
 
 
 def _data(open_data: Callable[[], ImageDataset]) -> ImageDataset:

@@ -28,6 +28,7 @@ from diffusion_pl.diffusion.guidance import Routed
 from diffusion_pl.diffusion.objective import TrainingObjective, needing_network
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
+from diffusion_pl.evaluation.prompts import read_prompts
 from diffusion_pl.io.cache import is_remote
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.networks.counting import at_most
@@ -96,6 +97,7 @@ def checked(experiment: Config) -> Config:
     _check_optimizer(experiment, settings)
     _check_objective(experiment, settings)
     _check_guided(experiment, settings)
+    _check_prompts(experiment)
     return experiment
 
 
@@ -218,6 +220,20 @@ def _check_guided(experiment: Config, settings: TrainerConfig) -> None:
         check_guidance(weight, taken=sizes(meta_network(experiment)), dropout=settings.dropout)
     except ValueError as error:
         raise experiment.error("evaluation.guidance", str(error)) from error
+
+
+def _check_prompts(experiment: Config) -> None:
+    """Check that the file of prompts can be read, and that the network takes text."""
+    path = experiment.tree["evaluation"].get("prompts")
+    if path is None:
+        return
+    try:
+        read_prompts(Path(path))
+    except UserError as error:
+        raise experiment.error("evaluation.prompts", str(error)) from error
+    if not sizes(meta_network(experiment))["text"]:
+        problem = "the network takes no text (network.text_width is 0); leave it out"
+        raise experiment.error("evaluation.prompts", problem)
 
 
 def bind(experiment: Config) -> None:

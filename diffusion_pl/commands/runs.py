@@ -246,6 +246,7 @@ def _sources(model: Model, options: ConditionOptions) -> tuple[Source, ...]:
         config.build(model.config, "evaluation"),
         class_names=model.class_names,
         encoder=model.encoder,
+        length=getattr(model.denoiser.network, "text_length", 0),
         open_data=lambda: images_of(model.config),
     )
 

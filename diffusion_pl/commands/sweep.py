@@ -266,7 +266,8 @@ def _key(
 ) -> str:
     """All that a point's number depends on, as one line."""
     about = generator.about()
-    chosen = ("sampler", "guidance", "guidance_interval", "guide", "precision")
+    chosen = ["sampler", "guidance", "guidance_interval", "guide", "precision"]
+    chosen += [key for key in ("captions", "prompt", "prompts") if key in about]
     parts = {"checkpoint": point.checkpoint, "weights": point.weights} | {
         **{key: about[key] for key in chosen},
         "count": settings.count,

@@ -38,12 +38,11 @@ class TextEncoder:
         """That of the captions of a data set."""
         return cls(texts.encoder, texts.digest, texts.width, texts.length)
 
-    def encode(self, words: Sequence[str], name: str | None = None) -> Prompts:
-        """Encode prompts; one beyond the length is cut, and a line on stderr says where.
+    def load(self, name: str | None = None) -> text.Encoder:
+        """The encoder.
 
         Args:
-            words: at least one prompt.
-            name: where the encoder is now; its own name for None.
+            name: where it is now; its own name for None.
 
         Raises:
             UserError: it is not installed, or is not the one of the captions.
@@ -55,14 +54,24 @@ class TextEncoder:
                 f"and {encoder.name} here is another (sha256 {encoder.digest[:12]}); install the "
                 "first, or say where it is: --encoder"
             )
-        encoded = encoder.encode(words)
-        for number in encoded.cut:
-            print(
-                f"prompt {shown(words[number])!r} has more than {self.length:d} tokens and is cut "
-                f"after {shown(encoder.kept(words[number]))!r}",
-                file=sys.stderr,
-            )
-        return Prompts(tuple(words), encoded.tokens, encoded.mask)
+        return encoder
+
+
+def encoded(words: Sequence[str], encoder: text.Encoder) -> Prompts:
+    """Encode prompts; one beyond the encoder's length is cut, and a line on stderr says where.
+
+    Args:
+        words: at least one prompt.
+        encoder: of the captions of the model.
+    """
+    found = encoder.encode(words)
+    for number in found.cut:
+        print(
+            f"prompt {shown(words[number])!r} has more than {encoder.length:d} tokens and is cut "
+            f"after {shown(encoder.kept(words[number]))!r}",
+            file=sys.stderr,
+        )
+    return Prompts(tuple(words), found.tokens, found.mask)
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

@@ -34,6 +34,8 @@ from diffusion_pl.training.sanity import Place
 from diffusion_pl.training.settings import TrainerConfig
 from diffusion_pl.training.totals import Totals
 
+ROUNDING = 0.05  # of token states, of order 1, between machines
+
 
 class Augment(Protocol):
     """Augments clean images and returns the parameters used; see data/augment.py."""
@@ -114,15 +116,28 @@ class DiffusionModule(QuickModule):
         self.reporting = [part for part in parts if isinstance(part, Reports)]
 
     def setup(self, stage: str) -> None:
-        """Give the networks the data's encoding of "", their null."""
+        """Give the networks the data's encoding of "", their null.
+
+        Raises:
+            UserError: weights to start from that have another null.
+        """
         if not conditions.sizes(self.denoiser.network)["text"]:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, RunData):
             texts = data.opened().texts
             assert texts is not None  # its opening saw to it
+            null, mask = texts.null
+            own: Any = self.denoiser.network
+            if own.null_text_mask.any() and not torch.allclose(
+                own.null_text.cpu(), null.float(), atol=ROUNDING
+            ):
+                raise UserError(
+                    "the weights to start from were trained with captions of another encoder; "
+                    "encode the data's captions with that one"
+                )
             for each in (self.denoiser, self.ema, *self.profiles):
-                cast(Any, each).network.set_null_text(*texts.null)
+                cast(Any, each).network.set_null_text(null, mask)
 
     @property
     def images_seen(self) -> int:
