@@ -119,7 +119,7 @@ class States(Protocol):
     """Token states by caption."""
 
     def read(self, number: int, /) -> npt.NDArray[np.float16]:
-        """(T, E) of a caption, T at least 1; the number after the last one gives those of ""."""
+        """(T, E) of a caption; the number after the last one gives those of ""."""
         ...
 
 
@@ -224,13 +224,14 @@ def compact(tokens: Tensor, mask: Tensor, caption: str) -> npt.NDArray[np.float1
         caption: for the error.
 
     Returns:
-        (T, E) float16, T at least 1.
+        (T, E) float16, T at least 1 but for "".
 
     Raises:
         UserError: no token, or states that float16 can't hold.
     """
     kept = tokens[mask].to(torch.float16)
-    if not len(kept) or not bool(kept.isfinite().all()):
-        problem = "are not finite in float16" if len(kept) else "are none"
+    missing = caption and not len(kept)
+    if missing or not bool(kept.isfinite().all()):
+        problem = "are none" if missing else "are not finite in float16"
         raise UserError(f"the encoder's token states of {caption[:80]!r} {problem}; take another")
     return kept.numpy()

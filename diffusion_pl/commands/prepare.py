@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -17,12 +17,16 @@ from diffusion_pl.commands.options import Integer
 from diffusion_pl.commands.results import Result
 from diffusion_pl.data.prepare import Request, prepare
 from diffusion_pl.data.recipe import Recipe
-from diffusion_pl.data.shard_format import Manifest
+from diffusion_pl.data.shard_format import MANIFEST, Manifest
 from diffusion_pl.data.shard_workers import WorkerLost
 from diffusion_pl.data.sources.base import SourceSpec
+from diffusion_pl.data.stored import no_captions
 from diffusion_pl.errors import UserError
 from diffusion_pl.names import shown
 from diffusion_pl.progress import reported
+
+if TYPE_CHECKING:
+    from diffusion_pl.text import Encoder
 
 FAILURES: tuple[type[Exception], ...] = (WorkerLost,)
 
@@ -32,10 +36,10 @@ _CLASSES_SHOWN = 20
 
 def command(
     source: str,
-    dest: Path,
+    dest: Path | None = None,
     /,
     *,
-    resolutions: str,
+    resolutions: str | None = None,
     filter: str = "lanczos",
     fit: str = "crop",
     encoding: str = "png",
@@ -50,16 +54,21 @@ def command(
     label: str | None = None,
     captions: Annotated[bool | None, Parameter(negative="--no-captions")] = None,
     caption: str | None = None,
+    encode: str | None = None,
+    text_length: Integer | None = None,
     workers: Integer | None = None,
     skip_broken: Integer = 0,
 ) -> Result:
     """Write shards of a folder, archive or table of images, or continue where it stopped.
 
+    With --encode the captions are encoded too; of a data set that is prepared already alone.
+
     Example: diffusion_pl prepare photos data/photos --resolutions 64 --labels
+    Example: diffusion_pl prepare data/photos --encode minilm
 
     Args:
-        source: folder, .zip, CIFAR-10, .tar, LSUN, .parquet, or synthetic.
-        dest: folder of the prepared data set.
+        source: folder, .zip, CIFAR-10, .tar, LSUN, .parquet, or synthetic; or a prepared data set.
+        dest: folder of the prepared data set; left out where the source is one.
         resolutions: sides in pixels, such as 256,128,64.
         filter: lanczos, box-bicubic or area.
         fit: crop, pad (white) or exact.
@@ -76,9 +85,15 @@ def command(
         captions: captions are wanted, or left out; those that are there when not given.
         caption: columns, endings or json.FIELD of the captions, with commas between, or a COCO
             file.
+        encode: encoder of the captions: minilm, or hf: and a folder or hub name.
+        text_length: tokens that a caption is cut to; the encoder's own number when not given.
         workers: processes; one per core when not given.
         skip_broken: number of broken images that may be skipped.
     """
+    if text_length is not None and encode is None:
+        raise UserError("--text-length goes with --encode")
+    if dest is None or resolutions is None:
+        return _encoded_alone(Path(source), dest, encode, text_length)
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"--name: letters, digits and . _ - only (got {name!r})")
     sides = resolutions.split(",")
@@ -93,7 +108,7 @@ def command(
             split=split,
             image=image,
             label=label,
-            captions=captions,
+            captions=True if encode and captions is None else captions,
             caption=caption,
         ),
         Recipe(
@@ -110,11 +125,72 @@ def command(
     if processes < 1 or skip_broken < 0:
         raise UserError("--workers must be positive, --skip-broken at least 0")
     began = time.monotonic()
+    encoder = None if encode is None else _encoder(encode, text_length)
     with reported() as report:
         manifest, already = prepare(
             request, dest, workers=processes, skip_broken=skip_broken, report=report
         )
-    return result(dest, manifest, already, time.monotonic() - began)
+    found = result(dest, manifest, already, time.monotonic() - began)
+    if encoder is None:
+        return found
+    values, lines = _encode(dest, encoder)
+    return Result({**found.values, **values}, [], [*lines, *found.after])
+
+
+def _encoded_alone(
+    folder: Path, dest: Path | None, encode: str | None, length: int | None
+) -> Result:
+    """Encode the captions of a data set that is prepared already."""
+    if encode is None or dest is not None:
+        raise UserError(
+            "prepare: name the source, the folder of the prepared data set and --resolutions, such "
+            "as 256,128,64; or a prepared data set alone and --encode"
+        )
+    if not (folder / MANIFEST).exists():
+        raise UserError(
+            f"{folder}: not a prepared data set; name one, or add DEST and --resolutions"
+        )
+    if Manifest.read(folder).captions is None:
+        raise UserError(no_captions(str(folder)))
+    values, lines = _encode(folder, _encoder(encode, length))
+    return Result({"folder": str(folder)} | values, [], lines)
+
+
+def _encoder(name: str, length: int | None) -> Encoder:
+    import torch
+
+    from diffusion_pl import text
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return text.encoder(name, length, device=device)
+
+
+def _encode(folder: Path, encoder: Encoder) -> tuple[dict[str, Any], list[str]]:
+    """Encode captions; what was written, as values and as lines."""
+    from diffusion_pl.data.encodings import encode
+
+    began = time.monotonic()
+    with reported() as report:
+        encoding, already = encode(folder, encoder, report)
+    size = sum(block.bytes for block in encoding.blocks)
+    name = shown(encoding.encoder)
+    values = {
+        "encoder": encoding.encoder,
+        "encoder_sha256": encoding.digest,
+        "text_width": encoding.width,
+        "text_length": encoding.length,
+        "text_bytes": size,
+        "cut": encoding.cut,
+    }
+    line = f"{folder}: captions are encoded by {name}, nothing to do"
+    if not already:
+        line = (
+            f"{folder}: captions encoded by {name}, {encoding.width} numbers a token, "
+            f"{size / 1e6:,.1f} MB, {time.monotonic() - began:,.1f} s"
+        )
+    cut = f"note: {encoding.cut:,} captions have more than {encoding.length} tokens, and were cut"
+    setting = f"to train on them: data.dataset.text={name}"
+    return values, [line, *([cut] if encoding.cut else []), setting]
 
 
 def result(folder: Path, manifest: Manifest, already: bool, seconds: float) -> Result:

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
+from diffusion_pl.text import Encoder
 from diffusion_pl.texts import Captions, MemoryStates, TextTable, compact
 
-BATCH = 64  # captions encoded at a time
-
-
-class Encoded(Protocol):
-    """Token states of n captions: (n, L, E), and bool (n, L), True where there is a token."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-    @property
-    def mask(self) -> Tensor: ...
-    @property
-    def cut(self) -> tuple[int, ...]: ...
-
-
-class Encoder(Protocol):
-    """A frozen encoder; see diffusion_pl.text."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def digest(self) -> str: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def length(self) -> int: ...
-    def encode(self, captions: Sequence[str], /) -> Encoded: ...
+# Captions encoded at a time, fewer of which all states would take more bytes.
+_MOST, _LEAST, _BYTES = 1024, 64, 64 * 1024**2
 
 
 def text_table(captions: Captions, encoder: Encoder) -> TextTable:
@@ -60,6 +35,11 @@ def text_table(captions: Captions, encoder: Encoder) -> TextTable:
     )
 
 
+def batch_size(encoder: Encoder) -> int:
+    """Captions to encode at a time, a function of length and width alone."""
+    return max(_LEAST, min(_MOST, _BYTES // (2 * encoder.length * encoder.width)))
+
+
 def states_of(
     captions: Captions, encoder: Encoder, numbers: range
 ) -> Iterator[tuple[npt.NDArray[np.float16], bool]]:
@@ -70,8 +50,9 @@ def states_of(
         encoder: frozen.
         numbers: of the captions; the one after the last is "".
     """
-    for first in range(numbers.start, numbers.stop, BATCH):
-        around = range(first, min(first + BATCH, numbers.stop))
+    step = batch_size(encoder)
+    for first in range(numbers.start, numbers.stop, step):
+        around = range(first, min(first + step, numbers.stop))
         words = [captions[number] if number < len(captions) else "" for number in around]
         encoded = encoder.encode(words)
         for place, caption in enumerate(words):

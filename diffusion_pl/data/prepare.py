@@ -60,8 +60,9 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """The settings that make two requests the same, as dataset.json has them."""
         source = asdict(self.source) | {"path": os.path.normpath(self.source.path)}
-        for name in ("captions", "caption"):  # absent where not set, as in older data sets
-            if source[name] is None:
+        # Absent where they change nothing, as in older data sets.
+        for name, same in (("captions", (None, True)), ("caption", (None,))):
+            if source[name] in same:
                 del source[name]
         drawn = self.source.path == "synthetic"
         return {

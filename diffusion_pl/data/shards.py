@@ -23,6 +23,8 @@ from diffusion_pl.data.shard_format import (
     index_bytes,
 )
 from diffusion_pl.data.shard_images import ShardImages
+from diffusion_pl.data.shard_texts import chosen, open_texts
+from diffusion_pl.data.stored import Encoding
 from diffusion_pl.data.tars import Tars
 from diffusion_pl.errors import UserError
 from diffusion_pl.io import cache as remote
@@ -48,6 +50,8 @@ class Shards:
         skip_broken: how many broken images a process may replace, each by the next good one of the
             same label.
         made_of: what to prepare at `path` if nothing is there; None: `path` must be there.
+        text: the encoder of which token states are read with the images, or `auto` for the only
+            one there is; None reads none.
     """
 
     path: str
@@ -60,6 +64,7 @@ class Shards:
     window: int = 1024
     skip_broken: int = 0
     made_of: Request | None = None
+    text: str | None = None
 
     def prepare(self) -> None:
         """Prepare `made_of`, check `dataset.json`, and fetch the index of a remote set.
@@ -72,7 +77,8 @@ class Shards:
             with reported() as report:
                 workers = os.cpu_count() or 1
                 prepare(self.made_of, Path(self.path), workers=workers, report=report, relist=False)
-        self._described()
+        _, manifest = self._described()
+        self._encoding(manifest)
 
     def open(self, resolution: int | None = None) -> ShardImages:
         """The images at one of the prepared resolutions.
@@ -89,15 +95,31 @@ class Shards:
         resolution = resolution or self.resolution
         folder, manifest = self._described()
         self.check_resolution(manifest, resolution)
-        cache = None
-        if remote.is_remote(self.path):
-            cache = remote.Cache(Path(self.cache_folder), self.cache_bytes)
+        cache = self._cache()
         tars = Tars(self.path, manifest, cache)
         images = ShardImages(tars, folder, resolution, self.window, self.skip_broken)
         images.labels = self._check_index(images, manifest)
+        if encoding := self._encoding(manifest):
+            images.texts = open_texts(self.path, folder, manifest, encoding, cache)
         if self.cache == "memory":
             images.decoded = self._decoded(images)
         return images
+
+    def _encoding(self, manifest: Manifest) -> Encoding | None:
+        """The token states that are read, if any."""
+        if self.text is None:
+            return None
+        cache = self._cache()
+        encoding = chosen(self.path, manifest, self.text, cache)
+        if cache is not None:
+            self._check_room(manifest, sum(block.bytes for block in encoding.blocks))
+        return encoding
+
+    def _cache(self) -> remote.Cache | None:
+        """Of a remote set."""
+        if not remote.is_remote(self.path):
+            return None
+        return remote.Cache(Path(self.cache_folder), self.cache_bytes)
 
     def _described(self) -> tuple[Path, Manifest]:
         """The folder of the index, and the manifest, checked against the settings."""
@@ -149,13 +171,15 @@ class Shards:
         self._check_room(manifest)
         return folder, manifest
 
-    def _check_room(self, manifest: Manifest) -> None:
+    def _check_room(self, manifest: Manifest, more: int = 0) -> None:
         sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
-        most = sum(sizes[: self.window or None])
+        most = sum(sizes[: self.window or None]) + more
         if most > self.cache_bytes:
+            texts = " and the texts" if more else ""
             raise UserError(
                 f"{self.path}: data.dataset.cache_bytes is {self.cache_bytes:,}, and the shards "
-                f"that are shuffled together take {most:,}; raise it or lower data.dataset.window"
+                f"that are shuffled together{texts} take {most:,}; raise it or lower "
+                f"data.dataset.window"
             )
 
     def check_resolution(self, manifest: Manifest, resolution: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion_pl.data.shard_format import INDEX, SHARDS, Manifest, open_index
+from diffusion_pl.data.stored import ENCODINGS
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import sha256_of
 
@@ -41,10 +42,30 @@ def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         found = _digest(path)
         if found != shard.sha256:
             yield f"{path}: {_differs(found, shard.sha256)}; {_AGAIN}"
+    yield from _text_problems(folder, manifest)
     known = {shard.file for shard in manifest.shards}
     for path in sorted((folder / SHARDS).glob("*.tar")):
         if f"{SHARDS}/{path.name}" not in known:
             yield f"{path}: is not in dataset.json; remove it, other readers would take it"
+
+
+def _text_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """The same of captions and their token states."""
+    if manifest.captions is None:
+        return
+    from diffusion_pl.data.encodings import caption_print, local_encodings  # wait for torch
+
+    encodings = local_encodings(folder)
+    stored = list(manifest.captions.files)
+    for each in encodings:
+        stored += [each.index, *each.blocks]
+        if each.captions != caption_print(manifest):
+            yield f"{folder / ENCODINGS}: {each.encoder} encoded other captions; encode these"
+    for file in stored:
+        path = folder / file.file
+        found = _digest(path)
+        if found != file.sha256:
+            yield f"{path}: {_differs(found, file.sha256)}; {_AGAIN}"
 
 
 def _digest(path: Path) -> str:

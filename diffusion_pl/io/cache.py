@@ -42,7 +42,7 @@ _SECONDS_BETWEEN_LOOKS = 0.05
 _LARGEST = 128 * 1024**2  # bytes of a file that is read into memory
 
 # Files of a cache: only these are removed, since a user's folder may hold others.
-_OURS = re.compile(r"([0-9a-f]{64}\.tar|index\.npy)(\.part)?")
+_OURS = re.compile(r"([0-9a-f]{64}\.(tar|f16)|index\.npy)(\.part)?")
 
 
 def is_remote(path: str) -> bool:
@@ -99,7 +99,8 @@ def _refuse_credentials(url: str) -> None:
 class Cache:
     """A folder of fetched files that together take no more than so many bytes.
 
-    Names are a digest and `.tar`, or `index.npy`; nothing else in the folder is touched.
+    Names are a digest and `.tar` or `.f16`, or `index.npy`; nothing else in the folder is removed
+    to make room.
 
     Args:
         folder: made when it is needed.
