@@ -108,7 +108,7 @@ MUTANTS = [
         ("            if set(names) != set(known)", "            if False"),
         ("classes=len(self.shapes)", "classes=len(SHAPES)"),
         ("class_names=list(self.shapes)", "class_names=list(SHAPES)[: len(self.shapes)]"),
-        ("latents(self.seed, 0, last", "latents(0, 0, last"),
+        ("latents(self.seed, 0, self.count", "latents(0, 0, self.count"),
         ("resolution = resolution or self.resolution", "resolution = self.resolution"),
         (" or len(set(chosen)) < len(chosen):", ":"),
         (") * scenes.side[:, None, None]", ")"),
