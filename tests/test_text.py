@@ -39,6 +39,7 @@ NASTY = [
     "##ing [UNK] [SEP] [cls] [MASK] #tag",
     "क्षत्रिय العربية עברית ไทย ქართული",
     "1,234.56 3\u00d74 ½ m² H₂O",
+    "tab\tline\nreturn\rvertical\x0bfeed\x0cend",
     "unassigned\u0378 private\ue000 new\U0001fae0",
     "word " * 400,
 ]

@@ -73,7 +73,7 @@ class WordPieces:
 
 def _words(caption: str) -> list[str]:
     """The words of a caption, cleaned; each letter is lowered alone, as by fast tokenizers."""
-    kept = "".join(" " if char.isspace() else char for char in caption if not _is_dropped(char))
+    kept = "".join(char for char in caption if not _is_dropped(char))
     marked = []
     for char in unicodedata.normalize("NFD", kept):
         if unicodedata.category(char) == "Mn":
