@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
+from diffusion_pl.networks.adm import ADM
+from diffusion_pl.networks.ddpm_unet import DDPMUNet
+from diffusion_pl.networks.edm2_layers import UnitTextKeys
+from diffusion_pl.networks.edm2_unet import EDM2UNet
 from diffusion_pl.networks.jit import JiT
 from diffusion_pl.networks.linear_unet import LinearUNet
 from diffusion_pl.networks.routing import Routing
+from diffusion_pl.networks.simple_unet import SimpleUNet
+from diffusion_pl.networks.song_unet import SongUNet
 from diffusion_pl.networks.text import Text, TextKeys, attended
 from diffusion_pl.networks.uvit import UViT
+from diffusion_pl.training.compiling import blocks
 
 E, L, B = 12, 5, 3
 ROUTED = Routing(0.5, 1, 1)
@@ -34,7 +41,26 @@ def uvit(text=E, **more):
     )  # fmt: skip
 
 
-MAKERS = {"jit": jit, "uvit": uvit}
+def levels(network, **settings):
+    """A network of two levels, 16 and 8 pixels, of which the lower attends."""
+    usual = {"classes": 4, "channel_mult": (1, 2), "blocks": 1, "attention": (8,), "dropout": 0.0}
+
+    def make(text=E, **more):
+        length = L if text else 0
+        return network(16, **usual | settings | more, text_width=text, text_length=length)
+
+    return make
+
+
+song = levels(SongUNet, model_channels=16, encoder="residual", resample_filter=(1, 3, 3, 1))
+adm = levels(ADM, model_channels=32, channel_mult=(1, 2))
+ddpm = levels(DDPMUNet, model_channels=16, groups=4)
+simple = levels(SimpleUNet, model_channels=16, blocks=(1, 1), heads=2, embedding_channels=32)
+edm2 = levels(EDM2UNet, model_channels=16, head_channels=8)
+MAKERS = {
+    "jit": jit, "uvit": uvit, "song": song, "adm": adm, "ddpm": ddpm, "simple": simple,
+    "edm2": edm2,
+}  # fmt: skip
 ROUTABLE = ("jit", "uvit")
 
 
@@ -78,7 +104,9 @@ def close(a, b, tolerance=1e-6):
 def test_the_text_reaches_the_output_and_each_text_its_own_image(make, given, seen):
     network = stirred(told(make()))
     before = network(*seen, **given)
-    after = network(*seen, **given | {"text": given["text"] + torch.eye(B)[1][:, None, None]})
+    other = given["text"].clone()
+    other[1] = other[1].flip(-1)
+    after = network(*seen, **given | {"text": other})
     assert (before[1] - after[1]).abs().max() > 1e-3
     torch.testing.assert_close(before[[0, 2]], after[[0, 2]], rtol=0, atol=1e-6)
 
@@ -237,10 +265,7 @@ def test_routed_images_have_the_whole_text(name, given, seen):
 def test_blocks_compile_whole_and_to_the_same_numbers(make, given, seen):
     network = stirred(told(make()))
     before = network(*seen, **given)
-    blocks = [block for block in network.modules() if getattr(block, "text", None) is not None]
-    inside = [block for block in blocks if block is not network]
-    assert inside
-    for block in inside:
+    for block in blocks(network):
         block.compile(fullgraph=True, backend="eager")
     close(network(*seen, **given), before, 1e-5)
 
@@ -291,3 +316,38 @@ def test_a_networks_first_output_is_that_without_text(make, given, seen):
     """0 for JiT; for the others attention's last layer begins 1e-5 times as large as usual."""
     network = told(make()).eval()
     close(network(*seen, **given) + 1, network(*seen) + 1, 1e-4)
+
+
+def test_magnitude_preserving_keys_and_values_have_magnitude_1():
+    keys = stirred(UnitTextKeys(E, 16, 2))
+    for made in keys(torch.randn(B, L, E)):
+        size = made.square().mean(dim=3).sqrt()
+        torch.testing.assert_close(size, torch.ones_like(size), rtol=0, atol=1e-3)
+
+
+def test_keys_are_the_first_half_of_what_the_map_gives():
+    """As in PRX's checkpoints, which the published numbers see; here for the norm's own side."""
+    keys = UnitTextKeys(E, 16, 2)
+    tokens = torch.randn(B, L, E)
+    rows = keys.kv.normalized() @ tokens[1, 2]
+    k, v = keys(tokens)
+    for made, half in ((k, rows[:16]), (v, rows[16:])):
+        first = half[:8]
+        expected = first / first.square().mean().sqrt()
+        torch.testing.assert_close(made[1, 0, 2], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adm", "ddpm", "simple", "edm2"])
+def test_text_without_attention_is_refused(name):
+    more = {
+        "ddpm": {"middle": "plain"},
+        "adm": {"model_channels": 16},
+        "edm2": {"head_channels": 99},
+    }
+    more = more.get(name, {}) | {"attention": ()}
+    if name == "simple":  # whose middle always attends
+        MAKERS[name](**more)
+        return
+    with pytest.raises(UserError, match="attends nowhere"):
+        MAKERS[name](**more)
+    MAKERS[name](text=0, **more)

@@ -50,12 +50,12 @@ def initialise(layer: Layer, gain: float = 1.0) -> Layer:
     return layer if gain == 1 else zero(layer)
 
 
-def attend(norm: nn.GroupNorm) -> SelfAttention | None:
+def attend(norm: nn.GroupNorm, text_width: int = 0) -> SelfAttention | None:
     """Self-attention; under 64 channels it has no head and is left out."""
     heads = norm.num_channels // HEAD_CHANNELS
     if not heads:
         return None
-    attention = SelfAttention(norm, heads)
+    attention = SelfAttention(norm, heads, text_width=text_width)
     attention.qkv.reset_parameters()
     zero(attention.proj)
     return attention
@@ -72,10 +72,10 @@ class ADM(UNet):
         attention: resolutions whose blocks are each followed by self-attention.
         dropout: probability in every block.
         channels, classes, augment, position_frequencies, frame, learned_variance,
-            activation_checkpointing: as for every `Network`.
+            activation_checkpointing, text_width, text_length: as for every `Network`.
 
     Raises:
-        UserError: a resolution that the levels do not divide.
+        UserError: text without attention, a resolution that the levels do not divide.
     """
 
     def __init__(
@@ -93,12 +93,15 @@ class ADM(UNet):
         frame: int | None = None,
         learned_variance: bool = False,
         activation_checkpointing: bool = False,
+        text_width: int = 0,
+        text_length: int = 0,
     ) -> None:
         super().__init__(
             resolution, channels, classes, len(channel_mult) - 1,
             augment=augment, position_frequencies=position_frequencies, frame=frame,
             learned_variance=learned_variance,
             activation_checkpointing=activation_checkpointing,
+            text_width=text_width, text_length=text_length,
         )  # fmt: skip
         self._make_embedding(model_channels, augment)
         make: Callable[..., ResidualBlock] = partial(
@@ -106,17 +109,18 @@ class ADM(UNet):
             norm=partial(group_norm, eps=EPS), initialise=initialise,
         )  # fmt: skip
         widths = [model_channels * multiplier for multiplier in channel_mult]
+        attending = partial(attend, text_width=text_width)
 
         def block(channels_in: int, channels_out: int, level: int, place: Place) -> ResidualBlock:
             attends = resolution // 2**level in attention
-            return make(channels_in, channels_out, attention=attend if attends else None)
+            return make(channels_in, channels_out, attention=attending if attends else None)
 
         self.stem = nn.Conv2d(self.in_channels, widths[0], 3, padding=1)
         self.encoder, self.middle, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         width = self.fill(
             widths[0], widths, blocks, block,
             down=lambda width: make(width, width, resample=halve),
-            middle=lambda width: [make(width, width, attention=attend), make(width, width)],
+            middle=lambda width: [make(width, width, attention=attending), make(width, width)],
             up=lambda width: make(width, width, resample=double),
         )  # fmt: skip
         self.out_norm = group_norm(width, EPS)

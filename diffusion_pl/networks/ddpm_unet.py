@@ -26,6 +26,7 @@ from diffusion_pl.networks.layers import (
     xavier,
 )
 from diffusion_pl.networks.residual import ZERO, ResidualBlock
+from diffusion_pl.networks.text import Text
 from diffusion_pl.networks.unet import Place, UNet
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -39,7 +40,9 @@ Resample = Literal["right", "even", "block"]
 Middle = Literal["attention", "plain", "none"]
 
 
-def attend(norm: nn.GroupNorm, heads: int, head_channels: int | None) -> SelfAttention:
+def attend(
+    norm: nn.GroupNorm, heads: int, head_channels: int | None, text_width: int = 0
+) -> SelfAttention:
     """Self-attention of so many heads, or of heads of so many channels.
 
     Raises:
@@ -54,7 +57,7 @@ def attend(norm: nn.GroupNorm, heads: int, head_channels: int | None) -> SelfAtt
         )
     # Three layers of C to C in the paper's code are one of C to 3 C here; Xavier's bound counts
     # outputs, and sqrt(2) gives each third the bound of its own layer.
-    return SelfAttention(norm, heads, gain=math.sqrt(2))
+    return SelfAttention(norm, heads, gain=math.sqrt(2), text_width=text_width)
 
 
 class Down(nn.Module):
@@ -71,7 +74,7 @@ class Down(nn.Module):
         self.even = even
         self.conv = xavier(nn.Conv2d(channels, channels, 3, stride=2, padding=int(even)))
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, text: Text | None = None) -> Tensor:
         return self.conv(x if self.even else F.pad(x, (0, 1, 0, 1)))
 
 
@@ -84,7 +87,7 @@ class Up(nn.Module):
         super().__init__()
         self.conv = xavier(nn.Conv2d(channels, channels, 3, padding=1))
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, text: Text | None = None) -> Tensor:
         return self.conv(double(x))
 
 
@@ -99,8 +102,8 @@ class DDPMUNet(UNet):
         attention: resolutions whose blocks are each followed by self-attention.
         dropout: probability in every block.
         groups: of every normalisation.
-        channels, classes, position_frequencies, frame, learned_variance, activation_checkpointing:
-            as for every `Network`.
+        channels, classes, position_frequencies, frame, learned_variance, activation_checkpointing,
+            text_width, text_length: as for every `Network`.
         heads: of every attention, one as published by Ho.
         head_channels: channels of a head, instead of their number; None for `heads`.
         eps: of every normalisation.
@@ -114,7 +117,8 @@ class DDPMUNet(UNet):
         embedding_channels: length of the embedding vector; 4 model_channels if None.
 
     Raises:
-        UserError: a resolution that the levels do not divide, or heads that channels do not.
+        UserError: a resolution that the levels do not divide, heads that channels do not, or text
+            without attention.
     """
 
     def __init__(
@@ -143,12 +147,15 @@ class DDPMUNet(UNet):
         resample: Resample = "right",
         middle: Middle = "attention",
         embedding_channels: int | None = None,
+        text_width: int = 0,
+        text_length: int = 0,
     ) -> None:
         super().__init__(
             resolution, channels, classes, len(channel_mult) - 1,
             position_frequencies=position_frequencies, frame=frame,
             learned_variance=learned_variance,
             activation_checkpointing=activation_checkpointing,
+            text_width=text_width, text_length=text_length,
         )  # fmt: skip
         embedding = embedding_channels or 4 * model_channels
         self.cosine_first = cosine_first
@@ -158,7 +165,7 @@ class DDPMUNet(UNet):
         self.map_layer1 = xavier(nn.Linear(embedding, embedding))
         self.map_label = xavier(nn.Linear(classes, embedding, bias=False)) if classes else None
 
-        attending = partial(attend, heads=heads, head_channels=head_channels)
+        attending = partial(attend, heads=heads, head_channels=head_channels, text_width=text_width)
         make: Callable[..., ResidualBlock] = partial(
             ResidualBlock, embedding=embedding, dropout=dropout, adaptive_scale=adaptive_scale,
             norm=partial(nn.GroupNorm, groups, eps=eps), activate=ACTIVATIONS[activation],

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
+from diffusion_pl.networks.text import Text, attended
 
 EPS = 1e-4
 SILU = 0.596  # root mean square of silu of a standard normal, to three digits as in the paper
@@ -133,9 +134,10 @@ class CosineAttention(nn.Module):
         channels: C, a multiple of `heads`.
         heads: attention heads.
         balance: share of what is attended to in the sum with x.
+        text_width: channels of a text's token, of magnitude 1; 0 for no text.
     """
 
-    def __init__(self, channels: int, heads: int, balance: float) -> None:
+    def __init__(self, channels: int, heads: int, balance: float, text_width: int = 0) -> None:
         super().__init__()
         if channels % heads:
             raise UserError(f"{channels} channels do not divide over {heads} heads of attention")
@@ -143,13 +145,35 @@ class CosineAttention(nn.Module):
         self.balance = balance
         self.qkv = UnitLayer(channels, 3 * channels, 1)
         self.proj = UnitLayer(channels, channels, 1)
+        self.text = UnitTextKeys(text_width, channels, heads) if text_width else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Text | None = None) -> Tensor:
         """(B, C, H, W) -> the same."""
         batch, channels, height, width = x.shape
         # Channels run (head, channel, q/k/v) in the published checkpoints.
         qkv = self.qkv(x).reshape(batch, self.heads, channels // self.heads, 3, -1)
         q, k, v = normalize(qkv, (2,)).permute(3, 0, 1, 4, 2).contiguous()
-        attended = F.scaled_dot_product_attention(q, k, v)
-        attended = attended.transpose(2, 3).reshape(batch, channels, height, width)
-        return mp_sum(x, self.proj(attended), self.balance)
+        output = attended(q, k, v, text, self.text)
+        output = output.transpose(2, 3).reshape(batch, channels, height, width)
+        return mp_sum(x, self.proj(output), self.balance)
+
+
+class UnitTextKeys(nn.Module):
+    """Makes keys and values of a text's tokens, of magnitude 1 each, as the image's are.
+
+    Args:
+        text_width: channels of a token.
+        channels: of the attention, a multiple of `heads`.
+        heads: attention heads.
+    """
+
+    def __init__(self, text_width: int, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.kv = UnitLayer(text_width, 2 * channels)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, text_width) -> keys and values, each (B, heads, L, channels / heads)."""
+        kv = normalize(self.kv(tokens).unflatten(2, (2, self.heads, -1)), (4,))
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        return k, v

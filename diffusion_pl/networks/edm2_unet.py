@@ -38,6 +38,7 @@ from diffusion_pl.networks.edm2_layers import (
 )
 from diffusion_pl.networks.layers import float32_region, one_hot
 from diffusion_pl.networks.song_layers import Resample
+from diffusion_pl.networks.text import Text
 from diffusion_pl.networks.unet import Place, UNet
 
 
@@ -59,6 +60,7 @@ class Block(nn.Module):
         attention_balance: share of the attention in its sum.
         head_channels: channels of a head.
         clip: largest magnitude of an activation, None for no limit.
+        text_width: channels of a text's token, 0 for no text.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Block(nn.Module):
         attention_balance: float = 0.3,
         head_channels: int = 64,
         clip: float | None = 256.0,
+        text_width: int = 0,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -92,9 +95,9 @@ class Block(nn.Module):
         self.attention = None
         heads = channels_out // head_channels
         if attention and heads:
-            self.attention = CosineAttention(channels_out, heads, attention_balance)
+            self.attention = CosineAttention(channels_out, heads, attention_balance, text_width)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, text: Text | None = None) -> Tensor:
         """(B, channels_in, H, W), (B, embedding) -> (B, channels_out, H', W')."""
         if self.resample is not None:
             x = self.resample(x)
@@ -108,7 +111,7 @@ class Block(nn.Module):
             x = self.skip(x)
         x = mp_sum(x, hidden, self.balance)
         if self.attention is not None:
-            x = self.attention(x)
+            x = self.attention(x, text)
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
 
@@ -134,12 +137,12 @@ class EDM2UNet(UNet):
         head_channels: channels of an attention head.
         clip: largest magnitude of a block's output, None for no limit.
         resample_filter: taps of the filter between levels.
-        channels, classes, position_frequencies, frame, learned_variance, activation_checkpointing:
-            as for every `Network`.
+        channels, classes, position_frequencies, frame, learned_variance, activation_checkpointing,
+            text_width, text_length: as for every `Network`.
 
     Raises:
-        UserError: a resolution that the levels do not divide, a filter of odd length, or channels
-            that do not divide over the heads.
+        UserError: text without attention, a resolution that the levels do not divide, a filter of
+            odd length, or channels that do not divide over the heads.
     """
 
     def __init__(
@@ -165,12 +168,15 @@ class EDM2UNet(UNet):
         frame: int | None = None,
         learned_variance: bool = False,
         activation_checkpointing: bool = False,
+        text_width: int = 0,
+        text_length: int = 0,
     ) -> None:
         super().__init__(
             resolution, channels, classes, len(channel_mult) - 1,
             position_frequencies=position_frequencies, frame=frame,
             learned_variance=learned_variance,
             activation_checkpointing=activation_checkpointing,
+            text_width=text_width, text_length=text_length,
         )  # fmt: skip
         self.label_balance = label_balance
         self.concat_balance = concat_balance
@@ -184,7 +190,7 @@ class EDM2UNet(UNet):
         make = partial(
             Block, embedding=length, dropout=dropout, taps=tuple(resample_filter),
             balance=residual_balance, attention_balance=attention_balance,
-            head_channels=head_channels, clip=clip,
+            head_channels=head_channels, clip=clip, text_width=text_width,
         )  # fmt: skip
 
         def block(channels_in: int, channels_out: int, level: int, place: Place) -> Block:
@@ -230,10 +236,12 @@ class EDM2UNet(UNet):
                 vector = mp_sum(vector, self.map_label(hot), self.label_balance)
             return mp_silu(vector)
 
-    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
+    def denoise(self, x: Tensor, embedding: Tensor, text: Text | None = None) -> Tensor:
+        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding and texts."""
+        text = text.through(self.text) if text and self.text else None
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        return self.out_conv(self.decode(self.encode(x, embedding), embedding), self.out_gain)
+        x = self.decode(self.encode(x, embedding, text), embedding, text)
+        return self.out_conv(x, self.out_gain)
 
     def join(self, x: Tensor, skip: Tensor) -> Tensor:
         """Put a skip beside x, at the magnitude of both."""

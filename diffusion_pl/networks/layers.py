@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion_pl.networks.text import Text, TextKeys, attended
+
 
 def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
     """Group normalisation with 32 groups, fewer where a group would hold under 4 channels."""
@@ -57,15 +59,23 @@ def xavier(layer: Layer, gain: float = 1.0) -> Layer:
 class SelfAttention(nn.Module):
     """Self-attention over pixels with a residual connection: scale (x + proj(attend(norm(x)))).
 
+    A text joins its keys and values through a linear map of the layer's own (see text.py).
+
     Args:
         norm: group normalisation over C channels, C a multiple of `heads`.
         heads: attention heads.
         scale: factor of the sum, sqrt(1/2) keeps its variance.
         gain: of the initial weights that make queries, keys and values.
+        text_width: channels of a text's token; 0 for no text.
     """
 
     def __init__(
-        self, norm: nn.GroupNorm, heads: int = 1, scale: float = 1.0, gain: float = 1.0
+        self,
+        norm: nn.GroupNorm,
+        heads: int = 1,
+        scale: float = 1.0,
+        gain: float = 1.0,
+        text_width: int = 0,
     ) -> None:
         super().__init__()
         channels = norm.num_channels
@@ -74,16 +84,17 @@ class SelfAttention(nn.Module):
         self.norm = norm
         self.qkv = xavier(nn.Conv2d(channels, 3 * channels, 1), gain)
         self.proj = xavier(nn.Conv2d(channels, channels, 1), gain=1e-5)
+        self.text = TextKeys(text_width, channels, heads) if text_width else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Text | None = None) -> Tensor:
         batch, channels, height, width = x.shape
         # Channels run (head, channel, q/k/v) in the published checkpoints.
         qkv = self.qkv(self.norm(x)).reshape(batch, self.heads, channels // self.heads, 3, -1)
         # Copied, since attention that keeps no matrix of weights wants its channels side by side.
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
-        attended = F.scaled_dot_product_attention(q, k, v)  # softmax in float32 inside
-        attended = attended.transpose(2, 3).reshape(batch, channels, height, width)
-        return (x + self.proj(attended)) * self.scale
+        output = attended(q, k, v, text, self.text)
+        output = output.transpose(2, 3).reshape(batch, channels, height, width)
+        return (x + self.proj(output)) * self.scale
 
 
 class PositionalEmbedding(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import Layer, group_norm, xavier
+from diffusion_pl.networks.text import Text
 
 ZERO = 1e-5  # gain of the layers that begin near zero
 
@@ -78,7 +79,7 @@ class ResidualBlock(nn.Module):
         self.skip = initialise(nn.Conv2d(channels_in, channels_out, 1)) if projects else None
         self.attention = None if attention is None else attention(norm(channels_out))
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, text: Text | None = None) -> Tensor:
         """(B, channels_in, H, W), (B, embedding) -> (B, channels_out, H', W')."""
         hidden = self.activate(self.norm0(x))
         if self.resample is not None:
@@ -98,4 +99,4 @@ class ResidualBlock(nn.Module):
         hidden = self.drop(self.activate(hidden))
         x = self.conv1(hidden) + (x if self.skip is None else self.skip(x))
         x = x if self.scale == 1 else x * self.scale
-        return x if self.attention is None else self.attention(x)
+        return x if self.attention is None else self.attention(x, text)

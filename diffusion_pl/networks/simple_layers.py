@@ -112,7 +112,12 @@ class Condition(nn.Module):
 
 
 def residual_block(
-    channels_in: int, channels_out: int, length: int, dropout: float, heads: int = 0
+    channels_in: int,
+    channels_out: int,
+    length: int,
+    dropout: float,
+    heads: int = 0,
+    text_width: int = 0,
 ) -> ResidualBlock:
     """A residual block under a condition's vector of a length; heads: of the attention, 0 for none.
 
@@ -120,5 +125,6 @@ def residual_block(
     """
     return ResidualBlock(
         channels_in, channels_out, embedding=length, dropout=dropout, adaptive_scale=True,
-        fused=False, attention=partial(SelfAttention, heads=heads) if heads else None,
+        fused=False,
+        attention=partial(SelfAttention, heads=heads, text_width=text_width) if heads else None,
     )  # fmt: skip

@@ -12,6 +12,8 @@ from diffusion_pl.networks.layers import double, halve, run
 from diffusion_pl.networks.network import Network
 from diffusion_pl.networks.residual import ResidualBlock
 from diffusion_pl.networks.simple_layers import Condition, Head, Reduction, Stem, residual_block
+from diffusion_pl.networks.text import Text
+from diffusion_pl.networks.unet import enter_text
 
 
 class SimpleUNet(Network):
@@ -34,8 +36,8 @@ class SimpleUNet(Network):
         embedding_channels: length of the condition's vector.
         halvings: of the image before the first level, 1 for 256 and 2 for 512 pixels.
         reduction: how.
-        channels, classes, position_frequencies, frame, activation_checkpointing: as for every
-            `Network`.
+        channels, classes, position_frequencies, frame, activation_checkpointing, text_width,
+            text_length: as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, or blocks that do not fit them.
@@ -59,6 +61,8 @@ class SimpleUNet(Network):
         position_frequencies: int = 0,
         frame: int | None = None,
         activation_checkpointing: bool = False,
+        text_width: int = 0,
+        text_length: int = 0,
     ) -> None:
         if len(blocks) != len(channel_mult):
             raise UserError(
@@ -69,6 +73,7 @@ class SimpleUNet(Network):
             resolution, channels, classes, halvings + len(channel_mult) - 1,
             position_frequencies=position_frequencies, frame=frame,
             activation_checkpointing=activation_checkpointing,
+            text_width=text_width, text_length=text_length,
         )  # fmt: skip
         self.condition = Condition(model_channels, embedding_channels, classes)
         self.stem = Stem(self.in_channels, model_channels, halvings, reduction)
@@ -79,7 +84,9 @@ class SimpleUNet(Network):
         def block(channels_in: int, level: int) -> ResidualBlock:
             dropped = dropout if sizes[level] <= dropout_from else 0.0
             attends = heads if sizes[level] in attention else 0
-            return residual_block(channels_in, widths[level], embedding_channels, dropped, attends)
+            return residual_block(
+                channels_in, widths[level], embedding_channels, dropped, attends, text_width
+            )
 
         width, skips, encoder, decoder = model_channels, [], [], []
         for level, count in enumerate(blocks):
@@ -89,7 +96,7 @@ class SimpleUNet(Network):
                 width = widths[level]
                 skips.append(width)
             encoder.append(nn.ModuleList(here))
-        first = residual_block(width, width, embedding_channels, dropout, heads)
+        first = residual_block(width, width, embedding_channels, dropout, heads, text_width)
         second = residual_block(width, width, embedding_channels, dropout)
         self.middle = nn.ModuleList([first, second])
         for level, count in reversed(list(enumerate(blocks))):
@@ -100,25 +107,27 @@ class SimpleUNet(Network):
             decoder.append(nn.ModuleList(here))
         self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
         self.head = Head(width, channels, halvings, reduction)
+        self.text = enter_text(self)
 
     def embed(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         """Embed the condition in float32, whatever autocast says, (B, embedding_channels)."""
         return self.condition(c_noise, label)
 
-    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding."""
+    def denoise(self, x: Tensor, embedding: Tensor, text: Text | None = None) -> Tensor:
+        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding and texts."""
+        text = text.through(self.text) if text and self.text else None
         x = self.stem(x)
         skips = []
         for level, layers in enumerate(self.encoder):
             x = halve(x) if level else x
             for layer in layers.children():
-                x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
+                x = run(layer, x, embedding, text, checkpointed=self.activation_checkpointing)
                 skips.append(x)
         for layer in self.middle:
-            x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
+            x = run(layer, x, embedding, text, checkpointed=self.activation_checkpointing)
         for level, layers in enumerate(self.decoder):
             x = double(x) if level else x
             for layer in layers.children():
                 x = torch.cat([x, skips.pop()], dim=1)
-                x = run(layer, x, embedding, checkpointed=self.activation_checkpointing)
+                x = run(layer, x, embedding, text, checkpointed=self.activation_checkpointing)
         return self.head(x)

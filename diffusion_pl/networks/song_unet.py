@@ -32,6 +32,7 @@ from diffusion_pl.networks.layers import (
 )
 from diffusion_pl.networks.residual import ZERO, ResidualBlock
 from diffusion_pl.networks.song_layers import AuxiliaryHalving, FourierEmbedding, Resample
+from diffusion_pl.networks.text import Text
 from diffusion_pl.networks.unet import Place, UNet
 
 SKIP_SCALE = math.sqrt(0.5)  # the sum of two unit-variance branches keeps unit variance
@@ -52,7 +53,7 @@ class SongUNet(UNet):
         encoder: "residual" adds the image, halved by learned convolutions, to every lower level.
         resample_filter: taps of the filter between levels.
         channels, classes, augment, position_frequencies, frame, learned_variance,
-            activation_checkpointing: as for every `Network`.
+            activation_checkpointing, text_width, text_length: as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, or a filter of odd length.
@@ -77,12 +78,15 @@ class SongUNet(UNet):
         frame: int | None = None,
         learned_variance: bool = False,
         activation_checkpointing: bool = False,
+        text_width: int = 0,
+        text_length: int = 0,
     ) -> None:
         super().__init__(
             resolution, channels, classes, len(channel_mult) - 1,
             augment=augment, position_frequencies=position_frequencies, frame=frame,
             learned_variance=learned_variance,
             activation_checkpointing=activation_checkpointing,
+            text_width=text_width, text_length=text_length,
         )  # fmt: skip
         self._make_embedding(embedding, noise_mult * model_channels, 4 * model_channels, augment)
         # A resampled x has its own 1x1 convolution even where the channels agree (Table 8).
@@ -90,7 +94,9 @@ class SongUNet(UNet):
             ResidualBlock, embedding=4 * model_channels, dropout=dropout, scale=SKIP_SCALE,
             project_resampled=True,
         )  # fmt: skip
-        attend = partial(SelfAttention, scale=SKIP_SCALE, gain=math.sqrt(0.2))
+        attend = partial(
+            SelfAttention, scale=SKIP_SCALE, gain=math.sqrt(0.2), text_width=text_width
+        )
         resample = partial(Resample, taps=tuple(resample_filter))
 
         def block(channels_in: int, channels_out: int, level: int, place: Place) -> ResidualBlock:
@@ -147,13 +153,13 @@ class SongUNet(UNet):
                 vector = vector + self.map_augment(augment)
             return F.silu(self.map_layer1(F.silu(self.map_layer0(vector))))
 
-    def encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
+    def encode(self, x: Tensor, embedding: Tensor, text: Text | None = None) -> list[Tensor]:
         """As every U-Net; in a residual encoder the halved image joins each lower level."""
         auxiliary = x
         x = self.stem(x)
         skips, halvings = [x], iter(self.auxiliary)
         for block in self.encoder:
-            x = run(block, x, embedding, checkpointed=self.activation_checkpointing)
+            x = run(block, x, embedding, text, checkpointed=self.activation_checkpointing)
             if self.auxiliary and block.resample is not None:
                 x = auxiliary = (x + next(halvings)(auxiliary)) * SKIP_SCALE
             skips.append(x)

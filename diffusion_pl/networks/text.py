@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.networks.layers import xavier
 from diffusion_pl.networks.tokens import RMSNorm
 
 
@@ -51,7 +50,10 @@ class TextKeys(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.kv = xavier(nn.Linear(text_width, 2 * width, bias=bias))
+        self.kv = nn.Linear(text_width, 2 * width, bias=bias)
+        nn.init.xavier_uniform_(self.kv.weight)
+        if bias:
+            nn.init.zeros_(self.kv.bias)
         self.norm_k = RMSNorm(width // heads) if normed else None
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
