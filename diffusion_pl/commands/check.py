@@ -92,6 +92,7 @@ def describe(
         ("extra", _extra(objective)),
         ("pyramid", _pyramid(experiment, objective, network)),
         ("warning", _large_patches(objective, network)),
+        ("warning", _texts(experiment, network)),
     ]:
         if text:
             yield title, text
@@ -282,4 +283,27 @@ def _large_patches(objective: TrainingObjective, network: nn.Module) -> str:
         "prediction but the image's to fail: FID 72 to 395 for the noise, 36 to 127 for the "
         "velocity, 29 to 72 with EDM's preconditioning, where the image's had 8.6; train with "
         "diffusion_pl.objectives.jit.JiT or predict: image"
+    )
+
+
+def _texts(experiment: Config, network: nn.Module) -> str:
+    """That captions are read which the network does not take; "" otherwise.
+
+    Raises:
+        ConfigError: a network with text, and data of which no captions are read.
+    """
+    source = config.build(experiment, "data.dataset")
+    read = getattr(source, "text", None) or getattr(source, "captions", None)
+    width = getattr(network, "text_width", 0)
+    if width and not read:
+        raise experiment.error(
+            "network.text_width",
+            f"is {width}, and data.dataset reads no captions; set data.dataset.text, or "
+            "network.text_width=0 and network.text_length=0",
+        )
+    if not read or width:
+        return ""
+    return (
+        f"data.dataset reads captions ({read}), and the network takes no text (text_width: 0): it "
+        "is trained without them"
     )
