@@ -60,7 +60,11 @@ def answers(row: Row) -> tuple[str, ...]:
     known = str(row.get("fingerprint") or MISSING)[:12]
     real = row.get("reference")
     reference = f"{real}, {_count(row.get('reference_n'), 'real')}, {known}" if real else MISSING
-    sampled = [f"{word.replace('_', ' ')} {_said(row[word])}" for word in DRAWN if row.get(word)]
+    sampled = [
+        _said(row[word]) if word == "sampler" else f"{word.replace('_', ' ')} {_said(row[word])}"
+        for word in DRAWN
+        if row.get(word)
+    ]
     sampled += [f"{row['evaluations']:,.6g} evaluations"] if "evaluations" in row else []
     resize = str(row.get("resize") or MISSING)
     return said, count, extractor, reference, resize, ", ".join(sampled) or MISSING
@@ -120,7 +124,7 @@ def numbers(runs: Sequence[Told]) -> Part:
                 f"{row['evaluations']:,.6g}" if "evaluations" in row else MISSING,
                 _said(row.get("seed", MISSING)),
                 row.get("commit") or MISSING,
-                row.get("time") or MISSING,
+                str(row.get("time") or MISSING).replace("T", " "),
             ]
             rows.append((None, cells))
     if not rows:
@@ -210,7 +214,7 @@ def curves(runs: Sequence[Told]) -> Part:
         if not word_of(key[0]).endswith("_std"):
             held = [(r, each, each.run.curve(key)) for r, each in enumerate(runs)]
             known = [member for member in held if member[2]]
-            if any(len(curve) > 1 for _, _, curve in known) or len(known) > 1:
+            if any(len(curve) > 1 for _, _, curve in known):  # else the table says all
                 figures += _by_both(f"{key[0]}, {_weights(key)}", known)
     inside = tag("div", *figures, class_="plots") if figures else paragraph("nothing logged yet")
     return part("curves", "Learning curves", note, inside)

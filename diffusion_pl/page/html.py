@@ -209,7 +209,8 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem .3rem
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
 td { overflow-wrap: break-word; min-width: 4rem; max-width: 26rem; }
 thead th { color: var(--soft); white-space: nowrap; }
-tbody th { font-weight: 600; min-width: 7rem; max-width: 16rem; overflow-wrap: break-word; }
+tbody th { font-weight: 600; min-width: min(13rem, 38vw); max-width: 18rem;
+  overflow-wrap: break-word; }
 tr.differs td { background: var(--mark); }
 tr.group th { padding-top: 1rem; color: var(--soft); }
 details summary { cursor: pointer; padding: .4rem 0; }
