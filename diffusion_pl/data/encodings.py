@@ -242,6 +242,8 @@ class StoredStates:
         width: E.
         path: the file of a block, fetched if it is remote.
         renew: whether another read of a damaged block may give other bytes.
+
+    A process compares the states of a caption with their check sum when it first reads them.
     """
 
     index: npt.NDArray[np.void]
@@ -249,6 +251,10 @@ class StoredStates:
     path: Callable[[int], Path]
     renew: Callable[[int], bool]
     _maps: OrderedDict[int, npt.NDArray[np.uint8]] = field(default_factory=OrderedDict, repr=False)
+    _checked: bytearray = field(default_factory=bytearray, repr=False)
+
+    def __post_init__(self) -> None:
+        self._checked = bytearray(len(self.index))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": OrderedDict()}
@@ -262,6 +268,8 @@ class StoredStates:
         block, tokens, offset, crc = self.index[number].item()
         size = tokens * self.width * 2
         data = self._map(block)[offset : offset + size]
+        if self._checked[number] and len(data) == size:
+            return data.view("<f2").reshape(tokens, self.width)
         if len(data) != size or zlib.crc32(data.data) != crc:
             self._maps.pop(block, None)
             data = self._map(block)[offset : offset + size] if self.renew(block) else data[:0]
@@ -270,6 +278,7 @@ class StoredStates:
                     f"{self.path(block)}: damaged at byte {offset:,}; fetch it again, or remove it "
                     f"and {ENCODINGS} and encode the captions again"
                 )
+        self._checked[number] = 1
         return data.view("<f2").reshape(tokens, self.width)
 
     def _map(self, block: int) -> npt.NDArray[np.uint8]:
