@@ -390,8 +390,8 @@ def test_what_has_no_words_or_cannot_have_them_is_refused(run, words, message):
         ("progressive", "runs/tiny", "--count", 2, "--share", "0.5", "--sampler", "ancestral"),
         ("losses", "runs/tiny", "--count", 8, "--levels", 3),
         ("likelihood", "runs/tiny", "--count", 2, "--steps", 4),
-        ("evaluate", "runs/tiny", "--count", 8, "--metrics", "score"),
-        ("sweep", "runs/tiny", "--count", 8, "--metrics", "score", "--steps", "2,3"),
+        ("evaluate", "runs/tiny", "--count", 10, "--metrics", "score"),
+        ("sweep", "runs/tiny", "--count", 10, "--metrics", "score", "--steps", "2,3"),
         ("replay", "runs/tiny", "--step", 1),
     ],
 )
