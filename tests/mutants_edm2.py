@@ -31,7 +31,7 @@ MUTANTS = [
         ("padding=weight.shape[-1] // 2)", "padding=0)"),
         ("normalize(qkv, (2,))", "qkv"),
         ("channels // self.heads, 3, -1)", "channels // self.heads, 3, -1).flip(3)"),
-        ("mp_sum(x, self.proj(attended), self.balance)", "x + self.proj(attended)"),
+        ("mp_sum(x, self.proj(output), self.balance)", "x + self.proj(output)"),
         ("if channels % heads:", "if False:"),
     ),
     *at(
@@ -57,7 +57,7 @@ MUTANTS = [
         ("return mp_silu(vector)", "return vector"),
         ("torch.ones_like(x[:, :1])", "torch.zeros_like(x[:, :1])"),
         ("return mp_cat(x, skip, t=self.concat_balance)", "return torch.cat([x, skip], dim=1)"),
-        ("embedding), self.out_gain)", "embedding))"),
+        ("self.out_conv(x, self.out_gain)", "self.out_conv(x)"),
     ),
     *at(
         "networks/edm2_unet.py",

@@ -60,9 +60,9 @@ MUTANTS = [
     *at(
         "objectives/jit.py",
         "jit",
-        ("t = self.noise_scale / (self.noise_scale + sigma)\n        one",
-         "t = 1 / (1 + sigma)\n        one"),
-        ("self.timestep_scale * t", "1000 * t"),
+        ("t = self.noise_scale / (self.noise_scale + sigma)\n        time",
+         "t = 1 / (1 + sigma)\n        time"),
+        ("self.timestep_scale * time", "1000 * time"),
         ("Coefficients(one, -sigma / self.noise_scale, t, c_noise)",
          "Coefficients(one, -sigma, t, c_noise)"),
         ("Coefficients(t, 1 - t, t, c_noise)", "Coefficients(t, t - 1, t, c_noise)"),

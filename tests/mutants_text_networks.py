@@ -101,7 +101,7 @@ MUTANTS = [
         ("text = torch.where(mask[:, None], text.float(), 0)", "text = text.float() * 0"),
         ("found[NULL_MASK] = nn.functional.pad(mask, (0, beyond))",
          "found[NULL_MASK] = nn.functional.pad(mask, (0, beyond), value=True)"),
-        ("if any(Path(name).name != name for name in names)", "if False"),
+        ("or any(Path(name).name != name for name in names)", "or False"),
         ('only(config, "theta", 10000, 10000)', "pass"),
         ("if several(config, \"axes_dim\", int) != [half, half]:", "if False:"),
     ),
