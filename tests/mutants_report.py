@@ -71,4 +71,18 @@ MUTANTS = [
         ('SAME_RECIPE = ("network", "objective",', "SAME_RECIPE = ("),
         ("seconds * devices / 3600", "seconds / 3600"),
     ),
+    *at(
+        "commands/report_drawn.py",
+        "report_drawn",
+        ('Labels(taken["label"], balanced=True)', 'Labels(taken["label"])'),
+        ("mirrored=mirrored, own=own)", "mirrored=mirrored)"),
+        ('found.left |= dict.fromkeys(PARTS, found.left["samples"])', "pass"),
+    ),
+    *at(
+        "commands/report_samples.py",
+        "report_drawn",
+        ("100 * own.memorised", "own.memorised"),
+        ("own.distances[:, 0].median()", "own.distances[:, 1].median()"),
+        ("(value, place / len(ordered))", "(value, (place + 1) / len(ordered))"),
+    ),
 ]
