@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check data train slurm preempt sample enlarge inpaint evaluate export import \
-	reference sweep compare report runs experiments test test-slow test-faults test-slurm mutants \
+	reference sweep compare report runs experiments test test-slow test-hf test-faults test-slurm mutants \
 	soak ci-fid bench ladder clean
 
 help:  ## list the targets
@@ -88,6 +88,11 @@ test: $(STAMP)  ## the tests: offline, minutes, warnings are errors
 
 test-slow: $(STAMP)  ## the tests that take minutes each
 	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2 -m slow
+
+test-hf: $(STAMP)  ## the tests against transformers, which is installed for them (the extra hf)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf]'
+	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest tests/test_text.py tests/test_text_hugging_face.py \
+		tests/test_metrics_clip_score.py
 
 test-faults: $(STAMP)  ## runs that are stopped anywhere, killed and damaged end as others do
 	OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 3 -m 'faults and not slow'

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from test_metrics_fid import Known
+from tiny_models import transformers
 from torch import Tensor, nn
 from torchmetrics.multimodal import CLIPScore
 

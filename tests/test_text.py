@@ -8,6 +8,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,10 +65,22 @@ def captions(count: int, seed: int = 0) -> list[str]:
     return made
 
 
+# Made by transformers 5.24.0, its BertTokenizer and BertModel on the package's files: the ids of
+# `recorded()`, and of the first STATES captions, cut to 40 tokens, every eighth of the states'
+# numbers.
+RECORD = Path(__file__).parent / "data" / "minilm.npz"
+STATES = 30
+
+
+def recorded() -> list[str]:
+    """The captions of the record."""
+    return [*NASTY, *captions(300)]
+
+
 @pytest.fixture(scope="module")
 def published() -> tuple[object, object]:
     """transformers' tokenizer and network on the package's files."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf: make test-hf")
     folder = minilm._folder()
     tokenizer = transformers.BertTokenizer.from_pretrained(folder, local_files_only=True)
     network = transformers.BertModel.from_pretrained(
@@ -112,6 +125,22 @@ def test_states_are_those_of_transformers(published, encoder) -> None:
     # float16 has 11 bits.
     torch.testing.assert_close(tokens[mask].float(), known[mask], rtol=5e-4, atol=2e-5)
     assert [asked[index] for index in cut] == [NASTY[-1]]
+
+
+def test_ids_and_states_are_those_recorded_of_transformers(encoder) -> None:
+    with np.load(RECORD) as known:
+        ids, lengths, states = known["ids"], known["lengths"], known["states"]
+    rows = np.split(ids, np.cumsum(lengths)[:-1])
+    for caption, row in zip(recorded(), rows, strict=True):
+        assert encoder.ids(caption, None) == row.tolist(), caption
+    with torch.no_grad():
+        found = [
+            encoder.states(torch.tensor([encoder.ids(caption, 40)]))[0]
+            for caption in recorded()[:STATES]
+        ]
+    assert len(states) == sum(map(len, found))
+    wanted = torch.from_numpy(states)
+    torch.testing.assert_close(torch.cat(found)[:, ::8], wanted, rtol=0, atol=1e-5)
 
 
 def test_an_encoding_depends_on_its_caption_alone(encoder) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+# torchmetrics imports it where it is installed, a second at every start of every process.
+transformers = pytest.importorskip("transformers", reason="needs the extra hf: make test-hf")
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers  # noqa: E402
 
 CORPUS = [
     "a red heart on a blue ground",
