@@ -33,7 +33,7 @@ MUTANTS = [
         "metrics/memorised.py",
         "memorised",
         ("torch.where(first > 0, first / second", "torch.where(first >= 0, first / second"),
-        ("self.ratios < MEMORISED", "self.ratios <= MEMORISED"),
+        ("self.ratios < MEMORISED", "self.ratios > MEMORISED"),
         ("squared = torch.minimum(squared,", "squared = torch.maximum(squared,"),
         ("squared[own[:, None] == rows] = torch.inf", "pass"),
         ("best.sqrt() / scale", "best / scale"),
