@@ -72,10 +72,12 @@ def whole(text: str) -> int:
     """Parse a whole number; of 1.5 cyclopts would make 2.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or needs more than 64 bits.
     """
     if not re.fullmatch(r"[+-]?\d+(_\d+)*", text.strip()):
         raise ValueError(f"a whole number (got {text!r})")
+    if len(text) > 30 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"a whole number below 2^63 (got {text[:30]!r})")
     return int(text)
 
 

@@ -104,6 +104,8 @@ def _problems(
     `place` is the section, or the argument of a part, that holds the value, None where another
     callable takes it; `infinite` are the infinite numbers allowed.
     """
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        yield key, f"must be below 2^63 (got one of {value.bit_length()} bits)"
     if isinstance(value, float) and not math.isfinite(value):
         if value not in infinite:
             yield key, f"must be finite (got {value}); write a number, or null where allowed"

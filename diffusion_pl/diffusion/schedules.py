@@ -67,6 +67,8 @@ class Rho:
                 "sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max "
                 f"(got {self.sigma_min} and {self.sigma_max})"
             )
+        if not 0 < self.rho < math.inf:
+            raise UserError(f"rho must be positive and finite (got {self.rho})")
 
     def __call__(self, u: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)

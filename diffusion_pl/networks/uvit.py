@@ -39,6 +39,8 @@ class Transformer(nn.Module):
         expansion: int = 4,
         text: bool = False,
     ) -> None:
+        if heads < 1 or width % heads:
+            raise UserError(f"{width} channels do not divide over {heads} heads of attention")
         super().__init__()
         self.heads = heads
         self.drop = Dropout(dropout)
@@ -128,6 +130,8 @@ class UViT(Network):
             activation_checkpointing=activation_checkpointing,
             text_width=text_width, text_length=text_length,
         )  # fmt: skip
+        if transformers < 1:
+            raise UserError(f"transformers must be at least 1 (got {transformers})")
         self.residual = residual
         length = embedding_channels
         self.condition = Condition(model_channels, length, classes)
