@@ -144,6 +144,16 @@ def learning_rate_without_a_limit(place):
     return [*CHECK, "optimizer.lr=.inf"]
 
 
+@case("SET: seed", "must be below 2^63 (got one of 64 bits)")
+def seed_beyond_64_bits(place):
+    return ["train", "tiny", f"seed={2**63}"]
+
+
+@case("SET: trainer.total_images", "must be below 2^63")
+def budget_beyond_all_floats(place):
+    return [*CHECK, f"trainer.total_images={'9' * 400}"]
+
+
 @case("optimizer: Invalid learning rate: -1.0")
 def learning_rate_below_zero(place):
     return [*CHECK, "optimizer.lr=-1.0"]

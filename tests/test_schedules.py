@@ -13,6 +13,7 @@ from diffusion_pl.diffusion.preconditioning import Karras
 from diffusion_pl.diffusion.schedules import LogNormal, LogUniform, Rho, uniform
 from diffusion_pl.diffusion.schedules import levels as walk
 from diffusion_pl.diffusion.timesteps import CosineBetas, LinearBetas, Timesteps
+from diffusion_pl.errors import UserError
 from diffusion_pl.objectives.ddpm import PredictNoise
 
 F64 = torch.float64
@@ -28,6 +29,12 @@ def test_rho_levels_are_the_published_ones():
     sigmas = walk(Rho(), 18)
     assert sigmas[-1] == 0
     torch.testing.assert_close(sigmas[:-1], torch.tensor(KARRAS_18, dtype=F64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rho", [0.0, -7.0, math.inf])
+def test_rho_is_positive_and_finite(rho):
+    with pytest.raises(UserError, match="rho must be positive and finite"):
+        Rho(rho=rho)
 
 
 def test_log_normal_has_the_published_quantiles():

@@ -164,6 +164,12 @@ def test_a_transformer_begins_as_the_identity():
     )
 
 
+@pytest.mark.parametrize("options", [{"heads": 0}, {"heads": 3}, {"transformers": 0}])
+def test_attention_needs_heads_and_a_transformer_to_be_in(options):
+    with pytest.raises(ValueError, match="heads of attention|at least 1"):
+        UVIT(**options)
+
+
 # Wavelets.
 
 
