@@ -61,10 +61,9 @@ def command(
 ) -> Result:
     """Write shards of a folder, archive or table of images, or continue where it stopped.
 
-    With --encode the captions are encoded too; of a data set that is prepared already alone.
+    With --encode the captions are encoded too; later by `prepare DEST --encode minilm` alone.
 
     Example: diffusion_pl prepare photos data/photos --resolutions 64 --labels
-    Example: diffusion_pl prepare data/photos --encode minilm
 
     Args:
         source: folder, .zip, CIFAR-10, .tar, LSUN, .parquet, or synthetic; or a prepared data set.
