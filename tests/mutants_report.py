@@ -64,6 +64,24 @@ MUTANTS = [
         ('found[key]["images"] <= row["images"]', 'found[key]["images"] > row["images"]'),
     ),
     *at(
+        "commands/report.py",
+        "report",
+        ('"compared.html" if more else "report.html"', '"report.html"'),
+        ("if not each.all_rows:", "if each.all_rows:"),
+        ('word = "compare" if len(runs) > 1', 'word = "compare" if len(runs) < 1'),
+        (
+            'problems = [paragraph(text, kind="problem") for each in runs',
+            'problems = [paragraph(text, kind="problem") for each in runs[:0]',
+        ),
+    ),
+    *at(
+        "commands/report_images.py",
+        "report",
+        ('parts += [paragraph(text, kind="problem") for text in bad]', "pass"),
+        ("except Exception as error:", "except KeyError as error:"),
+        ('f"{images:,} images seen", image', '"images seen", image'),
+    ),
+    *at(
         "commands/report_settings.py",
         "report",
         ('"differs" if len(set(values)) > 1 else None', "None"),

@@ -64,6 +64,7 @@ def test_a_run_is_measured_by_what_is_asked_for(run):
     code, everything, _ = run(*words, "all", "--features", "shapes")
     assert set(values(everything)) == {
         "fd", "cs", "cs_std", "kd", "kd_std", "precision", "recall", "density", "coverage",
+        "mmd",
     }  # fmt: skip
     code, result, err = run(*words, "frechett")
     assert (code, result) == (2, None)
@@ -147,7 +148,7 @@ def test_statistics_of_any_data_are_made_once_and_compared_with(run, home, tmp_p
             "gone.npz: no such file of reference statistics",
         ),
         (["losses", "runs/tiny", "--levels", "1"], "must be at least 2 (got 256, 1)"),
-        (["losses", "runs/tiny", "--data", "pictures"], "has no labels, the run 8 classes"),
+        (["losses", "runs/tiny", "--data", "pictures"], "has no labels, and the model needs them"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(run, home, words, message, capsys):

@@ -375,7 +375,7 @@ def test_results_of_several_shapes_have_no_grid(run, tmp_path):
         (("missing.png",), "missing.png: cannot be read (No such file or directory)"),
         (("pictures/notes.txt",), "notes.txt: not a PNG, JPEG or WebP image"),
         (("empty",), "empty: has no images (.jfif, .jpe, .jpeg, .jpg, "),
-        (("a.png", "--label", 1), "label 1 is not one of the model's classes"),
+        (("a.png", "--label", 1), "label 1: the model has no classes; leave it out"),
     ],
 )
 def test_bad_input_is_one_line(run, words, message):

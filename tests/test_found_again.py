@@ -199,10 +199,12 @@ def test_of_all_numbers_those_that_cannot_be_are_named(run):
     words = ("evaluate", "real8", "--reference", "real8", "--features", "shapes")
     code, result, err = run(*words, "--count", 3, "--metrics", "all")
     assert code == 0, err
-    assert set(result["left_out"]) == {"spatial", "score", "kernel", "precision_recall"}
+    assert set(result["left_out"]) == {
+        "spatial", "score", "kernel", "precision_recall", "agreement", "clip_score",
+    }  # fmt: skip
     assert "left out kernel: kernel distance: needs at least 4 images" in err
     measured = [row["name"].partition("@")[0] for row in result["measures"]]
-    assert measured == ["fd", "density", "coverage"]
+    assert measured == ["fd", "density", "coverage", "mmd"]
     _, result, _ = run(*words, "--metrics", "all", "--subset-size", 7)
     by_name = {row["name"].partition("@")[0]: row for row in result["measures"]}
     assert (by_name["kd"]["subset_size"], set(result["left_out"])) == (7, {"spatial"})

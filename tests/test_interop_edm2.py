@@ -112,7 +112,7 @@ def test_an_imported_network_samples_is_tuned_and_guides(capsys):
     # Labels were never hidden, so the model alone does not guide itself; another run may.
     guided = [*words, "--guidance", "2", "--out", "guided"]
     assert main(["sample", "runs/mine", *guided]) == 2
-    assert "label_dropout" in capsys.readouterr().err
+    assert "trainer.dropout.label" in capsys.readouterr().err
     assert main(["sample", "runs/mine", *guided, "--guide", "runs/mine"]) == 0
     assert json.loads(capsys.readouterr().out)["evaluations"] == 6
     prepared.fill(Path("photos"), prepared.files(8, 8, 8))

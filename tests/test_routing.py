@@ -329,7 +329,8 @@ def test_a_routed_run_resumes_to_the_same_bits(routed):
         (["network={_target_: diffusion_pl.networks.song_unet.SongUNet, resolution: 8, "
           "routing: {_target_: diffusion_pl.networks.routing.Routing}}"],
          "network.routing: SongUNet has no tokens to route; leave it out, or take a network that "
-         "has: diffusion_pl.networks.jit.JiT, diffusion_pl.networks.uvit.UViT"),
+         "has: diffusion_pl.networks.jit.JiT, diffusion_pl.networks.prx.PRX, "
+         "diffusion_pl.networks.uvit.UViT"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_routed_is_a_line_before_training(words, says, routed, capsys):
