@@ -20,7 +20,7 @@ FILM_COLUMNS = 4
 
 
 def samples(runs: Sequence[Told], made: Sequence[Drawn]) -> Part:
-    """What each class looks like, under its name."""
+    """What each class looks like under its name, or each prompt."""
     parts: list[object] = []
     for each, own in zip(runs, made, strict=True):
         parts.append(_title(each, runs))
@@ -32,9 +32,10 @@ def samples(runs: Sequence[Told], made: Sequence[Drawn]) -> Part:
             figure(_picture(images, name or "samples", _columns(images)), name)
             for name, images in own.groups
         ]
-        named = len(figures) > 1
-        parts.append(tag("div", *figures, class_="strips" if named else "slider"))
-    return part("samples", "Samples by class", *parts)
+        single = all(len(images) == 1 for _, images in own.groups)
+        kind = "slider" if len(figures) == 1 else "tiles" if single else "strips"
+        parts.append(tag("div", *figures, class_=kind))
+    return part("samples", "Samples by class or prompt", *parts)
 
 
 def film(runs: Sequence[Told], made: Sequence[Drawn]) -> Part:

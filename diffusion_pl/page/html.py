@@ -246,4 +246,6 @@ img { display: block; max-width: 100%; height: auto; image-rendering: pixelated;
 .strips { display: grid; gap: .8rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
 .strips img { width: 100%; max-width: 24rem; }
+.tiles { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); }
+.tiles img { width: 100%; }
 """
