@@ -7,7 +7,7 @@ EXPERIMENTS = "diffusion_pl.experiments"
 
 
 class WithExperiments(build_py):
-    """Takes the YAML files of experiments/ alone: the script that lies there is no module."""
+    """Takes YAML and prompts of experiments/ alone: the script that lies there is no module."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         """The modules of a package."""

@@ -28,7 +28,7 @@ from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.random import ImageNoise
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
-from diffusion_pl.evaluation.prompts import TextEncoder, read_prompts
+from diffusion_pl.evaluation.prompts import TextEncoder, located, read_prompts
 from diffusion_pl.images import grid
 from diffusion_pl.networks.uvit import UViT
 from diffusion_pl.signals import StopRequest
@@ -429,3 +429,14 @@ def test_two_processes_reach_the_weights_of_one(home):
     for key, value in one["state_dict"].items():
         # Sums in another order, magnified by Adam in its first steps.
         torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_the_prompts_of_an_experiment_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "experiments/synthetic_text.txt"
+    assert len(read_prompts(located(name))) == 500
+    Path("experiments").mkdir()
+    Path(name).write_text("a red star\n")
+    assert read_prompts(located(name)) == ("a red star",)
+    with pytest.raises(UserError, match=r"other/synthetic_text.txt: cannot be read"):
+        read_prompts(located("other/synthetic_text.txt"))

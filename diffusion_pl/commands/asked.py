@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from diffusion_pl import text
 from diffusion_pl.commands.labels import class_of
 from diffusion_pl.commands.options import ConditionOptions
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
-from diffusion_pl.evaluation.prompts import TextEncoder, encoded, read_prompts
+from diffusion_pl.evaluation.prompts import TextEncoder, encoded, located, read_prompts
 from diffusion_pl.evaluation.sources import Source, sources_of
 from diffusion_pl.images import ImageDataset
 from diffusion_pl.text.encoders import HUGGING_FACE
@@ -47,7 +46,7 @@ def sources(
     if words and not taken["text"]:
         raise UserError("--prompt: the model was trained without text; leave it out")
     if not words and settings.prompts is not None and taken["text"]:
-        words = read_prompts(Path(settings.prompts))
+        words = read_prompts(located(settings.prompts))
     images = prompts = None
     if words:
         prompts = encoded(words, _encoder(encoder, options.encoder, taken["text"], length))

@@ -28,7 +28,7 @@ from diffusion_pl.diffusion.guidance import Routed
 from diffusion_pl.diffusion.objective import TrainingObjective, needing_network
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
-from diffusion_pl.evaluation.prompts import read_prompts
+from diffusion_pl.evaluation.prompts import located, read_prompts
 from diffusion_pl.io.cache import is_remote
 from diffusion_pl.metrics.features import Extractor
 from diffusion_pl.networks.counting import at_most
@@ -228,7 +228,7 @@ def _check_prompts(experiment: Config) -> None:
     if path is None:
         return
     try:
-        read_prompts(Path(path))
+        read_prompts(located(path))
     except UserError as error:
         raise experiment.error("evaluation.prompts", str(error)) from error
     if not sizes(meta_network(experiment))["text"]:

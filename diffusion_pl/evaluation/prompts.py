@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_pl import text
+from diffusion_pl.config.reading import EXPERIMENTS, packaged_experiments
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.sources import Prompts
 from diffusion_pl.images import Texts
@@ -72,6 +73,18 @@ def encoded(words: Sequence[str], encoder: text.Encoder) -> Prompts:
             file=sys.stderr,
         )
     return Prompts(tuple(words), found.tokens, found.mask)
+
+
+def located(name: str) -> Path:
+    """The file of prompts that a config names: from the present folder, else the package's own.
+
+    Args:
+        name: such as experiments/synthetic_text.txt, which comes with that experiment.
+    """
+    path = Path(name)
+    if path.parent == EXPERIMENTS and not path.exists():
+        return packaged_experiments() / path.name
+    return path
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, ImageGenerator, Sampler, evaluate, reference_of
 from diffusion_pl.evaluation.cost import estimate
 from diffusion_pl.evaluation.measuring import Interrupted, build
-from diffusion_pl.evaluation.prompts import TextEncoder, encoded, read_prompts
+from diffusion_pl.evaluation.prompts import TextEncoder, encoded, located, read_prompts
 from diffusion_pl.evaluation.sources import Prompts, sources_of
 from diffusion_pl.images import grid, save_png
 from diffusion_pl.interop import statistics
@@ -113,7 +113,7 @@ class Evaluate(Callback):
                 )
         images = trainer.datamodule.opened()  # type: ignore[attr-defined]
         if self.settings.prompts is not None and images.texts is not None:
-            words = read_prompts(Path(self.settings.prompts))
+            words = read_prompts(located(self.settings.prompts))
             self.prompts = encoded(words, TextEncoder.of(images.texts).load())
         device = trainer.strategy.root_device
         self.reference = reference_of(
