@@ -415,6 +415,7 @@ def test_losses_are_those_of_the_images_own_captions(run):
     assert (found - clean).square().mean().item() == pytest.approx(level["error"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_reach_the_weights_of_one(home):
     folders = []
     for devices in (1, 2):
