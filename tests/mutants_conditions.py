@@ -111,7 +111,7 @@ MUTANTS = [
         ("    if encoder.width != width:", "    if False:"),
         ("    if name is None and known is None:", "    if False:"),
         ('if taken["text"] and not _words(options):', "if False:"),
-        ("words = read_prompts(Path(settings.prompts))", "pass"),
+        ("words = read_prompts(located(settings.prompts))", "pass"),
         ("if images.texts is None:", "if False:"),
     ),
     *at(
