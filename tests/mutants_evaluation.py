@@ -58,7 +58,7 @@ MUTANTS = [
             'ImageNoise(self.seed, range(len(indices)), "sampler", self.device)',
         ),
         ("seen = counted.seen + (guide.seen if guide is not None else 0)", "seen = counted.seen"),
-        ("if not torch.isfinite(found).all():", "if False:"),
+        ("if not torch.isfinite(images).all():", "if False:"),
     ),
     *at(
         "evaluation/sources.py",

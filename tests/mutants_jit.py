@@ -55,7 +55,13 @@ MUTANTS = [
         ("self.head = zero(", "self.head = xavier("),
         ("if class_tokens and not classes:", "if False:"),
         ("not 0 <= class_tokens_from < depth", "False"),
+    ),
+    *at(
+        "networks/tokens.py",
+        "jit",
         ("if width % (4 * heads):", "if width % heads:"),
+        ("height % patch_size or width % patch_size", "height % patch_size"),
+        ("height % patch_size or width % patch_size", "width % patch_size"),
     ),
     *at(
         "objectives/jit.py",

@@ -27,6 +27,7 @@ from diffusion_pl.diffusion.measurements import Mask
 from diffusion_pl.diffusion.recording import Counted
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import ImageGenerator, batches
+from diffusion_pl.evaluation.generator import check_finite
 from diffusion_pl.images import grid, save_png, to_bytes
 from diffusion_pl.progress import track
 from diffusion_pl.samplers.resampling import Resampled
@@ -81,8 +82,7 @@ def command(
         for piece in track(pieces, "inpainting")
     ]
     pixels = torch.cat([images for images, _ in found])
-    if not torch.isfinite(pixels).all():
-        raise UserError("the sampler gave images that are not finite; the weights are unfit")
+    check_finite(pixels)
     original = to_bytes(given).cpu()
     # To the bit, also where a sampler does not end in a denoised image.
     results = torch.where(filled.cpu(), to_bytes(pixels).cpu(), original)

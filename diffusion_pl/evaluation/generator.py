@@ -130,8 +130,7 @@ class ImageGenerator:
         counted = Counted(self.denoiser)
         guide = None if self.guide is None else Counted(self.guide.denoiser.to(self.device))
         found = self._sample(indices, counted, guide)
-        if not torch.isfinite(found).all():
-            raise UserError("the sampler gave images that are not finite; the weights are unfit")
+        check_finite(found)
         seen = counted.seen + (guide.seen if guide is not None else 0)
         return to_bytes(found), seen // len(indices)
 
@@ -226,6 +225,12 @@ class ImageGenerator:
             condition = self.condition(indices)
             denoise = self.guided(condition, indices=indices, denoise=denoise, guide=guide)
             return self.sampler(denoise, self.noise(indices), self.step_noise(indices))
+
+
+def check_finite(images: Tensor) -> None:
+    """Raise UserError unless all values of sampled images are finite."""
+    if not torch.isfinite(images).all():
+        raise UserError("the sampler gave images that are not finite; the weights are unfit")
 
 
 class Rehearsal(nn.Module):

@@ -29,20 +29,13 @@ from diffusion_pl.networks.layers import (
     group_norm,
     halve,
     one_hot,
+    zero,
 )
 from diffusion_pl.networks.residual import ResidualBlock
 from diffusion_pl.networks.unet import Place, UNet
 
 HEAD_CHANNELS = 64
 EPS = 1e-5  # of every normalisation
-
-
-def zero(layer: Layer) -> Layer:
-    """Begin a layer at exactly zero."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
 
 
 def initialise(layer: Layer, gain: float = 1.0) -> Layer:

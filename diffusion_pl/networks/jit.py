@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
 from diffusion_pl.networks.dropout import Dropout
-from diffusion_pl.networks.layers import PositionalEmbedding, float32_region, run, xavier
+from diffusion_pl.networks.layers import PositionalEmbedding, float32_region, run, xavier, zero
 from diffusion_pl.networks.network import Network
 from diffusion_pl.networks.routing import Router, Routing, restored, taken
 from diffusion_pl.networks.text import Text, TextKeys, attended
 from diffusion_pl.networks.tokens import (
     RMSNorm,
+    check_heads,
+    check_sides,
     chosen,
     modulated,
     patch_table,
@@ -112,13 +114,6 @@ class Block(nn.Module):
         return x + gate1 * self.mlp(modulated(self.norm1(x), shift1, scale1))
 
 
-def zero(layer: nn.Linear) -> nn.Linear:
-    """Initialise a layer with zeros."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 def normal(layer: nn.Linear) -> nn.Linear:
     """Initialise a layer with weights of standard deviation 0.02 and biases 0."""
     nn.init.normal_(layer.weight, std=0.02)
@@ -188,11 +183,7 @@ class JiT(Network):
                 "dropout must be in [0, 1), and 0 below 4 blocks, which have no middle half (got "
                 f"{dropout} for depth {depth})"
             )
-        if width % (4 * heads):
-            raise UserError(
-                f"width must be a multiple of 4 heads, for two coordinates in pairs of channels "
-                f"(got {width} for {heads} heads)"
-            )
+        check_heads(width, heads)
         if class_tokens and not classes:
             raise UserError(
                 f"class tokens need classes (got class_tokens: {class_tokens}, classes: 0); set "
@@ -238,11 +229,7 @@ class JiT(Network):
 
     def check_resolution(self, height: int, width: int) -> None:
         """Raise UserError unless patches cover the image."""
-        if height % self.divisor or width % self.divisor:
-            raise UserError(
-                f"the sides of the images must be multiples of patch_size, {self.divisor} "
-                f"(got {height} x {width})"
-            )
+        check_sides(height, width, self.divisor)
 
     def embed(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         """Embed the condition in float32, whatever autocast says, (B, 2 width).

@@ -56,6 +56,14 @@ def xavier(layer: Layer, gain: float = 1.0) -> Layer:
     return layer
 
 
+def zero(layer: Layer) -> Layer:
+    """Begin a layer at exactly zero."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
 class SelfAttention(nn.Module):
     """Self-attention over pixels with a residual connection: scale (x + proj(attend(norm(x)))).
 

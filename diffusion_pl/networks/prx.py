@@ -21,11 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.networks.layers import PositionalEmbedding, float32_region, run, xavier
+from diffusion_pl.networks.layers import PositionalEmbedding, float32_region, run, xavier, zero
 from diffusion_pl.networks.network import Network
 from diffusion_pl.networks.routing import Router, Routing, restored, taken
 from diffusion_pl.networks.text import Text, TextKeys, attended
-from diffusion_pl.networks.tokens import RMSNorm, chosen, modulated, rotary_table, rotated
+from diffusion_pl.networks.tokens import (
+    RMSNorm,
+    check_heads,
+    check_sides,
+    chosen,
+    modulated,
+    rotary_table,
+    rotated,
+)
 
 TIME_FEATURES = 256
 EPS = 1e-6  # of every normalisation
@@ -90,7 +98,7 @@ class Block(nn.Module):
         self.gate = xavier(nn.Linear(width, hidden, bias=False))
         self.up = xavier(nn.Linear(width, hidden, bias=False))
         self.down = xavier(nn.Linear(hidden, width, bias=False))
-        self.affine = _zero(nn.Linear(width, 6 * width))
+        self.affine = zero(nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, rotary: Tensor, text: Text) -> Tensor:
         """(B, tokens, width), silu of the condition (B, width), rotary -> (B, tokens, width)."""
@@ -150,11 +158,7 @@ class PRX(Network):
         }.items():  # fmt: skip
             if value <= 0:
                 raise UserError(f"{name} must be positive (got {value})")
-        if width % (4 * heads):
-            raise UserError(
-                f"width must be a multiple of 4 heads, for two coordinates in pairs of channels "
-                f"(got {width} for {heads} heads)"
-            )
+        check_heads(width, heads)
         if classes:
             raise UserError(f"PRX takes no labels, classes must be 0 (got {classes})")
         super().__init__(
@@ -175,16 +179,12 @@ class PRX(Network):
         hidden = int(3.5 * width) if hidden is None else hidden
         self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
         self.router = None if routing is None else Router(routing, depth)
-        self.affine = _zero(nn.Linear(width, 2 * width))
-        self.head = _zero(nn.Linear(width, numbers))
+        self.affine = zero(nn.Linear(width, 2 * width))
+        self.head = zero(nn.Linear(width, numbers))
 
     def check_resolution(self, height: int, width: int) -> None:
         """Raise UserError unless patches cover the image."""
-        if height % self.divisor or width % self.divisor:
-            raise UserError(
-                f"the sides of the images must be multiples of patch_size, {self.divisor} "
-                f"(got {height} x {width})"
-            )
+        check_sides(height, width, self.divisor)
 
     def embed(self, c_noise: Tensor) -> Tensor:
         """Embed the noise level in float32, whatever autocast says, (B, width).
@@ -236,10 +236,3 @@ def _cosine_first(sinusoids: nn.Module, values: Tensor) -> Tensor:
 def _normalised(x: Tensor) -> Tensor:
     """Tokens of mean 0 and variance 1."""
     return F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
-
-
-def _zero(layer: nn.Linear) -> nn.Linear:
-    """Initialise a layer with zeros."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_pl.errors import UserError
+
 
 class RMSNorm(nn.Module):
     """Divides by the root mean square over the channels, in float32, times a learned weight.
@@ -23,6 +25,24 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> float32 of the same shape (Zhang & Sennrich 2019, arXiv:1910.07467)."""
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raise UserError unless `rotary_table` fits an attention of so many heads."""
+    if width % (4 * heads):
+        raise UserError(
+            f"width must be a multiple of 4 heads, for two coordinates in pairs of channels "
+            f"(got {width} for {heads} heads)"
+        )
+
+
+def check_sides(height: int, width: int, patch_size: int) -> None:
+    """Raise UserError unless patches cover an image of these sides, pixels."""
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"the sides of the images must be multiples of patch_size, {patch_size} "
+            f"(got {height} x {width})"
+        )
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
