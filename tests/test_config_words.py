@@ -196,7 +196,7 @@ def test_an_installed_package_has_the_experiments(tmp_path) -> None:
     subprocess.run(command, cwd=source, check=True, capture_output=True)
     [wheel] = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    ours = {path.name for path in (ROOT / "experiments").glob("*.yaml")}
+    ours = {p.name for p in (ROOT / "experiments").iterdir() if p.suffix in (".yaml", ".txt")}
     assert {Path(n).name for n in names if n.startswith("diffusion_pl/experiments/")} == ours
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "mine.yaml").write_text("defaults: quickstart\nseed: 5\n")
