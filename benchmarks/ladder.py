@@ -89,8 +89,7 @@ SAVINGS: dict[str, list[str]] = {
         "optimizer={_target_: diffusion_pl.training.optimizers.Grouped, "
         "rest: {_target_: torch.optim.Adam, _partial_: true, lr: 2e-3, betas: [0.9, 0.95]}, "
         "groups: [{_target_: diffusion_pl.training.optimizers.Group, names: ['blocks.*'], ndim: 2, "
-        "optimizer: {_target_: torch.optim.Muon, _partial_: true, lr: 2e-3, weight_decay: 0.0, "
-        "adjust_lr_fn: match_rms_adamw}}]}"
+        "optimizer: {_target_: diffusion_pl.training.muon.Muon, _partial_: true, lr: 0.02}}]}"
     ],
     "no cooldown": ["lr_schedule.cooldown=0"],
     "EMA 4 times shorter": ["ema.half_life=500"],

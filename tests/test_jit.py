@@ -27,7 +27,8 @@ from diffusion_pl.diffusion.schedules import Rho, levels
 from diffusion_pl.diffusion.spacings import EqualSteps
 from diffusion_pl.errors import UserError
 from diffusion_pl.interop import jit
-from diffusion_pl.networks.jit import Attention, JiT, SwiGLU
+from diffusion_pl.networks.jit import Attention, JiT, Neighbours, SwiGLU
+from diffusion_pl.networks.routing import Routing
 from diffusion_pl.networks.tokens import patch_table, rotary_table, rotated, unrotated
 from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.objectives.jit import JiT as Objective
@@ -289,6 +290,45 @@ def test_dropout_takes_of_the_attentions_output_and_of_the_mlps_hidden_values():
     assert float((mlp(x) == 0).double().mean()) == pytest.approx(0.5, abs=0.05)
 
 
+def test_neighbours_are_convolved_by_channel_and_class_tokens_are_not():
+    """The definition, patch by patch: a kernel over the grid, zero beyond it, for each channel."""
+    torch.manual_seed(0)
+    layer = Neighbours(5, 3)
+    x = torch.randn(2, 2 + 3 * 4, 5)
+    found = layer(x, (3, 4))
+    assert torch.equal(found[:, :2], x[:, :2])
+    grid = x[:, 2:].reshape(2, 3, 4, 5)
+    kernel, bias = layer.conv.weight[:, 0], layer.conv.bias
+    for row in range(3):
+        for column in range(4):
+            expected = grid[:, row, column] + bias
+            for i in range(3):
+                for j in range(3):
+                    r, c = row + i - 1, column + j - 1
+                    if 0 <= r < 3 and 0 <= c < 4:
+                        expected = expected + kernel[:, i, j] * grid[:, r, c]
+            place = 2 + 4 * row + column
+            torch.testing.assert_close(found[:, place], expected)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 24)])
+def test_a_network_with_neighbours_takes_any_sides_and_checkpoints(shape):
+    networks = [tiny(convolution=3, activation_checkpointing=c) for c in (False, True)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    x, level, label = torch.randn(2, 3, *shape), torch.tensor([0.2, 0.8]), torch.tensor([0, -1])
+    plain, checkpointed = (network(x, level, label=label) for network in networks)
+    assert plain.shape == x.shape
+    assert torch.equal(plain, checkpointed)
+    plain.sum().backward()
+    for block in networks[0].blocks:
+        assert block.neighbours.conv.weight.grad.abs().min() > 0
+    without = tiny()
+    missing = networks[0].state_dict().keys() - without.state_dict().keys()
+    assert {key.split(".", 2)[2] for key in missing} == {
+        "neighbours.conv.weight", "neighbours.conv.bias"
+    }  # fmt: skip
+
+
 def test_positions_of_a_pyramid_join_the_image():
     network = tiny(position_frequencies=2, frame=32)
     x = torch.randn(1, 3, 16, 16)
@@ -308,6 +348,9 @@ def test_positions_of_a_pyramid_join_the_image():
         ({"bottleneck": 0}, "bottleneck must be at least 1 (got 0)"),
         ({"width": 0}, "width must be at least 1 (got 0)"),
         ({"dropout": 1.0}, "dropout must be in [0, 1), and 0 below 4 blocks"),
+        ({"convolution": 2}, "convolution must be 0 or an odd side (got 2)"),
+        ({"convolution": -1}, "convolution must be 0 or an odd side (got -1)"),
+        ({"convolution": 3, "routing": Routing(last=2)}, "convolution needs all patches"),
         ({"dropout": 0.5, "depth": 3}, "which have no middle half (got 0.5 for depth 3)"),
     ],
 )
@@ -667,6 +710,7 @@ def test_only_a_jit_with_its_objective_is_written_as_one(tmp_path):
         (tiny(), dataclasses.replace(Objective(), weight=EpsWeight())),
         (tiny(position_frequencies=1), Objective()),
         (tiny(classes=0, class_tokens=0), Objective()),
+        (tiny(convolution=3), Objective()),
     ]:
         with pytest.raises(UserError, match="JiT"):
             jit.write(objective.denoiser(network), objective, 0.1, 16, path)

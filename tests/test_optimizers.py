@@ -23,6 +23,7 @@ from diffusion_pl.commands import parts
 from diffusion_pl.errors import UserError
 from diffusion_pl.networks.jit import JiT
 from diffusion_pl.training import checkpoint as checkpoints
+from diffusion_pl.training import muon
 from diffusion_pl.training.lr_schedule import WarmupDecay
 from diffusion_pl.training.optimizers import Group, Grouped, Together, optimizer_of
 
@@ -34,7 +35,7 @@ optimizer:
   groups:
     - _target_: diffusion_pl.training.optimizers.Group
       ndim: 2
-      optimizer: {_target_: torch.optim.Muon, _partial_: true, lr: 0.05}
+      optimizer: {_target_: diffusion_pl.training.muon.Muon, _partial_: true, lr: 0.05}
     - {_target_: diffusion_pl.training.optimizers.Group, names: ["*.bias"], weight_decay: 0.0}
     - {_target_: diffusion_pl.training.optimizers.Group, names: ["stem.*"], lr: 0.003}
 """
@@ -168,7 +169,7 @@ def test_a_run_with_muon_and_adam_resumes_to_the_same_bits(train, tmp_path):  # 
     assert [group["base_lr"] for group in groups] == [0.01, 0.01, 0.003, 0.05]
     # The step that followed 28 of the 24 images that the rate rose over.
     assert [group["lr"] for group in groups] == [group["base_lr"] for group in groups]
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1, 0.1]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1, 0.0]
     assert state("a")["global_step"] == 8  # a step of both counts once
 
 
@@ -190,7 +191,7 @@ def test_the_documented_patterns_give_muon_the_matrices_of_the_blocks(muon_for_j
     matrices = ("affine", "attention.qkv", "attention.proj", "mlp.w12", "mlp.w3")
     expected = {f"blocks.{n}.{each}.weight" for n in range(4) for each in matrices}
     assert groups[2] == expected
-    assert [type(each) for each in optimizer.optimizers] == [AdamW, Muon]
+    assert [type(each) for each in optimizer.optimizers] == [AdamW, muon.Muon]
     assert optimizer.param_groups[2]["weight_decay"] == 0.0
     assert groups[1] == {name for name in names.values() if name.endswith(".bias")}
     assert groups[0] == set(names.values()) - groups[1] - groups[2]
@@ -274,7 +275,7 @@ TARGET = "optimizer._target_=torch.optim"
          "optimizer: Muon only supports 2D parameters"),
         (["optimizer.groups.0.names='*'"], "optimizer.groups.0.names: must be"),
         (["optimizer.groups.0.nmaes=['*']"], "optimizer.groups.0.nmaes: unknown argument"),
-        (["optimizer.groups.0.optimizer.lr=-1"], "Learning rate should be >= 0 but is: -1"),
+        (["optimizer.groups.0.optimizer.lr=-1"], "Muon needs lr and weight_decay of at least 0"),
         (["optimizer.groups.1.lr=-1"], "optimizer.groups.1: lr must not be negative (got -1.0)"),
         (["optimizer.rest={_target_: torch.optim.Rprop, _partial_: true}"],
          "optimizer: Rprop has no weight_decay; leave it out"),
@@ -340,17 +341,12 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_ranks_make_the_run_of_one(kind, ranks):
-    before, one, two = ranks["half"], ranks["one"], ranks[kind]
+    one, two = ranks["one"], ranks[kind]
     assert two["global_step"] == one["global_step"] == 8
     assert_same_form(one["optimizer_states"], two["optimizer_states"])
     for name, value in one["state_dict"].items():
         other = two["state_dict"][name]
-        if kind == "ddp" or value.ndim != 2:
-            torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4)
-        else:  # multiplied part by part in bfloat16, which what is nearly singular amplifies
-            moved, others = (each - before["state_dict"][name] for each in (value, other))
-            cosine = torch.cosine_similarity(moved.flatten(), others.flatten(), dim=0)
-            assert float(cosine) > 0.95, name
+        torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4)
 
 
 def assert_same_form(one, other):

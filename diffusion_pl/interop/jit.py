@@ -374,10 +374,11 @@ def write(
             "timestep_scale: 1 alone; export it as safetensors"
         )
     learned = network.out_channels != network.channels
-    if network.position.channels or not network.classes or learned or network.text_width:
+    own_kind = network.position.channels or learned or network.text_width or network.convolution
+    if own_kind or not network.classes:
         raise UserError(
             "JiT's layout knows networks with classes, and no position_frequencies, "
-            "learned_variance or text; export it as safetensors"
+            "learned_variance, text or convolution; export it as safetensors"
         )
     own = network.state_dict()
     state = {f"net.{theirs}": _theirs(ours, own[ours]) for ours, theirs in names(network)}

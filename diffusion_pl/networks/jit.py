@@ -6,7 +6,9 @@ label (adaLN-Zero of DiT, arXiv:2212.09748); from one block on, copies of the la
 stand before the patches as further tokens. Its initial output is 0.
 
 Text, which JiT has not, goes in as in PRX (Photoroom 2025, released code): one linear map at the
-entry, then further keys and values in every block; see text.py.
+entry, then further keys and values in every block; see text.py. Not JiT's either is a depthwise
+convolution before the MLPs, Sana's (arXiv:2410.10629, section 2.2) but that it stands before the
+expansion: a transformer of a few thousand steps learns slowly that neighbours belong together.
 """
 
 from __future__ import annotations
@@ -87,6 +89,26 @@ class SwiGLU(nn.Module):
         return output
 
 
+class Neighbours(nn.Module):
+    """Adds to every patch a depthwise convolution over those around it; the border is padded by 0.
+
+    Args:
+        width: channels of a token.
+        side: of the kernel, in patches, odd.
+    """
+
+    def __init__(self, width: int, side: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, side, padding=side // 2, groups=width)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, tokens, width), of which the last are the patches of a grid -> the same."""
+        front = x.shape[1] - grid[0] * grid[1]
+        patches = x[:, front:].transpose(1, 2).unflatten(2, grid)
+        added = self.conv(patches).flatten(2).transpose(1, 2)
+        return x + (F.pad(added, (0, 0, front, 0)) if front else added)
+
+
 class Block(nn.Module):
     """Attention and an MLP, each normalised, modulated and gated by the condition.
 
@@ -95,23 +117,38 @@ class Block(nn.Module):
         heads: attention heads.
         dropout: probability, in both.
         text: whether the attention has texts too.
+        convolution: side of a kernel over neighbouring patches before the MLP, 0 for none.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float, text: bool = False) -> None:
+    def __init__(
+        self, width: int, heads: int, dropout: float, text: bool = False, convolution: int = 0
+    ) -> None:
         super().__init__()
         self.norm0 = RMSNorm(width)
         self.attention = Attention(width, heads, dropout, text)
         self.norm1 = RMSNorm(width)
         self.mlp = SwiGLU(width, dropout)
         self.affine = zero(nn.Linear(width, 6 * width))
+        self.neighbours = Neighbours(width, convolution) if convolution else None
 
     def forward(
-        self, x: Tensor, condition: Tensor, rotary: Tensor, text: Text | None = None
+        self,
+        x: Tensor,
+        condition: Tensor,
+        rotary: Tensor,
+        text: Text | None = None,
+        grid: tuple[int, int] = (0, 0),
     ) -> Tensor:
-        """(B, tokens, width), silu of the condition (B, width), rotary -> (B, tokens, width)."""
+        """(B, tokens, width), silu of the condition (B, width), rotary -> (B, tokens, width).
+
+        The last of the tokens are the patches of a grid, rows and columns.
+        """
         shift0, scale0, gate0, shift1, scale1, gate1 = self.affine(condition)[:, None].chunk(6, -1)
         x = x + gate0 * self.attention(modulated(self.norm0(x), shift0, scale0), rotary, text)
-        return x + gate1 * self.mlp(modulated(self.norm1(x), shift1, scale1))
+        hidden = modulated(self.norm1(x), shift1, scale1)
+        if self.neighbours is not None:
+            hidden = self.neighbours(hidden, grid)
+        return x + gate1 * self.mlp(hidden)
 
 
 def normal(layer: nn.Linear) -> nn.Linear:
@@ -145,12 +182,15 @@ class JiT(Network):
         class_tokens_from: the block, from 0, before which they enter.
         dropout: probability, in the middle half of the blocks.
         routing: in training a part of the patches skips a range of blocks; class tokens never do.
+        convolution: side of a depthwise kernel over neighbouring patches before every MLP, odd; 0
+            for none, as published.
         resolution, channels, classes, position_frequencies, frame, text_width, text_length,
             learned_variance, activation_checkpointing: as for every `Network`.
 
     Raises:
         UserError: a resolution that the patch does not divide, widths that the heads do not divide,
-            class tokens without classes or beyond the last block, routing beyond it.
+            class tokens without classes or beyond the last block, routing beyond it, an even
+            kernel, or one beside routing, which takes patches away from their neighbours.
     """
 
     def __init__(
@@ -167,6 +207,7 @@ class JiT(Network):
         class_tokens_from: int = 4,
         dropout: float = 0.0,
         routing: Routing | None = None,
+        convolution: int = 0,
         position_frequencies: int = 0,
         frame: int | None = None,
         learned_variance: bool = False,
@@ -193,6 +234,10 @@ class JiT(Network):
             raise UserError(
                 f"class_tokens_from must be a block from 0 to {depth - 1} (got {class_tokens_from})"
             )
+        if convolution and (convolution < 0 or convolution % 2 == 0):
+            raise UserError(f"convolution must be 0 or an odd side (got {convolution})")
+        if convolution and routing is not None:
+            raise UserError("convolution needs all patches of an image; leave it or routing out")
         super().__init__(
             resolution, channels, classes, 0,
             position_frequencies=position_frequencies, frame=frame,
@@ -203,6 +248,7 @@ class JiT(Network):
         self.check_resolution(resolution, resolution)
         self.width, self.head_width = width, width // heads
         self.class_tokens, self.class_tokens_from = class_tokens, class_tokens_from
+        self.convolution = convolution
         self.patches = as_matrix(
             nn.Conv2d(self.in_channels, bottleneck, patch_size, patch_size, bias=False)
         )
@@ -218,7 +264,7 @@ class JiT(Network):
         )
         middle = range(depth // 4, 3 * (depth // 4))
         self.blocks = nn.ModuleList(
-            Block(width, heads, dropout if number in middle else 0.0, bool(text_width))
+            Block(width, heads, dropout if number in middle else 0.0, bool(text_width), convolution)
             for number in range(depth)
         )
         self.text = xavier(nn.Linear(text_width, width)) if text_width else None
@@ -273,8 +319,9 @@ class JiT(Network):
                     tokens = taken(tokens, kept, front)
                     rotary = unrotated(front, chosen(table, kept))
             tokens = run(
-                block, tokens, condition, rotary, text, checkpointed=self.activation_checkpointing
-            )
+                block, tokens, condition, rotary, text, (rows, columns),
+                checkpointed=self.activation_checkpointing,
+            )  # fmt: skip
             if self.router is not None and kept is not None and number == self.router.last:
                 tokens = restored(tokens, kept, patches, front)
                 rotary, kept = unrotated(front, table), None
