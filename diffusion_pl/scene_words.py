@@ -43,6 +43,7 @@ WORDINGS = (
     "{colour} {shape}, {ground_tone} {kind} ground",
     "a {colour} {shape} on a {kind} {ground_colour} ground",
     "a {tone} {shape}",
+    "on a {ground_tone} {ground_colour} ground, a {tone} {colour} {shape}",
 )
 
 # For evaluation: training never says it so.
