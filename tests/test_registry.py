@@ -34,6 +34,7 @@ ELSEWHERE = {
     "diffusion_pl.training.ema.EMA",
     "diffusion_pl.training.lr_schedule.Cosine",
     "diffusion_pl.training.lr_schedule.WarmupDecay",
+    "diffusion_pl.training.muon.Muon",
     "diffusion_pl.training.optimizers.Group",
     "diffusion_pl.training.optimizers.Grouped",
     "diffusion_pl.training.settings.TrainerConfig",

@@ -159,7 +159,8 @@ HANDED_ON: Mapping[str, tuple[str, ...]] = {
         *_of("diffusion.schedules", "uniform"),
         *_of("objectives.shifted_cosine", "above_zero"),
     ),
-    "rest": (),
+    "optimizer": _of("training.muon", "Muon"),
+    "rest": _of("training.muon", "Muon"),
 }
 
 # Of a section, an argument beside those of its target, and the part that takes it together with

@@ -1,0 +1,63 @@
+"""Bugs in Muon, and in the neighbours that a JiT convolves."""
+
+from __future__ import annotations
+
+from mutant import at
+
+MUTANTS = [
+    *at(
+        "training/muon.py",
+        "muon",
+        ("A, B, C = 3.4445, -4.7750, 2.0315", "A, B, C = 3.4445, -4.7750, 2.0351"),
+        ("STEPS = 5", "STEPS = 6"),
+        (".norm(dim=1)[:, None, None] + 1e-7)", ".norm() + 1e-7)"),
+        (".norm(dim=1)[:, None, None] + 1e-7)", ".norm(dim=1)[:, None, None])"),
+        ("gram = x @ x.mT", "gram = x @ x.mT / 2"),
+        ("beta=B, alpha=C", "beta=C, alpha=B"),
+        ("update if update.shape[0] <= update.shape[1] else update.mT", "update"),
+        ("math.sqrt(max(1.0, rows / columns))", "math.sqrt(max(1.0, columns / rows))"),
+        ("math.sqrt(max(1.0, rows / columns))", "math.sqrt(rows / columns)"),
+        ("0.2 * math.sqrt(max(rows, columns))", "0.2 * math.sqrt(min(rows, columns))"),
+        ('1 - group["lr"] * group["weight_decay"]', '1 - group["weight_decay"]'),
+        ('alpha=-group["lr"] * factor', 'alpha=group["lr"] * factor'),
+        (
+            'average.lerp_(parameter.grad, 1 - group["momentum"])',
+            'average.lerp_(parameter.grad, group["momentum"])',
+        ),
+        (
+            'parameter.grad.lerp(average, group["momentum"])',
+            'parameter.grad.lerp(average, 1 - group["momentum"])',
+        ),
+        ('if group["nesterov"]:', "if True:"),
+        ("if parameter.ndim != 2:", "if parameter.ndim < 2:"),
+        ("if parameter.grad is not None:", "if True:"),
+        ("0 <= momentum < 1", "0 <= momentum <= 1"),
+    ),
+    *at(
+        "training/muon.py",
+        "optimizers",
+        ("like.device_mesh, [Replicate()] *", "like.device_mesh, list(like.placements) *"),
+    ),
+    *at(
+        "networks/jit.py",
+        "jit",
+        ("groups=width)", "groups=1)"),
+        ("padding=side // 2,", 'padding=side // 2, padding_mode="circular",'),
+        (
+            "patches = x[:, front:].transpose(1, 2).unflatten(2, grid)",
+            "patches = x[:, front:].transpose(1, 2).unflatten(2, grid[::-1])",
+        ),
+        (
+            "return x + (F.pad(added, (0, 0, front, 0)) if front else added)",
+            "return x + (F.pad(added, (0, 0, 0, front)) if front else added)",
+        ),
+        (
+            "return x + (F.pad(added, (0, 0, front, 0)) if front else added)",
+            "return F.pad(added, (0, 0, front, 0)) if front else added",
+        ),
+        ("hidden = self.neighbours(hidden, grid)", "pass"),
+        ("convolution % 2 == 0", "False"),
+        ("convolution < 0 or", ""),
+        ("if convolution and routing is not None:", "if False:"),
+    ),
+]
