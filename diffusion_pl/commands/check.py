@@ -296,10 +296,12 @@ def _texts(experiment: Config, network: nn.Module) -> str:
     read = getattr(source, "text", None) or getattr(source, "captions", None)
     width = getattr(network, "text_width", 0)
     if width and not read:
+        setting = next((name for name in ("text", "captions") if hasattr(source, name)), None)
+        way = f"set data.dataset.{setting}" if setting else "prepare it with --encode ENCODER"
         raise experiment.error(
             "network.text_width",
-            f"is {width}, and data.dataset reads no captions; set data.dataset.text, or "
-            "network.text_width=0 and network.text_length=0",
+            f"is {width}, and data.dataset reads no captions; {way}, or network.text_width=0 and "
+            "network.text_length=0",
         )
     if not read or width:
         return ""
