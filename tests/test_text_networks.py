@@ -369,7 +369,9 @@ def test_check_names_captions_without_a_network_for_them_and_the_other_way_round
     assert main(["check", "quickstart", taken, "network.text_length=32"]) == 2
     said = "network.text_width: is 384, and data.dataset reads no captions; "
     assert f"{said}set data.dataset.captions, or" in capsys.readouterr().err
-    folder = "data.dataset={_target_: diffusion_pl.data.folder.ImageFolder, path: x, resolution: 16}"
+    folder = (
+        "data.dataset={_target_: diffusion_pl.data.folder.ImageFolder, path: x, resolution: 16}"
+    )
     assert main(["check", "quickstart", folder, taken, "network.text_length=32"]) == 2
     assert f"{said}prepare it with --encode ENCODER, or" in capsys.readouterr().err
     assert main(["check", "quickstart", captions, taken, "network.text_length=32"]) == 0
