@@ -44,6 +44,8 @@ WORDINGS = (
     "a {colour} {shape} on a {kind} {ground_colour} ground",
     "a {tone} {shape}",
     "on a {ground_tone} {ground_colour} ground, a {tone} {colour} {shape}",
+    "a {ground_tone} {ground_colour} ground behind a {colour} {shape}",
+    "{ground_tone} {ground_colour} background, {colour} {shape}",
 )
 
 # For evaluation: training never says it so.
