@@ -325,6 +325,7 @@ class Run:
         *,
         label: int | str | None = None,
         prompt: str | Sequence[str] = (),
+        image: str | Path | Sequence[str | Path] = (),
         first: int = 0,
         batch_size: int = 64,
         encoder: str | None = None,
@@ -337,6 +338,8 @@ class Run:
             label: the class of every image, its name or index; uniform when not given.
             prompt: what the images show, of a model that takes text; of several, image i has number
                 i modulo how many there are. Captions of the run's data when not given.
+            image: files to go by, of a model that takes images; of several, image i takes number i
+                modulo how many there are. Images of the run's data when not given.
             first: index of the first image.
             batch_size: images per batch; changes no image.
             encoder: the model's text encoder, where it is not found by its own name.
@@ -357,7 +360,10 @@ class Run:
             raise UserError(f"count: must be positive, first at least 0 (got {count}, {first})")
         if batch_size < 1:
             raise UserError(f"batch_size: must be at least 1 (got {batch_size})")
-        wanted = ConditionOptions(label=label, prompt=_names(prompt), encoder=encoder)
+        files = (image,) if isinstance(image, str | Path) else image
+        wanted = ConditionOptions(
+            label=label, prompt=_names(prompt), encoder=encoder, image=tuple(map(Path, files))
+        )
         generator = self._generator("sample", options, wanted)
         pieces = batches(range(first, first + count), batch_size)
         return torch.cat([generator.images(piece)[0].cpu() for piece in pieces])

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
 
 from diffusion_pl import text
 from diffusion_pl.commands.labels import class_of
 from diffusion_pl.commands.options import ConditionOptions
+from diffusion_pl.data.decode import decode, read_square
+from diffusion_pl.data.loader import Degradation
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.evaluation.prompts import TextEncoder, encoded, located, read_prompts
-from diffusion_pl.evaluation.sources import Source, sources_of
+from diffusion_pl.evaluation.sources import GivenImages, Source, sources_of
 from diffusion_pl.images import ImageDataset
+from diffusion_pl.io.files import regular
 from diffusion_pl.text.encoders import HUGGING_FACE
 
 
@@ -24,8 +30,10 @@ def sources(
     encoder: TextEncoder | None,
     length: int,
     open_data: Callable[[], ImageDataset],
+    degradation: Degradation | None = None,
+    shape: tuple[int, int, int] = (0, 0, 0),
 ) -> tuple[Source, ...]:
-    """The sources for all that a model takes; without prompts, captions of its data.
+    """The sources for all that a model takes; without prompts or images, those of its data.
 
     Args:
         options: what is asked for.
@@ -35,6 +43,8 @@ def sources(
         encoder: of the captions that it was trained with.
         length: tokens of its texts.
         open_data: opens the run's data.
+        degradation: what the model was given of images in training, None for nothing.
+        shape: (C, H, W) of a sample.
 
     Raises:
         UserError: what is asked for does not fit the model, or there are no captions.
@@ -47,13 +57,59 @@ def sources(
         raise UserError("--prompt: the model was trained without text; leave it out")
     if not words and settings.prompts is not None and taken["text"]:
         words = read_prompts(located(settings.prompts))
+    if options.image and (degradation is None or not taken["image"]):
+        raise UserError("--image: the model was trained without images to go by; leave it out")
+    given = None
+    if options.image and degradation is not None:
+        given = GivenImages(read_given(options.image, degradation, shape), degradation, shape[2])
+    wants_images = degradation is not None and given is None
     images = prompts = None
     if words:
         prompts = encoded(words, _encoder(encoder, options.encoder, taken["text"], length))
-    elif taken["text"]:
-        images = _data(open_data)
-    balanced = settings.labels == "balanced"
-    return sources_of(taken, images, balanced=balanced, label=label, prompts=prompts)
+    if (taken["text"] and not words) or wants_images:
+        images = _data(open_data, bool(words) or not taken["text"])
+    return sources_of(
+        taken, images, balanced=settings.labels == "balanced", label=label, prompts=prompts,
+        given=given, degradation=degradation,
+    )  # fmt: skip
+
+
+def read_given(
+    paths: Sequence[Path], degradation: Degradation, shape: tuple[int, int, int]
+) -> list[torch.Tensor]:
+    """Image files of the sample's size, or already degraded and smaller, each uint8 (C, H, W).
+
+    Args:
+        paths: PNG, JPEG or WebP.
+        degradation: of the model's training.
+        shape: (C, H, W) of a sample.
+
+    Raises:
+        UserError: a file cannot be read, or has another size.
+    """
+    found = []
+    for path in paths:
+        content = read_file(path)
+        width, height = decode(content, where=str(path)).size
+        fitting = [(shape[1] // times, shape[2] // times) for times in {1, degradation.times}]
+        if (height, width) not in fitting:
+            known = " or ".join(f"{w} x {h}" for h, w in sorted(fitting, reverse=True))
+            raise UserError(f"{path}: is {width} x {height} pixels, and the model takes {known}")
+        pixels = read_square(content, width, "exact", where=str(path), channels=shape[0])
+        found.append(torch.from_numpy(pixels.copy()))
+    return found
+
+
+def read_file(path: Path) -> bytes:
+    """The content of an image file that the user names.
+
+    Raises:
+        UserError: it cannot be read, or is no regular file.
+    """
+    try:
+        return regular(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def require(options: ConditionOptions, taken: Mapping[str, int]) -> None:
@@ -66,6 +122,8 @@ def require(options: ConditionOptions, taken: Mapping[str, int]) -> None:
         raise UserError(f"--label: name the images' class, 0 to {taken['label'] - 1}")
     if taken["text"] and not _words(options):
         raise UserError("--prompt: describe the images, the model was trained with captions")
+    if taken["image"] and not options.image:
+        raise UserError("--image: name the image to go by, the model was trained with images")
 
 
 def _words(options: ConditionOptions) -> tuple[str, ...]:
@@ -104,14 +162,17 @@ def _encoder(known: TextEncoder | None, name: str | None, width: int, length: in
     return encoder
 
 
-def _data(open_data: Callable[[], ImageDataset]) -> ImageDataset:
-    """The run's data, for its captions."""
+def _data(open_data: Callable[[], ImageDataset], for_images: bool) -> ImageDataset:
+    """The run's data, for its captions or for its images alone."""
+    what, option, drawn = "text", "--prompt", "captions"
+    if for_images:
+        what, option, drawn = "images", "--image", "images"
     try:
         images = open_data()
     except UserError as error:
         raise UserError(
-            f"the model takes text; give --prompt, or the data whose captions to draw ({error})"
+            f"the model takes {what}; give {option}, or the data whose {drawn} to draw ({error})"
         ) from error
-    if images.texts is None:
+    if not for_images and images.texts is None:
         raise UserError(f"{images.name} has no encoded captions to draw; give --prompt")
     return images

@@ -13,7 +13,7 @@ import torch
 from cyclopts import Parameter
 from torch import Tensor
 
-from diffusion_pl.commands import latents, runs
+from diffusion_pl.commands import asked, latents, runs
 from diffusion_pl.commands.options import (
     ConditionOptions,
     Integer,
@@ -148,7 +148,7 @@ def read_rgb(path: Path) -> Tensor:
     Raises:
         UserError: it cannot be read.
     """
-    image = np.array(decode(latents.read_file(path), where=str(path)))
+    image = np.array(decode(asked.read_file(path), where=str(path)))
     return torch.from_numpy(image).permute(2, 0, 1).contiguous()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_pl.commands import latents, runs
+from diffusion_pl.commands import asked, latents, runs
 from diffusion_pl.commands.options import (
     BaseAlone,
     ConditionOptions,
@@ -118,7 +118,7 @@ def read_mask(path: Path, image: Path, size: tuple[int, int]) -> Tensor:
     Raises:
         UserError: it cannot be read, has another size, or fills nothing or everything.
     """
-    lightness = np.array(decode(latents.read_file(path), where=str(path)).convert("L"))
+    lightness = np.array(decode(asked.read_file(path), where=str(path)).convert("L"))
     if lightness.shape != size:
         height, width = lightness.shape
         raise UserError(
@@ -156,8 +156,8 @@ def inpainted(
     """
     known = ~filled
     counted = Counted(generator.denoiser)
-    asked = generator.condition(indices)
-    denoise = generator.guided(asked, indices=indices, denoise=counted)
+    condition = generator.condition(indices)
+    denoise = generator.guided(condition, indices=indices, denoise=counted)
     if method == "gradient":
         mask = Mask(known)
         denoise = posterior(denoise, mask, mask.forward(image))

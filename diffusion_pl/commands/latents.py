@@ -9,27 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffusion_pl.commands.asked import read_file
 from diffusion_pl.data.decode import read_square
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import ImageGenerator
 from diffusion_pl.images import from_bytes
-from diffusion_pl.io.files import regular
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.named import integrator
 from diffusion_pl.samplers.pyramid import PyramidSampler
 from diffusion_pl.samplers.sampler import Integrator, Sampler
-
-
-def read_file(path: Path) -> bytes:
-    """The content of an image file that the user names.
-
-    Raises:
-        UserError: it cannot be read, or is no regular file.
-    """
-    try:
-        return regular(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def read_images(paths: Sequence[Path], generator: ImageGenerator) -> Tensor:

@@ -183,7 +183,8 @@ def _batch(
     generator = opened.generator
     indices = torch.tensor(list(piece))
     image = from_bytes(images.read(indices)).to(generator.device)
-    own = received(generator.denoiser.network, own_condition(images, indices, generator.taken))
+    own = own_condition(images, indices, generator.taken, opened.model.degradation)
+    own = received(generator.denoiser.network, own)
     condition = {key: value.to(generator.device) for key, value in own.items()}
     return image, conditioned(generator.denoiser, **condition)
 

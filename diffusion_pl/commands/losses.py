@@ -113,7 +113,8 @@ def _curve(
     indices = torch.arange(count) * len(images) // count
     clean = from_bytes(images.read(indices)).to(generator.device)
     condition = received(
-        generator.denoiser.network, own_condition(images, indices, generator.taken)
+        generator.denoiser.network,
+        own_condition(images, indices, generator.taken, opened.model.degradation),
     )
     low, high = opened.model.objective.preconditioning.sigma_range
     ends = torch.tensor([max(low, 0.002), min(high, 80.0)], dtype=torch.float64).log()

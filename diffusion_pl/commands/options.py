@@ -107,6 +107,7 @@ def _read(by: Callable[[str], Any], shown: str) -> Parameter:
 
 Json = Annotated[bool, Parameter(help="the result as JSON on a terminal too, as in a pipe")]
 Repeated = Annotated[tuple[str, ...], Parameter(show_default=False)]
+RepeatedPaths = Annotated[tuple[Path, ...], Parameter(show_default=False)]
 Allow = Annotated[
     tuple[str, ...],
     Parameter(
@@ -158,12 +159,15 @@ class ConditionOptions:
         prompt: what the images show; of several, image i has number i modulo how many there are.
         prompts: file of prompts, a line each.
         encoder: the model's text encoder, where it is not found by its own name.
+        image: file to go by, of a model that takes images; of several, image i takes number i
+            modulo how many there are.
     """
 
     label: str | int | None = None
     prompt: Repeated = ()
     prompts: Path | None = None
     encoder: str | None = None
+    image: RepeatedPaths = ()
 
 
 @Parameter(name="*", group=Group("Run", sort_key=2))

@@ -37,11 +37,13 @@ from diffusion_pl.samplers.sampler import Sampler, check_range
 from diffusion_pl.training import lr_schedule
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.lr_schedule import LRSchedule
+from diffusion_pl.training.opening import check_images
 from diffusion_pl.training.optimizers import Grouped, tried
 from diffusion_pl.training.settings import OURS, TrainerConfig
 
 RUNS = Path("runs")
 ROUTED = f"{Routed.__module__}.{Routed.__name__}"
+PYRAMID = f"{PyramidSampler.__module__}.{PyramidSampler.__name__}"
 REFERENCES = Path("data/references")
 
 SECTIONS: dict[str, Any] = {
@@ -98,6 +100,7 @@ def checked(experiment: Config) -> Config:
     _check_objective(experiment, settings)
     _check_guided(experiment, settings)
     _check_prompts(experiment)
+    _check_images(experiment)
     return experiment
 
 
@@ -234,6 +237,19 @@ def _check_prompts(experiment: Config) -> None:
     if not sizes(meta_network(experiment))["text"]:
         problem = "the network takes no text (network.text_width is 0); leave it out"
         raise experiment.error("evaluation.prompts", problem)
+
+
+def _check_images(experiment: Config) -> None:
+    """Check that the network is given the images that it takes, at the size that it samples."""
+    data: DataConfig = config.build(experiment, "data")
+    try:
+        check_images(meta_network(experiment), data)
+    except UserError as error:
+        raise experiment.error("data", str(error)) from error
+    sampler = experiment.tree["sampler"]
+    if data.image is not None and sampler.get("_target_") == PYRAMID:
+        problem = "a network that takes images (data.image) samples at one size, not over a pyramid"
+        raise experiment.error("sampler", problem)
 
 
 def bind(experiment: Config) -> None:

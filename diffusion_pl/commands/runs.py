@@ -16,6 +16,7 @@ from diffusion_pl.commands import asked, hints, parts, trust
 from diffusion_pl.commands.options import ConditionOptions, RunOptions, SamplerOptions
 from diffusion_pl.commands.sampling import refuse_duplicates, sampler_of, untrained_levels
 from diffusion_pl.config import Config
+from diffusion_pl.data.loader import DataConfig, Degradation
 from diffusion_pl.diffusion.classifier_free import Weight, is_plain
 from diffusion_pl.diffusion.conditions import sizes
 from diffusion_pl.diffusion.guidance import Guide, Routed, guide_of
@@ -66,6 +67,12 @@ class Model:
     def taken(self) -> dict[str, int]:
         """How much of each kind of condition it takes, see `conditions.sizes`."""
         return sizes(self.denoiser.network)
+
+    @property
+    def degradation(self) -> Degradation | None:
+        """What it is given of images, if it takes any."""
+        data: DataConfig = config.build(self.config, "data")
+        return data.image if self.taken["image"] else None
 
 
 @dataclass(frozen=True)
@@ -240,6 +247,7 @@ def make_generator(
 
 def _sources(model: Model, options: ConditionOptions) -> tuple[Source, ...]:
     """What the images are asked to be."""
+    data = config.build(model.config, "data.dataset")
     return asked.sources(
         options,
         model.taken,
@@ -248,6 +256,8 @@ def _sources(model: Model, options: ConditionOptions) -> tuple[Source, ...]:
         encoder=model.encoder,
         length=getattr(model.denoiser.network, "text_length", 0),
         open_data=lambda: images_of(model.config),
+        degradation=model.degradation,
+        shape=(data.channels, data.resolution, data.resolution),
     )
 
 

@@ -66,7 +66,8 @@ def command(
     folder.finish(whole)
     sheet = folder.folder / "grid.png"
     words = generator.words(whole[:GRID], opened.model.class_names)
-    save_png(grid(folder.read(whole[:GRID]), words=words), sheet)
+    shown = generator.beside_sources(whole[:GRID], folder.read(whole[:GRID]))
+    save_png(grid(shown, words=words), sheet)
     result = {
         **opened.about(folder.folder),
         "images": str(folder.images),

@@ -63,6 +63,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
     "source": _of("data.sources.base", "SourceSpec"),
     "recipe": _of("data.recipe", "Recipe"),
     "augment": _of("data.augment", "NonLeaky"),
+    "image": _of("diffusion.degradations", "Blurred", "Boxes", "Downsampled", "Grey"),
     "network": (
         *_of("networks.adm", "ADM"),
         *_of("networks.ddpm_unet", "DDPMUNet"),

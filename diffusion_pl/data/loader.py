@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,30 @@ from diffusion_pl.data.order import Order
 from diffusion_pl.data.readers import AHEAD, Reader, ReaderLostError
 from diffusion_pl.errors import UserError
 from diffusion_pl.images import ImageDataset
+
+
+class Degradation(Protocol):
+    """What a network that takes images is given of each; see diffusion/degradations.py."""
+
+    @property
+    def draws(self) -> int:
+        """Random numbers that it needs for an image."""
+
+    @property
+    def times(self) -> int:
+        """How many times smaller than the image what it leaves of it may also be stored."""
+
+    def __call__(self, image: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Degrade images.
+
+        Args:
+            image: float32 (B, C, H, W) in [-1, 1].
+            draws: float64 (B, `draws`) in [0, 1).
+
+        Returns:
+            source: float32 (B, C, H, W) in [-1, 1].
+            mask: bool (B, 1, H, W), True where a pixel of it is known.
+        """
 
 
 @dataclass(frozen=True)
@@ -30,6 +55,7 @@ class DataConfig:
         resolution_weights: relative frequency of each resolution among the steps; None: always the
             largest.
         crop: random window of each image; None: the whole image.
+        image: what a network that takes images is given of each; None for other networks.
 
     Raises:
         UserError: a number out of range.
@@ -42,6 +68,7 @@ class DataConfig:
     hflip: bool = False
     resolution_weights: Mapping[int, float] | None = None
     crop: Crop | None = None
+    image: Degradation | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (

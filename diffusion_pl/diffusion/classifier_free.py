@@ -51,8 +51,8 @@ def check_guidance(
     known = [kind for kind, size in taken.items() if size]
     if not known:
         raise UserError(
-            "guidance needs a model with classes or text; this one is unconditional (a weaker run "
-            "can guide it: --guide RUN)"
+            "guidance needs a model with classes, text or images; this one is unconditional (a "
+            "weaker run can guide it: --guide RUN)"
         )
     if not isinstance(weight, Mapping):
         if not removable(known, dropout):

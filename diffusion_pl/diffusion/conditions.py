@@ -4,6 +4,7 @@
 |---|---|---|
 | label | `label` int64 (B,) | -1 |
 | text | `text` float (B, L, E), `text_mask` bool (B, L) | no token: the network puts "" there |
+| image | `source` float (B, C, H, W), `source_mask` bool (B, 1, H, W) | no pixel is known |
 | position | `position` float (B, 2, H, W) | none: the network's own of the whole image |
 | augment | `augment` float (B, A) | none: zeros are the image as it is |
 
@@ -37,6 +38,12 @@ def _no_text(condition: Condition, rows: Tensor | None) -> dict[str, Tensor]:
     return {"text_mask": kept}
 
 
+def _no_image(condition: Condition, rows: Tensor | None) -> dict[str, Tensor]:
+    mask = condition["source_mask"]
+    kept = torch.zeros_like(mask) if rows is None else mask & ~rows[:, None, None, None]
+    return {"source_mask": kept}
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of condition.
@@ -57,6 +64,7 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     "label": Kind(("label",), "classes", _no_label),
     "text": Kind(("text", "text_mask"), "text_width", _no_text),
+    "image": Kind(("source", "source_mask"), "image_channels", _no_image),
     "position": Kind(("position",)),
     "augment": Kind(("augment",)),
 }
@@ -64,8 +72,8 @@ HIDEABLE = tuple(name for name, kind in KINDS.items() if kind.null is not None)
 
 
 def sizes(network: nn.Module | Any) -> dict[str, int]:
-    """How much of each kind with a null a network takes: its classes, the width of its text; 0 for
-    nothing."""
+    """How much of each kind with a null a network takes: its classes, the width of its text, the
+    channels of its images; 0 for nothing."""
     return {name: getattr(network, KINDS[name].size or "", 0) for name in HIDEABLE}
 
 

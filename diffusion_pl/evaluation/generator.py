@@ -113,6 +113,22 @@ class ImageGenerator:
             return None
         return [class_names[i] if class_names else f"class {i}" for i in labels.tolist()]
 
+    def beside_sources(self, indices: Sequence[int], images: Tensor) -> Tensor:
+        """Images for a grid: to the left of each the image that it was made from, if any.
+
+        Args:
+            indices: of the images.
+            images: uint8 (n, C, H, W).
+
+        Returns:
+            uint8 (n, C, H, W), or (n, C, H, 2 W); unknown pixels are mid-grey.
+        """
+        condition = self.condition(indices)
+        if "source" not in condition:
+            return images
+        known = torch.where(condition["source_mask"], condition["source"], 0)
+        return torch.cat([to_bytes(known), images.cpu()], dim=3)
+
     @property
     def device(self) -> torch.device:
         """The denoiser's device."""

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from diffusion_pl.data.loader import Degradation
+from diffusion_pl.diffusion.degradations import repeated
 from diffusion_pl.errors import UserError
-from diffusion_pl.images import ImageDataset
+from diffusion_pl.images import ImageDataset, from_bytes
 from diffusion_pl.seeds import seed_of
 
 
@@ -136,20 +138,114 @@ class Captions:
 
     def _drawn(self, seed: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The image of each caption, and the number in [0, 1) that chooses among its captions."""
-        rows = [seed_of(seed, "caption", i) % len(self.images) for i in indices]
-        choice = [(seed_of(seed, "which caption", i) >> 10) / 2**53 for i in indices]
-        return torch.tensor(rows), torch.tensor(choice, dtype=torch.float64)
+        return _rows(self.images, seed, indices), _uniforms(seed, "which caption", indices)
+
+
+@dataclass(frozen=True, eq=False)
+class DataImages:
+    """What a degradation leaves of images of a data set: image i is made from one of them that is
+    drawn uniformly from (seed, i), the one whose caption `Captions` gives.
+
+    Args:
+        images: the data.
+        degradation: of the model's training.
+        labelled: give also the class of the image.
+    """
+
+    images: ImageDataset
+    degradation: Degradation
+    labelled: bool = False
+
+    def condition(self, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
+        """`source` and `source_mask`, and `label` if so asked."""
+        rows = _rows(self.images, seed, indices)
+        clean = from_bytes(self.images.read(rows))
+        condition = _degraded(self.degradation, clean, seed, indices)
+        if self.labelled:
+            assert self.images.labels is not None
+            condition["label"] = self.images.labels[rows]
+        return condition
+
+    def captions(self, seed: int, indices: Sequence[int]) -> None:
+        """None: an image is no prompt."""
+
+    def about(self) -> Mapping[str, Any]:
+        """The data."""
+        return {"source": f"{self.images.name} {self.images.fingerprint[:12]}"}
+
+
+@dataclass(frozen=True, eq=False)
+class GivenImages:
+    """Given images: image i is made from number i modulo how many there are.
+
+    Args:
+        images: each uint8 (C, H, W): of the sample's size, to be degraded as in training, or
+            `degradation.times` smaller, to be taken as it is.
+        degradation: of the model's training.
+        side: of a sample, pixels.
+    """
+
+    images: Sequence[Tensor]
+    degradation: Degradation
+    side: int
+
+    def condition(self, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
+        """`source` and `source_mask`."""
+        each = [self._one(seed, i) for i in indices]
+        return {key: torch.cat([one[key] for one in each]) for key in each[0]}
+
+    def captions(self, seed: int, indices: Sequence[int]) -> None:
+        """None: an image is no prompt."""
+
+    def about(self) -> Mapping[str, Any]:
+        """The number of images and their digest."""
+        digest = hashlib.sha256()
+        for image in self.images:
+            digest.update(repr(tuple(image.shape)).encode() + image.numpy().tobytes())
+        return {"source": f"{len(self.images)} {digest.hexdigest()[:12]}"}
+
+    def _one(self, seed: int, index: int) -> dict[str, Tensor]:
+        image = from_bytes(self.images[index % len(self.images)])[None]
+        if image.shape[-1] == self.side:
+            return _degraded(self.degradation, image, seed, [index])
+        image = repeated(image, self.degradation.times)
+        return {"source": image, "source_mask": torch.ones_like(image[:, :1], dtype=torch.bool)}
+
+
+def _degraded(
+    degradation: Degradation, image: Tensor, seed: int, indices: Sequence[int]
+) -> dict[str, Tensor]:
+    """What is left of clean images (n, C, H, W), by numbers from (seed, index)."""
+    numbers = [_uniforms(seed, f"image {n}", indices) for n in range(degradation.draws)]
+    draws = torch.stack(numbers, 1) if numbers else torch.zeros(len(indices), 0)
+    source, mask = degradation(image, draws)
+    return {"source": source, "source_mask": mask}
+
+
+def _rows(images: ImageDataset, seed: int, indices: Sequence[int]) -> Tensor:
+    """An image of the data for each index."""
+    return torch.tensor([seed_of(seed, "caption", i) % len(images) for i in indices])
+
+
+def _uniforms(seed: int, stream: str, indices: Sequence[int]) -> Tensor:
+    """A number in [0, 1) for each index, float64 (n,)."""
+    drawn = [(seed_of(seed, stream, i) >> 10) / 2**53 for i in indices]
+    return torch.tensor(drawn, dtype=torch.float64)
 
 
 def own_condition(
-    images: ImageDataset, indices: Tensor, taken: Mapping[str, int]
+    images: ImageDataset,
+    indices: Tensor,
+    taken: Mapping[str, int],
+    degradation: Degradation | None = None,
 ) -> dict[str, Tensor]:
-    """The data's own labels and the first caption of each image.
+    """The data's own labels, the first caption of each image, and what is left of the image.
 
     Args:
         images: the data.
         indices: int64 (n,).
         taken: how much of each kind a model takes, see `conditions.sizes`.
+        degradation: of the model's training, where it takes images.
 
     Raises:
         UserError: the data has none of what the model takes, or of another size.
@@ -174,6 +270,9 @@ def own_condition(
             )
         first = torch.zeros(len(indices), dtype=torch.float64)
         condition["text"], condition["text_mask"] = images.texts.read(indices, first)
+    if degradation is not None:
+        clean = from_bytes(images.read(indices))
+        condition |= _degraded(degradation, clean, 0, indices.tolist())
     return condition
 
 
@@ -184,24 +283,36 @@ def sources_of(
     balanced: bool = False,
     label: int | None = None,
     prompts: Prompts | None = None,
+    given: GivenImages | None = None,
+    degradation: Degradation | None = None,
 ) -> tuple[Source, ...]:
     """The sources for all that a model takes, of what was asked for and else of the data.
 
     Args:
         taken: how much of each kind the model takes, see `conditions.sizes`.
-        images: the data, whose captions are taken where there are no prompts; with a caption its
-            image's class, where none is asked for.
+        images: the data, whose captions are taken where there are no prompts, and whose images
+            where none are given; with either the image's class, where none is asked for.
         balanced: as for `Labels`.
         label: the class of every image.
         prompts: given ones.
+        given: images that are given.
+        degradation: of the model's training, where it takes images.
     """
-    classes, text = taken["label"], taken["text"]
-    captions = None
-    if text and prompts is None:
-        assert images is not None
-        captions = Captions(images, labelled=bool(classes) and label is None)
-        if captions.labelled:
-            return (captions,)
-    labels = (Labels(classes, label, balanced),) if classes else ()
-    words = prompts or captions
-    return (*labels, words) if text and words is not None else labels
+    classes = taken["label"]
+    labelled = bool(classes) and label is None
+    found: list[Source] = [Labels(classes, label, balanced)] if classes else []
+    if degradation is not None:
+        if given is None:
+            assert images is not None
+            found.append(DataImages(images, degradation, labelled))
+        else:
+            found.append(given)
+    if taken["text"]:
+        if prompts is None:
+            assert images is not None
+            found.append(Captions(images, labelled))
+        else:
+            found.append(prompts)
+    # The class of an image of the data stands in for one that is drawn.
+    drawn = any(isinstance(each, DataImages | Captions) and each.labelled for each in found)
+    return tuple(found[1:] if drawn else found)

@@ -88,10 +88,10 @@ def _config(network: DDPMUNet, resolution: int) -> dict[str, Any]:
     Raises:
         UserError: it has what UNet2DModel has not.
     """
-    if network.position.position_frequencies or network.text_width:
+    if network.in_channels != network.channels or network.text_width:
         raise UserError(
-            "UNet2DModel has no position encoding (position_frequencies) and no text (text_width); "
-            "export it as safetensors"
+            "UNet2DModel has no position encoding (position_frequencies), no text (text_width) and "
+            "no image beside the noisy one (image_channels); export it as safetensors"
         )
     blocks, levels = size(network)
     firsts: list[Any] = [network.encoder[level * (blocks + 1)] for level in range(levels)]

@@ -374,11 +374,11 @@ def write(
             "timestep_scale: 1 alone; export it as safetensors"
         )
     learned = network.out_channels != network.channels
-    own_kind = network.position.channels or learned or network.text_width or network.convolution
-    if own_kind or not network.classes:
+    own_kind = network.in_channels != network.channels or learned
+    if own_kind or network.text_width or network.convolution or not network.classes:
         raise UserError(
             "JiT's layout knows networks with classes, and no position_frequencies, "
-            "learned_variance, text or convolution; export it as safetensors"
+            "learned_variance, text, image_channels or convolution; export it as safetensors"
         )
     own = network.state_dict()
     state = {f"net.{theirs}": _theirs(ours, own[ours]) for ours, theirs in names(network)}

@@ -65,7 +65,8 @@ class ADM(UNet):
         attention: resolutions whose blocks are each followed by self-attention.
         dropout: probability in every block.
         channels, classes, augment, position_frequencies, frame, learned_variance,
-            activation_checkpointing, text_width, text_length: as for every `Network`.
+            activation_checkpointing, text_width, text_length, image_channels: as for every
+            `Network`.
 
     Raises:
         UserError: text without attention, a resolution that the levels do not divide.
@@ -88,13 +89,14 @@ class ADM(UNet):
         activation_checkpointing: bool = False,
         text_width: int = 0,
         text_length: int = 0,
+        image_channels: int = 0,
     ) -> None:
         super().__init__(
             resolution, channels, classes, len(channel_mult) - 1,
             augment=augment, position_frequencies=position_frequencies, frame=frame,
             learned_variance=learned_variance,
             activation_checkpointing=activation_checkpointing,
-            text_width=text_width, text_length=text_length,
+            text_width=text_width, text_length=text_length, image_channels=image_channels,
         )  # fmt: skip
         self._make_embedding(model_channels, augment)
         make: Callable[..., ResidualBlock] = partial(

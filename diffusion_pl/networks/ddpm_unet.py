@@ -103,7 +103,7 @@ class DDPMUNet(UNet):
         dropout: probability in every block.
         groups: of every normalisation.
         channels, classes, position_frequencies, frame, learned_variance, activation_checkpointing,
-            text_width, text_length: as for every `Network`.
+            text_width, text_length, image_channels: as for every `Network`.
         heads: of every attention, one as published by Ho.
         head_channels: channels of a head, instead of their number; None for `heads`.
         eps: of every normalisation.
@@ -149,13 +149,14 @@ class DDPMUNet(UNet):
         embedding_channels: int | None = None,
         text_width: int = 0,
         text_length: int = 0,
+        image_channels: int = 0,
     ) -> None:
         super().__init__(
             resolution, channels, classes, len(channel_mult) - 1,
             position_frequencies=position_frequencies, frame=frame,
             learned_variance=learned_variance,
             activation_checkpointing=activation_checkpointing,
-            text_width=text_width, text_length=text_length,
+            text_width=text_width, text_length=text_length, image_channels=image_channels,
         )  # fmt: skip
         embedding = embedding_channels or 4 * model_channels
         self.cosine_first = cosine_first

@@ -138,7 +138,7 @@ class EDM2UNet(UNet):
         clip: largest magnitude of a block's output, None for no limit.
         resample_filter: taps of the filter between levels.
         channels, classes, position_frequencies, frame, learned_variance, activation_checkpointing,
-            text_width, text_length: as for every `Network`.
+            text_width, text_length, image_channels: as for every `Network`.
 
     Raises:
         UserError: text without attention, a resolution that the levels do not divide, a filter of
@@ -170,13 +170,14 @@ class EDM2UNet(UNet):
         activation_checkpointing: bool = False,
         text_width: int = 0,
         text_length: int = 0,
+        image_channels: int = 0,
     ) -> None:
         super().__init__(
             resolution, channels, classes, len(channel_mult) - 1,
             position_frequencies=position_frequencies, frame=frame,
             learned_variance=learned_variance,
             activation_checkpointing=activation_checkpointing,
-            text_width=text_width, text_length=text_length,
+            text_width=text_width, text_length=text_length, image_channels=image_channels,
         )  # fmt: skip
         self.label_balance = label_balance
         self.concat_balance = concat_balance
@@ -237,7 +238,7 @@ class EDM2UNet(UNet):
             return mp_silu(vector)
 
     def denoise(self, x: Tensor, embedding: Tensor, text: Text | None = None) -> Tensor:
-        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding and texts."""
+        """The output of x (B, in_channels, H, W) under an embedding and texts."""
         text = text.through(self.text) if text and self.text else None
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         x = self.decode(self.encode(x, embedding, text), embedding, text)

@@ -185,7 +185,7 @@ class JiT(Network):
         convolution: side of a depthwise kernel over neighbouring patches before every MLP, odd; 0
             for none, as published.
         resolution, channels, classes, position_frequencies, frame, text_width, text_length,
-            learned_variance, activation_checkpointing: as for every `Network`.
+            image_channels, learned_variance, activation_checkpointing: as for every `Network`.
 
     Raises:
         UserError: a resolution that the patch does not divide, widths that the heads do not divide,
@@ -214,6 +214,7 @@ class JiT(Network):
         activation_checkpointing: bool = False,
         text_width: int = 0,
         text_length: int = 0,
+        image_channels: int = 0,
     ) -> None:
         sizes = {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
         for name, value in {**sizes, "bottleneck": bottleneck}.items():
@@ -242,7 +243,7 @@ class JiT(Network):
             resolution, channels, classes, 0,
             position_frequencies=position_frequencies, frame=frame,
             learned_variance=learned_variance, activation_checkpointing=activation_checkpointing,
-            text_width=text_width, text_length=text_length,
+            text_width=text_width, text_length=text_length, image_channels=image_channels,
         )  # fmt: skip
         self.patch_size = self.divisor = patch_size
         self.check_resolution(resolution, resolution)
@@ -298,7 +299,7 @@ class JiT(Network):
             return torch.cat([vector + own, own], dim=1)
 
     def denoise(self, x: Tensor, embedding: Tensor, text: Text | None = None) -> Tensor:
-        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding and texts."""
+        """The output of x (B, in_channels, H, W) under an embedding and texts."""
         rows, columns = (side // self.patch_size for side in x.shape[2:])
         vector, own = embedding.chunk(2, dim=1)
         condition = F.silu(vector)

@@ -132,6 +132,7 @@ class LinearUNet(Network):
         head_channels: channels of a head.
         memories: learned keys and values a head.
         dropout: probability in every block, after its first convolution.
+        image_channels: of a source image, 0 for none; as for every `Network`.
         activation_checkpointing: keep only what passes between blocks in training.
 
     Raises:
@@ -151,12 +152,13 @@ class LinearUNet(Network):
         memories: int = 4,
         dropout: float = 0.0,
         activation_checkpointing: bool = False,
+        image_channels: int = 0,
     ) -> None:
         if classes:
             raise UserError(f"LinearUNet takes no labels, classes must be 0 (got {classes})")
         super().__init__(
             resolution, channels, 0, len(channel_mult) - 1,
-            activation_checkpointing=activation_checkpointing,
+            activation_checkpointing=activation_checkpointing, image_channels=image_channels,
         )  # fmt: skip
         embedding = 4 * model_channels
         self.map_noise = PositionalEmbedding(model_channels)
@@ -175,7 +177,7 @@ class LinearUNet(Network):
             )  # fmt: skip
 
         widths = [model_channels, *(model_channels * each for each in channel_mult)]
-        self.stem = nn.Conv2d(channels, model_channels, 7, padding=3)
+        self.stem = nn.Conv2d(self.in_channels, model_channels, 7, padding=3)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for level, (narrow, wide) in enumerate(pairwise(widths)):
             down = nn.Conv2d(4 * narrow, wide, 1)
@@ -197,7 +199,7 @@ class LinearUNet(Network):
             return vector
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The output of x (B, C, H, W) under an embedding."""
+        """The output of x (B, in_channels, H, W) under an embedding."""
         again = self.activation_checkpointing
         x = first = self.stem(x)
         skips = []

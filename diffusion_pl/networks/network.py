@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
 from diffusion_pl.networks.position import PositionEncoding
+from diffusion_pl.networks.source import beside_source
 from diffusion_pl.networks.text import Text, fitting
 
 
@@ -31,12 +32,15 @@ class Network(nn.Module):
         frame: side of the full-resolution grid that positions refer to; the resolution if None.
         text_width: E, channels of a text's token; 0 for a network that takes no text.
         text_length: L, tokens of the null, the text that stands for no text.
+        image_channels: of a source image that the network takes beside the noisy one, such as a
+            low-resolution one; 0 for a network that takes none.
         learned_variance: C output channels more, for the variance of the reverse steps.
         activation_checkpointing: keep only what passes between blocks in training; the backward
             pass runs every block again. Less memory for a third more time, the same numbers.
 
     Raises:
-        UserError: a resolution that cannot be halved so often, or text_width without text_length.
+        UserError: a resolution that cannot be halved so often, image_channels below 0, or
+            text_width without text_length.
     """
 
     embed: Callable[..., Tensor]
@@ -57,6 +61,7 @@ class Network(nn.Module):
         frame: int | None = None,
         text_width: int = 0,
         text_length: int = 0,
+        image_channels: int = 0,
         learned_variance: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
@@ -68,7 +73,11 @@ class Network(nn.Module):
         self.divisor = 2**halvings
         self.check_resolution(resolution, resolution)
         self.position = PositionEncoding(position_frequencies, frame or resolution)
-        self.in_channels = channels + self.position.channels
+        if image_channels < 0:
+            raise UserError(f"image_channels must be at least 0 (got {image_channels})")
+        self.image_channels = image_channels
+        beside = image_channels + 1 if image_channels else 0  # the image and its mask
+        self.in_channels = channels + self.position.channels + beside
         self.out_channels = 2 * channels if learned_variance else channels
         if text_width < 0 or text_length < 0 or (text_width == 0) != (text_length == 0):
             raise UserError(
@@ -161,6 +170,8 @@ class Network(nn.Module):
         position: Tensor | None = None,
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
+        source: Tensor | None = None,
+        source_mask: Tensor | None = None,
         **condition: Tensor | None,
     ) -> Tensor:
         """Apply the raw network F.
@@ -175,6 +186,9 @@ class Network(nn.Module):
                 for no text.
             text_mask: bool (B, L), True where there is a token; a row of False is no text, for
                 which the null stands. Numbers of `text` without a token never matter.
+            source: an image to go by, (B, image_channels, H, W) in [-1, 1]; None for none.
+            source_mask: bool (B, 1, H, W), True where a pixel of `source` is known; nowhere: no
+                image. Other pixels of `source` never matter.
             condition: `label`, int64 (B,), 0 .. classes - 1, -1 for no label; `augment`, float
                 (B, augment), zeros for no augmentation; None is as if not given.
 
@@ -193,4 +207,7 @@ class Network(nn.Module):
             raise UserError("augmentation labels were given to a network with augment: 0")
         texts = self._text(text, text_mask, len(x))
         beside = () if texts is None else (texts,)
-        return self.denoise(self.position(x, position), self.embed(c_noise, **given), *beside)
+        entry = beside_source(
+            self.position(x, position), source, source_mask, x, self.image_channels
+        )
+        return self.denoise(entry, self.embed(c_noise, **given), *beside)

@@ -126,7 +126,7 @@ class PRX(Network):
         sized: the condition is told the sides of the image, pixels, too.
         time_factor: what c_noise is multiplied by.
         routing: in training a part of the patches skips a range of blocks; the text never does.
-        resolution, channels, activation_checkpointing: as for every `Network`.
+        resolution, channels, image_channels, activation_checkpointing: as for every `Network`.
         classes: must be 0; it takes no labels.
 
     Raises:
@@ -151,6 +151,7 @@ class PRX(Network):
         time_factor: float = 1000.0,
         routing: Routing | None = None,
         activation_checkpointing: bool = False,
+        image_channels: int = 0,
     ) -> None:
         for name, value in {
             "patch_size": patch_size, "width": width, "depth": depth, "heads": heads,
@@ -163,14 +164,14 @@ class PRX(Network):
             raise UserError(f"PRX takes no labels, classes must be 0 (got {classes})")
         super().__init__(
             resolution, channels, 0, 0, text_width=text_width, text_length=text_length,
-            activation_checkpointing=activation_checkpointing,
+            activation_checkpointing=activation_checkpointing, image_channels=image_channels,
         )  # fmt: skip
         self.patch_size = self.divisor = patch_size
         self.check_resolution(resolution, resolution)
         self.head_width, self.time_factor = width // heads, time_factor
-        numbers = channels * patch_size**2
-        self.patches = xavier(nn.Linear(numbers, bottleneck)) if bottleneck else None
-        self.stem = xavier(nn.Linear(bottleneck or numbers, width))
+        seen = self.in_channels * patch_size**2
+        self.patches = xavier(nn.Linear(seen, bottleneck)) if bottleneck else None
+        self.stem = xavier(nn.Linear(bottleneck or seen, width))
         self.sinusoids = PositionalEmbedding(TIME_FEATURES, endpoint=False)
         self.time = Embedder(width)
         self.half_sinusoids = PositionalEmbedding(TIME_FEATURES // 2, endpoint=False)
@@ -180,7 +181,7 @@ class PRX(Network):
         self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
         self.router = None if routing is None else Router(routing, depth)
         self.affine = zero(nn.Linear(width, 2 * width))
-        self.head = zero(nn.Linear(width, numbers))
+        self.head = zero(nn.Linear(width, channels * patch_size**2))
 
     def check_resolution(self, height: int, width: int) -> None:
         """Raise UserError unless patches cover the image."""
@@ -196,7 +197,7 @@ class PRX(Network):
             return self.time(_cosine_first(self.sinusoids, self.time_factor * c_noise.float()))
 
     def denoise(self, x: Tensor, embedding: Tensor, text: Text) -> Tensor:
-        """The output of x (B, C, H, W) under an embedding and texts."""
+        """The output of x (B, in_channels, H, W) under an embedding and texts."""
         rows, columns = (side // self.patch_size for side in x.shape[2:])
         condition = F.silu(embedding if self.size is None else embedding + self._sides(x))
         tokens = F.pixel_unshuffle(x, self.patch_size).flatten(2).transpose(1, 2)

@@ -37,7 +37,7 @@ class SimpleUNet(Network):
         halvings: of the image before the first level, 1 for 256 and 2 for 512 pixels.
         reduction: how.
         channels, classes, position_frequencies, frame, activation_checkpointing, text_width,
-            text_length: as for every `Network`.
+            text_length, image_channels: as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, or blocks that do not fit them.
@@ -63,6 +63,7 @@ class SimpleUNet(Network):
         activation_checkpointing: bool = False,
         text_width: int = 0,
         text_length: int = 0,
+        image_channels: int = 0,
     ) -> None:
         if len(blocks) != len(channel_mult):
             raise UserError(
@@ -73,7 +74,7 @@ class SimpleUNet(Network):
             resolution, channels, classes, halvings + len(channel_mult) - 1,
             position_frequencies=position_frequencies, frame=frame,
             activation_checkpointing=activation_checkpointing,
-            text_width=text_width, text_length=text_length,
+            text_width=text_width, text_length=text_length, image_channels=image_channels,
         )  # fmt: skip
         self.condition = Condition(model_channels, embedding_channels, classes)
         self.stem = Stem(self.in_channels, model_channels, halvings, reduction)

@@ -53,7 +53,8 @@ class SongUNet(UNet):
         encoder: "residual" adds the image, halved by learned convolutions, to every lower level.
         resample_filter: taps of the filter between levels.
         channels, classes, augment, position_frequencies, frame, learned_variance,
-            activation_checkpointing, text_width, text_length: as for every `Network`.
+            activation_checkpointing, text_width, text_length, image_channels: as for every
+            `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, or a filter of odd length.
@@ -80,13 +81,14 @@ class SongUNet(UNet):
         activation_checkpointing: bool = False,
         text_width: int = 0,
         text_length: int = 0,
+        image_channels: int = 0,
     ) -> None:
         super().__init__(
             resolution, channels, classes, len(channel_mult) - 1,
             augment=augment, position_frequencies=position_frequencies, frame=frame,
             learned_variance=learned_variance,
             activation_checkpointing=activation_checkpointing,
-            text_width=text_width, text_length=text_length,
+            text_width=text_width, text_length=text_length, image_channels=image_channels,
         )  # fmt: skip
         self._make_embedding(embedding, noise_mult * model_channels, 4 * model_channels, augment)
         # A resampled x has its own 1x1 convolution even where the channels agree (Table 8).

@@ -114,7 +114,7 @@ class UNet(Network):
         return x
 
     def denoise(self, x: Tensor, embedding: Tensor, text: Text | None = None) -> Tensor:
-        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding and texts."""
+        """The output of x (B, in_channels, H, W) under an embedding and texts."""
         text = text.through(self.text) if text and self.text else None
         x = self.decode(self.encode(x, embedding, text), embedding, text)
         return self.out_conv(F.silu(self.out_norm(x)))

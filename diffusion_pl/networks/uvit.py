@@ -90,7 +90,7 @@ class UViT(Network):
         residual: SiD2's skip connections.
         routing: in training a part of the tokens skips a range of transformers.
         resolution, channels, classes, position_frequencies, frame, text_width, text_length,
-            activation_checkpointing: as for every `Network`.
+            image_channels, activation_checkpointing: as for every `Network`.
 
     Raises:
         UserError: a resolution that the levels do not divide, blocks that do not fit them, or
@@ -118,6 +118,7 @@ class UViT(Network):
         activation_checkpointing: bool = False,
         text_width: int = 0,
         text_length: int = 0,
+        image_channels: int = 0,
     ) -> None:
         if len(blocks) != len(channel_mult) - 1:
             raise UserError(
@@ -128,7 +129,7 @@ class UViT(Network):
             resolution, channels, classes, halvings + len(blocks),
             position_frequencies=position_frequencies, frame=frame,
             activation_checkpointing=activation_checkpointing,
-            text_width=text_width, text_length=text_length,
+            text_width=text_width, text_length=text_length, image_channels=image_channels,
         )  # fmt: skip
         if transformers < 1:
             raise UserError(f"transformers must be at least 1 (got {transformers})")
@@ -165,7 +166,7 @@ class UViT(Network):
         return self.condition(c_noise, label)
 
     def denoise(self, x: Tensor, embedding: Tensor, text: Text | None = None) -> Tensor:
-        """The output of x (B, C + 4 position_frequencies, H, W) under an embedding and texts."""
+        """The output of x (B, in_channels, H, W) under an embedding and texts."""
         x = self.stem(x)
         skips = []
         for layers, down in zip(self.encoder, self.down, strict=True):

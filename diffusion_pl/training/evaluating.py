@@ -191,7 +191,8 @@ class Evaluate(Callback):
             self.training_log.check()
             path = grid_of(self.run, images)
             names = trainer.datamodule.opened().class_names  # type: ignore[attr-defined]
-            sheet = grid(shown, words=generator.words(range(len(shown)), names))
+            sheet = generator.beside_sources(range(len(shown)), shown)
+            sheet = grid(sheet, words=generator.words(range(len(shown)), names))
             save_png(sheet, path)
             show(trainer, sheet, images)
             self.history.measure(images, rows)
@@ -224,6 +225,7 @@ class Evaluate(Callback):
             images,
             balanced=self.settings.labels == "balanced",
             prompts=self.prompts,
+            degradation=trainer.datamodule.data.image,  # type: ignore[attr-defined]
         )
         return ImageGenerator(
             denoiser=pl_module.ema,

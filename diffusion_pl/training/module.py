@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffusion_pl.data.draws import uniforms
+from diffusion_pl.data.loader import Degradation
 from diffusion_pl.diffusion import conditions
 from diffusion_pl.diffusion.objective import (
     RemembersSteps,
@@ -64,6 +65,7 @@ class DiffusionModule(QuickModule):
         batch_size: images of an optimizer step over all devices.
         resolution: side of a full-resolution image, pixels.
         augment: augmentation, whose parameters condition the network, or None.
+        degradation: what a network that takes images is given of each, or None.
         lr_schedule: factor of the learning rate by images seen, or a torch scheduler.
         seed: of all random numbers in training.
     """
@@ -79,6 +81,7 @@ class DiffusionModule(QuickModule):
         batch_size: int,
         resolution: int,
         augment: Augment | None = None,
+        degradation: Degradation | None = None,
         lr_schedule: schedules.LRSchedule | None = None,
         seed: int = 0,
     ) -> None:
@@ -104,6 +107,7 @@ class DiffusionModule(QuickModule):
         self.batch_size = batch_size
         self.resolution = resolution
         self.augment = augment
+        self.degradation = degradation
         self.lr_schedule = lr_schedule or schedules.WarmupDecay()
         self.seed = seed
         self.totals = Totals()
@@ -272,7 +276,8 @@ class DiffusionModule(QuickModule):
             u: quantiles in (0, 1), float64 (B,), stratified over the global batch: one in each of
                 batch_size equal intervals.
             noise: standard normal (B, C, H, W).
-            condition: with dropout of each kind, and the augmentation's parameters.
+            condition: with dropout of each kind, the augmentation's parameters, and what is
+                given of the augmented images.
         """
         positions = index.tolist()
         step, first = divmod(positions[0], self.batch_size)
@@ -284,13 +289,15 @@ class DiffusionModule(QuickModule):
         u = (strata[mine] + uniform[mine, 0]) / self.batch_size
         uniform = uniform[mine].to(image.device, non_blocking=True)
         condition = dict(condition)
+        if self.augment is not None:
+            image, condition["augment"] = self.augment(image, uniform[:, 2:])
+        if self.degradation is not None:
+            condition |= self.given(image, index)
         for kind, share in self.settings.dropout.items():
             # The label's numbers are older than other kinds', which have a stream each.
             own = kind != "label"
             drawn = uniforms(self.seed, f"{kind} dropout", index) if own else uniform[:, 1]
             condition = conditions.without(condition, [kind], drawn.to(image.device) < share)
-        if self.augment is not None:
-            image, condition["augment"] = self.augment(image, uniform[:, 2:])
         noise = ImageNoise(self.seed, positions, "training", image.device)(image)
         return image, u.to(image.device, non_blocking=True), noise, condition
 
@@ -299,6 +306,21 @@ class DiffusionModule(QuickModule):
         if not torch.isfinite(value):
             assert self.place is not None
             raise self.place.complaint(what, value.item(), self.objective.schedule)
+
+    def given(self, image: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """What a network that takes images is given of these; {} for another network.
+
+        Args:
+            image: clean, float32 (B, C, H, W) in [-1, 1].
+            index: int64 (B,) on the host, their positions in the run.
+        """
+        degradation = self.degradation
+        if degradation is None or not conditions.sizes(self.denoiser.network)["image"]:
+            return {}
+        numbers = [uniforms(self.seed, f"image {n}", index) for n in range(degradation.draws)]
+        draws = torch.stack(numbers, 1) if numbers else torch.zeros(len(index), 0)
+        source, mask = degradation(image, draws)
+        return {"source": source, "source_mask": mask}
 
     def set_rate(self, optimizer: torch.optim.Optimizer, images: int) -> None:
         """Set the learning rate of the step after `images` seen."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
+
 from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.diffusion.conditions import sizes
 from diffusion_pl.errors import UserError
@@ -41,11 +43,43 @@ def check_texts(images: ImageDataset, network: Any) -> None:
             )
 
 
+def check_images(network: Any, data: DataConfig) -> None:
+    """Refuse a network that takes images and data that give it none, or the other way round.
+
+    Raises:
+        UserError: says what to do.
+    """
+    taken, dataset = sizes(network)["image"], data.dataset
+    if data.image is None:
+        if taken:
+            raise UserError(
+                f"network.image_channels is {taken}, and data.image does not say what the network "
+                "is given; set data.image, or network.image_channels=0"
+            )
+        return
+    if taken != (channels := network.channels):
+        raise UserError(
+            f"data.image gives the network images of {channels} channels, and "
+            f"network.image_channels is {taken}; set network.image_channels={channels}, or "
+            "data.image=null"
+        )
+    if set(data.resolution_weights or ()) - {dataset.resolution}:
+        raise UserError("data.image: is given at one resolution; leave data.resolution_weights out")
+    side = dataset.resolution
+    side = side if data.crop is None else min(side, data.crop.size)
+    shape = (1, channels, side, side)
+    try:
+        data.image(torch.zeros(shape), torch.zeros(1, data.image.draws))
+    except UserError as error:
+        raise UserError(f"data.image: {error}") from error
+
+
 def open_for(network: Network, data: DataConfig) -> dict[int, ImageDataset]:
     """Open prepared data at every resolution of the run.
 
     Raises:
-        UserError: a resolution, channels, classes or captions that the network does not take.
+        UserError: a resolution, channels, classes, captions or images that the network does not
+            take.
     """
     opened: dict[int, ImageDataset] = {}
     whole = data.dataset.resolution
@@ -73,4 +107,5 @@ def open_for(network: Network, data: DataConfig) -> dict[int, ImageDataset]:
             f"set network.classes={images.classes}"
         )
     check_texts(images, network)
+    check_images(network, data)
     return opened

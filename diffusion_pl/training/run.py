@@ -231,6 +231,7 @@ def make_module(experiment: Experiment) -> DiffusionModule:
         batch_size=experiment.data.batch_size,
         resolution=experiment.data.dataset.resolution,
         augment=experiment.augment,
+        degradation=experiment.data.image,
         lr_schedule=experiment.lr_schedule,
         seed=experiment.seed,
     )
