@@ -85,6 +85,7 @@ OPTIONS = [
     ("--guidance-interval 1,2", None, [1.0, 2.0], f"{DRAWING} sweep losses"),
     ("--guide word", None, "word", f"{DRAWING} sweep losses"),
     ("--image word", None, "word", "prepare"),
+    ("--image a=1 --image b=2", [], ["a=1", "b=2"], ASKING),
     ("--inside", False, True, "launch"),
     ("--json", False, True, "prepare sample evaluate import export"),
     ("--label word", None, "word",

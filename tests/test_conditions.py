@@ -137,7 +137,7 @@ def test_a_network_gets_what_it_takes():
     half = {"text": torch.ones(1, 5, 6, dtype=torch.float16), "label": torch.ones(1).long()}
     found = received(network(), half)
     assert found["text"].dtype == torch.float32 and found["label"].dtype == torch.int64
-    assert sizes(network(classes=0)) == {"label": 0, "text": 6}
+    assert sizes(network(classes=0)) == {"label": 0, "text": 6, "image": 0}
 
 
 # --- guidance -------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_levels_of_a_batch_stay_with_their_images():
 @pytest.mark.parametrize(
     ("weight", "taken", "dropout", "message"),
     [
-        (2.0, {"label": 0, "text": 0}, {}, "needs a model with classes or text"),
+        (2.0, {"label": 0, "text": 0}, {}, "needs a model with classes, text or images"),
         (2.0, {"label": 3, "text": 6}, {}, "without its label, which was never trained"),
         (2.0, {"label": 0, "text": 6}, {"label": 0.1}, r"\(trainer.dropout.text is 0\)"),
         (2.0, {"label": 0, "text": 6}, {"text": 1.0}, "with its text, which was never trained"),

@@ -103,7 +103,7 @@ def test_conditions_that_the_model_lacks_are_refused():
         Labels(4, 4)
     denoiser = Denoiser(Tinted(), Karras(0.5))
     denoiser.network.classes = 0
-    with pytest.raises(UserError, match="guidance needs a model with classes or text"):
+    with pytest.raises(UserError, match="guidance needs a model with classes, text or images"):
         ImageGenerator(denoiser, CHURN, (3, 16, 16), guidance=2.0)
 
 

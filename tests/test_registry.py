@@ -113,7 +113,10 @@ def place_of(found: Any) -> str | None:
         returned = inspect.signature(call, eval_str=True).return_annotation
         if wanted == ["sigma"]:
             return "preconditioning" if returned is Coefficients else "weight"
-        return {("u",): "schedule", ("steps",): "spacing", ("error",): "reduce"}.get(tuple(wanted))
+        return {
+            ("u",): "schedule", ("steps",): "spacing", ("error",): "reduce",
+            ("image", "draws"): "image",
+        }.get(tuple(wanted))  # fmt: skip
     parameters = list(inspect.signature(found).parameters)
     if parameters[:4] == ["denoise", "x", "sigmas", "randn_like"]:
         return "integrate"
