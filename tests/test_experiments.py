@@ -80,7 +80,7 @@ def shrink(node):
     taken = inspect.signature(targets.locate(node["_target_"])).parameters
     for key in SMALL.keys() & taken.keys():
         if key != "heads" or "width" in taken:
-            node[key] = SMALL[key]
+            node[key] = min(node.get(key, SMALL[key]), SMALL[key])
     if "patch_size" in taken:  # four blocks, so that dropout has its middle half
         node |= {"depth": 4, "patch_size": min(node["patch_size"], 8)}
     for key in SHALLOW & node.keys():

@@ -61,7 +61,8 @@ def small(name):
     tree["trainer"] |= small_run | here
     tree["lr_schedule"] = None
     if "patch_size" in tree["network"]:  # its first images are all the same grey
-        tree["optimizer"]["lr"], tree["ema"]["half_life"] = 0.05, 1.0
+        tree["optimizer"].get("rest", tree["optimizer"])["lr"] = 0.05
+        tree["ema"]["half_life"] = 1.0
     return dataclasses.replace(experiment, tree=tree)
 
 
