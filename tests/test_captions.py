@@ -191,6 +191,45 @@ def test_a_coco_file_is_read(tmp_path, capsys):
     assert "captions" not in manifest(done(wrong))  # and what is not named is passed over
 
 
+def test_an_image_gets_the_captions_of_no_other_of_its_name(tmp_path, capsys):
+    def content(*named: str) -> bytes:
+        images = [{"id": i, "file_name": each} for i, each in enumerate(named)]
+        said = [{"image_id": i, "caption": f"of {each}"} for i, each in enumerate(named)]
+        return json.dumps({"images": images, "annotations": said}).encode()
+
+    images = {f"{place}{i}.png": file(noise(n)) for n, (place, i) in enumerate(
+        [("a/", 0), ("a/", 1), ("b/", 0), ("b/", 2)])}  # fmt: skip
+    # Of two that may be meant, none.
+    source = fill(tmp_path / "x", images | {"captions.json": content("0.png", "1.png")})
+    capsys.readouterr()
+    assert kept(done(source)) == [(), ("of 1.png",), (), ()]
+    said = "captions.json: 2 images get no caption, as several end in the same name, such as 0.png"
+    assert said in capsys.readouterr().err
+    dest = done(source, "--caption", "captions.json")
+    assert kept(dest) == [(), ("of 1.png",), (), ()] and said in capsys.readouterr().err
+    # A name is first one below the folder of its file.
+    files = {"a/captions.json": content("0.png"), "b/captions.json": content("0.png", "2.png")}
+    source = fill(tmp_path / "y", images | files)
+    assert kept(done(source)) == [("of 0.png",), (), ("of 0.png",), ("of 2.png",)]
+    whole = content("a/0.png", "b/0.png")
+    source = fill(tmp_path / "z", images | {"annotations/captions.json": whole})
+    assert kept(done(source)) == [("of a/0.png",), (), ("of b/0.png",), ()]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "jsonl"])
+def test_the_first_image_may_be_without_a_caption(tmp_path, kind):
+    more = {f"{i}.json": json.dumps({"caption": f"of {i}"}).encode() for i in range(2, 5)}
+    more["1.json"] = b'{"other": 1}'
+    if kind == "jsonl":
+        lines = [{"file_name": f"{i}.png"} | ({"text": f"of {i}"} if i > 1 else {})
+                 for i in range(5)]  # fmt: skip
+        more = {"metadata.jsonl": "\n".join(map(json.dumps, lines)).encode()}
+    make, name = (tarred, "x.tar") if kind == "tar" else (fill, "x")
+    assert kept(done(make(tmp_path / name, pictures() | more))) == of(
+        ["", "", "of 2", "of 3", "of 4"]
+    )
+
+
 def test_what_is_wanted_and_not_there_is_refused(tmp_path, capsys):
     source = fill(tmp_path / "x", pictures())
     assert "has no captions; leave out --captions" in refused(source, capsys, "--captions")

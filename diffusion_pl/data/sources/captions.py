@@ -21,6 +21,8 @@ MOST = 100  # captions an image
 # Names of fields and columns that are taken where none is named.
 LIKE_CAPTIONS = ("caption", "captions", "text", "texts")
 
+LOOKED = 100  # .json files of which the fields are looked for them; images may have none
+
 # In the place of captions that were not read.
 TOO_LARGE, NO_JSON = object(), object()
 

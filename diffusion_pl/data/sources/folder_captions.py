@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +17,7 @@ from diffusion_pl.data.metadata import METADATA, columns_named, folders_above, j
 from diffusion_pl.data.sources.captions import (
     LARGEST,
     LIKE_CAPTIONS,
+    LOOKED,
     Beside,
     CaptionSource,
     Listed,
@@ -22,6 +25,7 @@ from diffusion_pl.data.sources.captions import (
 )
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import read_small
+from diffusion_pl.names import shown
 
 # Files of captions as COCO names them: captions_train2017.json.
 _COCO = re.compile(r"captions?[-_ ]?.*\.json", re.IGNORECASE)
@@ -91,8 +95,9 @@ def _named(
         captions = _coco(data, name)
         if captions is None:
             raise UserError(f"{name}: no COCO file of captions (no images and annotations in it)")
-        values = _of(captions, images)
-        return FolderCaptions(CaptionSource(Listed(values), name), {name} if inside else set())
+        values, notes = _of(captions, name if inside else "", images)
+        read = {name} if inside else set()
+        return FolderCaptions(CaptionSource(Listed(values), name), read, notes=notes)
     table = _table(files, there, images)
     if table is not None and set(words) <= set(table.columns):
         return table.captions(images, words)
@@ -130,9 +135,11 @@ class _Table:
     start: str
     rows: list[dict[str, Any]]
 
-    @property
+    @cached_property
     def columns(self) -> list[str]:
-        return [str(each) for each in self.rows[0] if each != "file_name"]
+        # Of all rows: those of .jsonl may leave out what an image has not.
+        names = dict.fromkeys(each for row in self.rows for each in row)
+        return [str(each) for each in names if each != "file_name"]
 
     def captions(self, images: Sequence[str], columns: Sequence[str]) -> FolderCaptions:
         """Captions of one image in one row or several, one column or several."""
@@ -182,12 +189,11 @@ def _joined(files: Files, found: list[_Places], images: Sequence[str]) -> Folder
     return FolderCaptions(CaptionSource(Beside(files, places), ", ".join(origin)), read)
 
 
-def _fields_beside(files: Files, images: Sequence[str], there: set[str]) -> dict[str, Any]:
-    """The fields of the .json beside the first image."""
-    name = str(PurePosixPath(images[0]).with_suffix(".json"))
-    if name not in there or files.size(name) > LARGEST:
-        return {}
-    return fields_of(files.read(name)) or {}
+def _fields_beside(files: Files, images: Sequence[str], there: set[str]) -> set[str]:
+    """The fields of the first .json files beside images."""
+    names = (str(PurePosixPath(image).with_suffix(".json")) for image in images)
+    read = (files.read(name) for name in names if name in there and files.size(name) <= LARGEST)
+    return {field for data in islice(read, LOOKED) for field in fields_of(data) or {}}
 
 
 # COCO.
@@ -202,7 +208,8 @@ def _all_coco(files: Files, others: Sequence[str], images: Sequence[str]) -> Fol
             continue
         with suppress(UserError):
             captions = _coco(files.read(name), name) or {}
-            own = _of(captions, images)
+            own, notes = _of(captions, name, images)
+            found.notes += notes
             if any(own):
                 found.read.add(name)
                 values = [[*before, *more] for before, more in zip(values, own, strict=True)]
@@ -231,12 +238,40 @@ def _coco(data: bytes, name: str) -> dict[str, list[Any]] | None:
     return found
 
 
-def _of(captions: dict[str, list[Any]], images: Sequence[str]) -> list[list[Any]]:
-    """The captions of each image, by its path or the end of it."""
-    ends = ([image, *_ends(image)] for image in images)
-    return [next((captions[end] for end in each if end in captions), []) for each in ends]
+def _of(
+    captions: dict[str, list[Any]], name: str, images: Sequence[str]
+) -> tuple[list[list[Any]], list[str]]:
+    """The captions of each image by its path from the file's folder, or else by the end of it.
+
+    Args:
+        captions: by the name of an image.
+        name: of the file, "" for one that lies elsewhere.
+        images: their paths.
+
+    Returns:
+        The captions, none for images of which several end as a name does; and notes on those.
+    """
+    start = name[: name.rfind("/") + 1]
+    below = [each[len(start) :] if each.startswith(start) else None for each in images]
+    found = [each if each in captions else None for each in below]
+    taken = set(found)
+    for place, image in enumerate(images):
+        if found[place] is None:
+            end = next((end for end in _ends(image) if end in captions), None)
+            found[place] = None if end in taken else end
+    meant = Counter(found)
+    shared = [each for each in found if each is not None and meant[each] > 1]
+    notes = []
+    if shared:
+        notes = [
+            f"{name or 'captions'}: {len(shared):,} images get no caption, as several end in the "
+            f"same name, such as {shown(shared[0])}; write their paths as file_name"
+        ]
+    none: list[Any] = []
+    values = [none if each is None or meant[each] > 1 else captions[each] for each in found]
+    return values, notes
 
 
 def _ends(image: str) -> list[str]:
     parts = image.split("/")
-    return ["/".join(parts[place:]) for place in range(1, len(parts))]
+    return ["/".join(parts[place:]) for place in range(len(parts))]

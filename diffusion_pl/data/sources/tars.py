@@ -12,6 +12,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -38,9 +39,11 @@ from diffusion_pl.data.sources.base import Original, Originals, SourceSpec, dige
 from diffusion_pl.data.sources.captions import (
     LARGEST,
     LIKE_CAPTIONS,
+    LOOKED,
     TOO_LARGE,
     CaptionSource,
     content,
+    fields_of,
 )
 from diffusion_pl.data.splits import ALL, files_of_split
 from diffusion_pl.errors import UserError
@@ -275,9 +278,19 @@ def _caption_members(
     label = (spec.label or "").lower()
     if label != "txt" and any(_member(sample, image, "txt") for _, sample, image in picked):
         return [("txt", None)]
-    fields = _fields(files, picked[0])
+    fields = _caption_fields(files, picked)
     like = [each for each in LIKE_CAPTIONS if each in fields and f"json.{each}" != label]
     return [("json", each) for each in like[:1]]
+
+
+def _caption_fields(files: Sequence[Path], picked: Sequence[_Picked]) -> set[str]:
+    """The fields of the first .json members of images."""
+    members = (
+        (str(files[number]), *sample.members[member])
+        for number, sample, image in picked
+        if (member := _member(sample, image, "json")) and sample.members[member].size <= LARGEST
+    )
+    return {field for each in islice(members, LOOKED) for field in fields_of(_bytes(*each)) or {}}
 
 
 def _tops(picked: Sequence[_Picked]) -> list[str]:
