@@ -118,11 +118,7 @@ class Captions:
         table, rows, choice = self.images.texts, *self._drawn(seed, indices)
         assert table is not None
         text, mask = table.read(rows, choice)
-        condition = {"text": text, "text_mask": mask}
-        if self.labelled:
-            assert self.images.labels is not None
-            condition["label"] = self.images.labels[rows]
-        return condition
+        return {"text": text, "text_mask": mask} | _classes(self.images, rows, self.labelled)
 
     def captions(self, seed: int, indices: Sequence[int]) -> tuple[str, ...]:
         """The caption of each image."""
@@ -160,11 +156,8 @@ class DataImages:
         """`source` and `source_mask`, and `label` if so asked."""
         rows = _rows(self.images, seed, indices)
         clean = from_bytes(self.images.read(rows))
-        condition = _degraded(self.degradation, clean, seed, indices)
-        if self.labelled:
-            assert self.images.labels is not None
-            condition["label"] = self.images.labels[rows]
-        return condition
+        given = _degraded(self.degradation, clean, seed, indices)
+        return given | _classes(self.images, rows, self.labelled)
 
     def captions(self, seed: int, indices: Sequence[int]) -> None:
         """None: an image is no prompt."""
@@ -225,6 +218,14 @@ def _degraded(
 def _rows(images: ImageDataset, seed: int, indices: Sequence[int]) -> Tensor:
     """An image of the data for each index."""
     return torch.tensor([seed_of(seed, "caption", i) % len(images) for i in indices])
+
+
+def _classes(images: ImageDataset, rows: Tensor, labelled: bool) -> dict[str, Tensor]:
+    """`label` of images of the data, if so asked."""
+    if not labelled:
+        return {}
+    assert images.labels is not None
+    return {"label": images.labels[rows]}
 
 
 def _uniforms(seed: int, stream: str, indices: Sequence[int]) -> Tensor:
