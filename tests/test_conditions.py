@@ -375,11 +375,29 @@ def test_a_caption_of_the_data_comes_with_its_images_class():
     own = {word: {i % 3 for i in (n, n + 4)} for n, word in enumerate(WORDS)}
     for label, word in zip(found["label"].tolist(), words, strict=True):
         assert label in own[word.removesuffix(" again")]
-    named = sources_of(both, IMAGES, label=2)
-    made = generator(named)
+    made = generator(sources_of(both, IMAGES, label=2))
     assert made.labels(range(3)).tolist() == [2, 2, 2]
-    assert made.captions(range(50)) == words
+    named = made.captions(range(50))
+    assert all(2 in own[word.removesuffix(" again")] for word in named)
+    with pytest.raises(UserError, match="has no image of class 1, whose caption"):
+        sources_of(both, dataclasses.replace(IMAGES, labels=torch.zeros(8).long()), label=1)
+    for changes in ({"labels": None}, {"classes": 5}):
+        with pytest.raises(UserError, match="and the model"):
+            sources_of(both, dataclasses.replace(IMAGES, **changes))
     assert sources_of({"label": 0, "text": 0}, None) == ()
+
+
+def test_no_class_is_drawn_beside_a_prompt():
+    both, words = {"label": 3, "text": 6}, prompts("a red star")
+    made = generator(sources_of(both, None, prompts=words, dropout={"label": 0.1, "text": 0.1}))
+    assert made.labels(range(3)) is None and made.captions([0]) == ("a red star",)
+    given = generator(sources_of(both, None, prompts=words, label=2, dropout={"label": 0.1}))
+    assert given.labels(range(2)).tolist() == [2, 2]
+    # A model that never saw an image without its class is asked for one.
+    always = generator(sources_of(both, None, prompts=words))
+    assert set(always.labels(range(50)).tolist()) == {0, 1, 2}
+    classes = generator(sources_of({"label": 3, "text": 0}, None, dropout={"label": 0.1}))
+    assert set(classes.labels(range(50)).tolist()) == {0, 1, 2}
 
 
 def test_a_number_says_what_was_asked():

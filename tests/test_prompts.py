@@ -343,8 +343,26 @@ def test_of_a_checkpoint_that_names_no_encoder_the_user_does(run):
     with pytest.raises(UserError, match="gives 384 numbers a token, and the model takes 7"):
         asked.sources(
             wider, {"label": 0, "text": 7}, Evaluation(every=1), class_names=(), encoder=None,
-            length=16, open_data=None,
+            length=16, open_data=None, dropout={},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sample", "--count", 1, "--out", "foreign"),
+        ("losses", "--count", 2, "--levels", 2),
+        ("likelihood", "--count", 1, "--steps", 2),
+    ],
+)
+def test_captions_that_another_encoder_encoded_are_refused(run, words):
+    """Of the same width, so that nothing else would tell."""
+    moved = other_encoder({"digest": "0123456789abcdef" * 4})
+    code, _, err = run(words[0], moved, *words[1:])
+    assert code == 2 and err.splitlines()[-1].endswith(
+        "encoded by minilm (sha256 0123456789ab), those of synthetic-16 by minilm (sha256 "
+        "53aa51172d14); encode them by the first"
+    ), err
 
 
 def test_an_encoder_that_the_user_names_is_taken_where_it_is_the_same(run):

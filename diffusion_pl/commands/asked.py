@@ -30,6 +30,7 @@ def sources(
     encoder: TextEncoder | None,
     length: int,
     open_data: Callable[[], ImageDataset],
+    dropout: Mapping[str, float],
     degradation: Degradation | None = None,
     shape: tuple[int, int, int] = (0, 0, 0),
 ) -> tuple[Source, ...]:
@@ -43,6 +44,7 @@ def sources(
         encoder: of the captions that it was trained with.
         length: tokens of its texts.
         open_data: opens the run's data.
+        dropout: of its conditions in training.
         degradation: what the model was given of images in training, None for nothing.
         shape: (C, H, W) of a sample.
 
@@ -68,9 +70,11 @@ def sources(
         prompts = encoded(words, _encoder(encoder, options.encoder, taken["text"], length))
     if (taken["text"] and not words) or wants_images:
         images = _data(open_data, bool(words) or not taken["text"])
+        if not words and encoder is not None:
+            encoder.check(images)
     return sources_of(
         taken, images, balanced=settings.labels == "balanced", label=label, prompts=prompts,
-        given=given, degradation=degradation,
+        given=given, degradation=degradation, dropout=dropout,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from diffusion_pl.names import shown
 STATISTICS = (".safetensors", ".npz", ".pkl")
 
 
-def source_of(named: str, resolution: int | None = None) -> DatasetSpec:
+def source_of(named: str, resolution: int | None = None, *, text: str | None = None) -> DatasetSpec:
     """The data set of a name or path.
 
     Args:
@@ -36,6 +36,7 @@ def source_of(named: str, resolution: int | None = None) -> DatasetSpec:
             CIFAR-10's archive.
         resolution: side in pixels; None: the experiment's own, the largest prepared one, or that of
             the images, which must then be equal.
+        text: the encoder whose token states of a prepared folder's captions are wanted.
 
     Raises:
         UserError: there is none, or it must be prepared first.
@@ -47,7 +48,7 @@ def source_of(named: str, resolution: int | None = None) -> DatasetSpec:
         return source
     if (path / MANIFEST).is_file():
         largest = Manifest.read(path).resolutions[0]
-        return Shards(named, resolution or largest)
+        return Shards(named, resolution or largest, text=text)
     kind = kind_of(named)[0]
     if kind == "cifar10":
         return CIFAR10(named)
@@ -59,13 +60,15 @@ def source_of(named: str, resolution: int | None = None) -> DatasetSpec:
     return ImageFolder(named, resolution, fit)
 
 
-def images_of(named: str, resolution: int | None = None) -> ImageDataset:
+def images_of(
+    named: str, resolution: int | None = None, *, text: str | None = None
+) -> ImageDataset:
     """The images of such a data set, at one resolution.
 
     Raises:
         UserError: as `source_of`, or as the data set's own.
     """
-    source = source_of(named, resolution)
+    source = source_of(named, resolution, text=text)
     source.prepare()
     return source.open(None if resolution in (None, source.resolution) else resolution)
 

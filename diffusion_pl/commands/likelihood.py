@@ -156,6 +156,8 @@ def _check_data(opened: runs.OpenedRun, images: ImageDataset, count: int, by: st
     except ValueError as error:
         raise UserError(f"{images.name}: the model does not take its size: {error}") from error
     own_condition(images, torch.zeros(0, dtype=torch.int64), generator.taken)
+    if opened.model.encoder is not None:
+        opened.model.encoder.check(images)
     table = getattr(opened.model.objective.preconditioning, "timesteps", None)
     if by == "bound" and not isinstance(table, Timesteps):
         raise UserError("--by bound: the run's objective has no discrete timesteps; use --by flow")

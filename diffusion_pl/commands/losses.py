@@ -78,7 +78,7 @@ def measured(
         # Unguided.
         sampling = SamplerOptions(guidance=1.0, weights=weights)
         opened = runs.open_run(run, sampling, options, None)
-        images = _images(data, opened.model.config)
+        images = _images(data, opened.model)
         if not about:
             about = {
                 **opened.about(),
@@ -94,11 +94,12 @@ def rows_of(curves: Mapping[str, Sequence[LevelError]]) -> dict[str, list[dict[s
     return {name: [dataclasses.asdict(level) for level in curve] for name, curve in curves.items()}
 
 
-def _images(data: str | None, experiment: config.Config) -> ImageDataset:
+def _images(data: str | None, model: runs.Model) -> ImageDataset:
     if data is not None:
-        side = config.build(experiment, "data.dataset").resolution
-        return data_sets.images_of(data, side)
-    return runs.images_of(experiment)
+        side = config.build(model.config, "data.dataset").resolution
+        encoder = model.encoder.name if model.encoder is not None else None
+        return data_sets.images_of(data, side, text=encoder)
+    return runs.images_of(model.config)
 
 
 def _curve(
@@ -112,6 +113,8 @@ def _curve(
         )
     indices = torch.arange(count) * len(images) // count
     clean = from_bytes(images.read(indices)).to(generator.device)
+    if opened.model.encoder is not None:
+        opened.model.encoder.check(images)
     condition = received(
         generator.denoiser.network,
         own_condition(images, indices, generator.taken, opened.model.degradation),

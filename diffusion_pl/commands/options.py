@@ -49,8 +49,11 @@ def guidance(text: str) -> float | dict[str, float]:
     try:
         if "=" not in text:
             return float(text)
-        pairs = (word.partition("=") for word in text.split(","))
-        return {kind.strip(): float(weight) for kind, _, weight in pairs}
+        pairs = [word.partition("=") for word in text.split(",")]
+        found = {kind.strip(): float(weight) for kind, _, weight in pairs}
+        if len(found) < len(pairs):
+            raise ValueError("a kind twice")
+        return found
     except ValueError as error:
         raise ValueError(f"a number, or KIND=NUMBER,... (got {text!r})") from error
 

@@ -256,6 +256,7 @@ def _sources(model: Model, options: ConditionOptions) -> tuple[Source, ...]:
         encoder=model.encoder,
         length=getattr(model.denoiser.network, "text_length", 0),
         open_data=lambda: images_of(model.config),
+        dropout=model.dropout,
         degradation=model.degradation,
         shape=(data.channels, data.resolution, data.resolution),
     )

@@ -10,6 +10,7 @@ What a network says of the variance is never extrapolated: it stays the conditio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -46,6 +47,9 @@ def check_guidance(
     Raises:
         UserError: says what to do.
     """
+    for each in weight.values() if isinstance(weight, Mapping) else [weight]:
+        if not math.isfinite(each):
+            raise UserError(f"guidance must be a finite number (got {each})")
     if is_plain(weight):
         return
     known = [kind for kind, size in taken.items() if size]

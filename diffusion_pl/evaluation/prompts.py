@@ -11,7 +11,7 @@ from diffusion_pl import text
 from diffusion_pl.config.reading import EXPERIMENTS, packaged_experiments
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.sources import Prompts
-from diffusion_pl.images import Texts
+from diffusion_pl.images import ImageDataset, Texts
 from diffusion_pl.io.files import regular
 from diffusion_pl.names import shown
 
@@ -38,6 +38,23 @@ class TextEncoder:
     def of(cls, texts: Texts) -> TextEncoder:
         """That of the captions of a data set."""
         return cls(texts.encoder, texts.digest, texts.width, texts.length)
+
+    def check(self, images: ImageDataset) -> None:
+        """Refuse captions that another encoder encoded.
+
+        Args:
+            images: data with texts.
+
+        Raises:
+            UserError: names both digests.
+        """
+        texts = images.texts
+        if texts is not None and texts.digest != self.digest:
+            raise UserError(
+                f"the model's captions were encoded by {self.name} (sha256 {self.digest[:12]}), "
+                f"those of {images.name} by {texts.encoder} (sha256 {texts.digest[:12]}); encode "
+                "them by the first"
+            )
 
     def load(self, name: str | None = None) -> text.Encoder:
         """The encoder.

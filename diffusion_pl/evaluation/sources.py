@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from diffusion_pl.data.loader import Degradation
+from diffusion_pl.diffusion.classifier_free import removable
 from diffusion_pl.diffusion.degradations import repeated
 from diffusion_pl.errors import UserError
 from diffusion_pl.images import ImageDataset, from_bytes
@@ -108,10 +110,12 @@ class Captions:
     Args:
         images: the data; it has texts.
         labelled: give also the class of the image whose caption it is.
+        label: draw of the images of this class alone; the data has some.
     """
 
     images: ImageDataset
     labelled: bool = False
+    label: int | None = None
 
     def condition(self, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
         """`text` and `text_mask`, and `label` if so asked."""
@@ -134,7 +138,8 @@ class Captions:
 
     def _drawn(self, seed: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The image of each caption, and the number in [0, 1) that chooses among its captions."""
-        return _rows(self.images, seed, indices), _uniforms(seed, "which caption", indices)
+        rows = _rows(self.images, seed, indices, self.label)
+        return rows, _uniforms(seed, "which caption", indices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,15 +151,17 @@ class DataImages:
         images: the data.
         degradation: of the model's training.
         labelled: give also the class of the image.
+        label: draw of the images of this class alone; the data has some.
     """
 
     images: ImageDataset
     degradation: Degradation
     labelled: bool = False
+    label: int | None = None
 
     def condition(self, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
         """`source` and `source_mask`, and `label` if so asked."""
-        rows = _rows(self.images, seed, indices)
+        rows = _rows(self.images, seed, indices, self.label)
         clean = from_bytes(self.images.read(rows))
         given = _degraded(self.degradation, clean, seed, indices)
         return given | _classes(self.images, rows, self.labelled)
@@ -215,9 +222,13 @@ def _degraded(
     return {"source": source, "source_mask": mask}
 
 
-def _rows(images: ImageDataset, seed: int, indices: Sequence[int]) -> Tensor:
-    """An image of the data for each index."""
-    return torch.tensor([seed_of(seed, "caption", i) % len(images) for i in indices])
+def _rows(images: ImageDataset, seed: int, indices: Sequence[int], label: int | None) -> Tensor:
+    """An image of the data for each index, of one class or of all."""
+    if label is None:
+        return torch.tensor([seed_of(seed, "caption", i) % len(images) for i in indices])
+    assert images.labels is not None
+    own = (images.labels == label).nonzero()[:, 0]
+    return own[[seed_of(seed, "caption", i) % len(own) for i in indices]]
 
 
 def _classes(images: ImageDataset, rows: Tensor, labelled: bool) -> dict[str, Tensor]:
@@ -252,12 +263,8 @@ def own_condition(
         UserError: the data has none of what the model takes, or of another size.
     """
     condition: dict[str, Tensor] = {}
-    if classes := taken["label"]:
-        if images.labels is None:
-            raise UserError(f"{images.name} has no labels, and the model needs them")
-        if images.classes != classes:
-            raise UserError(f"{images.name} has {images.classes} classes, and the model {classes}")
-        condition["label"] = images.labels[indices]
+    if taken["label"]:
+        condition["label"] = _labels(images, taken["label"])[indices]
     if width := taken["text"]:
         if images.texts is None:
             raise UserError(
@@ -277,6 +284,15 @@ def own_condition(
     return condition
 
 
+def _labels(images: ImageDataset, classes: int) -> Tensor:
+    """The labels of data, int64 (N,), if they are of a model's classes."""
+    if images.labels is None:
+        raise UserError(f"{images.name} has no labels, and the model needs them")
+    if images.classes != classes:
+        raise UserError(f"{images.name} has {images.classes} classes, and the model {classes}")
+    return images.labels
+
+
 def sources_of(
     taken: Mapping[str, int],
     images: ImageDataset | None,
@@ -286,34 +302,51 @@ def sources_of(
     prompts: Prompts | None = None,
     given: GivenImages | None = None,
     degradation: Degradation | None = None,
+    dropout: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Source, ...]:
     """The sources for all that a model takes, of what was asked for and else of the data.
 
     Args:
         taken: how much of each kind the model takes, see `conditions.sizes`.
         images: the data, whose captions are taken where there are no prompts, and whose images
-            where none are given; with either the image's class, where none is asked for.
+            where none are given; with either the image's class, or images of the one that is
+            asked for.
         balanced: as for `Labels`.
         label: the class of every image.
-        prompts: given ones.
+        prompts: given ones. A class drawn beside what is given would contradict it: none is where
+            none is asked for and the model knows images without.
         given: images that are given.
         degradation: of the model's training, where it takes images.
+        dropout: of the model's conditions in training.
+
+    Raises:
+        UserError: data without the model's classes, or without images of the one asked for.
     """
     classes = taken["label"]
     labelled = bool(classes) and label is None
+    of_data = (taken["text"] and prompts is None) or (degradation is not None and given is None)
+    if classes and of_data and images is not None:
+        known = _labels(images, classes)
+        if label is not None and not bool((known == label).any()):
+            raise UserError(
+                f"{images.name} has no image of class {label}, whose caption could be drawn; give "
+                "--prompt"
+            )
+    beside = labelled and (prompts is not None or given is not None)
+    hidden = beside and bool(removable(["label"], dropout))
     found: list[Source] = [Labels(classes, label, balanced)] if classes else []
     if degradation is not None:
         if given is None:
             assert images is not None
-            found.append(DataImages(images, degradation, labelled))
+            found.append(DataImages(images, degradation, labelled, label))
         else:
             found.append(given)
     if taken["text"]:
         if prompts is None:
             assert images is not None
-            found.append(Captions(images, labelled))
+            found.append(Captions(images, labelled, label))
         else:
             found.append(prompts)
     # The class of an image of the data stands in for one that is drawn.
     drawn = any(isinstance(each, DataImages | Captions) and each.labelled for each in found)
-    return tuple(found[1:] if drawn else found)
+    return tuple(found[1:] if drawn or hidden else found)

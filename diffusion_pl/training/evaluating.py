@@ -226,6 +226,7 @@ class Evaluate(Callback):
             balanced=self.settings.labels == "balanced",
             prompts=self.prompts,
             degradation=trainer.datamodule.data.image,  # type: ignore[attr-defined]
+            dropout=pl_module.settings.dropout,
         )
         return ImageGenerator(
             denoiser=pl_module.ema,
