@@ -196,7 +196,8 @@ def test_two_processes_reach_the_weights_of_one(home):
     folders = []
     for devices in (1, 2):
         command = [sys.executable, "-m", "diffusion_pl", "train", "tiny", BOXES]
-        command += [f"trainer.devices={devices}", "--run", f"runs/d{devices}"]
+        # With Adam's own eps, gradients that are 0 but for rounding move as fast as any other.
+        command += ["optimizer.eps=1e-2", f"trainer.devices={devices}", "--run", f"runs/d{devices}"]
         result = subprocess.run(
             command, cwd=home, capture_output=True, text=True, timeout=170, check=False
         )
