@@ -365,6 +365,19 @@ def test_captions_that_another_encoder_encoded_are_refused(run, words):
     ), err
 
 
+def test_a_guide_that_knows_captions_of_another_encoder_is_refused(run):
+    words = ("sample", "runs/tiny", "--count", 1, "--prompt", "a star", "--guidance", 2)
+    other = other_encoder({})
+    code, _, err = run(*words, "--guide", other, "--out", "guided")
+    assert code == 0, err
+    path = checkpoints.latest(Path(other) / "checkpoints")
+    saved = checkpoints.load(path)
+    saved["state_dict"]["ema.network.null_text"] += 0.2
+    checkpoints.save(saved, path)
+    code, _, err = run(*words, "--guide", other, "--out", "misguided")
+    assert code == 2 and "is no guide for this model: its captions were encoded by another" in err
+
+
 def test_an_encoder_that_the_user_names_is_taken_where_it_is_the_same(run):
     moved = other_encoder({"name": "hf:someone/theirs"})
     words = ("--count", 1, "--prompt", "a red star")
@@ -380,6 +393,15 @@ def test_an_encoder_that_the_user_names_is_taken_where_it_is_the_same(run):
         (("sample", "runs/plain", "--prompt", "a red star"), "the model was trained without text"),
         (("sample", "runs/tiny", "--prompt", "a", "--prompts", "prompts.txt"), "by one of them"),
         (("sample", "runs/tiny", "--prompts", "nowhere.txt"), "nowhere.txt: cannot be read"),
+        (("train", "tiny", "network.text_width=0", "network.text_length=0", "--from", "runs/tiny",
+          "--run", "runs/x"), "has text_length 16 and text_width 384, this one 0 and 0; set"),
+        (("train", "tiny", "--from", "runs/plain", "--run", "runs/x"),
+         "has text_length 0 and text_width 0, this one 16 and 384; set network.text_length=0"),
+        (("train", "tiny", "network.text_length=12", "data.dataset.caption_length=12", "--from",
+          "runs/tiny", "--run", "runs/x"), "set network.text_length=16 network.text_width=384"),
+        (("sample", "runs/tiny", "--guidance", "text=nan"), "must be a finite number (got nan)"),
+        (("sample", "runs/tiny", "--guidance", "inf"), "must be a finite number (got inf)"),
+        (("sample", "runs/tiny", "--guidance", "text=2,text=3"), "a number, or KIND=NUMBER"),
         (("sample", "runs/tiny", "--guidance", "label=2"), "guidance.label: is no condition"),
         (("sample", "runs/plain", "--guidance", 2),
          "guidance needs a model with classes, text or images"),

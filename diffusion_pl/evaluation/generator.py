@@ -11,7 +11,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.evaluation.sources import Source
 from diffusion_pl.images import to_bytes
+
+ROUNDING = 0.05  # of token states, of order 1, between machines
 
 
 class Sampler(Protocol):
@@ -75,6 +77,7 @@ class ImageGenerator:
         check_interval(self.guidance_interval)
         if self.guide is not None:
             self.guide.check(self.shape, self.taken, self.guidance)
+            _check_same_text(self.guide, self.denoiser.network)
         else:
             check_guidance(self.guidance, taken=self.taken, dropout=self.dropout)
 
@@ -241,6 +244,20 @@ class ImageGenerator:
             condition = self.condition(indices)
             denoise = self.guided(condition, indices=indices, denoise=denoise, guide=guide)
             return self.sampler(denoise, self.noise(indices), self.step_noise(indices))
+
+
+def _check_same_text(guide: Guide, network: Any) -> None:
+    """Refuse a guide that reads the captions of another encoder, by its encoding of ""."""
+    null = getattr(network, "null_text", None)
+    other = getattr(guide.denoiser.network, "null_text", None)
+    if null is None or other is None or not network.null_text_known:
+        return
+    pairs = zip(null.cpu(), cast(Tensor, other).cpu(), strict=False)
+    if not all(torch.allclose(own, its, atol=ROUNDING) for own, its in pairs):
+        raise UserError(
+            f"{guide.name}: is no guide for this model: its captions were encoded by another "
+            "encoder"
+        )
 
 
 def check_finite(images: Tensor) -> None:

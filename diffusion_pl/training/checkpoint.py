@@ -328,6 +328,18 @@ def text_encoder(checkpoint: Mapping[str, Any], path: Path) -> TextEncoder | Non
     return TextEncoder(**said)
 
 
+def _check_text(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights of a network that takes other texts, or that alone takes some."""
+    found, own = (each.get("network.null_text", torch.zeros(0, 0)) for each in (given, wanted))
+    if found.ndim == own.ndim and found.shape != own.shape:
+        (length, width), (own_length, own_width) = found.shape, own.shape
+        raise UserError(
+            f"{path}: its network has text_length {length} and text_width {width}, this one "
+            f"{own_length} and {own_width}; set network.text_length={length} "
+            f"network.text_width={width}, or do not start from it"
+        )
+
+
 def match_weights(
     module: nn.Module, checkpoint: Mapping[str, Any], which: str, path: Path
 ) -> dict[str, Tensor]:
@@ -352,6 +364,7 @@ def match_weights(
         if str(key).startswith(prefix)
     }
     wanted = module.state_dict()
+    _check_text(state, wanted, path)
     for key in [*wanted, *state]:
         if key not in state:
             raise UserError(f"{path}: {prefix}{key} is missing")
