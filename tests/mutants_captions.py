@@ -26,7 +26,7 @@ MUTANTS = [
         ("each for each in LIKE_CAPTIONS if each in table.columns", "each for each in ()"),
         ("found[self.start + name] +=", "found[self.start + name] ="),
         ("if name in there else None for name in names]", "for name in names]"),
-        ("range(1, len(parts))", "range(0)"),
+        ("range(len(parts))", "range(0)"),
         ("            if any(own):", "            if True:"),
         ('each["image_id"] in names', "True"),
     ),

@@ -80,7 +80,7 @@ MUTANTS = [
         ("self.images[index % len(self.images)]", "self.images[index % 2]"),
         ("return given | _classes(self.images, rows, self.labelled)", "return given"),
         ("images.labels[rows]", "images.labels[: len(rows)]"),
-        ("return tuple(found[1:] if drawn else found)", "return tuple(found)"),
+        ("return tuple(found[1:] if drawn or hidden else found)", "return tuple(found)"),
         ("_degraded(degradation, clean, 0, indices.tolist())",
          "_degraded(degradation, clean.flip(0), 0, indices.tolist())"),
         ("repr(tuple(image.shape)).encode() + image.numpy().tobytes()",

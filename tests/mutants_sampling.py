@@ -108,7 +108,7 @@ MUTANTS = [
         "commands/runs.py",
         "commands_sampling",
         ("own = config.load_resolved(tree, str(path), allow)", "own = experiment"),
-        ("dropout=model.dropout,", "dropout={\"label\": 0.1},"),
+        ("dropout=model.dropout,\n        seed", "dropout={\"label\": 0.1},\n        seed"),
         ("_check_interval(interval, weight, sampler.sigmas())", "pass"),
         ("    _check_images(model, data.channels, data.resolution)", "    abs(0)"),
     ),
