@@ -242,8 +242,11 @@ def _check_prompts(experiment: Config) -> None:
 def _check_images(experiment: Config) -> None:
     """Check that the network is given the images that it takes, at the size that it samples."""
     data: DataConfig = config.build(experiment, "data")
+    if data.image is None and not experiment.tree["network"].get("image_channels"):
+        return  # other faults are told before a network is built
+    network = meta_network(experiment)
     try:
-        check_images(meta_network(experiment), data)
+        check_images(network, data)
     except UserError as error:
         raise experiment.error("data", str(error)) from error
     sampler = experiment.tree["sampler"]
