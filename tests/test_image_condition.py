@@ -349,6 +349,7 @@ def test_a_run_with_images_goes_on_to_the_same_bits(go):  # noqa: F811
         assert not torch.equal(saved["state_dict"][key], whole["state_dict"][key])
 
 
+@pytest.mark.slow
 def test_a_network_learns_to_go_by_the_image():
     """At a level that drowns the noisy image, what it is given of it decides the error."""
     torch.manual_seed(0)
