@@ -157,6 +157,11 @@ class Rung:
         return f"{self.data}/{self.name}"
 
     @property
+    def by_pixels(self) -> bool:
+        """Whether its distance over pixels is needed: where that decides, and of a base."""
+        return self.judge == "pixels" or self.name == self.base
+
+    @property
     def costly(self) -> bool:
         """Whether an image may cost another time than the base's."""
         return any(self.name.endswith(f", {word}") for word in COSTLY)
@@ -289,7 +294,7 @@ def over_pixels(run: Path) -> float:
     return float(json.loads(answer.stdout)["measures"][0]["value"])
 
 
-def train(rung: Rung, seed: int, images: int, base: bool) -> dict[str, Any]:
+def train(rung: Rung, seed: int, images: int) -> dict[str, Any]:
     """Train a rung and read its last distance; over pixels too where it is needed."""
     run = RUNS / rung.key.replace(", ", "_").replace(" ", "-") / str(seed)
     given = any("cooldown" in word for word in rung.overrides)
@@ -307,7 +312,7 @@ def train(rung: Rung, seed: int, images: int, base: bool) -> dict[str, Any]:
     return {
         "name": row["name"],
         "shapes": row["value"],
-        **({"pixels": over_pixels(run)} if rung.judge == "pixels" or base else {}),
+        **({"pixels": over_pixels(run)} if rung.by_pixels else {}),
         "images": images,
         "cpu_seconds": round(seconds),
         "seconds": round(time.monotonic() - started),
@@ -333,8 +338,7 @@ def climb(
         given = next((w for w in rung.overrides if w.startswith("data.batch_size=")), "=16")
         batch = int(given.partition("=")[2])
         whole = images or DATA[rung.data][0]
-        size = max(1, round(whole / ratio / batch)) * batch
-        row = train(rung, seed, size, base == rung)
+        row = train(rung, seed, max(1, round(whole / ratio / batch)) * batch)
         record.add(rung, seed, row)
         print(f"{rung.key}, seed {seed}: {row['shapes']:.4g} ({row['seconds']} s)", flush=True)
 

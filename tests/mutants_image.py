@@ -52,9 +52,9 @@ MUTANTS = [
     *at(
         "training/module.py",
         "image_condition",
-        ('f"image {n}", index)', '"image", index)'),
-        ('f"image {n}", index)', 'f"image {n}", index - index[0])'),
-        ('uniforms(self.seed, f"image', 'uniforms(0, f"image'),
+        ("uniforms(self.seed, stream, index)", 'uniforms(self.seed, "image", index)'),
+        ("uniforms(self.seed, stream, index)", "uniforms(self.seed, stream, index - index[0])"),
+        ("uniforms(self.seed, stream, index)", "uniforms(0, stream, index)"),
         ("condition |= self.given(image, index)", "condition = self.given(image, index)"),
         ('or not conditions.sizes(self.denoiser.network)["image"]:', "or False:"),
     ),

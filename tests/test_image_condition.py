@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from test_conditions import IMAGES as EIGHT
-from test_text_networks import MAKERS, E, L
+from test_text_networks import MAKERS, E, L, stirred
 from test_training import BATCH, experiment, go, same  # noqa: F401
 from test_training import network as song
 from torch import nn
@@ -160,14 +160,6 @@ TAKING |= {"linear": linear, "prx": prx, "plain prx": partial(prx, sized=True)}
 @pytest.fixture(params=list(TAKING))
 def make(request):
     return TAKING[request.param]
-
-
-def stirred(network):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(0, 0.2)
-    return network.eval()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Model:
         """How much of each kind of condition it takes, see `conditions.sizes`."""
         return sizes(self.denoiser.network)
 
-    @property
+    @cached_property
     def degradation(self) -> Degradation | None:
         """What it is given of images, if it takes any."""
         data: DataConfig = config.build(self.config, "data")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
@@ -40,6 +40,22 @@ class Degradation(Protocol):
             source: float32 (B, C, H, W) in [-1, 1].
             mask: bool (B, 1, H, W), True where a pixel of it is known.
         """
+
+
+def remains(
+    degradation: Degradation, image: Tensor, numbers: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """What a network is given of clean images: `source` and `source_mask`.
+
+    Args:
+        degradation: applied to them.
+        image: float32 (B, C, H, W) in [-1, 1].
+        numbers: gives a number in [0, 1) for each image by the name of a stream, float64 (B,).
+    """
+    drawn = [numbers(f"image {n}") for n in range(degradation.draws)]
+    draws = torch.stack(drawn, 1) if drawn else torch.zeros(len(image), 0)
+    source, mask = degradation(image, draws)
+    return {"source": source, "source_mask": mask}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffusion_pl.data.loader import Degradation
+from diffusion_pl.data.loader import Degradation, remains
 from diffusion_pl.diffusion.classifier_free import removable
 from diffusion_pl.diffusion.degradations import repeated
 from diffusion_pl.errors import UserError
@@ -216,10 +216,7 @@ def _degraded(
     degradation: Degradation, image: Tensor, seed: int, indices: Sequence[int]
 ) -> dict[str, Tensor]:
     """What is left of clean images (n, C, H, W), by numbers from (seed, index)."""
-    numbers = [_uniforms(seed, f"image {n}", indices) for n in range(degradation.draws)]
-    draws = torch.stack(numbers, 1) if numbers else torch.zeros(len(indices), 0)
-    source, mask = degradation(image, draws)
-    return {"source": source, "source_mask": mask}
+    return remains(degradation, image, lambda stream: _uniforms(seed, stream, indices))
 
 
 def _rows(images: ImageDataset, seed: int, indices: Sequence[int], label: int | None) -> Tensor:

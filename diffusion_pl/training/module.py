@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffusion_pl.data.draws import uniforms
-from diffusion_pl.data.loader import Degradation
+from diffusion_pl.data.loader import Degradation, remains
 from diffusion_pl.diffusion import conditions
 from diffusion_pl.diffusion.objective import (
     RemembersSteps,
@@ -317,10 +317,7 @@ class DiffusionModule(QuickModule):
         degradation = self.degradation
         if degradation is None or not conditions.sizes(self.denoiser.network)["image"]:
             return {}
-        numbers = [uniforms(self.seed, f"image {n}", index) for n in range(degradation.draws)]
-        draws = torch.stack(numbers, 1) if numbers else torch.zeros(len(index), 0)
-        source, mask = degradation(image, draws)
-        return {"source": source, "source_mask": mask}
+        return remains(degradation, image, lambda stream: uniforms(self.seed, stream, index))
 
     def set_rate(self, optimizer: torch.optim.Optimizer, images: int) -> None:
         """Set the learning rate of the step after `images` seen."""

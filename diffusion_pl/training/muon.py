@@ -103,16 +103,10 @@ class Muon(Optimizer):
             for pairs in alike.values():
                 found = torch.stack([wide for _, wide in pairs])
                 found = orthogonal(found.bfloat16() if found.is_cuda else found)
-                for (parameter, _), step in zip(pairs, found, strict=True):
+                for (parameter, _), wide in zip(pairs, found, strict=True):
                     rows, columns = parameter.shape
-                    factor = (
-                        math.sqrt(max(1.0, rows / columns))
-                        if group["scale"] == "shape"
-                        else 0.2 * math.sqrt(max(rows, columns))
-                    )
-                    step = (
-                        step.to(parameter.dtype) if rows <= columns else step.to(parameter.dtype).mT
-                    )
+                    step = (wide if rows <= columns else wide.mT).to(parameter.dtype)
+                    factor = _factor(rows, columns, group["scale"])
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(part(step, parameter), alpha=-group["lr"] * factor)
         return loss
@@ -128,6 +122,13 @@ class Muon(Optimizer):
         if group["nesterov"]:
             return parameter.grad.lerp(average, group["momentum"])
         return average.clone()
+
+
+def _factor(rows: int, columns: int, scale: Scale) -> float:
+    """What a step on a matrix is multiplied by."""
+    if scale == "shape":
+        return math.sqrt(max(1.0, rows / columns))
+    return 0.2 * math.sqrt(max(rows, columns))
 
 
 def whole(tensor: Tensor) -> Tensor:
