@@ -117,6 +117,14 @@ def test_a_key_of_digits_is_an_integer_as_in_a_file(tmp_path: Path) -> None:
     assert loaded.tree["share"] == {64: 0.25, 128: 0.75}
 
 
+def test_an_override_reaches_into_an_argument_that_no_file_gives() -> None:
+    loaded = config.load("quickstart", ["trainer.dropout.label=0.1", "trainer.dropout.text=0.2"])
+    assert "dropout" not in config.load("quickstart").tree["trainer"]
+    assert config.build(loaded, "trainer").dropout == {"label": 0.1, "text": 0.2}
+    with pytest.raises(ConfigError, match="SET: trainer.dropot: unknown .* did you mean 'dropout'"):
+        config.build(config.load("quickstart", ["trainer.dropot.label=0.1"]), "trainer")
+
+
 def test_the_order_of_overrides_matters_only_for_the_same_key(folder: Path) -> None:
     overrides = ["features.stop=5", "features._target_=a.b", "seed=1", "seed=2"]
     for order in (overrides, overrides[1:] + overrides[:1]):

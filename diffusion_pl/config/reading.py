@@ -31,6 +31,7 @@ from diffusion_pl.config.tree import (
     Config,
     ConfigError,
     check_storable,
+    is_near,
     join,
     leaves,
     names,
@@ -465,10 +466,15 @@ def _set(config: Config, key: str, value: Any, source: str, spelt: dict[str, str
     done = ""
     for index, part in enumerate(parts[:-1]):
         name = step(node, part)
+        missing = join(done, part)
+        if name is None and "_target_" in names(node) and not is_near(part, names(node)):
+            # An argument that no file gives, such as trainer.dropout; its name is checked later.
+            node[part] = {}
+            _mark(config.origins, missing, source)
+            name = part
         if name is None:
             known = [join(done, each) for each in names(node)]
             former = {join(done, old): join(done, new) for old, new in former_names(done).items()}
-            missing = join(done, part)
             near = nearest(missing, known, former=former)
             raise ConfigError(f"{where}: there is no {missing!r} in {config.file}{near}")
         if node[name] is None and parts[index + 1 :] == ["_target_"]:

@@ -99,6 +99,11 @@ def step(node: object, part: str) -> Any:
     return by_text.get(part)
 
 
+def is_near(name: str, known: Iterable[object]) -> bool:
+    """Tell whether a name may be one of the known ones, misspelt."""
+    return bool(difflib.get_close_matches(name.lower(), [str(each).lower() for each in known]))
+
+
 def nearest(
     name: object, known: Iterable[object], count: int = 1, former: Mapping[str, str] | None = None
 ) -> str:
