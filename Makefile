@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 .PHONY: help setup check data train slurm preempt sample enlarge inpaint evaluate export import \
 	reference sweep compare report runs experiments test test-slow test-hf test-faults test-slurm mutants \
-	soak ci-fid bench ladder clean
+	soak ci-fid bench ladder docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -116,5 +116,9 @@ bench: $(STAMP)  ## measure BENCH=networks, samplers, loop, commands, data, text
 	@for name in $(or $(BENCH),networks samplers loop commands data metrics); do \
 		$(RUN_PYTHON) -m benchmarks.$$name $(if $(RUN),"$$RUN") $(OTHER) || exit 1; done
 
+docs: $(STAMP)  ## build the documentation into site/ (the extra docs is installed for it)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
 clean:  ## remove the environment and caches; runs and data stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
