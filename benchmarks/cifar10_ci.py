@@ -34,7 +34,7 @@ from scipy.stats import t as student
 
 from benchmarks.measure import hardware
 from diffusion_pl.metrics import inception
-from diffusion_pl.training.history import History
+from diffusion_pl.training.history import History, is_evaluation
 
 ROOT = Path(__file__).parents[1]
 RECORD = Path(__file__).parent / "results" / "cifar10_ci.json"
@@ -75,7 +75,7 @@ def train(data: str, seed: int, run: Path, code: Path = ROOT) -> list[dict[str, 
         f"data.dataset.made_of.source.path={data}",
     ]
     _command(words, code)
-    rows = [row for row in History(run / "metrics.jsonl").rows() if "name" in row]
+    rows = [row for row in History(run / "metrics.jsonl").rows() if is_evaluation(row)]
     found = [next(row for row in reversed(rows) if row["name"].startswith("fd@"))]
     extractors = ["pixels"]
     if (Path(torch.hub.get_dir()) / "checkpoints" / inception.FILE).exists():

@@ -135,6 +135,10 @@ class Progress:
             self.say(f"{images:,} images: {format_row(row)}")
         self.last = time.monotonic()
 
+    def held_out(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take note of held-out losses."""
+        self.last = time.monotonic()
+
     def stop(self) -> None:
         """Remove the bar; safe to call twice."""
         if self.bar is not None:

@@ -88,11 +88,11 @@ MUTANTS = [
     *at(
         "evaluation/levels.py",
         "evaluation_levels",
-        ("clean + level * noise", "clean + noise"),
-        ("sigma**2 * sigma_data**2 / (sigma**2 + sigma_data**2)", "sigma**2"),
-        ("values.std() / len(values) ** 0.5", "values.std()"),
-        ("slice(piece[0], piece[-1] + 1)", "slice(0, len(piece))"),
-        ('ImageNoise(seed, piece, "levels")', 'ImageNoise(seed, range(len(piece)), "levels")'),
+        ("images + level * noise", "images + noise"),
+        ("return sigma**2 * sigma_data**2 / (sigma**2 + sigma_data**2)", "return sigma**2"),
+        ("each.std() / len(each) ** 0.5", "each.std()"),
+        ("key: value[piece[0] : piece[-1] + 1]", "key: value[: len(piece)]"),
+        ('ImageNoise(seed, indices, "levels")', 'ImageNoise(seed, range(len(images)), "levels")'),
     ),
     *at(
         "evaluation/pareto.py",

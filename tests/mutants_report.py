@@ -67,7 +67,7 @@ MUTANTS = [
         "commands/report.py",
         "report",
         ('"compared.html" if more else "report.html"', '"report.html"'),
-        ("if not each.all_rows:", "if each.all_rows:"),
+        ("if not any(map(is_evaluation, each.all_rows)):", "if each.all_rows:"),
         ('word = "compare" if len(runs) > 1', 'word = "compare" if len(runs) < 1'),
         (
             'problems = [paragraph(text, kind="problem") for each in runs',

@@ -49,6 +49,7 @@ LIGHTNING = {
     "beginning.py",
     "callbacks.py",
     "evaluating.py",
+    "held_out.py",
     "loggers.py",
     "module.py",
     "replay.py",

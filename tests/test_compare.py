@@ -89,7 +89,7 @@ def test_a_verdict_needs_intervals_that_part(tmp_path, capsys, name, first, seco
 def test_the_interval_is_student_s(tmp_path):
     values = [4.0, 5.0, 6.0, 5.0, 5.0]  # standard deviation sqrt(1/2)
     [run] = opened([a_run(tmp_path / "a", {4000: 5.0}, blocks=values)])
-    key = (NAME, "ab", "shapes-1", "area", "ema")
+    key = (NAME, "ab", "shapes-1", "area", "ema", None)
     reach = T4 * 0.5**0.5 / 5**0.5
     assert run.interval(key) == pytest.approx((5 - reach, 5 + reach), rel=1e-3)
 
@@ -101,7 +101,7 @@ def test_an_interval_is_of_the_newest_checkpoint_drawn_as_in_training(tmp_path, 
     rows.append({**row, "blocks": [1.0, 1.1], "guidance": 3.0})
     rows.append({**row, "blocks": [2.0, 2.1], "images": 2000})
     [run] = opened([folder])
-    low, high = run.interval((NAME, "ab", "shapes-1", "area", "ema"))
+    low, high = run.interval((NAME, "ab", "shapes-1", "area", "ema", None))
     assert low < 5.05 < high
 
 
@@ -166,3 +166,33 @@ def test_long_tables_keep_their_last_row(tmp_path):
     assert thinned(range(100))[-1] == 99 and len(thinned(range(100))) == 8
     assert thinned([1, 2, 3]) == [1, 2, 3]
     assert table(["", "a"], [["long", "1"], ["x", "22"]]) == ["       a", "long   1", "x     22"]
+
+
+def _held_out(folder, value, weights="ema", sigmas="5 from 0.002 to 80", data="test"):
+    """A row of a held-out loss of 11 images, with a standard error of 0.01."""
+    row = {"name": f"loss@11/{data}", "value": value, "standard_error": 0.01, "n": 11}
+    row |= {"images": 2000, "weights": weights, "fingerprint": "cd", "sigmas": sigmas}
+    History(folder / "metrics.jsonl").append({**row, "held_out": True, "levels": []})
+
+
+def test_held_out_losses_are_compared_by_their_own_errors(tmp_path, capsys):
+    a, b = a_run(tmp_path / "a"), a_run(tmp_path / "b")
+    for folder, values in ((a, (0.5, 0.4)), (b, (0.52, 0.5))):
+        for value, weights in zip(values, ("denoiser", "ema"), strict=True):
+            _held_out(folder, value, weights)
+    found, text = compared(capsys, a, b)
+    assert found["verdicts"] == {
+        "loss@11/test of denoiser": "cannot be told, the intervals of a and b overlap",
+        "loss@11/test": "a is better",
+    }
+    # Student's t of 10 degrees of freedom is 2.228 (any table).
+    assert "a: 0.3777 to 0.4223" in text and "evaluate" not in text.replace("evaluation", "")
+    assert text.count("no evaluation yet") == 2
+
+
+def test_held_out_losses_at_other_noise_levels_are_not_compared(tmp_path, capsys):
+    a, b = a_run(tmp_path / "a"), a_run(tmp_path / "b")
+    _held_out(a, 0.5)
+    _held_out(b, 0.1, sigmas="5 from 1 to 80")
+    found, text = compared(capsys, a, b)
+    assert found["metrics"] == {} and text.count("alone has loss@11/test") == 2

@@ -14,6 +14,8 @@ from test_cli import TINY
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
 
+LOSSES = "{_target_: diffusion_pl.evaluation.settings.Losses, count: 40, levels: 3}"
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -23,6 +25,7 @@ def runs(tmp_path_factory):
     for devices in (1, 2):
         command = [sys.executable, "-m", "diffusion_pl", "train", "tiny", "network.dropout=0.0"]
         command += [f"trainer.devices={devices}", "--run", f"runs/{devices}"]
+        command += [f"evaluation.losses={LOSSES}"]
         result = subprocess.run(
             command, cwd=place, capture_output=True, text=True, timeout=120, check=False
         )
@@ -42,13 +45,14 @@ def test_two_processes_reach_the_weights_of_one(runs):
 def test_two_processes_measure_what_one_measures(runs):
     one, two = (
         {
-            (row["images"], row["name"]): row["value"]
+            (row["images"], row["name"], row["weights"]): row["value"]
             for row in History(run / "metrics.jsonl").rows()
             if "name" in row
         }
         for run in runs
     )
     assert one.keys() == two.keys()
+    assert {key[2] for key in one if key[1].startswith("loss@")} == {"ema", "denoiser"}
     for key, value in one.items():
         assert two[key] == pytest.approx(value, rel=0.02), key
 

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "diffusion_pl.commands.runs.guide",
     "diffusion_pl.evaluation.Evaluation",
     "diffusion_pl.evaluation.settings.Evaluation",
+    "diffusion_pl.evaluation.settings.Losses",
     "diffusion_pl.training.ema.EMA",
     "diffusion_pl.training.lr_schedule.Cosine",
     "diffusion_pl.training.lr_schedule.WarmupDecay",

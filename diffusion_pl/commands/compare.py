@@ -21,14 +21,14 @@ from diffusion_pl.commands.results import Result
 from diffusion_pl.errors import UserError
 from diffusion_pl.progress import clock
 from diffusion_pl.training.best import HIGHER
-from diffusion_pl.training.history import History
+from diffusion_pl.training.history import History, is_evaluation, is_held_out
 
 MOST = 8  # rows of a table
 LONGEST = 28  # characters of a setting in a table
 BLOCKS = 5  # asked for where a number has no interval
 
 # What two rows must share to stand side by side; their name has the number and count of images.
-SAME = ("name", "fingerprint", "extractor", "resize", "weights")
+SAME = ("name", "fingerprint", "extractor", "resize", "weights", "sigmas")
 
 # How images were sampled: a part of the recipe, so it may differ, but is said.
 DRAWN = ("sampler", "guidance", "guidance_interval", "guide", "labels")
@@ -86,10 +86,16 @@ class Measured:
         return {row["images"]: row["value"] for row in self.measures(key)}
 
     def interval(self, key: Sequence[Any]) -> tuple[float, float] | None:
-        """The 95 % interval of a number's mean over blocks of images of the newest checkpoint."""
+        """The 95 % interval of a number's mean over blocks of images of the newest checkpoint, or
+        of a held-out loss over its images."""
         from scipy.stats import t as student  # half a second of CPU
 
         last = self.measures(key)[-1:]
+        for row in last:
+            error, count = row.get("standard_error"), row.get("n")
+            if is_held_out(row) and type(error) is float and type(count) is int and count > 1:
+                reach = student.ppf(0.975, count - 1) * error
+                return row["value"] - reach, row["value"] + reach
         for row in reversed(self.evaluations):
             values = row.get("blocks", ())
             same = all(_drawn(row) == _drawn(other) for other in last) and key_of(row) == key
@@ -304,7 +310,7 @@ def _judged(key: Sequence[Any], found: Sequence[Measured]) -> tuple[list[str], s
     for name, (low, high) in known.items():
         lines.append(f"  {name}: {low:.4g} to {high:.4g}")
     verdict = _verdict(known, HIGHER.get(word, False))
-    if len(known) < len(found):
+    if len(known) < len(found) and not any(is_held_out(row) for row in found[0].measures(key)):
         lacking = next(each for each in found if intervals[each.name] is None)
         again = hints.command("evaluate", lacking.folder, "--blocks", BLOCKS)
         lines.append(f"  no interval of {lacking.name}: {again}")
@@ -339,7 +345,7 @@ def _alone(found: Sequence[Measured], groups: Sequence[tuple[Any, ...]]) -> list
         alone = [_title(k) for k in own if k not in groups and not _word(k).endswith("_std")]
         if alone:
             lines.append(f"{each.name} alone has {', '.join(alone)}: not compared")
-        elif not own:
+        if not any(is_evaluation(row) for row in rows):
             lines.append(f"{each.name}: no evaluation yet")
     return ["", *lines] if lines else []
 

@@ -17,7 +17,7 @@ from diffusion_pl.commands.options import Integer, RunOptions, RunPath, SamplerO
 from diffusion_pl.commands.results import Result
 from diffusion_pl.diffusion.conditions import received
 from diffusion_pl.errors import UserError
-from diffusion_pl.evaluation.levels import LevelError, errors_by_level
+from diffusion_pl.evaluation.levels import LevelError, errors_by_level, spaced_levels
 from diffusion_pl.evaluation.sources import own_condition
 from diffusion_pl.images import ImageDataset, from_bytes
 from diffusion_pl.io.files import write_atomically
@@ -119,9 +119,7 @@ def _curve(
         generator.denoiser.network,
         own_condition(images, indices, generator.taken, opened.model.degradation),
     )
-    low, high = opened.model.objective.preconditioning.sigma_range
-    ends = torch.tensor([max(low, 0.002), min(high, 80.0)], dtype=torch.float64).log()
-    sigmas = torch.linspace(ends[0].item(), ends[1].item(), levels).exp().tolist()
+    sigmas = spaced_levels(opened.model.objective.preconditioning.sigma_range, levels)
     with generator.inference():
         return errors_by_level(
             generator.denoiser,

@@ -24,6 +24,7 @@ from diffusion_pl.commands.results import Result, line
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import write_atomically
 from diffusion_pl.page.html import Html, Part, document, paragraph, section, tag
+from diffusion_pl.training.history import is_evaluation
 
 if TYPE_CHECKING:  # imports torch
     from diffusion_pl.commands.report_drawn import Drawn
@@ -108,7 +109,7 @@ def page(runs: Sequence[Told], made: Sequence[Drawn] | None) -> str:
 def _drawn(run: Told, count: int, sampling: SamplerOptions, options: RunOptions) -> Drawn:
     from diffusion_pl.commands.report_drawn import drawn  # torch and the run's network
 
-    return drawn(run.run.folder, count, sampling, options, levels=not run.losses)
+    return drawn(run.run.folder, count, sampling, options, levels=not (run.losses or run.held_out))
 
 
 def _samples(runs: Sequence[Told], made: Sequence[Drawn]) -> list[Part]:
@@ -130,7 +131,7 @@ def _lead(run: Told) -> Html:
 def _next(runs: Sequence[Told]) -> str:
     """What to type next: measure what is not measured, compare several runs, sample one."""
     for each in runs:
-        if not each.all_rows:
+        if not any(map(is_evaluation, each.all_rows)):
             return hints.next_line("evaluate", each.run.folder)
     word = "compare" if len(runs) > 1 else "sample"
     return hints.next_line(word, *(each.run.folder for each in runs))

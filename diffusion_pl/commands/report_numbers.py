@@ -18,6 +18,7 @@ from diffusion_pl.commands.report_settings import published
 from diffusion_pl.page.html import Html, Part, paragraph, part, table, tag
 from diffusion_pl.page.plots import Line, plot
 from diffusion_pl.training.best import HIGHER
+from diffusion_pl.training.history import is_evaluation, is_held_out
 
 MISSING = "not recorded"
 Key = tuple[Any, ...]
@@ -28,7 +29,7 @@ def questions(runs: Sequence[Told]) -> Part:
     cards = []
     for each in runs:
         blocks: dict[tuple[str, ...], list[str]] = {}
-        for row in newest(each).values():
+        for row in filter(is_evaluation, newest(each).values()):
             names = blocks.setdefault(answers(row), [])
             names.append(row["name"].partition("/")[0])
         for answered, names in blocks.items():
@@ -115,13 +116,13 @@ def numbers(runs: Sequence[Told]) -> Part:
             word, _, rest = row["name"].partition("@")
             spread = stds.get(f"{word}_std@{rest}")
             cells = [
-                row["name"],
+                _named(row),
                 *([each.name] if len(runs) > 1 else []),
                 _value(row, spread),
                 f"{row['images']:,}",
                 "higher" if HIGHER.get(word) else "lower" if word in HIGHER else "",
                 _best(each, row),
-                f"{row['evaluations']:,.6g}" if "evaluations" in row else MISSING,
+                _evaluations(row),
                 _said(row.get("seed", MISSING)),
                 row.get("commit") or MISSING,
                 str(row.get("time") or MISSING).replace("T", " "),
@@ -135,9 +136,27 @@ def numbers(runs: Sequence[Told]) -> Part:
     return part("numbers", "Numbers", table(head, rows), *said, *_apart(runs))
 
 
+def _named(row: Row) -> str:
+    """A number's name; of a loss with its weights and what it was measured on."""
+    if not is_held_out(row):
+        return str(row["name"])
+    trained = "" if row.get("held_out") else ", which were trained on"
+    weights = {"ema": "averaged", "denoiser": "raw"}.get(row.get("weights", ""), MISSING)
+    return f"{row['name']} of {weights} weights on {row.get('which', MISSING)}{trained}"
+
+
+def _evaluations(row: Row) -> str:
+    """Network evaluations an image; none of a loss."""
+    if is_held_out(row):
+        return ""
+    return f"{row['evaluations']:,.6g}" if "evaluations" in row else MISSING
+
+
 def _value(row: Row, spread: Row | None) -> str:
     """A value, with its standard deviation over parts and the range of its blocks, if known."""
     said = f"{row['value']:.5g}"
+    if is_held_out(row) and type(row.get("standard_error")) is float:
+        said += f" (standard error {row['standard_error']:.2g})"
     if spread is not None and spread["images"] == row["images"]:
         said += f" (sd {spread['value']:.2g})"
     if len(row.get("blocks", ())) > 1:
@@ -291,7 +310,7 @@ def levels(runs: Sequence[Told], drawn: Sequence[Mapping[str, Any] | None]) -> P
     """The error at each noise level: as it was measured, else as it was drawn for the report."""
     figures, lines = [], []
     for each, own in zip(runs, drawn, strict=True):
-        found = each.losses or own or {}
+        found = each.losses or _from_training(each) or own or {}
         made = [
             Line(title, _level_points(setting(found, f"levels.{kind}")), colour, kind != "ema")
             for colour, (kind, title) in enumerate(
@@ -300,6 +319,7 @@ def levels(runs: Sequence[Told], drawn: Sequence[Mapping[str, Any] | None]) -> P
         ]
         title = "error / (sigma² sd² / (sigma² + sd²))"
         figure = plot(made, title=f"{each.name}: {title}", x="sigma", log_x=True, log_y=None)
+        figures += _by_level(each)
         if figure:
             figures.append(figure)
             lines.append(f"{each.name}: {_count(found.get('count'), 'images')} of "
@@ -310,6 +330,31 @@ def levels(runs: Sequence[Told], drawn: Sequence[Mapping[str, Any] | None]) -> P
     note = "1 is the best linear denoiser of white pixels of the images' variance."
     said = paragraph("; ".join([*lines, note]), kind="note") if lines else ""
     return part("levels", "Loss by noise level", tag("div", *figures, class_="plots"), said)
+
+
+def _from_training(run: Told) -> dict[str, Any]:
+    """The newest held-out losses of training, as `losses` gives them; {} where there are none."""
+    last = {kind: rows[-1] for kind, rows in run.held_out.items()}
+    if not last:
+        return {}
+    row = next(iter(last.values()))
+    levels = {kind: each["levels"] for kind, each in last.items()}
+    return {"levels": levels, "count": row.get("n"), "data": str(row.get("data", MISSING))}
+
+
+def _by_level(run: Told) -> list[Html]:
+    """The held-out loss of averaged weights at each noise level, by the images seen."""
+    curves: dict[float, list[tuple[float, float]]] = {}
+    for row in run.held_out.get("ema", ()):
+        for sigma, loss in _level_points(row["levels"]):
+            curves.setdefault(sigma, []).append((row["images"], loss))
+    made = [Line(f"sigma {sigma:.3g}", points, place)
+            for place, (sigma, points) in enumerate(sorted(curves.items()))]  # fmt: skip
+    if max(map(len, curves.values()), default=0) < 2:
+        return []
+    title = f"{run.name}: held-out loss by noise level, averaged weights"
+    figure = plot(made, title=title, x="images seen", log_y=None)
+    return [figure] if figure else []
 
 
 def _level_points(rows: Any) -> list[tuple[float, float]]:

@@ -15,6 +15,7 @@ from diffusion_pl.commands.compare import SAME, Measured, Row
 from diffusion_pl.commands.run_list import state_of
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import read_small
+from diffusion_pl.training.history import is_held_out
 
 LARGEST = 100_000_000  # bytes of a file of rows
 NUMBERS = ("value", "loss", "images_per_second", "seconds", "evaluations")
@@ -57,8 +58,17 @@ class Told:
 
     @property
     def all_rows(self) -> list[Row]:
-        """Every number that was measured, those of training first."""
+        """Every number that was measured, those of training first; held-out losses among them."""
         return [row for row in (*self.run.rows, *self.run.evaluations) if "name" in row]
+
+    @property
+    def held_out(self) -> dict[str, list[Row]]:
+        """The held-out losses by the kind of weights, as they were measured."""
+        found: dict[str, list[Row]] = {}
+        for row in self.run.rows:
+            if is_held_out(row):
+                found.setdefault(str(row.get("weights")), []).append(row)
+        return found
 
 
 def told(folder: Path, name: str) -> Told:

@@ -16,6 +16,7 @@ from diffusion_pl.commands.results import Result
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import read_small
 from diffusion_pl.signals import FAILED, MARKER
+from diffusion_pl.training.history import is_evaluation
 
 DEEPEST = 4  # folders below the named one
 
@@ -121,7 +122,7 @@ def age_of(seconds: float) -> str:
 
 def _newest(run: Measured) -> str:
     """The first number of the newest evaluation."""
-    rows = [row for row in run.rows if "name" in row]
+    rows = [row for row in run.rows if is_evaluation(row)]
     first = next((row for row in rows if row["images"] == rows[-1]["images"]), None)
     return "" if first is None else f"{first['name'].partition('/')[0]} {first['value']:.4g}"
 

@@ -14,7 +14,7 @@ import torch
 from cyclopts import Parameter
 
 from diffusion_pl import config, locks, ranks
-from diffusion_pl.commands import hints, parts, run_dir, starting, trust
+from diffusion_pl.commands import data_sets, hints, parts, run_dir, starting, trust
 from diffusion_pl.commands.options import TrainOptions
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.config import Config
@@ -258,9 +258,31 @@ def build(
         extractor=trust.extractor_of(experiment),
         evaluation=config.build(experiment, "evaluation"),
         augment=config.build(experiment, "augment"),
+        held_out=held_out_of(experiment),
         callbacks=(*_listed(experiment, "callbacks"), *callbacks),
         loggers=(*_listed(experiment, "loggers"), *loggers),
     )
+
+
+def held_out_of(experiment: Config) -> DatasetSpec | None:
+    """The images that `evaluation.losses.data` names; None where it names none.
+
+    Raises:
+        UserError: there are none.
+    """
+    named = trust.held_out_of(experiment)
+    if named is None:
+        return None
+    network = experiment.get("network")
+    text = "auto" if network.get("text_width") else None
+    side = trust.data_of(experiment).dataset.resolution
+    try:
+        found = data_sets.source_of(named, side, text=text)
+    except UserError as error:
+        raise experiment.error("evaluation.losses.data", str(error)) from error
+    if isinstance(found, ImageFolder) and network.get("classes"):
+        return dataclasses.replace(found, labels=True)
+    return found
 
 
 def _listed(experiment: Config, section: str) -> list[Any]:

@@ -53,6 +53,7 @@ def check_training(experiment: Config) -> None:
             for a profiler's reports; or as `check_data` and `check_features`.
     """
     check_data(experiment)
+    held_out_of(experiment)
     check_features(experiment)
     trainer = experiment.get("trainer")
     profiler = trainer.get("profiler")
@@ -75,6 +76,20 @@ def check_data(experiment: Config) -> None:
     if is_part(node.get("_target_")) and is_remote(path):
         _require(experiment, "data.dataset.path", path, "is an address, and nothing is fetched")
         _require_folder(experiment, "data.dataset.cache_folder", str(node.get("cache_folder", ".")))
+
+
+def held_out_of(experiment: Config) -> str | None:
+    """What `evaluation.losses.data` names, if anything.
+
+    Raises:
+        ConfigError: an address, in an untrusted file.
+    """
+    named = (experiment.get("evaluation").get("losses") or {}).get("data")
+    if named is not None and is_remote(named):
+        _require(
+            experiment, "evaluation.losses.data", named, "is an address, and nothing is fetched"
+        )
+    return None if named is None else str(named)
 
 
 def check_features(experiment: Config) -> None:

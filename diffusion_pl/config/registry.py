@@ -124,6 +124,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
     "ema": _of("training.ema", "EMA"),
     "features": _of("metrics.extractors", "load"),
     "evaluation": (*_of("evaluation", "Evaluation"), *_of("evaluation.settings", "Evaluation")),
+    "losses": _of("evaluation.settings", "Losses"),
     "metrics": (
         *_of("metrics.agreement", "Agreement"),
         *_of("metrics.clip_score", "ClipScore"),

@@ -4,7 +4,7 @@ import gzip
 import tarfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -103,6 +103,10 @@ class CIFAR10:
         store, numbers = torch.from_numpy(images), torch.from_numpy(labels)
         whole = load(name, store, numbers, classes=len(CLASSES), class_names=CLASSES)
         return reduced(whole, resolution)
+
+    def validation(self) -> "CIFAR10 | None":
+        """The test images; None of the test images themselves."""
+        return replace(self, split="test") if self.split == "train" else None
 
     def _found(self) -> Path:
         found = _find(Path(self.path))

@@ -1,7 +1,7 @@
 """Images of one's own: a folder or a zip file of PNG, JPEG and WebP."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from diffusion_pl.data.decode import Fit, check_channels, read_square
 from diffusion_pl.data.depths import Depths
 from diffusion_pl.data.files import Files
 from diffusion_pl.data.layout import Listing, list_images
+from diffusion_pl.data.splits import split_of
 from diffusion_pl.errors import UserError
 from diffusion_pl.images import Images
 from diffusion_pl.names import plain, shown
@@ -100,6 +101,19 @@ class ImageFolder:
             raise UserError(f"{self.path}: fit is crop, pad or exact (got {self.fit!r})")
         check_channels(self.channels, self.path)
         return list_images(self.path, labels=self.labels, split=self.split)
+
+    def validation(self) -> "ImageFolder | None":
+        """The images of `val`, else of `test`, where `split` is train and there are such."""
+        if self.split is None or split_of(self.split) != "train":
+            return None
+        for split in ("val", "test"):
+            other = replace(self, split=split)
+            try:
+                other.listing()
+            except UserError:
+                continue
+            return other
+        return None
 
     def open(self, resolution: int | None = None) -> Images:
         """Decode all images, into memory where they fit.

@@ -30,6 +30,8 @@ _FINEST = 160
 # Points evaluated at a time: the working arrays stay in the processor's cache.
 _POINTS = 2**19
 
+VALIDATION = 256  # scenes that are not trained on
+
 
 def render(scenes: Latents, resolution: int) -> npt.NDArray[np.uint8]:
     """Render scenes at a resolution; the bytes do not depend on how scenes are grouped in calls.
@@ -226,6 +228,10 @@ class Synthetic:
             raise UserError("synthetic data: held_out leaves no pair of shape and colour")
         if self.captions is not None:
             text.encoder(self.captions, length=self.caption_length)
+
+    def validation(self) -> "Synthetic":
+        """Other scenes of the same kind: the first of the next seed, at most 256."""
+        return dataclasses.replace(self, seed=self.seed + 1, count=min(self.count, VALIDATION))
 
     def scenes(self) -> tuple[Latents, npt.NDArray[np.int64]]:
         """The scenes of the images, and their indices in the random process."""

@@ -52,6 +52,34 @@ class MetricSettings(Protocol):
 
 
 @dataclass(frozen=True)
+class Losses:
+    """Held-out loss during training: the error at fixed noise, of averaged and raw weights.
+
+    Args:
+        every: training images between two measurements; None: as often as the evaluation.
+        count: held-out images, evenly spaced over their set.
+        levels: noise levels, evenly spaced in log sigma over those that the network knows, from
+            0.002 to 80 at most.
+        data: images that are not trained on: a prepared set, a folder or .zip, CIFAR-10's archive,
+            or an experiment for its data. None: the data set's own (CIFAR-10's test images, other
+            scenes of synthetic data), else the last `count` training images, and the row says so.
+        seed: of the noise; image i has the same at every level and every time.
+    """
+
+    every: int | None = None
+    count: int = 64
+    levels: int = 8
+    data: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, least in (("every", 1), ("count", 2), ("levels", 2)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise UserError(f"{key} must be at least {least} (got {value})")
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How a model is evaluated.
 
@@ -72,6 +100,7 @@ class Evaluation:
             None for the model itself without its conditions.
         grid: images on the sample grid, the first of those sampled.
         reference: file of statistics to compare with; None: computed from the training data.
+        losses: held-out loss by noise level; None for none.
     """
 
     every: int
@@ -86,6 +115,7 @@ class Evaluation:
     guide: Guide | Routed | None = None
     grid: int = 64
     reference: str | None = None
+    losses: Losses | None = None
 
     def __post_init__(self) -> None:
         check_interval(self.guidance_interval)

@@ -17,6 +17,16 @@ logger = logging.getLogger(__name__)
 DAMAGED = ".damaged"  # suffix of the copy of a damaged file
 
 
+def is_held_out(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a held-out loss."""
+    return "name" in row and "levels" in row
+
+
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a number of sampled images."""
+    return "name" in row and not is_held_out(row)
+
+
 class History:
     """Rows of measurements, each with the images seen.
 
@@ -151,7 +161,7 @@ class History:
 
     def measured(self, images: int) -> bool:
         """Whether there are metrics of the model after `images` images."""
-        return any(row["images"] == images and "name" in row for row in self.rows())
+        return any(row["images"] == images and is_evaluation(row) for row in self.rows())
 
     def rewind(self, images: int) -> None:
         """Drop the rows after `images`, which a resumed run repeats."""

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from diffusion_pl.data.dataset import DatasetSpec
 from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.errors import UserError
@@ -35,7 +36,8 @@ from diffusion_pl.training.callbacks import (
 from diffusion_pl.training.compiling import compile_network
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.evaluating import Evaluate, is_evaluated
-from diffusion_pl.training.history import History
+from diffusion_pl.training.held_out import HeldOutLosses
+from diffusion_pl.training.history import History, is_evaluation
 from diffusion_pl.training.loggers import Described, make_loggers
 from diffusion_pl.training.lr_schedule import LRSchedule
 from diffusion_pl.training.module import Augment, DiffusionModule
@@ -58,6 +60,7 @@ class Experiment:
         name: of the experiment.
         config: resolved, plain containers; kept in the checkpoints.
         seed: of all random numbers in training.
+        held_out: images for `evaluation.losses`; None: the data set's own.
 
     Raises:
         UserError: a callback or a logger that is none of Lightning's, or an augmentation whose
@@ -80,6 +83,7 @@ class Experiment:
     lr_schedule: LRSchedule | None = None
     callbacks: Sequence[Callback] = ()
     loggers: Sequence[Logger] = ()
+    held_out: DatasetSpec | None = None
 
     def __post_init__(self) -> None:
         for key, kind in {"callbacks": Callback, "loggers": Logger}.items():
@@ -136,14 +140,7 @@ def fit(
         start = start or Start(checkpoints.latest(folder))
         log = Log(history, settings.log_every, progress, start.check)
         begin = Begin(run, start, experiment.config, progress)
-        trainer.callbacks.append(begin)  # type: ignore[attr-defined]
-        if experiment.ema.posthoc_every:
-            # Before the checkpoint of the same step, which then always has its snapshot.
-            snapshots = Snapshots(run / power_ema.FOLDER, experiment.ema.posthoc_every)
-            trainer.callbacks.append(snapshots)  # type: ignore[attr-defined]
-        trainer.callbacks.append(Vocabulary())  # type: ignore[attr-defined]
         stop, limits = Stop(stop_request), TimeLimits(settings)
-        trainer.callbacks.extend(experiment.callbacks)  # type: ignore[attr-defined]
         evaluation = Evaluate(
             experiment.evaluation,
             experiment.sampler,
@@ -158,8 +155,19 @@ def fit(
             best=settings.best(run),
         )
         saving = Checkpoints(folder, settings, experiment.config, begin)
-        last = [Described(experiment.config), stop, limits, log, saving, evaluation]
-        trainer.callbacks.extend(last)  # type: ignore[attr-defined]
+        trainer.callbacks += [  # type: ignore[attr-defined]
+            begin,
+            *_snapshots(experiment, run),
+            Vocabulary(),
+            *experiment.callbacks,
+            Described(experiment.config),
+            stop,
+            limits,
+            log,
+            *_held_out(experiment, AUTOCAST[precision], history, log),
+            saving,
+            evaluation,
+        ]
         try:
             trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
             if not stop.stopped:
@@ -180,6 +188,29 @@ def fit(
         "rows": last_measurements(history),
         "stopped": stop.stopped,
     }
+
+
+def _snapshots(experiment: Experiment, run: Path) -> list[Callback]:
+    """Before the checkpoint of the same step, which then always has its snapshot."""
+    every = experiment.ema.posthoc_every
+    return [Snapshots(run / power_ema.FOLDER, every)] if every else []
+
+
+def _held_out(
+    experiment: Experiment, precision: torch.dtype | None, history: History, log: Log
+) -> list[Callback]:
+    """What measures the held-out loss, if it is wanted."""
+    if experiment.evaluation.losses is None:
+        return []
+    losses = HeldOutLosses(
+        experiment.evaluation,
+        experiment.held_out,
+        precision=precision,
+        ema=described(experiment.ema),
+        history=history,
+        training_log=log,
+    )
+    return [losses]
 
 
 def make_trainer(experiment: Experiment, run: Path, precision: str) -> lightning.Trainer:
@@ -243,5 +274,5 @@ def make_module(experiment: Experiment) -> DiffusionModule:
 
 def last_measurements(history: History) -> list[dict[str, Any]]:
     """The rows of the newest evaluation."""
-    rows = [row for row in history.rows() if "name" in row]
+    rows = [row for row in history.rows() if is_evaluation(row)]
     return [row for row in rows if row["images"] == rows[-1]["images"]]

@@ -161,6 +161,13 @@ def unsynchronised(denoiser: nn.Module) -> Iterator[None]:
         denoiser.set_requires_gradient_sync(True)
 
 
+def shard_again(denoiser: nn.Module) -> None:
+    """Give up the whole weights that a forward pass without a backward pass has left."""
+    for module in denoiser.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextlib.contextmanager
 def assembled(average: nn.Module) -> Iterator[None]:
     """Context in which an average is whole on every device; every rank enters it."""
