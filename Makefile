@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 .PHONY: help setup check data train slurm preempt sample enlarge inpaint evaluate export import \
 	reference sweep compare report runs experiments test test-slow test-hf test-faults test-slurm mutants \
-	soak ci-fid bench ladder docs clean
+	soak ci-fid bench ladder docs keys clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -119,6 +119,9 @@ bench: $(STAMP)  ## measure BENCH=networks, samplers, loop, commands, data, text
 docs: $(STAMP)  ## build the documentation into site/ (the extra docs is installed for it)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
+keys: $(STAMP)  ## write docs/keys.md anew, from signatures and docstrings
+	@$(RUN_PYTHON) -m website.keys
 
 clean:  ## remove the environment and caches; runs and data stay
 	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache

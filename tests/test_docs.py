@@ -11,6 +11,7 @@ import yaml
 from homes import ROOT
 from markdown.extensions.toc import slugify, strip_tags
 
+from website import keys
 from website.source import LINK, line_of, named
 
 DOCS = ROOT / "docs"
@@ -80,6 +81,18 @@ def test_the_site_s_navigation_names_every_page_once():
     here = [str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")]
     made = [f"{path.relative_to(DOCS).with_suffix('.md')}" for path in DOCS.rglob("*.ipynb")]
     assert sorted(navigation) == sorted(["index.md", *here, *made])
+
+
+def test_the_page_of_keys_is_made_of_today_s_signatures_and_says_what_each_key_means():
+    text = (DOCS / "keys.md").read_text()
+    assert text == keys.page(), "run `make keys`"
+    assert not re.findall(r"^\| `\S+` .*\|\s*\|$", text, re.MULTILINE)
+    # What is published, or stands in base.yaml, so that the generator itself is held.
+    row = re.search(r"^\| `trainer.compile` \|(.*)\|$", text, re.MULTILINE)[1].split("|")
+    assert row[0].strip() == "`bool` or `blocks`" and row[1].strip() == "`false`"
+    assert "| `trainer.total_images` | `int` | required; base `200_000_000` |" in text
+    assert "| `objective.P_mean` | `float` | `-1.2` |" in text
+    assert "| `randn_like`" not in text
 
 
 def test_the_readme_is_a_page_and_a_half():

@@ -70,6 +70,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if (found := files.get_file_from_path(path.name)) is not None:
             files.remove(found)
         files.append(File.generated(config, f"{path.stem}.md", content=notebook(path)))
+    style = (ROOT / "website" / "site.css").read_text()
+    files.append(File.generated(config, "site.css", content=style))
     texts = [file.content_string for file in files.documentation_pages()]
     linked = {posixpath.normpath(each["path"]) for text in texts for each in LINK.finditer(text)}
     for path in sorted(linked):
@@ -105,6 +107,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = LINK.sub(to_source, markdown)
     markdown = re.sub(r"\]\(([\w./-]*)\.ipynb\)", r"](\1.md)", markdown)
     return re.sub(r"^```python (\S+\.py)$", r'```python title="\1"', markdown, flags=re.MULTILINE)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let mkdocs know the lines of source files as places that a link may lead to."""
+    if page.file.src_uri.startswith("source/"):
+        page.present_anchor_ids |= set(re.findall(r'id="(__codelineno[\d-]+)"', html))
+        page.present_anchor_ids |= set(re.findall(r'name="(__codelineno[\d-]+)"', html))
+    return html
 
 
 def on_post_build(config: MkDocsConfig, **_: Any) -> None:

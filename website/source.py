@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ LINK = re.compile(r"\[(?P<text>[^\]\n]*)\]\((?P<up>(?:\.\./)+)(?P<path>[\w./-]+\
 NAME = re.compile(r"`([A-Za-z_][\w.]*)`")
 
 
+@functools.cache
 def lines(path: Path) -> dict[str, int]:
     """The line, from 1, of every name of a module; a class's members as Class.name."""
     found: dict[str, int] = {}

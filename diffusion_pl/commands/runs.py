@@ -296,6 +296,7 @@ def guide(run: Path, weights: str = "ema", allow: Sequence[str] = ()) -> Guide:
     """Open the weaker model of autoguidance, as `evaluation.guide` names it in YAML.
 
     Args:
+        run: the weaker model's folder, or a checkpoint file.
         weights: "ema" or "denoiser", averaged or raw.
         allow: packages to trust beside this one.
 

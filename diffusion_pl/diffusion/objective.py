@@ -169,7 +169,11 @@ class EpsWeight:
 
 @dataclass(frozen=True)
 class UnitOutput:
-    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras 2022, Eq. 8): F's error counts 1."""
+    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras 2022, Eq. 8): F's error counts 1.
+
+    Args:
+        sigma_data: standard deviation of the images in [-1, 1], > 0.
+    """
 
     sigma_data: float = 0.5
 
