@@ -83,6 +83,14 @@ def test_the_site_s_navigation_names_every_page_once():
     assert sorted(navigation) == sorted(["index.md", *here, *made])
 
 
+def test_every_name_of_the_api_s_page_is_there():
+    names = re.findall(r"^::: diffusion_pl\.(\S+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert {"api.experiment", "api.train", "api.Run"} <= set(names)
+    for name in names:
+        module, _, last = name.rpartition(".")
+        line_of(f"diffusion_pl/{module.replace('.', '/')}.py", last)
+
+
 def test_the_page_of_keys_is_made_of_today_s_signatures_and_says_what_each_key_means():
     text = (DOCS / "keys.md").read_text()
     assert text == keys.page(), "run `make keys`"
