@@ -28,7 +28,7 @@ from diffusion_pl.training import sharding
 from diffusion_pl.training.best import Best
 from diffusion_pl.training.callbacks import Interval, Log, Stop, log
 from diffusion_pl.training.history import History
-from diffusion_pl.training.loggers import show
+from diffusion_pl.training.loggers import show, summarise
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.sanity import NonFiniteError
 
@@ -69,6 +69,7 @@ class Evaluate(Callback):
         history: the run's metrics.jsonl.
         training_log: excludes the time of evaluations from the training speed.
         stop: polled; if true, the evaluation ends and is repeated on resume.
+        config: resolved, for the loggers' summary.
         best: keeps the best checkpoint, or None.
     """
 
@@ -85,6 +86,7 @@ class Evaluate(Callback):
         history: History,
         training_log: Log,
         stop: Stop,
+        config: Mapping[str, Any],
         best: Best | None = None,
     ) -> None:
         self.settings = settings
@@ -98,6 +100,7 @@ class Evaluate(Callback):
         self.history = history
         self.training_log = training_log
         self.stop = stop
+        self.config = config
         self.best = best
         self.interval = Interval(settings.every)
         self.prompts: Prompts | None = None
@@ -198,6 +201,8 @@ class Evaluate(Callback):
             self.history.measure(images, rows)
             progress.measured(images, rows)
         log(trainer, {row["name"]: row["value"] for row in rows}, images)
+        if trainer.global_step >= trainer.max_steps:
+            summarise(trainer, self.config, rows)
         self.training_log.pause(time.monotonic() - started)
 
     def _keep_best(
