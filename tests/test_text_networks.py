@@ -169,6 +169,9 @@ def test_no_text_a_row_without_tokens_and_the_null_itself_are_one(make, given, s
         "text_mask": network.null_text_mask.expand(B, -1),
     }
     assert torch.equal(network(*seen, **written), null)
+    for length in (2, L + 3):  # a row without tokens, shorter and longer than the null
+        nobody = torch.zeros(B, length, dtype=torch.bool)
+        close(network(*seen, text=torch.ones(B, length, E), text_mask=nobody), null, 1e-5)
     assert (null - network(*seen, **given)).abs().max() > 1e-3
 
 
@@ -263,6 +266,7 @@ def test_checkpointed_activations_are_the_same_numbers(make, given, seen):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         if gradient is None:  # a label's
+            assert "text" not in name, name
             continue
         assert torch.equal(gradient, gradients[1][name]), name
         assert gradient.any() or "text" not in name, name
@@ -325,6 +329,7 @@ def by_hand(q, k, v, text: Text, keys: TextKeys) -> Tensor:
 @pytest.mark.parametrize("normed", [False, True])
 def test_attention_is_one_softmax_over_patches_and_tokens(normed, given):
     keys = TextKeys(E, 8, 2, normed=normed)
+    assert (keys.norm_k is not None) == normed
     stirred(nn.ModuleList([keys]))
     q, k, v = torch.randn(3, B, 2, 7, 4)
     text = Text(given["text"], given["text_mask"])
@@ -332,6 +337,38 @@ def test_attention_is_one_softmax_over_patches_and_tokens(normed, given):
     torch.testing.assert_close(found.double(), by_hand(q, k, v, text, keys), rtol=0, atol=1e-5)
     alone = nn.functional.scaled_dot_product_attention(q, k, v)
     assert torch.equal(attended(q, k, v), alone)
+
+
+@pytest.mark.parametrize("name", ["jit", "prx"])
+def test_keys_of_a_text_are_normalised_where_the_images_are(name, given, seen):
+    """Then their length is nothing to the output, and that of the values is something."""
+    network = stirred(told(WITH_TEXT[name]()))
+    before = network(*seen, **given)
+    for half in (slice(0, 32), slice(32, 64)):
+        with torch.no_grad():
+            for block in network.blocks:
+                for parameter in block.attention.text.kv.parameters():
+                    parameter[half] *= 3
+        after = network(*seen, **given)
+        if half.start:
+            assert (after - before).abs().max() > 1e-3
+        else:
+            close(after, before, 1e-3)
+
+
+@pytest.mark.parametrize("name", ["song", "adm", "ddpm", "simple", "edm2", "uvit"])
+def test_tokens_enter_networks_of_convolutions_with_mean_0_and_variance_1(name, given, seen):
+    """So that another encoder's scale is nothing to them; the U-ViT's after its linear map."""
+    network = stirred(told(WITH_TEXT[name]()))
+    before = network(*seen, **given)
+    text = given["text"]
+    if name == "uvit":
+        with torch.no_grad():
+            for parameter in network.text[0].parameters():
+                parameter *= 3
+    else:
+        text = 3 * text + 1
+    close(network(*seen, **given | {"text": text}), before, 1e-3)
 
 
 def test_a_networks_first_output_is_that_without_text(make, given, seen):
