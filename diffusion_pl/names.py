@@ -7,8 +7,9 @@ control characters escaped.
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from diffusion_pl.errors import UserError
 
@@ -18,6 +19,7 @@ _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\
 # As in jack-o'-lantern, and/or, crane (bird).
 _IN_WORDS = re.compile(r"(?<=\w)['/](?=[\w-])|(?<= )\((?=\w)|(?<=\w)\)$")
 _LONGEST = 200  # file systems take 255 bytes
+_LISTED, _LONGEST_LISTED = 12, 60  # names, and characters of each, in a message
 
 
 def unfit(name: str) -> str | None:
@@ -87,3 +89,29 @@ def refuse_controls(word: str, where: str) -> None:
             f"{where}: contains the control character {shown(bad)} (got "
             f"{shown(word)}); leave it out"
         )
+
+
+def there_are(word: str, known: Iterable[str]) -> str:
+    """The end of an error on a word that names nothing: what there is, and the nearest of it.
+
+    Args:
+        word: as it was written.
+        known: what it could have named, in order.
+    """
+    names = list(dict.fromkeys(known))
+    if not names:
+        return ""
+    by_lower = {each.lower(): each for each in names}
+    near = difflib.get_close_matches(word.lower(), list(by_lower), 1)
+    meant = f"; did you mean {_short(by_lower[near[0]])!r}?" if near else ""
+    return f"; there are: {listed(names)}{meant}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names with commas between, the first of many, those of strangers made harmless."""
+    more = ", ..." if len(names) > _LISTED else ""
+    return ", ".join(map(_short, names[:_LISTED])) + more
+
+
+def _short(name: str) -> str:
+    return shown(name if len(name) <= _LONGEST_LISTED else f"{name[:_LONGEST_LISTED]}...")

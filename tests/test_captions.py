@@ -232,10 +232,112 @@ def test_the_first_image_may_be_without_a_caption(tmp_path, kind):
 
 def test_what_is_wanted_and_not_there_is_refused(tmp_path, capsys):
     source = fill(tmp_path / "x", pictures())
-    assert "has no captions; leave out --captions" in refused(source, capsys, "--captions")
+    said = "has no captions; leave out what asks for them: --captions, --caption or --encode"
+    assert said in refused(source, capsys, "--captions")
     assert "--caption alt is no column" in refused(source, capsys, "--caption", "alt")
     tar = tarred(tmp_path / "x.tar", pictures())
+    assert said in refused(tar, capsys, "--captions")
     assert "no member .alt beside" in refused(tar, capsys, "--caption", "alt")
+
+
+def prompted(kind: str, place: Path) -> Path:
+    """Images with words where none are looked for: json.prompt, a column; .alt and .cls, too."""
+    more = {f"{i}.json": json.dumps({"width": 4, "prompt": w}).encode()
+            for i, w in enumerate(WORDS)}  # fmt: skip
+    more |= {f"{i}.alt": b"x" for i in range(5)} | {f"{i}.cls": b"0" for i in range(5)}
+    if kind == "tar":
+        return tarred(place / "x.tar", dict(sorted((pictures() | more).items())))
+    if kind == "folder":
+        return fill(place / "x", pictures() | more)
+    if kind == "csv":
+        return fill(place / "x", pictures() | rows("prompt", "csv"))
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    images = [{"bytes": each, "path": None} for each in pictures().values()]
+    table = pyarrow.table({"image": images, "prompt": list(WORDS), "width": [4] * 5})
+    parquet.write_table(table, place / "x.parquet")
+    return place / "x.parquet"
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder", "csv", "parquet"])
+def test_a_mistyped_caption_is_refused_with_what_is_there(tmp_path, capsys, kind):
+    """Before anything is written; the same where captions are wanted and none has a usual name."""
+    source = prompted(kind, tmp_path)
+    start, there = ("json.", "alt, cls, json.width, json.prompt")
+    if kind in ("csv", "parquet"):
+        start, there = "", "prompt" if kind == "csv" else "image, prompt, width"
+    error = refused(source, capsys, "--caption", f"{start}promt")
+    assert f"there are: {there}; did you mean '{start}prompt'?" in error
+    for option in (["--captions"], ["--encode", "minilm"]):
+        error = refused(source, capsys, *option)
+        assert (
+            "has no captions by their usual names (caption, captions, text, texts, .txt)" in error
+        )
+        assert f"which of these they are: {there if kind != 'parquet' else 'prompt'};" in error
+    assert not (tmp_path / "refused").exists()
+    # One of two is enough to be wrong; and the right one is taken.
+    assert "promt" in refused(source, capsys, "--caption", f"{start}prompt,{start}promt")
+    assert kept(done(source, "--caption", f"{start}prompt")) == of(WORDS)
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder", "csv", "jsonl", "coco", "parquet"])
+def test_named_captions_that_hold_no_words_are_refused(tmp_path, capsys, kind):
+    """A field that is there and empty in every image; without being named it is a note."""
+    more = fields("caption", [None, 1, "", [], " "])
+    if kind in ("csv", "jsonl"):
+        more = rows("caption", kind, [""] * 5)
+    if kind == "coco":
+        more = {"captions.json": json.dumps({"annotations": [], "images": [
+            {"id": i, "file_name": f"{i}.png"} for i in range(5)]}).encode()}  # fmt: skip
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        images = [{"bytes": each, "path": None} for each in pictures().values()]
+        table = pyarrow.table({"image": images, "caption": ["", None, " ", "", ""]})
+        source = tmp_path / "x.parquet"
+        parquet.write_table(table, source)
+    else:
+        make, name = (tarred, "x.tar") if kind == "tar" else (fill, "x")
+        source = make(tmp_path / name, dict(sorted((pictures() | more).items())))
+    named = {"tar": "json.caption", "folder": "json.caption", "coco": "captions.json"}
+    wanted = [["--caption", named.get(kind, "caption")], ["--encode", "minilm"]]
+    for option in wanted[: 1 if kind == "coco" else 2]:
+        error = refused(source, capsys, *option)
+        assert "no caption of any of the 5 images" in error or "names none of the 5" in error
+        assert not (tmp_path / "refused").exists()
+        if kind == "folder":
+            assert "1 no words, left out; 2 empty, left out" in error
+    assert prepare(source, tmp_path / "fine", "--workers", "1", resolutions="4") == 0
+
+
+def test_a_coco_file_of_other_images_is_refused(tmp_path, capsys):
+    source = fill(tmp_path / "x", pictures())
+    apart = coco(tmp_path / "y") / "annotations" / "captions_train2017.json"
+    error = refused(source, capsys, "--caption", str(apart))
+    assert "names none of the 5 images" in error and "it has 000000000000.jpg" in error
+    assert "there are 0.png, 1.png, 2.png, ..." in error
+
+
+def test_mistyped_labels_and_images_are_refused_with_what_is_there(tmp_path, capsys):
+    tar = prompted("tar", tmp_path)
+    error = refused(tar, capsys, "--label", "json.widht")
+    assert "there are: alt, cls, json.width, json.prompt; did you mean 'json.width'?" in error
+    assert "did you mean 'cls'?" in refused(tar, capsys, "--label", "clss")
+    error = refused(tar, capsys, "--image", "pngg")
+    assert "there are: alt, cls, json, png; did you mean 'png'?" in error
+    table = prompted("csv", tmp_path)
+    error = refused(table, capsys, "--label", "promt")
+    assert "there are: file_name, prompt; did you mean 'prompt'?" in error
+
+
+def test_names_of_strangers_are_harmless_and_few(tmp_path, capsys):
+    odd = {"a\x1b[2J": 1, "b" * 500: 2} | {f"f{i}": i for i in range(50)}
+    tar = tarred(tmp_path / "x.tar", pictures(1) | {"0.json": json.dumps(odd).encode()})
+    error = refused(tar, capsys, "--caption", "json.c")
+    assert "\x1b" not in error and "json.a\\x1b[2J" in error and "f9, ..." in error
+    assert len(error) < 500
 
 
 def test_words_that_are_labels_are_no_captions(tmp_path):

@@ -433,7 +433,7 @@ def test_the_command_says_what_is_missing(bare, tmp_path, capsys):
     empty.mkdir()
     mute = fill(tmp_path / "mute", {"0.png": file(noise(0))})
     assert prepare(mute, tmp_path / "x", "--encode", "minilm") == 2
-    assert "has no captions; leave out --captions" in capsys.readouterr().err
+    assert "has no captions; leave out what asks" in capsys.readouterr().err
     assert prepare(mute, tmp_path / "x") == 0
     capsys.readouterr()
     for words, problem in (

@@ -139,7 +139,9 @@ def test_metadata_of_a_folder_is_read(tmp_path, capsys):
     source = fill(tmp_path / "jsonl", images | {"metadata.jsonl": lines.encode()})
     assert manifest(_prepared(source))["classes"] == 0
     assert _levels(_prepared(source, "--label", "kind")) == {"0": {0, 10}, "1": {20, 30}}
-    assert "no column 'sort' (file_name, kind)" in _refused(source, capsys, "--label", "sort")
+    assert "no column 'sort'; there are: file_name, kind" in _refused(
+        source, capsys, "--label", "sort"
+    )
     numbers = "\n".join(["file_name,label", "0.png,2", "1.png,10", "2.png,0", "3.png,2.0"])
     dest = _prepared(fill(tmp_path / "numbers", images | {"metadata.csv": numbers.encode()}))
     assert _levels(dest) == {"0": {20}, "2": {0, 30}, "10": {10}}

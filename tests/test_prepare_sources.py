@@ -319,8 +319,8 @@ def test_a_broken_image_in_a_table_is_named_by_its_row(tmp_path, capsys):
     [
         ({"text": ["a"]}, (), "no column of images (text)"),
         ({"a": [b""], "b": [b""]}, (), "several columns may be the images (a, b); choose by"),
-        ({"a": [b""]}, ("--image", "c"), "no column 'c' (a)"),
-        ({"a": [b""]}, ("--label", "c"), "no column 'c' (a)"),
+        ({"a": [b""]}, ("--image", "c"), "no column 'c'; there are: a"),
+        ({"a": [b""]}, ("--label", "c"), "no column 'c'; there are: a"),
         ({"a": [b""], "label": [1.5]}, (), "column 'label' holds 1.5, no label"),
         ({"a": [b"", b""], "label": [1, None]}, (), "column 'label' holds None, no label"),
         (

@@ -38,10 +38,11 @@ from diffusion_pl.data.labels import (
     sort_class_names,
 )
 from diffusion_pl.data.metadata import METADATA, columns_named, folders_above, json_of, rows_of
-from diffusion_pl.data.sources.captions import CaptionSource
-from diffusion_pl.data.sources.folder_captions import FolderCaptions, find_captions
+from diffusion_pl.data.sources.captions import CaptionSource, absent
+from diffusion_pl.data.sources.folder_captions import FolderCaptions, find_captions, offered
 from diffusion_pl.data.splits import ALL, is_split, split_of
 from diffusion_pl.errors import UserError
+from diffusion_pl.names import there_are
 
 _PACKED = "dataset.json"
 
@@ -121,6 +122,8 @@ def list_images(
     said = FolderCaptions()
     if captions is not False:
         said = find_captions(path, files, others, images, caption)
+        if captions and said.source is None:
+            raise absent(path, offered(files, others, images))
         notes += said.notes
     found: ImageLabels | None = None
     read: set[str] = set()
@@ -336,7 +339,7 @@ def _tabled(
     columns = [str(each) for each in rows[0]]
     wanted = column or ("label" if "label" in columns else None)
     if wanted is not None and wanted not in columns:
-        raise UserError(f"{where}: no column {wanted!r} ({', '.join(columns)})")
+        raise UserError(f"{where}: no column {wanted!r}{there_are(wanted, columns)}")
     rest = [each for each in columns if each not in ("file_name", wanted, *captions)]
     if rest:
         notes.append(f"not read of {where}: {columns_named(rest)}")

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from diffusion_pl.data.files import CONTROL, Files
 from diffusion_pl.data.sources.base import digest_of
+from diffusion_pl.errors import UserError
+from diffusion_pl.names import listed
 
 LARGEST = 1024**2  # bytes of a file or cell with captions of one image
 LONGEST = 4096  # bytes of a caption
@@ -22,6 +24,8 @@ MOST = 100  # captions an image
 LIKE_CAPTIONS = ("caption", "captions", "text", "texts")
 
 LOOKED = 100  # .json files of which the fields are looked for them; images may have none
+
+_ASKING = "--captions, --caption or --encode"
 
 # In the place of captions that were not read.
 TOO_LARGE, NO_JSON = object(), object()
@@ -184,6 +188,40 @@ def _lines(data: bytes, problems: Counter[str]) -> Iterator[str]:
                 yield line.decode()
             except UnicodeDecodeError:
                 problems[_CODE] += 1
+
+
+def absent(path: str, known: Sequence[str]) -> UserError:
+    """The error where captions are wanted and none are found.
+
+    Args:
+        path: of the source.
+        known: what `--caption` could name there.
+    """
+    if not known:
+        return UserError(f"{path}: has no captions; leave out what asks for them: {_ASKING}")
+    return UserError(
+        f"{path}: has no captions by their usual names ({', '.join(LIKE_CAPTIONS)}, .txt); say by "
+        f"--caption which of these they are: {listed(known)}; or leave out what asks for them: "
+        f"{_ASKING}"
+    )
+
+
+def refuse_empty(source: CaptionSource, images: int, path: str) -> None:
+    """Refuse a source in which no image has a caption, before anything is written.
+
+    Looks until the first caption, which mostly is that of the first image.
+
+    Raises:
+        UserError: says what was there instead.
+    """
+    problems: Counter[str] = Counter()
+    if any(cleaned(source.reader.read(index), problems) for index in range(images)):
+        return
+    said = f" ({'; '.join(f'{n:,} {kind}' for kind, n in problems.items())})" if problems else ""
+    raise UserError(
+        f"{path}: {source.origin}: holds no caption of any of the {images:,} images{said}; see "
+        f"--caption, or leave out what asks for captions: {_ASKING}"
+    )
 
 
 def caption_notes(problems: Counter[str], bare: int, images: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diffusion_pl.data.files import LARGEST_FILE, Files
+from diffusion_pl.data.labels import first_few
 from diffusion_pl.data.metadata import METADATA, columns_named, folders_above, json_of, rows_of
 from diffusion_pl.data.sources.captions import (
     LARGEST,
@@ -25,7 +26,7 @@ from diffusion_pl.data.sources.captions import (
 )
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import read_small
-from diffusion_pl.names import shown
+from diffusion_pl.names import shown, there_are
 
 # Files of captions as COCO names them: captions_train2017.json.
 _COCO = re.compile(r"captions?[-_ ]?.*\.json", re.IGNORECASE)
@@ -96,23 +97,44 @@ def _named(
         if captions is None:
             raise UserError(f"{name}: no COCO file of captions (no images and annotations in it)")
         values, notes = _of(captions, name if inside else "", images)
+        if not any(values) and not notes:
+            raise UserError(
+                f"{name}: names none of the {len(images):,} images of {path} (it has "
+                f"{first_few([*map(shown, captions)])}; there are {first_few(images)})"
+            )
         read = {name} if inside else set()
         return FolderCaptions(CaptionSource(Listed(values), name), read, notes=notes)
     table = _table(files, there, images)
     if table is not None and set(words) <= set(table.columns):
         return table.captions(images, words)
     places = []
-    for word in words:
+    columns = () if table is None else table.columns
+    for word in sorted(words, key=lambda word: word in columns):  # what is none is told first
         named = word[5:] if word.lower().startswith("json.") else None
         found = _beside(images, there, "json" if named else word.lower(), named)
-        if found is None:
-            columns = f" ({columns_named(table.columns)})" if table is not None else ""
+        if found is None or (
+            named is not None and named not in _fields(files, (each[0] for each in found if each))
+        ):
             raise UserError(
-                f"{path}: --caption {word} is no column of {' or '.join(METADATA)}{columns} and no "
-                f"ending of files beside the images"
+                f"{path}: --caption {word} is no column of {' or '.join(METADATA)}, no ending of "
+                f"files beside the images and no field of their .json"
+                f"{there_are(word, offered(files, there, images))}"
             )
         places.append(found)
     return _joined(files, places, images)
+
+
+def offered(files: Files, others: Iterable[str], images: Sequence[str]) -> list[str]:
+    """What `--caption` could name: columns, endings beside images, fields, COCO files."""
+    there = set(others)
+    table = _table(files, there, images)
+    stems = {str(PurePosixPath(image).with_suffix("")) for image in images}
+    places = [PurePosixPath(name) for name in sorted(there)]
+    beside = [p.suffix[1:] for p in places if p.suffix and str(p.with_suffix("")) in stems]
+    found = [*(() if table is None else table.columns), *beside]
+    found += [f"json.{each}" for each in _fields_beside(files, images, there)]
+    found += [str(each) for each in places if _COCO.fullmatch(each.name)]
+    return [each for each in dict.fromkeys(found) if each != "json"]
 
 
 def _outside(path: str, name: str) -> bytes:
@@ -189,11 +211,17 @@ def _joined(files: Files, found: list[_Places], images: Sequence[str]) -> Folder
     return FolderCaptions(CaptionSource(Beside(files, places), ", ".join(origin)), read)
 
 
-def _fields_beside(files: Files, images: Sequence[str], there: set[str]) -> set[str]:
+def _fields_beside(files: Files, images: Sequence[str], there: set[str]) -> list[str]:
     """The fields of the first .json files beside images."""
     names = (str(PurePosixPath(image).with_suffix(".json")) for image in images)
-    read = (files.read(name) for name in names if name in there and files.size(name) <= LARGEST)
-    return {field for data in islice(read, LOOKED) for field in fields_of(data) or {}}
+    return list(dict.fromkeys(_fields(files, islice((n for n in names if n in there), LOOKED))))
+
+
+def _fields(files: Files, names: Iterable[str]) -> Iterator[str]:
+    """The fields of .json files, one file after the other; large files have none."""
+    for name in names:
+        if files.size(name) <= LARGEST:
+            yield from fields_of(files.read(name)) or {}
 
 
 # COCO.

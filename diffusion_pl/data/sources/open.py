@@ -13,6 +13,7 @@ from diffusion_pl.data.files import EXTENSIONS, ending_of, is_leftover
 from diffusion_pl.data.shard_format import INDEX, MANIFEST
 from diffusion_pl.data.sources import folder
 from diffusion_pl.data.sources.base import Originals, SourceSpec
+from diffusion_pl.data.sources.captions import absent, refuse_empty
 from diffusion_pl.errors import UserError
 
 Kind = Literal["synthetic", "folder", "zip", "cifar10", "tars", "lmdb", "parquet"]
@@ -127,7 +128,9 @@ def open_originals(spec: SourceSpec, resolutions: Sequence[int]) -> tuple[Kind, 
     if spec.labels and originals.labels is None:
         raise UserError(f"{spec.path}: has no labels; leave out --labels")
     if spec.captions and originals.captions is None:
-        raise UserError(f"{spec.path}: has no captions; leave out --captions, or see --caption")
+        raise absent(spec.path, [])
+    if originals.captions is not None and (spec.captions or spec.caption is not None):
+        refuse_empty(originals.captions, originals.count, spec.path)
     if spec.labels is False and originals.labels is not None:
         bare = replace(originals, labels=None, classes=0, class_names=None, labels_from="")
         return kind, bare

@@ -26,10 +26,12 @@ from diffusion_pl.data.sources.captions import (
     LIKE_CAPTIONS,
     TOO_LARGE,
     CaptionSource,
+    absent,
 )
 from diffusion_pl.data.splits import files_of_split
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import last_change, regular
+from diffusion_pl.names import there_are
 
 _LABELS = 1024  # rows read at a time
 _LONGEST_LABEL = 1000  # bytes
@@ -237,7 +239,7 @@ def open_parquet(files: Sequence[Path], name: str, spec: SourceSpec) -> Original
     for file, schema in zip(files, schemas, strict=True):
         for wanted in (column, *([label] if label else []), *captions):
             if wanted not in schema.names:
-                raise UserError(f"{file}: no column {wanted!r} ({', '.join(schema.names)})")
+                raise UserError(f"{file}: no column {wanted!r}{there_are(wanted, schema.names)}")
         if label and _known_names(schema, label) != _known_names(schemas[0], label):
             raise UserError(
                 f"{file}: its column {label!r} names other classes than that of {files[0].name}, "
@@ -291,7 +293,11 @@ def _caption_columns(schema: Any, spec: SourceSpec, label: str | None) -> list[s
             )
         return spec.caption_fields
     names = [each for each in LIKE_CAPTIONS if each in schema.names and each != label]
-    return [each for each in names if holds(schema.field(each).type)][:1]
+    found = [each for each in names if holds(schema.field(each).type)][:1]
+    if spec.captions and not found:
+        known = [name for name in schema.names if name != label and holds(schema.field(name).type)]
+        raise absent(spec.path, known)
+    return found
 
 
 def _label_column(schema: Any, file: Path) -> str | None:

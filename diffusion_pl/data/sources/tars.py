@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -42,12 +42,14 @@ from diffusion_pl.data.sources.captions import (
     LOOKED,
     TOO_LARGE,
     CaptionSource,
+    absent,
     content,
     fields_of,
 )
 from diffusion_pl.data.splits import ALL, files_of_split
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import last_change, regular
+from diffusion_pl.names import there_are
 
 _BLOCK = 512
 
@@ -157,7 +159,10 @@ def _pick(
     if image is not None and image.lower() != ALL:
         for number, sample in samples:
             if image.lower() not in sample.members:
-                raise UserError(f"{files[number]}: {sample.key} has no member .{image}")
+                known = [each for _, other in samples for each in other.members]
+                raise UserError(
+                    f"{files[number]}: {sample.key} has no member .{image}{there_are(image, known)}"
+                )
         return [(number, sample, image.lower()) for number, sample in samples]
     found = [(number, sample, _images(sample, label, files[number])) for number, sample in samples]
     every = [(number, sample, each) for number, sample, images in found for each in images]
@@ -198,8 +203,9 @@ def _labels(
             members = [_member(sample, image, ending) for _, sample, image in picked]
     if None in members:
         number, sample, image = picked[members.index(None)]
+        offered = there_are(wanted or "", _offered(files, picked)) if not any(members) else ""
         raise UserError(
-            f"{files[number]}: {_name(sample, image)} has no member .{ending}, its label"
+            f"{files[number]}: {_name(sample, image)} has no member .{ending}, its label{offered}"
         )
     values: list[Any] = []
     for (number, sample, _), member in zip(picked, members, strict=True):
@@ -211,6 +217,11 @@ def _labels(
         else:
             data = _bytes(str(files[number]), *_small(place, _LARGEST_JSON, where))
             values.append(_parsed(data, where).get(field))
+    if field is not None and all(value is None for value in values):
+        raise UserError(
+            f"{files[0]}: --label json.{field}: no field {field!r} of .json beside an image"
+            f"{there_are(f'json.{field}', _offered(files, picked))}"
+        )
     source = f"field {field!r} of .json" if field is not None else f"members .{ending}"
     found = number_labels(values, f"{files[0].parent}: {source}")
     found.source = source
@@ -251,13 +262,20 @@ def _captions(
     read: set[tuple[int, str, str]] = set()
     for ending, name in wanted:
         found = [_member(sample, image, ending) for _, sample, image in picked]
-        if not any(found) and spec.caption is not None:
-            raise UserError(f"{files[0]}: no member .{ending} beside an image; see --caption")
+        if spec.caption is not None and not _holds(files, picked, found, name):
+            word = ending if name is None else f"json.{name}"
+            what = f"member .{ending}" if name is None else f"field {name!r} of .json"
+            raise UserError(
+                f"{spec.path}: --caption {word}: no {what} beside an image"
+                f"{there_are(word, _offered(files, picked))}"
+            )
         for place, (number, sample, _), member in zip(places, picked, found, strict=True):
             if member is not None:
                 place.append((number, *sample.members[member], name))
                 read.add((number, sample.key, member))
     if not read:
+        if spec.captions:
+            raise absent(spec.path, _offered(files, picked))
         return None, read
     origin = [f"members .{e}" if f is None else f"field {f!r} of .json" for e, f in wanted]
     reader = _TarCaptions([str(each) for each in files], places)
@@ -283,14 +301,47 @@ def _caption_members(
     return [("json", each) for each in like[:1]]
 
 
-def _caption_fields(files: Sequence[Path], picked: Sequence[_Picked]) -> set[str]:
+def _holds(
+    files: Sequence[Path],
+    picked: Sequence[_Picked],
+    found: Sequence[str | None],
+    field: str | None,
+) -> bool:
+    """Whether a member was found, and a .json among them with the field."""
+    if field is None:
+        return any(found)
+    each = zip(picked, found, strict=True)
+    return field in _fields_of(files, ((n, sample, e) for (n, sample, _), e in each if e))
+
+
+def _caption_fields(files: Sequence[Path], picked: Sequence[_Picked]) -> list[str]:
     """The fields of the first .json members of images."""
     members = (
-        (str(files[number]), *sample.members[member])
+        (number, sample, member)
         for number, sample, image in picked
-        if (member := _member(sample, image, "json")) and sample.members[member].size <= LARGEST
+        if (member := _member(sample, image, "json"))
     )
-    return {field for each in islice(members, LOOKED) for field in fields_of(_bytes(*each)) or {}}
+    return list(dict.fromkeys(_fields_of(files, islice(members, LOOKED))))
+
+
+def _fields_of(files: Sequence[Path], members: Iterable[_Picked]) -> Iterator[str]:
+    """The fields of .json members, one after the other; large members have none."""
+    for number, sample, member in members:
+        place = sample.members[member]
+        if place.size <= LARGEST:
+            yield from fields_of(_bytes(str(files[number]), *place)) or {}
+
+
+def _offered(files: Sequence[Path], picked: Sequence[_Picked]) -> list[str]:
+    """The endings and fields that --caption and --label could name."""
+    endings = []
+    for _, sample, image in picked:
+        stem = image.rpartition(".")[0]
+        for each in sample.members:
+            own = each.removeprefix(f"{stem}.") if stem else each
+            if _last(each) not in EXTENSIONS and each not in ("", "json") and "." not in own:
+                endings.append(own)
+    return [*dict.fromkeys(endings), *(f"json.{each}" for each in _caption_fields(files, picked))]
 
 
 def _tops(picked: Sequence[_Picked]) -> list[str]:
