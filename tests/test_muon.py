@@ -51,6 +51,21 @@ def test_steps_are_those_of_torch(ours, theirs, nesterov):
         assert (a - first).norm() > 0.5 * (b - first).norm()
 
 
+def test_kernels_are_taken_as_matrices_of_their_first_dimension_by_the_rest():
+    start = [draw(6, 4, 3, 3), draw(40, 2, 3, 3, seed=1), draw(6, 36, seed=2)]
+    options = {"lr": 0.1, "weight_decay": 0.3}
+    mine = stepped(lambda p: Muon(p, flatten=True, **options), start)
+    parameters = [nn.Parameter(each.flatten(1).clone()) for each in start]
+    optimizer = Muon(parameters, **options)
+    for step in range(4):
+        for number, (parameter, each) in enumerate(zip(parameters, start, strict=True)):
+            grad = draw(*each.shape, seed=100 * step + number, dtype=each.dtype)
+            parameter.grad = grad.flatten(1)
+        optimizer.step()
+    for kernel, matrix in zip(mine, parameters, strict=True):
+        torch.testing.assert_close(kernel.flatten(1), matrix)
+
+
 def test_matrices_of_one_shape_do_not_know_of_each_other():
     start = [draw(4, 7), draw(7, 4, seed=1), draw(4, 7, seed=2)]
     together = stepped(Muon, start)

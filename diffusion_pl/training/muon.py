@@ -53,6 +53,8 @@ class Muon(Optimizer):
         scale: of a step on a matrix (rows, columns): `shape` is sqrt(max(1, rows / columns)), the
             published one; `adam` is 0.2 sqrt(max(rows, columns)), with which a step is as long as
             AdamW's (Liu et al. 2025, arXiv:2502.16982), whose lr then fits.
+        flatten: take parameters of more dimensions too, as matrices of their first dimension by
+            all others, as Jordan does with the kernels of convolutions.
 
     Raises:
         UserError: parameters that are no matrices, or numbers out of range.
@@ -66,6 +68,7 @@ class Muon(Optimizer):
         nesterov: bool = True,
         weight_decay: float = 0.0,
         scale: Scale = "shape",
+        flatten: bool = False,
     ) -> None:
         if not (lr >= 0 and weight_decay >= 0 and 0 <= momentum < 1):
             raise UserError(
@@ -81,9 +84,10 @@ class Muon(Optimizer):
         super().__init__(params, defaults)
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.ndim != 2:
+                if parameter.ndim != 2 and not (flatten and parameter.ndim > 2):
                     shape = tuple(parameter.shape)
-                    raise UserError(f"Muon only supports 2D parameters (got shape {shape})")
+                    more = "flatten takes those of more; " if parameter.ndim > 2 else ""
+                    raise UserError(f"Muon only supports 2D parameters ({more}got shape {shape})")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -96,7 +100,7 @@ class Muon(Optimizer):
             alike: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    update = whole(self._momentum(parameter, group))
+                    update = whole(self._momentum(parameter, group)).flatten(1)
                     wide = update if update.shape[0] <= update.shape[1] else update.mT
                     key = (*wide.shape, update.device, update.dtype)
                     alike.setdefault(key, []).append((parameter, wide))
@@ -104,8 +108,10 @@ class Muon(Optimizer):
                 found = torch.stack([wide for _, wide in pairs])
                 found = orthogonal(found.bfloat16() if found.is_cuda else found)
                 for (parameter, _), wide in zip(pairs, found, strict=True):
-                    rows, columns = parameter.shape
-                    step = (wide if rows <= columns else wide.mT).to(parameter.dtype)
+                    rows = parameter.shape[0]
+                    columns = parameter.numel() // rows
+                    matrix = (wide if rows <= columns else wide.mT).to(parameter.dtype)
+                    step = matrix.reshape(parameter.shape)
                     factor = _factor(rows, columns, group["scale"])
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(part(step, parameter), alpha=-group["lr"] * factor)

@@ -1,0 +1,143 @@
+"""cifar10_small beside the settings it had before: the distance at the end, and the time to it.
+
+Three seeds of each are trained in turn, former first, each by its own `train` command, and measured
+as their experiment says and over pixels; one run of either kind is measured against the images of
+the test batch, too. The wall and the CPU time are the whole command's, from its start to its
+last number; for the quiet time of an image alone, --time trains both for a few thousand images in
+turn and records the medians.
+
+    make bench BENCH=recipe                # all that is not yet recorded
+    .venv/bin/python -m benchmarks.recipe --time
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import hardware
+from diffusion_pl.evaluation.provenance import commit
+from diffusion_pl.training.history import History
+
+ROOT = Path(__file__).parents[1]
+RECORD = Path(__file__).parent / "results" / "recipe.json"
+RUNS = ROOT / "runs" / "recipe"
+EXPERIMENT = "cifar10_small"
+SEEDS = (0, 1, 2)
+TIMED = 3_200
+TURNS = 5
+ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+
+# What cifar10_small was until 2026-11-30.
+FORMER = [
+    "optimizer={_target_: torch.optim.Adam, _partial_: true, lr: 4e-3, betas: [0.9, 0.999], "
+    "eps: 1e-8, fused: true}",
+    "lr_schedule={_target_: diffusion_pl.training.lr_schedule.WarmupDecay, warmup: 2000}",
+    "ema={_target_: diffusion_pl.training.ema.EMA, half_life: 8000, ramp_up: 0.1}",
+    "data.batch_size=32",
+    "trainer.total_images=89600",
+    "trainer.checkpoint_every=44800",
+]  # fmt: skip
+RECIPES: dict[str, list[str]] = {"former": FORMER, "recipe": []}
+
+
+def command(*words: str) -> tuple[str, float, float]:
+    """Run the command line of the package: its output, its wall and its CPU seconds.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffusion_pl", *words], cwd=ROOT, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"{' '.join(words)} failed: {said[-2000:]}")
+    return said, time.monotonic() - started, usage.ru_utime + usage.ru_stime
+
+
+def train(name: str, seed: int) -> dict[str, Any]:
+    """Train a recipe to its end and measure it."""
+    run = RUNS / f"{name}-{seed}"
+    # The experiment's own evaluations on the way would count as time of training.
+    words = [*RECIPES[name], f"seed={seed}", "evaluation.every=1_000_000", "--run", str(run)]
+    _, wall, cpu = command("train", EXPERIMENT, *words)
+    rows = History(run / "metrics.jsonl").rows()
+    end = next(row for row in reversed(rows) if str(row.get("name", "")).startswith("fd@"))
+    said, _, _ = command(
+        "evaluate", str(run), "--features", "pixels", "--metrics", "frechet", "--json"
+    )
+    return {
+        "recipe": name,
+        "seed": seed,
+        "overrides": RECIPES[name],
+        "images": end["images"],
+        "name": end["name"],
+        "shapes": end["value"],
+        "pixels": json.loads(said)["measures"][0]["value"],
+        "seconds": round(wall),
+        "cpu_seconds": round(cpu),
+        "commit": commit(),
+    }
+
+
+def timed(name: str, turn: int) -> tuple[float, float]:
+    """Wall and CPU seconds of an image, less the start: of twice as many images less once."""
+    found = []
+    for images in (TIMED, 2 * TIMED):
+        run = RUNS / "timed" / f"{name}-{turn}-{images}-{os.getpid()}"
+        words = [*RECIPES[name], f"trainer.total_images={images}", "evaluation.count=1"]
+        words += ["evaluation.metrics=[]", "evaluation.every=1_000_000"]
+        cooldown = f"lr_schedule.cooldown={images // 2}"
+        _, wall, cpu = command("train", EXPERIMENT, *words, cooldown, "--run", str(run))
+        found.append((wall, cpu))
+    (wall, cpu), (wall_2, cpu_2) = found
+    return (wall_2 - wall) / TIMED, (cpu_2 - cpu) / TIMED
+
+
+def main() -> None:
+    """Measure what is asked for and write the record."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--time", action="store_true", help="of an image, in turn")
+    chosen = options.parse_args()
+    known = json.loads(RECORD.read_text()) if RECORD.exists() else {"runs": [], "images": {}}
+
+    def write() -> None:
+        whole = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), **known}
+        RECORD.write_text(json.dumps(whole, indent=1) + "\n")
+
+    if chosen.time:
+        turns = [{name: timed(name, turn) for name in RECIPES} for turn in range(TURNS)]
+        for at, kind in enumerate(("seconds", "cpu_seconds")):
+            of_image = {
+                name: statistics.median(turn[name][at] for turn in turns) for name in RECIPES
+            }
+            ratios = [turn["recipe"][at] / turn["former"][at] for turn in turns]
+            known["images"][kind] = {**of_image, "ratios": [round(each, 3) for each in ratios]}
+        write()
+    else:
+        for seed in SEEDS:
+            for name, overrides in RECIPES.items():
+                done = [
+                    row for row in known["runs"] if (row["recipe"], row["seed"]) == (name, seed)
+                ]
+                if not any(row["overrides"] == overrides for row in done):
+                    kept = [row for row in known["runs"] if row not in done]
+                    known["runs"] = [*kept, train(name, seed)]
+                    write()
+    print(json.dumps(known, indent=1))
+
+
+if __name__ == "__main__":
+    main()
