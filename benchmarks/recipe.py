@@ -1,12 +1,12 @@
 """cifar10_small beside the settings it had before: the distance at the end, and the time to it.
 
 Three seeds of each are trained in turn, former first, each by its own `train` command, and measured
-as their experiment says and over pixels; one run of either kind is measured against the images of
-the test batch, too. The wall and the CPU time are the whole command's, from its start to its
-last number; for the quiet time of an image alone, --time trains both for a few thousand images in
-turn and records the medians.
+as their experiment says and over pixels. The wall and the CPU time are the whole command's, from
+its start to its last number; for the quiet time of an image, --time trains both for a few thousand
+images in turn and records the medians.
 
     make bench BENCH=recipe                # all that is not yet recorded
+    .venv/bin/python -m benchmarks.recipe --only former --devices 1
     .venv/bin/python -m benchmarks.recipe --time
 """
 
@@ -67,11 +67,12 @@ def command(*words: str) -> tuple[str, float, float]:
     return said, time.monotonic() - started, usage.ru_utime + usage.ru_stime
 
 
-def train(name: str, seed: int) -> dict[str, Any]:
+def train(name: str, seed: int, devices: int) -> dict[str, Any]:
     """Train a recipe to its end and measure it."""
     run = RUNS / f"{name}-{seed}"
     # The experiment's own evaluations on the way would count as time of training.
-    words = [*RECIPES[name], f"seed={seed}", "evaluation.every=1_000_000", "--run", str(run)]
+    words = [*RECIPES[name], f"seed={seed}", "evaluation.every=1_000_000", "evaluation.losses=null"]
+    words += [f"trainer.devices={devices}", "--run", str(run)]
     _, wall, cpu = command("train", EXPERIMENT, *words)
     rows = History(run / "metrics.jsonl").rows()
     end = next(row for row in reversed(rows) if str(row.get("name", "")).startswith("fd@"))
@@ -82,6 +83,7 @@ def train(name: str, seed: int) -> dict[str, Any]:
         "recipe": name,
         "seed": seed,
         "overrides": RECIPES[name],
+        "devices": devices,
         "images": end["images"],
         "name": end["name"],
         "shapes": end["value"],
@@ -110,11 +112,17 @@ def main() -> None:
     """Measure what is asked for and write the record."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--time", action="store_true", help="of an image, in turn")
+    options.add_argument("--only", choices=list(RECIPES))
+    options.add_argument("--devices", type=int, default=2, help="processes of one thread")
     chosen = options.parse_args()
-    known = json.loads(RECORD.read_text()) if RECORD.exists() else {"runs": [], "images": {}}
+
+    def read() -> dict[str, Any]:
+        return json.loads(RECORD.read_text()) if RECORD.exists() else {"runs": [], "images": {}}
+
+    known = read()
 
     def write() -> None:
-        whole = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), **known}
+        whole = {**known, "date": time.strftime("%Y-%m-%d"), "hardware": hardware()}
         RECORD.write_text(json.dumps(whole, indent=1) + "\n")
 
     if chosen.time:
@@ -128,13 +136,14 @@ def main() -> None:
         write()
     else:
         for seed in SEEDS:
-            for name, overrides in RECIPES.items():
+            for name in [chosen.only] if chosen.only else list(RECIPES):
                 done = [
                     row for row in known["runs"] if (row["recipe"], row["seed"]) == (name, seed)
                 ]
-                if not any(row["overrides"] == overrides for row in done):
-                    kept = [row for row in known["runs"] if row not in done]
-                    known["runs"] = [*kept, train(name, seed)]
+                if not any(row["overrides"] == RECIPES[name] for row in done):
+                    row = train(name, seed, chosen.devices)
+                    known = read()
+                    known["runs"] = [*(each for each in known["runs"] if each not in done), row]
                     write()
     print(json.dumps(known, indent=1))
 

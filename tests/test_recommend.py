@@ -117,9 +117,9 @@ def test_the_budget_is_worth_the_machine(shapes):
     """An hour of CPUs and no more; a slower one sees fewer images, never less than 20,000."""
     found = plan(_as(shapes, 32, count=60_000), shapes, CPU)
     assert found.seconds <= 3600 and found.images < 400 * 60_000
-    # A step of 32 images: the products' time, and 25 ms beside.
-    step = 32 * 3 * operations(32, 16, [1, 2, 4]) / (1.2e11 * 0.55) + 0.025
-    assert found.seconds == pytest.approx(found.images / 32 * step)
+    # A step of 16 images: the products' time, and 25 ms beside.
+    step = 16 * 3 * operations(32, 16, [1, 2, 4]) / (1.2e11 * 0.55) + 0.025
+    assert found.seconds == pytest.approx(found.images / 16 * step)
     slower = plan(_as(shapes, 32, count=60_000), shapes, dataclasses.replace(CPU, speed=6e10))
     assert found.images / 2 < slower.images < 0.6 * found.images and slower.seconds <= 3600
     slow = plan(_as(shapes, 256), shapes, dataclasses.replace(CPU, speed=1e10))

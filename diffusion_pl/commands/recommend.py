@@ -51,7 +51,7 @@ STEP_SECONDS = 0.025  # seconds of a step beside its matrix products
 _MATRIX, _PRODUCTS = 64, 40
 
 BATCH_SIZE = 256  # where the experiment is not found
-_SMALL_BATCH = 32
+_SMALL_BATCH = {"cpu": 16, "gpu": 32}  # small ones keep a GPU waiting
 _BLOCKS = 1
 _MOST_PROCESSES = 4
 _LOWEST = 32  # pixels a side of the network's lowest level, at most
@@ -224,7 +224,7 @@ def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
             f"{lowest} px: prepare the images at {whole} px first"
         )
         return Plan(SMALL, [], 0, None, _prepare_at(manifest, folder, whole), [line])
-    batch_size = _fitting_batch(_SMALL_BATCH, count)
+    batch_size = _fitting_batch(_SMALL_BATCH[on.kind], count)
     rate = _rate(on, side, channels, batch_size)
     images = max(MIN_IMAGES, min(EPOCHS * count, int(rate * TIME_BUDGET[on.kind])))
     images -= images % 1000
@@ -240,6 +240,7 @@ def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
         f"evaluation.every={images // 4}",
         f"evaluation.count={min(500, count)}",
         f"ema.half_life={images // 12}",
+        f"lr_schedule.cooldown={images * 3 // 4}",
     ]
     if on.kind == "gpu":
         overrides += ["trainer.accelerator=auto", "trainer.devices=1"]
