@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check data train slurm preempt sample enlarge inpaint evaluate export import \
-	reference sweep compare report runs watch experiments test test-slow test-hf test-faults test-slurm mutants \
+	reference sweep compare report runs experiments test test-slow test-hf test-faults test-slurm mutants \
 	soak ci-fid bench ladder docs keys clean
 
 help:  ## list the targets
@@ -69,9 +69,6 @@ report: $(STAMP)  ## one HTML file of runs: RUNS="runs/a runs/b" [ARGS="--no-dra
 
 runs: $(STAMP)  ## list the runs with their state and newest number
 	@$(RUN_PYTHON) -m diffusion_pl runs $(ARGS)
-
-watch: $(STAMP)  ## follow a run from another terminal: RUN=runs/quickstart
-	@$(RUN_PYTHON) -m diffusion_pl watch $(if $(RUN),"$$RUN")
 
 experiments: $(STAMP)  ## list the experiments with their published numbers
 	@$(RUN_PYTHON) -m diffusion_pl experiments

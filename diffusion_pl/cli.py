@@ -39,9 +39,8 @@ from diffusion_pl.signals import RESUMABLE, StopError, StopRequest, is_later_ran
 
 COMMANDS = (
     "prepare", "train", "launch", "sample", "evaluate", "reference", "sweep", "compare", "report",
-    "runs", "watch", "replay", "losses", "progressive", "interpolate", "enlarge", "invert",
-    "inpaint", "likelihood", "import", "export", "convert", "verify", "check", "experiments",
-    "completion",
+    "runs", "replay", "losses", "progressive", "interpolate", "enlarge", "invert", "inpaint",
+    "likelihood", "import", "export", "convert", "verify", "check", "experiments", "completion",
 )  # fmt: skip
 
 # A path joins the two slashes of an address; one letter before them is a disk.

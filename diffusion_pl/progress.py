@@ -1,4 +1,4 @@
-"""Progress on stderr: a view or bars on a terminal, lines at intervals elsewhere."""
+"""Progress on stderr: bars on a terminal, lines at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich import progress as bars
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.progress import Progress as Bar
-from rich.text import Text
 
 from diffusion_pl.names import shown
-from diffusion_pl.view import LOSS_WORDS, RunView, as_ascii, clock, speed_text
 
-__all__ = ["Progress", "bar", "clock", "counted", "format_row", "reported", "track"]
-
-REFRESH = 0.5  # seconds between two views
+REFRESH = 0.25  # seconds between movements of the bar
 LINE = 15.0  # seconds between lines where there is no terminal
 PREPARE_LINE = 10.0  # the same for `prepare`
 
@@ -27,6 +22,13 @@ PREPARE_LINE = 10.0  # the same for `prepare`
 Report = Callable[[int, int, int], None]
 
 T = TypeVar("T")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def format_row(row: Mapping[str, Any]) -> str:
@@ -42,148 +44,107 @@ def format_row(row: Mapping[str, Any]) -> str:
 
 
 class Progress:
-    """Progress of training: the view of the run on a terminal, lines elsewhere; both on stderr.
+    """Progress of training: a bar on a terminal, lines elsewhere; both on stderr.
 
-    The speed is that of training alone.
+    The speed is that of training alone; an evaluation has its own bar.
 
     Args:
         total: images of the budget.
         console: where to write; stderr when not given.
-        name: of the run.
-        every: images between evaluations; 0 for none.
     """
 
-    def __init__(
-        self, total: int, console: Console | None = None, *, name: str = "training", every: int = 0
-    ) -> None:
+    def __init__(self, total: int, console: Console | None = None) -> None:
         self.total = total
         self.console = console or Console(file=sys.stderr, soft_wrap=True)
-        self.view = RunView(name, total, every)
+        self.loss: float | None = None
+        self.images = 0
         self.begun = 0  # images at the start of this process
-        self.started = 0.0
-        self.stepped = False  # whether a step was made since
         self.busy = 0.0  # seconds of training since then
         self.last = 0.0  # time of the last look at the clock
         self.shown = 0.0  # time of the last refresh
-        self.live: Live | None = None
+        self.bar: Bar | None = None
+        self.task: Any = None
+        self.evaluation: Any = None
         self.evaluated_since = 0.0
 
     def start(self, images: int) -> None:
         """Start at a number of images."""
-        self.begun = self.view.images = images
-        self.started = self.last = self.shown = time.monotonic()
+        self.begun = self.images = images
+        self.last = self.shown = time.monotonic()
         if self.console.is_terminal:
-            self.live = Live(
-                console=self.console,
-                auto_refresh=False,
-                transient=True,
-                vertical_overflow="crop",
-            )
-            self.live.start()
-            self.console.show_cursor(True)  # whatever ends this process, it stays
-            self._refresh()
+            self.bar = Bar(*_columns(), console=self.console, auto_refresh=False)
+            self.bar.start()
+            begins = "first step ..."
+            self.task = self.bar.add_task("training", total=self.total, text=begins)
+            self.bar.update(self.task, completed=images, refresh=True)
 
-    def advance(self, images: int, loss: Any = None) -> None:
-        """Update the images seen; cheap, called after every step.
-
-        Args:
-            images: seen.
-            loss: of the step; read, which waits for the device, only where it is shown.
-        """
+    def advance(self, images: int) -> None:
+        """Update the images seen; cheap, called after every step."""
         now = time.monotonic()
         self.busy += now - self.last
         self.last = now
-        self.view.images = images
-        first, self.stepped = not self.stepped, True
-        if now - self.shown < (REFRESH if self.live else LINE) and not first:
+        self.images = images
+        if now - self.shown < (REFRESH if self.bar else LINE):
             return
         self.shown = now
-        if loss is not None and (self.live or self.view.smoothed is None):
-            self.view.loss = float(loss)
-        if self.live is not None:
-            self._refresh()
-        elif first:  # no speed yet: a first step starts and compiles much
-            words = f"first step after {now - self.started:.1f} s"
-            said = "" if self.view.loss is None else f"  loss {self.view.loss:.4g}"
-            self._print(f"training {images:,}/{self.total:,} images{said}  {words}")
+        if self.bar is None:
+            self.console.print(f"training {self.text()}", highlight=False, markup=False)
         else:
-            self._print(f"training {self.text()}")
+            self.bar.update(self.task, completed=images, text=self.text(), refresh=True)
 
     def text(self) -> str:
         """The state as text: `12,800/60,000 images  250 images/s  loss 0.123  3:09 left`."""
-        speed = self._speed()
-        parts = [f"{self.view.images:,}/{self.total:,} images"]
+        done = self.images - self.begun
+        speed = done / self.busy if done and self.busy else 0.0
+        parts = [f"{self.images:,}/{self.total:,} images"]
         if speed:
-            parts.append(speed_text(speed))
-        loss = self.view.curve[-1][1] if self.view.curve else self.view.loss
-        if loss is not None:
-            parts.append(f"loss {loss:.4g}")
+            parts.append(f"{speed:,.1f} images/s" if speed < 100 else f"{speed:,.0f} images/s")
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4g}")
         if speed:
-            parts.append(f"{clock(max(0, self.total - self.view.images) / speed)} left")
+            parts.append(f"{clock(max(0, self.total - self.images) / speed)} left")
         return "  ".join(parts)
 
-    def _speed(self) -> float:
-        done = self.view.images - self.begun
-        return done / self.busy if done and self.busy else 0.0
-
-    def note(self, *rows: Mapping[str, Any]) -> None:
-        """Take note of rows of the log: those of an earlier process, and each new one."""
-        for row in rows:
-            self.view.note(row)
+    def measure(self, loss: float) -> None:
+        """Update the loss."""
+        self.loss = loss
 
     def say(self, line: str) -> None:
-        """Print a line above the view."""
+        """Print a line above the bar."""
         self.console.print(shown(line), highlight=False, markup=False)
 
     def evaluating(self, done: int, total: int) -> None:
         """Update the progress of an evaluation."""
-        now = time.monotonic()
-        if self.view.evaluation is None:
-            self.evaluated_since = now
-        first = self.view.evaluation is None or self.view.evaluation[0] == 0
-        self.view.evaluation = (done, total, now - self.evaluated_since)
-        if self.live is not None and (first or now - self.shown >= REFRESH):
-            self._refresh()
-        self.last = now
+        if self.bar is not None:
+            if self.evaluation is None:
+                self.evaluation = self.bar.add_task("evaluation", total=total, text="")
+                self.evaluated_since = time.monotonic()
+            text = f"{done:,}/{total:,} images measured"
+            if done:
+                left = (time.monotonic() - self.evaluated_since) * (total - done) / done
+                text += f"  {clock(left)} left"
+            self.bar.update(self.evaluation, completed=done, text=text, refresh=True)
+        self.last = time.monotonic()
 
     def measured(self, images: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Print the numbers of an evaluation."""
-        self.view.evaluation = None
-        self.note(*({"images": images, **row} for row in rows))
+        """Print the numbers of an evaluation and remove its bar."""
+        if self.bar is not None and self.evaluation is not None:
+            self.bar.remove_task(self.evaluation)
+            self.evaluation = None
         for row in rows:
             self.say(f"{images:,} images: {format_row(row)}")
         self.last = time.monotonic()
 
-    def held_out(self, images: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take note of held-out losses; print them where there is no view."""
-        self.note(*({"images": images, **row} for row in rows))
-        if self.live is None:
-            values = [f"{row['value']:.4g} ({LOSS_WORDS[row['weights']]})" for row in rows]
-            self.say(f"{images:,} images: {rows[0]['name']} = {', '.join(values)}")
+    def held_out(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take note of held-out losses."""
         self.last = time.monotonic()
 
     def stop(self) -> None:
-        """Remove the view and leave a line in its place; safe to call twice."""
-        if self.live is not None:
-            live, self.live = self.live, None
-            live.stop()
-            self._print(f"training {self.text()}")
-
-    def lines(self) -> list[Text]:
-        """The view, of the terminal's size."""
-        width, height = self.console.size
-        self.view.speed = self._speed() or None
-        self.view.about = clock(time.monotonic() - self.started)
-        lines = self.view.lines(width - 1, height - 2)
-        return lines if self.console.encoding.startswith("utf") else as_ascii(lines)
-
-    def _refresh(self) -> None:
-        assert self.live is not None
-        self.shown = time.monotonic()
-        self.live.update(Group(*self.lines()), refresh=True)
-
-    def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False)
+        """Remove the bar; safe to call twice."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.images, text=self.text(), refresh=True)
+            self.bar.stop()
+            self.bar = None
 
 
 def _columns() -> tuple[bars.ProgressColumn, ...]:
@@ -244,11 +205,15 @@ def counted(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def reported() -> Iterator[Report]:
-    """The progress of `prepare`: a bar on a terminal, lines elsewhere."""
+def reported(what: str = "images") -> Iterator[Report]:
+    """The progress of `prepare`: a bar on a terminal, lines elsewhere.
+
+    Args:
+        what: is counted.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _lines()
+        yield _lines(what)
         return
     columns = (
         bars.TextColumn("prepare"),
@@ -263,7 +228,7 @@ def reported() -> Iterator[Report]:
         began = time.monotonic()
 
         def report(earlier: int, done: int, total: int) -> None:
-            rate = f"{done / max(time.monotonic() - began, 1e-3):,.0f} images/s"
+            rate = f"{done / max(time.monotonic() - began, 1e-3):,.0f} {what}/s"
             if not progress.tasks[0].started:
                 progress.update(task, completed=earlier)
                 progress.start_task(task)
@@ -272,7 +237,7 @@ def reported() -> Iterator[Report]:
         yield report
 
 
-def _lines() -> Report:
+def _lines(what: str) -> Report:
     began = said = time.monotonic()
 
     def report(earlier: int, done: int, total: int) -> None:
@@ -284,7 +249,8 @@ def _lines() -> Report:
         rate = done / (now - began)
         left = (total - earlier - done) / rate
         print(
-            f"prepare: {earlier + done:,} of {total:,} images, {rate:,.0f} images/s, "
+            f"prepare: {earlier + done:,} of {total:,} {shown(what)}, {rate:,.0f} "
+            f"{shown(what)}/s, "
             f"{left:,.0f} s left",
             file=sys.stderr,
         )

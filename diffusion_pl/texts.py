@@ -118,9 +118,32 @@ def _array_file(array: Ints) -> bytes:
 class States(Protocol):
     """Token states by caption."""
 
-    def read(self, number: int, /) -> npt.NDArray[np.float16]:
-        """(T, E) of a caption; the number after the last one gives those of ""."""
+    def read(self, numbers: Sequence[int], /) -> Sequence[npt.NDArray[np.float16]]:
+        """(T, E) of each caption; the number after the last one gives those of ""."""
         ...
+
+
+def padded(
+    states: Sequence[npt.NDArray[np.float16]], length: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """A batch of token states.
+
+    Args:
+        states: (T, E) of each caption.
+        length: L, at least any T.
+        width: E.
+
+    Returns:
+        float16 (n, L, E), zero where there is no token, and bool (n, L), True where there is one.
+    """
+    text = torch.empty((len(states), length, width), dtype=torch.float16)
+    array = text.numpy()
+    for row, each in enumerate(states):
+        tokens = len(each)
+        array[row, :tokens] = each
+        array[row, tokens:] = 0
+    counts = torch.tensor([len(each) for each in states], dtype=torch.int64)
+    return text, torch.arange(length) < counts[:, None]
 
 
 class MemoryStates:
@@ -134,9 +157,9 @@ class MemoryStates:
         self._rows = np.concatenate(states)
         self._starts = np.cumsum([0, *map(len, states)]).tolist()
 
-    def read(self, number: int) -> npt.NDArray[np.float16]:
-        """(T, E) of a caption."""
-        return self._rows[self._starts[number] : self._starts[number + 1]]
+    def read(self, numbers: Sequence[int]) -> list[npt.NDArray[np.float16]]:
+        """(T, E) of each caption."""
+        return [self._rows[self._starts[each] : self._starts[each + 1]] for each in numbers]
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,18 +219,10 @@ class TextTable:
         return self._padded(self.captions.chosen(images.numpy(), choice.numpy()).tolist())
 
     def _padded(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        text = torch.empty((len(numbers), self.length, self.width), dtype=torch.float16)
-        counts = torch.zeros(len(numbers), dtype=torch.int64)
-        array = text.numpy()
-        for row, number in enumerate(numbers):
-            tokens = 0
-            if number >= 0:
-                states = self.states.read(number)
-                tokens = len(states)
-                array[row, :tokens] = states
-            array[row, tokens:] = 0
-            counts[row] = tokens
-        return text, torch.arange(self.length) < counts[:, None]
+        there = iter(self.states.read([number for number in numbers if number >= 0]))
+        none = np.empty((0, self.width), dtype=np.float16)
+        found = [next(there) if number >= 0 else none for number in numbers]
+        return padded(found, self.length, self.width)
 
 
 def table_fingerprint(digest: str, width: int, length: int, captions: str) -> str:

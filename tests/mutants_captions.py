@@ -93,8 +93,11 @@ MUTANTS = [
     *at(
         "data/encoding.py",
         "texts",
-        ('else "" for number in around]', 'else "a" for number in around]'),
-        ("range(len(captions) + 1)", "range(len(captions))"),
+        ('for number in range(len(captions))), ""]', 'for number in range(len(captions))), "a"]'),
+        (
+            "for first in range(0, len(words), step):",
+            "for first in range(0, len(words) - 1, step):",
+        ),
         (
             "compact(encoded.tokens[place], encoded.mask[place], caption)",
             "compact(encoded.tokens[place], encoded.mask[place - 1], caption)",
@@ -106,6 +109,10 @@ MUTANTS = [
         ("np.floor(choice * counts)", "np.round(choice * (counts - 1))"),
         ("there = counts > 0", "there = counts >= 0"),
         ("array[row, tokens:] = 0", "pass"),
+        (
+            "found = [next(there) if number >= 0 else none",
+            "found = [next(there, none) if number else none",
+        ),
         ("< counts[:, None]", "<= counts[:, None]"),
         ("kept = tokens[mask]", "kept = tokens[: int(mask.sum())]"),
         ("known.setdefault(each, len(known))", "known.setdefault(each, len(numbers))"),
@@ -123,7 +130,9 @@ MUTANTS = [
     *at(
         "data/encodings.py",
         "encodings",
-        ("while done < total and data.tell() < BLOCK_BYTES:", "while done < total:"),
+        ("while done < total and data.tell() < most:", "while done < total:"),
+        ("FIRST_BYTES * 2 ** len(made)", "FIRST_BYTES"),
+        ("min(BLOCK_BYTES, FIRST_BYTES * 2 ** len(made))", "BLOCK_BYTES"),
         (
             "rows.append((len(made), len(states), data.tell(), zlib.crc32(kept)))",
             "rows.append((len(made), len(states), done, zlib.crc32(kept)))",

@@ -15,9 +15,15 @@ MUTANTS = [
         ("most < low if higher else high < least", "most < low"),
         ("-known[name][0] if higher else known[name][1]", "known[name][1]"),
         ("if seconds <= now]", "]"),
+        ('rows["text encoder"] = ', "_ = "),
+        ('"prompt", "prompts",', '"prompt",'),
+        ('each.tree["objective"] != found[0].tree["objective"]', "False"),
+    ),
+    *at(
+        "training/history.py",
+        "compare",
         ('SAME = ("name", "fingerprint", "extractor", "resize",', 'SAME = ("name", "resize",'),
         ('"resize", "weights", "sigmas")', '"resize", "time", "sigmas")'),
-        ('each.tree["objective"] != found[0].tree["objective"]', "False"),
     ),
     *at(
         "commands/run_list.py",

@@ -109,7 +109,7 @@ MUTANTS = [
     *at(
         "commands/losses.py",
         "image_commands",
-        ("own_condition(images, indices, generator.taken, opened.model.degradation)",
-         "own_condition(images, indices, generator.taken)"),
+        ("own_condition(images, indices, model.taken, model.degradation, model.encoder)",
+         "own_condition(images, indices, model.taken, None, model.encoder)"),
     ),
 ]  # fmt: skip

@@ -99,9 +99,9 @@ MUTANTS = [
         ('["--data-changed"] if self.data_changed else []', '["--data-changed"]'),
     ),
     *at(
-        "view.py",
+        "progress.py",
         "newcomer",
-        ("    if done:\n", "    if not done:\n"),
+        ("            if done:\n", "            if not done:\n"),
     ),
     *at(
         "io/files.py",

@@ -45,9 +45,13 @@ MUTANTS = [
     *at(
         "commands/report_read.py",
         "report",
+        ("len(path.stem) < 19", "True"),
+    ),
+    *at(
+        "training/history.py",
+        "report",
         ("return [row for row in (*found, last) if row is not None]", "return []"),
         ("if bad:", "if False:"),
-        ("len(path.stem) < 19", "True"),
         ('isinstance(row["name"], str) and _is_number', "_is_number"),
         ("return _is_number(value) and 0 < value < math.inf", "return True"),
         ("json.dumps(value) if key in SAME and", "json.dumps(value) if False and"),

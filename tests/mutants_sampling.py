@@ -95,7 +95,7 @@ MUTANTS = [
         "commands_sampling",
         ("**{key: about[key] for key in chosen},", ""),
         ('"count": settings.count,', ""),
-        ("    if point.guidance == 1:", "    if False:"),
+        ("if point.weight is not None and is_plain(point.weight):", "if False:"),
     ),
     *at(
         "diffusion/classifier_free.py",

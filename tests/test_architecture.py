@@ -15,7 +15,7 @@ FLOORS = [
     {"errors"},
     {"addresses", "names", "processes"},
     {"io"},
-    {"locks", "view"},
+    {"locks"},
     {
         "config",
         "images",
@@ -33,7 +33,7 @@ FLOORS = [
     {"objectives", "samplers"},
     {"evaluation", "interop"},
     {"training"},
-    {"api", "cli", "commands", "__main__"},
+    {"api", "cli", "commands", "run", "__main__"},
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 

@@ -24,8 +24,8 @@ WORDS = {
     "sweep": "r", "replay": "r --step 3", "enlarge": "r a.png", "invert": "r a.png",
     "inpaint": "r a.png mask.png",
     "interpolate": "r a.png b.png", "reference": "d", "import": "edm a.pkl d", "export": "r d",
-    "compare": "a b", "report": "r", "runs": "", "watch": "r", "verify": "p", "convert": "r",
-    "experiments": "", "completion": "bash",
+    "compare": "a b", "report": "r", "runs": "", "verify": "p", "convert": "r", "experiments": "",
+    "completion": "bash",
 }  # fmt: skip
 ASKING = "sample progressive interpolate enlarge inpaint invert"
 DRAWING = "report sample evaluate progressive interpolate enlarge inpaint invert likelihood"
@@ -291,10 +291,10 @@ def test_a_folder_with_a_colon_is_a_folder(tmp_path, monkeypatch):
 
 
 def test_lists_of_a_sweep_are_read_whole():
-    words = ["--steps", "4,8,16", "--guidance", "1,1.5", "--samplers", "ddim,,"]
+    words = ["--steps", "4,8,16", "--guidance", "1,1.5,text=2+label=3", "--samplers", "ddim,,"]
     found = read("sweep", *words, "--weights", "ema,denoiser,ema:0.05")
     assert found["steps"] == [4, 8, 16]
-    assert found["guidance"] == [1.0, 1.5]
+    assert found["guidance"] == [1.0, 1.5, "text=2+label=3"]
     assert found["samplers"] == ["ddim"]
     assert found["weights"] == ["ema", "denoiser", "ema:0.05"]
     assert read("sweep")["weights"] == ["ema"]
@@ -327,7 +327,8 @@ def test_a_file_whose_name_looks_like_json_is_a_file():
         ("sweep runs/a --weights denoiser:0.1", "ema, denoiser or ema:LENGTH"),
         ("sweep runs/a --weights ema:long", "a length is a number (got 'long')"),
         ("sweep runs/a --steps 4,many", "whole numbers between commas (got '4,many')"),
-        ("sweep runs/a --guidance weak", "numbers between commas (got 'weak')"),
+        ("sweep runs/a --guidance weak", "KIND=NUMBER+KIND=NUMBER (got 'weak')"),
+        ("sweep runs/a --guidance 1,text=x", "KIND=NUMBER+KIND=NUMBER (got 'text=x')"),
         ("sample runs/a --guidance-interval 1", "two numbers, as LOW,HIGH (got '1')"),
         ("sample runs/a --count few", "--count: a whole number (got 'few')"),
         (f"sample runs/a --count {2**63}", "a whole number below 2^63"),

@@ -307,7 +307,8 @@ def test_fine_tuning_starts_network_and_average_at_the_others_average(run, capsy
     [
         (["train", "tiny", "network.model_channels=16", "--from", "runs/tiny", "--run", "x"],
          "has shape"),
-        (["train", "tiny", "network.classes=0", "--from", "runs/tiny", "--run", "x2"],
+        (["train", "tiny", "network.classes=0", "trainer.dropout.label=0", "--from", "runs/tiny",
+          "--run", "x2"],
          "it was trained on 8 classes, this network has 0; initialise the labels"),
         (["train", "tiny", "--from", "runs/none", "--run", "y"], "there is no such run"),
         (["import", "diffusers", "nowhere", "runs/z"], "config.json: cannot be read"),

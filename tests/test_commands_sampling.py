@@ -270,9 +270,11 @@ def test_an_imported_model_says_whether_it_was_trained_without_labels(home, monk
 def test_a_sweep_guides_only_where_there_is_guidance():
     call = cli.parse(["sweep", "runs/tiny", "--guidance", "1,2", "--guidance-interval", "1,2"])
     options = call.keywords["options"]
-    points = [sweep.Point("a.ckpt", "ema", None, None, weight) for weight in (1.0, 2.0)]
-    plain, guided = (sweep._at(options, point) for point in points)
-    assert plain.guidance_interval is None and guided.guidance_interval == (1.0, 2.0)
+    for pair in ((1.0, 2.0), ("text=1", "text=1+label=2")):
+        points = [sweep.Point("a.ckpt", "ema", None, None, weight) for weight in pair]
+        plain, guided = (sweep._at(options, point) for point in points)
+        assert plain.guidance_interval is None and guided.guidance_interval == (1.0, 2.0)
+    assert points[1].sampling().guidance == {"text": 1.0, "label": 2.0}
 
 
 def test_a_model_that_never_saw_its_labels_guides_nothing():

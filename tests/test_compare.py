@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_pl import experiment
 from diffusion_pl.cli import main
-from diffusion_pl.commands.compare import opened, table, thinned
+from diffusion_pl.commands.compare import evenly, opened, table
 from diffusion_pl.training.history import History
 
 NAME = "fd@250/synthetic/shapes"
@@ -59,6 +59,20 @@ def test_settings_and_numbers_stand_side_by_side(tmp_path, capsys):
     # At 20 s the first has 2,000 images and the second 1,000; at 40 s the second has no newer one.
     assert ["0:20", "9", "8"] in lines and ["0:40", "5", "8"] in lines
     assert ["1:20", "5", "6"] in lines
+
+
+def test_the_encoder_of_the_captions_is_a_setting(tmp_path, capsys):
+    """The config may say "auto", and the same name may stand for other weights."""
+    folders = [a_run(tmp_path / name, {2000: 9.0}) for name in "abc"]
+    for folder, digest in zip(folders, ("12" * 32, "34" * 32), strict=False):
+        text = {"encoder": "hf:x\x1by", "digest": digest}
+        (folder / "run.json").write_text(json.dumps({"data": {"text": text}}))
+    found, text = compared(capsys, *folders)
+    said = [r'"hf:x\u001by 121212121212"', r'"hf:x\u001by 343434343434"', "null"]
+    assert found["settings"] == {"text encoder": said}
+    assert "\x1b" not in text and "343434343434" in text
+    (folders[1] / "run.json").write_text("[" * 10_000)
+    assert compared(capsys, *folders[1:])[0]["settings"] == {}
 
 
 def test_the_time_is_that_of_training_alone(tmp_path):
@@ -120,10 +134,12 @@ def test_numbers_of_other_data_or_extractors_are_not_compared(tmp_path, capsys, 
 
 def test_other_sampling_is_compared_and_said(tmp_path, capsys):
     a = a_run(tmp_path / "a", {4000: 5.0})
-    b = a_run(tmp_path / "b", {4000: 6.0}, sampler="heun", guidance=2.0)
+    b = a_run(tmp_path / "b", {4000: 6.0}, sampler="heun", guidance=2.0, prompts="500 0123456789ab")
     found, text = compared(capsys, a, b)
     assert list(found["metrics"]) == [NAME]
-    assert "drawn otherwise: sampler, guidance" in text
+    assert "drawn otherwise: sampler, guidance, prompts" in text
+    [line] = [line for line in text.splitlines() if line.split()[:1] == ["prompts"]]
+    assert line.split() == ["prompts", "-", "500", "0123456789ab"]
 
 
 def test_losses_of_other_objectives_are_not_compared(tmp_path, capsys):
@@ -163,8 +179,9 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
 
 
 def test_long_tables_keep_their_last_row(tmp_path):
-    assert thinned(range(100))[-1] == 99 and len(thinned(range(100))) == 8
-    assert thinned([1, 2, 3]) == [1, 2, 3]
+    found = evenly(range(100), 8)
+    assert (found[0], found[-1], len(found)) == (0, 99, 8)
+    assert evenly([1, 2, 3], 8) == [1, 2, 3]
     assert table(["", "a"], [["long", "1"], ["x", "22"]]) == ["       a", "long   1", "x     22"]
 
 

@@ -144,6 +144,21 @@ def test_an_interrupted_encoding_goes_on_to_the_same_bytes(bare, tmp_path, small
     assert digests(whole) == digests(parts)
 
 
+def test_blocks_double_up_to_the_largest(bare, tmp_path, monkeypatch):
+    """So that a small set resumes, too, and a large one lies in few files."""
+    monkeypatch.setattr(encodings, "FIRST_BYTES", 1000)
+    monkeypatch.setattr(encodings, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr("diffusion_pl.data.encoding._MOST", 1)
+    monkeypatch.setattr("diffusion_pl.data.encoding._LEAST", 1)
+    folder = shutil.copytree(bare, tmp_path / "set")
+    encoding, _ = encode(folder, WordEncoder(), nothing)
+    *sizes, _ = (block.bytes for block in encoding.blocks)
+    caption = 5 * 6 * 2  # bytes at most, by which a block may be larger
+    assert len(sizes) == 3
+    for size, least in zip(sizes, (1000, 2000, 3000), strict=True):
+        assert least <= size < least + caption
+
+
 def test_a_block_that_is_not_whole_is_encoded_again(bare, tmp_path, small_blocks):
     folder = shutil.copytree(bare, tmp_path / "set")
     with pytest.raises(Interrupted):

@@ -12,6 +12,7 @@ from PIL import Image
 from test_commands_flow import NOTHING
 from test_commands_models import TINY
 
+import diffusion_pl as dp
 from diffusion_pl.cli import main
 from diffusion_pl.commands import inpaint, latents, runs
 from diffusion_pl.commands.options import ConditionOptions, RunOptions, SamplerOptions
@@ -192,6 +193,37 @@ def test_the_grid_shows_the_image_the_mask_and_the_results(run, tmp_path):
     for place, image in enumerate(wanted):
         tile = sheet[4::8, place * (side + 2) :][:, 4:side:8]
         assert np.array_equal(tile, image)
+
+
+def test_from_python_it_is_the_same(run, tmp_path):
+    opened = dp.Run("runs/tiny")
+    image = torch.from_numpy(pixels("a.png")).permute(2, 0, 1).byte()
+    mask = torch.from_numpy(~outside())
+    for words, options in (
+        (("--method", "replacement", "--resample", 2), {"method": "replacement", "resample": 2}),
+        (("--seed", 3), {"seed": 3}),
+    ):
+        words = ("--label", 3, "--count", 2, "--out", tmp_path / "out", "--steps", 3, *words)
+        _, result, err = run("inpaint", "runs/tiny", "a.png", "mask.png", *words)
+        found = opened.inpaint(image, mask, 2, label=3, steps=3, **options)
+        assert np.array_equal(found.permute(0, 2, 3, 1), np.stack(results(result))), err
+    alone = opened.inpaint(image, mask, 1, label=3, steps=3, seed=3, batch_size=1)
+    assert (alone[0].int() - found[0].int()).abs().max() <= 1  # rounding differs with the batch
+    for given, message in (
+        ((image.float(), mask), r"image: must be uint8 \(3, 8, 8\) \(got torch.float32"),
+        ((image[:, :4], mask), r"image: must be uint8 \(3, 8, 8\) \(got torch.uint8 \(3, 4, 8\)"),
+        ((image, mask[:, :6]), r"mask: must be bool \(8, 8\) \(got torch.bool \(8, 6\)"),
+        ((image, mask.byte()), r"mask: must be bool \(8, 8\) \(got torch.uint8"),
+        ((image, mask & False), "mask: fills nothing"),
+        ((image, mask | True), "mask: is white everywhere"),
+        ((image, mask, 0), "--count and --resample must be at least 1"),
+    ):
+        with pytest.raises(dp.UserError, match=message):
+            opened.inpaint(*given, label=3)
+    with pytest.raises(dp.UserError, match="--label: name the images' class"):
+        opened.inpaint(image, mask)
+    with pytest.raises(dp.UserError, match="method: must be replacement or gradient"):
+        opened.inpaint(image, mask, label=3, method="dps")
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,14 @@ from diffusion_pl.cli import main
 from diffusion_pl.commands import parts, preflight, sbatch
 from diffusion_pl.training import checkpoint as checkpoints
 
-SHARDS = TINY.replace(
-    "{_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 16}",
-    "{_target_: diffusion_pl.data.shards.Shards, path: data/s, resolution: 16}",
-).replace("classes: 8", "classes: 0")
+SHARDS = (
+    TINY.replace(
+        "{_target_: diffusion_pl.data.synthetic.Synthetic, count: 40, resolution: 16}",
+        "{_target_: diffusion_pl.data.shards.Shards, path: data/s, resolution: 16}",
+    )
+    .replace("classes: 8", "classes: 0")
+    .replace("label: 0.1", "label: 0.0")
+)
 AUTO = "trainer.accelerator=auto"
 SCRIPT = Path("runs/tiny/job.sbatch")
 

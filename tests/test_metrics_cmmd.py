@@ -73,6 +73,13 @@ def test_small_differences_are_not_lost_to_rounding() -> None:
     assert discrepancy(one, other) == pytest.approx(t**2 / 100, rel=1e-6)
 
 
+def test_a_row_of_the_published_embedding_says_how_the_paper_resizes() -> None:
+    for name, said in (("clip-vit-l-14-336px", True), ("shapes", False)):
+        reference = dataclasses.replace(reference_of(x := normal(4, 3, seed=6), name), features=x)
+        notes = CMMD().build(Known(3, name), reference, 4).notes
+        assert ("antialiased bicubic to 336 px" in notes.values()) is said
+
+
 def test_only_the_published_embedding_makes_it_cmmd() -> None:
     x = normal(4, 3, seed=5)
     assert list(measured(x, x, "clip-vit-l-14-336px")) == ["cmmd"]

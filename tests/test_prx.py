@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import homes
+import numpy as np
 import pytest
 import torch
 from published import Fixture
 from safetensors.torch import save_file
+from worded import minilm_or_skip
 
 import diffusion_pl as dp
 from diffusion_pl import config
@@ -17,7 +21,6 @@ from diffusion_pl.diffusion.paths import Along
 from diffusion_pl.diffusion.spacings import EqualSteps
 from diffusion_pl.errors import UserError
 from diffusion_pl.interop import prx
-from diffusion_pl.networks.prx import PRX
 from diffusion_pl.objectives.jit import JiT as Objective
 from diffusion_pl.objectives.rectified_flow import Straight
 from diffusion_pl.samplers.euler import euler
@@ -98,16 +101,6 @@ def test_trajectories_end_where_the_published_ones_do(name, fixture, denoiser, t
     torch.testing.assert_close(found, fixture[f"out/{name}"], rtol=1e-4, atol=1e-4)
 
 
-def test_the_first_output_of_a_new_network_is_0():
-    """Its head and what modulates it begin at 0, and so does each block's part (adaLN-Zero)."""
-    network = PRX(16, 6, 4, patch_size=4, width=16, depth=2, heads=2, bottleneck=0)
-    x, c_noise, mask = torch.randn(2, 3, 16, 16), torch.rand(2), torch.ones(2, 4).bool()
-    assert not network(x, c_noise, text=torch.randn(2, 4, 6), text_mask=mask).any()
-    for block in network.blocks:
-        assert not block.affine.weight.any() and not block.affine.bias.any()
-    assert not network.affine.weight.any() and not network.affine.bias.any()
-
-
 # Of diffusers' own making.
 
 
@@ -115,10 +108,10 @@ def theirs(folder, *, pipeline=True, **more):
     """A tiny network of diffusers', saved as it saves one."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
+    usual = {"context_in_dim": 24, "num_heads": 2, "depth": 2, "axes_dim": [8, 8]}
     network = diffusers.PRXTransformer2DModel(
-        in_channels=3, patch_size=4, context_in_dim=24, hidden_size=32, mlp_ratio=2.5,
-        num_heads=2, depth=2, axes_dim=[8, 8], **more,
-    ).eval()  # fmt: skip
+        in_channels=3, patch_size=4, hidden_size=32, mlp_ratio=2.5, **(usual | more)
+    ).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     network.save_pretrained(folder / "transformer" if pipeline else folder, max_shard_size="20KB")
@@ -223,3 +216,95 @@ def test_other_networks_and_pipelines_are_refused(tmp_path):
     index.write_text('{"weight_map": {"a": "../other.safetensors"}}')
     with pytest.raises(UserError, match="does not name the files of the shards beside it"):
         prx.read(tmp_path)
+
+
+# By command.
+
+TINY = """defaults: base
+data:
+  dataset: {_target_: diffusion_pl.data.synthetic.Synthetic, resolution: 16, count: 24,
+    captions: minilm, caption_length: 16}
+  batch_size: 8
+network: {_target_: diffusion_pl.networks.prx.PRX, resolution: 16, patch_size: 4, width: 32,
+  depth: 2, heads: 2, bottleneck: 8, text_width: 384, text_length: 16}
+objective: {_target_: diffusion_pl.objectives.jit.JiT, noise_scale: 2.0, reversed_time: true}
+optimizer: {lr: 1.0e-2}
+ema: {_target_: diffusion_pl.training.ema.EMA, half_life: 8}
+sampler: {steps: 3}
+features: {name: shapes}
+evaluation: {every: 64, count: 16, batch_size: 16, grid: 4, guidance: 2.0}
+trainer: {total_images: 64, checkpoint_every: 32, log_every: 32, accelerator: cpu, precision: fp32,
+  dropout: {text: 0.2}}
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    minilm_or_skip()
+    monkeypatch.chdir(tmp_path)
+    homes.experiments(tmp_path, TINY)
+    return homes.answering(capsys)
+
+
+def drawn(result):
+    with np.load(Path(result["folder"]) / "images.npz") as file:
+        return file["images"].astype(int)
+
+
+@pytest.mark.slow
+def test_a_tiny_prx_trains_is_asked_and_measured(run, capsys):
+    assert main(["train", "tiny"]) == 0
+    capsys.readouterr()
+    again = ("sample", "runs/tiny", "--count", 2, "--prompt")
+    code, red, err = run(*again, "a red star", "--out", "red")
+    assert code == 0, err
+    code, blue, err = run(*again, "a blue moon", "--guidance", "text=3", "--out", "blue")
+    assert code == 0 and blue["guidance"] == {"text": 3.0}, err
+    assert (drawn(red) != drawn(blue)).any()
+    code, measured, err = run("evaluate", "runs/tiny", "--count", 10, "--metrics", "score")
+    assert code == 0 and measured["measures"], err
+
+
+def laid_out(fixture, folder):
+    """The published weights in the folders that diffusers reads."""
+    inside = folder / "transformer"
+    inside.mkdir(parents=True)
+    config = dict(fixture.config)
+    pipeline = {key: config.pop(key) for key in ("noise_scale", "t_eps") if key in config}
+    known = {key: value for key, value in config.items() if key in prx.USUAL}
+    (inside / "config.json").write_text(json.dumps({"_class_name": prx.NETWORK, **known}))
+    save_file(fixture.weights, inside / "diffusion_pytorch_model.safetensors")
+    side, length = fixture["x"].shape[-1], fixture["text"].shape[1]
+    index = {"_class_name": prx.PIPELINE, "default_sample_size": side, "prompt_max_tokens": length}
+    index["noise_scale"] = pipeline["noise_scale"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return pipeline["t_eps"]
+
+
+def test_the_published_weights_are_imported_by_command(fixture, text, tmp_path):
+    t_eps = laid_out(fixture, tmp_path / "theirs")
+    null = {"text": fixture["null_text"][0], "text_mask": fixture["null_text_mask"][0]}
+    save_file(null, tmp_path / "null.safetensors")
+    more = ("--set", f"t_eps={t_eps}")
+    run = dp.Run.open(imported(tmp_path / "theirs", tmp_path / "null.safetensors", *more))
+    close(run.denoiser(noisy(fixture), fixture["sigma"], **text), fixture["out/denoised_yn"])
+    close(run.denoiser(noisy(fixture), fixture["sigma"]), fixture["out/denoised_yn_null"])
+
+
+@pytest.mark.slow
+def test_an_imported_model_is_asked_and_tuned_with_the_encoder_of_its_null(run, tmp_path, capsys):
+    theirs(tmp_path / "theirs", context_in_dim=384, bottleneck_size=6)
+    index = json.loads((tmp_path / "theirs/model_index.json").read_text())
+    index["prompt_max_tokens"] = 16
+    (tmp_path / "theirs/model_index.json").write_text(json.dumps(index))
+    imported(tmp_path / "theirs", "minilm", "--like", "tiny")
+    capsys.readouterr()
+    code, result, err = run("sample", "run", "--count", 2, "--prompt", "a red star", "--steps", 3)
+    assert code == 0, err
+    code, other, err = run(
+        "sample", "run", "--count", 2, "--prompt", "x", "--steps", 3, "--out", "o"
+    )
+    assert code == 0 and (drawn(result) != drawn(other)).any(), err
+    code, measured, err = run("evaluate", "run", "--count", 10, "--metrics", "score", "--steps", 3)
+    assert code == 0 and measured["measures"], err
+    assert main(["train", "run/config.yaml", "--from", "run", "--run", "runs/tuned"]) == 0

@@ -21,8 +21,9 @@ FIVE = ("data.dataset.shapes=[disc, heart, triangle, square, star]", "network.cl
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A run of 8 classes, and one of none."""
-    plain = ("network.classes=0", "trainer.total_images=8", "--run", "runs/plain")
-    return homes.trained(tmp_path_factory.mktemp("home"), TINY, plain)
+    plain = ("network.classes=0", "trainer.dropout.label=0", "trainer.total_images=8")
+    words = (*plain, "--run", "runs/plain")
+    return homes.trained(tmp_path_factory.mktemp("home"), TINY, words)
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +131,8 @@ def weights(folder):
     ("overrides", "run", "said"),
     [(FIVE, "runs/tiny", "it was trained on 8 classes, this network has 5"),
      ((), "runs/plain", "it was trained on 0 classes, this network has 8"),
-     (("network.classes=0",), "runs/tiny", "it was trained on 8 classes, this network has 0")],
+     (("network.classes=0", "trainer.dropout.label=0"), "runs/tiny",
+      "it was trained on 8 classes, this network has 0")],
 )  # fmt: skip
 def test_other_classes_begin_their_labels_anew_where_that_is_asked_for(overrides, run, said):
     with pytest.raises(ValueError, match=f"{said}; initialise the labels.*--fresh-labels"):

@@ -17,7 +17,7 @@ from diffusion_pl.evaluation import Evaluation
 from diffusion_pl.evaluation.prompts import TextEncoder, encoded, located, read_prompts
 from diffusion_pl.evaluation.sources import GivenImages, Source, sources_of
 from diffusion_pl.images import ImageDataset
-from diffusion_pl.io.files import regular
+from diffusion_pl.io.files import read_named
 from diffusion_pl.text.encoders import HUGGING_FACE
 
 
@@ -70,11 +70,9 @@ def sources(
         prompts = encoded(words, _encoder(encoder, options.encoder, taken["text"], length))
     if (taken["text"] and not words) or wants_images:
         images = _data(open_data, bool(words) or not taken["text"])
-        if not words and encoder is not None:
-            encoder.check(images)
     return sources_of(
         taken, images, balanced=settings.labels == "balanced", label=label, prompts=prompts,
-        given=given, degradation=degradation, dropout=dropout,
+        given=given, degradation=degradation, dropout=dropout, encoder=encoder,
     )  # fmt: skip
 
 
@@ -93,7 +91,7 @@ def read_given(
     """
     found = []
     for path in paths:
-        content = read_file(path)
+        content = read_named(path)
         width, height = decode(content, where=str(path)).size
         fitting = [(shape[1] // times, shape[2] // times) for times in {1, degradation.times}]
         if (height, width) not in fitting:
@@ -102,18 +100,6 @@ def read_given(
         pixels = read_square(content, width, "exact", where=str(path), channels=shape[0])
         found.append(torch.from_numpy(pixels.copy()))
     return found
-
-
-def read_file(path: Path) -> bytes:
-    """The content of an image file that the user names.
-
-    Raises:
-        UserError: it cannot be read, or is no regular file.
-    """
-    try:
-        return regular(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def require(options: ConditionOptions, taken: Mapping[str, int]) -> None:

@@ -19,19 +19,21 @@ from diffusion_pl.commands import hints
 from diffusion_pl.commands.options import RunFolder
 from diffusion_pl.commands.results import Result
 from diffusion_pl.errors import UserError
+from diffusion_pl.io.files import read_small
 from diffusion_pl.progress import clock
 from diffusion_pl.training.best import HIGHER
-from diffusion_pl.training.history import History, is_evaluation, is_held_out
+from diffusion_pl.training.history import RECORD, SAME, History, is_evaluation, is_held_out
 
 MOST = 8  # rows of a table
 LONGEST = 28  # characters of a setting in a table
 BLOCKS = 5  # asked for where a number has no interval
 
-# What two rows must share to stand side by side; their name has the number and count of images.
-SAME = ("name", "fingerprint", "extractor", "resize", "weights", "sigmas")
-
-# How images were sampled: a part of the recipe, so it may differ, but is said.
-DRAWN = ("sampler", "guidance", "guidance_interval", "guide", "labels")
+# How images were sampled and what they were asked to be: a part of the recipe, so it may differ,
+# but is said. Of several prompts a row has their number and digest; "captions" are the data's.
+DRAWN = (
+    "sampler", "guidance", "guidance_interval", "guide", "labels", "label", "prompt", "prompts",
+    "captions", "source",
+)  # fmt: skip
 
 Row = Mapping[str, Any]
 
@@ -46,6 +48,7 @@ class Measured:
         tree: its config, resolved.
         rows: of metrics.jsonl, in the order of the images.
         evaluations: rows of `evaluate`.
+        encoder: of the captions, its name and digest; None where no text is known.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Measured:
     tree: Mapping[str, Any]
     rows: Sequence[Row]
     evaluations: Sequence[Row]
+    encoder: str | None = None
 
     @property
     def images(self) -> int:
@@ -179,7 +183,21 @@ def read(folder: Path, name: str) -> Measured:
     rows = History(folder / "metrics.jsonl").rows()
     rows.sort(key=lambda row: row["images"])
     evaluations = History(folder / "evaluations.jsonl", name=str).rows()
-    return Measured(name, folder, config.load(folder / "config.yaml").tree, rows, evaluations)
+    tree = config.load(folder / "config.yaml").tree
+    try:
+        record = json.loads(read_small(folder / RECORD))
+    except (OSError, ValueError, RecursionError):
+        record = None
+    return Measured(name, folder, tree, rows, evaluations, encoder_of(record))
+
+
+def encoder_of(record: Any) -> str | None:
+    """The encoder of a run's captions, by its run.json: name and digest; None without text."""
+    for key in ("data", "text"):
+        record = record.get(key) if isinstance(record, Mapping) else None
+    if not isinstance(record, Mapping):
+        return None
+    return f"{record.get('encoder')} {str(record.get('digest'))[:12]}"
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
@@ -192,6 +210,8 @@ def differing(found: Sequence[Measured]) -> dict[str, list[str]]:
     trees = [dict(flat("", each.tree)) for each in found]
     keys = dict.fromkeys(key for tree in trees for key in tree)
     rows = {key: [tree.get(key, "absent") for tree in trees] for key in keys}
+    # "auto" and a name say neither which encoder it was nor which weights it had.
+    rows["text encoder"] = [json.dumps(each.encoder) for each in found]
     return {key: row for key, row in rows.items() if len(set(row)) > 1}
 
 
@@ -219,11 +239,11 @@ def comparable(found: Sequence[Measured]) -> list[tuple[Any, ...]]:
     ]
 
 
-def thinned(points: Sequence[Any]) -> list[Any]:
-    """At most MOST of the points, evenly, the last among them."""
-    if len(points) <= MOST:
-        return list(points)
-    return [points[round((i + 1) * len(points) / MOST) - 1] for i in range(MOST)]
+def evenly(values: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the values, evenly, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def table(
@@ -274,7 +294,7 @@ def _at_images(
     title: str, curves: Sequence[Mapping[int, float]], found: Sequence[Measured]
 ) -> list[str]:
     """Values at equal images; - where a run was not measured there."""
-    points = thinned(sorted({images for curve in curves for images in curve}))
+    points = evenly(sorted({images for curve in curves for images in curve}), MOST)
     rows = [[f"{at:,}", *(_number(curve.get(at)) for curve in curves)] for at in points]
     return [title, *_indented(table(["images", *(each.name for each in found)], rows))]
 
@@ -292,7 +312,7 @@ def _at_times(curves: Sequence[Mapping[int, float]], found: Sequence[Measured]) 
         past = [value for seconds, value in curve if seconds <= now]
         return past[-1] if past else None
 
-    points = thinned(sorted({seconds for curve in timed for seconds, _ in curve}))
+    points = evenly(sorted({seconds for curve in timed for seconds, _ in curve}), MOST)
     rows = [[_clock(now), *(_number(newest(curve, now)) for curve in timed)] for now in points]
     return _indented(table(["time", *(each.name for each in found)], rows))
 
@@ -331,9 +351,16 @@ def _verdict(known: Mapping[str, tuple[float, float]], higher: bool) -> str:
 
 def _drawn_otherwise(key: Sequence[Any], found: Sequence[Measured]) -> list[str]:
     """What of the sampling differs, since it is then compared too."""
-    last = [row for each in found for row in each.measures(key)[-1:]]
-    apart = [word for word in DRAWN if len({json.dumps(row.get(word)) for row in last}) > 1]
-    return [f"  drawn otherwise: {', '.join(apart)}"] if apart else []
+    own = {each.name: each.measures(key)[-1] for each in found if each.measures(key)}
+    rows = []
+    for word in DRAWN:
+        said = [json.dumps(row.get(word), ensure_ascii=False) for row in own.values()]
+        if len(set(said)) > 1:
+            rows.append([word, *("-" if value == "null" else _short(value) for value in said)])
+    if not rows:
+        return []
+    head = f"  drawn otherwise: {', '.join(row[0] for row in rows)}"
+    return [head, *_indented(_indented(table(["", *own], rows)))]
 
 
 def _alone(found: Sequence[Measured], groups: Sequence[tuple[Any, ...]]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from cyclopts import Parameter
 from torch import Tensor
 
-from diffusion_pl.commands import asked, latents, runs
+from diffusion_pl.commands import latents, runs
 from diffusion_pl.commands.options import (
     ConditionOptions,
     Integer,
@@ -31,6 +31,7 @@ from diffusion_pl.diffusion.resizing import resized
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import ImageGenerator, batches
 from diffusion_pl.images import from_bytes, grid, save_png, to_bytes
+from diffusion_pl.io.files import read_named
 from diffusion_pl.progress import track
 from diffusion_pl.samplers.pyramid import PyramidSampler
 
@@ -148,7 +149,7 @@ def read_rgb(path: Path) -> Tensor:
     Raises:
         UserError: it cannot be read.
     """
-    image = np.array(decode(asked.read_file(path), where=str(path)))
+    image = np.array(decode(read_named(path), where=str(path)))
     return torch.from_numpy(image).permute(2, 0, 1).contiguous()
 
 

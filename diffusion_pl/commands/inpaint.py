@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_pl.commands import asked, latents, runs
+from diffusion_pl.commands import latents, runs
 from diffusion_pl.commands.options import (
     BaseAlone,
     ConditionOptions,
@@ -29,6 +29,7 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import ImageGenerator, batches
 from diffusion_pl.evaluation.generator import check_finite
 from diffusion_pl.images import grid, save_png, to_bytes
+from diffusion_pl.io.files import read_named
 from diffusion_pl.progress import track
 from diffusion_pl.samplers.resampling import Resampled
 from diffusion_pl.samplers.sampler import Sampler
@@ -67,30 +68,24 @@ def command(
         count: images.
         out: folder of the results; RUN/inpaint when not given.
     """
-    if count < 1 or resample < 1:
-        raise UserError(f"--count and --resample must be at least 1 (got {count}, {resample})")
+    check_counts(count, resample)
     opened = runs.open_run(run, sampling, options, conditions, complete=True)
     generator = opened.generator
-    sampler = latents.single_size_sampler(generator, "inpaint", base_alone)
-    if resample > 1:
-        sampler = dataclasses.replace(sampler, integrate=Resampled(sampler.integrate, resample))
+    sampler = sampler_of(generator, base_alone, resample)
     given = latents.read_images([image], generator)
-    filled = read_mask(mask, image, (given.shape[2], given.shape[3])).to(generator.device)
+    filled = read_mask(mask, image, (given.shape[2], given.shape[3]))
     pieces = list(batches(range(count), options.batch_size or BATCH))
     found = [
         inpainted(generator, sampler, given, filled, piece, method)
         for piece in track(pieces, "inpainting")
     ]
-    pixels = torch.cat([images for images, _ in found])
-    check_finite(pixels)
+    results = pasted(torch.cat([images for images, _ in found]), given, filled)
     original = to_bytes(given).cpu()
-    # To the bit, also where a sampler does not end in a denoised image.
-    results = torch.where(filled.cpu(), to_bytes(pixels).cpu(), original)
     folder = out or opened.folder / "inpaint"
     names = [f"{index:06d}.png" for index in range(count)]
     for name, each in zip(names, results, strict=True):
         save_png(each, folder / name)
-    shown = (255 * filled.cpu()).to(torch.uint8).expand_as(original).clone()
+    shown = (255 * filled).to(torch.uint8).expand_as(original).clone()
     shown[:, 3:] = 255  # opaque
     save_png(grid(torch.cat([original, shown, results]), columns=count + 2), folder / "grid.png")
     result = {
@@ -107,6 +102,29 @@ def command(
     return Result(result)
 
 
+def check_counts(count: int, resample: int) -> None:
+    """Raise UserError unless both are positive."""
+    if count < 1 or resample < 1:
+        raise UserError(f"--count and --resample must be at least 1 (got {count}, {resample})")
+
+
+def sampler_of(generator: ImageGenerator, base_alone: bool, resample: int) -> Sampler:
+    """The run's sampler, of one size.
+
+    Args:
+        generator: of the model.
+        base_alone: of a pyramid, its base.
+        resample: times that each step is taken.
+
+    Raises:
+        UserError: a pyramid without `base_alone`, or the other way round.
+    """
+    sampler = latents.single_size_sampler(generator, "inpaint", base_alone)
+    if resample == 1:
+        return sampler
+    return dataclasses.replace(sampler, integrate=Resampled(sampler.integrate, resample))
+
+
 def read_mask(path: Path, image: Path, size: tuple[int, int]) -> Tensor:
     """The pixels that a mask fills, bool (H, W).
 
@@ -118,7 +136,7 @@ def read_mask(path: Path, image: Path, size: tuple[int, int]) -> Tensor:
     Raises:
         UserError: it cannot be read, has another size, or fills nothing or everything.
     """
-    lightness = np.array(decode(asked.read_file(path), where=str(path)).convert("L"))
+    lightness = np.array(decode(read_named(path), where=str(path)).convert("L"))
     if lightness.shape != size:
         height, width = lightness.shape
         raise UserError(
@@ -126,11 +144,24 @@ def read_mask(path: Path, image: Path, size: tuple[int, int]) -> Tensor:
             "the size of its image"
         )
     filled = torch.from_numpy(lightness >= WHITE)
-    if not filled.any():
-        raise UserError(f"{path}: fills nothing; paint white what is to be filled")
-    if filled.all():
-        raise UserError(f"{path}: is white everywhere, so nothing of {image} is kept; use sample")
+    check_mask(filled, str(path), str(image))
     return filled
+
+
+def check_mask(filled: Tensor, mask: str, image: str) -> None:
+    """Refuse a mask that fills nothing or everything.
+
+    Args:
+        filled: bool (H, W).
+        mask, image: their names, for messages.
+
+    Raises:
+        UserError: says which.
+    """
+    if not filled.any():
+        raise UserError(f"{mask}: fills nothing; paint white what is to be filled")
+    if filled.all():
+        raise UserError(f"{mask}: is white everywhere, so nothing of {image} is kept; use sample")
 
 
 def inpainted(
@@ -154,7 +185,7 @@ def inpainted(
     Returns:
         float32 (n, C, H, W), and evaluations of the network for each.
     """
-    known = ~filled
+    known = ~filled.to(generator.device)
     counted = Counted(generator.denoiser)
     condition = generator.condition(indices)
     denoise = generator.guided(condition, indices=indices, denoise=counted)
@@ -165,3 +196,21 @@ def inpainted(
     with generator.inference():
         found = sampler(denoise, generator.noise(indices), generator.step_noise(indices))
     return found, counted.seen // len(indices)
+
+
+def pasted(found: Tensor, image: Tensor, filled: Tensor) -> Tensor:
+    """The filled parts in the image, which is kept to the bit wherever a sampler ends.
+
+    Args:
+        found: of `inpainted`.
+        image: (1, C, H, W) in [-1, 1].
+        filled: bool (H, W), on the CPU.
+
+    Returns:
+        uint8 (n, C, H, W) on the CPU.
+
+    Raises:
+        UserError: an image is not finite.
+    """
+    check_finite(found)
+    return torch.where(filled, to_bytes(found).cpu(), to_bytes(image).cpu())

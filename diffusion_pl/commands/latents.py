@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion_pl.commands.asked import read_file
 from diffusion_pl.data.decode import read_square
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import ImageGenerator
 from diffusion_pl.images import from_bytes
+from diffusion_pl.io.files import read_named
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.samplers.named import integrator
 from diffusion_pl.samplers.pyramid import PyramidSampler
@@ -35,7 +35,7 @@ def read_images(paths: Sequence[Path], generator: ImageGenerator) -> Tensor:
     """
     channels, side, _ = generator.shape
     read = [
-        read_square(read_file(path), side, "exact", where=str(path), channels=channels).copy()
+        read_square(read_named(path), side, "exact", where=str(path), channels=channels).copy()
         for path in paths
     ]
     return from_bytes(torch.stack([torch.from_numpy(each) for each in read])).to(generator.device)

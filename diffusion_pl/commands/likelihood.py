@@ -143,7 +143,6 @@ def _check_data(opened: runs.OpenedRun, images: ImageDataset, count: int, by: st
     Raises:
         UserError: too few images, another shape, or other or no labels.
     """
-    generator = opened.generator
     if count > len(images):
         raise UserError(f"--count: {images.name} has {len(images):,} images")
     network: Any = opened.model.denoiser.network
@@ -155,9 +154,7 @@ def _check_data(opened: runs.OpenedRun, images: ImageDataset, count: int, by: st
         network.check_resolution(images.resolution, images.resolution)
     except ValueError as error:
         raise UserError(f"{images.name}: the model does not take its size: {error}") from error
-    own_condition(images, torch.zeros(0, dtype=torch.int64), generator.taken)
-    if opened.model.encoder is not None:
-        opened.model.encoder.check(images)
+    _own(opened, images, torch.zeros(0, dtype=torch.int64))
     table = getattr(opened.model.objective.preconditioning, "timesteps", None)
     if by == "bound" and not isinstance(table, Timesteps):
         raise UserError("--by bound: the run's objective has no discrete timesteps; use --by flow")
@@ -185,10 +182,14 @@ def _batch(
     generator = opened.generator
     indices = torch.tensor(list(piece))
     image = from_bytes(images.read(indices)).to(generator.device)
-    own = own_condition(images, indices, generator.taken, opened.model.degradation)
-    own = received(generator.denoiser.network, own)
+    own = received(generator.denoiser.network, _own(opened, images, indices))
     condition = {key: value.to(generator.device) for key, value in own.items()}
     return image, conditioned(generator.denoiser, **condition)
+
+
+def _own(opened: runs.OpenedRun, images: ImageDataset, indices: Tensor) -> dict[str, Tensor]:
+    model = opened.model
+    return own_condition(images, indices, model.taken, model.degradation, model.encoder)
 
 
 def _flow(data: Data, probes: int, steps: int | None, prior_std: float) -> Refined:

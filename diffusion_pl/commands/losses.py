@@ -113,12 +113,9 @@ def _curve(
         )
     indices = torch.arange(count) * len(images) // count
     clean = from_bytes(images.read(indices)).to(generator.device)
-    if opened.model.encoder is not None:
-        opened.model.encoder.check(images)
-    condition = received(
-        generator.denoiser.network,
-        own_condition(images, indices, generator.taken, opened.model.degradation),
-    )
+    model = opened.model
+    own = own_condition(images, indices, model.taken, model.degradation, model.encoder)
+    condition = received(generator.denoiser.network, own)
     sigmas = spaced_levels(opened.model.objective.preconditioning.sigma_range, levels)
     with generator.inference():
         return errors_by_level(

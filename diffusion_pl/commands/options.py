@@ -58,6 +58,20 @@ def guidance(text: str) -> float | dict[str, float]:
         raise ValueError(f"a number, or KIND=NUMBER,... (got {text!r})") from error
 
 
+def swept(text: str) -> float | str:
+    """Parse a weight of several: a number, or KIND=NUMBER+KIND=NUMBER+..., which stays a text.
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        weight = guidance(text.replace("+", ",") if "=" in text else text)
+    except ValueError as error:
+        wanted = "numbers between commas, or KIND=NUMBER, of several kinds KIND=NUMBER+KIND=NUMBER"
+        raise ValueError(f"{wanted} (got {text!r})") from error
+    return text if isinstance(weight, dict) else weight
+
+
 def interval(text: str) -> tuple[float, float]:
     """Parse two noise levels, LOW,HIGH.
 
@@ -130,7 +144,7 @@ Weights = Annotated[str, _read(weights, "KIND")]
 Words = Annotated[tuple[str, ...], _read(listed(str), "NAME,...")]
 Integer = Annotated[int, _read(whole, "INT")]
 Integers = Annotated[tuple[int, ...], _read(listed(int), "N,...")]
-Numbers = Annotated[tuple[float, ...], _read(listed(float), "NUMBER,...")]
+SeveralGuidance = Annotated[tuple[float | str, ...], _read(listed(swept), "WEIGHT,...")]
 SeveralWeights = Annotated[tuple[str, ...], _read(listed(weights), "KIND,...")]
 
 

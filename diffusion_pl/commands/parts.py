@@ -23,7 +23,7 @@ from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.shard_format import MANIFEST
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.diffusion.classifier_free import check_guidance, is_plain
-from diffusion_pl.diffusion.conditions import sizes
+from diffusion_pl.diffusion.conditions import KINDS, sizes
 from diffusion_pl.diffusion.guidance import Routed
 from diffusion_pl.diffusion.objective import TrainingObjective, needing_network
 from diffusion_pl.errors import UserError
@@ -101,6 +101,7 @@ def checked(experiment: Config) -> Config:
     _check_guided(experiment, settings)
     _check_prompts(experiment)
     _check_images(experiment)
+    _check_dropout(experiment, settings)
     return experiment
 
 
@@ -205,6 +206,22 @@ def missing_weights(objective: TrainingObjective) -> str | None:
         except UserError as error:
             return str(error)
     return None
+
+
+def _check_dropout(experiment: Config, settings: TrainerConfig) -> None:
+    """Check that the network takes the conditions that are hidden from it in training."""
+    arguments = experiment.tree["network"]
+    hidden = [kind for kind, share in settings.dropout.items() if share]
+    if all(arguments.get(KINDS[kind].size) for kind in hidden):
+        return  # without building the network
+    taken = sizes(meta_network(experiment))
+    for kind in hidden:
+        if not taken[kind]:
+            raise experiment.error(
+                f"trainer.dropout.{kind}",
+                f"the network takes no {kind} (network.{KINDS[kind].size} is 0), so there is "
+                f"nothing to hide; set trainer.dropout.{kind}=0",
+            )
 
 
 def _check_guided(experiment: Config, settings: TrainerConfig) -> None:

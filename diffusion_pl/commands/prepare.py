@@ -169,7 +169,7 @@ def _encode(folder: Path, encoder: Encoder) -> tuple[dict[str, Any], list[str]]:
     from diffusion_pl.data.encodings import encode
 
     began = time.monotonic()
-    with reported() as report:
+    with reported("captions") as report:
         encoding, already = encode(folder, encoder, report)
     size = sum(block.bytes for block in encoding.blocks)
     name = shown(encoding.encoder)

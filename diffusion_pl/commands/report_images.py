@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
+from diffusion_pl.commands.compare import evenly
 from diffusion_pl.commands.report_read import Told
 from diffusion_pl.io.files import read_small
 from diffusion_pl.page.html import Html, Part, image, paragraph, part, slider, tag
@@ -37,13 +37,6 @@ def grids(runs: Sequence[Told]) -> Part:
         parts += [paragraph(text, kind="problem") for text in bad]
         parts.append(slider(frames, "images seen") if frames else paragraph("No samples yet."))
     return part("grids", "Samples through training", *parts)
-
-
-def evenly(values: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the values, evenly, the first and the last among them."""
-    if len(values) <= most:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def small(path: Path) -> tuple[bytes, str]:

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion_pl.commands import hints
-from diffusion_pl.commands.compare import DRAWN, SAME, Row, key_of
+from diffusion_pl.commands.compare import DRAWN, Row, key_of
 from diffusion_pl.commands.report_read import Told, setting
 from diffusion_pl.commands.report_settings import published
 from diffusion_pl.page.html import Html, Part, paragraph, part, table, tag
 from diffusion_pl.page.plots import Line, plot
 from diffusion_pl.training.best import HIGHER
-from diffusion_pl.training.history import is_evaluation, is_held_out
+from diffusion_pl.training.history import SAME, is_evaluation, is_held_out
 
 MISSING = "not recorded"
 Key = tuple[Any, ...]
@@ -64,7 +64,7 @@ def answers(row: Row) -> tuple[str, ...]:
     sampled = [
         _said(row[word]) if word == "sampler" else f"{word.replace('_', ' ')} {_said(row[word])}"
         for word in DRAWN
-        if row.get(word)
+        if row.get(word) is not None
     ]
     sampled += [f"{row['evaluations']:,.6g} evaluations"] if "evaluations" in row else []
     resize = str(row.get("resize") or MISSING)

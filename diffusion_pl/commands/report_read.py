@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from diffusion_pl import config
-from diffusion_pl.commands.compare import SAME, Measured, Row
+from diffusion_pl.commands.compare import Measured, Row, encoder_of
 from diffusion_pl.commands.run_list import state_of
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import read_small
-from diffusion_pl.training.history import is_held_out
-
-LARGEST = 100_000_000  # bytes of a file of rows
-NUMBERS = ("value", "loss", "images_per_second", "seconds", "evaluations")
+from diffusion_pl.training.history import RECORD, fit_rows, is_held_out
 
 
 @dataclass(frozen=True)
@@ -81,16 +76,18 @@ def told(folder: Path, name: str) -> Told:
         raise UserError(f"{folder}: there is no run here (no config.yaml)")
     problems: list[str] = []
     tree = _read(problems, lambda: dict(config.load(folder / "config.yaml").tree), {})
-    rows = sorted(_rows(folder / "metrics.jsonl", problems), key=lambda row: row["images"])
-    run = Measured(name, folder, tree, rows, _rows(folder / "evaluations.jsonl", problems))
+    rows = sorted(fit_rows(folder / "metrics.jsonl", problems), key=lambda row: row["images"])
+    record = _object(folder / RECORD, problems)
+    evaluations = fit_rows(folder / "evaluations.jsonl", problems)
+    run = Measured(name, folder, tree, rows, evaluations, encoder_of(record))
     state, why = _state(run)
     return Told(
         run,
         state,
         why,
         problems,
-        _object(folder / "run.json", problems),
-        _rows(folder / "sweep" / "rows.jsonl", problems, images=False),
+        record,
+        fit_rows(folder / "sweep" / "rows.jsonl", problems, images=False),
         _object(folder / "losses" / "losses.json", problems),
         sorted(_grids(folder / "samples")),
     )
@@ -129,55 +126,6 @@ def _object(path: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{path}: is no JSON object")
         return {}
     return found
-
-
-def _rows(path: Path, problems: list[str], *, images: bool = True) -> list[Row]:
-    """The rows of a file; lines that are none are counted, a truncated last one is passed over."""
-    if not path.exists():
-        return []
-    content: bytes = _read(problems, lambda: read_small(path, LARGEST), b"")
-    *lines, rest = content.split(b"\n")
-    found = [_row(line, images) for line in lines if line.strip()]
-    last = _row(rest, images)
-    bad = sum(row is None for row in found)
-    if bad:
-        problems.append(f"{path}: {bad:,} of {len(found):,} lines are damaged; the others are told")
-    return [row for row in (*found, last) if row is not None]
-
-
-def _row(line: bytes, images: bool) -> Row | None:
-    """A row without values of unfit types; None where it is no row."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or (images and not _is_count(row.get("images"))):
-        return None
-    if "name" in row and not (isinstance(row["name"], str) and _is_number(row.get("value"))):
-        return None
-    return {key: _fit(key, value) for key, value in row.items() if _is_fit(key, value)}
-
-
-def _is_fit(key: str, value: Any) -> bool:
-    if key == "blocks":
-        return isinstance(value, list) and all(map(_is_number, value))
-    if key == "images_per_second":
-        return _is_number(value) and 0 < value < math.inf
-    return key not in NUMBERS or _is_number(value)
-
-
-def _fit(key: str, value: Any) -> Any:
-    """What identifies a number is text."""
-    return json.dumps(value) if key in SAME and not isinstance(value, (str, NoneType)) else value
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 10**18
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a number that a float holds, infinite ones and nan among them."""
-    return type(value) is float or (type(value) is int and abs(value) < 10**300)
 
 
 def _grids(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -75,6 +75,8 @@ def _paper(runs: Sequence[Told]) -> Iterator[tuple[str | None, Sequence[object]]
         values = [_described(setting(each.run.tree, key)) for each in runs]
         if any(values):
             yield _row(title, [value or "none" for value in values])
+    if any(each.run.encoder for each in runs):
+        yield _row("text encoder", [each.run.encoder or "none" for each in runs])
 
 
 def _row(title: str, values: Sequence[str]) -> tuple[str | None, Sequence[object]]:

@@ -9,6 +9,7 @@ from typing import Any
 from diffusion_pl import config
 from diffusion_pl.commands import parts, runs
 from diffusion_pl.config import Config
+from diffusion_pl.diffusion.conditions import sizes
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import read_small, write_atomically
 from diffusion_pl.names import refuse_name, shown
@@ -109,7 +110,7 @@ def compare(experiment: Config, folder: Path, start: Path | None, done: Path | N
     _compare_start(folder, start, done)
     images = 0 if done is None else int(done.stem)
     changes = config.differences(*map(_with_batches, (before, experiment.tree)))
-    free = FREE | _free_rates(read, experiment, images)
+    free = FREE | _free_rates(read, experiment, images) | _free_dropout(experiment)
     refused = [line for line in changes if not _is_free(line, free)]
     if refused:
         raise config.ConfigError(
@@ -185,6 +186,12 @@ def _is_free(line: str, free: Collection[str]) -> bool:
     if key in ON:
         return not {"null", "absent"} & set(values.split(" -> "))
     return any(key == each or key.startswith(f"{each}.") for each in free)
+
+
+def _free_dropout(now: Config) -> set[str]:
+    """Dropout of the conditions that the network does not take: it changes nothing."""
+    taken = sizes(parts.meta_network(now))
+    return {f"trainer.dropout.{kind}" for kind, size in taken.items() if not size}
 
 
 def _free_rates(before: Config, now: Config, images: int) -> set[str]:

@@ -25,6 +25,7 @@ from diffusion_pl.diffusion.objective import TrainingObjective, trained_range
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.diffusion.schedules import LogUniform
 from diffusion_pl.errors import UserError
+from diffusion_pl.evaluation.prompts import TextEncoder
 from diffusion_pl.names import shown
 from diffusion_pl.training import checkpoint as checkpoints
 
@@ -42,11 +43,13 @@ class StartWeights:
         path: the checkpoint.
         state: of the denoiser, without the tensors of its labels where those are initialised.
         fresh: the names of these tensors.
+        encoder: of the captions that the weights were trained with; None where it is not known.
     """
 
     path: Path
     state: Mapping[str, Tensor]
     fresh: frozenset[str]
+    encoder: TextEncoder | None
 
     def fill(self, denoiser: Denoiser) -> None:
         """Load the weights into a denoiser built as for `load_weights`."""
@@ -69,7 +72,8 @@ def load_weights(run: Path, experiment: Config, options: TrainOptions, leads: bo
     path = runs.checkpoint_of(run)
     loaded = checkpoints.load(path)
     tree, _ = checkpoints.described(loaded, path)
-    start = _match(options.fresh_labels, experiment, loaded, tree, path)
+    state, fresh = _match(options.fresh_labels, experiment, loaded, tree, path)
+    start = StartWeights(path, state, fresh, checkpoints.text_encoder(loaded, path))
     unfit = [*_network(tree, experiment), *_coefficients(options.allow, tree, experiment, path)]
     if unfit and not options.accept_differences:
         raise UserError(
@@ -122,8 +126,9 @@ def _match(
     loaded: Mapping[str, Any],
     tree: Mapping[str, Any],
     path: Path,
-) -> StartWeights:
-    """The weights that fit the network, without those of its labels if `fresh_labels`.
+) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """The weights that fit the network, without those of its labels if `fresh_labels`, and the
+    names of these.
 
     Raises:
         UserError: another number of classes without that option, or the first key that does not
@@ -134,7 +139,7 @@ def _match(
     then, now = tree["network"].get("classes", 0), experiment.tree["network"].get("classes", 0)
     if then == now and not fresh_labels:
         state = checkpoints.match_weights(wanted, loaded, "ema", path)
-        return StartWeights(path, state, frozenset())
+        return state, frozenset()
     if not fresh_labels:
         raise UserError(
             f"--from {path}: it was trained on {then} classes, this network has {now}; initialise "
@@ -156,4 +161,4 @@ def _match(
         if key not in state or state[key].shape != shape or compared[key].shape != shape
     }
     kept = {key: value for key, value in state.items() if key in shapes and key not in fresh}
-    return StartWeights(path, kept, frozenset(fresh))
+    return kept, frozenset(fresh)

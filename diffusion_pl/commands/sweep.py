@@ -25,14 +25,16 @@ from diffusion_pl.commands.options import (
     FeatureOptions,
     Integers,
     MetricOptions,
-    Numbers,
     RunOptions,
     RunPath,
     SamplerOptions,
+    SeveralGuidance,
     SeveralWeights,
     Words,
 )
+from diffusion_pl.commands.options import guidance as parsed
 from diffusion_pl.commands.results import Result
+from diffusion_pl.diffusion.classifier_free import is_plain
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, ImageGenerator
 from diffusion_pl.evaluation import evaluate as measure
@@ -56,19 +58,26 @@ class Point:
         weights: "ema", "denoiser" or "ema:LENGTH".
         sampler: its name.
         steps: of the sampler.
-        guidance: weight.
+        guidance: weight, or KIND=NUMBER+KIND=NUMBER.
     """
 
     checkpoint: str
     weights: str
     sampler: str | None
     steps: int | None
-    guidance: float | None
+    guidance: float | str | None
+
+    @property
+    def weight(self) -> float | dict[str, float] | None:
+        """The guidance as samplers take it."""
+        if isinstance(self.guidance, str):
+            return parsed(self.guidance.replace("+", ","))
+        return self.guidance
 
     def sampling(self) -> SamplerOptions:
         """As options of a command."""
         return SamplerOptions(
-            sampler=self.sampler, steps=self.steps, guidance=self.guidance, weights=self.weights
+            sampler=self.sampler, steps=self.steps, guidance=self.weight, weights=self.weights
         )
 
 
@@ -78,7 +87,7 @@ def command(
     *,
     samplers: Words | None = None,
     steps: Integers | None = None,
-    guidance: Numbers | None = None,
+    guidance: SeveralGuidance | None = None,
     weights: SeveralWeights = ("ema",),
     checkpoints: bool = False,
     out: Path | None = None,
@@ -95,7 +104,7 @@ def command(
     Args:
         samplers: the run's own when not given.
         steps: of the samplers.
-        guidance: weights of the guidance.
+        guidance: weights: 1,2,4; of a kind of condition text=2,text=4; of several text=2+label=1.5.
         weights: ema, denoiser (raw), ema:0.05 (the average of that length), ...
         checkpoints: every checkpoint of the run, not only the newest.
         out: folder of the table; RUN/sweep when not given.
@@ -153,7 +162,7 @@ def points(
     weights: Sequence[str],
     samplers: Sequence[str] | None,
     steps: Sequence[int] | None,
-    guidance: Sequence[float] | None,
+    guidance: Sequence[float | str] | None,
 ) -> list[Point]:
     """Every combination, in the order of the axes.
 
@@ -252,7 +261,7 @@ def _evaluate(
 
 def _at(options: RunOptions, point: Point) -> RunOptions:
     """The run's options at one point; without guidance there is no guide."""
-    if point.guidance == 1:
+    if point.weight is not None and is_plain(point.weight):
         return dataclasses.replace(options, guide=None, guidance_interval=None)
     return options
 
@@ -267,7 +276,7 @@ def _key(
     """All that a point's number depends on, as one line."""
     about = generator.about()
     chosen = ["sampler", "guidance", "guidance_interval", "guide", "precision"]
-    chosen += [key for key in ("captions", "prompt", "prompts") if key in about]
+    chosen += [key for key in ("captions", "prompt", "prompts", "source") if key in about]
     parts = {"checkpoint": point.checkpoint, "weights": point.weights} | {
         **{key: about[key] for key in chosen},
         "count": settings.count,

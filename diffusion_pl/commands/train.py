@@ -161,6 +161,7 @@ def _train(
     start = Start(
         checkpoint=latest,
         origin=None if weights is None else weights.path,
+        encoder=None if weights is None else weights.encoder,
         data_changed=options.data_changed,
         lock=lock,
         keep=lambda images: run_dir.record(experiment, folder, options.start, images, changes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,8 @@ def text_table(captions: Captions, encoder: Encoder) -> TextTable:
     Raises:
         UserError: token states that float16 can't hold.
     """
-    states = [each for each, _ in states_of(captions, encoder, range(len(captions) + 1))]
+    words = [*(captions[number] for number in range(len(captions))), ""]
+    states = [each for each, _ in states_of(words, encoder)]
     return TextTable(
         encoder=encoder.name,
         digest=encoder.digest,
@@ -41,20 +42,19 @@ def batch_size(encoder: Encoder) -> int:
 
 
 def states_of(
-    captions: Captions, encoder: Encoder, numbers: range
+    words: Sequence[str], encoder: Encoder
 ) -> Iterator[tuple[npt.NDArray[np.float16], bool]]:
     """The states (T, E) of each caption, and whether it was cut to the length.
 
     Args:
-        captions: of a set.
+        words: captions, of which so many are encoded at a time that their padding takes little
+            memory.
         encoder: frozen.
-        numbers: of the captions; the one after the last is "".
     """
     step = batch_size(encoder)
-    for first in range(numbers.start, numbers.stop, step):
-        around = range(first, min(first + step, numbers.stop))
-        words = [captions[number] if number < len(captions) else "" for number in around]
-        encoded = encoder.encode(words)
-        for place, caption in enumerate(words):
+    for first in range(0, len(words), step):
+        around = words[first : first + step]
+        encoded = encoder.encode(around)
+        for place, caption in enumerate(around):
             states = compact(encoded.tokens[place], encoded.mask[place], caption)
             yield states, place in encoded.cut

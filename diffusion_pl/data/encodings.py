@@ -4,11 +4,12 @@
     DEST/text/ENCODER-DIGEST-LENGTH/
         index.npy                        an array of `ROW`, a row a caption, then one for ""
         000000.f16, ...                  token states (T, E), little-endian float16, one caption's
-                                         after another's; some 64 MiB each
+                                         after another's; 4 MiB, 8, 16 ... and then 64 each,
+                                         and what the last batch of captions adds
 
 A block depends on captions and encoder alone. It gets its name when all of it is on the disk, and
 its rows of the index lie in `.progress` until the last block is written, so the same command
-finishes a killed run.
+finishes a killed run; it does about half at most of what was done again, and 64 MiB at most.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import shutil
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ from diffusion_pl.progress import Report
 from diffusion_pl.text import Encoder
 from diffusion_pl.texts import Captions, captions_fingerprint
 
-BLOCK_BYTES = 64 * 1024**2  # a block ends with the batch of captions that reaches them
+# A block ends with the batch of captions that reaches so many bytes: the first, and any.
+FIRST_BYTES, BLOCK_BYTES = 4 * 1024**2, 64 * 1024**2
 
 # Where a caption's states lie: bytes from the start of a block; `crc` is zlib.crc32 of them.
 ROW = np.dtype([("block", "<u4"), ("tokens", "<u4"), ("offset", "<u8"), ("crc", "<u4")])
@@ -152,9 +154,11 @@ def _blocks(
     done = earlier = sum(len(each.rows) for each in made)
     while done < total:
         rows, data, cut = [], io.BytesIO(), 0
-        while done < total and data.tell() < BLOCK_BYTES:
+        most = min(BLOCK_BYTES, FIRST_BYTES * 2 ** len(made))
+        while done < total and data.tell() < most:
             batch = range(done, min(done + batch_size(encoder), total))
-            for states, is_cut in states_of(captions, encoder, batch):
+            words = [captions[each] if each < len(captions) else "" for each in batch]
+            for states, is_cut in states_of(words, encoder):
                 kept = np.ascontiguousarray(states, dtype="<f2").tobytes()
                 rows.append((len(made), len(states), data.tell(), zlib.crc32(kept)))
                 data.write(kept)
@@ -259,26 +263,31 @@ class StoredStates:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": OrderedDict()}
 
-    def read(self, number: int) -> npt.NDArray[np.float16]:
-        """(T, E) of a caption.
+    def read(self, numbers: Sequence[int]) -> list[npt.NDArray[np.float16]]:
+        """(T, E) of each caption.
 
         Raises:
             UserError: a block that is damaged or can't be read.
         """
-        block, tokens, offset, crc = self.index[number].item()
+        # One look-up of all rows: that of a single one costs as much as copying its states.
+        rows = self.index[numbers].tolist() if len(numbers) else []
+        return [self._read(number, *row) for number, row in zip(numbers, rows, strict=True)]
+
+    def _read(
+        self, number: int, block: int, tokens: int, offset: int, crc: int
+    ) -> npt.NDArray[np.float16]:
         size = tokens * self.width * 2
         data = self._map(block)[offset : offset + size]
-        if self._checked[number] and len(data) == size:
-            return data.view("<f2").reshape(tokens, self.width)
-        if len(data) != size or zlib.crc32(data.data) != crc:
-            self._maps.pop(block, None)
-            data = self._map(block)[offset : offset + size] if self.renew(block) else data[:0]
+        if not self._checked[number] or len(data) != size:
             if len(data) != size or zlib.crc32(data.data) != crc:
-                raise UserError(
-                    f"{self.path(block)}: damaged at byte {offset:,}; fetch it again, or remove it "
-                    f"and {ENCODINGS} and encode the captions again"
-                )
-        self._checked[number] = 1
+                self._maps.pop(block, None)
+                data = self._map(block)[offset : offset + size] if self.renew(block) else data[:0]
+                if len(data) != size or zlib.crc32(data.data) != crc:
+                    raise UserError(
+                        f"{self.path(block)}: damaged at byte {offset:,}; fetch it again, or "
+                        f"remove it and {ENCODINGS} and encode the captions again"
+                    )
+            self._checked[number] = 1
         return data.view("<f2").reshape(tokens, self.width)
 
     def _map(self, block: int) -> npt.NDArray[np.uint8]:

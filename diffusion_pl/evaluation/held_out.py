@@ -94,10 +94,10 @@ def open_held_out(
     else:
         indices = torch.arange(count) * total // count
         which = f"{count:,} of {total:,}, evenly spaced"
-    if sizes(network)["text"] and training.texts is not None:
-        TextEncoder.of(training.texts).check(images)
+    encoder = None if training.texts is None else TextEncoder.of(training.texts)
     trained = dataset is None or images.fingerprint == training.fingerprint
-    condition = received(network, own_condition(images, indices, sizes(network), degradation))
+    own = own_condition(images, indices, sizes(network), degradation, encoder)
+    condition = received(network, own)
     return HeldOut(
         images.name + "-held-out" * (images.name == training.name and not trained),
         which,

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
-from codecs import BOM_UTF8
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from diffusion_pl import text
 from diffusion_pl.config.reading import EXPERIMENTS, packaged_experiments
+from diffusion_pl.data.encoding import states_of
 from diffusion_pl.errors import UserError
-from diffusion_pl.evaluation.sources import Prompts
 from diffusion_pl.images import ImageDataset, Texts
 from diffusion_pl.io.files import regular
 from diffusion_pl.names import shown
+from diffusion_pl.texts import MemoryStates, States, padded
 
 MOST_BYTES = 2**24  # of a file of prompts
 
@@ -76,21 +81,59 @@ class TextEncoder:
         return encoder
 
 
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Given prompts: image i has number i modulo how many there are.
+
+    Args:
+        words: of each prompt.
+        states: of each prompt.
+        length: L, tokens that a prompt is padded to.
+        width: E, numbers a token.
+    """
+
+    words: Sequence[str]
+    states: States
+    length: int
+    width: int
+
+    def condition(self, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
+        """`text`, float16 (n, L, E), and `text_mask`, bool (n, L)."""
+        states = self.states.read([i % len(self.words) for i in indices])
+        tokens, mask = padded(states, self.length, self.width)
+        return {"text": tokens, "text_mask": mask}
+
+    def captions(self, seed: int, indices: Sequence[int]) -> tuple[str, ...]:
+        """The prompt of each image."""
+        return tuple(self.words[i % len(self.words)] for i in indices)
+
+    def about(self) -> Mapping[str, Any]:
+        """The prompt if it is the only one, else their number and digest."""
+        if len(self.words) == 1:
+            return {"prompt": self.words[0]}
+        digest = hashlib.sha256(json.dumps(list(self.words)).encode()).hexdigest()
+        return {"prompts": f"{len(self.words)} {digest[:12]}"}
+
+
 def encoded(words: Sequence[str], encoder: text.Encoder) -> Prompts:
-    """Encode prompts; one beyond the encoder's length is cut, and a line on stderr says where.
+    """Encode prompts, some at a time, so that the padding of all is never in memory.
+
+    One beyond the encoder's length is cut, and a line on stderr says where.
 
     Args:
         words: at least one prompt.
         encoder: of the captions of the model.
     """
-    found = encoder.encode(words)
-    for number in found.cut:
-        print(
-            f"prompt {shown(words[number])!r} has more than {encoder.length:d} tokens and is cut "
-            f"after {shown(encoder.kept(words[number]))!r}",
-            file=sys.stderr,
-        )
-    return Prompts(tuple(words), found.tokens, found.mask)
+    states = []
+    for number, (each, is_cut) in enumerate(states_of(words, encoder)):
+        states.append(each)
+        if is_cut:
+            print(
+                f"prompt {shown(words[number])!r} has more than {encoder.length:d} tokens and is "
+                f"cut after {shown(encoder.kept(words[number]))!r}",
+                file=sys.stderr,
+            )
+    return Prompts(tuple(words), MemoryStates(states), encoder.length, encoder.width)
 
 
 def located(name: str) -> Path:
@@ -114,14 +157,13 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     try:
         with regular(path).open("rb") as file:
             content = file.read(MOST_BYTES + 1)
+        lines = content.decode("utf-8-sig").splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(content) > MOST_BYTES:  # before the last letter, which may be cut, is decoded
-        raise UserError(f"{path}: is larger than {MOST_BYTES >> 20} MB; prompts are a line each")
-    try:
-        lines = [line.decode() for line in content.removeprefix(BOM_UTF8).splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text; prompts are a line each") from error
+    if len(content) > MOST_BYTES:
+        raise UserError(f"{path}: is larger than {MOST_BYTES >> 20} MB; prompts are a line each")
     found = tuple(line.strip() for line in lines if line.strip())
     if not found:
         raise UserError(f"{path}: has no prompt; write one a line")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from diffusion_pl.data.loader import Degradation, remains
 from diffusion_pl.diffusion.classifier_free import removable
 from diffusion_pl.diffusion.degradations import repeated
 from diffusion_pl.errors import UserError
+from diffusion_pl.evaluation.prompts import Prompts, TextEncoder
 from diffusion_pl.images import ImageDataset, from_bytes
 from diffusion_pl.seeds import seed_of
 
@@ -70,37 +70,6 @@ class Labels:
         """The class of every image, or how classes are chosen."""
         balanced = self.balanced and self.label is None
         return {"label": self.label, **({"labels": "balanced"} if balanced else {})}
-
-
-@dataclass(frozen=True, eq=False)
-class Prompts:
-    """Given prompts: image i has number i modulo how many there are.
-
-    Args:
-        words: of each prompt.
-        text: their token states, float (n, L, E).
-        text_mask: bool (n, L), True where there is a token.
-    """
-
-    words: Sequence[str]
-    text: Tensor
-    text_mask: Tensor
-
-    def condition(self, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
-        """`text` and `text_mask`."""
-        rows = torch.tensor([i % len(self.words) for i in indices])
-        return {"text": self.text[rows], "text_mask": self.text_mask[rows]}
-
-    def captions(self, seed: int, indices: Sequence[int]) -> tuple[str, ...]:
-        """The prompt of each image."""
-        return tuple(self.words[i % len(self.words)] for i in indices)
-
-    def about(self) -> Mapping[str, Any]:
-        """The prompt if it is the only one, else their number and digest."""
-        if len(self.words) == 1:
-            return {"prompt": self.words[0]}
-        digest = hashlib.sha256(json.dumps(list(self.words)).encode()).hexdigest()
-        return {"prompts": f"{len(self.words)} {digest[:12]}"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,6 +216,7 @@ def own_condition(
     indices: Tensor,
     taken: Mapping[str, int],
     degradation: Degradation | None = None,
+    encoder: TextEncoder | None = None,
 ) -> dict[str, Tensor]:
     """The data's own labels, the first caption of each image, and what is left of the image.
 
@@ -255,9 +225,11 @@ def own_condition(
         indices: int64 (n,).
         taken: how much of each kind a model takes, see `conditions.sizes`.
         degradation: of the model's training, where it takes images.
+        encoder: of the captions that the model was trained with, where that is known.
 
     Raises:
-        UserError: the data has none of what the model takes, or of another size.
+        UserError: the data has none of what the model takes, or of another size, or captions that
+            another encoder encoded.
     """
     condition: dict[str, Tensor] = {}
     if taken["label"]:
@@ -273,6 +245,8 @@ def own_condition(
                 f"{images.name}: {images.texts.encoder} gives {images.texts.width} numbers a "
                 f"token, and the model takes {width}; encode it with the run's encoder"
             )
+        if encoder is not None:
+            encoder.check(images)
         first = torch.zeros(len(indices), dtype=torch.float64)
         condition["text"], condition["text_mask"] = images.texts.read(indices, first)
     if degradation is not None:
@@ -300,6 +274,7 @@ def sources_of(
     given: GivenImages | None = None,
     degradation: Degradation | None = None,
     dropout: Mapping[str, float] = MappingProxyType({}),
+    encoder: TextEncoder | None = None,
 ) -> tuple[Source, ...]:
     """The sources for all that a model takes, of what was asked for and else of the data.
 
@@ -315,9 +290,11 @@ def sources_of(
         given: images that are given.
         degradation: of the model's training, where it takes images.
         dropout: of the model's conditions in training.
+        encoder: of the captions that the model was trained with, where that is known.
 
     Raises:
-        UserError: data without the model's classes, or without images of the one asked for.
+        UserError: data without the model's classes, or without images of the one asked for, or
+            captions that another encoder encoded.
     """
     classes = taken["label"]
     labelled = bool(classes) and label is None
@@ -341,6 +318,8 @@ def sources_of(
     if taken["text"]:
         if prompts is None:
             assert images is not None
+            if encoder is not None:
+                encoder.check(images)
             found.append(Captions(images, labelled, label))
         else:
             found.append(prompts)

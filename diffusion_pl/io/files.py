@@ -160,6 +160,18 @@ def read_small(path: Path, most: int = 1_000_000) -> bytes:
     return content
 
 
+def read_named(path: Path) -> bytes:
+    """The content of a file that the user names.
+
+    Raises:
+        UserError: it cannot be read, or is no regular file.
+    """
+    try:
+        return regular(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def open_lock(path: Path) -> int:
     """Open a lock file, made if absent; the caller closes the descriptor.
 

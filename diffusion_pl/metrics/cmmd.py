@@ -5,7 +5,9 @@
 
 Jayasumana et al. 2024, arXiv 2401.09603, Eq. 2 and section 4, with its code's estimator: the biased
 one of least variance (Gretton et al. 2012, Eq. 5), at least 0. The paper's embeddings are those of
-CLIP ViT-L/14 at 336 px; over another extractor the number is called "mmd".
+CLIP ViT-L/14 at 336 px; over another extractor the number is called "mmd". Its code
+(google-research/cmmd) resizes whole images to 336 px by JAX's antialiased bicubic filter;
+torch-fidelity's CLIP, which embeds here, by TensorFlow 1's bilinear one. Rows say both.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 SIGMA, SCALE = 10.0, 1000.0
 PUBLISHED = "clip-vit-l-14-336px"  # torch-fidelity's name
+PUBLISHED_RESIZE = "antialiased bicubic to 336 px"  # another than the extractor's own
 _ROWS = 1024  # of the matrix of all pairs, at a time
 
 
@@ -83,5 +86,7 @@ class CMMD:
 
         [key] = self.numbers(extractor)
         metric = Kept("pooled", extractor.dimension, partial(_measure, key, real))
-        metric.notes = {"kernel": f"exp(-|x - y|^2 / {2 * SIGMA**2:g}) of unit features"}
+        published = {"published_resize": PUBLISHED_RESIZE} if key == "cmmd" else {}
+        kernel = f"exp(-|x - y|^2 / {2 * SIGMA**2:g}) of unit features"
+        metric.notes = {"kernel": kernel, **published}
         return metric

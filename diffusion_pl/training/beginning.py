@@ -13,13 +13,13 @@ from lightning.pytorch.callbacks import Callback
 
 from diffusion_pl.diffusion.conditions import sizes
 from diffusion_pl.errors import UserError
+from diffusion_pl.evaluation.prompts import TextEncoder
 from diffusion_pl.io.files import read_small, write_atomically
 from diffusion_pl.locks import Lock
 from diffusion_pl.progress import Progress
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training import sameness
-
-RECORD = "run.json"  # in a run's folder: the data and code that it is trained with now
+from diffusion_pl.training.history import RECORD
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Start:
     Args:
         checkpoint: to resume from; None: from the beginning.
         origin: the checkpoint whose weights a new run starts from; None: initial weights.
+        encoder: of the captions that these weights were trained with; None where it is not known.
         data_changed: whether the user allows resuming with other data.
         lock: on the run's folder, held by rank 0; None on other ranks.
         keep: called on rank 0 before the first step with the images seen; writes the config.
@@ -36,6 +37,7 @@ class Start:
 
     checkpoint: Path | None = None
     origin: Path | None = None
+    encoder: TextEncoder | None = None
     data_changed: bool = False
     lock: Lock | None = None
     keep: Callable[[int], None] | None = None
@@ -85,6 +87,9 @@ class Begin(Callback):
             UserError: on every rank; names what differs.
         """
         device, start = trainer.strategy.root_device, self.start
+        if start.encoder is not None:
+            opened = trainer.datamodule.opened()  # type: ignore[attr-defined]
+            start.encoder.check(opened)
         self.data = sameness.data_of(trainer.datamodule.images)  # type: ignore[attr-defined]
         self.code = sameness.code_of(self.tree)
         files = {"checkpoint": start.checkpoint, "from": start.origin}

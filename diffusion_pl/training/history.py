@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.io.files import regular, unwritable, write_atomically
+from diffusion_pl.io.files import read_small, regular, unwritable, write_atomically
 
 logger = logging.getLogger(__name__)
 
 DAMAGED = ".damaged"  # suffix of the copy of a damaged file
+RECORD = "run.json"  # in a run's folder: the data and code that it is trained with now
+
+# What two rows must share to stand side by side; their name has the number and count of images.
+SAME = ("name", "fingerprint", "extractor", "resize", "weights", "sigmas")
+
+LARGEST = 100_000_000  # bytes of a file of rows
+NUMBERS = ("value", "loss", "images_per_second", "seconds", "evaluations")
 
 
 def is_held_out(row: Mapping[str, Any]) -> bool:
@@ -170,3 +179,62 @@ class History:
         if self.path.exists():
             text = "".join(json.dumps(row) + "\n" for row in kept)
             write_atomically(self.path, lambda file: file.write(text.encode()))
+
+
+def fit_rows(path: Path, problems: list[str], *, images: bool = True) -> list[Mapping[str, Any]]:
+    """The fit rows of any file, without values of unfit types; a truncated last one is passed over.
+
+    Args:
+        path: the file; it may be absent.
+        problems: a line is added on what cannot be read.
+        images: each row has the images seen.
+    """
+    if not path.exists():
+        return []
+    try:
+        content = read_small(path, LARGEST)
+    except (ValueError, OSError) as error:
+        problems.append(" ".join(str(error).split()))
+        return []
+    *lines, rest = content.split(b"\n")
+    found = [_fit_row(line, images) for line in lines if line.strip()]
+    last = _fit_row(rest, images)
+    bad = sum(row is None for row in found)
+    if bad:
+        problems.append(f"{path}: {bad:,} of {len(found):,} lines are damaged; the others are told")
+    return [row for row in (*found, last) if row is not None]
+
+
+def _fit_row(line: bytes, images: bool) -> Mapping[str, Any] | None:
+    """A row without values of unfit types; None where it is no row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or (images and not _is_count(row.get("images"))):
+        return None
+    if "name" in row and not (isinstance(row["name"], str) and _is_number(row.get("value"))):
+        return None
+    return {key: _fit(key, value) for key, value in row.items() if _is_fit(key, value)}
+
+
+def _is_fit(key: str, value: Any) -> bool:
+    if key == "blocks":
+        return isinstance(value, list) and all(map(_is_number, value))
+    if key == "images_per_second":
+        return _is_number(value) and 0 < value < math.inf
+    return key not in NUMBERS or _is_number(value)
+
+
+def _fit(key: str, value: Any) -> Any:
+    """What identifies a number is text."""
+    return json.dumps(value) if key in SAME and not isinstance(value, (str, NoneType)) else value
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 10**18
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that a float holds, infinite ones and nan among them."""
+    return type(value) is float or (type(value) is int and abs(value) < 10**300)

@@ -133,9 +133,10 @@ class DiffusionModule(QuickModule):
             assert texts is not None  # its opening saw to it
             null, mask = texts.null
             own: Any = self.denoiser.network
-            if own.null_text_mask.any() and not torch.allclose(
+            same = torch.equal(own.null_text_mask.cpu(), mask) and torch.allclose(
                 own.null_text.cpu(), null.float(), atol=ROUNDING
-            ):
+            )
+            if own.null_text_known and not same:
                 raise UserError(
                     "the weights to start from were trained with captions of another encoder; "
                     "encode the data's captions with that one"

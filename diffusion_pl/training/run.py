@@ -27,7 +27,6 @@ from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.beginning import Begin, Start
 from diffusion_pl.training.callbacks import (
     Checkpoints,
-    DataWait,
     Log,
     Snapshots,
     Stop,
@@ -136,16 +135,26 @@ def fit(
         settings.per_device_batch(batch_size, trainer.world_size)  # refused before any work
         module = make_module(experiment)
         history = History(run / "metrics.jsonl")
-        progress = Progress(
-            trainer.max_steps * batch_size, name=run.name, every=experiment.evaluation.every
-        )
+        progress = Progress(trainer.max_steps * batch_size)
         folder = run / "checkpoints"
         start = start or Start(checkpoints.latest(folder))
-        waits = DataWait()
-        log = Log(history, settings.log_every, progress, start.check, waits)
+        log = Log(history, settings.log_every, progress, start.check)
         begin = Begin(run, start, experiment.config, progress)
         stop, limits = Stop(stop_request), TimeLimits(settings)
-        evaluation = _evaluation(experiment, run, references, precision, log, stop)
+        evaluation = Evaluate(
+            experiment.evaluation,
+            experiment.sampler,
+            experiment.extractor,
+            origin={"weights": "ema", "ema": described(experiment.ema)},
+            references=references,
+            precision=AUTOCAST[precision],
+            run=run,
+            history=history,
+            training_log=log,
+            stop=stop,
+            best=settings.best(run),
+        )
+        saving = Checkpoints(folder, settings, experiment.config, begin)
         trainer.callbacks += [  # type: ignore[attr-defined]
             begin,
             *_snapshots(experiment, run),
@@ -156,9 +165,8 @@ def fit(
             limits,
             log,
             *_held_out(experiment, AUTOCAST[precision], history, log),
-            Checkpoints(folder, settings, experiment.config, begin),
+            saving,
             evaluation,
-            waits,
         ]
         try:
             trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
@@ -180,26 +188,6 @@ def fit(
         "rows": last_measurements(history),
         "stopped": stop.stopped,
     }
-
-
-def _evaluation(
-    experiment: Experiment, run: Path, references: Path, precision: str, log: Log, stop: Stop
-) -> Evaluate:
-    """What evaluates the averaged weights."""
-    return Evaluate(
-        experiment.evaluation,
-        experiment.sampler,
-        experiment.extractor,
-        origin={"weights": "ema", "ema": described(experiment.ema)},
-        references=references,
-        precision=AUTOCAST[precision],
-        run=run,
-        history=log.history,
-        training_log=log,
-        stop=stop,
-        config=experiment.config,
-        best=experiment.settings.best(run),
-    )
 
 
 def _snapshots(experiment: Experiment, run: Path) -> list[Callback]:
