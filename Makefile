@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check data train slurm preempt sample enlarge inpaint evaluate export import \
-	reference sweep compare report runs experiments test test-slow test-hf test-faults test-slurm mutants \
-	soak ci-fid bench ladder docs keys clean
+	reference sweep compare report runs plan experiments test test-slow test-hf test-faults test-slurm \
+	mutants soak ci-fid bench ladder docs keys clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -70,6 +70,10 @@ report: $(STAMP)  ## one HTML file of runs: RUNS="runs/a runs/b" [ARGS="--no-dra
 runs: $(STAMP)  ## list the runs with their state and newest number
 	@$(RUN_PYTHON) -m diffusion_pl runs $(ARGS)
 
+plan: $(STAMP)  ## memory, images/s, days and disk: EXP=... [GPU=H200 NODES=4 GPUS=8] [SET="..."] [ARGS=--measure]
+	@$(RUN_PYTHON) -m diffusion_pl plan $(EXP) $(SET) $(if $(GPU),--gpu "$$GPU") \
+		$(if $(NODES),--nodes $(NODES)) $(if $(GPUS),--gpus $(GPUS)) $(ARGS)
+
 experiments: $(STAMP)  ## list the experiments with their published numbers
 	@$(RUN_PYTHON) -m diffusion_pl experiments
 
@@ -112,7 +116,7 @@ ci-fid: $(STAMP)  ## train a small recipe on CIFAR-10 and compare its distance w
 ladder: $(STAMP)  ## train recipes with one line changed, three seeds each (docs/what_pays.md) [ARGS="--minutes 90"]
 	@$(RUN_PYTHON) -m benchmarks.ladder $(ARGS)
 
-bench: $(STAMP)  ## measure BENCH=networks, samplers, loop, commands, data, texts, metrics, text, memory, scaling; pyramid, inpainting RUN=...
+bench: $(STAMP)  ## measure BENCH=networks, samplers, loop, commands, data, texts, metrics, text, memory, plan, scaling; pyramid, inpainting RUN=...
 	@for name in $(or $(BENCH),networks samplers loop commands data metrics); do \
 		$(RUN_PYTHON) -m benchmarks.$$name $(if $(RUN),"$$RUN") $(OTHER) || exit 1; done
 

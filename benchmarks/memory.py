@@ -8,18 +8,16 @@ an allocator's fragments, kernels' work space and the device's context come on t
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import record
 from diffusion_pl import config
+from diffusion_pl.training.meter import Meter
 
 # So many that the images, and not the gradients, decide when the peak is; what one takes is the
 # difference over the number of them.
@@ -33,53 +31,19 @@ EXPERIMENTS = {
 }
 
 
-class Living(TorchDispatchMode):
-    """Bytes of the storages that operations within it have made and that are still there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.most = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, arguments: Any = (), keywords: Any = None
-    ) -> Any:
-        results = operation(*arguments, **(keywords or {}))
-        # What an operation changes in place or looks at was there before it.
-        for given in tree_leaves((arguments, keywords or {})):
-            if isinstance(given, Tensor):
-                self._note(given.untyped_storage(), 0)
-        for made in tree_leaves(results):
-            if isinstance(made, Tensor):
-                storage = made.untyped_storage()
-                self._note(storage, storage.nbytes())
-        return results
-
-    def _note(self, storage: Any, size: int) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        weakref.finalize(storage, self._gone, size)
-        self.bytes += size
-        self.most = max(self.most, self.bytes)
-
-    def _gone(self, size: int) -> None:
-        self.bytes -= size
-
-
 def step(network: nn.Module, batch: int, classes: int, side: int) -> tuple[int, int]:
     """Bytes of a training step beside the parameters: before the backward pass, and at the peak."""
     image = torch.randn(batch, 3, side, side)
     level = torch.rand(batch)
     condition = {"label": torch.zeros(batch, dtype=torch.int64)} if classes else {}
-    with Living() as living:
+    with Meter() as meter:
         with torch.autocast("cpu", torch.bfloat16):
             output = network(image, level, **condition)
             loss = output.float().square().mean()
-        kept = living.bytes
+        kept = meter.fixed
         loss.backward()
     network.zero_grad()
-    return kept, living.most
+    return kept, max(meter.curve.values())
 
 
 def figures(name: str, activation_checkpointing: bool) -> dict[str, Any]:

@@ -40,7 +40,8 @@ from diffusion_pl.signals import RESUMABLE, StopError, StopRequest, is_later_ran
 COMMANDS = (
     "prepare", "train", "launch", "sample", "evaluate", "reference", "sweep", "compare", "report",
     "runs", "replay", "losses", "progressive", "interpolate", "enlarge", "invert", "inpaint",
-    "likelihood", "import", "export", "convert", "verify", "check", "experiments", "completion",
+    "likelihood", "import", "export", "convert", "verify", "check", "plan", "experiments",
+    "completion",
 )  # fmt: skip
 
 # A path joins the two slashes of an address; one letter before them is a disk.
