@@ -141,19 +141,7 @@ def fit(
         log = Log(history, settings.log_every, progress, start.check)
         begin = Begin(run, start, experiment.config, progress)
         stop, limits = Stop(stop_request), TimeLimits(settings)
-        evaluation = Evaluate(
-            experiment.evaluation,
-            experiment.sampler,
-            experiment.extractor,
-            origin={"weights": "ema", "ema": described(experiment.ema)},
-            references=references,
-            precision=AUTOCAST[precision],
-            run=run,
-            history=history,
-            training_log=log,
-            stop=stop,
-            best=settings.best(run),
-        )
+        evaluation = _evaluate(experiment, run, references, history, log, stop)
         saving = Checkpoints(folder, settings, experiment.config, begin)
         trainer.callbacks += [  # type: ignore[attr-defined]
             begin,
@@ -188,6 +176,27 @@ def fit(
         "rows": last_measurements(history),
         "stopped": stop.stopped,
     }
+
+
+def _evaluate(
+    experiment: Experiment, run: Path, references: Path, history: History, log: Log, stop: Stop
+) -> Evaluate:
+    """What evaluates the average at intervals."""
+    settings = experiment.settings
+    precision = resolve_precision(settings.precision, settings.device_type())
+    return Evaluate(
+        experiment.evaluation,
+        experiment.sampler,
+        experiment.extractor,
+        origin={"weights": "ema", "ema": described(experiment.ema)},
+        references=references,
+        precision=AUTOCAST[precision],
+        run=run,
+        history=history,
+        training_log=log,
+        stop=stop,
+        best=settings.best(run),
+    )
 
 
 def _snapshots(experiment: Experiment, run: Path) -> list[Callback]:
