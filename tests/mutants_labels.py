@@ -68,9 +68,13 @@ MUTANTS = [
         ("(_beside(image, ending), ending)", "(_beside(image, ending),)"),
         ("counts[images[0]]:,", "len(every):,"),
         ('field = "label" if "label" in _fields(', 'field = "label" if False and _fields('),
-        ("    if is_leftover(member.name):", "    if False:"),
         ("if (number, sample.key, ending) not in taken", "if True"),
-        ("samples.setdefault(key, _Sample(key))", "samples.setdefault(member.name, _Sample(key))"),
+    ),
+    *at(
+        "data/sources/tar_members.py",
+        "prepare_labels",
+        ("    if is_leftover(member.name):", "    if False:"),
+        ("samples.setdefault(key, Sample(key))", "samples.setdefault(member.name, Sample(key))"),
     ),
     *at(
         "data/sources/tables.py",

@@ -170,6 +170,11 @@ MUTANTS = [
     *at(
         "data/sources/tars.py",
         "prepare_sources",
+        ("    if None in members:", "    if False:"),
+    ),
+    *at(
+        "data/sources/tar_members.py",
+        "prepare_sources",
         ("if len(tail) < _BLOCK or any(tail[:_BLOCK]):", "if any(tail[:_BLOCK]):"),
         ("if len(tail) < _BLOCK or any(tail[:_BLOCK]):", "if len(tail) < _BLOCK:"),
         ("if any(tail) or size", "if size"),
@@ -178,7 +183,6 @@ MUTANTS = [
         ("if not member.isreg() or member.issparse():", "if False:"),
         ("if member.size > LARGEST_FILE:", "if False:"),
         ("stream.seek(offset)\n", "stream.seek(offset - 512)\n"),
-        ("    if None in members:", "    if False:"),
         ("if ending.lower() in members:", "if False:"),
     ),
     *at(

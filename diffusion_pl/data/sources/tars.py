@@ -1,31 +1,25 @@
 """Originals in WebDataset tars: members that share a key up to the first dot are one sample.
 
-The headers are read once; images are then read by their offset. Nothing is unpacked, and links,
-devices and paths that lead outside are refused.
+Images are read by their offset.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from diffusion_pl.data.files import (
-    CONTROL,
     EXTENSIONS,
     FOREIGN,
     HEAD,
-    LARGEST_FILE,
     begins_as_image,
-    is_leftover,
     needs_content,
 )
 from diffusion_pl.data.labels import (
@@ -46,35 +40,17 @@ from diffusion_pl.data.sources.captions import (
     content,
     fields_of,
 )
+from diffusion_pl.data.sources.tar_members import Member, Sample, bytes_of, samples_of
 from diffusion_pl.data.splits import ALL, files_of_split
 from diffusion_pl.errors import UserError
-from diffusion_pl.io.files import last_change, regular
+from diffusion_pl.io.files import last_change
 from diffusion_pl.names import there_are
-
-_BLOCK = 512
-
-# Zero blocks that fill up a tar's last record; 10 KiB is usual, some writers use more.
-_LARGEST_TAIL = 1024**2
 
 _LARGEST_LABEL = 256
 _LARGEST_JSON = 1024**2
 
-
-class _Member(NamedTuple):
-    offset: int
-    size: int
-
-
-@dataclass
-class _Sample:
-    """Members of one key, by their ending."""
-
-    key: str
-    members: dict[str, _Member] = field(default_factory=dict)
-
-
 # A tar's number, a sample of it, the ending of an image.
-_Picked = tuple[int, _Sample, str]
+_Picked = tuple[int, Sample, str]
 
 
 @dataclass(frozen=True)
@@ -86,7 +62,7 @@ class _TarReader:
     def read(self, index: int) -> Original:
         tar, name, offset, size = self.places[index]
         return Original(
-            f"{Path(self.paths[tar]).name}/{name}", _bytes(self.paths[tar], offset, size)
+            f"{Path(self.paths[tar]).name}/{name}", bytes_of(self.paths[tar], offset, size)
         )
 
 
@@ -105,7 +81,7 @@ def open_tars(files: Sequence[Path], name: str, spec: SourceSpec) -> Originals:
             several, labels that are none or only sometimes there, tars of several splits.
     """
     files = files_of_split(files, spec.split)
-    samples = [(number, each) for number, file in enumerate(files) for each in _samples(file)]
+    samples = [(number, each) for number, file in enumerate(files) for each in samples_of(file)]
     label = (spec.label or "cls").lower()
     picked = _pick(files, samples, spec.image, label)
     if not picked:
@@ -144,12 +120,12 @@ def open_tars(files: Sequence[Path], name: str, spec: SourceSpec) -> Originals:
     )
 
 
-def _name(sample: _Sample, ending: str) -> str:
+def _name(sample: Sample, ending: str) -> str:
     return f"{sample.key}.{ending}" if ending else sample.key
 
 
 def _pick(
-    files: Sequence[Path], samples: Sequence[tuple[int, _Sample]], image: str | None, label: str
+    files: Sequence[Path], samples: Sequence[tuple[int, Sample]], image: str | None, label: str
 ) -> list[_Picked]:
     """The images to take: one a sample, or all where each has a label of its own.
 
@@ -213,9 +189,11 @@ def _labels(
         where = f"{files[number]}: {sample.key}"
         place = sample.members[member]
         if field is None:
-            values.append(_word(_bytes(str(files[number]), *_small(place, _LARGEST_LABEL, where))))
+            values.append(
+                _word(bytes_of(str(files[number]), *_small(place, _LARGEST_LABEL, where)))
+            )
         else:
-            data = _bytes(str(files[number]), *_small(place, _LARGEST_JSON, where))
+            data = bytes_of(str(files[number]), *_small(place, _LARGEST_JSON, where))
             values.append(_parsed(data, where).get(field))
     if field is not None and all(value is None for value in values):
         raise UserError(
@@ -244,7 +222,7 @@ class _TarCaptions:
 
     def read(self, index: int) -> list[Any]:
         return [
-            TOO_LARGE if size > LARGEST else content(_bytes(self.paths[tar], offset, size), field)
+            TOO_LARGE if size > LARGEST else content(bytes_of(self.paths[tar], offset, size), field)
             for tar, offset, size, field in self.places[index]
         ]
 
@@ -329,7 +307,7 @@ def _fields_of(files: Sequence[Path], members: Iterable[_Picked]) -> Iterator[st
     for number, sample, member in members:
         place = sample.members[member]
         if place.size <= LARGEST:
-            yield from fields_of(_bytes(str(files[number]), *place)) or {}
+            yield from fields_of(bytes_of(str(files[number]), *place)) or {}
 
 
 def _offered(files: Sequence[Path], picked: Sequence[_Picked]) -> list[str]:
@@ -371,12 +349,12 @@ def _folders(files: Sequence[Path], picked: Sequence[_Picked]) -> ImageLabels | 
     return number_labels(tops, "folders", sort_class_names(tops))
 
 
-def _member(sample: _Sample, image: str, ending: str) -> str | None:
+def _member(sample: Sample, image: str, ending: str) -> str | None:
     """The member of an ending that belongs to an image: its own, or the sample's."""
     return next((e for e in (_beside(image, ending), ending) if e in sample.members), None)
 
 
-def _small(place: _Member, most: int, where: str) -> _Member:
+def _small(place: Member, most: int, where: str) -> Member:
     if place.size > most:
         raise UserError(f"{where}: a label of {place.size:,} bytes is none")
     return place
@@ -388,7 +366,7 @@ def _fields(files: Sequence[Path], pick: _Picked) -> dict[str, Any]:
     member = _member(sample, image, "json")
     if member is None or sample.members[member].size > _LARGEST_JSON:
         return {}
-    data = _bytes(str(files[number]), *sample.members[member])
+    data = bytes_of(str(files[number]), *sample.members[member])
     return _parsed(data, f"{files[number]}: {sample.key}")
 
 
@@ -425,62 +403,7 @@ def _hints(
     return notes
 
 
-def _samples(file: Path) -> list[_Sample]:
-    """Samples of one tar, its end checked; members of a key may lie apart."""
-    samples: dict[str, _Sample] = {}
-    end = 0
-    try:
-        with tarfile.open(regular(file), "r:") as archive:
-            while (member := archive.next()) is not None:
-                # tarfile keeps every header that it has seen; a tar may have a million.
-                archive.members = []  # type: ignore[attr-defined]
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK * member.isreg()
-                if not _admitted(member, file):
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                members = samples.setdefault(key, _Sample(key)).members
-                if ending.lower() in members:
-                    raise UserError(f"{file}: {member.name} is there twice")
-                members[ending.lower()] = _Member(member.offset_data, member.size)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{file}: damaged or not a .tar ({error}); fetch it again") from error
-    _check_end(file, end)
-    return list(samples.values())
-
-
-def _admitted(member: tarfile.TarInfo, file: Path) -> bool:
-    """Whether a member is a file to look at."""
-    parts = PurePosixPath(member.name).parts
-    if member.name.startswith("/") or ".." in parts or "\\" in member.name:
-        raise UserError(f"{file}: {member.name!r} has an odd path")
-    if is_leftover(member.name):
-        return False
-    if CONTROL.search(member.name):
-        raise UserError(f"{file}: {member.name!r} has an odd path")
-    if member.isdir():
-        return False
-    if not member.isreg() or member.issparse():
-        raise UserError(f"{file}: {member.name!r} is a link, a device or no plain file")
-    if member.size > LARGEST_FILE:
-        raise UserError(f"{file}: {member.name} is too large for an image")
-    return not any(part.startswith("__") for part in parts)
-
-
-def _check_end(file: Path, end: int) -> None:
-    """Check that a tar ends with zero blocks, which tarfile does not."""
-    with file.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        stream.seek(end)
-        tail = stream.read(_LARGEST_TAIL)
-    if len(tail) < _BLOCK or any(tail[:_BLOCK]):
-        raise UserError(f"{file}: ends too soon or is damaged at byte {end:,}; fetch it again")
-    if any(tail) or size > end + _LARGEST_TAIL:
-        raise UserError(f"{file}: goes on behind its end at byte {end:,}; unpack and pack it again")
-
-
-def _images(sample: _Sample, label: str, file: Path) -> list[str]:
+def _images(sample: Sample, label: str, file: Path) -> list[str]:
     """The endings of a sample's images; none for a sample without image and label.
 
     Raises:
@@ -508,21 +431,9 @@ def _last(ending: str) -> str:
     return f".{ending.rpartition('.')[2]}" if ending else ""
 
 
-def _head(file: Path, member: _Member) -> bytes:
-    return _bytes(str(file), member.offset, min(member.size, HEAD))
+def _head(file: Path, member: Member) -> bytes:
+    return bytes_of(str(file), member.offset, min(member.size, HEAD))
 
 
 def _word(data: bytes) -> str:
     return data.decode("utf-8", "replace").strip()
-
-
-def _bytes(path: str, offset: int, size: int) -> bytes:
-    try:
-        with open(path, "rb") as stream:
-            stream.seek(offset)
-            data = stream.read(size)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(data) < size:
-        raise UserError(f"{path}: ends too soon; fetch it again")
-    return data
