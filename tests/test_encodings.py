@@ -354,7 +354,8 @@ def test_another_file_in_the_place_of_the_description_is_refused(made, content):
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [("block", 9), ("tokens", 6), ("offset", 2**63), ("offset", 10**6)]
+    ("column", "value"),
+    [("block", 9), ("tokens", 6), ("offset", 2**63), ("offset", 10**6), ("offset", 2)],
 )
 def test_an_index_that_leads_outside_of_its_blocks_is_refused(made, column, value):
     [path] = made.glob("text/*/index.npy")

@@ -116,4 +116,4 @@ def array_of(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         raise UserError(f"{path}: cannot be read ({reason}); prepare the data again") from error
     if array.dtype != np.dtype(dtype) or array.ndim != 1:
         raise UserError(f"{path}: holds another kind of array; prepare the data again")
-    return array
+    return np.asarray(array)  # whose items cost less than a memmap's

@@ -254,7 +254,9 @@ class StoredStates:
     width: int
     path: Callable[[int], Path]
     renew: Callable[[int], bool]
-    _maps: OrderedDict[int, npt.NDArray[np.uint8]] = field(default_factory=OrderedDict, repr=False)
+    _maps: OrderedDict[int, npt.NDArray[np.float16]] = field(
+        default_factory=OrderedDict, repr=False
+    )
     _checked: bytearray = field(default_factory=bytearray, repr=False)
 
     def __post_init__(self) -> None:
@@ -269,34 +271,48 @@ class StoredStates:
         Raises:
             UserError: a block that is damaged or can't be read.
         """
-        # One look-up of all rows: that of a single one costs as much as copying its states.
-        rows = self.index[numbers].tolist() if len(numbers) else []
-        return [self._read(number, *row) for number, row in zip(numbers, rows, strict=True)]
+        # Columns and blocks are looked up once a batch: for each caption that takes longer than
+        # copying its states.
+        rows = self.index[np.asarray(numbers, dtype=np.int64)]
+        blocks = {block: self._map(block) for block in set(rows["block"].tolist())}
+        firsts = rows["offset"] // np.uint64(2 * self.width)
+        columns = (rows["block"], firsts, rows["tokens"], rows["crc"])
+        found = []
+        for number, block, first, tokens, crc in zip(
+            numbers, *(column.tolist() for column in columns), strict=True
+        ):
+            states = blocks[block][first : first + tokens]
+            if not self._checked[number] or len(states) != tokens:
+                if _is_other(states, tokens, crc):
+                    states = blocks[block] = self._again(block)
+                    states = states[first : first + tokens]
+                    if _is_other(states, tokens, crc):
+                        raise UserError(
+                            f"{self.path(block)}: damaged at byte {2 * self.width * first:,}; "
+                            f"fetch it again, or remove it and {ENCODINGS} and encode the captions "
+                            "again"
+                        )
+                self._checked[number] = 1
+            found.append(states)
+        return found
 
-    def _read(
-        self, number: int, block: int, tokens: int, offset: int, crc: int
-    ) -> npt.NDArray[np.float16]:
-        size = tokens * self.width * 2
-        data = self._map(block)[offset : offset + size]
-        if not self._checked[number] or len(data) != size:
-            if len(data) != size or zlib.crc32(data.data) != crc:
-                self._maps.pop(block, None)
-                data = self._map(block)[offset : offset + size] if self.renew(block) else data[:0]
-                if len(data) != size or zlib.crc32(data.data) != crc:
-                    raise UserError(
-                        f"{self.path(block)}: damaged at byte {offset:,}; fetch it again, or "
-                        f"remove it and {ENCODINGS} and encode the captions again"
-                    )
-            self._checked[number] = 1
-        return data.view("<f2").reshape(tokens, self.width)
+    def _again(self, block: int) -> npt.NDArray[np.float16]:
+        """A damaged block, fetched anew; no token where nothing else can be had."""
+        self._maps.pop(block, None)
+        if not self.renew(block):
+            return np.empty((0, self.width), dtype=np.float16)
+        return self._map(block)
 
-    def _map(self, block: int) -> npt.NDArray[np.uint8]:
+    def _map(self, block: int) -> npt.NDArray[np.float16]:
+        """The token states (T, E) of a block."""
         # Single operations, so that threads need no lock.
         found = self._maps.pop(block, None)
         for left in reversed(range(_ATTEMPTS)) if found is None else ():
             path = self.path(block)
             try:
-                found = np.asarray(np.memmap(regular(path), dtype=np.uint8, mode="r"))
+                data = np.asarray(np.memmap(regular(path), dtype=np.uint8, mode="r"))
+                whole = len(data) // (2 * self.width) * 2 * self.width  # of a truncated one
+                found = data[:whole].view("<f2").reshape(-1, self.width)
                 break
             except (OSError, ValueError) as error:
                 # Another process may have made room between fetching and mapping.
@@ -308,6 +324,11 @@ class StoredStates:
         while len(self._maps) > _MAPPED:
             self._maps.popitem(last=False)
         return found
+
+
+def _is_other(states: npt.NDArray[np.float16], tokens: int, crc: int) -> bool:
+    """Whether token states are not those that the index states."""
+    return len(states) != tokens or zlib.crc32(states.data) != crc
 
 
 def open_index(folder: Path, encoding: Encoding, captions: int) -> npt.NDArray[np.void]:
@@ -332,7 +353,12 @@ def open_index(folder: Path, encoding: Encoding, captions: int) -> npt.NDArray[n
     )
     if fits:
         ends = index["offset"] + index["tokens"].astype(np.uint64) * np.uint64(2 * encoding.width)
-        fits = bool((index["offset"] < 2**62).all() and (ends <= sizes[index["block"]]).all())
+        starts = index["offset"] % np.uint64(2 * encoding.width) == 0
+        fits = bool(
+            starts.all()
+            and (index["offset"] < 2**62).all()
+            and (ends <= sizes[index["block"]]).all()
+        )
     if not fits:
         raise UserError(f"{path}: not of the captions and blocks of {ENCODINGS}; encode them again")
     return index
