@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import random
 import resource
 import shutil
@@ -119,6 +120,7 @@ def command(count: int) -> dict[str, Any]:
             "killed after": round(wall / 2, 1),
             "captions kept": kept,
             "seconds of the rest": round(rest, 1),
+            "load average": round(os.getloadavg()[2], 1),
         }
 
 
