@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check data train slurm preempt sample enlarge inpaint evaluate export import \
-	reference sweep compare report runs plan experiments test test-slow test-hf test-faults test-slurm \
+	reference sweep compare report runs watch plan experiments test test-slow test-hf test-faults test-slurm \
 	mutants soak ci-fid bench ladder docs keys clean
 
 help:  ## list the targets
@@ -69,6 +69,9 @@ report: $(STAMP)  ## one HTML file of runs: RUNS="runs/a runs/b" [ARGS="--no-dra
 
 runs: $(STAMP)  ## list the runs with their state and newest number
 	@$(RUN_PYTHON) -m diffusion_pl runs $(ARGS)
+
+watch: $(STAMP)  ## follow a run from another terminal: RUN=runs/quickstart
+	@$(RUN_PYTHON) -m diffusion_pl watch $(if $(RUN),"$$RUN")
 
 plan: $(STAMP)  ## memory, images/s, days and disk: EXP=... [GPU=H200 NODES=4 GPUS=8] [SET="..."] [ARGS=--measure]
 	@$(RUN_PYTHON) -m diffusion_pl plan $(EXP) $(SET) $(if $(GPU),--gpu "$$GPU") \

@@ -39,8 +39,9 @@ from diffusion_pl.signals import RESUMABLE, StopError, StopRequest, is_later_ran
 
 COMMANDS = (
     "prepare", "train", "launch", "sample", "evaluate", "reference", "sweep", "compare", "report",
-    "runs", "replay", "losses", "progressive", "interpolate", "enlarge", "invert", "inpaint",
-    "likelihood", "import", "export", "convert", "verify", "check", "plan", "experiments",
+    "runs", "watch", "replay", "losses", "progressive", "interpolate", "enlarge", "invert",
+    "inpaint", "likelihood", "import", "export", "convert", "verify", "check", "plan",
+    "experiments",
     "completion",
 )  # fmt: skip
 

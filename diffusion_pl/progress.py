@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, lines at intervals elsewhere."""
+"""Progress on stderr: a view or bars on a terminal, lines at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich import progress as bars
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from diffusion_pl.names import shown
+from diffusion_pl.view import LOSS_WORDS, RunView, as_ascii, clock, speed_text
 
-REFRESH = 0.25  # seconds between movements of the bar
+__all__ = ["Progress", "bar", "clock", "counted", "format_row", "reported", "track"]
+
+REFRESH = 0.5  # seconds between two views
 LINE = 15.0  # seconds between lines where there is no terminal
 PREPARE_LINE = 10.0  # the same for `prepare`
 
@@ -22,13 +27,6 @@ PREPARE_LINE = 10.0  # the same for `prepare`
 Report = Callable[[int, int, int], None]
 
 T = TypeVar("T")
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss below an hour."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def format_row(row: Mapping[str, Any]) -> str:
@@ -44,107 +42,148 @@ def format_row(row: Mapping[str, Any]) -> str:
 
 
 class Progress:
-    """Progress of training: a bar on a terminal, lines elsewhere; both on stderr.
+    """Progress of training: the view of the run on a terminal, lines elsewhere; both on stderr.
 
-    The speed is that of training alone; an evaluation has its own bar.
+    The speed is that of training alone.
 
     Args:
         total: images of the budget.
         console: where to write; stderr when not given.
+        name: of the run.
+        every: images between evaluations; 0 for none.
     """
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
+    def __init__(
+        self, total: int, console: Console | None = None, *, name: str = "training", every: int = 0
+    ) -> None:
         self.total = total
         self.console = console or Console(file=sys.stderr, soft_wrap=True)
-        self.loss: float | None = None
-        self.images = 0
+        self.view = RunView(name, total, every)
         self.begun = 0  # images at the start of this process
+        self.started = 0.0
+        self.stepped = False  # whether a step was made since
         self.busy = 0.0  # seconds of training since then
         self.last = 0.0  # time of the last look at the clock
         self.shown = 0.0  # time of the last refresh
-        self.bar: Bar | None = None
-        self.task: Any = None
-        self.evaluation: Any = None
+        self.live: Live | None = None
         self.evaluated_since = 0.0
 
     def start(self, images: int) -> None:
         """Start at a number of images."""
-        self.begun = self.images = images
-        self.last = self.shown = time.monotonic()
+        self.begun = self.view.images = images
+        self.started = self.last = self.shown = time.monotonic()
         if self.console.is_terminal:
-            self.bar = Bar(*_columns(), console=self.console, auto_refresh=False)
-            self.bar.start()
-            begins = "first step ..."
-            self.task = self.bar.add_task("training", total=self.total, text=begins)
-            self.bar.update(self.task, completed=images, refresh=True)
+            self.live = Live(
+                console=self.console,
+                auto_refresh=False,
+                transient=True,
+                vertical_overflow="crop",
+            )
+            self.live.start()
+            self.console.show_cursor(True)  # whatever ends this process, it stays
+            self._refresh()
 
-    def advance(self, images: int) -> None:
-        """Update the images seen; cheap, called after every step."""
+    def advance(self, images: int, loss: Any = None) -> None:
+        """Update the images seen; cheap, called after every step.
+
+        Args:
+            images: seen.
+            loss: of the step; read, which waits for the device, only where it is shown.
+        """
         now = time.monotonic()
         self.busy += now - self.last
         self.last = now
-        self.images = images
-        if now - self.shown < (REFRESH if self.bar else LINE):
+        self.view.images = images
+        first, self.stepped = not self.stepped, True
+        if now - self.shown < (REFRESH if self.live else LINE) and not first:
             return
         self.shown = now
-        if self.bar is None:
-            self.console.print(f"training {self.text()}", highlight=False, markup=False)
+        if loss is not None and (self.live or self.view.smoothed is None):
+            self.view.loss = float(loss)
+        if self.live is not None:
+            self._refresh()
+        elif first:  # no speed yet: a first step starts and compiles much
+            words = f"first step after {now - self.started:.1f} s"
+            said = "" if self.view.loss is None else f"  loss {self.view.loss:.4g}"
+            self._print(f"training {images:,}/{self.total:,} images{said}  {words}")
         else:
-            self.bar.update(self.task, completed=images, text=self.text(), refresh=True)
+            self._print(f"training {self.text()}")
 
     def text(self) -> str:
         """The state as text: `12,800/60,000 images  250 images/s  loss 0.123  3:09 left`."""
-        done = self.images - self.begun
-        speed = done / self.busy if done and self.busy else 0.0
-        parts = [f"{self.images:,}/{self.total:,} images"]
+        speed = self._speed()
+        parts = [f"{self.view.images:,}/{self.total:,} images"]
         if speed:
-            parts.append(f"{speed:,.1f} images/s" if speed < 100 else f"{speed:,.0f} images/s")
-        if self.loss is not None:
-            parts.append(f"loss {self.loss:.4g}")
+            parts.append(speed_text(speed))
+        loss = self.view.curve[-1][1] if self.view.curve else self.view.loss
+        if loss is not None:
+            parts.append(f"loss {loss:.4g}")
         if speed:
-            parts.append(f"{clock(max(0, self.total - self.images) / speed)} left")
+            parts.append(f"{clock(max(0, self.total - self.view.images) / speed)} left")
         return "  ".join(parts)
 
-    def measure(self, loss: float) -> None:
-        """Update the loss."""
-        self.loss = loss
+    def _speed(self) -> float:
+        done = self.view.images - self.begun
+        return done / self.busy if done and self.busy else 0.0
+
+    def note(self, *rows: Mapping[str, Any]) -> None:
+        """Take note of rows of the log: those of an earlier process, and each new one."""
+        for row in rows:
+            self.view.note(row)
 
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the view."""
         self.console.print(shown(line), highlight=False, markup=False)
 
     def evaluating(self, done: int, total: int) -> None:
         """Update the progress of an evaluation."""
-        if self.bar is not None:
-            if self.evaluation is None:
-                self.evaluation = self.bar.add_task("evaluation", total=total, text="")
-                self.evaluated_since = time.monotonic()
-            text = f"{done:,}/{total:,} images measured"
-            if done:
-                left = (time.monotonic() - self.evaluated_since) * (total - done) / done
-                text += f"  {clock(left)} left"
-            self.bar.update(self.evaluation, completed=done, text=text, refresh=True)
-        self.last = time.monotonic()
+        now = time.monotonic()
+        if self.view.evaluation is None:
+            self.evaluated_since = now
+        first = self.view.evaluation is None or self.view.evaluation[0] == 0
+        self.view.evaluation = (done, total, now - self.evaluated_since)
+        if self.live is not None and (first or now - self.shown >= REFRESH):
+            self._refresh()
+        self.last = now
 
     def measured(self, images: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Print the numbers of an evaluation and remove its bar."""
-        if self.bar is not None and self.evaluation is not None:
-            self.bar.remove_task(self.evaluation)
-            self.evaluation = None
+        """Print the numbers of an evaluation."""
+        self.view.evaluation = None
+        self.note(*({"images": images, **row} for row in rows))
         for row in rows:
             self.say(f"{images:,} images: {format_row(row)}")
         self.last = time.monotonic()
 
-    def held_out(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take note of held-out losses."""
+    def held_out(self, images: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take note of held-out losses; print them where there is no view."""
+        self.note(*({"images": images, **row} for row in rows))
+        if self.live is None:
+            values = [f"{row['value']:.4g} ({LOSS_WORDS[row['weights']]})" for row in rows]
+            self.say(f"{images:,} images: {rows[0]['name']} = {', '.join(values)}")
         self.last = time.monotonic()
 
     def stop(self) -> None:
-        """Remove the bar; safe to call twice."""
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.images, text=self.text(), refresh=True)
-            self.bar.stop()
-            self.bar = None
+        """Remove the view and leave a line in its place; safe to call twice."""
+        if self.live is not None:
+            live, self.live = self.live, None
+            live.stop()
+            self._print(f"training {self.text()}")
+
+    def lines(self) -> list[Text]:
+        """The view, of the terminal's size."""
+        width, height = self.console.size
+        self.view.speed = self._speed() or None
+        self.view.about = clock(time.monotonic() - self.started)
+        lines = self.view.lines(width - 1, height - 2)
+        return lines if self.console.encoding.startswith("utf") else as_ascii(lines)
+
+    def _refresh(self) -> None:
+        assert self.live is not None
+        self.shown = time.monotonic()
+        self.live.update(Group(*self.lines()), refresh=True)
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False)
 
 
 def _columns() -> tuple[bars.ProgressColumn, ...]:

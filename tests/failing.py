@@ -264,7 +264,7 @@ def state(run: Path):
                 digest.update(repr(value).encode())
 
         take([loaded["state_dict"], loaded["optimizer_states"]])
-        timed = ("seconds", "images_per_second", "time", "commit")
+        timed = ("seconds", "images_per_second", "time", "commit", "data_wait", "memory_gb")
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
         rows = [{key: row[key] for key in row if key not in timed} for row in rows]
         for path in sorted((run / "posthoc").iterdir()):

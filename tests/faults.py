@@ -243,7 +243,7 @@ def left(place, run):
     folder = place / "runs" / run
     loaded = checkpoints.load(newest(place, run))
     loaded = {key: value for key, value in loaded.items() if key not in ("epoch", "loops")}
-    timed = ("seconds", "images_per_second", "commit", "time")
+    timed = ("seconds", "images_per_second", "commit", "time", "data_wait", "memory_gb")
     history = [
         {key: value for key, value in row.items() if key not in timed}
         for row in History(folder / "metrics.jsonl").rows()

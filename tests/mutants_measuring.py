@@ -91,6 +91,8 @@ MUTANTS = [
         ('(run / "wandb").is_dir()', "False"),
         ('each.experiment.add_image("samples", sheet, images)', "None"),
         ('each.experiment.add_text("config"', 'str("config"'),
+        ("each.log_hyperparams(settings, numbers)", "each.log_hyperparams(settings)"),
+        ("yield key, value\n    else", "yield key, str(value)\n    else"),
     ),
     *at(
         "training/evaluating.py",

@@ -99,9 +99,9 @@ MUTANTS = [
         ('["--data-changed"] if self.data_changed else []', '["--data-changed"]'),
     ),
     *at(
-        "progress.py",
+        "view.py",
         "newcomer",
-        ("            if done:\n", "            if not done:\n"),
+        ("    if done:\n", "    if not done:\n"),
     ),
     *at(
         "io/files.py",

@@ -30,6 +30,8 @@ MUTANTS = [
         ("F.pad(mask, (0, max(more, 0)))", "F.pad(mask, (0, max(more, 0)), value=True)"),
         ("F.pad(null_mask, (0, max(-more, 0)))", "F.pad(null_mask, (max(-more, 0), 0))"),
         ("F.pad(torch.where(mask[:, None], text, 0)", "F.pad(text"),
+        ("F.pad(null, (0, 0, 0, max(-more, 0)))", "F.pad(null, (0, 0, max(-more, 0), 0))"),
+        ("F.pad(text, (0, 0, 0, max(more, 0)))", "F.pad(text, (0, 0, max(more, 0), 0))"),
         ("self.null_text_known.fill_(True)", "pass"),
         ("if not self._null_is_set and (none is None or bool(none.any())):", "if False:"),
         ("(none is None or bool(none.any()))", "True"),
@@ -46,6 +48,7 @@ MUTANTS = [
     *at(
         "networks/uvit.py",
         "text_networks",
+        ("nn.Sequential(entry, nn.LayerNorm(widths[-1]))", "nn.Sequential(entry)"),
         ("text = text.through(self.text) if text and self.text else None", "text = None"),
     ),
     *at(
@@ -62,6 +65,9 @@ MUTANTS = [
          "network.modules()):", "if False:"),
         ("self.encode(x, embedding, text), embedding, text)",
          "self.encode(x, embedding), embedding)"),
+        ("self.encode(x, embedding, text)", "self.encode(x, embedding)"),
+        ("self.encode(x, embedding, text), embedding, text)",
+         "self.encode(x, embedding, text), embedding)"),
     ),
     *at(
         "networks/edm2_layers.py",
@@ -85,6 +91,23 @@ MUTANTS = [
         ("sides = torch.tensor(x.shape[2:],", "sides = torch.tensor(x.shape[:1:-1],"),
         ("shift, scale = self.affine(condition)", "scale, shift = self.affine(condition)"),
         ("text = text.through(self.text)\n", "pass\n"),
+    ),
+    *at(
+        "networks/prx.py",
+        "prx",
+        ("zero(nn.Linear(width, 6 * width))", "xavier(nn.Linear(width, 6 * width))"),
+        ("zero(nn.Linear(width, 2 * width))", "xavier(nn.Linear(width, 2 * width))"),
+        ("zero(nn.Linear(width, channels * patch_size**2))",
+         "xavier(nn.Linear(width, channels * patch_size**2))"),
+    ),
+    *at(
+        "networks/prx.py",
+        "routing",
+        ("tokens, rotary = taken(tokens, kept), chosen(table, kept)",
+         "tokens, rotary = taken(tokens, kept), table[:, : kept.shape[1]]"),
+        ("restored(tokens, kept, patches)", "restored(tokens, kept, patches.roll(1, 0))"),
+        ("number == self.router.last", "number == self.router.last - 1"),
+        ("number == self.router.first", "number == self.router.first + 1"),
     ),
     *at(
         "objectives/jit.py",

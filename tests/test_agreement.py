@@ -83,6 +83,7 @@ def test_a_hue_has_the_name_of_the_nearest_middle_round_the_circle():
             Facts(shape="disc", kind="striped", ground_colours=("yellow", "blue")),
         ),
         ("a heart and a star on a light ground", Facts(ground_tone="light")),
+        ("a disc on a plain red, green and blue ground", Facts(shape="disc", kind="plain")),
         ("a photograph of my cat", Facts()),
     ],
 )
@@ -256,6 +257,38 @@ def test_the_metric_judges_batches_of_any_size_as_one():
     assert settings.wants_captions
     assert set(ANSWERS) == {"shape", "colour", "tone", "ground"}
     assert judged.UNASKED == -1
+
+
+def framed(*parts: tuple[int, tuple[float, float, float]]) -> torch.Tensor:
+    """An image of 16 pixels whose border, from the top left by rows, has so many of each colour."""
+    edge = np.ones((16, 16), dtype=bool)
+    edge[1:-1, 1:-1] = False
+    image = np.zeros((16, 16, 3))
+    image[edge] = [rgb for count, rgb in parts for _ in range(count)]
+    return torch.from_numpy((255 * image).round().astype(np.uint8).transpose(2, 0, 1))[None]
+
+
+def test_the_ground_is_the_median_of_the_whole_border():
+    """Not of its rows alone, and no mean, which outliers would move to another name or tone."""
+    judge = shapes.load()
+    blue, red, white, grey = (0.0, 0.0, 1.0), (1.0, 0.0, 0.0), (1.0,) * 3, (0.45,) * 3
+    ground = [seen(framed((34, blue), (26, red)), judge)[0, 3]]
+    assert [COLOURS[place] for place in ground] == ["blue"]  # the mean's hue is a purple
+    tones = [framed((40, grey), (20, white)), framed((16, white), (44, grey))]
+    # The rows at the top and the bottom are mostly white, the border is not: 24 of 60.
+    rows = framed((12, white), (36, grey), (12, white))
+    assert [seen(each, judge)[0, 2] for each in (*tones, rows)] == [1, 1, 1]
+
+
+def test_an_image_is_judged_by_itself():
+    """The contrast of its neighbours in a batch is nothing to it."""
+    judge, faint = shapes.load(), torch.full((1, 3, 16, 16), 128, dtype=torch.uint8)
+    faint[:, :, 4:12, 4:12] = torch.tensor([120, 120, 150], dtype=torch.uint8)[:, None, None]
+    strong = torch.zeros_like(faint)
+    strong[:, :, 4:12, 4:12] = 255
+    both = seen(torch.cat([faint, strong]), judge)
+    assert COLOURS[both[0, 1]] == "blue"
+    assert torch.equal(both, torch.cat([seen(faint, judge), seen(strong, judge)]))
 
 
 def test_an_image_without_an_object_is_judged_without_complaint():

@@ -15,7 +15,7 @@ FLOORS = [
     {"errors"},
     {"addresses", "names", "processes"},
     {"io"},
-    {"locks"},
+    {"locks", "view"},
     {
         "config",
         "images",

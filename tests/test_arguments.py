@@ -24,8 +24,8 @@ WORDS = {
     "sweep": "r", "replay": "r --step 3", "enlarge": "r a.png", "invert": "r a.png",
     "inpaint": "r a.png mask.png",
     "interpolate": "r a.png b.png", "reference": "d", "import": "edm a.pkl d", "export": "r d",
-    "compare": "a b", "report": "r", "runs": "", "verify": "p", "convert": "r", "experiments": "",
-    "completion": "bash",
+    "compare": "a b", "report": "r", "runs": "", "watch": "r", "verify": "p", "convert": "r",
+    "experiments": "", "completion": "bash",
 }  # fmt: skip
 ASKING = "sample progressive interpolate enlarge inpaint invert"
 DRAWING = "report sample evaluate progressive interpolate enlarge inpaint invert likelihood"

@@ -227,10 +227,11 @@ def test_guidance_by_what_was_trained_is_not():
 # --- training -------------------------------------------------------------------------------------
 
 
-def module(batch_size=4096, seed=0, augment=None, **dropout):
+def module(batch_size=4096, seed=0, augment=None, at_a_time=None, **dropout):
+    settings = {"device_batch_size": at_a_time, "dropout": dropout}
     return DiffusionModule(
         network(), EDM(), partial(torch.optim.Adam, lr=1e-3), EMA(10),
-        TrainerConfig(total_images=1, checkpoint_every=1, dropout=dropout),
+        TrainerConfig(total_images=1, checkpoint_every=1, **settings),
         batch_size=batch_size, resolution=4, augment=augment, seed=seed,
     )  # fmt: skip
 
@@ -259,6 +260,11 @@ def test_each_kind_is_dropped_at_its_rate_on_its_own():
     assert not none.any() and torch.equal(same, text)
     alone, none = dropped(module(label=0.2))
     assert not none.any() and torch.equal(alone, label)
+
+
+def test_a_kind_may_be_hidden_never_or_always():
+    label, text = dropped(module(label=0.0, text=1.0))
+    assert not label.any() and text.all()
 
 
 def test_text_is_dropped_by_seed_and_place_in_the_run_alone():
@@ -307,6 +313,10 @@ def test_a_loss_sees_captions_and_their_nulls():
     without_text = torch.cat(list(made.image_losses(bare)))
     assert torch.equal(with_text[hidden], without_text[hidden])
     assert not torch.isclose(with_text[~hidden], without_text[~hidden]).any()
+    # In micro-batches each image keeps its own.
+    parts = list(module(batch_size=8, at_a_time=3, text=0.5).image_losses(batch))
+    assert len(parts) == 3
+    torch.testing.assert_close(torch.cat(parts), with_text, rtol=1e-5, atol=0)
     # What lies under the mask never matters.
     noise = torch.where(mask[:, :, None], text, torch.full_like(text, 7.0))
     assert torch.equal(torch.cat(list(made.image_losses(batch | {"text": noise}))), with_text)
@@ -353,11 +363,28 @@ def test_image_i_has_prompt_i_modulo_their_number():
     assert not torch.equal(only.images([3])[0][0], whole[3])
 
 
+def test_guidance_of_generated_images_removes_what_training_hid():
+    """What was always there stays: one weight is then that of the other kind (to a rounding)."""
+    given = [Labels(3, 1), prompts("a red star", "two")]
+
+    def images(weight, **dropout):
+        return generator(given, guidance=weight, dropout=dropout).images(range(4))[0].int()
+
+    both, text = images(2.0, label=0.1, text=0.1), images(2.0, text=0.1)
+    alone = images({"text": 2.0}, label=0.1, text=0.1)
+    assert (text - alone).abs().max() <= 1 < (text - both).abs().max()
+    assert (text - images(1.0, text=0.1)).abs().max() > 1
+
+
 def test_captions_of_the_data_are_drawn_from_seed_and_index():
     source = Captions(IMAGES)
     words = source.captions(0, range(400))
     assert source.captions(0, [7, 3]) == (words[7], words[3])
-    assert source.captions(1, range(400)) != words
+    other = source.captions(1, range(400))
+    # Of another image of the four, not only another of its two captions.
+    assert [each.removesuffix(" again") for each in other] != [
+        each.removesuffix(" again") for each in words
+    ]
     # 8 captions that are equally likely: 50 each, a standard deviation is 6.6.
     counts = [words.count(each) for each in set(words)]
     assert len(counts) == 8 and min(counts) > 20

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from test_commands_models import TINY
 
 from diffusion_pl.cli import main
@@ -316,8 +317,15 @@ def test_the_best_checkpoint_by_a_number_stays(every, tmp_path, monkeypatch, cap
     events = EventAccumulator("runs/best/tensorboard", size_guidance={"images": 0}).Reload()
     assert events.Tags()["images"] == ["samples"]
     assert {event.step for event in events.Images("samples")} == {row["images"] for row in rows}
-    [text] = events.Tags()["tensors"]
+    [text] = [tag for tag in events.Tags()["tensors"] if "config" in tag]
     assert b"keep_best: fd" in events.Tensors(text)[0].tensor_proto.string_val[0]
+    # What the HParams tab reads: the settings at the start of the session, and the final numbers.
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    session = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert session["trainer.keep_best"].string_value == "fd"
+    assert session["trainer.total_images"].number_value == 48
+    [final] = events.Scalars(f"final/{rows[-1]['name']}")
+    assert final.value == pytest.approx(rows[-1]["value"])
 
 
 @pytest.mark.parametrize(
@@ -370,6 +378,12 @@ def test_wandb_gets_project_config_and_grids(tmp_path, monkeypatch, capsys):
         return log_image(self, key, images, step, **more)
 
     monkeypatch.setattr(WandbLogger, "log_image", note)
+    from wandb.sdk.wandb_summary import SummaryDict
+
+    summed, update = [], SummaryDict.update
+    monkeypatch.setattr(
+        SummaryDict, "update", lambda self, d, *more: summed.append(d) or update(self, d, *more)
+    )
     started = []
     monkeypatch.setattr(wandb, "init", lambda init=wandb.init, **k: started.append(k) or init(**k))
     homes.trained(tmp_path, OURS, words)
@@ -379,4 +393,5 @@ def test_wandb_gets_project_config_and_grids(tmp_path, monkeypatch, capsys):
     assert (asked["project"], asked["id"], asked["resume"]) == ("mine", identity, "allow")
     assert asked["config"]["sampler"]["steps"] == 4
     assert shown and shown[-1] == ("samples", 3, 16)
+    assert any(key.startswith("final/") for update in summed for key in update)
     assert list((tmp_path / "runs/seen/wandb").glob(f"offline-run-*-{identity}"))

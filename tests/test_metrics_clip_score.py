@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -43,9 +44,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def opposite(folder, tmp_path_factory) -> Path:
     """The same CLIP, whose text embeddings point the other way."""
-    made = tmp_path_factory.mktemp("opposite")
-    for file in folder.iterdir():
-        shutil.copy(file, made)
+    made = likeness(folder, tmp_path_factory.mktemp("opposite"))
     weights = load_file(made / "model.safetensors")
     weights["text_projection.weight"] *= -1
     save_file(weights, made / "model.safetensors", {"format": "pt"})
@@ -88,6 +87,13 @@ def theirs(folder: Path) -> CLIPScore:
 
 def batch(images: Tensor, captions: tuple[str, ...]) -> Features:
     return Features(torch.zeros(len(images), 2), images=images, captions=captions)
+
+
+def likeness(folder: Path, made: Path) -> Path:
+    """A copy of a folder of a CLIP."""
+    for file in folder.iterdir():
+        shutil.copy(file, made)
+    return made
 
 
 @torch.no_grad()
@@ -133,6 +139,46 @@ def test_grey_and_transparent_images_and_long_captions_are_taken(folder, images)
     assert (len(words), words[-1]) == (40, clip.tokenizer.eos_token_id)
     long = clip(batch(images[:1], ("a red heart " * 30,)))
     assert torch.equal(long, clip(batch(images[:1], ("a red heart " * 40,))))
+
+
+@torch.no_grad()
+def test_scores_are_float32_whatever_autocast_and_the_weights_file_say(
+    opposite, images, tmp_path
+) -> None:
+    weights = load_file(opposite / "model.safetensors")
+    half = {key: value.bfloat16() if value.is_floating_point() else value
+            for key, value in weights.items()}  # fmt: skip
+    scores = []
+    for name, rounded in (
+        ("half", half),
+        ("whole", {k: v.to(weights[k].dtype) for k, v in half.items()}),
+    ):
+        (tmp_path / name).mkdir()
+        place = likeness(opposite, tmp_path / name)
+        config = json.loads((place / "config.json").read_text())
+        dtype = "bfloat16" if name == "half" else "float32"
+        (place / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
+        save_file(rounded, place / "model.safetensors", {"format": "pt"})
+        clip = Clip(f"hf:{place}")
+        scores.append(clip(batch(images, CAPTIONS)))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores.append(clip(batch(images, CAPTIONS)))
+    assert scores[0].any() and torch.equal(scores[0], scores[1]) and torch.equal(*scores[1:])
+
+
+@torch.no_grad()
+def test_a_tokenizer_that_pads_and_cuts_on_the_left_does_so_on_the_right(
+    folder, opposite, images, tmp_path
+) -> None:
+    captions = (*CAPTIONS[:4], "a red heart " * 30)
+    for number, place in enumerate((folder, opposite)):
+        (tmp_path / str(number)).mkdir()
+        left = likeness(place, tmp_path / str(number))
+        file = left / "tokenizer_config.json"
+        sides = {"padding_side": "left", "truncation_side": "left"}
+        file.write_text(json.dumps(json.loads(file.read_text()) | sides))
+        known = Clip(f"hf:{place}")(batch(images, captions))
+        torch.testing.assert_close(Clip(f"hf:{left}")(batch(images, captions)), known)
 
 
 def test_what_is_absent_or_no_clip_is_refused_before_images(folder, tmp_path, monkeypatch) -> None:

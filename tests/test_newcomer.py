@@ -213,7 +213,8 @@ def test_an_evaluation_that_has_begun_claims_no_time_left():
     said = []
     for done in (0, 32):
         progress.evaluating(done, 64)
-        said.append(progress.bar.tasks[-1].fields["text"])
+        [line] = [x.plain for x in progress.lines() if x.plain.startswith("evaluation ")]
+        said.append(line.removeprefix("evaluation "))
     progress.stop()
     assert said[0] == "0/64 images measured"
     assert said[1].startswith("32/64 images measured  ") and said[1].endswith(" left")

@@ -155,8 +155,11 @@ def test_captions_that_the_network_does_not_take_are_refused(go, data, options, 
 
 def test_prompts_are_the_lines_of_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeffa red star\r\n\n  a blue moon \nein grüner Stern".encode())
-    assert read_prompts(file) == ("a red star", "a blue moon", "ein grüner Stern")
+    # As with captions, a line ends at a line feed or a return and nowhere else.
+    content = "\ufeffa red star\r\n\n  a blue moon \nein grüner Stern\rone\u2028two\x85three"
+    file.write_bytes(content.encode())
+    known = ("a red star", "a blue moon", "ein grüner Stern", "one\u2028two\x85three")
+    assert read_prompts(file) == known
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,7 @@ def test_prompts_are_the_lines_of_a_file(tmp_path):
         (b"\n  \n", "has no prompt; write one a line"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (b"a\n" * 2**23 + b"b", "is larger than 16 MB"),
+        ("é".encode() * (2**23 + 1), "is larger than 16 MB"),  # the limit is within a letter
         (None, "cannot be read"),
     ],
 )

@@ -21,6 +21,7 @@ from diffusion_pl.diffusion.paths import Along
 from diffusion_pl.diffusion.spacings import EqualSteps
 from diffusion_pl.errors import UserError
 from diffusion_pl.interop import prx
+from diffusion_pl.networks.prx import PRX
 from diffusion_pl.objectives.jit import JiT as Objective
 from diffusion_pl.objectives.rectified_flow import Straight
 from diffusion_pl.samplers.euler import euler
@@ -99,6 +100,16 @@ def test_trajectories_end_where_the_published_ones_do(name, fixture, denoiser, t
     )  # fmt: skip
     found = sampler(denoise, fixture["latents"], torch.randn_like)
     torch.testing.assert_close(found, fixture[f"out/{name}"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_output_of_a_new_network_is_0():
+    """Its head and what modulates it begin at 0, and so does each block's part (adaLN-Zero)."""
+    network = PRX(16, 6, 4, patch_size=4, width=16, depth=2, heads=2, bottleneck=0)
+    x, c_noise, mask = torch.randn(2, 3, 16, 16), torch.rand(2), torch.ones(2, 4).bool()
+    assert not network(x, c_noise, text=torch.randn(2, 4, 6), text_mask=mask).any()
+    for block in network.blocks:
+        assert not block.affine.weight.any() and not block.affine.bias.any()
+    assert not network.affine.weight.any() and not network.affine.bias.any()
 
 
 # Of diffusers' own making.

@@ -15,7 +15,9 @@ from torch import nn
 from diffusion_pl.cli import main
 from diffusion_pl.errors import UserError
 from diffusion_pl.networks.jit import JiT
+from diffusion_pl.networks.prx import PRX
 from diffusion_pl.networks.routing import PLACES, Router, Routing
+from diffusion_pl.networks.text import Text
 from diffusion_pl.networks.tokens import patch_table, rotary_table, unrotated
 from diffusion_pl.networks.uvit import UViT
 from diffusion_pl.objectives.edm import EDM
@@ -98,6 +100,37 @@ def test_jit_is_a_loop_in_which_patches_sit_blocks_out(enter):
         output = network.head(network.norm(torch.stack(patches)) * (1 + scale) + shift)
         expected = output.reshape(4, 4, 4, 4, 3).permute(4, 0, 2, 1, 3).reshape(1, 3, 16, 16)
         torch.testing.assert_close(found[one], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_prx_is_a_loop_in_which_patches_sit_blocks_out_and_the_text_none():
+    """One image at a time; each patch is read and written in (channel, row, column)."""
+    network = PRX(16, 6, 4, patch_size=4, width=16, depth=5, heads=2, bottleneck=6, routing=MIDDLE)
+    awake(network)
+    stay = given(network)
+    text, mask = torch.randn(3, 4, 6), torch.arange(4) < torch.tensor([[4], [1], [2]])
+    found = network(images(), C_NOISE, text=text, text_mask=mask)
+    table = rotary_table(8, 4, 4, CPU)
+    for image, kept in enumerate(stay):
+        one = slice(image, image + 1)
+        condition = F.silu(network.embed(C_NOISE[one]))
+        shown = Text(network.text(text[one]), mask[one])
+        cut = [
+            images()[image, :, r : r + 4, c : c + 4] for r in (0, 4, 8, 12) for c in (0, 4, 8, 12)
+        ]
+        patches = [network.stem(network.patches(each.flatten())) for each in cut]
+        for number, block in enumerate(network.blocks):
+            at_work = kept if 1 <= number <= 3 else range(16)
+            tokens = torch.stack([patches[i] for i in at_work])[None]
+            tokens = block(tokens, condition, table[:, list(at_work)], shown)[0]
+            for i, token in zip(at_work, tokens, strict=True):
+                patches[i] = token
+        shift, scale = network.affine(condition).chunk(2, dim=1)
+        normed = F.layer_norm(torch.stack(patches), (16,), eps=1e-6)
+        output = network.head(normed * (1 + scale) + shift).unflatten(1, (3, 4, 4))
+        rows = [torch.cat(list(output[r : r + 4]), dim=2) for r in (0, 4, 8, 12)]
+        expected = torch.cat(rows, dim=1)
+        torch.testing.assert_close(found[image], expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

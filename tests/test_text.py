@@ -167,6 +167,7 @@ def test_what_is_cut_is_said(encoder) -> None:
     # The last token is [SEP] in any case.
     ids = short.ids("a red heart on a blue ground", 6)
     assert ids == [*encoder.ids("a red heart on", None)]
+    assert torch.equal(tokens[1], encoder.encode(["a red heart on"]).tokens[0, :6])
 
 
 def test_the_null_is_two_tokens_and_no_captions_are_none(encoder) -> None:

@@ -17,6 +17,7 @@ from diffusion_pl.networks.edm2_layers import UnitTextKeys
 from diffusion_pl.networks.edm2_unet import EDM2UNet
 from diffusion_pl.networks.jit import JiT
 from diffusion_pl.networks.linear_unet import LinearUNet
+from diffusion_pl.networks.prx import PRX
 from diffusion_pl.networks.routing import Routing
 from diffusion_pl.networks.simple_unet import SimpleUNet
 from diffusion_pl.networks.song_unet import SongUNet
@@ -63,11 +64,27 @@ MAKERS = {
     "jit": jit, "uvit": uvit, "song": song, "adm": adm, "ddpm": ddpm, "simple": simple,
     "edm2": edm2,
 }  # fmt: skip
-ROUTABLE = ("jit", "uvit")
+
+
+def prx(**more):
+    """Of text alone: there is none without."""
+    return PRX(
+        16, E, L, patch_size=4, width=32, depth=3, heads=2, bottleneck=16, sized=True, **more
+    )
+
+
+WITH_TEXT = MAKERS | {"prx": prx}
+ROUTABLE = ("jit", "uvit", "prx")
+
+
+@pytest.fixture(params=list(WITH_TEXT))
+def make(request):
+    return WITH_TEXT[request.param]
 
 
 @pytest.fixture(params=list(MAKERS))
-def make(request):
+def make_either(request):
+    """A network that may have no text, too."""
     return MAKERS[request.param]
 
 
@@ -152,6 +169,9 @@ def test_no_text_a_row_without_tokens_and_the_null_itself_are_one(make, given, s
         "text_mask": network.null_text_mask.expand(B, -1),
     }
     assert torch.equal(network(*seen, **written), null)
+    for length in (2, L + 3):  # a row without tokens, shorter and longer than the null
+        nobody = torch.zeros(B, length, dtype=torch.bool)
+        close(network(*seen, text=torch.ones(B, length, E), text_mask=nobody), null, 1e-5)
     assert (null - network(*seen, **given)).abs().max() > 1e-3
 
 
@@ -174,9 +194,9 @@ def test_a_null_that_was_never_set_is_asked_for_only_where_it_is_needed(make, gi
     told(network)(*seen)
 
 
-def test_a_network_without_text_is_the_one_it_was(make, seen):
+def test_a_network_without_text_is_the_one_it_was(make_either, seen):
     torch.manual_seed(5)
-    without = make(text=0)
+    without = make_either(text=0)
     assert not [key for key in without.state_dict() if "text" in key]
     with pytest.raises(UserError, match="text_width: 0"):
         without(*seen, text=torch.zeros(B, L, E), text_mask=torch.ones(B, L, dtype=torch.bool))
@@ -208,11 +228,11 @@ def test_what_is_no_text_is_refused(make, given, seen):
             JiT(16, classes=1, text_width=width, text_length=length)
 
 
-def test_a_null_without_tokens_leaves_the_image_alone(make, given, seen):
+def test_a_null_without_tokens_leaves_the_image_alone(make_either, seen):
     """As of encoders whose encoding of an empty text is empty, such as Qwen's."""
-    network = stirred(make())
+    network = stirred(make_either())
     network.set_null_text(torch.ones(L, E), torch.zeros(L, dtype=torch.bool))
-    alone = stirred(make(text=0))
+    alone = stirred(make_either(text=0))
     shared = network.state_dict()
     alone.load_state_dict({key: shared[key] for key in alone.state_dict()})
     close(network(*seen), alone(*seen), 1e-5)
@@ -246,6 +266,7 @@ def test_checkpointed_activations_are_the_same_numbers(make, given, seen):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         if gradient is None:  # a label's
+            assert "text" not in name, name
             continue
         assert torch.equal(gradient, gradients[1][name]), name
         assert gradient.any() or "text" not in name, name
@@ -254,7 +275,7 @@ def test_checkpointed_activations_are_the_same_numbers(make, given, seen):
 @pytest.mark.parametrize("name", ROUTABLE)
 def test_routed_images_have_the_whole_text(name, given, seen):
     """Tokens of the text count in blocks that the patches skip, every one of them."""
-    network = stirred(told(MAKERS[name](routing=ROUTED)))
+    network = stirred(told(WITH_TEXT[name](routing=ROUTED)))
     row = network.router.row(torch.Generator().manual_seed(0))
     for skipping in (0.0, 0.5):
         with network.router.evaluated(skipping, row, torch.arange(B)):
@@ -308,6 +329,7 @@ def by_hand(q, k, v, text: Text, keys: TextKeys) -> Tensor:
 @pytest.mark.parametrize("normed", [False, True])
 def test_attention_is_one_softmax_over_patches_and_tokens(normed, given):
     keys = TextKeys(E, 8, 2, normed=normed)
+    assert (keys.norm_k is not None) == normed
     stirred(nn.ModuleList([keys]))
     q, k, v = torch.randn(3, B, 2, 7, 4)
     text = Text(given["text"], given["text_mask"])
@@ -317,8 +339,40 @@ def test_attention_is_one_softmax_over_patches_and_tokens(normed, given):
     assert torch.equal(attended(q, k, v), alone)
 
 
+@pytest.mark.parametrize("name", ["jit", "prx"])
+def test_keys_of_a_text_are_normalised_where_the_images_are(name, given, seen):
+    """Then their length is nothing to the output, and that of the values is something."""
+    network = stirred(told(WITH_TEXT[name]()))
+    before = network(*seen, **given)
+    for half in (slice(0, 32), slice(32, 64)):
+        with torch.no_grad():
+            for block in network.blocks:
+                for parameter in block.attention.text.kv.parameters():
+                    parameter[half] *= 3
+        after = network(*seen, **given)
+        if half.start:
+            assert (after - before).abs().max() > 1e-3
+        else:
+            close(after, before, 1e-3)
+
+
+@pytest.mark.parametrize("name", ["song", "adm", "ddpm", "simple", "edm2", "uvit"])
+def test_tokens_enter_networks_of_convolutions_with_mean_0_and_variance_1(name, given, seen):
+    """So that another encoder's scale is nothing to them; the U-ViT's after its linear map."""
+    network = stirred(told(WITH_TEXT[name]()))
+    before = network(*seen, **given)
+    text = given["text"]
+    if name == "uvit":
+        with torch.no_grad():
+            for parameter in network.text[0].parameters():
+                parameter *= 3
+    else:
+        text = 3 * text + 1
+    close(network(*seen, **given | {"text": text}), before, 1e-3)
+
+
 def test_a_networks_first_output_is_that_without_text(make, given, seen):
-    """0 for JiT; for the others attention's last layer begins 1e-5 times as large as usual."""
+    """0 for JiT and PRX; for the others attention's last layer begins 1e-5 times as large."""
     network = told(make()).eval()
     close(network(*seen, **given) + 1, network(*seen) + 1, 1e-4)
 

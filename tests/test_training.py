@@ -107,7 +107,7 @@ def same(first, second):
 
 
 def measurements(folder):
-    skip = ("seconds", "images_per_second", "time")
+    skip = ("seconds", "images_per_second", "time", "data_wait", "memory_gb")
     rows = History(folder / "metrics.jsonl").rows()
     return [{key: value for key, value in row.items() if key not in skip} for row in rows]
 

@@ -7,7 +7,6 @@ the site stands by itself: what it links is in it, and its pages load nothing fr
 from __future__ import annotations
 
 import json
-import posixpath
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +17,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from website.source import LINK, ROOT, line_of, named
+from website.source import LINK, ROOT, line_of, linked, named
 
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash"}
 
@@ -67,14 +66,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     files.append(File.generated(config, "index.md", content=readme()))
     for path in sorted(Path(config.docs_dir).glob("*.ipynb")):
-        if (found := files.get_file_from_path(path.name)) is not None:
-            files.remove(found)
+        if (copied := files.get_file_from_path(path.name)) is not None:
+            files.remove(copied)
         files.append(File.generated(config, f"{path.stem}.md", content=notebook(path)))
     style = (ROOT / "website" / "site.css").read_text()
     files.append(File.generated(config, "site.css", content=style))
-    texts = [file.content_string for file in files.documentation_pages()]
-    linked = {posixpath.normpath(each["path"]) for text in texts for each in LINK.finditer(text)}
-    for path in sorted(linked):
+    found = {
+        linked(file.src_uri, match)
+        for file in files.documentation_pages()
+        for match in LINK.finditer(file.content_string)
+    }
+    for path in sorted(path for path in found if path is not None):
         files.append(File.generated(config, f"source/{path}.md", content=_source(path)))
     return files
 
@@ -92,15 +94,15 @@ def _source(path: str) -> str:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links to source files and the notebook to pages of the site."""
-    below = page.file.src_uri.count("/")
 
     def to_source(match: re.Match[str]) -> str:
-        path = posixpath.normpath(match["path"])
-        if match["up"].count("../") != below + 1:
-            raise PluginError(f"{page.file.src_uri}: {match[0]} does not lead to the repository")
+        path = linked(page.file.src_uri, match)
+        if path is None:
+            return match[0]
         name = named(match["text"], path)
         anchor = f"#__codelineno-0-{line_of(path, name)}" if name else ""
-        return f"[{match['text']}]({'../' * below}source/{path}.md{anchor})"
+        up = "../" * page.file.src_uri.count("/")
+        return f"[{match['text']}]({up}source/{path}.md{anchor})"
 
     if page.file.src_uri.startswith("source/"):
         return markdown

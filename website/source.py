@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import functools
+import posixpath
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# [text](../a/file.ext), and of README.md [text](a/file.ext)
+# [text](../a/file.ext)
 LINK = re.compile(r"\[(?P<text>[^\]\n]*)\]\((?P<up>(?:\.\./)+)(?P<path>[\w./-]+\.[a-z]+)\)")
 NAME = re.compile(r"`([A-Za-z_][\w.]*)`")
 
@@ -34,6 +35,17 @@ def lines(path: Path) -> dict[str, int]:
 
     take(ast.parse(path.read_text()).body, "")
     return found
+
+
+def linked(page: str, match: re.Match[str]) -> str | None:
+    """The file of the repository, by its path, that a link of a page leads to; None for a page.
+
+    Args:
+        page: path below docs/.
+        match: of `LINK`.
+    """
+    path = posixpath.normpath(posixpath.join("docs", page, "..", match["up"] + match["path"]))
+    return None if path.startswith("docs/") else path
 
 
 def named(text: str, path: str) -> str | None:

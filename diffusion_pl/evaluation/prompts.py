@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,13 +158,14 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     try:
         with regular(path).open("rb") as file:
             content = file.read(MOST_BYTES + 1)
-        lines = content.decode("utf-8-sig").splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(content) > MOST_BYTES:  # before the last letter, which may be cut, is decoded
+        raise UserError(f"{path}: is larger than {MOST_BYTES >> 20} MB; prompts are a line each")
+    try:
+        lines = [line.decode() for line in content.removeprefix(BOM_UTF8).splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text; prompts are a line each") from error
-    if len(content) > MOST_BYTES:
-        raise UserError(f"{path}: is larger than {MOST_BYTES >> 20} MB; prompts are a line each")
     found = tuple(line.strip() for line in lines if line.strip())
     if not found:
         raise UserError(f"{path}: has no prompt; write one a line")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from diffusion_pl import ranks
@@ -18,7 +21,7 @@ from diffusion_pl.evaluation.provenance import now
 from diffusion_pl.progress import Progress
 from diffusion_pl.signals import StopRequest
 from diffusion_pl.training import checkpoint as checkpoints
-from diffusion_pl.training import power_ema, sharding
+from diffusion_pl.training import flops, power_ema, sharding
 from diffusion_pl.training.beginning import Begin
 from diffusion_pl.training.history import History
 from diffusion_pl.training.module import DiffusionModule
@@ -46,25 +49,60 @@ class Interval:
         return passed
 
 
+class DataWait(Callback):
+    """Counts the time that steps wait for their batch; a run's last callback."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.ended = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.ended = time.monotonic()
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seconds += time.monotonic() - self.ended
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.ended = time.monotonic()
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        taken, self.seconds = self.seconds, 0.0
+        return taken
+
+
 class Log(Callback):
-    """Logs loss, learning rate and speed to metrics.jsonl and the loggers; moves the progress bar.
+    """Logs loss, learning rate, speed, memory and more to metrics.jsonl and the loggers, and to
+    the view.
 
     Args:
         history: the run's metrics.jsonl.
         every: images between rows.
         progress: shown on rank 0.
         check: raises if the run is no longer this process's to write to.
+        waits: of the run's first rank.
     """
 
     def __init__(
-        self, history: History, every: int, progress: Progress, check: Callable[[], None]
+        self,
+        history: History,
+        every: int,
+        progress: Progress,
+        check: Callable[[], None],
+        waits: DataWait,
     ) -> None:
         self.history = history
         self.interval = Interval(every)
         self.progress = progress
         self.check = check
+        self.waits = waits
         self.images = 0
         self.since = 0.0
+        self.utilization: float | None = None  # of the peak, by an image a second
         self.spikes = Spikes()
         self.scale: float | None = None  # of fp16's loss
 
@@ -73,7 +111,9 @@ class Log(Callback):
         self.interval.start(self.images)
         if trainer.is_global_zero:
             self.history.rewind(self.images)
+            self.progress.note(*self.history.rows())
             self.progress.start(self.images)
+            self.utilization = flops.utilization(trainer, pl_module)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.scale = None if scaler is None else scaler.get_scale()
         self.since = time.monotonic()
@@ -83,7 +123,7 @@ class Log(Callback):
     ) -> None:
         images = pl_module.images_seen
         if trainer.is_global_zero:
-            self.progress.advance(images)
+            self.progress.advance(images, outputs["loss"])
         if self.interval.passed(images):
             self._row(trainer, pl_module, images)
 
@@ -94,12 +134,16 @@ class Log(Callback):
     def _row(self, trainer: lightning.Trainer, pl_module: DiffusionModule, images: int) -> None:
         means = pl_module.totals.read()
         seconds = time.monotonic() - self.since
+        speed = (images - self.images) / seconds
         row = {
             "images": images,
             "step": trainer.global_step,
             **means,
             "learning_rate": pl_module.learning_rate,
-            "images_per_second": round((images - self.images) / seconds, 2),
+            "images_per_second": round(speed, 2),
+            "data_wait": round(min(self.waits.take() / seconds, 1.0), 4),
+            "memory_gb": round(peak_memory(trainer.strategy.root_device) / 1e9, 3),
+            **({} if self.utilization is None else {"mfu": round(speed * self.utilization, 4)}),
             **self._scale(trainer, images),
             "time": now(),
         }
@@ -107,7 +151,7 @@ class Log(Callback):
         if trainer.is_global_zero:
             self.check()
             self.history.append(row)
-            self.progress.measure(loss=means["loss"])
+            self.progress.note(row)
             if spike := self.spikes.note(means["loss"]):
                 self.progress.say(f"{images:,} images: {spike}")
         log(trainer, row, images)
@@ -127,6 +171,14 @@ class Log(Callback):
     def pause(self, seconds: float) -> None:
         """Exclude time that was not training from the speed."""
         self.since += seconds
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has had at a time: of a GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most  # elsewhere in KiB
 
 
 def log(trainer: lightning.Trainer, row: Mapping[str, Any], images: int) -> None:

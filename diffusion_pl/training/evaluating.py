@@ -34,7 +34,7 @@ from diffusion_pl.training import sharding
 from diffusion_pl.training.best import Best
 from diffusion_pl.training.callbacks import Interval, Log, Stop, log
 from diffusion_pl.training.history import History
-from diffusion_pl.training.loggers import show
+from diffusion_pl.training.loggers import show, summarise
 from diffusion_pl.training.module import DiffusionModule
 from diffusion_pl.training.sanity import NonFiniteError
 
@@ -75,6 +75,7 @@ class Evaluate(Callback):
         history: the run's metrics.jsonl.
         training_log: excludes the time of evaluations from the training speed.
         stop: polled; if true, the evaluation ends and is repeated on resume.
+        config: resolved, for the loggers' summary.
         best: keeps the best checkpoint, or None.
     """
 
@@ -91,6 +92,7 @@ class Evaluate(Callback):
         history: History,
         training_log: Log,
         stop: Stop,
+        config: Mapping[str, Any],
         best: Best | None = None,
     ) -> None:
         self.settings = settings
@@ -104,6 +106,7 @@ class Evaluate(Callback):
         self.history = history
         self.training_log = training_log
         self.stop = stop
+        self.config = config
         self.best = best
         self.interval = Interval(settings.every)
         self.prompts: Prompts | None = None
@@ -204,6 +207,8 @@ class Evaluate(Callback):
             self.history.measure(images, rows)
             progress.measured(images, rows)
         log(trainer, {row["name"]: row["value"] for row in rows}, images)
+        if trainer.global_step >= trainer.max_steps:
+            summarise(trainer, self.config, rows)
         self.training_log.pause(time.monotonic() - started)
 
     def _keep_best(

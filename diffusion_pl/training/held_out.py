@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,7 +66,8 @@ class HeldOutLosses(Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Read the images, on all ranks, before the first step."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        self.held = self._open(data.opened(), data.data, pl_module.denoiser.network)
+        say = self.training_log.progress.say if trainer.is_global_zero else None
+        self.held = self._open(data.opened(), data.data, pl_module.denoiser.network, say)
         if trainer.is_global_zero:
             trained = "" if self.held.held_out else ", which are trained on"
             self.training_log.progress.say(
@@ -74,13 +75,20 @@ class HeldOutLosses(Callback):
                 f"{self.held.name}{trained}"
             )
 
-    def _open(self, training: ImageDataset, data: Any, network: nn.Module) -> HeldOut:
+    def _open(
+        self,
+        training: ImageDataset,
+        data: Any,
+        network: nn.Module,
+        say: Callable[[str], None] | None,
+    ) -> HeldOut:
         dataset, own = self.dataset, getattr(data.dataset, "validation", None)
         if dataset is None and own is not None and (dataset := own()) is not None:
             try:
                 return open_held_out(self.settings, training, dataset, network, data.image)
             except UserError as error:  # such as an archive without test images
-                self.training_log.progress.say(f"no held-out images: {error}")
+                if say is not None:
+                    say(f"no held-out images: {error}")
                 dataset = None
         return open_held_out(self.settings, training, dataset, network, data.image)
 
@@ -119,7 +127,7 @@ class HeldOutLosses(Callback):
         if trainer.is_global_zero:
             self.training_log.check()
             self.history.measure(images, rows)
-            self.training_log.progress.held_out(rows)
+            self.training_log.progress.held_out(images, rows)
         log(trainer, numbers(rows), images)
         self.training_log.pause(time.monotonic() - started)
 

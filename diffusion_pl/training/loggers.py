@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,40 @@ def show(trainer: lightning.Trainer, sheet: Tensor, images: int) -> None:
             each.log_image("samples", [sheet.permute(1, 2, 0).numpy()], step=images)
 
     _to_all(trainer, tell)
+
+
+def summarise(
+    trainer: lightning.Trainer, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Log the settings with the final numbers, by which runs are sorted: TensorBoard's HParams,
+    the summary of W&B.
+
+    Args:
+        trainer: at the end of a run.
+        config: resolved.
+        rows: of the last evaluation.
+    """
+    numbers = {f"final/{row['name']}": float(row["value"]) for row in rows}
+    settings = dict(_settings("", config))
+
+    def tell(each: Logger) -> None:
+        if isinstance(each, TensorBoardLogger):
+            each.log_hyperparams(settings, numbers)
+        elif isinstance(each, WandbLogger):
+            each.experiment.summary.update(numbers)
+
+    _to_all(trainer, tell)
+
+
+def _settings(key: str, value: Any) -> Iterator[tuple[str, str | float | bool]]:
+    """The settings of a config by their dotted keys; other than numbers as text."""
+    if isinstance(value, Mapping) and value:
+        for name, each in value.items():
+            yield from _settings(f"{key}.{name}" if key else str(name), each)
+    elif isinstance(value, bool | int | float):
+        yield key, value
+    else:
+        yield key, value if isinstance(value, str) else json.dumps(value)
 
 
 def _to_all(trainer: lightning.Trainer, tell: Callable[[Logger], None]) -> None:

@@ -27,6 +27,7 @@ from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.beginning import Begin, Start
 from diffusion_pl.training.callbacks import (
     Checkpoints,
+    DataWait,
     Log,
     Snapshots,
     Stop,
@@ -135,14 +136,16 @@ def fit(
         settings.per_device_batch(batch_size, trainer.world_size)  # refused before any work
         module = make_module(experiment)
         history = History(run / "metrics.jsonl")
-        progress = Progress(trainer.max_steps * batch_size)
+        progress = Progress(
+            trainer.max_steps * batch_size, name=run.name, every=experiment.evaluation.every
+        )
         folder = run / "checkpoints"
         start = start or Start(checkpoints.latest(folder))
-        log = Log(history, settings.log_every, progress, start.check)
+        waits = DataWait()
+        log = Log(history, settings.log_every, progress, start.check, waits)
         begin = Begin(run, start, experiment.config, progress)
         stop, limits = Stop(stop_request), TimeLimits(settings)
-        evaluation = _evaluate(experiment, run, references, history, log, stop)
-        saving = Checkpoints(folder, settings, experiment.config, begin)
+        evaluation = _evaluation(experiment, run, references, precision, log, stop)
         trainer.callbacks += [  # type: ignore[attr-defined]
             begin,
             *_snapshots(experiment, run),
@@ -153,8 +156,9 @@ def fit(
             limits,
             log,
             *_held_out(experiment, AUTOCAST[precision], history, log),
-            saving,
+            Checkpoints(folder, settings, experiment.config, begin),
             evaluation,
+            waits,
         ]
         try:
             trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
@@ -178,12 +182,10 @@ def fit(
     }
 
 
-def _evaluate(
-    experiment: Experiment, run: Path, references: Path, history: History, log: Log, stop: Stop
+def _evaluation(
+    experiment: Experiment, run: Path, references: Path, precision: str, log: Log, stop: Stop
 ) -> Evaluate:
-    """What evaluates the average at intervals."""
-    settings = experiment.settings
-    precision = resolve_precision(settings.precision, settings.device_type())
+    """What evaluates the averaged weights."""
     return Evaluate(
         experiment.evaluation,
         experiment.sampler,
@@ -192,10 +194,11 @@ def _evaluate(
         references=references,
         precision=AUTOCAST[precision],
         run=run,
-        history=history,
+        history=log.history,
         training_log=log,
         stop=stop,
-        best=settings.best(run),
+        config=experiment.config,
+        best=experiment.settings.best(run),
     )
 
 
