@@ -61,6 +61,14 @@ MUTANTS = [
         ("            continue\n", "            break\n"),
     ),
     *at(
+        "commands/run_list.py",
+        "run_list",
+        ("last = (length - 1) * 2 // 3", "last = 0"),
+        ("room = max(width - others, SHORTEST)", "room = width"),
+        ("rows = [row for row in run.rows if is_evaluation(row)]",
+         "rows = [row for row in run.rows if \"name\" in row]"),
+    ),
+    *at(
         "training/flops.py",
         "watch",
         ('or "MIG" in device', ""),

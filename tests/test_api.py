@@ -29,6 +29,7 @@ from diffusion_pl.diffusion.preconditioning import Denoiser, Karras
 from diffusion_pl.images import from_bytes
 from diffusion_pl.samplers.heun import heun
 from diffusion_pl.training.ema import EMA
+from diffusion_pl.training.history import is_evaluation
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -86,7 +87,7 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
     assert {row["name"].partition("@")[0] for row in names["rows"]} >= {"fd", "kd"}
     assert {row["n"] for row in names["rows"]} == {50}
     assert (tmp_path / "runs" / "mine" / "lightning_logs").is_dir()
-    measured = [row for row in names["run"].rows() if "name" in row]
+    measured = [row for row in names["run"].rows() if is_evaluation(row)]
     assert [row["name"].partition("@")[0] for row in measured] == ["mean_feature"]
     # The same from the shell, where the parts of others are asked for.
     assert main(["sample", "runs/mine", "--count", "2", "--allow", "mine"]) == 0

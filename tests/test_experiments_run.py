@@ -27,7 +27,7 @@ from diffusion_pl.data.shards import Shards
 from diffusion_pl.data.synthetic import Synthetic
 from diffusion_pl.diffusion.timesteps import Timesteps
 from diffusion_pl.training import checkpoint as checkpoints
-from diffusion_pl.training.history import History
+from diffusion_pl.training.history import History, is_evaluation, is_held_out
 
 BATCH = 2
 COUNT = 2  # images drawn to be measured
@@ -193,8 +193,12 @@ def test_it_trains_resumes_and_is_drawn_from_and_measured(name, place, monkeypat
     code = homes.main(["train", name])
     assert code == 0, capsys.readouterr().err
     whole = checkpoints.load(checkpoints.latest(run / "checkpoints"))
-    rows = [row for row in History(run / "metrics.jsonl").rows() if "name" in row]
+    every = History(run / "metrics.jsonl").rows()
+    rows = [row for row in every if is_evaluation(row)]
     assert {row["images"] for row in rows} == {2 * BATCH}
+    losses = [(row["weights"], row["images"]) for row in every if is_held_out(row)]
+    wanted = [("ema", 2 * BATCH), ("denoiser", 2 * BATCH)]
+    assert losses == (wanted if experiment.tree["evaluation"].get("losses") else [])
     capsys.readouterr()
     # Stopped after the first step, it goes on to the same bits.
     (run / f"checkpoints/{2 * BATCH:012d}.ckpt").unlink()

@@ -242,6 +242,17 @@ ODD = [
     {"images": 2000, "name": "", "value": 10**299, "n": 1.5, "sampler": {"a": 1}, "guidance": []},
     {"images": 3000, "loss": "x", "images_per_second": -1.0, "time": 7},
     {"images": 3000, "name": "x", "value": -1e308, "images_per_second": float("nan")},
+    {"images": 3000, "name": "loss@1/x", "value": 1.0, "levels": "x", "which": [1], "weights": 3},
+    {
+        "images": 3000,
+        "name": "loss@1/x",
+        "value": 1.0,
+        "levels": [{"sigma": "a"}, 1, {}],
+        "weights": "ema",
+        "standard_error": "y",
+        "n": "z",
+        "data": {},
+    },
 ]
 
 
@@ -252,6 +263,31 @@ def test_odd_values_are_no_traceback(tmp_path):
         with (folder / name).open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in ODD)
     assert reported(folder).find("section", id="environment")
+
+
+def test_held_out_losses_are_drawn_by_level_and_are_no_numbers_of_samples(tmp_path):
+    folder = a_run(tmp_path / "a", {2000: 5.0})
+    for images in (1000, 2000):
+        for weights, loss in (("ema", 0.5), ("denoiser", 0.6)):
+            levels = [{"sigma": sigma, "loss": loss * 1000 / images} for sigma in (0.1, 1.0, 10.0)]
+            row = {"images": images, "name": "loss@8/test", "value": loss, "standard_error": 0.01}
+            row |= {"n": 8, "which": "8 of 100, evenly spaced", "held_out": True, "data": "test"}
+            row |= {"levels": levels, "weights": weights, "fingerprint": "cd"}
+            History(folder / "metrics.jsonl").append(row)
+    page = reported(folder)
+    drawn = plots_of(part(page, "levels"))
+    assert {title.partition(": ")[2] for title, _, _ in drawn} == {
+        "held-out loss by noise level, averaged weights",
+        "error / (sigma² sd² / (sigma² + sd²))",
+    }
+    assert "sigma 0.1" in str(drawn) and "a: 8 images of test" in part(page, "levels").text
+    curves = [title for title, _, _ in plots_of(part(page, "curves"))]
+    assert curves.count("loss@8/test, averaged weights") == 2  # by images and by time
+    assert curves.count("loss@8/test, raw weights") == 2
+    text = part(page, "numbers").text
+    assert "loss@8/test of averaged weights on 8 of 100, evenly spaced" in text
+    assert "0.5 (standard error 0.01)" in text
+    assert "loss@8/test" not in part(page, "questions").text
 
 
 @pytest.mark.parametrize("state", ["begun", "older", "unmeasured"])

@@ -12,7 +12,8 @@ from test_compare import a_run
 
 from diffusion_pl import locks
 from diffusion_pl.cli import main
-from diffusion_pl.commands.run_list import age_of
+from diffusion_pl.commands.compare import table
+from diffusion_pl.commands.run_list import age_of, cut, fitted
 from diffusion_pl.training.history import History
 
 
@@ -93,3 +94,22 @@ def test_names_and_reasons_cannot_command_a_terminal(tmp_path, capsys):
 def test_it_answers_without_torch(module):
     code = f"import sys, diffusion_pl.commands.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_list_fits_a_terminal_and_names_keep_both_ends():
+    head = ["run", "state", "", "images", "newest number", "age"]
+    row = ["finished", "100 %", "200,000,000", "fid@50000 12.34", "12 min"]
+    names = ["a", "cifar10_edm_a_vp/optimizer.lr=0.001/a long word of its own/seed=12"]
+    rows = fitted(head, [[name, *row] for name in names], 80)
+    lines = table(head, rows, left=(0, 1, 4))
+    assert max(map(len, lines)) == 80
+    assert rows[0][0] == "a" and rows[1][0].startswith("cifar1") and rows[1][0].endswith("/seed=12")
+    assert fitted(head, [[name, *row] for name in names], 200)[1][0] == names[1]
+    assert [len(cut("x" * 40, n)) for n in (12, 39, 40, 41)] == [12, 39, 40, 40]
+
+
+def test_a_held_out_loss_is_not_the_newest_number(tmp_path, capsys):
+    folder = a_run(tmp_path / "a", {2000: 8.0})
+    row = {"images": 3000, "name": "loss@4/x", "value": 1.0, "levels": [], "weights": "ema"}
+    History(folder / "metrics.jsonl").append(row)
+    assert listed(capsys, tmp_path)[0]["a"]["metric"] == "fd@250 8"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import math
 import os
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from diffusion_pl.signals import FAILED, MARKER
 from diffusion_pl.training.history import is_evaluation
 
 DEEPEST = 4  # folders below the named one
+SHORTEST = 12  # characters of a name
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,10 @@ def command(folder: Path = Path("runs"), /) -> Result:
         raise UserError(f"{folder}: there is no such folder; runs lie under runs/")
     found = [listed(each, folder) for each in sorted(below(folder))]
     head = ["run", "state", "", "images", "newest number", "age"]
-    lines = table(head, [each.cells() for each in found], left=(0, 1, 4))
+    rows = [each.cells() for each in found]
+    if sys.stdout.isatty():
+        rows = fitted(head, rows, shutil.get_terminal_size().columns)
+    lines = table(head, rows, left=(0, 1, 4))
     lines += [f"{each.run}: {each.why}" for each in found if each.why]
     values: dict[str, Any] = {
         each.run: {
@@ -73,6 +79,28 @@ def command(folder: Path = Path("runs"), /) -> Result:
         for each in found
     }
     return Result(values, lines if found else [f"{folder}: no run yet"], in_pipes=True)
+
+
+def fitted(head: Sequence[str], rows: Sequence[list[str]], width: int) -> list[list[str]]:
+    """Rows of a table whose names are cut so that it fits, where they are not all too long.
+
+    Args:
+        head: of the table.
+        rows: each with the name first.
+        width: columns of the terminal.
+    """
+    whole = [head, *rows]
+    others = sum(max(len(row[place]) for row in whole) + 2 for place in range(1, len(head)))
+    room = max(width - others, SHORTEST)
+    return [[cut(row[0], room), *row[1:]] for row in rows]
+
+
+def cut(name: str, length: int) -> str:
+    """A name with its middle left out, where it is longer; runs of a sweep differ at the end."""
+    if len(name) <= length:
+        return name
+    last = (length - 1) * 2 // 3
+    return f"{name[: length - 1 - last]}…{name[len(name) - last :]}"
 
 
 def below(folder: Path) -> Iterator[Path]:
