@@ -17,7 +17,7 @@ MUTANTS = [
         ('(colon and kind != "ema")', "False"),
         ('if kind not in ("ema", "denoiser") or', "if"),
         ("            float(length)", "            str(length)"),
-        ("_read(listed(float)", "_read(listed(int)"),
+        ("_read(listed(swept)", "_read(listed(str)"),
         ('for word in text.split(",") if word)', 'for word in text.split(",")[:1])'),
     ),
     *at(

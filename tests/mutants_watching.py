@@ -32,6 +32,11 @@ MUTANTS = [
         ("images and is_evaluation(row)", "images and \"name\" in row"),
     ),
     *at(
+        "training/history.py",
+        "compare",
+        ('"resize", "weights", "sigmas")', '"resize", "weights")'),
+    ),
+    *at(
         "view.py",
         "watch",
         ("(following - self.images) / self.pace()", "following / self.pace()"),
@@ -85,7 +90,6 @@ MUTANTS = [
     *at(
         "commands/compare.py",
         "compare",
-        ('"resize", "weights", "sigmas")', '"resize", "weights")'),
         ("count - 1) * error", "count - 1) * error / count**0.5"),
     ),
 ]  # fmt: skip
