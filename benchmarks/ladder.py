@@ -46,7 +46,7 @@ SEEDS = (0, 1, 2)
 COSTED = 512
 DAMPED = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
-# The data, the images of a base run, and what else they change. There are 264 runs, rungs times
+# The data, the images of a base run, and what else they change. There are 294 runs, rungs times
 # seeds, so that one may take a minute.
 DATA: dict[str, tuple[int, list[str]]] = {
     "cifar10": (12_800, []),
@@ -99,6 +99,19 @@ SAVINGS: dict[str, list[str]] = {
     "batch 8": ["data.batch_size=8"],
     "batch 64": ["data.batch_size=64"],
     "memory of 1,000 steps": ["optimizer.betas=[0.9,0.999]"],
+}
+# On the U-Net the matrices are the kernels of its convolutions.
+OF_UNET: dict[str, list[str]] = {
+    "Muon": [
+        "optimizer={_target_: diffusion_pl.training.optimizers.Grouped, "
+        "rest: {_target_: torch.optim.Adam, _partial_: true, lr: 2e-3, betas: [0.9, 0.95]}, "
+        "groups: [{_target_: diffusion_pl.training.optimizers.Group, "
+        "names: ['encoder.*', 'middle.*', 'decoder.*'], ndim: 4, optimizer: {_target_: "
+        "diffusion_pl.training.muon.Muon, _partial_: true, lr: 0.02, flatten: true}}]}"
+    ],
+    "no cooldown": SAVINGS["no cooldown"],
+    "batch 8": SAVINGS["batch 8"],
+    "batch 64": SAVINGS["batch 64"],
 }
 # Losses over features. They are the features that the distance is measured over, too, so their
 # verdict is by the distance over pixels.
@@ -176,6 +189,12 @@ def rungs() -> Iterator[Rung]:
             for predicted, node in PREDICTIONS.items():
                 base = f"{network}, image"
                 yield Rung(data, base, f"{network}, {predicted}", (*fixed, node))
+        fixed = [UNET, *own, *(AT_64["U-Net"] if data == "synthetic64" else [])]
+        fixed += [OBJECTIVES["EDM"]]
+        base = "U-Net, EDM's objective"
+        yield Rung(data, base, base, tuple(fixed))
+        for saving, words in OF_UNET.items():
+            yield Rung(data, base, f"{base}, {saving}", (*fixed, *words))
         fixed = [*SMALL, *own, *(AT_64["transformer"] if data == "synthetic64" else [])]
         for objective, node in OBJECTIVES.items():
             base = "transformer, image" if objective == "JiT" else objective
