@@ -163,6 +163,8 @@ MUTANTS = [
         ("return self.cache.drop_damaged(_cached(block), block.sha256)", "return True"),
         ("        cache.drop_damaged(path.name, stored.sha256)", "        pass"),
         ("        if self.cache is None:\n            return False", ""),
+        ('return f"{block.sha256}.f16"', "return Path(block.file).name"),
+        ("if each.encoder == text)", "if text in each.encoder)"),
     ),
     *at(
         "data/stored.py",

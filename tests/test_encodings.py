@@ -221,6 +221,8 @@ def test_texts_are_off_by_default_and_auto_takes_the_only_one(made):
         opened(made, "auto")
     assert opened(made, "other").texts.digest == "cd" * 32
     assert opened(made, "words").texts.digest == "ab" * 32
+    with pytest.raises(UserError, match="not encoded by word"):  # a name is taken whole
+        opened(made, "word")
     verify(made)
 
 
@@ -391,6 +393,17 @@ def test_texts_over_http_are_those_of_the_folder(made, tmp_path):
         images = opened(server.url, cache_folder=str(cache))
         assert torch.equal(images.texts.read(torch.arange(150), zeros)[0], truth)
         assert server.asked.count("000000.f16") == server.asked.count("captions.txt") == 2
+
+
+def test_blocks_of_two_encoders_lie_in_a_cache_side_by_side(made, tmp_path):
+    encode(made, WordEncoder(name="other", digest="cd" * 32, width=4), nothing)
+    zeros = torch.zeros(9, dtype=torch.float64)
+    with served(made) as server:
+        for name in ("words", "other", "words"):
+            texts = opened(server.url, name, cache_folder=str(tmp_path / "cache")).texts
+            truth = opened(made, name).texts.read(torch.arange(9), zeros)[0]
+            assert torch.equal(texts.read(torch.arange(9), zeros)[0], truth)
+        assert server.asked.count("000000.f16") == 2
 
 
 def test_a_remote_set_that_is_not_encoded_or_does_not_fit(bare, made, tmp_path):
