@@ -25,7 +25,7 @@ MUTANTS = [
     *at(
         "training/run.py",
         "stopping exact",
-        ("if stop.stopped and trainer.is_global_zero:", "if trainer.is_global_zero:"),
+        ("    if stop.stopped:\n        if trainer", "    if True:\n        if trainer"),
         ("experiment.seed, stop_request.wait_for_steps", "on_read=stop_request.listen"),
         ("if not trainer.strategy.broadcast(done):", "if False:"),
     ),

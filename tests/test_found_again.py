@@ -238,9 +238,10 @@ def test_the_rows_of_a_run_are_kept_and_the_end_says_where(run):
     kept = History(Path(result["rows"])).rows()[-3:]
     assert [row["value"] for row in kept] == [row["value"] for row in result["measures"]]
     assert {row["images"] for row in kept} == {16}
-    last = err.strip().splitlines()[-3:]
-    assert last[0].startswith("measured fd@12/") and "ema" in last[1]
-    assert last[2].split() == ["kept", "runs/tiny/evaluations.jsonl"]
+    *measured, of, where = err.strip().splitlines()[-5:]
+    names = [row["name"] for row in result["measures"]]
+    assert [each.split()[1] for each in measured] == names and "ema" in of
+    assert where.split() == ["kept", "runs/tiny/evaluations.jsonl"]
     for row in kept:
         when = datetime.datetime.fromisoformat(row["time"])
         age = datetime.datetime.now(datetime.UTC) - when

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -300,9 +301,12 @@ def test_a_prompt_beyond_the_length_is_cut_where_it_is_told(run):
     long = " ".join(["a very large red star on a green ground"] * 3)
     code, result, err = run("sample", "runs/tiny", "--count", 1, "--prompt", long, "--out", "long")
     assert code == 0
-    assert f"prompt {long!r} has more than 16 tokens and is cut after '" in err
-    kept = err.partition("is cut after '")[2].partition("'")[0]
-    assert long.startswith(kept) and 0 < len(kept) < len(long)
+    place = re.search(r"cut after '\.\.\.(.*)', at (\d+) of 119 characters: prompt 1", err)
+    assert place is not None and not err.startswith("prompt")
+    end, size = place.groups()
+    assert f"more than 16 tokens ('{long[:40]}...')" in err
+    kept = long[: int(size)]
+    assert kept.endswith(end) and len(end) == 40 and len(kept) < len(long)
     _, short, _ = run("sample", "runs/tiny", "--count", 1, "--prompt", kept, "--out", "short")
     assert np.array_equal(drawn(result)[0], drawn(short)[0])
 

@@ -422,7 +422,7 @@ def test_check_names_captions_without_a_network_for_them_and_the_other_way_round
     assert "reads captions (minilm), and the network takes no text" in capsys.readouterr().out
     assert main(["check", "quickstart", taken, "network.text_length=32"]) == 2
     said = "network.text_width: is 384, and data.dataset reads no captions; "
-    assert f"{said}set data.dataset.captions, or" in capsys.readouterr().err
+    assert f"{said}set data.dataset.captions=minilm, or" in capsys.readouterr().err
     folder = (
         "data.dataset={_target_: diffusion_pl.data.folder.ImageFolder, path: x, resolution: 16}"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from diffusion_pl.commands import parts, sampling
 from diffusion_pl.commands.options import Allow
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.config import Config
+from diffusion_pl.data import shard_texts
 from diffusion_pl.data.loader import DataConfig
 from diffusion_pl.data.shard_format import Manifest
 from diffusion_pl.data.shards import Shards
@@ -22,6 +25,7 @@ from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.errors import UserError
 from diffusion_pl.io.files import nearest
 from diffusion_pl.samplers.pyramid import PyramidSampler
+from diffusion_pl.text import minilm
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.lr_schedule import is_torch_s
 from diffusion_pl.training.settings import (
@@ -127,6 +131,12 @@ def _data(experiment: Config) -> str:
         return f"{path} is not there{'' if near is None else f'; {near} is'}"
     if not isinstance(source, Shards):
         return f"{path} is there"
+    if source.text is not None:  # told with the file that asks for it
+        dataclasses.replace(source, text=None).prepare()
+        try:
+            source.prepare()
+        except ValueError as error:
+            raise experiment.error("data.dataset.text", str(error)) from error
     try:
         source.prepare()  # what is made already is only looked at
         manifest = Manifest.read(path)
@@ -143,7 +153,7 @@ def _data(experiment: Config) -> str:
                 f"set network.classes={manifest.classes}"
             )
     except ValueError as error:
-        raise experiment.error("data", str(error)) from error
+        raise experiment.error("data.dataset", str(error)) from error
     of = f", {manifest.classes:,} classes" if manifest.classes else ""
     return f"{path}: {manifest.count:,} images at {manifest.resolutions} px{of}"
 
@@ -296,7 +306,8 @@ def _texts(experiment: Config, network: nn.Module) -> str:
     read = getattr(source, "text", None) or getattr(source, "captions", None)
     width = getattr(network, "text_width", 0)
     if width and not read:
-        setting = next((name for name in ("text", "captions") if hasattr(source, name)), None)
+        ways = {"text": "text=auto", "captions": "captions=minilm"}
+        setting = next((value for name, value in ways.items() if hasattr(source, name)), None)
         way = f"set data.dataset.{setting}" if setting else "prepare it with --encode ENCODER"
         raise experiment.error(
             "network.text_width",
@@ -307,5 +318,19 @@ def _texts(experiment: Config, network: nn.Module) -> str:
         return ""
     return (
         f"data.dataset reads captions ({read}), and the network takes no text (text_width: 0): it "
-        "is trained without them"
+        f"is trained without them; to train with them set {_text_settings(source)}"
     )
+
+
+def _text_settings(source: Any) -> str:
+    """What a network is to be set to for the captions of a data set, as far as it is known."""
+    width: object = "that of the encoder"
+    length: object = getattr(source, "caption_length", "that of the captions")
+    if isinstance(source, Shards) and parts.data_folder(source) is not None:
+        found = shard_texts.chosen(
+            source.path, Manifest.read(Path(source.path)), str(source.text), None
+        )
+        width, length = found.width, found.length
+    elif getattr(source, "captions", None) == "minilm":
+        width = minilm.WIDTH
+    return f"network.text_width={width} network.text_length={length} and trainer.dropout.text=0.1"

@@ -245,7 +245,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 def summary_lines(
     target: Path, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
 ) -> list[str]:
-    """The last three lines: the first number, what it is of, and where it is kept."""
+    """The last lines: every number, what they are of, and where they are kept."""
     if not rows:
         return [f"{target}: its evaluation has no metrics; name some: --metrics NAME"]
     first = rows[0]
@@ -253,7 +253,7 @@ def summary_lines(
     words = ", ".join([*model, f"{first['n']:,} images"])
     of = f"{result.get('checkpoint', target)}  {words}"
     where = f"kept     {result.get('rows') or 'only on stdout: --json prints all of it'}"
-    return [f"measured {format_row(first)}", f"of       {of}", where]
+    return [*(f"measured {format_row(row)}" for row in rows), f"of       {of}", where]
 
 
 def extractor_of(options: FeatureOptions, experiment: config.Config | None) -> Extractor:

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from diffusion_pl.commands import recommend
+from diffusion_pl.commands import hints, recommend
 from diffusion_pl.commands.options import Integer
 from diffusion_pl.commands.results import Result
 from diffusion_pl.data.prepare import Request, prepare
 from diffusion_pl.data.recipe import Recipe
-from diffusion_pl.data.shard_format import MANIFEST, Manifest
+from diffusion_pl.data.shard_format import LARGEST_MANIFEST, MANIFEST, Manifest
 from diffusion_pl.data.shard_workers import WorkerLost
 from diffusion_pl.data.sources.base import SourceSpec
-from diffusion_pl.data.stored import no_captions
+from diffusion_pl.data.stored import ENCODINGS, Encoding, no_captions, read_encodings
 from diffusion_pl.errors import UserError
+from diffusion_pl.io.files import read_small
 from diffusion_pl.names import shown
 from diffusion_pl.progress import reported
 
@@ -129,10 +130,10 @@ def command(
         manifest, already = prepare(
             request, dest, workers=processes, skip_broken=skip_broken, report=report
         )
-    found = result(dest, manifest, already, time.monotonic() - began)
-    if encoder is None:
-        return found
-    values, lines = _encode(dest, encoder)
+    seconds = time.monotonic() - began
+    # The captions first: what is to be trained on them is told with the data set.
+    values, lines = ({}, []) if encoder is None else _encode(dest, encoder)
+    found = result(dest, manifest, already, seconds, None if encoder is None else encoder.name)
     return Result({**found.values, **values}, [], [*lines, *found.after])
 
 
@@ -151,8 +152,14 @@ def _encoded_alone(
         )
     if Manifest.read(folder).captions is None:
         raise UserError(no_captions(str(folder)))
-    values, lines = _encode(folder, _encoder(encode, length))
-    return Result({"folder": str(folder)} | values, [], lines)
+    encoder = _encoder(encode, length)
+    values, lines = _encode(folder, encoder)
+    plan = recommend.plan(
+        Manifest.read(folder), folder, recommend.machine(), _encoding(folder, encoder.name)
+    )
+    more = {"train": plan.command, "train_seconds": plan.seconds and round(plan.seconds)}
+    after = [*lines, *plan.lines, "next:", f"  {plan.command}"]
+    return Result({"folder": str(folder)} | values | more, [], after)
 
 
 def _encoder(name: str, length: int | None) -> Encoder:
@@ -192,10 +199,20 @@ def _encode(folder: Path, encoder: Encoder) -> tuple[dict[str, Any], list[str]]:
     return values, [line, *([cut] if encoding.cut else []), setting]
 
 
-def result(folder: Path, manifest: Manifest, already: bool, seconds: float) -> Result:
-    """The data set, what was skipped, and the command that trains on it."""
+def result(
+    folder: Path, manifest: Manifest, already: bool, seconds: float, encoder: str | None = None
+) -> Result:
+    """The data set, what was skipped, and the command that trains on it.
+
+    Args:
+        folder: of the data set.
+        manifest: of the data set.
+        already: whether it was there before.
+        seconds: that it took.
+        encoder: name of the encoder to train with; the only one there is when not given.
+    """
     on = recommend.machine()
-    plan = recommend.plan(manifest, folder, on)
+    plan = recommend.plan(manifest, folder, on, _encoding(folder, encoder))
     size = sum(shard.bytes for shard in manifest.shards)
     values: dict[str, Any] = {
         "folder": str(folder),
@@ -229,10 +246,23 @@ def result(folder: Path, manifest: Manifest, already: bool, seconds: float) -> R
         lines.append(
             f"captions: {about.total:,} ({about.unique:,} different) by {shown(about.origin)}"
         )
+    if about is not None and not (folder / ENCODINGS).exists():
+        line = hints.command("prepare", folder, "--encode", "minilm")
+        lines.append(f"trained without captions as they are; to train with them, first: {line}")
     if any("--labels takes" in text for text in manifest.notes or []):
         lines.append(f"with classes: {recommend.with_labels(manifest, folder)}")
     lines += [*class_table(manifest), *plan.lines, "next:", f"  {plan.command}"]
     return Result(values, [], lines)
+
+
+def _encoding(folder: Path, encoder: str | None) -> Encoding | None:
+    """The captions to train on: those of an encoder, or of the only one; None for none of them."""
+    path = folder / ENCODINGS
+    if not path.exists():
+        return None
+    there = read_encodings(read_small(path, LARGEST_MANIFEST), str(path))
+    found = [each for each in there if encoder in (None, each.encoder)]
+    return found[0] if len(found) == 1 else None
 
 
 def class_table(manifest: Manifest) -> Iterator[str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from diffusion_pl import config
 from diffusion_pl.commands.hints import command
 from diffusion_pl.data.recipe import Recipe
 from diffusion_pl.data.shard_format import Manifest
+from diffusion_pl.data.stored import Encoding
+from diffusion_pl.names import shown
 
 SMALL = "cifar10_small"
 
@@ -49,6 +51,8 @@ TIME_BUDGET = {"cpu": 3600.0, "gpu": 12 * 3600.0}
 UTILIZATION = {"cpu": 0.55, "gpu": 1 / 7}
 STEP_SECONDS = 0.025  # seconds of a step beside its matrix products
 _MATRIX, _PRODUCTS = 64, 40
+
+TEXT_GUIDANCE = 3.0  # of evaluations; docs/text.md
 
 BATCH_SIZE = 256  # where the experiment is not found
 _SMALL_BATCH = {"cpu": 16, "gpu": 32}  # small ones keep a GPU waiting
@@ -137,8 +141,45 @@ def _gpu_speed() -> float:
     return float(2 * len(matrix) ** 3 / min(times))
 
 
-def plan(manifest: Manifest, folder: Path, on: Machine) -> Plan:
-    """The recommendation for a prepared data set in a folder."""
+def plan(manifest: Manifest, folder: Path, on: Machine, encoding: Encoding | None = None) -> Plan:
+    """The recommendation for a prepared data set in a folder.
+
+    Args:
+        manifest: of the data set.
+        folder: of the data set.
+        on: the hardware.
+        encoding: of its captions, to train on; None: without text.
+    """
+    found = _without_text(manifest, folder, on)
+    if encoding is None or not found.overrides:
+        return found
+    overrides = [*found.overrides, *_text(encoding, manifest.classes > 0)]
+    line = (
+        f"with its captions by {shown(encoding.encoder)}, each dropped in a tenth of the images "
+        "for guidance; what the text adds to the time is not estimated"
+    )
+    return replace(
+        found,
+        overrides=overrides,
+        command=_command(found.experiment, folder, overrides),
+        lines=[*found.lines, line],
+    )
+
+
+def _text(encoding: Encoding, labelled: bool) -> list[str]:
+    """The settings that train on captions, and guide by them in evaluations."""
+    dropout = "{label: 0.1, text: 0.1}" if labelled else "{label: 0.0, text: 0.1}"
+    return [
+        f"data.dataset.text={encoding.encoder}",
+        f"network.text_width={encoding.width}",
+        f"network.text_length={encoding.length}",
+        f"trainer.dropout={dropout}",
+        f"evaluation.guidance={TEXT_GUIDANCE}",
+    ]
+
+
+def _without_text(manifest: Manifest, folder: Path, on: Machine) -> Plan:
+    """The recommendation for images and labels."""
     sides = manifest.resolutions
     divisors = [d for d in PYRAMIDS if all(side % d == 0 for side in sides)]
     if on.kind == "gpu" and len(sides) > 1 and divisors:

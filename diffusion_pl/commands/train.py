@@ -174,7 +174,10 @@ def _train(
         return report(folder, result["images"], result["rows"])
     if leads:
         images = f"{result['images']:,} of {budget:,} images"
-        print(shown(f"{folder}: stopped at {images}; the same command goes on"), file=sys.stderr)
+        rest = "goes on"
+        if result["images"] >= budget:
+            rest = "makes its last evaluation, which is all that is left"
+        print(shown(f"{folder}: stopped at {images}; the same command {rest}"), file=sys.stderr)
     # Lightning kills all ranks when one that it started ends with another code than 0.
     return dataclasses.replace(NOTHING, code=0 if ranks.is_started_by_lightning() else RESUMABLE)
 

@@ -270,6 +270,8 @@ def _file(name: str, folder: Path) -> Path:
         if (file := place / f"{name}.yaml").is_file():
             return file
     near = nearest(name, all_experiments(folder), count=3)
+    if Path(f"{name}.yaml").is_file():
+        near = f"; the file {name}.yaml is in this folder: name it {name}.yaml"
     where = (folder / f"{name}.yaml").as_posix()
     raise ConfigError(f"{where}: no such experiment (got {name!r}){near}")
 
@@ -319,7 +321,7 @@ def _parent(name: object, file: Path, folder: Path) -> Path:
     """
     places = (file.parent, folder, packaged_experiments())
     if isinstance(name, str) and Path(name).name == name:
-        found = [at for place in places if (at := place / f"{name}.yaml").is_file()]
+        found = [at for p in places if (at := p / f"{name.removesuffix('.yaml')}.yaml").is_file()]
         others = [each for each in found if not each.samefile(file)]
         if found:
             return others[0] if others else file
@@ -365,12 +367,9 @@ def _mark(origins: dict[str, str], key: str, source: str) -> None:
 
 
 def _replaces(below: dict[Any, Any], above: dict[Any, Any]) -> bool:
-    """Tell whether a node names another callable, whose arguments are not those below.
-
-    A table by numbers is one value: a part of it alone means something else.
-    """
+    """Tell whether a node names another callable, whose arguments are not those below."""
     both = "_target_" in below and "_target_" in above
-    numbered = any(isinstance(name, int) for name in above)
+    numbered = any(isinstance(name, int) for name in above)  # a table is one value
     return numbered or (both and below["_target_"] != above["_target_"])
 
 

@@ -41,7 +41,7 @@ def chosen(where: str, manifest: Manifest, text: str, cache: Cache | None) -> En
         UserError: no captions, or no such encoding of them.
     """
     if manifest.captions is None:
-        raise UserError(no_captions(where))
+        raise UserError(f"data.dataset.text is {text}; {no_captions(where)}")
     if cache is None:
         there = local_encodings(Path(where))
     else:

@@ -23,6 +23,7 @@ from diffusion_pl.names import shown
 from diffusion_pl.texts import MemoryStates, States, padded
 
 MOST_BYTES = 2**24  # of a file of prompts
+_QUOTED = 40  # characters of a prompt in a message
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,24 @@ def encoded(words: Sequence[str], encoder: text.Encoder) -> Prompts:
     for number, (each, is_cut) in enumerate(states_of(words, encoder)):
         states.append(each)
         if is_cut:
-            print(
-                f"prompt {shown(words[number])!r} has more than {encoder.length:d} tokens and is "
-                f"cut after {shown(encoder.kept(words[number]))!r}",
-                file=sys.stderr,
+            kept = encoder.kept(words[number])
+            said = (
+                f"cut after {_end_of(kept)!r}, at {len(kept):,} of {len(words[number]):,} "
+                f"characters: prompt {number + 1:,} has more than {encoder.length} tokens "
+                f"({_start_of(words[number])!r})"
             )
+            print(shown(said), file=sys.stderr)
     return Prompts(tuple(words), MemoryStates(states), encoder.length, encoder.width)
+
+
+def _start_of(text: str) -> str:
+    """The beginning of a prompt, for a message."""
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+
+
+def _end_of(text: str) -> str:
+    """The end of a prompt, for a message."""
+    return text if len(text) <= _QUOTED else f"...{text[-_QUOTED:]}"
 
 
 def located(name: str) -> Path:

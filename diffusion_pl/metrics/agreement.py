@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,9 +134,21 @@ class _Judged:
         return torch.cat(rows, dim=1).to(features.images.device, torch.float32)
 
 
-def _measure(rows: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+def _measure(rows: Tensor, warning: str | None = None) -> tuple[dict[str, float], dict[str, Any]]:
     both = rows.cpu().to(torch.int64)
-    return agreement(both[:, : len(ANSWERS)], both[:, len(ANSWERS) :])
+    values, notes = agreement(both[:, : len(ANSWERS)], both[:, len(ANSWERS) :])
+    return values, notes if warning is None else notes | {"warning": warning}
+
+
+def foreign(name: str) -> str | None:
+    """What to doubt of the judge on images of a data set; None for synthetic scenes.
+
+    Args:
+        name: of the data set; that of scenes begins with "synthetic".
+    """
+    if name.startswith("synthetic"):
+        return None
+    return f"the judge was made for synthetic scenes, and {name} may be none: see docs/text.md"
 
 
 @dataclass(frozen=True)
@@ -156,4 +169,6 @@ class Agreement:
         """The metric; it takes the embedded classifier, whatever the extractor."""
         from diffusion_pl.metrics.accumulated import Kept  # torchmetrics: 5 s of CPU
 
-        return Kept(_Judged(shapes.load()), 2 * len(ANSWERS), _measure)
+        warning = None if reference is None else foreign(reference.name)
+        measure = partial(_measure, warning=warning)
+        return Kept(_Judged(shapes.load()), 2 * len(ANSWERS), measure)

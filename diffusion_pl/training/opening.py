@@ -33,13 +33,14 @@ def check_texts(images: ImageDataset, network: Any) -> None:
     if texts is None:
         raise UserError(
             f"{images.name} has no encoded captions, and the network takes text; prepare it with "
-            "--encode ENCODER, or set network.text_width=0"
+            "--encode ENCODER and set data.dataset.text=auto, or set network.text_width=0 "
+            "network.text_length=0"
         )
     for name, own in (("width", texts.width), ("length", texts.length)):
         if (taken := getattr(network, f"text_{name}")) != own:
             raise UserError(
                 f"network.text_{name} is {taken}, the captions of {images.name} have {own}; set "
-                f"network.text_{name}={own}"
+                f"network.text_width={texts.width} network.text_length={texts.length}"
             )
 
 

@@ -171,15 +171,12 @@ def fit(
         finally:
             limits.watchdog.stop()
             progress.stop()
-    if stop.stopped and trainer.is_global_zero:
-        stop_request.mark(run)
-    if stop.stopped:  # srun ends all ranks with the first that leaves: wait for the mark
-        trainer.strategy.barrier()
-    return {
-        "images": module.images_seen,
-        "rows": last_measurements(history),
-        "stopped": stop.stopped,
-    }
+    if stop.stopped:
+        if trainer.is_global_zero:
+            stop_request.mark(run)
+        trainer.strategy.barrier()  # srun ends all ranks with the first that leaves
+    rows = last_measurements(history)
+    return {"images": module.images_seen, "rows": rows, "stopped": stop.stopped}
 
 
 def _evaluation(
