@@ -18,6 +18,8 @@ MUTANTS = [
         ('if kind not in ("ema", "denoiser") or', "if"),
         ("            float(length)", "            str(length)"),
         ("_read(listed(swept)", "_read(listed(str)"),
+        ('text.replace("+", ",") if "=" in text else text', "text"),
+        ("return text if isinstance(weight, dict) else weight", "return weight"),
         ('for word in text.split(",") if word)', 'for word in text.split(",")[:1])'),
     ),
     *at(
