@@ -6,6 +6,7 @@ by MiniLM into 32 tokens of 384 numbers. Everything else is as in benchmarks/dat
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 import warnings
@@ -74,6 +75,7 @@ def main() -> None:
             "prepare and encode, s": round(time.perf_counter() - began, 1),
             "PNG": measured(png),
             "raw": measured(prepared(work, "raw")),
+            "load average": round(os.getloadavg()[1], 1),
         }
     record("texts", figures)
 

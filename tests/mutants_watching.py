@@ -92,9 +92,4 @@ MUTANTS = [
         "compare",
         ("count - 1) * error", "count - 1) * error / count**0.5"),
     ),
-    *at(
-        "training/history.py",
-        "compare",
-        ('"resize", "weights", "sigmas")', '"resize", "weights")'),
-    ),
 ]  # fmt: skip
