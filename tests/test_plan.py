@@ -20,6 +20,7 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.networks.jit import JiT
 from diffusion_pl.networks.song_unet import SongUNet
 from diffusion_pl.objectives.edm import EDM
+from diffusion_pl.objectives.improved_ddpm import ImprovedDDPMBound
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.hardware import GPUS, RESERVED, gpu_named
@@ -380,6 +381,18 @@ def test_an_objective_that_looks_at_its_numbers_is_counted(planned):
         "objective={_target_: diffusion_pl.objectives.ddpm.DDPM}", "sampler.schedule.sigma_max=10"
     )
     assert plan.cost(False, False, plan.image_sizes[0]).flops > 0
+
+
+def test_an_objective_that_remembers_its_losses_is_counted():
+    objective = ImprovedDDPMBound(T=10)
+    with without_numbers():
+        network = SongUNet(
+            8, model_channels=8, channel_mult=[1], blocks=1, attention=[], learned_variance=True
+        )
+        step = Step(network, without_contents(objective), adam, EMA(1.0), (3, 8, 8))
+        state_of(step)
+        cost = count_step(step, (8, 8), channels=3, precision=None, cuda=False)
+    assert cost.flops > 0
 
 
 def test_the_plan_as_json_has_what_the_lines_have(run, planned):

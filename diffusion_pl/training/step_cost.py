@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from diffusion_pl.diffusion.objective import TrainingObjective, needing_network
+from diffusion_pl.diffusion.objective import RemembersSteps, TrainingObjective, needing_network
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.errors import UserError
 from diffusion_pl.images import from_bytes
@@ -94,7 +94,13 @@ class Step:
         return [each for each in self.whole.parameters() if each.requires_grad]
 
     def begin(self, images: int, device: torch.device | str) -> None:
-        """Give the layers that draw by image what they draw from."""
+        """Begin a step, and give the layers that draw by image what they draw from.
+
+        What a step remembers at its end, some bytes an image, is left out.
+        """
+        for part in self.whole.modules():
+            if isinstance(part, RemembersSteps):
+                part.begin_step()
         for layer, row in self.rows:
             places = torch.zeros(images, dtype=torch.int64, device=device)
             layer.begin(row if row.device == places.device else row.to(device), places)
