@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from diffusion_pl import cli, config
 from diffusion_pl.commands import parts
 from diffusion_pl.commands.hints import command
+from diffusion_pl.commands.plan import NO_PROMPTS
 from diffusion_pl.commands.planned import Planned, size_of, usable
 from diffusion_pl.errors import UserError
 from diffusion_pl.networks.jit import JiT
@@ -460,7 +461,7 @@ def test_a_checkpoint_holds_the_bytes_that_were_planned(planned, capsys):
 @pytest.mark.slow
 def test_every_experiment_can_be_planned():
     for name in config.experiments():
-        plan = Planned(parts.read(name), cuda=True)
+        plan = Planned(parts.read(name, [NO_PROMPTS]), cuda=True)
         for half in (False, True):
             cost = plan.cost(half, plan.checkpointing, plan.image_sizes[-1])
             assert math.isfinite(cost.flops), name

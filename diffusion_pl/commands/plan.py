@@ -17,6 +17,7 @@ from diffusion_pl.training.settings import AUTOCAST, resolve_precision
 from diffusion_pl.training.step_timing import Measured, measure_step
 
 COMMON = ("RTX 4090", "A100 80GB", "H100", "H200", "B200")  # where no GPU is named
+NO_PROMPTS = "evaluation.prompts=null"  # a file that need not be there to plan
 MOST_PARTS = 8  # rows of the table of parameters
 
 GIB = 2**30
@@ -53,16 +54,18 @@ def command(
         raise UserError(f"--efficiency: is a share of the peak, in (0, 1] (got {efficiency:g})")
     named = gpu_here() if gpu is None else gpu_named(gpu)
     words = list(overrides)
-    trainer = parts.read(experiment, words, allow=allow).tree["trainer"]
+    trainer = parts.read(experiment, [*words, NO_PROMPTS], allow=allow).tree["trainer"]
     for_cpu = trainer.get("accelerator") == "cpu"
     if gpu is not None and for_cpu:  # an experiment for a CPU, asked of a GPU
         words.append("trainer.accelerator=gpu")
-    if gpus is None and (trainer.get("devices", "auto") == "auto" or (gpu is not None and for_cpu)):
-        gpus = 1
+    one = gpus is None and (
+        trainer.get("devices", "auto") == "auto" or (gpu is not None and for_cpu)
+    )
     on_cpu = gpu is None and (for_cpu or (measure and named is None))
     words += [] if nodes is None else [f"trainer.nodes={nodes}"]
     words += [] if gpus is None else [f"trainer.devices={gpus}"]
-    planned = Planned(parts.read(experiment, words, allow=allow), cuda=not on_cpu)
+    assumed = [*words, *(["trainer.devices=1"] if one else []), NO_PROMPTS]
+    planned = Planned(parts.read(experiment, assumed, allow=allow), cuda=not on_cpu)
     target = None if on_cpu else named
     targets = [target] if target else [] if on_cpu else [GPUS[name] for name in COMMON]
     precision = _precision(planned, target, on_cpu)
