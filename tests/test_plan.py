@@ -315,6 +315,8 @@ def test_time_is_work_over_the_share_of_the_peak(planned):
     gpu = GPUS["H200"]
     speed = plan.speed(gpu, False, 0.25)
     cost = plan.cost(False, False, plan.image_sizes[0])
+    # The backward pass is twice the forward's work, less the gradient of the first input.
+    assert 2.5 < cost.flops / plan.forward(8, False).flops <= 3
     # Beside what is computed, Adam's and the average's 40 bytes of a parameter.
     update = 40 * plan.state.gradients / 4 / gpu.bandwidth
     seconds = 65536 * cost.flops / (0.25 * gpu.fp32) + update
