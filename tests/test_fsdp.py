@@ -16,6 +16,11 @@ from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.history import History
 
 FSDP = "trainer.strategy=fsdp"
+# 40 images are a whole batch of one rank and a part of one of the other.
+LOSSES = (
+    "evaluation.losses={_target_: diffusion_pl.evaluation.settings.Losses, every: 32, count: 40, "
+    "levels: 2}"
+)
 
 UVIT = """network:
   _target_: diffusion_pl.networks.uvit.UViT
@@ -54,7 +59,7 @@ def straight(small):
     """Twelve steps of the U-Net with everything random that there is."""
     runs = {}
     for name, words in {"ddp": [], "fsdp": [FSDP]}.items():
-        words = [*words, "trainer.device_batch_size=2"]
+        words = [*words, "trainer.device_batch_size=2", LOSSES]
         assert train(small, name, *words, ranks=2).codes == [0, 0]
         runs[name] = left(small, name)
     return runs
@@ -93,13 +98,15 @@ def assert_alike(one, other, where=""):
 def test_losses_norms_and_measurements_are_those_of_ranks_that_hold_all(straight):
     one, other = straight["ddp"][1], straight["fsdp"][1]
     assert [row.get("name") for row in one] == [row.get("name") for row in other]
+    losses = [row["weights"] for row in other if str(row.get("name")).startswith("loss@40/")]
+    assert losses == ["ema", "denoiser"] * 3
     for first, second in zip(one, other, strict=True):
         for key in {"loss", "gradient_norm", "value"} & first.keys():
             assert second[key] == pytest.approx(first[key], rel=1e-3), (key, first)
 
 
 def test_stopped_and_gone_on_is_the_run_that_was_not(straight, small):
-    words = [FSDP, "trainer.device_batch_size=2"]
+    words = [FSDP, "trainer.device_batch_size=2", LOSSES]
     stopped = train(small, "stopped", *words, ranks=2, faults={1: "TERM:5"}).codes
     assert set(stopped) <= {0, RESUMABLE} and RESUMABLE in stopped and marked(small, "stopped")
     assert 8 <= int(newest(small, "stopped").stem) <= 32
