@@ -209,6 +209,8 @@ def _published(
     try:
         tree = config.load(name)
         batch_size, images = int(tree.get("data.batch_size")), int(tree.get("trainer.total_images"))
+        if not manifest.classes and tree.tree["trainer"].get("dropout", {}).get("label"):
+            more = [*more, "trainer.dropout.label=0"]
     except config.ConfigError:  # there are no experiments here
         batch_size, images = BATCH_SIZE, 0
     batch_size = _fitting_batch(batch_size, manifest.count)
