@@ -69,6 +69,9 @@ class Step:
         shape: tuple[int, int, int],
     ) -> None:
         _channels_last(network)
+        for buffer in network.buffers():
+            if getattr(buffer, "constant", None) is not None:
+                buffer.constant = None  # type: ignore[attr-defined]  # a number that torch kept
         self.network, self.objective = network, objective
         self.denoiser: Denoiser = objective.denoiser(network)
         count = 3 if ema.posthoc_every else 1
