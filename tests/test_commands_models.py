@@ -203,18 +203,18 @@ def test_branches_share_their_beginning(run):
 
 
 def test_likelihood_is_that_of_the_images_whatever_the_batch(run):
-    words = ("likelihood", "runs/tiny", "--count", 3, "--probes", 2, "--steps", 6)
+    words = ("likelihood", "runs/tiny", "--count", 2, "--probes", 2, "--steps", 4)
     code, whole, err = run(*words)
     assert code == 0, err
     assert whole["bits_per_dim"] > 0 and whole["standard_error"] > 0 and whole["probes_error"] > 0
-    assert (whole["count"], whole["evaluations"]) == (3, 12)
-    _, exact, _ = run("likelihood", "runs/tiny", "--count", 3, "--probes", 0, "--steps", 6)
+    assert (whole["count"], whole["evaluations"]) == (2, 8)
+    _, exact, _ = run("likelihood", "runs/tiny", "--count", 2, "--probes", 0, "--steps", 4)
     # The untrained network's Jacobian is nearly diagonal: few bits are left to the probes.
     assert exact["bits_per_dim"] == pytest.approx(whole["bits_per_dim"], abs=0.05)
     assert exact["probes_error"] is None
     _, parts, _ = run(*words, "--batch-size", 1)
     assert parts["bits_per_dim"] == pytest.approx(whole["bits_per_dim"], rel=1e-4)
-    code, bound, err = run("likelihood", "runs/tiny", "--count", 3, "--by", "bound")
+    code, bound, err = run("likelihood", "runs/tiny", "--count", 2, "--by", "bound")
     assert code == 0, err
     assert bound["by"] == "bound" and bound["bits_per_dim"] > 0
 

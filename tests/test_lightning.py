@@ -231,7 +231,8 @@ def test_a_run_whose_classes_are_gone_is_refused_in_a_line(
         tmp_path, monkeypatch, "mygone",
         "from diffusion_pl.networks.song_unet import SongUNet\nclass Net(SongUNet): pass\n",
     )  # fmt: skip
-    assert train("network._target_=mygone.Net", "network.resolution=8")[0] == 0
+    small = ("network.resolution=8", "network.model_channels=16", "network.blocks=1")
+    assert train("network._target_=mygone.Net", *small)[0] == 0
     Path("mygone.py").unlink()
     monkeypatch.delitem(sys.modules, "mygone")
     importlib.invalidate_caches()

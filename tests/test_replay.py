@@ -88,6 +88,7 @@ def test_a_run_that_ended_without_a_value_is_looked_at(place, answer, monkeypatc
     (place / "experiments" / "broken.yaml").write_text(
         "# A run that breaks (no published number)\ndefaults: tiny\n"
         "network: {_target_: exploding.Exploding}\nevaluation: {every: 1000}\n"
+        "trainer: {dropout: {label: 0}}\n"
     )
     code, _, err = answer("train", "broken")
     assert code == 1

@@ -42,6 +42,7 @@ def command(
     Example: diffusion_pl plan imagenet64_edm --gpu H200 --nodes 4 --gpus 8
 
     Args:
+        experiment: a name, or a YAML file anywhere.
         overrides: KEY=VALUE, such as trainer.precision=bf16.
         gpu: of the run, such as H200 or "A100 80GB"; this machine's, or the common ones, when
             not given.
