@@ -119,7 +119,7 @@ ci-fid: $(STAMP)  ## train a small recipe on CIFAR-10 and compare its distance w
 ladder: $(STAMP)  ## train recipes with one line changed, three seeds each (docs/what_pays.md) [ARGS="--minutes 90"]
 	@$(RUN_PYTHON) -m benchmarks.ladder $(ARGS)
 
-bench: $(STAMP)  ## measure BENCH=networks, samplers, loop, commands, data, texts, metrics, text, memory, plan, scaling; pyramid, inpainting RUN=...
+bench: $(STAMP)  ## measure BENCH=networks, recipe, samplers, loop, commands, data, texts, metrics, text, memory, plan, scaling; pyramid, inpainting RUN=...
 	@for name in $(or $(BENCH),networks samplers loop commands data metrics); do \
 		$(RUN_PYTHON) -m benchmarks.$$name $(if $(RUN),"$$RUN") $(OTHER) || exit 1; done
 
