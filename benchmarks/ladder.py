@@ -21,8 +21,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +31,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from benchmarks.measure import hardware
+from benchmarks.measure import command, hardware
 from diffusion_pl.evaluation.provenance import commit
 from diffusion_pl.training.history import History
 
@@ -44,7 +42,6 @@ RUNS = ROOT / "runs" / "ladder"
 SEEDS = (0, 1, 2)
 # Images whose cost is measured, after as many for warming up.
 COSTED = 512
-DAMPED = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
 # The data, the images of a base run, and what else they change. There are 294 runs, rungs times
 # seeds, so that one may take a minute.
@@ -267,17 +264,7 @@ class Record:
 
 def cpu_seconds(words: Sequence[str]) -> float:
     """User and system time of a training; ends everything if it fails."""
-    command = [sys.executable, "-m", "diffusion_pl", "train", TRANSFORMER, *words]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **DAMPED}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"{' '.join(command)}: {said[-2000:]}")
-    return usage.ru_utime + usage.ru_stime
+    return command("train", TRANSFORMER, *words)[2]
 
 
 def cost(rung: Rung, base: Rung) -> float:
@@ -304,13 +291,9 @@ def cost(rung: Rung, base: Rung) -> float:
 
 def over_pixels(run: Path) -> float:
     """The distance of a run over pixels."""
-    command = [sys.executable, "-m", "diffusion_pl", "evaluate", str(run)]
     words = ["--features", "pixels", "--metrics", "frechet", "--json"]
-    answer = subprocess.run(
-        [*command, *words], cwd=ROOT, env={**os.environ, **DAMPED}, stdout=subprocess.PIPE,
-        text=True, check=True,
-    )  # fmt: skip
-    return float(json.loads(answer.stdout)["measures"][0]["value"])
+    said, _, _ = command("evaluate", str(run), *words)
+    return float(json.loads(said)["measures"][0]["value"])
 
 
 def train(rung: Rung, seed: int, images: int) -> dict[str, Any]:

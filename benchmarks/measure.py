@@ -6,6 +6,9 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -30,6 +33,28 @@ def interleaved(
             if turn >= warm_ups:
                 times[name].append(time.perf_counter() - started)
     return times
+
+
+def command(*words: str) -> tuple[str, float, float]:
+    """Run the command line of the package: its output, its wall and its CPU seconds.
+
+    Raises:
+        SystemExit: it failed; with the end of what it said.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "diffusion_pl", *words], cwd=RESULTS.parents[1],
+            env={**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=errors, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        said = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        if os.waitstatus_to_exitcode(status):
+            errors.seek(0)
+            raise SystemExit(f"{' '.join(words)} failed: {errors.read().decode()[-2000:]}")
+    return said, time.monotonic() - started, usage.ru_utime + usage.ru_stime
 
 
 def median(values: list[float]) -> float:

@@ -16,13 +16,11 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import hardware
+from benchmarks.measure import command, hardware
 from diffusion_pl.evaluation.provenance import commit
 from diffusion_pl.training.history import History
 
@@ -33,7 +31,6 @@ EXPERIMENT = "cifar10_small"
 SEEDS = (0, 1, 2)
 TIMED = 3_200
 TURNS = 5
-ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
 # What cifar10_small was until 2026-11-30.
 FORMER = [
@@ -46,25 +43,6 @@ FORMER = [
     "trainer.checkpoint_every=44800",
 ]  # fmt: skip
 RECIPES: dict[str, list[str]] = {"former": FORMER, "recipe": []}
-
-
-def command(*words: str) -> tuple[str, float, float]:
-    """Run the command line of the package: its output, its wall and its CPU seconds.
-
-    Raises:
-        SystemExit: it failed.
-    """
-    started = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "diffusion_pl", *words], cwd=ROOT, env=ENVIRONMENT,
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"{' '.join(words)} failed: {said[-2000:]}")
-    return said, time.monotonic() - started, usage.ru_utime + usage.ru_stime
 
 
 def train(name: str, seed: int, devices: int) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion_pl.diffusion.conditions import sizes
 from diffusion_pl.training.settings import resolve_precision
+from diffusion_pl.training.step_cost import conditions
 
 # FLOP/s of dense bf16 (fp16) products with fp32 sums, from the makers' data sheets; the first name
 # that a device's name contains counts.
@@ -87,18 +86,8 @@ def forward_flops(network: Any, channels: int, side: int) -> float | None:
     if getattr(network, "routing", None) is not None:
         return None
     try:
-        taken = sizes(network)
-        condition: dict[str, Tensor] = {}
-        if taken["label"]:
-            condition["label"] = torch.zeros(1, dtype=torch.int64, device="meta")
-        if width := taken["text"]:
-            length = network.text_length
-            condition["text"] = torch.zeros(1, length, width, device="meta")
-            condition["text_mask"] = torch.ones(1, length, dtype=torch.bool, device="meta")
-        if taken["image"]:
-            condition["source"] = torch.zeros(1, taken["image"], side, side, device="meta")
-            mask = torch.ones(1, 1, side, side, dtype=torch.bool, device="meta")
-            condition["source_mask"] = mask
+        with torch.device("meta"):
+            condition = conditions(network, 1, (side, side), augmented=False, positioned=False)
         tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         meta = {  # also of sharded ones
             name: torch.empty(value.shape, dtype=value.dtype, device="meta")
