@@ -38,8 +38,10 @@ from diffusion_pl.training import lr_schedule
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.lr_schedule import LRSchedule
 from diffusion_pl.training.opening import check_images
-from diffusion_pl.training.optimizers import Grouped, tried
+from diffusion_pl.training.optimizers import Grouped
 from diffusion_pl.training.settings import OURS, TrainerConfig
+from diffusion_pl.training.trying import tried
+from diffusion_pl.training.uncompiled import without_compiler
 
 RUNS = Path("runs")
 ROUTED = f"{Routed.__module__}.{Routed.__name__}"
@@ -359,7 +361,7 @@ def meta_network(experiment: Config, most: int | None = None) -> nn.Module:
     Raises:
         ConfigError: it has more.
     """
-    with at_most(most), torch.device("meta"):
+    with at_most(most), without_compiler(), torch.device("meta"):
         network: nn.Module = config.build(experiment, "network")
     return network
 

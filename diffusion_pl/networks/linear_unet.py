@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
+from diffusion_pl.networks.attention import attention
 from diffusion_pl.networks.dropout import Dropout
 from diffusion_pl.networks.layers import (
     PositionalEmbedding,
@@ -103,7 +104,7 @@ class Attention(nn.Module):
             attended = attended * q.shape[2] ** -0.5
         else:
             q, k, v = (each.transpose(2, 3) for each in (q, k, v))
-            attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+            attended = attention(q, k, v).transpose(2, 3)
         out = self.proj(attended.reshape(batch, -1, height, width))
         return x + (out if self.out_norm is None else self.out_norm(out))
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
+from diffusion_pl.networks.attention import attention
 from diffusion_pl.networks.tokens import RMSNorm
 
 
@@ -76,12 +77,12 @@ def attended(
         (B, heads, N, channels).
     """
     if text is None or keys is None:
-        return F.scaled_dot_product_attention(q, k, v)
+        return attention(q, k, v)
     text_k, text_v = (each.to(v.dtype) for each in keys(text.tokens))
     # One row for all queries and heads, which attention spreads without a copy.
     mask = F.pad(text.mask, (k.shape[2], 0), value=True)[:, None, None]
     k, v = torch.cat([k, text_k], dim=2), torch.cat([v, text_v], dim=2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return attention(q, k, v, mask)
 
 
 def fitting(text: Tensor, mask: Tensor, images: int, width: int) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,11 @@ biases is one node; docs/python.md says more:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -161,42 +160,9 @@ class Together(Optimizer):
 
 def optimizer_of(maker: MakeOptimizer, module: nn.Module) -> Optimizer:
     """The optimizer of a module's trainable parameters."""
-    return _of(maker, [(name, p) for name, p in module.named_parameters() if p.requires_grad])
+    return make(maker, [(name, p) for name, p in module.named_parameters() if p.requires_grad])
 
 
-def _of(maker: MakeOptimizer, named: Sequence[tuple[str, nn.Parameter]]) -> Optimizer:
+def make(maker: MakeOptimizer, named: Sequence[tuple[str, nn.Parameter]]) -> Optimizer:
+    """The optimizer of named parameters."""
     return maker(named) if isinstance(maker, Grouped) else maker([each for _, each in named])
-
-
-def tried(maker: MakeOptimizer, named: Mapping[str, int]) -> Optimizer:
-    """Try an optimizer: make it for tiny parameters and step once.
-
-    Args:
-        maker: `Grouped`, or a torch optimizer.
-        named: number of dimensions of each parameter, by name.
-
-    Raises:
-        UserError: it cannot be made, or cannot step.
-    """
-    pairs = [(name, nn.Parameter(torch.zeros((1,) * ndim))) for name, ndim in named.items()]
-    for _, parameter in pairs:
-        parameter.grad = torch.zeros_like(parameter)
-    try:
-        made = _of(maker, pairs)
-    except (TypeError, ValueError) as error:
-        raise UserError(_line(error)) from error
-    if not isinstance(made, Optimizer):
-        raise UserError(f"must make an optimizer of torch's (got a {type(made).__name__})")
-    try:
-        made.step()
-    except (TypeError, RuntimeError) as error:
-        raise UserError(
-            f"{type(made).__name__} cannot make a step of this training ({_line(error)})"
-        ) from error
-    return made
-
-
-def _line(error: Exception) -> str:
-    hint = "; diffusion_pl.training.optimizers.Grouped gives it these alone"
-    text = " ".join(str(error).split())
-    return text + hint if "only supports 2D" in text else text
