@@ -31,7 +31,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from benchmarks.measure import command, hardware
+from benchmarks.measure import forked_command, hardware
 from diffusion_pl.evaluation.provenance import commit
 from diffusion_pl.training.history import History
 
@@ -264,7 +264,7 @@ class Record:
 
 def cpu_seconds(words: Sequence[str]) -> float:
     """User and system time of a training; ends everything if it fails."""
-    return command("train", TRANSFORMER, *words)[2]
+    return forked_command("train", TRANSFORMER, "trainer.devices=1", *words)[2]
 
 
 def cost(rung: Rung, base: Rung) -> float:
@@ -278,7 +278,7 @@ def cost(rung: Rung, base: Rung) -> float:
                     [
                         *one.overrides,
                         f"trainer.total_images={images}", f"trainer.checkpoint_every={images}",
-                        f"evaluation.every={images}", "evaluation.count=1", "evaluation.metrics=[]",
+                        f"evaluation.every={images}", "evaluation.count=1", "evaluation.metrics=[]", "evaluation.losses=null",
                         "--run", str(RUNS / "cost" / f"{os.getpid()}-{id(one)}-{turn}-{images}"),
                     ]
                 )
@@ -292,7 +292,7 @@ def cost(rung: Rung, base: Rung) -> float:
 def over_pixels(run: Path) -> float:
     """The distance of a run over pixels."""
     words = ["--features", "pixels", "--metrics", "frechet", "--json"]
-    said, _, _ = command("evaluate", str(run), *words)
+    said, _, _ = forked_command("evaluate", str(run), *words)
     return float(json.loads(said)["measures"][0]["value"])
 
 
@@ -305,7 +305,8 @@ def train(rung: Rung, seed: int, images: int) -> dict[str, Any]:
     seconds = cpu_seconds(
         [
             *cooldown, *rung.overrides, f"seed={seed}", f"trainer.total_images={images}",
-            f"trainer.checkpoint_every={images // 2}", f"evaluation.every={images}",
+            f"trainer.checkpoint_every={images}", f"evaluation.every={images}",
+            "evaluation.losses=null",
             "--run", str(run),
         ]
     )  # fmt: skip
