@@ -278,7 +278,8 @@ def cost(rung: Rung, base: Rung) -> float:
                     [
                         *one.overrides,
                         f"trainer.total_images={images}", f"trainer.checkpoint_every={images}",
-                        f"evaluation.every={images}", "evaluation.count=1", "evaluation.metrics=[]", "evaluation.losses=null",
+                        f"evaluation.every={images}", "evaluation.count=1",
+                        "evaluation.metrics=[]", "evaluation.losses=null",
                         "--run", str(RUNS / "cost" / f"{os.getpid()}-{id(one)}-{turn}-{images}"),
                     ]
                 )
