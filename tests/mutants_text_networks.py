@@ -16,7 +16,7 @@ MUTANTS = [
         ("k, v = self.kv(tokens)", "v, k = self.kv(tokens)"),
         ("k, v = torch.cat([k, text_k], dim=2), torch.cat([v, text_v], dim=2)",
          "k, v = torch.cat([k, text_k], dim=2), torch.cat([v, text_k], dim=2)"),
-        ("text.ndim != 3 or len(text) != images", "text.ndim != 3"),
+        ("text.ndim != 3 or text.shape[0] != images", "text.ndim != 3"),
         ("or mask.dtype != torch.bool:", ":"),
     ),
     *at(

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from homes import experiments
+from markdown_it import MarkdownIt
+from pages import parsed
 from PIL import Image
 from published import Fixture
 from safetensors.torch import save_file
+from test_text_networks import WITH_TEXT, stirred, told
 
 from diffusion_pl.cli import main
-from diffusion_pl.commands import runs
+from diffusion_pl.commands import card, runs
+from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.interop import program
 from diffusion_pl.interop.layouts import PESSER
 from diffusion_pl.networks.ddpm_unet import DDPMUNet
+from diffusion_pl.objectives.edm import EDM
 from diffusion_pl.training import checkpoint as checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -247,6 +254,150 @@ def test_a_run_goes_to_diffusers_and_comes_back(run):
     code, sampled, err = run("sample", "runs/back", "--count", 1)
     assert (code, sampled["evaluations"]) == (0, 20), err
     assert run("evaluate", "runs/back")[0] == 0
+
+
+def test_an_exported_program_is_the_denoiser_for_any_batch(run):
+    code, result, err = run("export", "runs/tiny", "tiny.pt2", "--format", "torch")
+    assert code == 0, err
+    assert result["difference"] < 1e-5
+    denoise = runs.open_model(Path("runs/tiny")).denoiser
+    program = torch.export.load("tiny.pt2").module()
+    generator = torch.Generator().manual_seed(5)
+    for count, sigma in ((1, 0.05), (2, 10.0), (4, 1.0), (7, 0.3)):
+        x = torch.randn(count, 3, 8, 8, generator=generator) * (1 + sigma)
+        levels = sigma * torch.linspace(0.8, 1.0, count)
+        label = torch.arange(count) % 9 - 1
+        found, wanted = (each(x, levels, label=label) for each in (program, denoise))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert count == 1 or not torch.equal(found, program(x, levels, label=label.flip(0)))
+    # As docs/sampling.md hands it to a sampler, whose state is float64.
+    opened = runs.open_run(Path("runs/tiny"), SamplerOptions(), RunOptions())
+    generator, label = opened.generator, torch.tensor([3, 5])
+
+    def by_program(x, sigma):
+        return program(x.float(), sigma.float().expand(x.shape[0]), label=label)
+
+    one, other = (
+        generator.sampler(each, generator.noise([0, 1]), generator.step_noise([0, 1]))
+        for each in (by_program, partial(generator.denoiser, label=label))
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
+
+
+def test_a_program_that_differs_from_the_denoiser_is_not_kept(run, tmp_path, monkeypatch):
+    denoise = runs.open_model(Path("runs/tiny")).denoiser
+    other = runs.open_model(Path("runs/tiny"), "denoiser").denoiser
+    about = ((3, 8, 8), (0.05, 10.0), Path("x.pt2"))
+    assert program.compare(denoise, denoise, *about) == 0
+    with pytest.raises(ValueError, match=r"x.pt2: the exported program differs .* not kept"):
+        program.compare(denoise, other, *about)
+
+    class Two(torch.nn.Module):
+        def forward(self, x, sigma, **condition):
+            if len(x) != 2:
+                raise RuntimeError("two alone")
+            return denoise(x, sigma, **condition)
+
+    with pytest.raises(ValueError, match=r"takes no batch of 1, so it is not kept \(two alone\)"):
+        program.compare(denoise, Two(), *about)
+    # The comparison stands between the file and its name.
+    small = EDM().denoiser(Convolution()).eval().requires_grad_(False)
+    monkeypatch.setattr(program, "TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match="so it is not kept"):
+        program.write(tmp_path / "x.pt2", small, (3, 8, 8), (0.05, 10.0), {})
+    assert not list(tmp_path.iterdir())
+    small.network.fixed = True
+    with pytest.raises(ValueError, match=r"torch.export cannot trace Convolution \(.*--format"):
+        program.write(tmp_path / "x.pt2", small, (3, 8, 8), (0.05, 10.0), {})
+
+
+class Convolution(torch.nn.Module):
+    """The least of a network; `fixed`: of batches of one size alone."""
+
+    fixed = False
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x, c_noise):
+        return self.convolution(x) * (len(x) if self.fixed else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_TEXT)
+def test_every_network_can_be_exported_as_a_program(name, tmp_path):
+    """With classes, text and a source image, and weights of which every part counts."""
+    network = told(stirred(WITH_TEXT[name](image_channels=3)))
+    denoise = EDM().denoiser(network).eval().requires_grad_(False)
+    assert program.write(tmp_path / "a.pt2", denoise, (3, 16, 16), (0.01, 50.0), {}) < 1e-5
+
+
+def test_a_card_says_what_the_weights_are_and_their_numbers_alone(run):
+    measured = ("evaluate", "runs/tiny", "--count", 20, "--metrics", "frechet", "--features",
+                "pixels")  # fmt: skip
+    code, result, err = run(*measured, "--seed", 3)
+    assert code == 0, err
+    [row] = result["measures"]
+    code, result, err = run("export", "runs/tiny", "carded.safetensors")
+    assert code == 0, err
+    text = Path("carded.safetensors.md").read_text()
+    assert result["card"] == "carded.safetensors.md"
+    tables = cells(text)
+    facts = {key: value for key, value, *_ in reversed(tables)}  # the first of a name
+    assert facts["weights"] == "averaged, EMA (half_life 20)"
+    assert facts["images seen in training"] == "16"
+    assert facts["data"].startswith("Synthetic (count 40, resolution 8), 40 images, sha256 ")
+    assert facts["classes"].startswith(runs.open_model(Path("runs/tiny")).class_names[0])
+    assert facts["trainer.total_images"] == "16" and facts["network.channel_mult"] == "[1, 2]"
+    [told] = [each for each in tables if each[0] == row["name"]]
+    assert float(told[1]) == pytest.approx(row["value"], rel=1e-4)
+    assert told[2].startswith("averaged") and told[3] == "20 generated, from number 0 of seed 3"
+    assert "pixels" in told[4] and row["reference"] in told[5] and told[8] == "3"
+    assert "## Licence\n\nNot stated. Whoever publishes" in text
+    assert "import safetensors carded.safetensors runs/imported" in text
+    # Numbers of other weights say nothing of these.
+    assert run("export", "runs/tiny", "raw.safetensors", "--weights", "denoiser")[0] == 0
+    text = Path("raw.safetensors.md").read_text()
+    assert "None of these weights (raw, after 16 images) has been measured" in text
+    assert row["name"] not in text.replace("\\", "")
+
+
+def rendered(text):
+    """By CommonMark's rules, as on the hub."""
+    return MarkdownIt("commonmark").enable("table").render(text)
+
+
+def cells(text):
+    """The rows of a page's tables, as a browser shows them."""
+    page = parsed(rendered(text))
+    return [[each.text for each in (*row.find("th"), *row.find("td"))] for row in page.find("tr")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["<script>alert(1)</script>", "a|b`c`", "[a](http://b.c)", "*x* _y_ ~z~", "\\|\\<b>",
+     "&lt;i&gt;", "https://b.c/d www.b.c", "# a\n\n- b", "a\x1b[31m", "$x$ @y"],
+)  # fmt: skip
+def test_a_name_stays_text_on_a_card(name):
+    page = parsed(rendered("\n".join(card.table(["k", "v"], [("a", card.escaped(name))]))))
+    shown = name.replace("\n", "\\n").replace("\x1b", "\\x1b")
+    assert [each.text for each in page.find("td")] == ["a", shown]
+    assert not any(page.find(tag) for tag in ("script", "b", "i", "a", "em", "code", "h1", "li"))
+    assert "://" not in card.escaped(name) and "www." not in card.escaped(name)
+
+
+def test_a_diffusers_folder_has_its_card_inside_and_nothing_is_overwritten(run):
+    assert run("export", "runs/tiny", "carded", "--format", "diffusers")[0] == 0
+    assert "DDPMPipeline.from_pretrained('carded')" in Path("carded/README.md").read_text()
+    Path("mine.pt2.md").write_text("mine")
+    for words, message in (
+        (("mine.pt2", "--format", "torch"), "mine.pt2.md: exists already; name another path"),
+        (("mine.pt", "--format", "torch"), "ends in .pt2; name mine.pt2"),
+    ):
+        code, _, err = run("export", "runs/tiny", *words)
+        assert code == 2 and message in err and err.count("\n") == 1
+    assert Path("mine.pt2.md").read_text() == "mine" and not Path("mine.pt").exists()
 
 
 def test_an_imported_run_is_fine_tuned_from_its_weights(run, parity):

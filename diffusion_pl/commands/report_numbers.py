@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from diffusion_pl.commands import hints
@@ -92,8 +92,13 @@ def _said(value: Any) -> str:
 
 def newest(run: Told) -> dict[tuple[Any, ...], Row]:
     """The newest row of each number, sampled and measured in one way; standard deviations apart."""
+    return newest_of(run.all_rows)
+
+
+def newest_of(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:
+    """The same of any rows."""
     found: dict[tuple[Any, ...], Row] = {}
-    for row in run.all_rows:
+    for row in rows:
         if not word_of(row["name"]).endswith("_std"):
             key = (*key_of(row), *(json.dumps(row.get(word)) for word in DRAWN), row.get("seed"))
             key = tuple(map(str, key))

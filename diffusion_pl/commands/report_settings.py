@@ -72,7 +72,7 @@ def _progress(runs: Sequence[Told]) -> Iterator[tuple[str | None, Sequence[objec
 
 def _paper(runs: Sequence[Told]) -> Iterator[tuple[str | None, Sequence[object]]]:
     for title, key in PAPER.items():
-        values = [_described(setting(each.run.tree, key)) for each in runs]
+        values = [in_words(setting(each.run.tree, key)) for each in runs]
         if any(values):
             yield _row(title, [value or "none" for value in values])
     if any(each.run.encoder for each in runs):
@@ -83,18 +83,18 @@ def _row(title: str, values: Sequence[str]) -> tuple[str | None, Sequence[object
     return ("differs" if len(set(values)) > 1 else None), [title, *values]
 
 
-def _described(value: Any) -> str:
+def in_words(value: Any) -> str:
     """A setting in words: of an object its name and arguments."""
     if isinstance(value, Mapping):
         target = str(value.get("_target_", "")).rpartition(".")[2]
         rest = [
-            f"{key} {_described(each) or 'none'}"
+            f"{key} {in_words(each) or 'none'}"
             for key, each in value.items()
             if not str(key).startswith("_") and key not in NOT_TOLD
         ]
         return f"{target} ({', '.join(rest)})" if target and rest else target or ", ".join(rest)
     if isinstance(value, list):
-        return f"[{', '.join(map(_described, value))}]"
+        return f"[{', '.join(map(in_words, value))}]"
     if type(value) is int:
         return f"{value:,}"
     return "" if value is None else _plain(json.dumps(value, ensure_ascii=False))

@@ -104,7 +104,8 @@ class Denoiser(nn.Module):
         # The four c's are computed before rounding to float32: sigma may come in float64.
         c = [per_image(value.to(torch.float32), x) for value in self.preconditioning(sigma)]
         c_skip, c_out, c_in, c_noise = c
-        output = self.network(c_in * x, c_noise.reshape(-1).expand(len(x)), **condition)
+        # shape[0]: len(x) would be a constant in a graph of torch.export.
+        output = self.network(c_in * x, c_noise.reshape(-1).expand(x.shape[0]), **condition)
         channels = x.shape[1]
         fits = output.shape[1] in (channels, 2 * channels)
         if not fits or output.shape[::2] != x.shape[::2] or output.shape[3] != x.shape[3]:

@@ -205,7 +205,7 @@ class Network(nn.Module):
             raise UserError("labels were given to a network without classes (classes: 0)")
         if "augment" in given and not self.augment:
             raise UserError("augmentation labels were given to a network with augment: 0")
-        texts = self._text(text, text_mask, len(x))
+        texts = self._text(text, text_mask, x.shape[0])
         beside = () if texts is None else (texts,)
         entry = beside_source(
             self.position(x, position), source, source_mask, x, self.image_channels

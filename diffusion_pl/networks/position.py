@@ -57,4 +57,4 @@ class PositionEncoding(nn.Module):
         )
         phase = math.pi * octave[:, None, None, None] * position.to(torch.float32).unsqueeze(-4)
         waves = torch.stack([phase.sin(), phase.cos()], dim=-5).flatten(-5, -3)
-        return torch.cat([x, waves.to(x.dtype).expand(len(x), -1, -1, -1)], dim=1)
+        return torch.cat([x, waves.to(x.dtype).expand(x.shape[0], -1, -1, -1)], dim=1)

@@ -91,7 +91,7 @@ def fitting(text: Tensor, mask: Tensor, images: int, width: int) -> tuple[Tensor
     Raises:
         UserError: tokens that are not (images, L, width), or a mask that is not bool (images, L).
     """
-    if text.ndim != 3 or len(text) != images or text.shape[2] != width:
+    if text.ndim != 3 or text.shape[0] != images or text.shape[2] != width:
         raise UserError(
             f"text must be the token states of {images} texts, (B, L, {width}), for a network with "
             f"text_width: {width} (got {tuple(text.shape)})"
