@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check data train slurm preempt sample enlarge inpaint evaluate export import \
-	reference sweep compare report runs watch plan experiments test test-slow test-hf test-faults test-slurm \
+	reference sweep ema compare report runs watch plan experiments test test-slow test-hf test-faults test-slurm \
 	mutants soak ci-fid bench ladder docs keys clean
 
 help:  ## list the targets
@@ -60,6 +60,9 @@ reference: $(STAMP)  ## statistics of real images: DATA=photographs [ARGS="--res
 
 sweep: $(STAMP)  ## measure many samplers: RUN=runs/... ARGS="--steps 5,9,18 --samplers heun,deis"
 	@$(RUN_PYTHON) -m diffusion_pl sweep $(if $(RUN),"$$RUN") $(ARGS)
+
+ema: $(STAMP)  ## measure averages of several lengths, export the best: RUN=runs/... [LENGTHS=0.05,0.1] [ARGS=...]
+	@$(RUN_PYTHON) -m diffusion_pl ema $(if $(RUN),"$$RUN") $(if $(LENGTHS),--lengths "$$LENGTHS") $(ARGS)
 
 compare: $(STAMP)  ## runs side by side: RUNS="runs/a runs/b"
 	@$(RUN_PYTHON) -m diffusion_pl compare $(RUNS) $(ARGS)

@@ -38,11 +38,10 @@ from diffusion_pl.names import refuse_controls, shown
 from diffusion_pl.signals import RESUMABLE, StopError, StopRequest, is_later_rank
 
 COMMANDS = (
-    "prepare", "train", "launch", "sample", "evaluate", "reference", "sweep", "compare", "report",
-    "runs", "watch", "replay", "losses", "progressive", "interpolate", "enlarge", "invert",
-    "inpaint", "likelihood", "import", "export", "convert", "verify", "check", "plan",
-    "experiments",
-    "completion",
+    "prepare", "train", "launch", "sample", "evaluate", "reference", "sweep", "ema", "compare",
+    "report", "runs", "watch", "replay", "losses", "progressive", "interpolate", "enlarge",
+    "invert", "inpaint", "likelihood", "import", "export", "convert", "verify", "check", "plan",
+    "experiments", "completion",
 )  # fmt: skip
 
 # A path joins the two slashes of an address; one letter before them is a disk.
@@ -50,7 +49,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 INTERRUPTED = 130  # the shells' code for Ctrl-C
 # Commands that continue their work when they are run again; `train` says so by itself.
-RESUMING = frozenset({"prepare", "sample", "sweep"})
+RESUMING = frozenset({"prepare", "sample", "sweep", "ema"})
 
 # Folders of installed packages, of Python's or of a distribution's, wherever they stand.
 _INSTALLED = frozenset({"site-packages", "dist-packages"})

@@ -11,7 +11,7 @@ MUTANTS = [
         ("if sys.stderr.isatty() and not is_later_rank():", "if not is_later_rank():"),
         ("if sys.stderr.isatty() and not is_later_rank():", "if False:"),
         ("return INTERRUPTED", "return 1"),
-        ('frozenset({"prepare", "sample", "sweep"})', 'frozenset({"prepare", "sweep"})'),
+        ('{"prepare", "sample", "sweep", "ema"}', '{"prepare", "sweep", "ema"}'),
     ),
     *at(
         "commands/results.py",

@@ -9,12 +9,13 @@ import homes
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from scipy.integrate import quad
 from test_commands_models import TINY
 from torch import nn
 
-from diffusion_pl.commands import runs
+from diffusion_pl.commands import ema, runs
 from diffusion_pl.training import checkpoint as checkpoints
 from diffusion_pl.training.ema import EMA
 from diffusion_pl.training.power_ema import (
@@ -175,7 +176,7 @@ def test_a_length_that_the_snapshots_make_only_roughly_is_told(tmp_path, caplog)
 
 
 def test_snapshots_that_are_not_there_or_damaged_are_one_line(tmp_path):
-    with pytest.raises(ValueError, match="train with ema.posthoc_every"):
+    with pytest.raises(ValueError, match="train with ema.posthoc_every=N, .* such as 3; what"):
         reconstruct(tmp_path, 100, 0.1)
     (tmp_path / "000000000008.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="not a snapshot"):
@@ -216,6 +217,79 @@ def test_a_run_can_be_drawn_with_any_average(home, monkeypatch, capsys):
         torch.testing.assert_close(value, state[f"profiles.1.{key}"], rtol=1e-5, atol=1e-6)
     code, result, err = answer("sample", "runs/tiny", "--weights", "ema:0.5", "--count", 1)
     assert (code, result) == (2, None) and "must be in (0, 0.25]" in err
+
+
+def test_the_best_of_several_lengths_is_measured_and_exported(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    answer = homes.answering(capsys)
+    lengths = (0.05, 0.1, 0.2)
+    more = ("--count", 10, "--features", "pixels", "--metrics", "frechet")
+    words = ("ema", "runs/tiny", "--lengths", ",".join(map(str, lengths)), "--blocks", 2, *more)
+    code, result, err = answer(*words, "--out", "best.safetensors")
+    assert code == 0, err
+    values = []
+    for length, point in zip(lengths, result["points"], strict=True):
+        code, measured, _ = answer(
+            "evaluate", "runs/tiny", "--weights", f"ema:{length}", "--blocks", 2, *more
+        )
+        [row] = measured["measures"]
+        assert (point["value"], point["blocks"]) == (row["value"], row["blocks"])
+        # Of two blocks: mean and half their difference times t(0.975, 1) = 12.7062.
+        one, two = row["blocks"]
+        reach = 12.7062 * abs(one - two) / 2
+        ends = ((one + two) / 2 - reach, (one + two) / 2 + reach)
+        assert point["interval"] == pytest.approx(ends, rel=1e-4)
+        values.append(row["value"])
+    assert result["best"] == lengths[values.index(min(values))]
+    assert [point["misfit"] for point in result["points"]] == pytest.approx(
+        [0, 0, 0.2226], abs=1e-3
+    )
+    state = load_file("best.safetensors")
+    made = runs.open_model(Path("runs/tiny"), f"ema:{result['best']:g}").denoiser.state_dict()
+    assert all(torch.equal(value, made[key]) for key, value in state.items())
+    with safe_open("best.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["diffusion_pl"])
+    assert about["weights"] == f"ema:{result['best']:g}" and len(about["chosen_by"]) == 3
+    card = Path(result["card"]).read_text()
+    assert f"{min(values):.5g}" in card and "Which reference" in card
+    assert answer("import", "safetensors", "best.safetensors", "runs/best")[0] == 0
+    # What was measured before is not measured again, and no file is written over.
+    seen = [json.loads(line) for line in Path("runs/tiny/evaluations.jsonl").read_text().split("\n")
+            if '"block"' in line]  # fmt: skip
+    assert len(seen) == 3 * 2
+    code, _, err = answer(*words, "--out", "best.safetensors")
+    assert code == 2 and "best.safetensors: exists already; name another file: --out" in err
+
+
+def test_the_best_is_the_highest_where_higher_is_better_and_doubt_is_said():
+    def points(name, *blocks):
+        return [ema.Point(0.1 * n, name, sum(b) / len(b), b, 0.0) for n, b in enumerate(blocks, 1)]
+
+    distances = points("fid@10/x", (5.0, 5.1), (4.0, 4.2), (4.1, 4.15))
+    best = ema.best_of(distances)
+    assert best.length == 0.2
+    assert ema.undecided(distances[:2], best) is None or "0.1" in ema.undecided(distances, best)
+    apart = points("fid@10/x", (50.0, 50.1), (4.0, 4.1))
+    assert ema.undecided(apart, ema.best_of(apart)) is None
+    assert ema.undecided(distances[1:], best) == "the interval of 0.3 overlaps with its own"
+    assert "--blocks 3" in ema.undecided(points("fid@1/x", (1.0,)), points("fid@1/x", (1.0,))[0])
+    assert ema.best_of(points("precision@10/x", (0.2,), (0.7,), (0.5,))).length == 0.2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--lengths", "0.3"), "an average's length must be in (0, 0.25] (got 0.3)"),
+        (("--blocks", "0"), "--blocks: must be at least 1"),
+        (("--metrics", "fid"), "there is no fid; choose from frechet"),
+        (("--set", "evaluation.metrics=[]"), "its evaluation has no metrics; name one: --metrics"),
+    ],
+)
+def test_averages_that_cannot_be_measured_are_one_line(home, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(home)
+    code, result, err = homes.answering(capsys)("ema", "runs/tiny", "--count", 8, *words)
+    assert (code, result) == (2, None) and message in err, err
+    assert err.count("\n") == 1 and not Path("runs/tiny/ema.safetensors").exists()
 
 
 def test_the_averages_go_on_bit_for_bit(home, monkeypatch):

@@ -144,6 +144,7 @@ Weights = Annotated[str, _read(weights, "KIND")]
 Words = Annotated[tuple[str, ...], _read(listed(str), "NAME,...")]
 Integer = Annotated[int, _read(whole, "INT")]
 Integers = Annotated[tuple[int, ...], _read(listed(int), "N,...")]
+Numbers = Annotated[tuple[float, ...], _read(listed(float), "NUMBER,...")]
 SeveralGuidance = Annotated[tuple[float | str, ...], _read(listed(swept), "WEIGHT,...")]
 SeveralWeights = Annotated[tuple[str, ...], _read(listed(weights), "KIND,...")]
 

@@ -188,7 +188,8 @@ def recipe(folder: Path, images: int, length: float) -> Recipe:
     if not files:
         raise UserError(
             f"{folder}: has no snapshots to make an average of another length from; train with "
-            "ema.posthoc_every"
+            f"ema.posthoc_every=N, images between two snapshots, such as {max(1, images // 32):,}; "
+            "what was not kept in training cannot be averaged afterwards"
         )
     gammas = [gamma_of(kept) for kept in LENGTHS]
     wanted = ([float(path.stem) for path in files for _ in gammas], gammas * len(files))
