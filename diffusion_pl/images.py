@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -208,6 +209,7 @@ def to_bytes(images: Tensor) -> Tensor:
 VISIBLE = 64  # pixels to which small images are magnified in a grid
 READABLE = 96  # the same with words below them
 POINTS, LINE, LINES = 10, 12, 4  # of words: size of type, pixels a line, lines at most
+NAMES = 120  # pixels at most for the names left of rows
 
 
 def grid(
@@ -244,6 +246,42 @@ def grid(
         left = index % columns * (width + gap)
         sheet[:, top : top + height, left : left + width] = image  # broadcasts one channel
     return sheet
+
+
+def sheet(images: Tensor, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> Tensor:
+    """Arrange images in named rows and columns on a white sheet, magnified as by `grid`.
+
+    Args:
+        images: uint8 (R, K, C, H, W), C = 1, 3 or 4.
+        rows: R names, left of the rows; () for none.
+        columns: K names, above the columns; () for none.
+
+    Returns:
+        uint8 (3 or 4, height, width).
+    """
+    count, across = images.shape[:2]
+    body = grid(images.flatten(0, 1), columns=across)
+    zoom = max(1, math.ceil(VISIBLE / images.shape[4]))
+    channels, height, width = images.shape[2], images.shape[3] * zoom, images.shape[4] * zoom
+    if columns:
+        heads = _written(columns, torch.empty(across, channels, height, width))
+        body = torch.cat([grid(heads, columns=across, zoom=1), body], dim=1)
+    if rows:
+        font = ImageFont.load_default(POINTS)
+        wide = min(NAMES, 2 + math.ceil(max(font.getlength(shown(name)) for name in rows)) + 2)
+        names = _written(rows, torch.empty(count, channels, height, wide))[:, :, :height]
+        above = (height - names.shape[2]) // 2
+        below = height - names.shape[2] - above
+        names = F.pad(names, (0, 0, above, below), value=255)
+        left = grid(names, columns=1, zoom=1)
+        left = F.pad(left, (0, 2, body.shape[1] - left.shape[1], 0), value=255)
+        body = torch.cat([left, body], dim=2)
+    return body
+
+
+def titled(image: Tensor, words: str) -> Tensor:
+    """An image, uint8 (C, H, W), with a line of words above it, uint8 (C, H + h, W)."""
+    return torch.cat([_written([words], image[None])[0], image], dim=1)
 
 
 def _written(words: Sequence[str], images: Tensor) -> Tensor:

@@ -252,7 +252,7 @@ def reported(what: str = "images") -> Iterator[Report]:
     """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _lines(what)
+        yield lines("prepare", what)
         return
     columns = (
         bars.TextColumn("prepare"),
@@ -276,22 +276,30 @@ def reported(what: str = "images") -> Iterator[Report]:
         yield report
 
 
-def _lines(what: str) -> Report:
+def lines(command: str, what: str = "images", every: float = PREPARE_LINE) -> Report:
+    """Progress as lines on stderr, for where there is no terminal.
+
+    Args:
+        command: whose lines they are.
+        what: is counted.
+        every: seconds between two lines.
+    """
     began = said = time.monotonic()
 
     def report(earlier: int, done: int, total: int) -> None:
         nonlocal said
         now = time.monotonic()
-        if now - said < PREPARE_LINE or not done:
+        if now - said < every or not done:
             return
         said = now
         rate = done / (now - began)
         left = (total - earlier - done) / rate
+        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         print(
-            f"prepare: {earlier + done:,} of {total:,} {shown(what)}, {rate:,.0f} "
-            f"{shown(what)}/s, "
-            f"{left:,.0f} s left",
+            f"{shown(command)}: {earlier + done:,} of {total:,} {shown(what)}, {shown(speed)} "
+            f"{shown(what)}/s, {shown(clock(left))} left",
             file=sys.stderr,
+            flush=True,
         )
 
     return report

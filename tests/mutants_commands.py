@@ -115,7 +115,7 @@ MUTANTS = [
         ('"drawn": len(missing)', '"drawn": len(whole)'),
         ('"total": len(whole)', '"total": len(wanted)'),
         ("        except OtherImages:", "        except KeyError:"),
-        ("folder = SampleFolder(out, opened)", "folder = SampleFolder(opened.folder, opened)"),
+        ("SampleFolder(out, opened, kind)", "SampleFolder(opened.folder, opened)"),
     ),
     *at(
         "config/annotations.py",

@@ -37,7 +37,7 @@ MUTANTS = [
         "found_again",
         ("wanted.start > there.stop or", "False and"),
         ("min(there.start, wanted.start)", "wanted.start"),
-        ("not self.path_of(index).exists()", "True"),
+        ("self.path_of(i).name not in there", "True"),
         ("if old.get(key) != settings.get(key)", "if False"),
         ("*self.images.glob(\"*\")]", "]"),
         ("checkpoints.digest(opened.model.checkpoint)", '"0" * 64'),

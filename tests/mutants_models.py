@@ -104,6 +104,6 @@ MUTANTS = [
     *at(
         "commands/progressive.py",
         "commands_models",
-        ("generator.noise(indices), ", "generator.noise(range(1, count + 1)), "),
+        ("generator.noise(indices), ", "generator.noise([i + 1 for i in indices]), "),
     ),
 ]  # fmt: skip

@@ -30,8 +30,8 @@ def test_lines_tell_the_rate_of_this_run_and_the_time_that_is_left(clock, capsys
     out, lines = capsys.readouterr()
     # 400 images of this run in 10 s, 1,000 still to do; then 1,000 in 20 s, 400 to do.
     assert lines.splitlines() == [
-        "prepare: 1,000 of 2,000 images, 40 images/s, 25 s left",
-        "prepare: 1,600 of 2,000 images, 50 images/s, 8 s left",
+        "prepare: 1,000 of 2,000 images, 40 images/s, 0:25 left",
+        "prepare: 1,600 of 2,000 images, 50 images/s, 0:08 left",
     ]
     assert not out
 

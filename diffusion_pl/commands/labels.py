@@ -13,13 +13,16 @@ from diffusion_pl.names import shown
 _NEAREST = 5
 
 
-def class_of(word: str | int | None, names: Sequence[str], classes: int) -> int | None:
+def class_of(
+    word: str | int | None, names: Sequence[str], classes: int, option: str = "--label"
+) -> int | None:
     """The index of the class that a word names.
 
     Args:
         word: an index, which takes precedence, or a name; None: no class was named.
         names: of the classes in order; empty where the run's data had none.
         classes: number of the model's classes.
+        option: that named it, for messages.
 
     Returns:
         The index, which may be out of range, or None.
@@ -36,7 +39,7 @@ def class_of(word: str | int | None, names: Sequence[str], classes: int) -> int 
         if same and same != [index] and 0 <= index < len(names):
             print(
                 shown(
-                    f"--label {text}: taken as the index, of class {names[index]!r}; the class "
+                    f"{option} {text}: taken as the index, of class {names[index]!r}; the class "
                     f"called {text!r} is index {same[0]}"
                 ),
                 file=sys.stderr,
@@ -45,12 +48,12 @@ def class_of(word: str | int | None, names: Sequence[str], classes: int) -> int 
     if len(same) == 1:
         return same[0]
     if same:
-        raise UserError(f"--label {text}: {len(same)} classes have this name; give the index")
+        raise UserError(f"{option} {text}: {len(same)} classes have this name; give the index")
     if not classes:
-        raise UserError(f"--label {text}: the model has no classes; leave it out")
+        raise UserError(f"{option} {text}: the model has no classes; leave it out")
     if not names:
         raise UserError(
-            f"--label {text}: the run has no names of its classes; give the index, 0 to "
+            f"{option} {text}: the run has no names of its classes; give the index, 0 to "
             f"{classes - 1}"
         )
     by_case = {name.casefold(): name for name in names}
@@ -62,6 +65,6 @@ def class_of(word: str | int | None, names: Sequence[str], classes: int) -> int 
         near = list(dict.fromkeys([*near, *names]))
     known = ", ".join(near or [*names[:_NEAREST], "..."])
     raise UserError(
-        f"--label {text}: no class of that name among {len(names):,}; nearest: {known}; an index, "
+        f"{option} {text}: no class of that name among {len(names):,}; nearest: {known}; an index, "
         f"0 to {classes - 1}, is taken too"
     )

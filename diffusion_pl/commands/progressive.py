@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def command(
     generator = opened.generator
     with generator.inference():
         if share is None:
-            images, shown = denoised_frames(generator, count, frames, base_alone)
+            images, shown = denoised_frames(generator, range(count), frames, base_alone)
         else:
             sampler = latents.single_size_sampler(generator, "progressive", base_alone)
             images = _branches(generator, sampler, count, share)[:, None]
@@ -85,12 +86,18 @@ def command(
 
 
 def denoised_frames(
-    generator: ImageGenerator, count: int, frames: int, base_alone: bool
+    generator: ImageGenerator, indices: Sequence[int], frames: int, base_alone: bool
 ) -> tuple[Tensor, list[tuple[int, float]]]:
     """The denoised image at evenly spaced steps over all sizes, then the image itself.
 
+    Args:
+        generator: of the run.
+        indices: of the images.
+        frames: levels at most; fewer where the sampler visits fewer.
+        base_alone: of a pyramid, its base at full size.
+
     Returns:
-        (count, frames + 1, C, H, W), smaller ones by repeated pixels; side and sigma of each frame.
+        (n, frames + 1, C, H, W), smaller ones by repeated pixels; side and sigma of each frame.
     """
     side = generator.shape[1]
     sampler: Sampler | PyramidSampler
@@ -103,8 +110,7 @@ def denoised_frames(
     visited = [(size, sigma) for size, levels in stages for sigma in levels[:-1].tolist()]
     steps = torch.linspace(0, len(visited) - 1, min(frames, len(visited))).round().long()
     wanted = [visited[step] for step in steps.tolist()]
-    indices = range(count)
-    denoise = generator.guided(generator.condition(indices))
+    denoise = generator.guided(generator.condition(indices), indices=indices)
     recorded = {
         size: Recorded(denoise, [sigma for at, sigma in wanted if at == size]) for size, _ in stages
     }

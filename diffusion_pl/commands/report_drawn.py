@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from diffusion_pl import config
-from diffusion_pl.commands import losses, runs
+from diffusion_pl.commands import film, losses, runs
 from diffusion_pl.commands.options import RunOptions, SamplerOptions
-from diffusion_pl.commands.progressive import denoised_frames
 from diffusion_pl.commands.sample import BATCH, sampling_bar
 from diffusion_pl.evaluation import ImageGenerator, batches
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.evaluation.sources import Labels
-from diffusion_pl.images import to_bytes
 from diffusion_pl.metrics.memorised import Nearest, nearest
 
 FILMED = 8  # images of the film
@@ -163,15 +161,8 @@ def _images(generator: ImageGenerator, indices: list[int]) -> Tensor:
 
 def _film(generator: ImageGenerator) -> list[tuple[str, Tensor]]:
     """The denoised images from level to level, and the images themselves."""
-    with generator.inference():
-        images, shown = denoised_frames(generator, FILMED, FRAMES, base_alone=False)
-    pixels = to_bytes(images).cpu().unbind(dim=1)
-    sides = {side for side, _ in shown}
-    frames = []
-    for (side, sigma), image in zip(shown, pixels, strict=True):
-        level = f"sigma {sigma:.3g}" if sigma else "the images"
-        frames.append((f"{level}, {side} px" if len(sides) > 1 else level, image))
-    return frames
+    images, words = film.denoised(generator, range(FILMED), FRAMES)
+    return list(zip(words, images.unbind(dim=1), strict=True))
 
 
 def _copies(samples: Tensor, experiment: config.Config) -> Copies:

@@ -1,5 +1,7 @@
 """A folder of sampled images: sample.json has their settings, and images/ holds them alone.
 
+PNG files and one .npz of all; or the .npz alone; or WebDataset tars in images/.
+
 Image i depends on (seed, i) and the settings, not on the other images. So later commands with the
 same settings add images, or continue an interrupted one. Other settings need another folder.
 """
@@ -7,16 +9,25 @@ same settings add images, or continue an interrupted one. Other settings need an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from diffusion_pl.commands.runs import OpenedRun
+from diffusion_pl.commands.sample_packing import (
+    ARRAYS,
+    Format,
+    Packed,
+    pixels_of,
+    write_arrays,
+    write_shards,
+)
 from diffusion_pl.data.files import IMAGES, SAMPLE, read_sample
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation.provenance import surroundings
@@ -25,6 +36,7 @@ from diffusion_pl.io.files import regular, write_atomically
 from diffusion_pl.training import checkpoint as checkpoints
 
 FORMAT = 1
+BEGINS = 300.0  # seconds that other ranks wait for rank 0
 
 
 class OtherImages(UserError):
@@ -34,32 +46,38 @@ class OtherImages(UserError):
 class SampleFolder:
     """One folder of sampled images.
 
+    Images are PNG files while they are sampled, and stay so, or are packed when all are there.
+
     Args:
         folder: made if absent.
         opened: the run that they are sampled from.
+        kind: png, npz or tar.
     """
 
-    def __init__(self, folder: Path, opened: OpenedRun) -> None:
+    def __init__(self, folder: Path, opened: OpenedRun, kind: Format = "png") -> None:
         self.folder = folder
         self.images = folder / IMAGES
         self.opened = opened
+        self.kind: Format = kind
+        self.packed = Packed(folder, self.images, range(0), kind)
         self.evaluations = 0  # of an image
 
-    def begin(self, wanted: range) -> range:
+    def begin(self, wanted: range, *, leads: bool = True) -> range:
         """Prepare the folder for the wanted images; returns the range that it will then hold.
+
+        Args:
+            wanted: indices of images.
+            leads: whether this process is rank 0, which writes sample.json; others wait for it.
 
         Raises:
             OtherImages: it holds images of other or unknown settings, or there would be a gap
                 between them and the wanted ones.
         """
         whole, settings = wanted, settings_of(self.opened)
-        try:
-            before = read_sample(self.folder)
-        except ValueError as error:
-            raise OtherImages(str(error)) from error
-        if before is None:
-            self._refuse_strangers()
-        else:
+        before = self._before()
+        if before is None and not leads:
+            before = self._await()
+        if before is not None:
             self._refuse_others(before, settings)
             there = range(before["first"], before["first"] + before["count"])
             if wanted.start > there.stop or wanted.stop < there.start:
@@ -69,16 +87,21 @@ class SampleFolder:
                 )
             whole = range(min(there.start, wanted.start), max(there.stop, wanted.stop))
             self.evaluations = before.get("evaluations") or 0
-        self.images.mkdir(parents=True, exist_ok=True)
-        self._write(whole, settings, complete=False)
+            if (held := before.get("packed")) is not None:
+                self.packed.held = range(*held)
+        if leads:
+            self.images.mkdir(parents=True, exist_ok=True)
+            self._write(whole, settings, complete=False)
         return whole
 
     def missing(self, whole: range) -> list[int]:
-        """Indices of images that are not there yet."""
-        return [index for index in whole if not self.path_of(index).exists()]
+        """Indices of images that are not there yet, ascending."""
+        there = {name for name in os.listdir(self.images) if name.endswith(".png")}
+        held = self.packed.held
+        return [i for i in whole if i not in held and self.path_of(i).name not in there]
 
     def path_of(self, index: int) -> Path:
-        """The file of an image."""
+        """The file of an image, before it is packed."""
         return self.images / f"{index:06d}.png"
 
     def add(self, indices: Sequence[int], images: Tensor) -> None:
@@ -88,31 +111,71 @@ class SampleFolder:
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """uint8 (n, C, H, W), from the files."""
-        return torch.stack(list(self._pixels(indices)))
+        pixels = [torch.from_numpy(pixels_of(self._png(index))) for index in indices]
+        return torch.stack(pixels).permute(0, 3, 1, 2)
 
     def finish(self, whole: range) -> None:
-        """Write the images as one array, and mark the folder complete."""
+        """Pack the images, and mark the folder complete."""
+        settings = settings_of(self.opened)
+        if self.kind == "tar":
+            write_shards(self.images, whole, self.packed.held, self._png, self._members)
+        else:
+            self._write_arrays(whole)
+        if self.kind != "png":
+            self._write(whole, settings, complete=True, packed=[whole.start, whole.stop])
+            for path in self.images.glob("*.png"):
+                path.unlink()
+            self.packed = Packed(self.folder, self.images, whole, self.kind)
+        else:
+            self._write(whole, settings, complete=True)
+
+    def _png(self, index: int) -> bytes:
+        """The PNG of an image."""
+        path = self.path_of(index)
+        if index in self.packed.held and not path.exists():
+            return self.packed.read(index)
+        return regular(path).read_bytes()
+
+    def _members(self, indices: Sequence[int]) -> list[dict[str, bytes]]:
+        """What stands beside images in a tar: class and prompt."""
+        generator = self.opened.generator
+        labels, captions = generator.labels(indices), generator.captions(indices)
+        members: list[dict[str, bytes]] = [{} for _ in indices]
+        for place, each in enumerate(members):
+            if labels is not None:
+                each["cls"] = str(int(labels[place])).encode()
+            if captions is not None:
+                each["txt"] = captions[place].encode()
+        return members
+
+    def _write_arrays(self, whole: range) -> None:
+        """Write the images as one array."""
         labels = self.opened.generator.labels(whole)
-        arrays: dict[str, Any] = {
-            "images": self.read(whole).permute(0, 2, 3, 1).numpy(),
-            "labels": np.full(len(whole), -1) if labels is None else labels.numpy(),
+        more: dict[str, Any] = {
+            "labels": np.full(len(whole), -1) if labels is None else labels.numpy()
         }
         if (captions := self.opened.generator.captions(whole)) is not None:
-            arrays["captions"] = np.array(captions)
-        write_atomically(self.folder / "images.npz", lambda file: np.savez(file, **arrays))
-        self._write(whole, settings_of(self.opened), complete=True)
+            more["captions"] = np.array(captions)
+        channels, height, width = self.opened.generator.shape
+        pixels = (pixels_of(self._png(index)) for index in whole)
+        write_arrays(self.folder / ARRAYS, pixels, (len(whole), height, width, channels), more)
 
-    def _pixels(self, indices: Sequence[int]) -> Iterator[Tensor]:
-        for index in indices:
-            with Image.open(regular(self.path_of(index))) as file:
-                pixels = np.array(file)
-            yield torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
-
-    def _write(self, whole: range, settings: Mapping[str, Any], *, complete: bool) -> None:
+    def _write(
+        self,
+        whole: range,
+        settings: Mapping[str, Any],
+        *,
+        complete: bool,
+        packed: Sequence[int] | None = None,
+    ) -> None:
         labels = self.opened.generator.labels(whole)
         captions = self.opened.generator.captions(whole)
+        held = self.packed.held
+        packed = packed or ([held.start, held.stop] if held else None)
         said = {
             "format": FORMAT,
+            "files": self.kind,
+            **({} if packed is None else {"packed": packed}),
             "complete": complete,
             "first": whole.start,
             "count": len(whole),
@@ -127,17 +190,47 @@ class SampleFolder:
         text = json.dumps(said, indent=2) + "\n"
         write_atomically(self.folder / SAMPLE, lambda file: file.write(text.encode()))
 
-    def _refuse_strangers(self) -> None:
-        held = [*self.folder.glob("*.png"), *self.folder.glob("*.npz"), *self.images.glob("*")]
-        if held:
-            raise OtherImages(
-                f"{self.folder}: holds {held[0].name}, and no {SAMPLE} with its settings; sample "
-                "into another folder: --out"
-            )
+    def _before(self) -> dict[str, Any] | None:
+        """What sample.json says; None for a new folder."""
+        try:
+            before = read_sample(self.folder)
+            if before is None and (held := self._strangers()):
+                # Rank 0 may have begun between the two looks.
+                before = read_sample(self.folder)
+                if before is None:
+                    raise OtherImages(
+                        f"{self.folder}: holds {held[0].name}, and no {SAMPLE} with its settings; "
+                        "sample into another folder: --out"
+                    )
+        except OtherImages:
+            raise
+        except ValueError as error:
+            raise OtherImages(str(error)) from error
+        return before
+
+    def _await(self) -> dict[str, Any]:
+        """What rank 0 writes into sample.json."""
+        until = time.monotonic() + BEGINS
+        while time.monotonic() < until:
+            if (before := self._before()) is not None:
+                return before
+            time.sleep(0.1)
+        raise UserError(
+            f"{self.folder}: rank 0 has not begun it in {BEGINS:.0f} s; see that it runs"
+        )
+
+    def _strangers(self) -> list[Path]:
+        return [*self.folder.glob("*.png"), *self.folder.glob("*.npz"), *self.images.glob("*")]
 
     def _refuse_others(self, before: Mapping[str, Any], settings: dict[str, Any]) -> None:
         known = before.get("settings")
         old: dict[str, Any] = known if isinstance(known, dict) else {}
+        files = before.get("files", "png")
+        if files != self.kind:
+            raise OtherImages(
+                f"{self.folder}: holds its images as {files}; go on with --format {files}, or "
+                "sample into another folder: --out"
+            )
         differences = [
             f"{key} {old.get(key)} -> {settings.get(key)}"
             for key in old | settings

@@ -41,24 +41,29 @@ class Labels:
         classes: their number, at least 1.
         label: of every image; None: as `balanced` says.
         balanced: image i has class i modulo their number; otherwise uniform from (seed, i).
+        among: classes in turn: image i has number i modulo how many there are; () for all.
 
     Raises:
-        UserError: the label is out of range.
+        UserError: a label is out of range.
     """
 
     classes: int
     label: int | None = None
     balanced: bool = False
+    among: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.label is not None and not 0 <= self.label < self.classes:
-            known = f"0 to {self.classes - 1}"
-            raise UserError(f"label {self.label} is not one of the model's classes ({known})")
+        for label in (*self.among, *(() if self.label is None else (self.label,))):
+            if not 0 <= label < self.classes:
+                known = f"0 to {self.classes - 1}"
+                raise UserError(f"label {label} is not one of the model's classes ({known})")
 
     def condition(self, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
         """`label`, int64 (n,)."""
         if self.label is not None:
             return {"label": torch.full((len(indices),), self.label)}
+        if self.among:
+            return {"label": torch.tensor([self.among[i % len(self.among)] for i in indices])}
         if self.balanced:
             return {"label": torch.tensor([i % self.classes for i in indices])}
         return {"label": torch.tensor([seed_of(seed, "label", i) % self.classes for i in indices])}
@@ -68,6 +73,8 @@ class Labels:
 
     def about(self) -> Mapping[str, Any]:
         """The class of every image, or how classes are chosen."""
+        if self.among:
+            return {"label": None, "labels": f"{','.join(map(str, self.among))} in turn"}
         balanced = self.balanced and self.label is None
         return {"label": self.label, **({"labels": "balanced"} if balanced else {})}
 

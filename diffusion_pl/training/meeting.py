@@ -79,6 +79,30 @@ def starter(environment: Mapping[str, str], nodes: int, devices: int) -> Starter
     return "itself"
 
 
+def place_of(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """Rank, number of ranks and rank on its machine of this process; (0, 1, 0) by hand.
+
+    Args:
+        environment: of the process: RANK and WORLD_SIZE, as torchrun sets them, else those of a
+            task of srun. A batch script and the shell of an allocation are no tasks.
+
+    Raises:
+        UserError: variables that are no ranks.
+    """
+    task = any(environment.get(name) for name in _OF_A_TASK)
+    if {"RANK", "WORLD_SIZE"} <= environment.keys():
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_PROCID" in environment and task:
+        steps = "SLURM_STEP_NUM_TASKS"
+        names = ("SLURM_PROCID", steps if steps in environment else "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return 0, 1, 0
+    rank, world = _number(environment, names[0], 0), _number(environment, names[1], 1)
+    if rank >= world:
+        raise UserError(f"{names[0]}: is {rank}, and {names[1]} {world}; unset or correct them")
+    return rank, world, _number(environment, names[2], rank)
+
+
 def _by_slurm(
     environment: Mapping[str, str], nodes: int, devices: int, wanted: str
 ) -> Starter | None:
