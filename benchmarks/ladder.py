@@ -46,9 +46,9 @@ COSTED = 512
 # The data, the images of a base run, and what else they change. There are 294 runs, rungs times
 # seeds, so that one may take less than a minute.
 DATA: dict[str, tuple[int, list[str]]] = {
-    "cifar10": (8_000, []),
+    "cifar10": (12_800, []),
     "synthetic64": (
-        6_400,
+        9_600,
         [
             "data.dataset={_target_: diffusion_pl.data.synthetic.Synthetic, count: 5000, "
             "resolution: 64, grounds: [flat], shapes: [disc, heart, triangle, square]}",
@@ -59,7 +59,7 @@ DATA: dict[str, tuple[int, list[str]]] = {
     ),
 }
 TRANSFORMER = "cifar10_jit_small"
-SMALL = ["network.width=64"]
+SMALL = ["network.width=64", "network.depth=4"]
 UNET = (
     "network={_target_: diffusion_pl.networks.song_unet.SongUNet, resolution: 32, classes: 10, "
     "model_channels: 16, channel_mult: [1, 2, 4], blocks: 1, attention: [8], dropout: 0.0}"
@@ -82,7 +82,7 @@ PREDICTIONS = {
 SAVINGS: dict[str, list[str]] = {
     "routing": [
         "network.routing={_target_: diffusion_pl.networks.routing.Routing, rate: 0.5, first: 1, "
-        "last: 4}"
+        "last: 2}"
     ],
     "Muon": [
         "optimizer={_target_: diffusion_pl.training.optimizers.Grouped, "
@@ -91,8 +91,8 @@ SAVINGS: dict[str, list[str]] = {
         "optimizer: {_target_: diffusion_pl.training.muon.Muon, _partial_: true, lr: 0.02}}]}"
     ],
     "no cooldown": ["lr_schedule.cooldown=0"],
-    "EMA 4 times shorter": ["ema.half_life=500"],
-    "EMA 4 times longer": ["ema.half_life=8000"],
+    "EMA 4 times shorter": ["ema.ramp_up=0.025"],
+    "EMA 4 times longer": ["ema.ramp_up=0.4"],
     "batch 8": ["data.batch_size=8"],
     "batch 64": ["data.batch_size=64"],
     "memory of 1,000 steps": ["optimizer.betas=[0.9,0.999]"],
