@@ -572,6 +572,7 @@ def test_webdataset_reads_the_tars_and_so_does_prepare(run, seven, tmp_path, mon
     assert [each["png"] for each in found] == list(files(seven).values())
     assert run(*words)[1]["drawn"] == 0
     assert pixels(out / "grid.png").shape == pixels(seven / "grid.png").shape
+    assert "prepare them first: python -m diffusion_pl prepare" in refused(run, "evaluate", out)
     code, _, err = run("prepare", out / "images", tmp_path / "set", "--resolutions", 8, "--labels",
                        "--workers", 1)  # fmt: skip
     assert code == 0, err

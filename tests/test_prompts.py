@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -263,6 +264,18 @@ def test_prompts_are_sampled_in_turn_and_recorded(run):
     set_ = ("--set", "evaluation.prompts=prompts.txt", "--out", "set")
     _, result, _ = run("sample", "runs/tiny", "--count", 3, *set_)
     assert np.array_equal(drawn(result)[0], images)
+    # In tars each lies beside its image, and `prepare` reads them.
+    code, result, err = run("sample", "runs/tiny", "--count", 3, *words, "--out", "tars",
+                            "--format", "tar")  # fmt: skip
+    assert code == 0, err
+    with tarfile.open("tars/images/000000.tar") as tar:
+        texts = [tar.extractfile(f"{i:06d}.txt").read().decode() for i in range(3)]
+    assert texts == captions
+    code, _, err = run("prepare", "tars/images", "tars/set", "--resolutions", 16, "--captions",
+                       "--workers", 1)  # fmt: skip
+    assert code == 0, err
+    said = json.loads(Path("tars/set/dataset.json").read_text())["captions"]
+    assert (said["total"], said["unique"], said["bare"]) == (3, 2, 0)
     # From Python the same.
     opened = dp.Run("runs/tiny")
     same_ = opened.sample(3, prompt=["a red star", "a blue moon"]).permute(0, 2, 3, 1)

@@ -358,5 +358,10 @@ def sampling_record(path: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{folder}: not all of its images are sampled; run the same `sample` command again"
         )
+    if said is not None and said.get("files") == "tar":
+        raise UserError(
+            f"{folder}: holds its images as tars; prepare them first: python -m diffusion_pl "
+            f"prepare {folder / IMAGES} DEST"
+        )
     about = ("run", "checkpoint", "first", "count", "settings")
     return None if said is None else {key: said.get(key) for key in about}

@@ -181,6 +181,7 @@ class SampleFolder:
             "count": len(whole),
             "labels": None if labels is None else labels.tolist(),
             **({} if captions is None else {"captions": captions}),
+            "class_names": list(self.opened.model.class_names),
             "run": str(self.opened.folder),
             "checkpoint": str(self.opened.model.checkpoint),
             "settings": dict(settings),
