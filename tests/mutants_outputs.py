@@ -107,7 +107,8 @@ MUTANTS = [
         ("(max if higher else min)(points", "min(points"),
         ("(max if higher else min)(points", "max(points"),
         ("runs.open_model(run, best.weights,", "runs.open_model(run, \"ema\","),
-        ("point.interval[0] <= high", "point.interval[0] <= low"),
+        ("[own - other for own, other in pairs]", "list(point.blocks)"),
+        ("each[0] <= 0 <= each[1]", "each[0] <= 0"),
         ("if not rows:", "if False:"),
     ),
     *at(

@@ -136,20 +136,23 @@ def best_of(points: Sequence[Point]) -> Point:
     return (max if higher else min)(points, key=lambda point: point.value)
 
 
+def above(point: Point, best: Point) -> tuple[float, float] | None:
+    """The 95 % interval of a point's number less that of the best; None of one block.
+
+    All lengths are measured on the same noise, so blocks are compared in pairs: the chance that
+    they share falls out.
+    """
+    pairs = list(zip(point.blocks, best.blocks, strict=True))
+    return interval_of([own - other for own, other in pairs]) if len(pairs) > 1 else None
+
+
 def undecided(points: Sequence[Point], best: Point) -> str | None:
-    """What the intervals leave open, in words; None where the best stands alone."""
-    if best.interval is None:
+    """What the intervals leave open, in words; None where the best is told from all others."""
+    ends = {point.length: above(point, best) for point in points if point is not best}
+    if len(best.blocks) < 2:
         return "one block has no interval; --blocks 3 gives one"
-    low, high = best.interval
-    same = [
-        f"{point.length:g}"
-        for point in points
-        if point is not best
-        and point.interval is not None
-        and point.interval[0] <= high
-        and point.interval[1] >= low
-    ]
-    return f"the interval of {', '.join(same)} overlaps with its own" if same else None
+    same = [f"{length:g}" for length, each in ends.items() if each and each[0] <= 0 <= each[1]]
+    return f"{', '.join(same)} cannot be told from it on these images" if same else None
 
 
 def _measured(
@@ -180,14 +183,16 @@ def _brief(point: Point) -> dict[str, Any]:
 def _table(points: Sequence[Point], best: Point) -> None:
     """Print the points on stderr."""
     lines = Table(title=Text(shown(points[0].name)))
-    for column in ("length", "value", "95 % interval", "lowest block", "profile error", "best"):
+    heads = ("length", "value", "95 % interval", "less the best", "lowest block", "profile error")
+    for column in (*heads, "best"):
         lines.add_column(column, justify="right")
     for point in points:
-        ends = point.interval
+        ends, apart = point.interval, above(point, best)
         lines.add_row(
             f"{point.length:g}",
             f"{point.value:.4g}",
             "-" if ends is None else f"{ends[0]:.4g} to {ends[1]:.4g}",
+            "-" if apart is None or point is best else f"{apart[0]:.3g} to {apart[1]:.3g}",
             f"{min(point.blocks):.4g}",
             f"{100 * point.misfit:.1f} %",
             "best" if point is best else "",
