@@ -9,7 +9,7 @@ MUTANTS = [
         "commands/compare.py",
         "compare",
         ('(min(row["images"], images) - seen)', '(row["images"] - seen)'),
-        ("student.ppf(0.975, count - 1) * stat", "student.ppf(0.95, count - 1) * stat"),
+        ("float(student.ppf(0.975, count - 1))", "float(student.ppf(0.95, count - 1))"),
         ("statistics.stdev(values) / count**0.5", "statistics.stdev(values)"),
         ('if same and row["images"] == self.images and', "if same and"),
         ("most < low if higher else high < least", "most < low"),
