@@ -140,7 +140,7 @@ def write_mp4(frames: Sequence[npt.NDArray[np.uint8]], path: Path) -> None:
         words = ["ffmpeg", "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
                  "-s", f"{padded[1]}x{padded[0]}", "-r", str(RATE), "-i", "-", "-c:v", "libx264",
                  "-pix_fmt", "yuv420p", "-crf", "12", "-movflags", "+faststart", "-f", "mp4",
-                 str(temporary)]  # fmt: skip
+                 f"file:{temporary}"]  # fmt: skip
         done = subprocess.run(words, input=content, capture_output=True)
         if done.returncode:
             reason = " ".join(done.stderr.decode(errors="replace").split())[-200:]

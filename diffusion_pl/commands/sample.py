@@ -197,7 +197,7 @@ def sample_missing(
     """
     generator, missing = folder.opened.generator, folder.missing(whole)
     mine = rank.batches(missing, size)
-    count, slowest = sum(map(len, mine)), 0.0
+    count, done, slowest = sum(map(len, mine)), 0, 0.0
     tell = lines("sample", "images", LINE)
     quiet = not rank.leads or sys.stderr.isatty()
 
@@ -211,7 +211,9 @@ def sample_missing(
             images, folder.evaluations = generator.images(batch)
             folder.add(batch, images.cpu())
             slowest = max(slowest, time.monotonic() - began)
-            look(len(folder.missing(whole)))
+            done += len(batch)
+            if not quiet:  # listing a large folder takes time, too
+                look(len(missing) - done if rank.count == 1 else len(folder.missing(whole)))
     if rank.leads and rank.count > 1:
         sample_ranks.wait_for(lambda: folder.missing(whole), started, slowest, look)
     if rank.leads and not folder.evaluations:
