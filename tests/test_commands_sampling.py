@@ -541,12 +541,13 @@ def test_a_process_that_ends_early_is_told_and_so_is_one_that_gives_nothing(monk
 
 def test_progress_without_a_terminal_says_what_is_left(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "LINE", 0.0)
-    _, _, err = run(*SEVEN, "--out", tmp_path / "told")
-    said = [line for line in err.splitlines() if line.startswith("sample: ")]
-    assert [line.split(" images")[0] for line in said] == [
-        f"sample: {done} of 7" for done in (2, 4, 6, 7)
-    ]
-    assert said[-1].endswith("0:00 left") and "images/s" in said[0]
+    for count, told in ((3, (2, 3)), (7, (4, 6, 7))):  # then from image 3 on: 3, 4 and 5, 6
+        _, _, err = run(*SEVEN, "--count", count, "--out", tmp_path / "told")
+        said = [line for line in err.splitlines() if line.startswith("sample: ")]
+        assert [line.split(" images")[0] for line in said] == [
+            f"sample: {done} of {count}" for done in told
+        ]
+        assert said[-1].endswith("0:00 left") and "images/s" in said[0]
 
 
 def test_webdataset_reads_the_tars_and_so_does_prepare(run, seven, tmp_path, monkeypatch):
