@@ -7,6 +7,7 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -526,14 +527,19 @@ def test_every_image_has_one_process_and_the_batches_of_one():
 
 
 def test_a_process_that_ends_early_is_told_and_so_is_one_that_gives_nothing(monkeypatch):
-    process = multiprocessing.get_context("spawn").Process(target=sys.exit, args=(3,))
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=sys.exit, args=(3,))
+    busy = context.Process(target=time.sleep, args=(60,), daemon=True)
     process.start()
+    busy.start()
     process.join()
     seen = []
-    with pytest.raises(UserError, match=r"1 of the processes ended with code 3 before 2 images"):
-        sample_ranks.wait_for(lambda: [4, 5], [process], 0.0, seen.append)
-    sample_ranks.wait_for(list, [process], 0.0, seen.append)
     monkeypatch.setattr(sample_ranks, "PATIENCE", 0.0)
+    with pytest.raises(UserError, match=r"1 of the processes ended with code 3 before 2 images"):
+        sample_ranks.wait_for(lambda: [4, 5], [process, busy], 0.0, seen.append)
+    busy.terminate()
+    busy.join()
+    sample_ranks.wait_for(list, [process], 0.0, seen.append)
     with pytest.raises(UserError, match=r"no image came for 0 s, and 1 are missing"):
         sample_ranks.wait_for(lambda: [4], [], 0.0, seen.append)
     assert seen[:2] == [2, 0]
