@@ -61,7 +61,7 @@ MUTANTS = [
         ("titled(grid(each), word)", 'titled(grid(each), "sigma")'),
         ("[1000 * HELD // RATE]", "[1000 // RATE]"),
         ("columns=[*words[:-1], \"image\"]", "columns=()"),
-        ("if len(colours) > COLOURS:", "if True:"),
+        ("COLOURS = 256", "COLOURS = 64"),
         ('if kind == "mp4" and', "if False and"),
         ("    if len(sides) > 1:", "    if True:"),
     ),

@@ -252,6 +252,7 @@ def test_the_best_of_several_lengths_is_measured_and_exported(home, monkeypatch,
     assert about["weights"] == f"ema:{result['best']:g}" and len(about["chosen_by"]) == 3
     card = Path(result["card"]).read_text()
     assert f"{min(values):.5g}" in card and "Which reference" in card
+    assert f"| weights | averaged, of relative length {result['best']:g} (sigma_rel" in card
     assert answer("import", "safetensors", "best.safetensors", "runs/best")[0] == 0
     # What was measured before is not measured again, and no file is written over.
     seen = [json.loads(line) for line in Path("runs/tiny/evaluations.jsonl").read_text().split("\n")

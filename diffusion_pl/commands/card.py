@@ -74,8 +74,7 @@ def lines(model: runs.Model, weights: str, dest: Path, format: str) -> Iterator[
     low, high = trained_range(model.objective)
     record = {} if run is None else run.record
     facts = {
-        "weights": f"{WHAT.get(weights, weights)}"
-        + (f", {escaped(in_words(model.config.tree['ema']))}" if weights == "ema" else ""),
+        "weights": kind_of(weights, model.config.tree),
         "images seen in training": f"{model.images:,}",
         "data": ", ".join(
             [escaped(in_words(setting(model.config.tree, "data.dataset"))), *_data(record)]
@@ -96,6 +95,20 @@ def lines(model: runs.Model, weights: str, dest: Path, format: str) -> Iterator[
         "Not stated. Whoever publishes these weights chooses their licence, which that of the "
         "training images may limit, and writes it here."
     )
+
+
+def kind_of(weights: str, tree: Mapping[str, Any]) -> str:
+    """Which weights, in words.
+
+    Args:
+        weights: "ema", "denoiser" or "ema:LENGTH".
+        tree: the config.
+    """
+    length = weights.partition(":")[2]
+    if length:
+        return f"averaged, of relative length {length} (sigma_rel of EDM2), made of snapshots"
+    averaged = f", {escaped(in_words(tree['ema']))}" if weights == "ema" else ""
+    return f"{WHAT[weights]}{averaged}"
 
 
 def escaped(text: str) -> str:

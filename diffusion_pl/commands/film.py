@@ -104,22 +104,15 @@ def write_gif(frames: Sequence[npt.NDArray[np.uint8]], path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    first, *more = map(_indexed, frames)
+    # Median cut is exact where there are no more colours than it may keep.
+    first, *more = (
+        Image.fromarray(each).quantize(COLOURS, Image.Quantize.MEDIANCUT) for each in frames
+    )
     duration = [1000 // RATE] * len(more) + [1000 * HELD // RATE]
     options: dict[str, Any] = {"save_all": True, "append_images": more, "duration": duration}
     write_atomically(
         path, lambda file: first.save(file, format="GIF", loop=0, disposal=1, **options)
     )
-
-
-def _indexed(frame: npt.NDArray[np.uint8]) -> Image.Image:
-    """A frame in at most 256 colours, exact where it has no more."""
-    colours, places = np.unique(frame.reshape(-1, 3), axis=0, return_inverse=True)
-    if len(colours) > COLOURS:
-        return Image.fromarray(frame).quantize(COLOURS, method=Image.Quantize.MEDIANCUT)
-    image = Image.fromarray(places.reshape(frame.shape[:2]).astype(np.uint8), mode="P")
-    image.putpalette(colours.tobytes())
-    return image
 
 
 def write_mp4(frames: Sequence[npt.NDArray[np.uint8]], path: Path) -> None:
