@@ -16,6 +16,7 @@ MUTANTS = [
         ("count < len(among)", "False"),
         ("mine = rank.batches(missing, size)", "mine = sample_ranks.Rank().batches(missing, size)"),
         ("len(missing) - left, len(whole))", "len(whole) - left, len(whole))"),
+        ("            sample_ranks.check_running(started)\n", ""),
         ("    if not rank.leads:\n        sample_missing", "    if False:\n        sample_missing"),
     ),
     *at(
@@ -26,7 +27,8 @@ MUTANTS = [
         ("if most < rank.count:", "if False:"),
         ("smaller = len(wanted) // rank.count", "smaller = rank.count"),
         ("if count > 1:\n", "if count > 2:\n"),
-        ("failed or (started", "(started"),
+        ("        check_running(started)\n", ""),
+        ("if started and all_ended:", "if False:"),
         ("time.monotonic() - since > limit:", "False:"),
         ("starts=processes > 1", "starts=False"),
     ),

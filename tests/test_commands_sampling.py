@@ -32,6 +32,7 @@ from diffusion_pl.commands import (
 )
 from diffusion_pl.commands.import_ import experiment_of
 from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.sample_folder import SampleFolder
 from diffusion_pl.commands.sample_ranks import Rank
 from diffusion_pl.diffusion.classifier_free import check_guidance
 from diffusion_pl.diffusion.schedules import Rho
@@ -526,7 +527,9 @@ def test_every_image_has_one_process_and_the_batches_of_one():
     assert max(map(len, shared)) - min(map(len, shared)) <= 1
 
 
-def test_a_process_that_ends_early_is_told_and_so_is_one_that_gives_nothing(monkeypatch):
+def test_a_process_that_ends_early_is_told_and_so_is_one_that_gives_nothing(
+    run, tmp_path, monkeypatch
+):
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=sys.exit, args=(3,))
     busy = context.Process(target=time.sleep, args=(60,), daemon=True)
@@ -535,14 +538,26 @@ def test_a_process_that_ends_early_is_told_and_so_is_one_that_gives_nothing(monk
     process.join()
     seen = []
     monkeypatch.setattr(sample_ranks, "PATIENCE", 0.0)
-    with pytest.raises(UserError, match=r"1 of the processes ended with code 3 before 2 images"):
+    with pytest.raises(UserError, match=r"1 of the processes ended with code 3 before all images"):
         sample_ranks.wait_for(lambda: [4, 5], [process, busy], 0.0, seen.append)
+    well = context.Process(target=sys.exit, args=(0,))
+    well.start()
+    well.join()
+    with pytest.raises(UserError, match=r"the processes ended, and 2 images are missing"):
+        sample_ranks.wait_for(lambda: [4, 5], [well], 0.0, seen.append)
     busy.terminate()
     busy.join()
     sample_ranks.wait_for(list, [process], 0.0, seen.append)
     with pytest.raises(UserError, match=r"no image came for 0 s, and 1 are missing"):
         sample_ranks.wait_for(lambda: [4], [], 0.0, seen.append)
-    assert seen[:2] == [2, 0]
+    assert seen == [2, 2, 0, 1]
+    # Told at once, not when this process has sampled its own share.
+    opened = runs.open_run(Path("runs/tiny"), SamplerOptions(), RunOptions())
+    folder = SampleFolder(tmp_path / "ended", opened)
+    whole = folder.begin(range(4))
+    with pytest.raises(UserError, match=r"ended with code 3 before all images were sampled"):
+        sample.sample_missing(folder, whole, Rank(0, 2), 2, [process])
+    assert files(tmp_path / "ended") == {}
 
 
 def test_progress_without_a_terminal_says_what_is_left(run, tmp_path, monkeypatch):

@@ -207,6 +207,7 @@ def sample_missing(
 
     with sampling_bar(generator, count) if rank.leads else contextlib.nullcontext():
         for batch in mine:
+            sample_ranks.check_running(started)
             began = time.monotonic()
             images, folder.evaluations = generator.images(batch)
             folder.add(batch, images.cpu())

@@ -28,6 +28,7 @@ from diffusion_pl.training.meeting import place_of
 
 PATIENCE = 600.0  # seconds without a new image after which the other ranks count as lost
 SLOWEST = 10.0  # times the longest batch of this process, where that is more
+AGAIN = "the same command goes on"
 LOOK = 0.5  # seconds between two looks at the folder
 
 
@@ -158,6 +159,20 @@ def _enter(
         sys.exit(130)
 
 
+def check_running(started: Sequence[SpawnProcess]) -> None:
+    """Notice that one of the processes that this one started has failed.
+
+    Raises:
+        UserError: says its code.
+    """
+    failed = [process.exitcode for process in started if process.exitcode]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of the processes ended with code {failed[0]} before all images were "
+            f"sampled; {AGAIN}"
+        )
+
+
 def wait_for(
     missing: Callable[[], Sequence[int]],
     started: Sequence[SpawnProcess],
@@ -177,23 +192,19 @@ def wait_for(
     """
     limit, least, since = max(PATIENCE, SLOWEST * slowest), sys.maxsize, time.monotonic()
     while True:
-        ended = [process for process in started if process.exitcode is not None]
-        left = len(missing())  # after `ended`: whoever ended well has written all
+        all_ended = all(process.exitcode is not None for process in started)
+        left = len(missing())  # after that: whoever ended well has written all
         look(left)
         if not left:
             return
-        failed = [process for process in ended if process.exitcode]
-        if failed or (started and len(ended) == len(started)):
-            code = failed[0].exitcode if failed else 0
-            raise UserError(
-                f"{max(1, len(failed))} of the processes ended with code {code} before "
-                f"{left:,} images were sampled; the same command goes on"
-            )
+        check_running(started)
+        if started and all_ended:
+            raise UserError(f"the processes ended, and {left:,} images are missing; {AGAIN}")
         if left < least:
             least, since = left, time.monotonic()
         if time.monotonic() - since > limit:
             raise UserError(
                 f"no image came for {limit:,.0f} s, and {left:,} are missing; see that all ranks "
-                "run; the same command goes on"
+                f"run; {AGAIN}"
             )
         time.sleep(LOOK)
