@@ -387,6 +387,14 @@ def test_a_name_stays_text_on_a_card(name):
     assert "://" not in card.escaped(name) and "www." not in card.escaped(name)
 
 
+def test_a_run_without_snapshots_says_what_averages_need(run):
+    code, _, err = run("ema", "runs/tiny")
+    assert code == 2 and err.count("\n") == 1
+    assert "runs/tiny/posthoc: has no snapshots" in err
+    assert "train with ema.posthoc_every=N, images between two snapshots, such as 1;" in err
+    assert "what was not kept in training cannot be averaged afterwards" in err
+
+
 def test_a_diffusers_folder_has_its_card_inside_and_nothing_is_overwritten(run):
     assert run("export", "runs/tiny", "carded", "--format", "diffusers")[0] == 0
     assert "DDPMPipeline.from_pretrained('carded')" in Path("carded/README.md").read_text()
