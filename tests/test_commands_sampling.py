@@ -503,6 +503,8 @@ def test_ranks_that_others_started_share_the_batches(names, run, seven, tmp_path
     code, result, err = run(*SEVEN, "--out", out)
     assert (code, result["drawn"]) == (0, 4), err
     assert files(out) == files(seven)
+    monkeypatch.setenv(names[0], "1")  # a rank that comes late leaves it complete
+    assert run(*SEVEN, "--out", out)[0] == 0
     assert json.loads((out / "sample.json").read_text())["complete"]
 
 
