@@ -276,7 +276,9 @@ def test_the_best_is_the_highest_where_higher_is_better_and_doubt_is_said():
     # 0.1 more and 0.05 less: an interval that holds 0.
     assert ema.undecided(distances, best) == "0.3 cannot be told from it on these images"
     assert "--blocks 3" in ema.undecided(points("fid@1/x", (1.0,)), points("fid@1/x", (1.0,))[0])
-    assert ema.best_of(points("precision@10/x", (0.2,), (0.7,), (0.5,))).length == 0.2
+    shares = points("precision@10/x", (0.2, 0.21), (0.7, 0.71), (0.5, 0.52))
+    assert ema.best_of(shares).length == 0.2
+    assert ema.undecided(shares, shares[1]) is None
 
 
 @pytest.mark.parametrize(
