@@ -19,8 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
+import shutil
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ PAGE = ROOT / "docs" / "what_pays.md"
 RUNS = ROOT / "runs" / "ladder"
 SEEDS = (0, 1, 2)
 # Images whose cost is measured, after as many for warming up.
-COSTED = 512
+COSTED = 1024
 
 # The data, the images of a base run, and what else they change. There are 294 runs, rungs times
 # seeds, so that one may take less than a minute.
@@ -270,6 +271,10 @@ def cpu_seconds(words: Sequence[str]) -> float:
 def cost(rung: Rung, base: Rung) -> float:
     """The CPU time of an image over the base's, the median of three turns side by side."""
     ratios = []
+    RUNS.mkdir(parents=True, exist_ok=True)
+    folder = Path(
+        tempfile.mkdtemp(prefix="cost-", dir=RUNS)
+    )  # a run that is there is not run again
     for turn in range(3):
         taken = []
         for one in (rung, base):
@@ -280,13 +285,14 @@ def cost(rung: Rung, base: Rung) -> float:
                         f"trainer.total_images={images}", f"trainer.checkpoint_every={images}",
                         f"evaluation.every={images}", "evaluation.count=1",
                         "evaluation.metrics=[]", "evaluation.losses=null",
-                        "--run", str(RUNS / "cost" / f"{os.getpid()}-{id(one)}-{turn}-{images}"),
+                        "--run", str(folder / f"{one.name}-{turn}-{images}"),
                     ]
                 )
                 for images in (COSTED, 2 * COSTED)
             )  # fmt: skip
             taken.append(long - short)
         ratios.append(taken[0] / taken[1])
+    shutil.rmtree(folder)
     return statistics.median(ratios)
 
 
