@@ -274,7 +274,7 @@ def cost(rung: Rung, base: Rung) -> float:
     RUNS.mkdir(parents=True, exist_ok=True)
     folder = Path(
         tempfile.mkdtemp(prefix="cost-", dir=RUNS)
-    )  # a run that is there is not run again
+    )
     for turn in range(3):
         taken = []
         for one in (rung, base):
