@@ -13,6 +13,7 @@ from diffusion_pl.diffusion.timesteps import LinearBetas
 from diffusion_pl.networks.adm import ADM
 from diffusion_pl.networks.ddpm_unet import DDPMUNet
 from diffusion_pl.networks.edm2_unet import EDM2UNet
+from diffusion_pl.networks.layers import group_norm
 from diffusion_pl.networks.position import coordinates
 from diffusion_pl.networks.song_layers import FourierEmbedding, Resample
 from diffusion_pl.networks.song_unet import SongUNet
@@ -217,6 +218,25 @@ def test_bf16_stays_near_float32(name):
         embedding = network.embed(c_noise, *[None] * (1 if name in ("ddpm", "edm2") else 2))
     assert relative(rounded, exact) < 2e-2  # bf16 has 8 bits: 4e-3 a rounding
     assert embedding.dtype == torch.float32
+
+
+@pytest.mark.parametrize("channels", [16, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm_of_any_memory_order_is_its_formula_s(channels, dtype):
+    norm = group_norm(channels, 1e-6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(2, channels, 5, 3).to(dtype)
+    groups = x.double().unflatten(1, (min(32, channels // 4), -1))
+    mean = groups.mean(dim=(2, 3, 4), keepdim=True)
+    variance = (groups - mean).square().mean(dim=(2, 3, 4), keepdim=True)
+    whitened = ((groups - mean) / (variance + 1e-6).sqrt()).flatten(1, 2)
+    exact = whitened * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]
+    for order in (torch.contiguous_format, torch.channels_last):
+        found = norm(x.contiguous(memory_format=order))
+        assert found.dtype == dtype
+        assert found.is_contiguous(memory_format=order)
+        assert relative(found.detach(), exact.detach()) < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffusion_pl.errors import UserError
 from diffusion_pl.networks.layers import (
+    GroupNorm,
     PositionalEmbedding,
     SelfAttention,
     double,
@@ -169,7 +170,7 @@ class DDPMUNet(UNet):
         attending = partial(attend, heads=heads, head_channels=head_channels, text_width=text_width)
         make: Callable[..., ResidualBlock] = partial(
             ResidualBlock, embedding=embedding, dropout=dropout, adaptive_scale=adaptive_scale,
-            norm=partial(nn.GroupNorm, groups, eps=eps), activate=ACTIVATIONS[activation],
+            norm=partial(GroupNorm, groups, eps=eps), activate=ACTIVATIONS[activation],
             activate_embedding=True,
         )  # fmt: skip
         within = resample == "block"
@@ -197,7 +198,7 @@ class DDPMUNet(UNet):
         self.stem = xavier(nn.Conv2d(self.in_channels, width, 3, padding=1))
         self.encoder, self.middle, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         width = self.fill(width, widths, blocks, block, down, core, up)
-        self.out_norm = nn.GroupNorm(groups, width, eps=eps)
+        self.out_norm = GroupNorm(groups, width, eps=eps)
         self.out_conv = xavier(nn.Conv2d(width, self.out_channels, 3, padding=1), ZERO)
 
     def embed(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:

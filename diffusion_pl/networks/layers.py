@@ -13,9 +13,26 @@ from torch.utils.checkpoint import checkpoint
 from diffusion_pl.networks.text import Text, TextKeys, attended
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation, of few channels in bfloat16 with the channels first on CPUs.
+
+    There torch takes up to 12 times as long with the channels last, as training has them.
+    """
+
+    FEW = 64  # channels; measured with AMX: 0.7 of a training step up to 64, 1.05 for 128 and more
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same."""
+        if x.device.type != "cpu" or x.dtype != torch.bfloat16 or self.num_channels > self.FEW:
+            return super().forward(x)
+        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
 def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
     """Group normalisation with 32 groups, fewer where a group would hold under 4 channels."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+    return GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
 def halve(x: Tensor) -> Tensor:
