@@ -66,7 +66,7 @@ MUTANTS = [
     *at(
         "commands/parts.py",
         "hostile_corpus",
-        ("with at_most(most), torch", "with torch"),
+        ("with at_most(most), without", "with without"),
         ("if type(value) is int and value < least:", "if False:"),
         ('"num_workers": 0}', '"num_workers": -9}'),
         ('raise experiment.error("optimizer", str(error)) from error', "optimizer = None"),

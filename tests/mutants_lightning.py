@@ -61,8 +61,26 @@ MUTANTS = [
         ("dict(state_dict)\n        self._share()", "dict(state_dict)"),
         ("        super().load_state_dict(state_dict)\n", "        pass\n"),
         ("if p.requires_grad])", "])"),
+    ),
+    *at(
+        "training/trying.py",
+        "optimizers",
         ("        made.step()\n", "        pass\n"),
         ("    if not isinstance(made, Optimizer):", "    if False:"),
+    ),
+    *at(
+        "training/trying.py",
+        "uncompiled",
+        ("    with without_compiler():", "    if True:"),
+    ),
+    *at(
+        "training/uncompiled.py",
+        "uncompiled",
+        ("graph_break=lambda: None, __getattr__=_of_compiler", "graph_break=lambda: None"),
+        ("        _remove(stand_in)\n", "        pass\n"),
+        ('        for name in ("disable", "graph_break"):', "        for name in ():"),
+        ('vars(function).pop("__dynamo_disable", None)', "pass"),
+        ("    _remove(sys.modules.get(_COMPILER))\n", ""),
     ),
     *at(
         "commands/parts.py",

@@ -10,7 +10,7 @@ MUTANTS = [
         "text_networks",
         ("mask = F.pad(text.mask, (k.shape[2], 0), value=True)",
          "mask = F.pad(text.mask, (0, k.shape[2]), value=True)"),
-        ("attn_mask=mask)", "attn_mask=None)"),
+        ("return attention(q, k, v, mask)", "return attention(q, k, v)"),
         ("return k if self.norm_k is None else self.norm_k(k), v", "return k, v"),
         ("if normed else None", "if False else None"),
         ("k, v = self.kv(tokens)", "v, k = self.kv(tokens)"),
