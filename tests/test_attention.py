@@ -32,6 +32,9 @@ def test_values_and_gradients_are_the_formula_s(keys, masked, dtype, bound, auto
         out = attention(q, k, v, mask)
     assert out.dtype == dtype
     out.sin().sum().backward()
+    if dtype == torch.bfloat16 and keys < FEW:  # rounded once, at the end
+        exact = formula(q, k, v, mask)[0].detach()
+        assert ((out - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
     for mine, exact in zip([out, q.grad, k.grad, v.grad], formula(q, k, v, mask), strict=True):
         assert mine.dtype == dtype
         assert ((mine - exact).abs().max() / exact.abs().max()).item() < bound
