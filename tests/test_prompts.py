@@ -320,7 +320,9 @@ def test_a_prompt_beyond_the_length_is_cut_where_it_is_told(run):
     assert f"more than 16 tokens ('{long[:40]}...')" in err
     kept = long[: int(size)]
     assert kept.endswith(end) and len(end) == 40 and len(kept) < len(long)
+    assert result["cut"] == [{"prompt": 1, "kept": kept}]
     _, short, _ = run("sample", "runs/tiny", "--count", 1, "--prompt", kept, "--out", "short")
+    assert "cut" not in short
     assert np.array_equal(drawn(result)[0], drawn(short)[0])
 
 

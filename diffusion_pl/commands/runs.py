@@ -25,7 +25,7 @@ from diffusion_pl.diffusion.objective import TrainingObjective
 from diffusion_pl.diffusion.preconditioning import Denoiser
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import Evaluation, ImageGenerator
-from diffusion_pl.evaluation.prompts import TextEncoder
+from diffusion_pl.evaluation.prompts import Prompts, TextEncoder
 from diffusion_pl.evaluation.provenance import described
 from diffusion_pl.evaluation.sources import Source
 from diffusion_pl.images import ImageDataset
@@ -98,6 +98,9 @@ class OpenedRun:
         named = {key: value for key, value in said.items() if value is not None}
         if (label := said.get("label")) is not None and label < len(names):
             named |= {"class_name": names[label]}
+        cuts = [each.cut for each in self.generator.sources if isinstance(each, Prompts)]
+        if cuts and cuts[0]:
+            named |= {"cut": [{"prompt": i + 1, "kept": kept} for i, kept in cuts[0].items()]}
         return {
             **{key: str(path) for key, path in written.items()},
             **named,

@@ -7,7 +7,7 @@ import json
 import sys
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,14 @@ class Prompts:
         states: of each prompt.
         length: L, tokens that a prompt is padded to.
         width: E, numbers a token.
+        cut: what is kept of each prompt that is too long, by its number.
     """
 
     words: Sequence[str]
     states: States
     length: int
     width: int
+    cut: Mapping[int, str] = field(default_factory=dict)
 
     def condition(self, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
         """`text`, float16 (n, L, E), and `text_mask`, bool (n, L)."""
@@ -126,18 +128,18 @@ def encoded(words: Sequence[str], encoder: text.Encoder) -> Prompts:
         words: at least one prompt.
         encoder: of the captions of the model.
     """
-    states = []
+    states, cut = [], {}
     for number, (each, is_cut) in enumerate(states_of(words, encoder)):
         states.append(each)
         if is_cut:
-            kept = encoder.kept(words[number])
+            cut[number] = kept = encoder.kept(words[number])
             said = (
                 f"cut after {_end_of(kept)!r}, at {len(kept):,} of {len(words[number]):,} "
                 f"characters: prompt {number + 1:,} has more than {encoder.length} tokens "
                 f"({_start_of(words[number])!r})"
             )
             print(shown(said), file=sys.stderr)
-    return Prompts(tuple(words), MemoryStates(states), encoder.length, encoder.width)
+    return Prompts(tuple(words), MemoryStates(states), encoder.length, encoder.width, cut)
 
 
 def _start_of(text: str) -> str:
