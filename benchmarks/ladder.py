@@ -272,9 +272,7 @@ def cost(rung: Rung, base: Rung) -> float:
     """The CPU time of an image over the base's, the median of three turns side by side."""
     ratios = []
     RUNS.mkdir(parents=True, exist_ok=True)
-    folder = Path(
-        tempfile.mkdtemp(prefix="cost-", dir=RUNS)
-    )
+    folder = Path(tempfile.mkdtemp(prefix="cost-", dir=RUNS))
     for turn in range(3):
         taken = []
         for one in (rung, base):
