@@ -326,6 +326,18 @@ def test_a_prompt_beyond_the_length_is_cut_where_it_is_told(run):
     assert np.array_equal(drawn(result)[0], drawn(short)[0])
 
 
+def test_prompts_are_encoded_as_they_are_needed(run, tmp_path):
+    """A few images of a long file wait for no more than their part of it."""
+    words = [f"a red star {i}" for i in range(130)]
+    words[70] = " ".join(["a very large red star on a green ground"] * 3)
+    (tmp_path / "prompts.txt").write_text("\n".join(words))
+    asked = ("sample", "runs/tiny", "--prompts", tmp_path / "prompts.txt", "--count", 1)
+    code, result, err = run(*asked, "--out", "first")
+    assert code == 0 and "cut" not in result and "cut after" not in err
+    code, result, err = run(*asked, "--first", 70, "--out", "later")
+    assert [each["prompt"] for each in result["cut"]] == [71] and err.count("cut after") == 1
+
+
 def other_encoder(changes):
     """A copy of the run whose checkpoint says another encoder."""
     shutil.rmtree("runs/other", ignore_errors=True)

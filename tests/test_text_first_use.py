@@ -109,7 +109,7 @@ def test_text_that_is_not_there_is_told_by_who_asked_for_it(captioned, capsys, t
 
 def test_a_cut_prompt_begins_with_the_place(capsys):
     words = "\x1b[31m" + "a large red star beside a ring " * 30
-    encoded([words], encoder("minilm", 8))
+    encoded([words], encoder("minilm", 8)).condition(0, [0])
     said = capsys.readouterr().err
     assert said.startswith("cut after '") and "\x1b" not in said and len(said) < 200
     assert "of 935 characters: prompt 1 has more than 8 tokens" in said

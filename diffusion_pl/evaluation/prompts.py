@@ -7,10 +7,12 @@ import json
 import sys
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from diffusion_pl import text
@@ -20,9 +22,10 @@ from diffusion_pl.errors import UserError
 from diffusion_pl.images import ImageDataset, Texts
 from diffusion_pl.io.files import regular
 from diffusion_pl.names import shown
-from diffusion_pl.texts import MemoryStates, States, padded
+from diffusion_pl.texts import padded
 
 MOST_BYTES = 2**24  # of a file of prompts
+_TOGETHER = 64  # prompts that are encoded at a time, so that a few images need not all
 _QUOTED = 40  # characters of a prompt in a message
 
 
@@ -92,14 +95,12 @@ class Prompts:
         states: of each prompt.
         length: L, tokens that a prompt is padded to.
         width: E, numbers a token.
-        cut: what is kept of each prompt that is too long, by its number.
     """
 
     words: Sequence[str]
-    states: States
+    states: PromptStates
     length: int
     width: int
-    cut: Mapping[int, str] = field(default_factory=dict)
 
     def condition(self, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
         """`text`, float16 (n, L, E), and `text_mask`, bool (n, L)."""
@@ -119,27 +120,54 @@ class Prompts:
         return {"prompts": f"{len(self.words)} {digest[:12]}"}
 
 
-def encoded(words: Sequence[str], encoder: text.Encoder) -> Prompts:
-    """Encode prompts, some at a time, so that the padding of all is never in memory.
-
-    One beyond the encoder's length is cut, and a line on stderr says where.
+class PromptStates:
+    """Token states of prompts, encoded when they are first read.
 
     Args:
         words: at least one prompt.
         encoder: of the captions of the model.
     """
-    states, cut = [], {}
-    for number, (each, is_cut) in enumerate(states_of(words, encoder)):
-        states.append(each)
-        if is_cut:
-            cut[number] = kept = encoder.kept(words[number])
-            said = (
-                f"cut after {_end_of(kept)!r}, at {len(kept):,} of {len(words[number]):,} "
-                f"characters: prompt {number + 1:,} has more than {encoder.length} tokens "
-                f"({_start_of(words[number])!r})"
-            )
-            print(shown(said), file=sys.stderr)
-    return Prompts(tuple(words), MemoryStates(states), encoder.length, encoder.width, cut)
+
+    def __init__(self, words: Sequence[str], encoder: text.Encoder) -> None:
+        self.cut: dict[int, str] = {}
+        self._words = words
+        self._encoder = encoder
+        self._blocks: dict[int, list[npt.NDArray[np.float16]]] = {}
+
+    def read(self, numbers: Sequence[int]) -> list[npt.NDArray[np.float16]]:
+        """(T, E) of each prompt; a line on stderr tells where one is cut, the first time."""
+        return [self._block(each // _TOGETHER)[each % _TOGETHER] for each in numbers]
+
+    def _block(self, at: int) -> list[npt.NDArray[np.float16]]:
+        """The states of a block of prompts, always the same ones together."""
+        if at not in self._blocks:
+            first = at * _TOGETHER
+            found = list(states_of(self._words[first : first + _TOGETHER], self._encoder))
+            self._blocks[at] = [states for states, _ in found]
+            for number, (_, is_cut) in enumerate(found, first):
+                if is_cut:
+                    self._tell_cut(number)
+        return self._blocks[at]
+
+    def _tell_cut(self, number: int) -> None:
+        words = self._words[number]
+        self.cut[number] = kept = self._encoder.kept(words)
+        said = (
+            f"cut after {_end_of(kept)!r}, at {len(kept):,} of {len(words):,} characters: "
+            f"prompt {number + 1:,} has more than {self._encoder.length} tokens "
+            f"({_start_of(words)!r})"
+        )
+        print(shown(said), file=sys.stderr)
+
+
+def encoded(words: Sequence[str], encoder: text.Encoder) -> Prompts:
+    """Prompts that are encoded as they are needed, some at a time.
+
+    Args:
+        words: at least one prompt.
+        encoder: of the captions of the model.
+    """
+    return Prompts(tuple(words), PromptStates(tuple(words), encoder), encoder.length, encoder.width)
 
 
 def _start_of(text: str) -> str:
