@@ -361,7 +361,7 @@ def verdict(record: Record, rung: Rung, base: Rung) -> tuple[str, float, float]:
     both = [seed for seed in SEEDS if seed in mine and seed in theirs]
     changes = [math.log(mine[seed] / theirs[seed]) for seed in both]
     if len(changes) < len(SEEDS):
-        return "not yet run", math.nan, math.nan
+        return f"{len(changes)} of {len(SEEDS)} seeds", math.nan, math.nan
     mean = statistics.fmean(changes)
     reach = student.ppf(0.975, len(changes) - 1) * statistics.stdev(changes) / len(changes) ** 0.5
     low, high = math.exp(mean - reach), math.exp(mean + reach)
