@@ -49,7 +49,7 @@ MUTANTS = [
     ),
     *at(
         "training/history.py",
-        "report",
+        "report history",
         ("return [row for row in (*found, last) if row is not None]", "return []"),
         ("if bad:", "if False:"),
         ('isinstance(row["name"], str) and _is_number', "_is_number"),

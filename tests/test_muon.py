@@ -113,3 +113,13 @@ def test_bad_settings(options, message):
 def test_only_matrices():
     with pytest.raises(UserError, match=r"only supports 2D parameters \(got shape \(3,\)\)"):
         Muon([nn.Parameter(torch.zeros(3))])
+
+
+def test_kernels_are_matrices_only_where_that_is_asked_for():
+    kernel = nn.Parameter(torch.zeros(2, 3, 3, 3))
+    Muon([kernel], flatten=True)
+    with pytest.raises(UserError, match="flatten takes those of more"):
+        Muon([kernel])
+    for flatten in (False, True):
+        with pytest.raises(UserError, match="only supports 2D parameters"):
+            Muon([nn.Parameter(torch.zeros(2))], flatten=flatten)

@@ -141,6 +141,27 @@ def test_time_is_that_of_training(tmp_path):
     assert rows["time of training"] == "4:00:00" and rows["images a second (median)"] == "0.2778"
 
 
+def test_hours_of_devices_count_every_device_of_every_node(tmp_path):
+    told = {}
+    for devices, nodes in ((1, 1), (2, 1), (2, 3)):
+        folder = a_run(
+            tmp_path / f"{devices}-{nodes}", {1000: 9.0, 4000: 5.0}, speed=1 / 3.6,
+            changes={"trainer.devices": devices, "trainer.nodes": nodes},
+        )  # fmt: skip
+        rows = dict(map(tuple, cells(part(reported(folder), "cost"))[1:]))
+        [told[devices, nodes]] = [rows[name] for name in rows if "hours" in name]
+    assert told == {(1, 1): "4", (2, 1): "8", (2, 3): "24"}
+
+
+def test_a_number_measured_later_is_the_one_told(tmp_path):
+    folder = a_run(tmp_path / "a", {1000: 9.0, 2000: 5.0})
+    rows = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if line]
+    (folder / "metrics.jsonl").write_text("\n".join(reversed(rows)) + "\n")
+    head, row, *_ = cells(part(reported(folder), "numbers"))
+    told = dict(zip(head, row, strict=True))
+    assert (told["value"], told["images seen"]) == ("5", "2,000")
+
+
 def test_a_sweep_has_a_line_for_each_sampler(tmp_path):
     folder = a_run(tmp_path / "a")
     rows = History(folder / "sweep" / "rows.jsonl", point=str)
