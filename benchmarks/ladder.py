@@ -30,9 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 from benchmarks.measure import forked_command, hardware
+from diffusion_pl.commands.compare import interval_of
 from diffusion_pl.evaluation.provenance import commit
 from diffusion_pl.training.history import History
 
@@ -362,9 +361,7 @@ def verdict(record: Record, rung: Rung, base: Rung) -> tuple[str, float, float]:
     changes = [math.log(mine[seed] / theirs[seed]) for seed in both]
     if len(changes) < len(SEEDS):
         return f"{len(changes)} of {len(SEEDS)} seeds", math.nan, math.nan
-    mean = statistics.fmean(changes)
-    reach = student.ppf(0.975, len(changes) - 1) * statistics.stdev(changes) / len(changes) ** 0.5
-    low, high = math.exp(mean - reach), math.exp(mean + reach)
+    low, high = map(math.exp, interval_of(changes))
     word = "pays" if high < 1 else "costs" if low > 1 else "cannot be told"
     return word, low, high
 

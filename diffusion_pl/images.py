@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -329,6 +331,12 @@ def save_png(image: Tensor, path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    array = image.cpu().permute(1, 2, 0).numpy()
-    encoded = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    write_atomically(path, lambda file: encoded.save(file, format="PNG"))
+    content = png_bytes(image.cpu().permute(1, 2, 0).numpy())
+    write_atomically(path, lambda file: file.write(content))
+
+
+def png_bytes(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """Pixels, uint8 (H, W, C), C = 1, 3 or 4, as PNG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    return file.getvalue()

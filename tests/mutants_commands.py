@@ -104,7 +104,7 @@ MUTANTS = [
     *at(
         "commands/sample.py",
         "class_names",
-        ("options, conditions", "options, ConditionOptions()"),
+        ("options, self.conditions", "options, ConditionOptions()"),
     ),
     *at(
         "commands/sample.py",

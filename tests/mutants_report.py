@@ -60,7 +60,7 @@ MUTANTS = [
     *at(
         "commands/report_numbers.py",
         "report",
-        ('{"ema": "averaged", "denoiser": "raw"}\n    averaged', "{}\n    averaged"),
+        ('said = f"{KINDS.get(str(weights), weights)}', 'said = f"{weights}'),
         ("lines = plots.setdefault(key_of(row), {})", "lines = plots.setdefault((1,) * 5, {})"),
         ('said = [setting(each.run.tree, "objective"), data]', "said = [data]"),
         ("known = [member for member in held if member[2]]", "known = held"),

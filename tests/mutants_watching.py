@@ -90,6 +90,6 @@ MUTANTS = [
     *at(
         "commands/compare.py",
         "compare",
-        ("count - 1) * error", "count - 1) * error / count**0.5"),
+        ("error, count)\n        for", "error / count**0.5, count)\n        for"),
     ),
 ]  # fmt: skip

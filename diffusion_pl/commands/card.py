@@ -14,7 +14,7 @@ from typing import Any
 from diffusion_pl import config
 from diffusion_pl.commands import runs
 from diffusion_pl.commands.compare import flat
-from diffusion_pl.commands.report_numbers import ASKED, answers, newest_of
+from diffusion_pl.commands.report_numbers import ASKED, KINDS, answers, newest_of
 from diffusion_pl.commands.report_read import Told, setting, told
 from diffusion_pl.commands.report_settings import PAPER, in_words
 from diffusion_pl.diffusion.objective import trained_range
@@ -26,7 +26,6 @@ from diffusion_pl.training.history import is_evaluation
 
 _MARKS = re.compile(r"([\\`*_\[\]<>|~$#@!&])")
 CLASSES = 100  # named on a card
-WHAT = {"ema": "averaged", "denoiser": "raw"}
 
 
 def path_of(dest: Path, format: str) -> Path:
@@ -108,7 +107,7 @@ def kind_of(weights: str, tree: Mapping[str, Any]) -> str:
     if length:
         return f"averaged, of relative length {length} (sigma_rel of EDM2), made of snapshots"
     averaged = f", {escaped(in_words(tree['ema']))}" if weights == "ema" else ""
-    return f"{WHAT[weights]}{averaged}"
+    return f"{KINDS[weights]}{averaged}"
 
 
 def escaped(text: str) -> str:
@@ -225,7 +224,7 @@ def _numbers(run: Told | None, model: runs.Model, weights: str) -> list[str]:
     own = [r for r in rows if r.get("weights") == weights and r.get("images") == model.images]
     if not own:
         return [
-            f"None of these weights ({WHAT.get(weights, escaped(weights))}, after "
+            f"None of these weights ({KINDS.get(weights, escaped(weights))}, after "
             f"{model.images:,} images) has been measured; `python -m diffusion_pl evaluate RUN "
             f"--weights {weights}` does it."
         ]

@@ -92,14 +92,11 @@ class Measured:
     def interval(self, key: Sequence[Any]) -> tuple[float, float] | None:
         """The 95 % interval of a number's mean over blocks of images of the newest checkpoint, or
         of a held-out loss over its images."""
-        from scipy.stats import t as student  # half a second of CPU
-
         last = self.measures(key)[-1:]
         for row in last:
             error, count = row.get("standard_error"), row.get("n")
             if is_held_out(row) and type(error) is float and type(count) is int and count > 1:
-                reach = student.ppf(0.975, count - 1) * error
-                return row["value"] - reach, row["value"] + reach
+                return _around(row["value"], error, count)
         for row in reversed(self.evaluations):
             values = row.get("blocks", ())
             same = all(_drawn(row) == _drawn(other) for other in last) and key_of(row) == key
@@ -114,10 +111,15 @@ def interval_of(values: Sequence[float]) -> tuple[float, float]:
     Args:
         values: of the blocks, at least two.
     """
+    count = len(values)
+    return _around(statistics.fmean(values), statistics.stdev(values) / count**0.5, count)
+
+
+def _around(mean: float, error: float, count: int) -> tuple[float, float]:
+    """The interval around a mean of so many values that has this standard error."""
     from scipy.stats import t as student  # half a second of CPU
 
-    mean, count = statistics.fmean(values), len(values)
-    reach = float(student.ppf(0.975, count - 1)) * statistics.stdev(values) / count**0.5
+    reach = float(student.ppf(0.975, count - 1)) * error
     return mean - reach, mean + reach
 
 

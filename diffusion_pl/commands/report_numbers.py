@@ -21,6 +21,7 @@ from diffusion_pl.training.best import HIGHER
 from diffusion_pl.training.history import SAME, is_evaluation, is_held_out
 
 MISSING = "not recorded"
+KINDS = {"ema": "averaged", "denoiser": "raw"}  # of weights, in words
 Key = tuple[Any, ...]
 
 
@@ -50,9 +51,8 @@ ASKED = (
 def answers(row: Row) -> tuple[str, ...]:
     """The answers to ASKED of a row, and how its images were sampled."""
     weights = row.get("weights")
-    kinds = {"ema": "averaged", "denoiser": "raw"}
     averaged = f", {row['ema']}" if weights == "ema" and row.get("ema") else ""
-    said = f"{kinds.get(str(weights), weights)}{averaged}" if weights else MISSING
+    said = f"{KINDS.get(str(weights), weights)}{averaged}" if weights else MISSING
     count = _count(row.get("n"), "generated")
     if row.get("first") is not None and row.get("seed") is not None:
         count += f", from number {row['first']} of seed {row['seed']}"
@@ -146,7 +146,7 @@ def _named(row: Row) -> str:
     if not is_held_out(row):
         return str(row["name"])
     trained = "" if row.get("held_out") else ", which were trained on"
-    weights = {"ema": "averaged", "denoiser": "raw"}.get(row.get("weights", ""), MISSING)
+    weights = KINDS.get(row.get("weights", ""), MISSING)
     return f"{row['name']} of {weights} weights on {row.get('which', MISSING)}{trained}"
 
 
@@ -220,7 +220,7 @@ def _apart(runs: Sequence[Told]) -> list[Html]:
 
 def _weights(key: Key) -> str:
     weights = key[SAME.index("weights")]
-    return {"ema": "averaged weights", "denoiser": "raw weights"}.get(weights, str(weights))
+    return f"{KINDS[weights]} weights" if weights in KINDS else str(weights)
 
 
 def curves(runs: Sequence[Told]) -> Part:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 
-from PIL import Image
 from torch import Tensor
 
 from diffusion_pl.commands.report_drawn import Copies, Drawn
 from diffusion_pl.commands.report_read import Told
-from diffusion_pl.images import grid
+from diffusion_pl.images import grid, png_bytes
 from diffusion_pl.metrics.memorised import SIDE
 from diffusion_pl.page.html import Html, Part, figure, image, paragraph, part, slider, table, tag
 from diffusion_pl.page.plots import Line, plot
@@ -125,9 +123,7 @@ def _columns(images: Tensor) -> int:
 def _picture(images: Tensor, about: str, columns: int) -> Html:
     """Images in rows, as a PNG."""
     array = grid(images, columns=columns).permute(1, 2, 0).numpy()
-    out = io.BytesIO()
-    Image.fromarray(array).save(out, "PNG")
-    return image(out.getvalue(), about)
+    return image(png_bytes(array), about)
 
 
 def steps_of(ratios: Tensor) -> list[tuple[float, float]]:

@@ -98,10 +98,9 @@ class OpenedRun:
         named = {key: value for key, value in said.items() if value is not None}
         if (label := said.get("label")) is not None and label < len(names):
             named |= {"class_name": names[label]}
-        given = [each for each in self.generator.sources if isinstance(each, Prompts)]
-        cuts = [each.states.cut for each in given]
-        if cuts and cuts[0]:
-            named |= {"cut": [{"prompt": i + 1, "kept": kept} for i, kept in cuts[0].items()]}
+        for source in self.generator.sources:
+            if isinstance(source, Prompts) and (cut := source.states.cut):
+                named |= {"cut": [{"prompt": i + 1, "kept": kept} for i, kept in cut.items()]}
         return {
             **{key: str(path) for key, path in written.items()},
             **named,

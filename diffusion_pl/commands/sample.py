@@ -27,7 +27,7 @@ from diffusion_pl.commands.options import (
 )
 from diffusion_pl.commands.results import Result, line
 from diffusion_pl.commands.sample_folder import OtherImages, SampleFolder
-from diffusion_pl.commands.sample_packing import Format
+from diffusion_pl.commands.sample_packing import ARRAYS, Format
 from diffusion_pl.errors import UserError
 from diffusion_pl.evaluation import ImageGenerator
 from diffusion_pl.evaluation.sources import Labels
@@ -79,23 +79,22 @@ def command(
     rank, size = sample_ranks.this_rank(processes), options.batch_size or BATCH
     wanted = range(first, first + count)
     sample_ranks.check_count(wanted, size, rank)
-    opened = opened_for(run, count, classes, conditions, sampling, rank.options(options))
+    asked = Asked(run, count, classes, conditions, sampling, options)
+    opened = asked.open(rank)
     folder, whole = folder_for(out, opened, wanted, format, leads=rank.leads)
     missing = folder.missing(whole)
     if not rank.leads:
         sample_missing(folder, whole, rank, size, [])
         return Result({}, [])
     arguments = {
-        "run": run, "count": count, "classes": classes, "conditions": conditions,
-        "sampling": sampling, "options": options, "folder": folder.folder, "kind": format,
-        "wanted": wanted, "size": size,
+        "asked": asked, "folder": folder.folder, "kind": format, "wanted": wanted, "size": size,
     }  # fmt: skip
     with sample_ranks.others(rank, work, arguments) as started:
         sample_missing(folder, whole, rank, size, started)
     folder.finish(whole)
     result = {
         **opened.about(folder.folder),
-        "images": str(folder.images if format != "npz" else folder.folder / "images.npz"),
+        "images": str(folder.images if format != "npz" else folder.folder / ARRAYS),
         "count": count,
         "drawn": len(missing),
         "total": len(whole),
@@ -113,69 +112,72 @@ def command(
     if (data := runs.missing_data(opened.model.config)) is None:
         after = hints.next_line("evaluate", run)
     else:
-        asked = hints.command("evaluate", run, "--set", "data.dataset.path=PATH")
-        after = f"measure  {asked}  ({data}, its data, is not here)"
+        there = hints.command("evaluate", run, "--set", "data.dataset.path=PATH")
+        after = f"measure  {there}  ({data}, its data, is not here)"
     return Result(result, said, [after])
 
 
-def opened_for(
-    run: Path,
-    count: int,
-    classes: Sequence[str] | None,
-    conditions: ConditionOptions,
-    sampling: SamplerOptions,
-    options: RunOptions,
-) -> runs.OpenedRun:
-    """Open a run for its images, of classes in turn where some are named.
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What every process of the command opens alike.
 
     Args:
         run: the run.
         count: number of images.
         classes: names or indices, ("all",), or None for what the conditions say.
         conditions, sampling, options: of the command.
-
-    Raises:
-        UserError: the run is unfit, a class is unknown, or there are fewer images than classes.
     """
-    opened = runs.open_run(run, sampling, options, conditions)
-    if classes is None:
-        return opened
-    taken, names = opened.generator.taken, opened.model.class_names
-    if not taken["label"] or taken["text"] or taken["image"]:
-        raise UserError("--classes: is for models that take a class alone; leave it out")
-    if conditions.label is not None:
-        raise UserError("--classes and --label: name the classes by one of them")
-    among = tuple(range(taken["label"]))
-    if tuple(classes) != ("all",):
-        found = [class_of(word, names, taken["label"], "--classes") for word in classes]
-        among = tuple(label for label in found if label is not None)
-    if not among or count < len(among):
-        raise UserError(
-            f"--count {count}: is fewer than the {len(among):,} classes; --count "
-            f"{COLUMNS * max(1, len(among))} makes {COLUMNS} of each"
-        )
-    source = Labels(taken["label"], among=among)
-    generator = dataclasses.replace(opened.generator, sources=(source,))
-    return dataclasses.replace(opened, generator=generator)
+
+    run: Path
+    count: int
+    classes: Sequence[str] | None
+    conditions: ConditionOptions
+    sampling: SamplerOptions
+    options: RunOptions
+
+    def open(self, rank: sample_ranks.Rank) -> runs.OpenedRun:
+        """Open the run for its images, of classes in turn where some are named.
+
+        Args:
+            rank: of this process, which may have a device of its own.
+
+        Raises:
+            UserError: the run is unfit, a class is unknown, or there are fewer images than classes.
+        """
+        options = rank.options(self.options)
+        opened = runs.open_run(self.run, self.sampling, options, self.conditions)
+        if self.classes is None:
+            return opened
+        taken, names = opened.generator.taken, opened.model.class_names
+        if not taken["label"] or taken["text"] or taken["image"]:
+            raise UserError("--classes: is for models that take a class alone; leave it out")
+        if self.conditions.label is not None:
+            raise UserError("--classes and --label: name the classes by one of them")
+        among = tuple(range(taken["label"]))
+        if tuple(self.classes) != ("all",):
+            found = [class_of(word, names, taken["label"], "--classes") for word in self.classes]
+            among = tuple(label for label in found if label is not None)
+        if not among or self.count < len(among):
+            raise UserError(
+                f"--count {self.count}: is fewer than the {len(among):,} classes; --count "
+                f"{COLUMNS * max(1, len(among))} makes {COLUMNS} of each"
+            )
+        source = Labels(taken["label"], among=among)
+        generator = dataclasses.replace(opened.generator, sources=(source,))
+        return dataclasses.replace(opened, generator=generator)
 
 
 def work(
     *,
     rank: sample_ranks.Rank,
-    run: Path,
-    count: int,
-    classes: Sequence[str] | None,
-    conditions: ConditionOptions,
-    sampling: SamplerOptions,
-    options: RunOptions,
+    asked: Asked,
     folder: Path,
     kind: Format,
     wanted: range,
     size: int,
 ) -> None:
     """What another process of this machine does: sample its share into the folder."""
-    opened = opened_for(run, count, classes, conditions, sampling, rank.options(options))
-    own = SampleFolder(folder, opened, kind)
+    own = SampleFolder(folder, asked.open(rank), kind)
     sample_missing(own, own.begin(wanted, leads=False), rank, size, [])
 
 

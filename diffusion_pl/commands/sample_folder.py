@@ -121,18 +121,16 @@ class SampleFolder:
 
     def finish(self, whole: range) -> None:
         """Pack the images, and mark the folder complete."""
-        settings = settings_of(self.opened)
         if self.kind == "tar":
             write_shards(self.images, whole, self.packed.held, self._png, self._members)
         else:
             self._write_arrays(whole)
         if self.kind != "png":
-            self._write(whole, settings, complete=True, packed=[whole.start, whole.stop])
+            self.packed = Packed(self.folder, self.images, whole, self.kind)
+        self._write(whole, settings_of(self.opened), complete=True)
+        if self.kind != "png":
             for path in self.images.glob("*.png"):
                 path.unlink()
-            self.packed = Packed(self.folder, self.images, whole, self.kind)
-        else:
-            self._write(whole, settings, complete=True)
 
     def _png(self, index: int) -> bytes:
         """The PNG of an image."""
@@ -165,22 +163,14 @@ class SampleFolder:
         pixels = (pixels_of(self._png(index)) for index in whole)
         write_arrays(self.folder / ARRAYS, pixels, (len(whole), height, width, channels), more)
 
-    def _write(
-        self,
-        whole: range,
-        settings: Mapping[str, Any],
-        *,
-        complete: bool,
-        packed: Sequence[int] | None = None,
-    ) -> None:
+    def _write(self, whole: range, settings: Mapping[str, Any], *, complete: bool) -> None:
         labels = self.opened.generator.labels(whole)
         captions = self.opened.generator.captions(whole)
         held = self.packed.held
-        packed = packed or ([held.start, held.stop] if held else None)
         said = {
             "format": FORMAT,
             "files": self.kind,
-            **({} if packed is None else {"packed": packed}),
+            **({"packed": [held.start, held.stop]} if held else {}),
             "complete": complete,
             "first": whole.start,
             "count": len(whole),
@@ -198,21 +188,22 @@ class SampleFolder:
 
     def _before(self) -> dict[str, Any] | None:
         """What sample.json says; None for a new folder."""
+        before = self._said()
+        if before is None and (held := self._strangers()):
+            before = self._said()  # rank 0 may have begun between the two looks
+            if before is None:
+                raise OtherImages(
+                    f"{self.folder}: holds {held[0].name}, and no {SAMPLE} with its settings; "
+                    "sample into another folder: --out"
+                )
+        return before
+
+    def _said(self) -> dict[str, Any] | None:
+        """What sample.json says; None where there is none."""
         try:
-            before = read_sample(self.folder)
-            if before is None and (held := self._strangers()):
-                # Rank 0 may have begun between the two looks.
-                before = read_sample(self.folder)
-                if before is None:
-                    raise OtherImages(
-                        f"{self.folder}: holds {held[0].name}, and no {SAMPLE} with its settings; "
-                        "sample into another folder: --out"
-                    )
-        except OtherImages:
-            raise
+            return read_sample(self.folder)
         except ValueError as error:
             raise OtherImages(str(error)) from error
-        return before
 
     def _await(self) -> dict[str, Any]:
         """What rank 0 writes into sample.json."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from diffusion_pl.errors import UserError
+from diffusion_pl.images import png_bytes
 from diffusion_pl.io.files import regular, write_atomically
 
 Format = Literal["png", "npz", "tar"]
@@ -30,13 +31,6 @@ def shard_of(images: Path, index: int) -> Path:
         index: of the image.
     """
     return images / f"{index // SHARD:06d}.tar"
-
-
-def png_bytes(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """Pixels (H, W, C) as PNG."""
-    file = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def pixels_of(png: bytes) -> npt.NDArray[np.uint8]:

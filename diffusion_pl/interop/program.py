@@ -193,7 +193,7 @@ def compare(
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{path}: takes no batch of {count}, so it is not kept ({reason})"
-            ) from (error)
+            ) from error
         scale = 1 + sigma[:, None, None, None]
         apart = float(((found - denoiser(x, sigma, **condition)).abs() / scale).max())
         if not apart <= TOLERANCE:
