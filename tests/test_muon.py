@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffusion_pl.errors import UserError
-from diffusion_pl.training.muon import Muon, orthogonal
+from diffusion_pl.training.muon import Muon, orthogonal, orthogonal_by_gram
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -25,6 +25,29 @@ def test_the_iteration_is_its_polynomial_on_each_singular_value():
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     torch.testing.assert_close(orthogonal(matrices), u @ torch.diag_embed(s) @ v)
     assert torch.equal(orthogonal(torch.zeros(1, 2, 3)), torch.zeros(1, 2, 3))
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("size", [1e-20, 1e-6, 1.0, 1e12])
+def test_the_iteration_on_the_gram_matrix_is_that_on_the_matrix(size, dtype, most):
+    """Of full and of low rank; and of a matrix so small that its length is that of the 1e-7."""
+    matrices = [draw(6, columns) for columns in (6, 9, 54)]
+    matrices += [draw(6, 2, seed=1) @ draw(2, 12, seed=2), draw(6, 1, seed=3) @ draw(1, 7, seed=4)]
+    matrices = [size * each for each in matrices]
+    found = orthogonal_by_gram([each.to(dtype) for each in matrices])
+    for each, mine in zip(matrices, found, strict=True):
+        truth = orthogonal(each[None])[0]
+        assert (mine - truth).norm() <= most * truth.norm()
+    zero = torch.zeros(3, 5, dtype=dtype)
+    assert torch.equal(orthogonal_by_gram([zero])[0], zero)
+
+
+def test_a_step_within_autocast_is_the_step():
+    start = [draw(6, 10, dtype=torch.float32), draw(12, 6, seed=1, dtype=torch.float32)]
+    plain = stepped(Muon, start)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = stepped(Muon, start)
+    assert all(map(torch.equal, plain, cast))
 
 
 def stepped(make, parameters, steps=4):

@@ -1,15 +1,17 @@
 """Muon: momentum made orthogonal by Newton-Schulz (Jordan 2024, kellerjordan.github.io/posts/muon).
 
-torch.optim.Muon iterates in bfloat16, matrix by matrix, on any machine. A processor that has no
-arithmetic of that kind is slower by several times the rest of a step; here the iteration is in
-bfloat16 on a GPU and in float32 elsewhere, matrices of one shape are iterated together, and a
-matrix that ranks hold in parts is iterated whole.
+torch.optim.Muon iterates in bfloat16, matrix by matrix, on any machine. Here a GPU iterates in
+bfloat16, matrices of one shape together. A CPU iterates in float32 on the small matrices X X^T
+alone, those of one number of rows together, which gives the same in a third of the time: every
+step multiplies X from the left by a polynomial P of A = X X^T, so that P_5 ... P_1 X_0 needs X
+twice, and A becomes P A P. (In bfloat16 that would lose what X X^T squares.) A matrix that ranks
+hold in parts is iterated whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,6 +41,25 @@ def orthogonal(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
     return x
+
+
+def orthogonal_by_gram(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The same of matrices with one number of rows, each with columns of its own, by A = X X^T.
+
+    Args:
+        matrices: (rows, columns) each, rows <= columns, float32 or float64.
+    """
+    gram = torch.stack([x @ x.mT for x in matrices])
+    norm = gram.diagonal(dim1=1, dim2=2).sum(dim=1).sqrt()[:, None, None] + 1e-7
+    gram = gram / norm.square()
+    whole_p = 1 / norm * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    for step in range(STEPS):
+        p = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+        p.diagonal(dim1=1, dim2=2).add_(A)
+        whole_p = p @ whole_p
+        if step < STEPS - 1:
+            gram = p @ gram @ p
+    return [p @ x for p, x in zip(whole_p, matrices, strict=True)]
 
 
 class Muon(Optimizer):
@@ -102,11 +123,11 @@ class Muon(Optimizer):
                 if parameter.grad is not None:
                     update = whole(self._momentum(parameter, group)).flatten(1)
                     wide = update if update.shape[0] <= update.shape[1] else update.mT
-                    key = (*wide.shape, update.device, update.dtype)
+                    shape = wide.shape if wide.is_cuda else wide.shape[:1]
+                    key = (*shape, update.device, update.dtype)
                     alike.setdefault(key, []).append((parameter, wide))
             for pairs in alike.values():
-                found = torch.stack([wide for _, wide in pairs])
-                found = orthogonal(found.bfloat16() if found.is_cuda else found)
+                found = _orthogonal([wide for _, wide in pairs])
                 for (parameter, _), wide in zip(pairs, found, strict=True):
                     rows = parameter.shape[0]
                     columns = parameter.numel() // rows
@@ -128,6 +149,14 @@ class Muon(Optimizer):
         if group["nesterov"]:
             return parameter.grad.lerp(average, group["momentum"])
         return average.clone()
+
+
+def _orthogonal(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
+    # A step may lie within autocast, which would make bfloat16 of float32.
+    with torch.autocast(matrices[0].device.type, enabled=False):
+        if matrices[0].is_cuda:
+            return orthogonal(torch.stack([*matrices]).bfloat16()).unbind()
+        return orthogonal_by_gram(matrices)
 
 
 def _factor(rows: int, columns: int, scale: Scale) -> float:
