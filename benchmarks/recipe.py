@@ -1,12 +1,12 @@
 """cifar10_small beside the settings it had before: the distance at the end, and the time to it.
 
-Three seeds of each are trained in turn, former first, each by its own `train` command, and measured
-as their experiment says and over pixels. The wall and the CPU time are the whole command's, from
-its start to its last number; for the quiet time of an image, --time trains both for a few thousand
-images in turn and records the medians.
+Three seeds of each are trained in turn, former first, each by its own `train` command on all cores
+(as many processes as its settings say, the cores shared among their threads), and measured as their
+experiment says and over pixels. The wall and the CPU time are the whole command's, from its start
+to its last number; for the quiet time of an image, --time trains both for a few thousand images in
+turn, and the former in one process of all cores too, and records the medians.
 
     make bench BENCH=recipe                # all that is not yet recorded
-    .venv/bin/python -m benchmarks.recipe --only former --devices 1
     .venv/bin/python -m benchmarks.recipe --time
 """
 
@@ -41,17 +41,26 @@ FORMER = [
     "data.batch_size=32",
     "trainer.total_images=89600",
     "trainer.checkpoint_every=44800",
+    "trainer.devices=2",
 ]  # fmt: skip
-RECIPES: dict[str, list[str]] = {"former": FORMER, "recipe": []}
+RECIPES: dict[str, list[str]] = {"former": FORMER, "recipe": ["trainer.devices=1"]}
+IN_ONE = "former in one process"
+TIMES = {**RECIPES, IN_ONE: [*FORMER, "trainer.devices=1"]}
 
 
-def train(name: str, seed: int, devices: int) -> dict[str, Any]:
+def threads(overrides: list[str]) -> int:
+    """The threads of each process, so that all have every core between them."""
+    processes = next(int(w.partition("=")[2]) for w in reversed(overrides) if "devices=" in w)
+    return max(1, (os.cpu_count() or 1) // processes)
+
+
+def train(name: str, seed: int) -> dict[str, Any]:
     """Train a recipe to its end and measure it."""
     run = RUNS / f"{name}-{seed}"
     # The experiment's own evaluations on the way would count as time of training.
     words = [*RECIPES[name], f"seed={seed}", "evaluation.every=1_000_000", "evaluation.losses=null"]
-    words += [f"trainer.devices={devices}", "--run", str(run)]
-    _, wall, cpu = command("train", EXPERIMENT, *words)
+    words += ["--run", str(run)]
+    _, wall, cpu = command("train", EXPERIMENT, *words, threads=threads(RECIPES[name]))
     rows = History(run / "metrics.jsonl").rows()
     end = next(row for row in reversed(rows) if str(row.get("name", "")).startswith("fd@"))
     said, _, _ = command(
@@ -61,7 +70,6 @@ def train(name: str, seed: int, devices: int) -> dict[str, Any]:
         "recipe": name,
         "seed": seed,
         "overrides": RECIPES[name],
-        "devices": devices,
         "images": end["images"],
         "name": end["name"],
         "shapes": end["value"],
@@ -77,10 +85,12 @@ def timed(name: str, turn: int) -> tuple[float, float]:
     found = []
     for images in (TIMED, 2 * TIMED):
         run = RUNS / "timed" / f"{name}-{turn}-{images}-{os.getpid()}"
-        words = [*RECIPES[name], f"trainer.total_images={images}", "evaluation.count=1"]
+        words = [*TIMES[name], f"trainer.total_images={images}", "evaluation.count=1"]
         words += ["evaluation.metrics=[]", "evaluation.every=1_000_000"]
-        cooldown = f"lr_schedule.cooldown={images // 2}"
-        _, wall, cpu = command("train", EXPERIMENT, *words, cooldown, "--run", str(run))
+        words += ["evaluation.losses=null", f"trainer.checkpoint_every={images}"]
+        words += [] if "former" in name else [f"lr_schedule.cooldown={images // 2}"]
+        words += ["--run", str(run)]
+        _, wall, cpu = command("train", EXPERIMENT, *words, threads=threads(TIMES[name]))
         found.append((wall, cpu))
     (wall, cpu), (wall_2, cpu_2) = found
     return (wall_2 - wall) / TIMED, (cpu_2 - cpu) / TIMED
@@ -91,7 +101,6 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--time", action="store_true", help="of an image, in turn")
     options.add_argument("--only", choices=list(RECIPES))
-    options.add_argument("--devices", type=int, default=2, help="processes of one thread")
     chosen = options.parse_args()
 
     def read() -> dict[str, Any]:
@@ -104,13 +113,14 @@ def main() -> None:
         RECORD.write_text(json.dumps(whole, indent=1) + "\n")
 
     if chosen.time:
-        turns = [{name: timed(name, turn) for name in RECIPES} for turn in range(TURNS)]
+        turns = [{name: timed(name, turn) for name in TIMES} for turn in range(TURNS)]
         for at, kind in enumerate(("seconds", "cpu_seconds")):
-            of_image = {
-                name: statistics.median(turn[name][at] for turn in turns) for name in RECIPES
+            of_image = {name: statistics.median(turn[name][at] for turn in turns) for name in TIMES}
+            ratios = {
+                other: [round(turn["recipe"][at] / turn[other][at], 3) for turn in turns]
+                for other in ("former", IN_ONE)
             }
-            ratios = [turn["recipe"][at] / turn["former"][at] for turn in turns]
-            known["images"][kind] = {**of_image, "ratios": [round(each, 3) for each in ratios]}
+            known["images"][kind] = {**of_image, "ratios of the recipe": ratios}
         write()
     else:
         for seed in SEEDS:
@@ -119,7 +129,7 @@ def main() -> None:
                     row for row in known["runs"] if (row["recipe"], row["seed"]) == (name, seed)
                 ]
                 if not any(row["overrides"] == RECIPES[name] for row in done):
-                    row = train(name, seed, chosen.devices)
+                    row = train(name, seed)
                     known = read()
                     known["runs"] = [*(each for each in known["runs"] if each not in done), row]
                     write()
