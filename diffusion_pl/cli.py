@@ -38,10 +38,10 @@ from diffusion_pl.names import refuse_controls, shown
 from diffusion_pl.signals import RESUMABLE, StopError, StopRequest, is_later_rank
 
 COMMANDS = (
-    "prepare", "train", "launch", "sample", "evaluate", "reference", "sweep", "ema", "compare",
-    "report", "runs", "watch", "replay", "losses", "progressive", "interpolate", "enlarge",
-    "invert", "inpaint", "likelihood", "import", "export", "convert", "verify", "check", "plan",
-    "experiments", "completion",
+    "prepare", "recipe", "train", "launch", "sample", "evaluate", "reference", "sweep", "ema",
+    "compare", "report", "runs", "watch", "replay", "losses", "progressive", "interpolate",
+    "enlarge", "invert", "inpaint", "likelihood", "import", "export", "convert", "verify", "check",
+    "plan", "experiments", "completion",
 )  # fmt: skip
 
 # A path joins the two slashes of an address; one letter before them is a disk.
@@ -50,6 +50,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 INTERRUPTED = 130  # the shells' code for Ctrl-C
 # Commands that continue their work when they are run again; `train` says so by itself.
 RESUMING = frozenset({"prepare", "sample", "sweep", "ema"})
+TRAINING = frozenset({"train", "recipe"})  # with a run's folder, in which a signal leaves a mark
 
 # Folders of installed packages, of Python's or of a distribution's, wherever they stand.
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _broken_output(error)
     if call is None:
         return 0
-    if call.command != "train":
+    if call.command not in TRAINING:
         try:
             return _run(call)
         except KeyboardInterrupt:
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(call)
         except StopError:
-            run = call.keywords.get("run") or Path("runs") / Path(call.words[0]).stem
+            run = call.keywords.get("run") or _default_run(call)
             try:
                 stop_request.mark_before_steps(run)
             except UserError as error:
@@ -106,6 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return RESUMABLE
+
+
+def _default_run(call: Call) -> Path:
+    """The folder of a run that was not named."""
+    named = Path(call.words[0])
+    return Path("runs") / (
+        named.stem if call.command == "train" else f"{named.resolve().name}-probe"
+    )
 
 
 def _run(call: Call) -> int:

@@ -136,7 +136,7 @@ MUTANTS = [
         ("        batch_size //= 2", "        break"),
         ("    if lowest > _LOWEST:", "    if False:"),
         ('"--run", f"runs/{folder.resolve().name}"', '"--run", f"runs/{folder.name}"'),
-        ("while batch_size % processes:", "while False:"),
+        ('["trainer.accelerator=auto"] if on.kind == "gpu" else []', "[]"),
     ),
     *at(
         "commands/hints.py",

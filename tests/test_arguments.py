@@ -19,7 +19,8 @@ from diffusion_pl.commands import options, results
 
 # Words that a command needs before its options.
 WORDS = {
-    "prepare": "src dest --resolutions 8", "train": "x", "launch": "x", "check": "x", "plan": "x",
+    "prepare": "src dest --resolutions 8", "recipe": "d", "train": "x", "launch": "x", "check": "x",
+    "plan": "x",
     "sample": "r", "evaluate": "r", "progressive": "r", "likelihood": "r", "losses": "r",
     "sweep": "r", "replay": "r --step 3", "enlarge": "r a.png", "invert": "r a.png",
     "inpaint": "r a.png mask.png",
@@ -113,8 +114,8 @@ OPTIONS = [
     ("--nodes 7", None, 7, "plan"),
     ("--null-text word", None, "word", "import"),
     ("--out word", None, "word",
-     "report sample reference sweep ema replay losses progressive interpolate enlarge inpaint "
-     "invert"),
+     "recipe report sample reference sweep ema replay losses progressive interpolate enlarge "
+     "inpaint invert"),
     ("--probes 7", None, 7, "likelihood"),
     ("--processes 7", None, 7, "sample"),
     ("--prompt a=1 --prompt b=2", [], ["a=1", "b=2"], ASKING),
@@ -126,7 +127,9 @@ OPTIONS = [
     ("--resolutions word", None, "word", "prepare"),
     ("--resolved", False, True, "check"),
     ("--restart 7", None, 7.0, "enlarge"),
-    ("--run word", None, "word", "train launch"),
+    ("--run word", None, "word", "train launch recipe"),
+    ("--hours 2.5", 1.0, 2.5, "recipe"),
+    ("--probe 7", 16000, 7, "recipe"),
     ("--sampler word", None, "word", DRAWING),
     ("--samplers word", None, ["word"], "sweep"),
     ("--sbatch a=1 --sbatch b=2", [], ["a=1", "b=2"], "launch"),
@@ -357,7 +360,7 @@ def test_a_file_whose_name_looks_like_json_is_a_file():
         ("launch x --sbatch --partition=gpu", "is joined by =, as in --sbatch=--partition=gpu."),
         ("sample x --guidance-interval -1,2", "as in --guidance-interval=-1,2."),
         ("smaple runs/a", 'Did you mean "sample"?'),
-        ("", "name a command: prepare, train,"),
+        ("", "name a command: prepare, recipe, train,"),
     ],
 )
 def test_words_that_do_not_fit_are_one_line_and_exit_code_2(words, message, capsys):

@@ -57,7 +57,7 @@ TEXT_GUIDANCE = 3.0  # of evaluations; docs/text.md
 BATCH_SIZE = 256  # where the experiment is not found
 _SMALL_BATCH = {"cpu": 16, "gpu": 32}  # small ones keep a GPU waiting
 _BLOCKS = 1
-_MOST_PROCESSES = 4
+_MOST_CORES = 4
 _LOWEST = 32  # pixels a side of the network's lowest level, at most
 _CPU_SIDE = 64  # pixels a side that CPUs can train at in about an hour
 _LONG_SECONDS = 4 * 3600.0
@@ -109,7 +109,7 @@ def machine() -> Machine:
 
         if torch.cuda.is_available():
             return Machine("gpu", torch.cuda.get_device_name(), cores, _gpu_speed())
-    speed = _core_speed() * min(cores, _MOST_PROCESSES)
+    speed = _core_speed() * min(cores, _MOST_CORES)
     return Machine("cpu", f"{cores} CPU {'core' if cores == 1 else 'cores'}", cores, speed)
 
 
@@ -190,7 +190,7 @@ def _without_text(manifest: Manifest, folder: Path, on: Machine) -> Plan:
     if on.kind == "gpu" and manifest.count >= LARGE and sides[0] % DIVISORS[tier] == 0:
         name = EXPERIMENTS[tier][manifest.classes > 0]
         return _published(manifest, folder, on, name, sides[0], [])
-    return _small(manifest, folder, on)
+    return small(manifest, folder, on)
 
 
 def _levels(sides: Sequence[int]) -> list[str]:
@@ -253,7 +253,7 @@ def _counted(name: str, overrides: Sequence[str], side: int) -> float | None:
     return float(counter.get_total_flops())
 
 
-def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
+def small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
     """The small network, as deep as the side allows, for a time that suits the machine."""
     count = manifest.count
     side = _side(manifest, on)
@@ -277,21 +277,9 @@ def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
         f"network.model_channels={channels}",
         f"network.channel_mult={mults}",
         f"network.attention={[lowest] if lowest <= 16 else []}",
-        f"trainer.total_images={images}",
-        f"trainer.checkpoint_every={images // 8}",
-        f"trainer.log_every={images // 40}",
-        f"evaluation.every={images // 4}",
-        f"evaluation.count={min(500, count)}",
-        f"ema.half_life={images // 12}",
-        f"lr_schedule.cooldown={images * 3 // 4}",
+        *of_budget(images, count),
     ]
-    if on.kind == "gpu":
-        overrides += ["trainer.accelerator=auto", "trainer.devices=1"]
-    else:
-        processes = min(_MOST_PROCESSES, on.cores)
-        while batch_size % processes:
-            processes -= 1
-        overrides += [f"trainer.devices={processes}"]
+    overrides += ["trainer.accelerator=auto"] if on.kind == "gpu" else []
     lines = [
         f"for {count:,} images of {side} px and {on.name}: a U-Net of {channels} channels, "
         f"{images:,} images seen ({images // count:,} times each), about {duration(seconds)} "
@@ -306,6 +294,24 @@ def _small(manifest: Manifest, folder: Path, on: Machine) -> Plan:
             f"prepare them by: {_prepare_at(manifest, folder, low)}"
         )
     return Plan(SMALL, overrides, images, seconds, _command(SMALL, folder, overrides), lines)
+
+
+def of_budget(images: int, count: int) -> list[str]:
+    """The settings of the small experiment that go with its budget.
+
+    Args:
+        images: seen in training.
+        count: of the data set.
+    """
+    return [
+        f"trainer.total_images={images}",
+        f"trainer.checkpoint_every={images // 8}",
+        f"trainer.log_every={images // 40}",
+        f"evaluation.every={images // 4}",
+        f"evaluation.count={min(500, count)}",
+        f"ema.half_life={images // 12}",
+        f"lr_schedule.cooldown={images * 3 // 4}",
+    ]
 
 
 def _rate(on: Machine, side: int, channels: int, batch_size: int) -> float:
