@@ -63,7 +63,7 @@ MUTANTS = [
         ('said = f"{KINDS.get(str(weights), weights)}', 'said = f"{weights}'),
         ("lines = plots.setdefault(key_of(row), {})", "lines = plots.setdefault((1,) * 5, {})"),
         ('said = [setting(each.run.tree, "objective"), data]', "said = [data]"),
-        ("known = [member for member in held if member[2]]", "known = held"),
+        ("if any(len(curve) > 1 for _, _, curve in held)", "if all(len(c) > 1 for *_, c in held)"),
         ("each.run.seconds(images) / 3600", "each.run.seconds(images) / 60"),
         ('found[key]["images"] <= row["images"]', 'found[key]["images"] > row["images"]'),
     ),

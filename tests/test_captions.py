@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prepared import digests, file, fill, manifest, members, noise, prepare, tarred, zipped
+from prepared import cifar10, digests, file, fill, manifest, members, noise, prepare, tarred, zipped
 from sharded import rewrite
 
 from diffusion_pl.data import stored
@@ -167,7 +167,8 @@ def coco(place: Path, start: str = "") -> Path:
     """Three images of which the second has two captions and the third none."""
     names = [f"{i:012}.jpg" for i in range(4)]
     images = [{"id": 10 + i, "file_name": start + each} for i, each in enumerate(names)]
-    said = [(11, "second"), (10, "first"), (11, "again"), (13, "elsewhere")]
+    said = [(11, "second"), (10, "first"), (11, "again"), (13, "elsewhere"),
+            (99, "of no image")]  # fmt: skip
     annotations = [{"image_id": i, "id": n, "caption": each} for n, (i, each) in enumerate(said)]
     content = json.dumps({"images": images, "annotations": annotations}).encode()
     pictures = {f"train2017/{each}": file(noise(i), "JPEG") for i, each in enumerate(names[:3])}
@@ -238,6 +239,14 @@ def test_what_is_wanted_and_not_there_is_refused(tmp_path, capsys):
     tar = tarred(tmp_path / "x.tar", pictures())
     assert said in refused(tar, capsys, "--captions")
     assert "no member .alt beside" in refused(tar, capsys, "--caption", "alt")
+    # A kind that never has any.
+    assert said in refused(cifar10(tmp_path / "c.tar.gz"), capsys, "--captions")
+
+
+def test_a_line_of_a_table_ends_at_newlines_alone(tmp_path):
+    row = json.dumps({"file_name": "0.png", "text": "a\u2028b\x85c"}, ensure_ascii=False)
+    source = fill(tmp_path / "x", pictures(1) | {"metadata.jsonl": row.encode()})
+    assert kept(done(source)) == [("a b c",)]
 
 
 def prompted(kind: str, place: Path) -> Path:
@@ -485,6 +494,20 @@ def test_captions_that_changed_since_are_named(tmp_path, capsys):
     assert prepare(source, dest) == 2
 
 
+def test_other_words_or_fewer_files_of_captions_are_another_source(tmp_path):
+    table = fill(tmp_path / "table", pictures() | rows("text", "csv"))
+    beside = fill(tmp_path / "beside", pictures() | texts())
+    for source in (table, beside):
+        assert prepare(source, tmp_path / f"{source.name}-dest") == 0
+    path = table / "metadata.csv"
+    times = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"a red star", b"a red moon"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy keeps them
+    (beside / "1.txt").unlink()
+    for source in (table, beside):
+        assert prepare(source, tmp_path / f"{source.name}-dest") == 2
+
+
 def test_a_set_without_captions_says_that_its_source_has_some(tmp_path, capsys):
     source = fill(tmp_path / "x", pictures())
     dest = tmp_path / "dest"
@@ -533,6 +556,20 @@ def test_a_manifest_that_says_something_else_of_captions_is_refused(dest, change
     rewrite_as(dest, said)
     with pytest.raises(UserError, match="dataset.json"):
         Manifest.read(dest)
+
+
+@pytest.mark.parametrize("size", [True, 3.0, "3", -1, None])
+def test_the_size_of_a_file_is_a_whole_number(dest, size):
+    said = manifest(dest)
+    said["captions"]["files"][0]["bytes"] = size
+    rewrite_as(dest, said)
+    with pytest.raises(UserError, match=r"bytes of text/captions.txt must be a whole number"):
+        Manifest.read(dest)
+
+
+def test_the_manifest_counts_captions_and_images_without(dest):
+    said = manifest(dest)["captions"]
+    assert (said["unique"], said["total"], said["bare"]) == (3, 4, 1)
 
 
 @pytest.mark.parametrize("place", ["../../etc/passwd", "text/../x", "/etc/passwd"])

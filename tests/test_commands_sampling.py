@@ -624,7 +624,7 @@ def test_an_npz_alone_goes_on_and_holds_the_same_images(run, seven, tmp_path):
         (("--classes", "1,2", "--label", "1"), "name the classes by one of them"),
         (("--classes", "all", "--count", 7), "--count 7: is fewer than the 8 classes; --count 64"),
         (("--processes", 0), "--processes must be at least 1 (got 0)"),
-        (("--processes", 3, "--count", 2), "2 images are 1 batches of 64, fewer than the 3"),
+        (("--processes", 3, "--count", 2), "2 images are 1 batch of 64, fewer than the 3"),
         (("--processes", 3, "--count", 12), "use at most 1, or --batch-size 4"),
     ],
 )

@@ -142,6 +142,7 @@ def test_an_interrupted_encoding_goes_on_to_the_same_bytes(bare, tmp_path, small
     assert len(rest.asked) == len(Captions.of(SPOKEN)) + 1 - 128
     assert reports[0][0] == 128 and sum(reports[-1][:2]) == reports[-1][2]
     assert digests(whole) == digests(parts)
+    assert not list(parts.rglob(".progress"))
 
 
 def test_blocks_double_up_to_the_largest(bare, tmp_path, monkeypatch):
@@ -348,6 +349,20 @@ def test_a_description_that_is_not_as_it_is_written_is_refused(made, changes):
         opened(made)
 
 
+def test_a_name_with_signs_that_no_one_sees_or_twice_is_refused(made):
+    path = made / "text" / "encodings.json"
+    good = path.read_text()
+    # With the folder that such a name gives, else that is refused.
+    said = json.loads(good.replace("text/words-", "text/words_-"))
+    said["encodings"][0]["encoder"] = "words\x1b"
+    twice = json.loads(good)
+    twice["encodings"] *= 2
+    for wrong, why in ((said, "must be a word"), (twice, "an encoder twice")):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=why):
+            opened(made)
+
+
 @pytest.mark.parametrize("content", [b"[]", b"{", b"\xff", b'{"format": 2}', b'{"format": 1}'])
 def test_another_file_in_the_place_of_the_description_is_refused(made, content):
     (made / "text" / "encodings.json").write_bytes(content)
@@ -356,13 +371,22 @@ def test_another_file_in_the_place_of_the_description_is_refused(made, content):
 
 
 @pytest.mark.parametrize(
-    ("column", "value"),
-    [("block", 9), ("tokens", 6), ("offset", 2**63), ("offset", 10**6), ("offset", 2)],
+    ("column", "row", "value"),
+    [
+        ("block", -1, 9),
+        ("tokens", -1, 6),
+        ("tokens", 0, 6),  # inside of its block
+        ("offset", -1, 2**63),
+        ("offset", -1, 2**64 - 4),  # its end is 20 in 64 bits
+        ("offset", -1, 10**6),
+        ("offset", -1, 12 * 10**5),  # where a token could begin
+        ("offset", -1, 2),
+    ],
 )
-def test_an_index_that_leads_outside_of_its_blocks_is_refused(made, column, value):
+def test_an_index_that_leads_outside_of_its_blocks_is_refused(made, column, row, value):
     [path] = made.glob("text/*/index.npy")
     rows = np.load(path)
-    rows[column][-1] = value
+    rows[column][row] = value
     np.save(path, rows)
     from diffusion_pl.io.files import sha256_of
 

@@ -21,7 +21,13 @@ from diffusion_pl.diffusion.conditions import received, without
 from diffusion_pl.diffusion.degradations import Blurred, Boxes, Downsampled, Grey
 from diffusion_pl.diffusion.measurements import GaussianBlur
 from diffusion_pl.errors import UserError
-from diffusion_pl.evaluation.sources import DataImages, GivenImages, own_condition, sources_of
+from diffusion_pl.evaluation.sources import (
+    DataImages,
+    GivenImages,
+    Labels,
+    own_condition,
+    sources_of,
+)
 from diffusion_pl.networks.linear_unet import LinearUNet
 from diffusion_pl.networks.prx import PRX
 from diffusion_pl.objectives.edm import EDM
@@ -428,7 +434,10 @@ def test_an_image_of_the_data_comes_with_its_class_and_its_caption():
         joined = {}
         for each in found:
             joined |= each.condition(0, range(50))
+        assert ("label" in joined) == bool((taken | size)["label"])
         assert torch.equal(joined.get("label", IMAGES.labels[which]), IMAGES.labels[which])
+    # No class is drawn beside those of the images.
+    assert not any(isinstance(each, Labels) for each in sources_of(taken, **given))
     named = sources_of(taken | {"text": 0}, label=2, **given)
     assert [each.condition(0, [0, 1]).get("label", torch.ones(1)).tolist() for each in named] == [
         [2, 2], [1],

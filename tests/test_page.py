@@ -12,7 +12,18 @@ from pages import parsed
 
 from diffusion_pl.page import html
 from diffusion_pl.page.html import Html, document, image, slider, table, tag
-from diffusion_pl.page.plots import BOTTOM, LEFT, RIGHT, TOP, Axis, Line, axis_of, plot, short
+from diffusion_pl.page.plots import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    TOP,
+    Axis,
+    Line,
+    axis_of,
+    labels,
+    plot,
+    short,
+)
 
 HOSTILE = "</td><script>alert(1)</script>\" onload='x' & \u202e\x1b[31m \ud800"
 
@@ -175,6 +186,20 @@ def test_names_of_lines_are_escaped():
 def test_numbers_are_short():
     given = [40_000, 2e6, 1e9, 0.05, 1e-5, 0, 1500]
     assert list(map(short, given)) == ["40k", "2M", "1G", "0.05", "1e-05", "0", "1.5k"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.7015, 1.7045), (5, 5.001), (31_999.5, 32_001), (0.25, 0.2500004)]
+)
+def test_numbers_beside_an_axis_differ(low, high):
+    ticks = axis_of([low, high]).ticks()
+    said = labels(ticks)
+    assert len(set(said)) == len(ticks) > 1
+    units = {"k": 1e3}
+    read = [float(each.rstrip("k")) * units.get(each[-1], 1) for each in said]
+    assert read == pytest.approx(ticks, rel=1e-9)
+    drawn = parsed(plot([Line("a", [(0, low), (1, high)])], title="t", x="x"))
+    assert [each.text for each in drawn.find("text", **{"text-anchor": "end"})] == said
 
 
 def test_html_of_html_is_itself():

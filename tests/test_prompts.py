@@ -17,6 +17,7 @@ import numpy as np
 import prepared
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from test_training import BATCH, experiment, go, same  # noqa: F401
 from worded import WordEncoder
@@ -108,13 +109,26 @@ def test_the_null_is_the_datas_encoding_of_nothing_in_weights_and_average(go):  
     )
 
 
+def test_the_average_has_the_null_before_its_first_step(go):  # noqa: F811
+    seen = []
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append(pl_module.ema.network.null_text.clone())
+
+    go(dataclasses.replace(worded(8), callbacks=(Watch(),)))
+    assert torch.equal(seen[0], Worded().open().texts.null[0].float())
+
+
 def test_weights_of_another_encoder_are_not_started_from(go):  # noqa: F811
     tokens, mask = Worded().open().texts.null
     known = network()
     known.set_null_text(tokens + 1e-3, mask)  # as another machine rounds
     go(worded(8, net=known), "same")
-    # The second encoder has no token for the empty caption.
-    for number, null in enumerate(((tokens.flip(1), mask), (tokens * 0, mask & False))):
+    # The second encoder has no token for the empty caption, the third one more than ours.
+    more = torch.arange(len(mask)) <= mask.sum()
+    others = (tokens.flip(1), mask), (tokens * 0, mask & False), (tokens, more)
+    for number, null in enumerate(others):
         known = network()
         known.set_null_text(*null)
         with pytest.raises(UserError, match="trained with captions of another encoder"):

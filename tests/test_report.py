@@ -172,6 +172,12 @@ def test_a_sweep_has_a_line_for_each_sampler(tmp_path):
                         | {"evaluations": steps})  # fmt: skip
     [(_, about, lines)] = plots_of(part(reported(folder), "sweep"))
     assert about.endswith("by network evaluations an image") and lines == ["deis", "heun"]
+    # Another metric has axes of its own.
+    for steps in (5, 10):
+        row = known(name="cs@250/synthetic/shapes", value=1.5, sampler="heun")
+        rows.append({"point": f"cs{steps}", **row, "evaluations": steps})
+    titles = [title for title, _, _ in plots_of(part(reported(folder), "sweep"))]
+    assert [title[:3] for title in titles] == ["fd@", "cs@"]
 
 
 def test_losses_by_level_are_plotted_where_they_were_measured(tmp_path):
@@ -192,10 +198,12 @@ def test_grids_through_training_stand_under_a_slider(tmp_path):
     for images in range(1, 41):
         Image.new("RGB", (20, 20), (images, 0, 0)).save(folder / "samples" / f"{images:012d}.png")
     (folder / "samples" / f"{50:012d}.png").write_bytes(b"no PNG")
+    Image.new("RGB", (20, 20)).save(folder / "samples" / f"{10**39}.png")  # no number of images
     grids = part(reported(folder), "grids")
     [move] = grids.find("input")
     frames = [each.attributes["data-caption"] for each in grids.find("div") if
               "data-caption" in each.attributes]  # fmt: skip
+    assert all(int(each.split()[0].replace(",", "")) <= 40 for each in frames)
     assert len(frames) == 23 and frames[0] == "1 images seen" and move.attributes["max"] == "22"
     assert "000000000050.png" in part(reported(folder), "grids").text  # said, not shown
 

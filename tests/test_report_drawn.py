@@ -17,7 +17,9 @@ from test_compare import a_run
 from test_report import HOSTILE, part, plots_of, reported
 
 from diffusion_pl.cli import main
-from diffusion_pl.commands.report_drawn import Copies, Drawn
+from diffusion_pl.commands import runs
+from diffusion_pl.commands.options import RunOptions, SamplerOptions
+from diffusion_pl.commands.report_drawn import Copies, Drawn, _in_turn
 from diffusion_pl.commands.report_read import told
 from diffusion_pl.commands.report_samples import film, neighbours, samples, steps_of
 from diffusion_pl.data.synthetic import Synthetic
@@ -59,6 +61,15 @@ def test_a_run_s_classes_film_and_neighbours_are_drawn(home, monkeypatch, capsys
         second = np.asarray(picture)
     # Each of its pixels is eight wide, and it stands after the first image and a gap of two.
     assert (np.asarray(Image.open(io.BytesIO(strip)))[::8, 66::8] == second).all()
+
+
+def test_the_classes_are_drawn_in_turn(home, monkeypatch):
+    monkeypatch.chdir(home)
+    opened = runs.open_run(Path("runs/tiny"), SamplerOptions(), RunOptions())
+    [source] = _in_turn(opened.generator).sources
+    classes = source.classes
+    labels = source.condition(0, range(3 * classes))["label"].tolist()
+    assert labels == [*range(classes)] * 3
 
 
 def test_what_cannot_be_made_is_said_and_the_rest_stands(tmp_path, capsys):

@@ -184,6 +184,42 @@ def test_a_string_is_no_list_of_captions(encoder) -> None:
         encoder.encode("a cat")
 
 
+def counting(length: int, batch: int = 4) -> tuple[TokenEncoder, list[tuple[int, ...]]]:
+    """A token a word behind a first one, and the shapes of the batches that were computed."""
+    shapes = []
+
+    def states(ids: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(ids.shape))
+        return ids[..., None].expand(-1, -1, 3).float()
+
+    def ids(caption: str, most: int | None) -> list[int]:
+        return [1, *range(2, 2 + len(caption.split()))][:most]
+
+    return TokenEncoder("numbers", "0" * 64, 3, length, ids, states, batch), shapes
+
+
+def test_every_batch_is_full() -> None:
+    """So that the bits of a caption's states do not depend on how many are beside it."""
+    encoder, shapes = counting(8)
+    tokens, mask, _ = encoder.encode(["a b", "c d", "e", "f g", "h i", "j k"])
+    assert sorted(shapes) == [(4, 2), (4, 3), (4, 3)]
+    assert mask.sum(1).tolist() == [3, 3, 2, 3, 3, 3]
+    assert tokens[-1, :4, 0].tolist() == [1, 2, 3, 0]
+
+
+def test_the_words_kept_are_all_that_fit() -> None:
+    words = list("abcdefgh")
+    for length in range(2, 12):
+        encoder, _ = counting(length)
+        assert encoder.kept(" ".join(words)) == " ".join(words[: length - 1])
+
+
+def test_a_length_is_refused_before_anything_is_looked_for() -> None:
+    for name in ("minilm", "hf:/nowhere", "other"):
+        with pytest.raises(UserError, match="must be at least 2 tokens"):
+            text.encoder(name, 1)
+
+
 def test_states_beyond_float16_are_refused() -> None:
     loud = TokenEncoder(
         "loud", "0" * 64, 1, 4, lambda caption, length: [1, 2], lambda ids: 1e5 * ids[..., None], 2

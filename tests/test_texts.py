@@ -12,7 +12,7 @@ from loaders import loader
 from worded import WordEncoder
 
 from diffusion_pl.data.dataset import load, reduced
-from diffusion_pl.data.encoding import text_table
+from diffusion_pl.data.encoding import batch_size, text_table
 from diffusion_pl.data.order import Order
 from diffusion_pl.errors import UserError
 from diffusion_pl.texts import Captions, TextTable
@@ -82,6 +82,13 @@ def test_the_null_is_the_encoding_of_the_empty_caption(table):
     assert mask.tolist() == [True, True, False, False, False]
     assert torch.equal(text[:2], torch.from_numpy(WordEncoder().states("")))
     assert not text[2:].any()
+
+
+def test_the_empty_caption_may_be_a_batch_of_its_own():
+    encoder = WordEncoder()
+    words = [(f"n {i}",) for i in range(batch_size(encoder))]
+    text, mask = text_table(Captions.of(words), encoder).null
+    assert torch.equal(text[mask], torch.from_numpy(encoder.states("")))
 
 
 def test_states_that_float16_cannot_hold_and_captions_without_a_token_are_refused():
@@ -179,6 +186,13 @@ def test_readers_hand_the_texts_over(table):
         for name in ("image", "text", "text_mask"):
             assert torch.equal(batch[name], here[name]), (step, name)
     assert sum(each.nbytes for each in here.values()) <= wanted.most_bytes
+
+
+def test_the_bound_of_a_batch_counts_its_text():
+    """A batch of small images is mostly text."""
+    images = images_with(text_table(Captions.of(SPOKEN), WordEncoder(width=64, length=40)), side=4)
+    batches = loader(images, 5)
+    assert sum(each.nbytes for each in batches[0].values()) <= batches.most_bytes
 
 
 def test_reduced_images_keep_their_texts(table):

@@ -16,7 +16,7 @@ from diffusion_pl.commands.compare import DRAWN, Row, key_of
 from diffusion_pl.commands.report_read import Told, setting
 from diffusion_pl.commands.report_settings import published
 from diffusion_pl.page.html import Html, Part, paragraph, part, table, tag
-from diffusion_pl.page.plots import Line, plot
+from diffusion_pl.page.plots import COLOURS, Line, plot
 from diffusion_pl.training.best import HIGHER
 from diffusion_pl.training.history import SAME, is_evaluation, is_held_out
 
@@ -237,9 +237,8 @@ def curves(runs: Sequence[Told]) -> Part:
     for key in keys:
         if not word_of(key[0]).endswith("_std"):
             held = [(r, each, each.run.curve(key)) for r, each in enumerate(runs)]
-            known = [member for member in held if member[2]]
-            if any(len(curve) > 1 for _, _, curve in known):  # else the table says all
-                figures += _by_both(f"{key[0]}, {_weights(key)}", known)
+            if any(len(curve) > 1 for _, _, curve in held):  # else the table says all
+                figures += _by_both(f"{key[0]}, {_weights(key)}", held)
     inside = tag("div", *figures, class_="plots") if figures else paragraph("nothing logged yet")
     return part("curves", "Learning curves", note, inside)
 
@@ -353,7 +352,7 @@ def _by_level(run: Told) -> list[Html]:
     for row in run.held_out.get("ema", ()):
         for sigma, loss in _level_points(row["levels"]):
             curves.setdefault(sigma, []).append((row["images"], loss))
-    made = [Line(f"sigma {sigma:.3g}", points, place)
+    made = [Line(f"sigma {sigma:.3g}", points, place, dashed=place >= COLOURS)
             for place, (sigma, points) in enumerate(sorted(curves.items()))]  # fmt: skip
     if max(map(len, curves.values()), default=0) < 2:
         return []

@@ -104,8 +104,8 @@ def check_count(wanted: range, size: int, rank: Rank) -> None:
         smaller = len(wanted) // rank.count
         more = f", or --batch-size {smaller}" if smaller else ""
         raise UserError(
-            f"{len(wanted):,} images are {most} batches of {size}, fewer than the {rank.count} "
-            f"processes; use at most {most}{more}"
+            f"{len(wanted):,} images are {most} {'batch' if most == 1 else 'batches'} of {size}, "
+            f"fewer than the {rank.count} processes; use at most {most}{more}"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from diffusion_pl.page.html import Html, joined, tag
@@ -126,12 +126,21 @@ def plot(
     return tag("figure", tag("figcaption", title), picture, tag("ul", *legend, class_="legend"))
 
 
-def short(value: float) -> str:
+def short(value: float, digits: int = 4) -> str:
     """A tick's number: 40k, 2M, 0.05, 1e-05."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:.4g}"
+            return f"{value / size:.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
+
+
+def labels(ticks: Sequence[float]) -> list[str]:
+    """The numbers of ticks, with as many digits as tell them apart."""
+    for digits in range(4, 13):
+        found = [short(value, digits) for value in ticks]
+        if len(set(found)) == len(set(ticks)):
+            break
+    return found
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:
@@ -174,20 +183,25 @@ def _curve(line: Line, points: Sequence[Point], across: Axis, up: Axis) -> Html:
     return tag("g", curve, *(dots if len(dots) <= DOTTED else ()), class_=_kind(line))
 
 
+def _numbered(axis: Axis) -> Iterable[tuple[float, str]]:
+    ticks = axis.ticks()
+    return zip(ticks, labels(ticks), strict=True)
+
+
 def _frame(across: Axis, up: Axis, title: str) -> Html:
     """Axes, grid and numbers."""
     parts = []
-    for value in up.ticks():
+    for value, number in _numbered(up):
         _, y = _place(across, up, (across.low, value))
         parts += [
             tag("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid"),
-            tag("text", short(value), x=LEFT - 5, y=y + 4, text_anchor="end"),
+            tag("text", number, x=LEFT - 5, y=y + 4, text_anchor="end"),
         ]
-    for value in across.ticks():
+    for value, number in _numbered(across):
         x, _ = _place(across, up, (value, up.low))
         parts += [
             tag("line", x1=x, x2=x, y1=BOTTOM, y2=BOTTOM + 4, class_="axis"),
-            tag("text", short(value), x=x, y=BOTTOM + 16, text_anchor="middle"),
+            tag("text", number, x=x, y=BOTTOM + 16, text_anchor="middle"),
         ]
     middle = (LEFT + RIGHT) / 2
     return joined(
