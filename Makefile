@@ -7,9 +7,9 @@ RUN_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check data train slurm preempt sample enlarge inpaint evaluate export import \
+.PHONY: help setup check data recipe train slurm preempt sample enlarge inpaint evaluate export import \
 	reference sweep ema compare report runs watch plan experiments test test-slow test-hf test-faults test-slurm \
-	mutants soak ci-fid bench ladder docs keys clean
+	mutants soak ci-fid bench bench-compare ladder docs keys clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -24,6 +24,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 
 data: $(STAMP)  ## make shards: SOURCE=photographs DEST=data/cats RES=256,128,64 [ARGS="--fit pad ..."]
 	@$(RUN_PYTHON) -m diffusion_pl prepare $(if $(SOURCE),"$$SOURCE") $(if $(DEST),"$$DEST") --resolutions $(RES) $(ARGS)
+
+recipe: $(STAMP)  ## an experiment for prepared images, with the evidence: DATA=data/cats [ARGS="--hours 2"]
+	@$(RUN_PYTHON) -m diffusion_pl recipe $(if $(DATA),"$$DATA") $(ARGS)
 
 train: $(STAMP)  ## train EXP=quickstart [SET="optimizer.lr=1e-4 ..."] [RUN=runs/name]; again: goes on
 	@$(RUN_PYTHON) -m diffusion_pl train $(EXP) $(SET) $(if $(RUN),--run "$$RUN")
@@ -122,9 +125,12 @@ ci-fid: $(STAMP)  ## train a small recipe on CIFAR-10 and compare its distance w
 ladder: $(STAMP)  ## train recipes with one line changed, three seeds each (docs/what_pays.md) [ARGS="--minutes 90"]
 	@$(RUN_PYTHON) -m benchmarks.ladder $(ARGS)
 
-bench: $(STAMP)  ## measure BENCH=networks, recipe, samplers, loop, commands, data, texts, metrics, text, memory, plan, scaling; pyramid, inpainting RUN=...
+bench: $(STAMP)  ## measure BENCH=networks, recipe, samplers, loop, commands, data, texts, metrics, text, memory, plan, scaling, own_images; pyramid, inpainting RUN=...
 	@for name in $(or $(BENCH),networks samplers loop commands data metrics); do \
 		$(RUN_PYTHON) -m benchmarks.$$name $(if $(RUN),"$$RUN") $(OTHER) || exit 1; done
+
+bench-compare: $(STAMP)  ## this build beside revision BASE=..., run in turn: BENCH="commands loop" [ARGS="--rounds 5"]
+	@$(RUN_PYTHON) -m benchmarks.builds $(BASE) $(BENCH) $(ARGS)
 
 docs: $(STAMP)  ## build the documentation into site/ (the extra docs is installed for it)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
