@@ -19,8 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
-import statistics
 import tempfile
 import threading
 import time
@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from benchmarks.measure import forked_command, hardware
@@ -43,8 +44,8 @@ SEEDS = (0, 1, 2)
 # Images whose cost is measured, after as many for warming up.
 COSTED = 1024
 
-# The data, the images of a base run, and what else they change. There are 294 runs, rungs times
-# seeds, so that one may take less than a minute.
+# The data, the images of a base run, and what else they change. There are 330 runs, rungs times
+# seeds, so that one may take a minute at most.
 DATA: dict[str, tuple[int, list[str]]] = {
     "cifar10": (12_800, []),
     "synthetic64": (
@@ -72,8 +73,9 @@ AT_64 = {
 OBJECTIVES: dict[str, str] = {
     "JiT": "objective={_target_: diffusion_pl.objectives.jit.JiT}",
     "EDM": "objective={_target_: diffusion_pl.objectives.edm.EDM}",
-    "DDPM": "objective={_target_: diffusion_pl.objectives.ddpm.DDPM}",
+    "rectified flow": "objective={_target_: diffusion_pl.objectives.rectified_flow.RectifiedFlow}",
 }
+DDPM = "objective={_target_: diffusion_pl.objectives.ddpm.DDPM}"
 # What the transformer predicts, under one schedule and one loss, the velocity's.
 PREDICTIONS = {
     name: f"objective={{_target_: diffusion_pl.objectives.jit.JiT, predict: {name}}}"
@@ -134,13 +136,11 @@ AROUND: dict[str, str] = {
 }
 # What changes the cost of an image; of the others it is the base's.
 COSTLY = ("routing", "Muon", "batch 8", "batch 64", "perceptual loss", "alignment")
-# Of one objective alone.
-OF_ONE = {
-    ("DDPM", "min-SNR"): (
-        "objective={_target_: diffusion_pl.objectives.ddpm.DDPM, weight: "
-        "{_target_: diffusion_pl.diffusion.weights.MinSNR}}"
-    ),
-}
+# Of DDPM's objective alone, on the U-Net.
+MIN_SNR = (
+    "objective={_target_: diffusion_pl.objectives.ddpm.DDPM, weight: "
+    "{_target_: diffusion_pl.diffusion.weights.MinSNR}}"
+)
 
 
 @dataclass(frozen=True)
@@ -187,31 +187,35 @@ def rungs() -> Iterator[Rung]:
                 base = f"{network}, image"
                 yield Rung(data, base, f"{network}, {predicted}", (*fixed, node))
         fixed = [UNET, *own, *(AT_64["U-Net"] if data == "synthetic64" else [])]
-        fixed += [OBJECTIVES["EDM"]]
-        base = "U-Net, EDM's objective"
-        yield Rung(data, base, base, tuple(fixed))
-        for saving, words in OF_UNET.items():
-            yield Rung(data, base, f"{base}, {saving}", (*fixed, *words))
+        for of, node in (("EDM", OBJECTIVES["EDM"]), ("DDPM", DDPM)):
+            base = f"U-Net, {of}'s objective"
+            yield Rung(data, base, base, (*fixed, node))
+            for saving, words in OF_UNET.items():
+                yield Rung(data, base, f"{base}, {saving}", (*fixed, node, *words))
+        yield Rung(data, base, f"{base}, min-SNR", (*fixed, MIN_SNR))
         fixed = [*SMALL, *own, *(AT_64["transformer"] if data == "synthetic64" else [])]
+        yield Rung(data, "transformer, image", "DDPM", (*fixed, DDPM))
         for objective, node in OBJECTIVES.items():
             base = "transformer, image" if objective == "JiT" else objective
             if objective != "JiT":
                 yield Rung(data, base, objective, (*fixed, node))
-            for saving, words in SAVINGS.items():
-                yield Rung(data, base, f"{objective}, {saving}", (*fixed, node, *words))
-            # EDM's loss is a sum over the pixels, the others are means.
-            side = 64 if data == "synthetic64" else 32
-            scale = 3 * side * side if objective == "EDM" else 1
-            for saving, (template, weight) in LOSSES.items():
-                words = [node, template.format(weight * scale)]
-                yield Rung(data, base, f"{objective}, {saving}", (*fixed, *words), "pixels")
-            for saving, template in AROUND.items():
-                inner = node.partition("=")[2]
-                words = [template.format(inner)]
-                yield Rung(data, base, f"{objective}, {saving}", (*fixed, *words))
-            for (of, saving), word in OF_ONE.items():
-                if of == objective:
-                    yield Rung(data, base, f"{objective}, {saving}", (*fixed, word))
+            yield from _on(data, objective, base, (*fixed, node))
+
+
+def _on(data: str, objective: str, base: str, words: tuple[str, ...]) -> Iterator[Rung]:
+    """The savings on one objective of the transformer."""
+    *fixed, node = words
+    for saving, more in SAVINGS.items():
+        yield Rung(data, base, f"{objective}, {saving}", (*words, *more))
+    # EDM's loss is a sum over the pixels, the others are means.
+    side = 64 if data == "synthetic64" else 32
+    scale = 3 * side * side if objective == "EDM" else 1
+    for saving, (template, weight) in LOSSES.items():
+        more = [template.format(weight * scale)]
+        yield Rung(data, base, f"{objective}, {saving}", (*words, *more), "pixels")
+    for saving, template in AROUND.items():
+        around = template.format(node.partition("=")[2])
+        yield Rung(data, base, f"{objective}, {saving}", (*fixed, around))
 
 
 class Record:
@@ -262,35 +266,38 @@ class Record:
         return bool(row["rung"] == rung.key and row["overrides"] == list(rung.overrides))
 
 
-def cpu_seconds(words: Sequence[str]) -> float:
+def cpu_seconds(words: Sequence[str], core: int | None = None) -> float:
     """User and system time of a training; ends everything if it fails."""
-    return forked_command("train", TRANSFORMER, "trainer.devices=1", *words)[2]
+    return forked_command("train", TRANSFORMER, "trainer.devices=1", *words, core=core)[2]
 
 
-def cost(rung: Rung, base: Rung) -> float:
-    """The CPU time of an image over the base's, the median of three turns side by side."""
-    ratios = []
+def cost(rung: Rung, base: Rung, core: int) -> float:
+    """The CPU time of an image over the base's.
+
+    Both train COSTED images and twice as many, all four at once on one core, so that whatever else
+    the machine does slows them alike; the difference is without the start and the end.
+    """
     RUNS.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="cost-", dir=RUNS))
-    for turn in range(3):
-        taken = []
-        for one in (rung, base):
-            short, long = (
-                cpu_seconds(
-                    [
-                        *one.overrides,
-                        f"trainer.total_images={images}", f"trainer.checkpoint_every={images}",
-                        f"evaluation.every={images}", "evaluation.count=1",
-                        "evaluation.metrics=[]", "evaluation.losses=null",
-                        "--run", str(folder / f"{one.name}-{turn}-{images}"),
-                    ]
-                )
-                for images in (COSTED, 2 * COSTED)
-            )  # fmt: skip
-            taken.append(long - short)
-        ratios.append(taken[0] / taken[1])
+
+    def taken(case: tuple[Rung, int]) -> float:
+        one, images = case
+        return cpu_seconds(
+            [
+                *one.overrides,
+                f"trainer.total_images={images}", f"trainer.checkpoint_every={images}",
+                f"evaluation.every={images}", "evaluation.count=1",
+                "evaluation.metrics=[]", "evaluation.losses=null",
+                "--run", str(folder / f"{one.name}-{images}"),
+            ],
+            core,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(4) as pool:
+        cases = [(one, images) for one in (rung, base) for images in (COSTED, 2 * COSTED)]
+        short, long, short_base, long_base = pool.map(taken, cases)
     shutil.rmtree(folder)
-    return statistics.median(ratios)
+    return (long - short) / (long_base - short_base)
 
 
 def over_pixels(run: Path) -> float:
@@ -334,13 +341,18 @@ def climb(
     """Do every run of the chosen rungs that is not recorded, seed by seed."""
     every = {rung.key: rung for rung in rungs()}
     until = time.monotonic() + 60 * minutes
+    cores: SimpleQueue[int] = SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0))[:workers]:
+        cores.put(core)
 
     def one(rung: Rung, seed: int) -> None:
         if time.monotonic() > until or record.has(rung, seed):
             return
         base = every[f"{rung.data}/{rung.base}"]
         if rung.costly and not record.cost(rung):
-            record.add_cost(rung, cost(rung, base))
+            core = cores.get()  # each worker has one
+            record.add_cost(rung, cost(rung, base, core))
+            cores.put(core)
         ratio = record.cost(rung) or 1.0
         given = next((w for w in rung.overrides if w.startswith("data.batch_size=")), "=16")
         batch = int(given.partition("=")[2])

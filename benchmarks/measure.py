@@ -37,8 +37,12 @@ def interleaved(
     return times
 
 
-def command(*words: str) -> tuple[str, float, float]:
+def command(*words: str, threads: int = 1) -> tuple[str, float, float]:
     """Run the command line of the package: its output, its wall and its CPU seconds.
+
+    Args:
+        words: of the command line.
+        threads: of each process.
 
     Raises:
         SystemExit: it failed; with the end of what it said.
@@ -47,7 +51,7 @@ def command(*words: str) -> tuple[str, float, float]:
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "diffusion_pl", *words], cwd=RESULTS.parents[1],
-            env={**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(threads)},
             stdout=subprocess.PIPE, stderr=errors, text=True,
         )  # fmt: skip
         assert process.stdout is not None
@@ -66,10 +70,14 @@ PRELOADED = (
 )  # fmt: skip
 
 
-def forked_command(*words: str) -> tuple[str, float, float]:
+def forked_command(*words: str, core: int | None = None) -> tuple[str, float, float]:
     """As `command`, in a process of one thread that has imported the libraries already.
 
     For many short runs, of which the imports would be a third.
+
+    Args:
+        words: of the command line.
+        core: on which it runs; None: on any.
 
     Raises:
         SystemExit: it failed; with the end of what it said.
@@ -79,7 +87,7 @@ def forked_command(*words: str) -> tuple[str, float, float]:
     context.set_forkserver_preload(list(PRELOADED))
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        process = context.Process(target=_call, args=(words, Path(folder)))
+        process = context.Process(target=_call, args=(words, Path(folder), core))
         process.start()
         process.join()
         if process.exitcode:
@@ -90,10 +98,12 @@ def forked_command(*words: str) -> tuple[str, float, float]:
     return said, time.monotonic() - started, seconds
 
 
-def _call(words: tuple[str, ...], folder: Path) -> None:
+def _call(words: tuple[str, ...], folder: Path, core: int | None) -> None:
     """Run the command line in this process: what it says and its CPU seconds go to a folder."""
     from diffusion_pl.cli import main
 
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), stream.fileno())
     before = _used()
