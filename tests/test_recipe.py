@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ from diffusion_pl.data.shard_format import Manifest
 from diffusion_pl.data.shards import Shards
 from diffusion_pl.evaluation.evidence import Evidence, Learned
 from diffusion_pl.images import from_bytes
+from diffusion_pl.signals import MARKER, RESUMABLE
 from diffusion_pl.training.history import History
 
 QUICK = ("--probe", "1000", "--hours", "0.002")
@@ -166,3 +171,23 @@ def test_a_published_experiment_of_another_objective_keeps_it(home):
     assert settings.get("trainer.total_images") is None
     small = recommend.Plan(recommend.SMALL, [], 10**6, None, "", [])
     assert _chosen(small, manifest, seen, learned, 100.0, 1.0)["objective.P_std"] == 0.6
+
+
+def test_a_stopped_recipe_leaves_its_mark_and_goes_on(home, tmp_path):
+    words = [sys.executable, "-m", "diffusion_pl", "recipe", str(home / "mine"), "--out", "x.yaml"]
+    words += ["--hours", "0.002", "--probe", "6000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    mine = tmp_path / "runs" / "mine-probe"
+    with subprocess.Popen(
+        words, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(b"training "):  # the first step is done
+                process.send_signal(signal.SIGTERM)
+                break
+        process.stderr.read()
+    assert process.returncode == RESUMABLE and (mine / MARKER).exists()
+    assert not (tmp_path / "x.yaml").exists()
+    subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert (tmp_path / "x.yaml").exists() and not (mine / MARKER).exists()
